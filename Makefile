@@ -1,0 +1,63 @@
+# The verbs people type. Everything runs in .venv, which `make setup` fills from constraints.txt.
+
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+WORKERS ?= 2
+PIP_ARGS ?=
+
+BIN   := .venv/bin
+STAMP := .venv/.setup-done
+
+# Tests never reach for the network, and two workers of one thread each beat two that fight over the cores.
+TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 MPLBACKEND=Agg
+
+.PHONY: help setup lint format types test test-fast demo schema build clean
+
+help:
+	@echo 'make setup      create .venv and install everything, as pinned in constraints.txt'
+	@echo 'make demo       both quickstart stages on bundled data, evaluation, reload, two questions'
+	@echo 'make test       lint, types and all tests'
+	@echo 'make test-fast  the tests that are not marked slow'
+	@echo 'make lint       ruff and mypy; make format mends what ruff can mend'
+	@echo 'make schema     write recipes/recipe.schema.json anew'
+	@echo 'make build      wheel and sdist into dist/'
+	@echo 'make clean      remove caches, outputs/ and data/'
+
+setup: $(STAMP)
+
+# torch comes first and alone: on a machine without a GPU, PIP_ARGS can name the index of torch's CPU builds, which
+# are several GB smaller, for example: make setup PIP_ARGS="--index-url <index of CPU builds>"
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'Python 3.11 or newer is needed; name it: make setup PYTHON=/path/to/python3.11'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-fast: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+schema: setup
+	$(BIN)/python -m vlm_sft.recipe > recipes/recipe.schema.json
+
+build: setup
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf build dist outputs data runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,261 @@
+"""Tiny pieces, written to disk in the layouts of the real ones, and rows to train on. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+GOLDENS = Path(os.environ.get("VLM_SFT_GOLDENS", ROOT / "tests" / "goldens"))
+
+TEXT = [
+    "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: What is this?",
+    "<human>:这是什么？\n<bot>:这是一只猫。", "a red 3 at the top left and a blue 7 at the bottom right",
+    "左上角是红色的3，右下角是蓝色的7", "###Human: <Img></Img> describe the image ###Assistant: two dogs###",
+    "Question: how many cats are there? Short answer: two", "[INST] What colour is the bus? [/INST] It is yellow.",
+]  # fmt: skip
+
+
+def make_tokenizer():
+    """A byte-level BPE of 300 pieces with <s>, </s> and <unk>, but neither a pad nor an image token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_files):
+    """A fresh copy: processors add tokens to it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_files)
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory, tokenizer_files) -> dict[str, str]:
+    """Folders of tiny pieces: `blip2` (tower + Q-Former), `clip` (as published), `llama`, `opt`."""
+    from transformers import (
+        Blip2Config,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        BlipImageProcessorPil,
+        CLIPConfig,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        OPTConfig,
+        OPTForCausalLM,
+    )
+    from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2VisionModel
+
+    root = tmp_path_factory.mktemp("pieces")
+    torch.manual_seed(0)
+    vision = Blip2VisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                               image_size=28, patch_size=7, initializer_range=0.1)  # fmt: skip
+    qformer = Blip2QFormerConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                 intermediate_size=32, max_position_embeddings=16, encoder_hidden_size=24,
+                                 initializer_range=0.1)  # fmt: skip
+    llama = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                        num_attention_heads=4, initializer_range=0.1, max_position_embeddings=512)  # fmt: skip
+    config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=llama, num_query_tokens=4)
+    state = {f"vision_model.{n}": t for n, t in Blip2VisionModel(vision).state_dict().items()}
+    state |= {f"qformer.{n}": t for n, t in Blip2QFormerModel(qformer).state_dict().items()}
+    state |= {"query_tokens": torch.randn(1, 4, 16) * 0.1, "language_projection.weight": torch.randn(32, 16),
+              "language_projection.bias": torch.randn(32)}  # fmt: skip
+    save_checkpoint(root / "blip2", config, state)
+    BlipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(root / "blip2")
+
+    clip = CLIPConfig(
+        vision_config={"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+                       "image_size": 28, "patch_size": 7, "projection_dim": 16},
+        text_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                     "vocab_size": 50, "projection_dim": 16}, projection_dim=16,
+    )  # fmt: skip
+    save_checkpoint(root / "clip", clip, CLIPModel(clip).state_dict())
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        root / "clip"
+    )
+    language_models = {
+        "llama": LlamaForCausalLM(llama),
+        "opt": OPTForCausalLM(
+            OPTConfig(
+                vocab_size=300,
+                hidden_size=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=512,
+                word_embed_proj_dim=32,
+                init_std=0.1,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        ),
+    }
+    for name, model in language_models.items():
+        model.save_pretrained(root / name)
+        make_tokenizer().save_pretrained(root / name)
+    return {folder.name: str(folder) for folder in root.iterdir()}
+
+
+def save_checkpoint(folder: Path, config, state: dict[str, torch.Tensor]) -> None:
+    """Writes a checkpoint as the Hub has it: config.json and model.safetensors."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    save_file({n: t.contiguous() for n, t in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> list[str]:
+    """Eight small PNG files, each of one colour."""
+    folder = tmp_path_factory.mktemp("photos")
+    paths = []
+    for i in range(8):
+        path = folder / f"{i}.png"
+        Image.new("RGB", (40, 30), (30 * i, 255 - 30 * i, 90)).save(path)
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def caption_file(tmp_path_factory, photos) -> str:
+    """Captions of the photos, English and Chinese, as JSONL."""
+    path = tmp_path_factory.mktemp("captions") / "captions.jsonl"
+    captions = ["a red 3", "a blue 7", "左上角是红色的3", "two dogs", "a cat", "这是一只猫", "a bus", "three birds"]
+    lines = [json.dumps({"image": p, "caption": c}, ensure_ascii=False) for p, c in zip(photos, captions, strict=True)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def recipe_file(tmp_path, pieces, caption_file):
+    """Writes a recipe of tiny pieces; keyword arguments replace top-level keys. Returns its path."""
+    import yaml
+
+    def write(name: str = "recipe", **changes) -> Path:
+        recipe = {
+            "stack": {
+                "vision_tower": {"pretrained": pieces["blip2"]},
+                "resampler": {"type": "qformer", "pretrained": pieces["blip2"]},
+                "projector": {"type": "linear"},
+                "language_model": {"pretrained": pieces["llama"]},
+            },
+            "chat_template": "plain",
+            "train": {"projector": 1.0e-2},
+            "data": {"train": [{"path": caption_file, "format": "caption"}]},
+            "sft": {
+                "output_dir": str(tmp_path / "out" / name), "max_steps": 2, "per_device_train_batch_size": 4,
+                "learning_rate": 1.0e-3, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
+                "logging_steps": 1, "save_strategy": "no", "max_length": 128, "dataloader_num_workers": 0,
+            },
+            **changes,
+        }  # fmt: skip
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+        return path
+
+    return write
+
+
+VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+          "image_size": 28, "patch_size": 7}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def more_pieces(pieces, tmp_path_factory):
+    """`siglip` (no class token), `dino` (made for 56 pixels, given 28), `wide` (a tower of width 32), `gpt2`."""
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        Dinov2Config,
+        Dinov2Model,
+        GPT2Config,
+        GPT2LMHeadModel,
+        SiglipImageProcessorPil,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
+    root = tmp_path_factory.mktemp("more")
+    torch.manual_seed(0)
+    towers = {
+        "siglip": SiglipVisionModel(SiglipVisionConfig(**VISION)),
+        "dino": Dinov2Model(Dinov2Config(**{**VISION, "image_size": 56})),
+        "wide": CLIPVisionModel(CLIPVisionConfig(**{**VISION, "hidden_size": 32})),
+    }
+    for name, tower in towers.items():
+        tower.save_pretrained(root / name)
+        SiglipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(root / name)
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)).save_pretrained(root / "gpt2")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{pieces['llama']}/{file}", root / "gpt2" / file)
+    return {**pieces, **{folder.name: str(folder) for folder in root.iterdir()}}
+
+
+@pytest.fixture
+def stack_recipe(recipe_file, more_pieces):
+    """A recipe by the names of its pieces; other top-level keys by keyword."""
+
+    def make(tower="clip", lm="llama", resampler=None, projector="linear", *, projector_options=None, **changes):
+        vision = {"pretrained": more_pieces.get(tower, tower), **changes.pop("vision", {})}
+        stack = {
+            "vision_tower": vision,
+            "projector": {"type": projector, **(projector_options or {})},
+            "language_model": {"pretrained": more_pieces.get(lm, lm), **changes.pop("language", {})},
+        }
+        if resampler:
+            stack["resampler"] = {"type": "qformer", "pretrained": more_pieces.get(resampler, resampler)}
+        sft = {"output_dir": "out", "bf16": False, **changes.pop("sft", {})}
+        from vlm_sft import load_recipe
+
+        return load_recipe(recipe_file(stack=stack, sft=sft, **changes))
+
+    return make
+
+
+@pytest.fixture
+def bundle_recipe(recipe_file, pieces):
+    """A recipe by its tower, resampler and projector; other top-level keys by keyword."""
+
+    def make(tower="blip2", resampler="blip2", lm="llama", projector=None, vision=None, name="recipe", **changes):
+        stack = {
+            "vision_tower": {"pretrained": pieces.get(tower, tower), **(vision or {})},
+            "projector": projector or {"type": "linear"},
+            "language_model": {"pretrained": pieces.get(lm, lm)},
+        }
+        if resampler:
+            stack["resampler"] = {"type": "qformer", "pretrained": pieces.get(resampler, resampler)}
+        from vlm_sft import load_recipe
+
+        return load_recipe(recipe_file(name, stack=stack, **changes))
+
+    return make

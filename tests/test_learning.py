@@ -1,0 +1,40 @@
+"""The quickstart learns to see: one seed of the benchmark on validation images, held with a margin.
+
+The README's numbers are means over three seeds on test images; this test is there so that no later change can break
+learning unnoticed. It gates on steps, never on seconds.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory) -> dict[str, float]:
+    """Stage 1, stage 2, and 30 steps of stage 2 with and without stage 1."""
+    from quickstart import run_seed
+
+    world = ROOT / "examples" / "digitscenes" / "digitscenes.py"
+    subprocess.run([sys.executable, str(world), "--out", str(ROOT / "data" / "digitscenes")], cwd=ROOT, check=True)
+    return run_seed("quickstart", 0, "eval", tmp_path_factory.mktemp("quickstart"), [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "lowest", "highest"),
+    [
+        ("captions_after_stage_1", 0.70, 1.0),
+        ("answers", 0.90, 1.0),
+        ("answers_image_blanked", 0.0, 0.35),
+        ("captions_after_stage_2", 0.60, 1.0),
+        ("lead_of_stage_1", 0.15, 1.0),
+    ],
+)
+def test_the_quickstart_learns_to_see(number, lowest, highest, numbers):
+    assert lowest <= numbers[number] <= highest, numbers

@@ -1,0 +1,157 @@
+"""The trainer: who moves and how fast, what is measured, and that the loss is TRL's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from test_collator import make_row, turn
+from transformers.trainer_utils import IntervalStrategy
+from trl import SFTConfig, SFTTrainer
+
+from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load_recipe, lora_config
+from vlm_sft.data import load_mixture
+from vlm_sft.freeze import is_adapter, part_of
+from vlm_sft.recipe import build_sft_config
+from vlm_sft.trainer import exchange_images
+
+
+@pytest.fixture
+def make_trainer(recipe_file, photos):
+    def make(rows=None, eval_rows=None, sft=None, **changes) -> VLMSFTTrainer:
+        recipe = load_recipe(recipe_file(**changes), [f"sft.{k}={v}" for k, v in (sft or {}).items()])
+        stack = build_stack(recipe)
+        rows = load_mixture(recipe.data.train) if rows is None else Dataset.from_list(rows)
+        return VLMSFTTrainer(
+            stack.model, build_sft_config(recipe), MultimodalCollator(stack.processor), rows, stack.processor,
+            lora_config(recipe, stack.model), plan=stack.plan,
+            eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
+        )  # fmt: skip
+
+    return make
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_each_trained_tensor_moves_and_each_frozen_one_is_bit_identical(make_trainer):
+    trainer = make_trainer(train={"projector": 1e-2, "resampler": 1e-3}, lora={"r": 2}, chat_template="ziya")
+    before = snapshot(trainer.model)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        planned = is_adapter(name) or part_of(name) in ("projector", "resampler")
+        # Attention softmax is blind to a bias added to every key.
+        blind = name.endswith(("key.bias", "k_proj.bias"))
+        assert moved == planned or (planned and blind), name
+
+
+def test_learning_rates_stand_in_the_optimizer_and_follow_the_schedule(make_trainer):
+    trainer = make_trainer(
+        train={"projector": 1e-2}, lora={"r": 2}, chat_template="ziya", sft={"lr_scheduler_type": "linear"}
+    )
+    trainer.train()
+    rates = {group["part"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {"projector": 1e-2, "lora": 1e-3}
+    assert all(group["lr"] == 0 for group in trainer.optimizer.param_groups), "linear decay ended at zero"
+
+
+def test_weight_decay_spares_biases_and_norms_in_every_part(make_trainer):
+    trainer = make_trainer(train={"projector": 1e-2, "resampler": 1e-3}, sft={"weight_decay": 0.1})
+    trainer.create_optimizer()
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert (group["weight_decay"] == 0) == (name.endswith("bias") or "norm" in name.lower()), name
+
+
+def test_the_loss_is_trls_loss_on_the_same_batch(make_trainer):
+    trainer = make_trainer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    with torch.no_grad():
+        ours = trainer.compute_loss(trainer.model, dict(batch))
+        trls = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch))
+    torch.testing.assert_close(ours, trls, atol=1e-6, rtol=0)
+
+
+def test_no_tensor_of_rows_by_vocabulary_is_made(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    supervised, scored = int((batch["labels"][:, 1:] != -100).sum()), []
+    head = trainer.model.lm_head.register_forward_hook(lambda module, given, out: scored.append(out.shape[0]))
+    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    head.remove()
+    assert set(scored) == {supervised} and supervised < batch["labels"].numel()
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(make_trainer):
+    weights = []
+    for size, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(0)  # the projector is drawn anew
+        trainer = make_trainer(
+            sft={"max_steps": 1, "per_device_train_batch_size": size, "gradient_accumulation_steps": steps,
+                 "optim": "sgd", "seed": 3, "max_grad_norm": 0}
+        )  # fmt: skip
+        trainer.train()
+        weights.append(trainer.model.model.projector.linear.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
+
+
+def test_a_text_only_batch_trains_beside_a_visual_one(make_trainer, photos):
+    rows = [make_row(turn("hi", "there"), photos, i) for i in range(4)]
+    trainer = make_trainer(rows=rows, chat_template="ziya", lora={"r": 2})
+    before = snapshot(trainer.model)
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all(is_adapter(n) for n in moved), "a zero gradient moves no projector"
+    assert all(math.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
+
+
+def test_metrics_are_logged(make_trainer, photos):
+    rows = [make_row(turn("what?", f"photo {i}", images=1), photos[i:] + photos[:i], i) for i in range(6)]
+    trainer = make_trainer(rows=rows, eval_rows=rows)
+    trainer.args.eval_strategy, trainer.state.eval_steps = IntervalStrategy.STEPS, 1
+    trainer.args.eval_steps = 1
+    trainer.train()
+    train_log = next(row for row in trainer.state.log_history if "loss" in row)
+    assert 0 <= train_log["token_accuracy"] <= 1 and 0 <= train_log["data_wait_share"] <= 1
+    assert train_log["tokens_per_second"] > train_log["samples_per_second"] > 0
+    eval_log = next(row for row in trainer.state.log_history if "eval_loss" in row)
+    assert eval_log["eval_image_use"] == pytest.approx(
+        eval_log["eval_loss_other_image"] - eval_log["eval_loss_own_image"]
+    )
+    assert "eval_token_accuracy" in eval_log
+
+
+def test_image_use_is_zero_for_a_model_that_does_not_look(make_trainer, photos):
+    rows = [make_row(turn("what?", f"photo {i}", images=1), photos[i:] + photos[:i], i) for i in range(6)]
+    trainer = make_trainer(rows=rows, eval_rows=rows)
+    with torch.no_grad():
+        trainer.model.model.projector.linear.weight.zero_()
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trainer.state.log_history[-1]["eval_image_use"] == pytest.approx(0, abs=1e-6)
+
+
+def test_exchange_never_returns_an_own_or_an_equal_image():
+    images = torch.stack([torch.full((3, 2, 2), float(v)) for v in (0, 1, 2, 2)])
+    owners = torch.tensor([0, 0, 1, 2])
+    swapped, found = exchange_images(images, owners, None)
+    assert found.all()
+    for i, image in enumerate(swapped):
+        assert not torch.equal(image, images[i])
+        assert not any(torch.equal(image, images[j]) for j in range(4) if owners[j] == owners[i])
+    alone, found = exchange_images(images[:2], owners[:2], None)
+    assert not found.any() and torch.equal(alone, images[:2])
+    _, found = exchange_images(images[:2], owners[:2], spare=images[2:])
+    assert found.all()
+
+
+def test_the_users_own_sft_settings_are_kept(make_trainer):
+    trainer = make_trainer(sft={"adam_beta2": 0.95, "label_names": "[labels]"})
+    assert isinstance(trainer.args, SFTConfig) and trainer.args.adam_beta2 == 0.95
+    assert trainer.args.remove_unused_columns is False and trainer.args.ddp_find_unused_parameters is False

@@ -1,0 +1,151 @@
+"""The README.md of a bundle: what it is, how it was made, how well it does, how to load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CARD = "README.md"
+
+
+def write_card(folder: str | Path) -> Path:
+    """Writes the card of a bundle from what lies in the bundle; called again when an evaluation was added.
+
+    Args:
+        folder: The bundle.
+
+    Returns:
+        The path of the card.
+    """
+    import yaml
+
+    folder = Path(folder)
+    manifest = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    head: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "library_name": "vlm_sft", "tags": ["vlm_sft", "trl"]}
+    if manifest["adapter"]:
+        head["tags"].append("lora")
+    # Pieces that lay in a folder have a path; the Hub takes ids alone.
+    bases = sorted({piece["pretrained"] for piece in manifest["pieces"].values() if "path" not in piece})
+    if bases:
+        head |= {"base_model": bases, "base_model_relation": "adapter"}
+    sections = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {folder.resolve().name}",
+        _sentence(manifest, recipe),
+        "## Load it\n\n```python\nimport vlm_sft\n\n"
+        f'model, processor = vlm_sft.load("{shown(folder)}")\n'
+        'conversation = {"messages": [{"role": "user", "content": [{"type": "image"}, '
+        '{"type": "text", "text": "What is this?"}]}],\n                "images": ["photo.jpg"]}\n'
+        "print(vlm_sft.answer(model, processor, [conversation])[0])\n```",
+        _pieces(manifest),
+        _results(folder),
+        _parity(manifest),
+    ]
+    if (folder / "curves.png").is_file():
+        sections.append("## Curves\n\n![Loss, accuracy, image use and throughput over the steps](curves.png)")
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    sections.append(f"## Made with\n\n{versions}. The whole recipe is in `recipe.yaml`.")
+    path = folder / CARD
+    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    return path
+
+
+def write_export_card(out: str | Path, bundle: str | Path, result: dict[str, Any]) -> Path:
+    """Writes the card of an export: what it is, how to ask it, and how far its logits are from the bundle's.
+
+    Args:
+        out: The exported checkpoint.
+        bundle: The bundle that it is from.
+        result: What `export` found.
+
+    Returns:
+        The path of the card.
+    """
+    import yaml
+
+    out = Path(out)
+    manifest = json.loads((Path(bundle) / "bundle.json").read_text(encoding="utf-8"))
+    head: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["vlm_sft"]}
+    bases = sorted({piece["pretrained"] for piece in manifest["pieces"].values() if "path" not in piece})
+    if bases:
+        head |= {"base_model": bases, "base_model_relation": "finetune"}
+    name = shown(out.resolve())
+    what = {"llava": "LlavaForConditionalGeneration", "blip-2": "Blip2ForConditionalGeneration"}[result["form"]]
+    adapter = (out / "adapter").is_dir()
+    lora = "its LoRA lies in `adapter/`, unmerged" if adapter else "LoRA merged" if manifest["adapter"] else "no LoRA"
+    peft = "from peft import PeftModel\n" if adapter else ""
+    wrap = f'asker.model = PeftModel.from_pretrained(asker.model, "{name}/adapter")\n' if adapter else ""
+    bits = " Training saw the base in fewer bits; here it is in full." if result["quantised_in_training"] else ""
+    sections = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}",
+        f"A `{what}` of transformers, exported from the bundle `{shown(Path(bundle).resolve())}` of `vlm_sft` "
+        f"({lora}; weights in {result['dtype']}; names as {result['to']} has them).{bits}",
+        f"## Ask it\n\n```python\n{peft}from transformers import pipeline\n\n"
+        f'asker = pipeline("image-text-to-text", model="{name}")\n{wrap}'
+        'messages = [{"role": "user", "content": [{"type": "image", "path": "photo.jpg"},\n'
+        '                                         {"type": "text", "text": "What is this?"}]}]\n'
+        'print(asker(messages, return_full_text=False)[0]["generated_text"])\n```',
+        _pieces(manifest),
+        f"## Parity\n\nLoaded by transformers alone in a fresh process, in fp32, the logits of {result['positions']} "
+        f"positions differ from the bundle's, in fp32 with LoRA unmerged, by at most {result['max_difference']:.1e} "
+        f"(allowed {result['tolerance']:.2g}). The processor gave the same tokens, and pixels that differ by at most "
+        f"{result['pixels']:.1e}.",
+    ]
+    path = out / CARD
+    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    return path
+
+
+def shown(path: str | Path) -> str:
+    """A path or Hub id as a card names it: without the folders of this machine."""
+    path = Path(path)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return path.name if path.is_absolute() else str(path)
+
+
+def _sentence(manifest: dict[str, Any], recipe: dict[str, Any]) -> str:
+    trained = [*manifest["trained"], *(["LoRA on the language model"] if manifest["adapter"] else [])]
+    start = f" It starts from `{shown(recipe['init_from'])}`." if recipe.get("init_from") else ""
+    return (
+        f"One stage of vision-language tuning with `vlm_sft`. Trained: {' and '.join(trained)}; everything else is "
+        f"frozen and not in this folder. Chat template: `{Path(str(recipe['chat_template'])).stem}`.{start}"
+    )
+
+
+def _pieces(manifest: dict[str, Any]) -> str:
+    rows = [
+        f"| {part} | `{shown(piece['pretrained'])}` | {piece['revision'] or '–'} | `{piece['fingerprint']}` |"
+        for part, piece in manifest["pieces"].items()
+    ]
+    return "## Frozen pieces\n\n| part | from | revision | fingerprint |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
+def _results(folder: Path) -> str:
+    path = folder / "eval.json"
+    if not path.is_file():
+        return ""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    names = {
+        "caption_exact_match": "captions exactly right",
+        "answer_accuracy": "answers exactly right",
+        "answer_accuracy_blank_image": "the same with the image blanked",
+    }
+    rows = [f"| {words} | {results[key]:.1%} |" for key, words in names.items() if results.get(key) is not None]
+    rows += [f"| answers: {kind} | {share:.1%} |" for kind, share in results["answer_accuracy_by_kind"].items()]
+    if results.get("train_seconds"):
+        rows.append(f"| seconds of training | {results['train_seconds']:g} |")
+    return f"## Results on the {results['split']} set\n\n| what | value |\n|---|---|\n" + "\n".join(rows)
+
+
+def _parity(manifest: dict[str, Any]) -> str:
+    parity = manifest.get("parity")
+    if not parity:
+        return ""
+    return (
+        f"## Parity\n\nReloaded in a fresh process, the logits of {parity['positions']} positions differ from the "
+        f"trainer's by at most {parity['max_difference']:.1e} (allowed {parity['tolerance']:g})."
+    )

@@ -1,0 +1,246 @@
+"""The console command `vlm-sft`. Parses and delegates; torch and transformers are imported inside the commands."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import UserError, exit_on_user_error
+
+app = typer.Typer(
+    help="Instruction tuning for vision-language models: train, chat, generate, evaluate, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="The recipes that ship: list, show, copy.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder that a training run wrote.", show_default=False)]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the bundle's base pieces run Python code that they bring.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Generation setting, like max_new_tokens=64; may be repeated."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from . import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.", show_default=False),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Set any key of the recipe.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, freeze plan and sizes; read no weights.")
+    ] = False,
+) -> None:
+    """Train one stage in this process; for several, use: accelerate launch -m vlm_sft.train RECIPE."""
+    from .train import main as train_main
+
+    train_main([recipe, *(overrides or []), *(["--dry-run"] if dry_run else [])])
+
+
+@app.command()
+def chat(
+    bundle: Bundle,
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="QUESTION", help="Ask this and exit; without it, a conversation starts.", show_default=False
+        ),
+    ] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", help="Image to talk about; may be repeated.")] = None,
+    options: Options = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk about images. In the conversation: /image PATH, /reset, /quit."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()  # before the first heavy import
+    from .chat import chat as run
+
+    settings = _settings(options)
+    run(bundle, images=image or [], question=question, options=settings, trust_remote_code=trust_remote_code)
+
+
+@app.command()
+def generate(
+    bundle: Bundle,
+    questions: Annotated[str, typer.Argument(metavar="QUESTIONS", help="File of questions.", show_default=False)],
+    output: Annotated[str, typer.Option("--output", "-o", help="JSONL file, one answer a line; a rerun resumes it.")],
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    images: Annotated[str | None, typer.Option(help="Folder that relative image paths start from.")] = None,
+    options: Options = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer a file of questions in batches."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    from .chat import generate as run
+
+    run(
+        bundle,
+        input=questions,
+        output=output,
+        batch_size=batch_size,
+        images=images,
+        options=_settings(options),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def evaluate(
+    bundle: Bundle,
+    split: Annotated[str, typer.Option(help="Which of the recipe's data to use: test or eval.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Default: eval.json in the bundle.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each source.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take the data from this recipe, not the bundle's own.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure a bundle on held-out data."""
+    from .evaluate import run
+
+    run(
+        bundle,
+        split=split,
+        batch_size=batch_size,
+        output=output,
+        max_rows=max_rows,
+        recipe=recipe,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def export(
+    bundle: Bundle,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    to: Annotated[str, typer.Option(help="transformers, vllm or bundle-merged.")] = "transformers",
+    keep_adapter: Annotated[bool, typer.Option("--keep-adapter", help="Leave LoRA unmerged, in OUT/adapter.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as in training.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a bundle as a native checkpoint, LoRA merged; its logits are compared in a fresh process."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    from .export import export as run
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype must be float32, bfloat16 or float16, not {dtype}.")
+    found = run(bundle, out, to, keep_adapter=keep_adapter, dtype=dtype, trust_remote_code=trust_remote_code)
+    typer.echo(
+        f"{out}: logits of {found['positions']} positions, compared in a fresh process, differ from the bundle's by at "
+        f"most {found['max_difference']:.2g} (allowed {found['tolerance']:.2g})."
+    )
+
+
+@recipes_app.command("list")
+def list_() -> None:
+    """Print the names of the recipes that ship, and what each is."""
+    from .assets import list_recipes, recipe_path
+
+    names = list_recipes()
+    for name in names:
+        typer.echo(f"{name:<{max(map(len, names))}}  {_title(recipe_path(name))}")
+
+
+@recipes_app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `recipes list` prints it.", show_default=False)],
+) -> None:
+    """Print a recipe."""
+    from .assets import recipe_path
+
+    typer.echo(recipe_path(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `recipes list` prints it.", show_default=False)],
+    destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="Folder, or file ending in .yaml.")] = ".",
+) -> None:
+    """Copy a recipe to change it, with its schema and the bundled pieces that it names."""
+    from .assets import assets_root, recipe_path
+    from .recipe import load_recipe
+
+    source, goal = recipe_path(name), Path(destination)
+    if goal.suffix != ".yaml":
+        goal = goal / f"{source.stem}.yaml"
+    if goal.exists():
+        raise UserError(f"{goal} exists already; name another destination or remove it.")
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, goal)
+    typer.echo(f"{goal}")
+    schema = goal.parent / "recipe.schema.json"
+    if not schema.exists():
+        shutil.copyfile(assets_root() / "recipes" / schema.name, schema)
+    # Relative paths in a recipe start from the working directory, so the pieces go there, not beside the recipe.
+    for folder in sorted(_bundled_examples(load_recipe(source).resolved())):
+        if not folder.exists():
+            shutil.copytree(assets_root() / folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
+            typer.echo(f"{folder}")
+
+
+def _bundled_examples(value: Any) -> set[Path]:
+    """The folders `examples/<name>` that ship and that some string of a recipe points into."""
+    from .assets import assets_root
+
+    if isinstance(value, dict):
+        return set().union(*map(_bundled_examples, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(_bundled_examples, value))
+    if isinstance(value, str) and value.startswith("examples/"):
+        folder = Path(*Path(value).parts[:2])
+        return {folder} if (assets_root() / folder).is_dir() else set()
+    return set()
+
+
+def _title(recipe: Path) -> str:
+    """The first comment line of a recipe that is not for the editor."""
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and "$schema" not in line:
+            return line.removeprefix("# ")
+    return ""
+
+
+def _settings(assignments: list[str] | None) -> dict[str, Any]:
+    """`["max_new_tokens=64"]` → `{"max_new_tokens": 64}`, values read as in a recipe."""
+    from .yaml_file import parse_assignment
+
+    settings = {}
+    for assignment in assignments or []:
+        path, value = parse_assignment(assignment)
+        settings[".".join(map(str, path))] = value
+    return settings
+
+
+def main() -> None:
+    """Entry point of the console command: a `UserError` becomes one line on stderr and exit code 2."""
+    with exit_on_user_error():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Rows → batches. The class to subclass when a batch must be something else.
+
+Three documented points, in the order a row passes them: `render`, `encode`, `collate`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .chat_template import RenderedChat
+from .errors import UserError
+from .images import load_image
+from .processor import EncodedChat, VLMProcessor
+
+
+@dataclass
+class Sample:
+    """One row, ready to be batched.
+
+    Attributes:
+        chat: Ids and labels.
+        images: The row's RGB images, in reading order.
+        id: The row's id, for messages.
+        turns_lost: Turns dropped from the end to fit `max_length`.
+        loss_weights: S factors on the loss, or None for 1 everywhere.
+        instructions: What the user says beside each image, for a resampler that reads it.
+        extra: Anything a subclass wants to carry to `collate`.
+    """
+
+    chat: EncodedChat
+    images: list[Image.Image]
+    id: str
+    turns_lost: int = 0
+    loss_weights: list[float] | None = None
+    instructions: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class MultimodalCollator:
+    """Makes batches of rows `{"messages", "images", "source", "id"}`.
+
+    Override `render` to change the text, `encode` to change ids, labels or loss weights of a row, `collate` to change
+    the batch. Everything runs in the data-loader workers; images are decoded here and nowhere earlier.
+
+    Args:
+        processor: The stack's processor.
+        max_length: Longest row in tokens, image tokens included; None for no limit. A longer conversation loses whole
+            turns from its end; one that does not fit with a single turn is an error that names it.
+        pad_to_multiple_of: Rounds the padded length up.
+        max_pixels: Largest image, in pixels, that is decoded.
+    """
+
+    def __init__(
+        self,
+        processor: VLMProcessor,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        max_pixels: int = 178_956_970,
+    ) -> None:
+        self.processor = processor
+        self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.max_pixels = max_pixels
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Batches rows: (B, S) `input_ids`, `attention_mask`, `labels`, and what `image_inputs` makes of images."""
+        return self.collate([self.encode(row) for row in rows])
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> RenderedChat:
+        """Messages → text, the places of images in it, and the character spans in the loss. To override."""
+        return self.processor.render(messages)
+
+    def encode(self, row: dict[str, Any], with_images: bool = True) -> Sample:
+        """One row → ids, labels and decoded images. To override (call this first, then change the sample).
+
+        Args:
+            row: A row of the dataset.
+            with_images: False measures a row without opening its images.
+
+        Raises:
+            UserError: Marks and images differ in number, nothing is supervised, the row cannot fit, an image is broken.
+        """
+        where = f"row {row['id']}"
+        messages, images = row["messages"], row["images"]
+        marks = sum(part["type"] == "image" for m in messages for part in _parts(m))
+        if marks != len(images):
+            raise UserError(
+                f"{where}: its text has room for {marks} images (image marks) but it comes with {len(images)}; "
+                f"give each image one mark."
+            )
+        chat, kept = self._fit(messages, where)
+        images = images[: chat.num_images]
+        if not any(label != -100 for label in chat.labels):
+            raise UserError(f"{where}: no token would be in the loss; give the row an answer from the assistant.")
+        decoded = (
+            [load_image(image, where=where, max_pixels=self.max_pixels) for image in images] if with_images else []
+        )
+        lost, instructions = (len(messages) - kept + 1) // 2, self.processor.instructions(messages[:kept])
+        return Sample(chat, decoded, str(row["id"]), turns_lost=lost, instructions=instructions)
+
+    def _fit(self, messages: Sequence[dict[str, Any]], where: str) -> tuple[EncodedChat, int]:
+        """Encodes as many whole turns as fit; returns them and the number of messages kept."""
+        kept = len(messages)
+        while True:
+            try:
+                chat = self.processor.encode_rendered(self.render(messages[:kept]))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            if self.max_length is None or len(chat.input_ids) <= self.max_length:
+                return chat, kept
+            previous = kept - 1
+            while previous > 0 and messages[previous - 1]["role"] != "assistant":
+                previous -= 1
+            if previous <= 0:
+                raise UserError(
+                    f"{where}: its first turn alone has {len(chat.input_ids)} tokens "
+                    f"({chat.num_images * self.processor.num_image_tokens} of them for images) but sft.max_length is "
+                    f"{self.max_length}; raise max_length or remove the row."
+                )
+            kept = previous
+
+    def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Samples → one padded batch. To override."""
+        chats = [sample.chat for sample in samples]
+        batch = dict(self.processor.batch(chats, multiple_of=self.pad_to_multiple_of))
+        images = [image for sample in samples for image in sample.images]
+        instructions = [text for sample in samples for text in sample.instructions]
+        batch.update(self.processor.image_inputs(images, instructions))
+        if any(sample.loss_weights is not None for sample in samples):
+            batch["loss_weights"] = _pad_weights(samples, batch["input_ids"].shape[1])
+        return batch
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def _pad_weights(samples: Sequence[Sample], length: int) -> torch.Tensor:
+    rows = [s.loss_weights if s.loss_weights is not None else [1.0] * len(s.chat.input_ids) for s in samples]
+    return torch.tensor([row + [0.0] * (length - len(row)) for row in rows])
+
+
+def load_collator_class(path: str) -> type[MultimodalCollator]:
+    """Finds a user's own collator by `package.module:Class`.
+
+    Raises:
+        UserError: The module or the class is not there, or is no `MultimodalCollator`.
+    """
+    module_name, _, class_name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise UserError(
+            f"collator: the module of {path!r} cannot be imported ({error}); is it installed, or in the "
+            f"folder you start from?"
+        ) from error
+    except AttributeError as error:
+        raise UserError(f"collator: the module {module_name!r} has no {class_name!r}.") from error
+    if not (isinstance(found, type) and issubclass(found, MultimodalCollator)):
+        raise UserError(f"collator: {path!r} is not a subclass of vlm_sft.MultimodalCollator.")
+    return found

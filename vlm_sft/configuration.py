@@ -1,0 +1,72 @@
+"""Configuration of the composed model, and the sizes that follow from its pieces."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class VLMConfig(PreTrainedConfig):
+    """What the composed model is made of; the sizes are those of the pieces.
+
+    Args:
+        vision_config: Configuration of the vision tower.
+        text_config: Configuration of the causal language model.
+        resampler_config: Configuration of the resampler, or None where there is none.
+        resampler_type: A key of `connectors.RESAMPLERS`, or None.
+        num_query_tokens: Tokens an image has after the resampler; ignored without one.
+        projector_type: A key of `connectors.PROJECTORS`.
+        projector_options: Options of that projector beside its two widths.
+        vision_feature_layer: -1 takes the tower's `last_hidden_state` (after its final norm), any other number takes
+            `hidden_states[number]` (LLaVA: -2).
+        vision_feature_select: `full` keeps every token, `patch` drops the class token in front (LLaVA).
+        image_token_id: Id of the placeholder. It may lie beyond the embedding matrix: it is never looked up.
+        num_image_tokens: T, for the processor and for checks.
+    """
+
+    model_type = "vlm_sft"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "resampler_config": SubConfigSpec(config_class=AutoConfig, model_type="blip_2_qformer", optional=True),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    resampler_config: dict | PreTrainedConfig | None = None
+    resampler_type: str | None = None
+    num_query_tokens: int = 32
+    projector_type: str = "linear"
+    projector_options: dict | None = None
+    vision_feature_layer: int = -1
+    vision_feature_select: str = "full"
+    image_token_id: int = 0
+    num_image_tokens: int = 0
+    tie_word_embeddings: bool = False
+
+    @property
+    def projector_widths(self) -> tuple[int, int]:
+        """(width that arrives at the projector, width of the language model's embeddings)."""
+        source = self.resampler_config if self.resampler_type else self.vision_config
+        assert isinstance(source, PreTrainedConfig) and isinstance(self.text_config, PreTrainedConfig)
+        return source.hidden_size, text_width_of(self.text_config)
+
+
+def text_width_of(config: PreTrainedConfig) -> int:
+    """Width of the token embeddings (OPT-350M embeds narrower than it computes)."""
+    text = config.get_text_config()
+    return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+
+
+def image_size_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """(height, width) in pixels that a vision configuration was made for."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def count_patches(config: PreTrainedConfig, height: int, width: int) -> int:
+    """Patches of an image of this size in pixels. What a tower gives before them are class and register tokens."""
+    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    return (height // patch) * (width // patch)

@@ -1,0 +1,120 @@
+"""The curves of a run as one picture."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES = "curves.png"
+LEARNING_RATE = "learning_rate"
+# A loss that falls by this factor shows nothing of its end on a linear axis.
+WIDE = 8.0
+MANY_POINTS = 80  # from here on a running mean is drawn over the single values
+
+Series = tuple[str, str]  # key in the log, name in the legend
+
+
+def draw_curves(history: list[dict[str, float]], path: str | Path, title: str = "") -> Path:
+    """Draws loss, token accuracy, image use, learning rates, throughput and data wait over the steps of a run.
+
+    Args:
+        history: `trainer.state.log_history`.
+        path: PNG file to write.
+        title: What the run is called.
+
+    Returns:
+        `path`.
+    """
+    # The object, not pyplot: pyplot would switch a notebook's backend.
+    from matplotlib.figure import Figure
+
+    panels: tuple[tuple[str, Sequence[Series]], ...] = (
+        ("loss", [("loss", "training"), ("eval_loss", "validation")]),
+        ("token accuracy", [("token_accuracy", "training"), ("eval_token_accuracy", "validation")]),
+        (
+            "image use: validation loss with",
+            [("eval_loss_own_image", "own image"), ("eval_loss_other_image", "another's image")],
+        ),
+        ("learning rate", learning_rates(history)),
+        ("tokens per second", [("tokens_per_second", "")]),
+        ("share of time waiting for data", [("data_wait_share", "")]),
+    )
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True)
+    for axis, (name, series) in zip(axes.flat, panels, strict=True):
+        _draw_panel(axis, name, series, history)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.suptitle(title, fontsize=12)
+    path = Path(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a Chinese title is shown as boxes
+        figure.savefig(path, dpi=110)
+    return path
+
+
+def learning_rates(history: list[dict[str, float]]) -> list[Series]:
+    """The learning rates in a log: one a part where the parts are told apart, else the one there is."""
+    parts = {key: key.removeprefix(f"{LEARNING_RATE}_") for row in history for key in row if key != LEARNING_RATE}
+    return [(key, part) for key, part in parts.items() if key.startswith(LEARNING_RATE)] or [(LEARNING_RATE, "")]
+
+
+def _draw_panel(axis: Axes, name: str, series: Sequence[Series], history: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    drawn: list[float] = []
+    for key, label in series:
+        points = [(row["step"], row[key]) for row in history if key in row and row["step"] > 0]
+        if points:
+            steps, values = zip(*points, strict=True)
+            _draw_line(axis, steps, values, label, smooth=name != "learning rate")
+            drawn += values
+    axis.set_title(name, loc="left", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+    if not drawn:
+        axis.set_yticks([])
+        axis.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axis.transAxes)
+        return
+    if name == "loss" and min(drawn) > 0 and max(drawn) > WIDE * min(drawn):
+        _use_log_scale(axis)
+    else:
+        axis.set_ylim(bottom=0, top=1.02 if name == "token accuracy" else None)
+    if name == "learning rate":
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
+    if name == "tokens per second":
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+    if name.startswith("share"):
+        axis.set_ylim(top=max(1.2 * max(drawn), 0.1))
+        axis.yaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
+    if any(label for _, label in series):
+        axis.legend(frameon=False, fontsize=9)
+
+
+def _draw_line(axis: Axes, steps: Sequence[float], values: Sequence[float], label: str, smooth: bool) -> None:
+    import numpy as np
+
+    many = smooth and len(steps) >= MANY_POINTS
+    style = {"alpha": 0.3} if many else {"label": label, "marker": "o" if len(steps) < 12 else ""}
+    (line,) = axis.plot(steps, values, markersize=4, **style)
+    if many:
+        sums = np.cumsum([0.0, *values])
+        half, at = len(values) // MANY_POINTS, np.arange(len(values))
+        starts, ends = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+        axis.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), label=label, color=line.get_color())
+
+
+def _use_log_scale(axis: Axes) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,41 @@
+"""The one exception for what a user can mend, and how a program ends on it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong: a recipe, a row, an image, a folder, a bundle.
+
+    The message is one sentence that says what is wrong, where (file, row, key) and how to mend it. The command line
+    prints it without a traceback and exits with code 2. Mistakes of the program itself are `assert`s, never this.
+    """
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Ends the program with exit code 2 and one line on stderr, without a traceback, when a `UserError` is raised.
+
+    Raises:
+        SystemExit: with code 2, in place of the `UserError`.
+    """
+    try:
+        yield
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        # Every process says its own: what goes wrong in one row goes wrong in one process only.
+        process = "" if rank == "0" else f" (process {rank})"
+        print(f"error{process}: {sentence_of(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def sentence_of(error: UserError) -> str:
+    """The sentence of an error on one line, without the traceback in which a data-loader worker of torch wraps it."""
+    text = str(error)
+    if "\nOriginal Traceback (most recent call last):" in text:
+        text = text.rpartition(f".{UserError.__name__}: ")[2]
+    return " ".join(line.strip() for line in text.strip().splitlines())

@@ -1,0 +1,61 @@
+"""The fresh process that loads an export as anyone would, with transformers alone, and compares it with the bundle.
+
+`python -m vlm_sft.export_check EXPORT PROBE` prints what differs as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+ADAPTER_FOLDER = "adapter"
+PROBE, PICTURE, CONVERSATION = "probe.safetensors", "picture.png", "messages.json"
+QUESTION = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this? 这是什么？"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "a red 3 红色"}]},
+    {"role": "user", "content": [{"type": "text", "text": "And now? 还有呢？"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "a blue 7"}]},
+]
+
+
+def noise_picture() -> Image.Image:
+    """A picture that is neither square nor of one colour, the same every time."""
+    noise = torch.randint(0, 256, (60, 84, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(noise.numpy())
+
+
+@torch.inference_mode()
+def compare(export: Path, probe: Path) -> dict[str, Any]:
+    """Loads the export in fp32, sends the probe's messages through its processor, and compares ids, pixels, logits."""
+    wanted = load_file(probe / PROBE)
+    messages = json.loads((probe / CONVERSATION).read_text(encoding="utf-8"))
+    processor = AutoProcessor.from_pretrained(export, backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32)
+    if (export / ADAPTER_FOLDER).is_dir():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, export / ADAPTER_FOLDER)
+    text = processor.apply_chat_template(messages)
+    images = [Image.open(probe / PICTURE).convert("RGB")]
+    special = not (processor.tokenizer.bos_token and text.startswith(processor.tokenizer.bos_token))
+    inputs = processor(text=text, images=images, return_tensors="pt", add_special_tokens=special)
+    same_ids = inputs["input_ids"].tolist() == wanted["input_ids"].tolist()
+    result: dict[str, Any] = {"text": text, "ids": same_ids, "positions": wanted["logits"].shape[1]}
+    if same_ids:
+        ours = wanted["logits"]
+        logits = model.eval()(**inputs).logits
+        result["pixels"] = float((inputs["pixel_values"] - wanted["pixel_values"]).abs().max())
+        result["max_difference"] = float((logits[..., : ours.shape[-1]] - ours).abs().max())
+        result["scale"] = float(ours.abs().max())
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(compare(Path(sys.argv[1]), Path(sys.argv[2]))))

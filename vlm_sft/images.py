@@ -1,0 +1,206 @@
+"""One image, whatever it is on disk, as an upright RGB picture, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import UserError
+
+MAX_PIXELS = 178_956_970  # where PIL itself calls an image a decompression bomb
+
+# What photos and screenshots come in. PIL knows more, but some of those start programs (EPS: Ghostscript) or accept
+# nearly any bytes (TGA).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "MPO")
+
+_MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG": "PNG",
+    b"GIF8": "GIF",
+    b"RIFF": "WebP",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+_NOT_IMAGES = {
+    b"<!doctype html": "HTML: a web page was saved in its place",
+    b"<html": "HTML: a web page was saved in its place",
+    b"<svg": "SVG, a drawing: convert it to PNG",
+    b"<?xml": "XML or SVG: convert a drawing to PNG",
+    b"{": "JSON: perhaps a server's error message",
+    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+    b"%pdf": "PDF: convert its pages to PNG",
+    b"%!ps": "PostScript: convert it to PNG",
+    b"pk\x03\x04": "a zip archive: unpack it",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+}
+
+
+def load_image(
+    image: Mapping[str, Any] | str | Path | bytes | Image.Image, *, where: str = "", max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Decode one image to 8-bit RGB, upright.
+
+    The EXIF rotation is applied; transparent pixels lie over white; of an animation the first frame is taken; CMYK,
+    palette and grey become RGB; 16-bit grey is scaled to 8 bits, not clipped. Files are closed before returning.
+
+    Args:
+        image: a row's ``{"path": ..., "bytes": ...}`` (bytes win), a path, encoded bytes, or a PIL image.
+        where: put in front of every error, for instance ``captions/17``.
+        max_pixels: the largest width times height. It is compared before anything is decoded. PIL's own limit
+            (178,956,970 by default) holds as well.
+
+    Returns:
+        A new PIL image of mode RGB with no reference to the file or to `image`.
+
+    Raises:
+        UserError: the image is missing, a folder, unreadable, empty, truncated, damaged, too large or not an image.
+    """
+    prefix = f"{where}: " if where else ""
+    if isinstance(image, Mapping):
+        encoded, path = image.get("bytes"), image.get("path")
+        if encoded is not None:
+            name = f" {path}" if path else ""
+            return _from_stream(io.BytesIO(encoded), f"{prefix}the embedded image{name}", max_pixels)
+        if not path:
+            raise UserError(f"{prefix}the image has neither a path nor bytes: give one of them.")
+        image = str(path)
+    if isinstance(image, Image.Image):
+        return _decode(image, f"{prefix}the image", max_pixels)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _from_stream(io.BytesIO(image), f"{prefix}the embedded image", max_pixels)
+    if isinstance(image, str | Path):
+        return _from_file(str(image), prefix, max_pixels)
+    raise UserError(f"{prefix}the image is of type {type(image).__name__}: give a path, encoded bytes or a PIL image.")
+
+
+def _from_file(path: str, prefix: str, max_pixels: int) -> Image.Image:
+    what = f"{prefix}the image {path}"
+    if "://" in path[:12]:
+        raise UserError(f"{what} is a URL and no URL is fetched: download it first and give the path of the file.")
+    try:
+        mode = os.stat(path).st_mode
+        # Opening a named pipe would wait for ever.
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise UserError(f"{what} is {kind}: give the path of one image file.")
+        with open(path, "rb") as stream:
+            return _from_stream(stream, what, max_pixels)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{prefix}{_missing(path)}") from None
+    except PermissionError:
+        raise UserError(f"{what} may not be read by this user: change its permissions.") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{what} cannot be opened ({reason}): check the path and the disk.") from None
+
+
+def _missing(path: str) -> str:
+    folder, name = os.path.split(path)
+    folder = folder or "."
+    if not os.path.isdir(folder):
+        return f"the image {name} was not found because the folder {folder} does not exist: correct the path."
+    stem = os.path.splitext(name)[0]
+    near = (stem + ending for ending in (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG"))
+    hint = next((f" (but {n} is there)" for n in near if os.path.exists(os.path.join(folder, n))), "")
+    return (
+        f"the image {name} was not found in the folder {folder}{hint}: correct the path in the data "
+        "or the source's `images` folder."
+    )
+
+
+def _from_stream(stream: IO[bytes], what: str, max_pixels: int) -> Image.Image:
+    head = stream.read(64)
+    stream.seek(0)
+    if not head:
+        raise UserError(f"{what} is empty (0 bytes): download it again or remove the row.")
+    with warnings.catch_warnings():
+        # PIL warns about odd but readable files; what cannot be read is an error below.
+        warnings.simplefilter("ignore")
+        Image.init()
+        try:
+            image = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
+        except Image.DecompressionBombError:
+            raise UserError(_too_large(what, None, max_pixels)) from None
+        except UnidentifiedImageError:
+            raise UserError(f"{what} {_unidentified(head)}.") from None
+        except Exception as error:  # the plugins let SyntaxError, struct.error, IndexError ... through
+            raise UserError(_damaged(what, error)) from None
+        with image:
+            return _decode(image, what, max_pixels)
+
+
+def _decode(image: Image.Image, what: str, max_pixels: int) -> Image.Image:
+    if image.width * image.height > max_pixels:
+        raise UserError(_too_large(what, image.size, max_pixels))
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except Exception as error:  # as in _from_stream: decoders raise anything
+        raise UserError(_damaged(what, error)) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block says nothing about rotation, and the pixels are fine
+        return image.copy()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = {}  # EXIF and colour profiles would travel with every pickled batch
+    return image
+
+
+def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """Scale grey pixels of 16 bits, 32 bits or float to 0..255 by the range that the type stands for."""
+    if pixels.dtype.kind == "f":
+        pixels = np.nan_to_num(pixels.astype(np.float64), posinf=0.0, neginf=0.0).clip(min=0.0)
+        full = next((full for full in (1.0, 255.0, 65535.0) if pixels.max() <= full), pixels.max())
+    else:
+        pixels = pixels.astype(np.float64).clip(min=0.0)
+        full = max(65535.0, pixels.max())  # mode I holds 16-bit data in practice
+    return np.rint(pixels * (255.0 / full)).astype(np.uint8)
+
+
+def _too_large(what: str, size: tuple[int, int] | None, max_pixels: int) -> str:
+    measure = f"has {size[0]} x {size[1]} pixels" if size else "has more pixels than PIL allows"
+    return f"{what} {measure}, more than the {max_pixels:,} allowed: scale it down or remove the row."
+
+
+def _damaged(what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return f"{what} is truncated or damaged ({reason}): download it again or remove the row."
+
+
+def _unidentified(head: bytes) -> str:
+    for magic, name in _MAGIC.items():
+        if head.startswith(magic):
+            return f"starts like a {name} but is truncated or damaged: download it again or remove the row"
+    if head[4:8] == b"ftyp":
+        return "is not an image that can be read (it looks like HEIC or a video): convert it to JPEG or PNG"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    looks = next((name for magic, name in _NOT_IMAGES.items() if text.startswith(magic)), None)
+    if looks is None and not head.strip(b"\0"):
+        looks = "only zero bytes, as after a broken download: download it again"
+    if looks is None and all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
+        looks = "text: download the image again or remove the row"
+    if looks is None:
+        return "is not an image in a format that can be read: convert it to JPEG or PNG"
+    return f"is not an image (it looks like {looks})"

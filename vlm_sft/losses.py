@@ -1,0 +1,51 @@
+"""The loss of language modelling over supervised positions alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# Positions scored at a time: bounds the logits in memory to this many rows of the vocabulary.
+CHUNK = 1024
+Score = Callable[[torch.Tensor], torch.Tensor]
+
+
+def supervised_losses(
+    score: Score, hidden: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross entropy of every supervised position, a chunk at a time: full (B, S, vocabulary) logits never exist.
+
+    Args:
+        score: (positions, D) → (positions, vocabulary) logits; the head and what follows it.
+        hidden: (B, S, D) outputs; position s - 1 is scored against the label at s.
+        labels: (B, S), -100 where nothing is learned.
+        loss_weights: (B, S) factors; default 1.
+
+    Returns:
+        For the supervised positions, in reading order: losses, whether the label is the most likely token, weights.
+    """
+    labels = labels.to(hidden.device)[:, 1:]
+    mask = labels != -100
+    picked, targets = hidden[:, :-1][mask], labels[mask]
+    weights = torch.ones_like(targets, dtype=torch.float32) if loss_weights is None else loss_weights[:, 1:][mask]
+    if not targets.numel():  # keeps the graph: every parameter still gets its (zero) gradient
+        nothing = torch.zeros(0, device=hidden.device) + hidden.float().sum() * 0.0
+        return nothing, torch.zeros(0, dtype=torch.bool, device=hidden.device), weights
+    losses, hits = [], []
+    for chunk, wanted in zip(picked.split(CHUNK), targets.split(CHUNK), strict=True):
+        # Logits of a chunk are made again in the backward pass, so no more than one chunk lives at a time.
+        if chunk.requires_grad:
+            loss, hit = checkpoint(_chunk_losses, score, chunk, wanted, use_reentrant=False)
+        else:
+            loss, hit = _chunk_losses(score, chunk, wanted)
+        losses.append(loss)
+        hits.append(hit)
+    return torch.cat(losses), torch.cat(hits), weights
+
+
+def _chunk_losses(score: Score, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = score(hidden).float()
+    return F.cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).detach()

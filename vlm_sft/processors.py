@@ -1,0 +1,81 @@
+"""The processor of a recipe's stack: what its tower, its language model and its resampler bring along."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, BlipImageProcessorPil
+
+from .chat_template import load_template
+from .checkpoints import unreachable
+from .configuration import VLMConfig, image_size_of
+from .errors import UserError
+from .processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
+from .sizes import is_foreign
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+def build_processor(recipe: Recipe, config: VLMConfig) -> VLMProcessor:
+    """Image processor of the vision tower, tokenizer of the language model, the recipe's chat template."""
+    tower, lm = recipe.stack.vision_tower, recipe.stack.language_model
+    image_processor = _load_image_processor(tower, config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            lm.pretrained, revision=lm.revision, trust_remote_code=lm.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise unreachable(lm.pretrained, "stack.language_model.pretrained") from error
+    processor = VLMProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        chat_template=load_template(recipe.chat_template),
+        num_image_tokens=config.num_image_tokens,
+        pad_to_square=tower.pad_to_square,
+        system=recipe.system,
+    )
+    if recipe.stack.resampler and recipe.stack.resampler.type == "instruct_qformer":
+        processor.qformer_tokenizer = _load_qformer_tokenizer(recipe.stack.resampler)
+        _check_vocabulary(len(processor.qformer_tokenizer), config)
+    return processor
+
+
+def _load_qformer_tokenizer(spec: Any) -> Any:
+    """The tokenizer that the recipe names, at the top of its folder, or the one that lies in the checkpoint."""
+    options = {"revision": spec.revision, "subfolder": QFORMER_TOKENIZER}
+    if spec.tokenizer:
+        options = {"revision": None, "subfolder": ""}
+    try:
+        return load_qformer_tokenizer(spec.tokenizer or spec.pretrained, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"stack.resampler: {spec.tokenizer or spec.pretrained!r} has no tokenizer for the instruction that the "
+            f"Q-Former reads; name one under stack.resampler.tokenizer (published: google-bert/bert-base-uncased)."
+        ) from error
+
+
+def _check_vocabulary(size: int, config: VLMConfig) -> None:
+    rows = getattr(config.resampler_config, "vocab_size", 0)
+    if size > rows:
+        raise UserError(
+            f"stack.resampler.tokenizer: it has {size} tokens, but the Q-Former knows {rows}; use the tokenizer that "
+            f"the Q-Former was trained with."
+        )
+
+
+def _load_image_processor(tower: Any, config: VLMConfig) -> Any:
+    """The tower's own; for layouts without one: bicubic to a square, OpenAI's mean and std (LAVIS, Owl and Qwen-VL)."""
+    if is_foreign(tower, "stack.vision_tower.pretrained"):
+        height, width = image_size_of(config.vision_config)
+        return BlipImageProcessorPil(size={"height": height, "width": width})
+    try:
+        # The PIL backend everywhere: the torchvision one resizes slightly differently, and a bundle must give the
+        # same pixels on every machine.
+        return AutoImageProcessor.from_pretrained(
+            tower.pretrained, revision=tower.revision, trust_remote_code=tower.trust_remote_code, backend="pil"
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"stack.vision_tower.pretrained: {tower.pretrained!r} has no image processor (preprocessor_config.json)."
+        ) from error

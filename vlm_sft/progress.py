@@ -1,0 +1,162 @@
+"""What a person sees of a run while it runs: a live bar at the terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .curves import CURVES, draw_curves
+
+__all__ = ["CURVES", "RichProgress", "describe", "draw_curves"]
+
+
+class RichProgress(TrainerCallback):
+    """A progress bar with loss, accuracy, throughput, data wait and time left; plain lines where there is no terminal.
+
+    At the terminal the newest numbers stand below the bar and evaluations scroll by above it.
+
+    Args:
+        console: Where to print; default standard error, so that standard output stays free for results.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._numbers = ""
+        self._began = (0.0, 0)  # when, and at which step
+        self._evaluated = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Shows the bar."""
+        self._began = (time.monotonic(), state.global_step)
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        self.close()
+        self._bar = _Bar(
+            TextColumn("[bold]training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+            expand=True,
+            transient=True,  # the last numbers are printed when it goes
+        )
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, left="", numbers="")
+        self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, left=self._left(state))
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says how far an evaluation is."""
+        if self._bar is not None:
+            self._evaluated += 1
+            batches = len(kwargs["eval_dataloader"])
+            self._bar.update(self._task, numbers=f"validation: batch {self._evaluated} of {batches}")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Back to the numbers of the training."""
+        self._evaluated = 0
+        if self._bar is not None:
+            self._bar.update(self._task, numbers=self._numbers)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Shows the newest numbers."""
+        if not state.is_world_process_zero or not logs:
+            return
+        line = describe(logs)
+        if self._bar is not None and "loss" in logs:
+            self._numbers = line
+            self._bar.update(self._task, numbers=line)
+        elif self._bar is not None and "train_runtime" in logs:
+            self.close()
+            self._print(f"step {state.global_step:,}: {self._numbers}")
+            self._print(line)
+        elif self._bar is not None or "loss" not in logs:
+            self._print(f"step {state.global_step:,}: {line}")
+        else:
+            left = self._left(state)
+            self._print(f"step {state.global_step:,}/{state.max_steps:,}: {line}{' · ' if left else ''}{left}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the bar away."""
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar away; to be called also where the training ends by an error, which leaves no cursor else."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _left(self, state: TrainerState) -> str:
+        """Time left, by the mean over the steps so far, evaluations and saves included."""
+        when, first = self._began
+        done, missing = state.global_step - first, state.max_steps - state.global_step
+        if done <= 0 or missing <= 0:
+            return ""
+        return f"{duration((time.monotonic() - when) / done * missing)} left"
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Bar(Progress):
+    """A bar with a second line of numbers, which a narrow terminal cuts instead of squeezing the bar."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(f"  {task.fields['numbers']}", no_wrap=True, overflow="ellipsis")
+
+
+def duration(seconds: float) -> str:
+    """`0:12:30`, from a day on `2d 7h`."""
+    whole = round(seconds)
+    return f"{whole // 86400}d {whole % 86400 // 3600}h" if whole >= 86400 else str(timedelta(seconds=whole))
+
+
+def describe(logs: dict[str, float]) -> str:
+    """The numbers of one log in words, the important ones first."""
+    words = []
+    if "loss" in logs:
+        words.append(f"loss {logs['loss']:.3f}")
+    if "token_accuracy" in logs:
+        words.append(f"accuracy {logs['token_accuracy']:.1%}")
+    if "tokens_per_second" in logs:
+        words.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    if "data_wait_share" in logs:
+        words.append(f"data wait {logs['data_wait_share']:.0%}")
+    if "eval_loss" in logs:
+        words.append(f"validation loss {logs['eval_loss']:.3f}")
+    if "eval_token_accuracy" in logs:
+        words.append(f"accuracy {logs['eval_token_accuracy']:.1%}")
+    if "eval_image_use" in logs:
+        words.append(f"image use {logs['eval_image_use']:+.3f}")
+    if "train_runtime" in logs:
+        mean = logs.get("train_loss", float("nan"))
+        words.append(f"trained for {duration(logs['train_runtime'])}, mean loss {mean:.3f}")
+    return " · ".join(words) or ", ".join(f"{name} {value}" for name, value in logs.items())

@@ -1,0 +1,335 @@
+"""A recipe: one YAML file that describes one training stage, read and checked before any weight is.
+
+Only what is ours has a model here. `sft:`, `lora:` and `quantization:` are passed on to the libraries' own classes,
+which `vlm_sft.configs` builds. The cross-field rules live in `vlm_sft.recipe_rules`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from .assets import closest, list_recipes, recipe_path
+from .configs import build_lora_config, build_sft_config, validate_libraries
+from .errors import UserError
+from .recipe_rules import PARTS, first_broken_rule
+from .yaml_file import KeyPath, YamlFile, dump_yaml
+
+__all__ = [
+    "PARTS",
+    "Data",
+    "LanguageModel",
+    "Projector",
+    "Recipe",
+    "Resampler",
+    "Source",
+    "Stack",
+    "VisionTower",
+    "build_lora_config",
+    "build_sft_config",
+    "load_recipe",
+    "recipe_schema",
+    "validate_libraries",
+]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class _Model(BaseModel):
+    # strict: `true` is not a learning rate and "5" is not a number; YAML already says which type a value has.
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class _Piece(_Model):
+    """What every part of the stack can say about where it comes from."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repository."""
+    trust_remote_code: bool = False
+    """Run Python code that a Hub repository brings along. Only for repositories you have read."""
+
+
+class _Picked(_Piece):
+    """A part that can be picked out of files of other layouts."""
+
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Sizes that no tensor tells, or in place of those of the checkpoint: `{num_attention_heads: 16}`."""
+    more: list[str] = Field(default_factory=list)
+    """Further weight files for what the first lacks (MiniGPT-4: the norm after the ViT is in the Q-Former's file)."""
+
+
+class VisionTower(_Picked):
+    """The part that turns an image into patch features."""
+
+    pretrained: str
+    """Hub id or folder of any checkpoint that contains a vision encoder, or a weight file of LAVIS or MiniGPT-4."""
+    feature_layer: int = -1
+    """-1 is the tower's last hidden state after its final norm (BLIP-2); -2 is `hidden_states[-2]` (LLaVA)."""
+    feature_select: Literal["full", "patch"] = "full"
+    """`full` keeps every token (BLIP-2), `patch` drops the class token (LLaVA)."""
+    pad_to_square: bool = False
+    """Pad images to a square with the mean colour before resizing (LLaVA-1.5)."""
+    dtype: Dtype | None = None
+    """Type of the weights; unset: float32 where trained, else what `sft:` computes in."""
+
+
+class Resampler(_Picked):
+    """The part that turns patch features into a fixed number of query features. Leave it out for LLaVA."""
+
+    type: Literal["qformer", "instruct_qformer", "abstractor", "cross_attention"]
+    """`qformer` (BLIP-2), `instruct_qformer` (InstructBLIP: reads the instruction too), `abstractor` (mPLUG-Owl) or
+    `cross_attention` (Qwen-VL)."""
+    pretrained: str | None = None
+    """Hub id or folder of any checkpoint that contains the resampler, or a weight file of LAVIS or MiniGPT-4."""
+    tokenizer: str | None = None
+    """instruct_qformer: Hub id or folder of its own tokenizer. Unset: `qformer_tokenizer` in the checkpoint."""
+
+
+class Projector(_Piece):
+    """The part that maps features to the width of the language model. Its sizes come from its neighbours."""
+
+    type: Literal["linear", "linear_end", "linear_no_bias", "mlp", "pixel_shuffle"]
+    """`linear` (BLIP-2, MiniGPT-4), `mlp` (LLaVA-1.5), `pixel_shuffle` (folds neighbouring patches, then linear),
+    `linear_end` (mPLUG-Owl: a learned token ends the image) or `linear_no_bias` (Qwen-VL)."""
+    init: Literal["default", "match_embeddings"] = "default"
+    """`match_embeddings` scales a new projector's output to the language model's embeddings."""
+    depth: Annotated[int, Field(ge=1)] = 2
+    """mlp: number of linear layers."""
+    activation: str = "gelu"
+    """mlp: the function between the layers, as transformers names it."""
+    scale_factor: Annotated[int, Field(ge=1)] = 2
+    """pixel_shuffle: side of the square of patches that becomes one token."""
+    pretrained: str | None = None
+    """Hub id, folder or file to read the projector from, instead of starting it anew."""
+
+
+class LanguageModel(_Piece):
+    """The causal language model that reads the projected features among its embeddings."""
+
+    pretrained: str
+    """Hub id or folder of any causal language model of transformers."""
+    dtype: Dtype | None = None
+    """Type of the weights; unset: float32 where trained, else what `sft:` computes in."""
+    attn_implementation: str | None = None
+    """As transformers names it, for example `sdpa` or `flash_attention_2`."""
+
+
+class Stack(_Model):
+    """The four parts, in the order an image passes them."""
+
+    vision_tower: VisionTower
+    """Image → patch features."""
+    resampler: Resampler | None = None
+    """Patch features → a fixed number of query features; leave it out for LLaVA."""
+    projector: Projector
+    """Features → the width of the language model."""
+    language_model: LanguageModel
+    """A causal language model, which reads the projected features among its embeddings."""
+
+
+class Source(_Model):
+    """One source of rows: local files or a dataset on the Hub."""
+
+    path: str
+    """File, folder or Hub dataset id."""
+    format: Literal["messages", "llava", "caption", "vqa"]
+    """`messages` (TRL conversational), `llava` (LLaVA/ShareGPT JSON), `caption` or `vqa`; see docs/data.md."""
+    name: str | None = None
+    """What logs, row ids and evaluation call it. Default: the last part of `path` without its suffix."""
+    images: str | None = None
+    """Folder that relative image paths start from. Default: the folder of `path`."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our column name → the one in the file, for example `{caption: text}`."""
+    prompts: list[str] = Field(default_factory=list)
+    """caption: what the user asks; one is drawn for each row, seeded."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Share of this source under `sampling: weights`; under the others a factor on its share."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Use the first so many rows."""
+
+    @model_validator(mode="after")
+    def _name_it(self) -> Source:
+        if self.name is None:
+            # Not Path.stem alone: `org/data` and `folder/` have no suffix to lose, `a.b.json` loses only the last.
+            self.name = Path(self.path.rstrip("/\\")).stem or self.path
+        return self
+
+
+class Data(_Model):
+    """What is trained and evaluated on."""
+
+    train: list[Source] = Field(min_length=1)
+    """Training sources; several are mixed as `sampling` says."""
+    eval: list[Source] = Field(default_factory=list)
+    """Sources for the evaluations during training; choices are made on these."""
+    test: list[Source] = Field(default_factory=list)
+    """Sources for the final number; nothing is chosen by them."""
+    sampling: Literal["proportional", "sqrt", "weights"] = "proportional"
+    """How sources are mixed: by size, by its square root (InstructBLIP), or by each source's `weight`."""
+
+
+_TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
+_SFT_SCHEMA: dict[str, Any] = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
+
+
+class Recipe(_Model):
+    """One training stage. Relative paths are relative to the working directory."""
+
+    stack: Stack
+    """The four parts of the model, in the order an image passes them."""
+    init_from: str | None = None
+    """Bundle of the earlier stage to start from. Its parts must be the same; what differs is named."""
+    chat_template: str
+    """Name of a chat template that ships, or path of a `.jinja` file with generation markers."""
+    system: str | None = None
+    """System prompt for conversations that have none. Unset: the template's own."""
+    train: dict[str, float] = Field(default_factory=dict, json_schema_extra=_TRAIN_SCHEMA)
+    """Part → peak learning rate. What is not named is frozen."""
+    lora: dict[str, Any] | None = None
+    """LoRA on the language model: arguments of `peft.LoraConfig`. Its learning rate is `sft.learning_rate`."""
+    quantization: dict[str, Any] | None = None
+    """QLoRA: the language model alone is loaded in 4 or 8 bits; arguments of `transformers.BitsAndBytesConfig`."""
+    data: Data
+    """Sources to train on, to evaluate on and to test on."""
+    collator: str | None = None
+    """Your own collator, `package.module:Class`. Unset: `MultimodalCollator`."""
+    collator_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the collator."""
+    sft: dict[str, Any] = Field(json_schema_extra=_SFT_SCHEMA)
+    """Arguments of `trl.SFTConfig`, passed on as they are. `output_dir` is required."""
+    generation: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of `transformers.GenerationConfig` for chat, generate and evaluate."""
+
+    _file: YamlFile | None = PrivateAttr(default=None)
+    _path: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _keep_rules(self) -> Recipe:
+        broken = first_broken_rule(self)
+        if broken is not None:
+            path, sentence = broken
+            raise PydanticCustomError("rule", "{sentence}", {"sentence": sentence, "path": path})
+        return self
+
+    @property
+    def path(self) -> Path | None:
+        """The file that the recipe was read from, if it was."""
+        return self._path
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns the recipe with overrides, interpolations and defaults filled in, as plain dicts and lists."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Returns `resolved()` as YAML that `load_recipe` reads back to an equal recipe."""
+        return dump_yaml(self.resolved())
+
+    def where(self, path: KeyPath) -> str:
+        """Says where a key was set, for messages: `recipes/x.yaml, line 12` or `override "sft.max_steps=1"`."""
+        return self._file.where(path) if self._file is not None else "the recipe"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe, puts overrides on top, fills in `${...}` and checks all of it, without weights and without torch.
+
+    Args:
+        path: file of a recipe, or the bare name of one that ships, like `quickstart_stage1`.
+        overrides: `key.path=value` each; the value is YAML, an index of a list is a number
+            (`data.train.0.max_rows=10`), a mapping or a list replaces the old one.
+
+    Returns:
+        The checked recipe. Names inside `sft:`, `lora:` and `quantization:` are checked by `validate_libraries`.
+
+    Raises:
+        UserError: one sentence that says what is wrong and where: file and line, or the override.
+    """
+    found = _find_recipe(path)
+    file = YamlFile.read(found)
+    data = file.resolve(overrides)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_sentence(error, file)) from error
+    recipe._file = file
+    recipe._path = found
+    return recipe
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Returns the JSON schema of a recipe, with which editors complete and check recipes."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "vlm_sft recipe"}
+
+
+def _find_recipe(path: str | Path) -> Path:
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    if given.is_dir():
+        raise UserError(f"{path} is a folder; name the recipe's YAML file in it.")
+    shipped = list_recipes()
+    if str(path) in shipped:
+        return recipe_path(str(path))
+    beside = sorted(str(other) for other in given.parent.glob("*.yaml")) if given.parent.is_dir() else []
+    if hint := closest(str(given), beside):
+        raise UserError(f"the recipe {path} does not exist; did you mean {hint}?")
+    hint = closest(given.stem, shipped)
+    raise UserError(
+        f"the recipe {path} does not exist; "
+        + (f'"{hint}" ships with vlm_sft and can be named like that.' if hint else f"these ship: {', '.join(shipped)}.")
+    )
+
+
+def _sentence(error: ValidationError, file: YamlFile) -> str:
+    """Turns pydantic's report into one sentence about the first thing to mend."""
+    problems = error.errors(include_url=False)
+    # A misspelt required key is reported twice, as unknown and as missing: the first says how to mend it.
+    problem = min(problems, key=lambda each: each["type"] != "extra_forbidden")
+    if problem["type"] == "rule":
+        return f"{file.where(problem['ctx']['path'])}: {problem['ctx']['sentence']}"
+    path = tuple(part for part in problem["loc"] if part != "[key]")
+    dotted = ".".join(map(str, path))
+    where = file.where(path)
+    if problem["type"] == "extra_forbidden":
+        valid = _keys_at(path[:-1])
+        hint = closest(str(path[-1]), valid)
+        advice = f'did you mean "{hint}"?' if hint else f"these are valid here: {', '.join(valid)}."
+        return f'{where}: unknown key "{dotted}"; {advice}'
+    if problem["type"] == "missing":
+        return f'{where}: the key "{dotted}" is missing.'
+    if problem["type"] == "too_short":
+        return f'{where}: "{dotted}" must not be empty.'
+    return f'{where}: "{dotted}" {_expectation(problem["msg"])}, not {problem["input"]!r}.'
+
+
+def _expectation(message: str) -> str:
+    """`Input should be a valid integer` → `must be a valid integer`."""
+    if message.startswith("Input should"):
+        return "must" + message.removeprefix("Input should")
+    return f"is wrong ({message})"
+
+
+def _keys_at(path: KeyPath) -> list[str]:
+    """Returns the keys that a recipe may have at a place, by walking the JSON schema."""
+    schema = recipe_schema()
+    definitions = schema["$defs"]
+    here: dict[str, Any] = schema
+    for part in path:
+        here = here["items"] if isinstance(part, int) else here["properties"][part]
+        for choice in here.get("anyOf", [here]):
+            if "$ref" in choice:
+                here = definitions[choice["$ref"].rsplit("/", 1)[-1]]
+    return list(here["properties"])
+
+
+if __name__ == "__main__":
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))

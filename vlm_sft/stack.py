@@ -1,0 +1,283 @@
+"""A recipe's stack → model, processor and freeze plan.
+
+The same code composes real weights for a run and empty tensors for a dry run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
+
+from .configs import build_quantization_config, computes_in
+from .configuration import VLMConfig, count_patches, image_size_of
+from .connectors import build_projector
+from .errors import UserError
+from .freeze import FreezePlan
+from .modeling import Parts, VLMForConditionalGeneration, build_vision_tower
+from .parts import (
+    load_language_model,
+    load_projector_weights,
+    load_resampler,
+    load_vision_tower,
+)
+from .pieces import pieces_of
+from .processor import VLMProcessor
+from .processors import build_processor
+from .sizes import language_model_config, resampler_config, vision_tower_config
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+# Towers that fit their position table to the image: DINOv2 is made for 518 pixels and published with 224.
+INTERPOLATING = ("dinov2", "dinov2_with_registers")
+# EVA ViT-g, with which BLIP-2's loss became infinite in fp16 (LAVIS#267); upstream trains it under loss scaling.
+OVERFLOWING = ("blip_2_vision_model", "instructblip_vision_model")
+PROJECTOR_OPTIONS = {"mlp": ("depth", "activation"), "pixel_shuffle": ("scale_factor",)}
+
+
+@dataclass
+class Stack:
+    """What a recipe composes.
+
+    Attributes:
+        model: The composed model, freeze plan applied.
+        processor: Its processor.
+        plan: The freeze plan.
+        pieces: Part → where it came from: id, revision and fingerprint (none for a dry run).
+    """
+
+    model: VLMForConditionalGeneration
+    processor: VLMProcessor
+    plan: FreezePlan
+    pieces: dict[str, dict[str, Any]]
+
+
+def build_stack(
+    recipe: Recipe,
+    say: Callable[[str], None] = lambda message: None,
+    composed: tuple[VLMConfig, VLMProcessor] | None = None,
+) -> Stack:
+    """Loads the pieces of a recipe and composes them.
+
+    Args:
+        recipe: A validated recipe.
+        say: Receives one sentence for each thing that was done without being asked for.
+        composed: What `compose` gave, where it was called before.
+
+    Raises:
+        UserError: A piece cannot be had, or two pieces do not fit.
+    """
+    stack = recipe.stack
+    config, processor = composed or compose(recipe)
+    for token in processor.added_tokens:
+        say(f"The tokenizer of {stack.language_model.pretrained} had no {token} token: it was added (no embedding is).")
+    for part in ("vision_tower", "language_model"):
+        if getattr(stack, part).trust_remote_code:
+            say(f"stack.{part}.trust_remote_code is on: code from {getattr(stack, part).pretrained} is executed.")
+    if warning := precision_warning(recipe, config):
+        say(warning)
+    tower = load_vision_tower(stack.vision_tower, dtype_of(recipe, "vision_tower"))
+    resampler = load_resampler(stack.resampler) if stack.resampler else None
+    projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
+    if stack.projector.pretrained:
+        load_projector_weights(projector, stack.projector.pretrained, stack.projector.revision)
+    dtype = dtype_of(recipe, "language_model")
+    options = {}
+    if (quantised := build_quantization_config(recipe, str(dtype).removeprefix("torch."))) is not None:
+        options["quantization_config"] = quantised
+    language_model = load_language_model(stack.language_model, dtype, **options)
+    model = VLMForConditionalGeneration(config, Parts(tower, resampler, projector, language_model))
+    plan = plan_of(recipe)
+    plan.apply(model)
+    return Stack(model, processor, plan, pieces_of(recipe, model))
+
+
+def build_empty_stack(recipe: Recipe) -> Stack:
+    """The same stack on the meta device: every size and name, no weight is read."""
+    config, processor = compose(recipe)
+    with torch.device("meta"):
+        model = VLMForConditionalGeneration(config)
+    for part in ("vision_tower", "language_model"):
+        getattr(model.model, part).to(dtype_of(recipe, part))
+    model.lm_head.to(dtype_of(recipe, "language_model"))
+    if (quantised := build_quantization_config(recipe)) is not None:
+        from transformers.integrations import replace_with_bnb_linear
+
+        replace_with_bnb_linear(model.model.language_model, quantised.llm_int8_skip_modules, quantised)
+    plan = plan_of(recipe)
+    plan.apply(model)
+    return Stack(model, processor, plan, {})
+
+
+def compose(recipe: Recipe) -> tuple[VLMConfig, VLMProcessor]:
+    """Configuration and processor of a recipe's stack, from small files alone; every width is checked here."""
+    stack = recipe.stack
+    tower = stack.vision_tower
+    vision_config = vision_tower_config(tower)
+    lm = stack.language_model
+    text_config = language_model_config(lm)[0]
+    if type(text_config) not in AutoModelForCausalLM._model_mapping and not lm.trust_remote_code:
+        raise UserError(
+            f"stack.language_model.pretrained: a {text_config.model_type!r} checkpoint is no causal language model."
+        )
+    options = PROJECTOR_OPTIONS.get(stack.projector.type, ())
+    config = VLMConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        projector_type=stack.projector.type,
+        projector_options={name: getattr(stack.projector, name) for name in options},
+        vision_feature_layer=tower.feature_layer,
+        vision_feature_select=tower.feature_select,
+    )
+    if stack.resampler:
+        _add_resampler(config, stack.resampler, vision_config)
+    _check_feature_layer(tower.feature_layer, vision_config)
+    processor = build_processor(recipe, config)
+    size = check_image_size(config, processor, tower.pretrained)
+    config.num_image_tokens = processor.num_image_tokens = count_image_tokens(config, size)
+    config.image_token_id = processor.image_token_id
+    return config, processor
+
+
+def _check_feature_layer(layer: int, vision_config: PreTrainedConfig) -> None:
+    """`hidden_states` has one entry before the first layer and one after each."""
+    layers = getattr(vision_config, "num_hidden_layers", None)
+    if layers is not None and not -layers - 1 <= layer <= layers:
+        raise UserError(
+            f"stack.vision_tower.feature_layer is {layer}, but the vision tower has {layers} layers: use -1 (after its "
+            f"final norm), or a number from {-layers - 1} to {layers}."
+        )
+
+
+def check_image_size(config: VLMConfig, processor: VLMProcessor, name: str) -> tuple[int, int]:
+    """(height, width) in pixels that the image processor gives, found by sending two blank images through it.
+
+    Raises:
+        UserError: The size depends on the image, or is not the one that the tower was made for. Some towers raise
+            nothing then and read wrong positions (BLIP-2's takes the first rows of its position table).
+    """
+    key = "stack.vision_tower.pretrained"
+    try:
+        pixels = [processor.encode_images([Image.new("RGB", shape)]) for shape in ((96, 64), (64, 96))]
+        sizes = {tuple(each.shape) for each in pixels if each is not None}
+        ((_, _, height, width),) = sizes  # one shape, of four dimensions
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{key}: the image processor of {name!r} does not turn each image into one picture of a fixed size; give "
+            f"it a fixed size in preprocessor_config.json."
+        ) from error
+    vision_config: Any = config.vision_config
+    wanted = image_size_of(vision_config)
+    if (height, width) != wanted and vision_config.model_type not in INTERPOLATING:
+        raise UserError(
+            f"{key}: the image processor of {name!r} gives images of {height}×{width} pixels but its vision tower was "
+            f"made for {wanted[0]}×{wanted[1]}; correct the size in preprocessor_config.json."
+        )
+    return height, width
+
+
+def _add_resampler(config: VLMConfig, spec: Any, vision_config: PreTrainedConfig) -> None:
+    qformer, num_query_tokens = resampler_config(spec)
+    if qformer.encoder_hidden_size != vision_config.hidden_size:
+        raise UserError(
+            f"The vision tower gives features of width {vision_config.hidden_size} but the resampler of "
+            f"{spec.pretrained!r} reads width {qformer.encoder_hidden_size}; take both from the same checkpoint, or "
+            f"leave the resampler out and use an mlp projector."
+        )
+    config.resampler_config, config.resampler_type = qformer, spec.type
+    config.num_query_tokens = num_query_tokens
+
+
+def count_image_tokens(config: VLMConfig, size: tuple[int, int] | None = None) -> int:
+    """Tokens that an image becomes, found by sending an empty image through an empty image path.
+
+    Args:
+        config: Configuration of the stack.
+        size: (height, width) of the image in pixels; default what the tower was made for.
+
+    Raises:
+        UserError: The projector cannot fold this number of patches.
+    """
+    height, width = size or image_size_of(config.vision_config)
+    with torch.device("meta"):
+        if config.resampler_type:
+            tokens = config.num_query_tokens
+        else:
+            tower = build_vision_tower(config.vision_config)
+            tokens = tower(torch.empty(1, 3, height, width)).last_hidden_state.shape[1]
+            if config.vision_feature_select == "patch":
+                tokens = count_patches(config.vision_config, height, width)
+        in_width, out_width = config.projector_widths
+        projector = build_projector(config.projector_type, in_width, out_width, **(config.projector_options or {}))
+        return projector(torch.empty(1, tokens, in_width)).shape[1]
+
+
+def plan_of(recipe: Recipe) -> FreezePlan:
+    """The recipe's freeze plan: `train:` as it stands, adapters at `sft.learning_rate`."""
+    rate = float(recipe.sft.get("learning_rate", 2e-5)) if recipe.lora is not None else None
+    return FreezePlan(dict(recipe.train), rate)
+
+
+def dtype_of(recipe: Recipe, part: str) -> torch.dtype:
+    """Type of a part's weights: the recipe's, else fp32 where it is trained, else what the run computes in.
+
+    What is trained stays in fp32 under autocast: bf16 weights lose small updates.
+    """
+    if name := getattr(getattr(recipe.stack, part), "dtype", None):
+        return getattr(torch, name)
+    return torch.float32 if part in recipe.train else getattr(torch, computes_in(recipe))
+
+
+def precision_warning(recipe: Recipe, config: VLMConfig) -> str | None:
+    """One sentence when fp16 is asked for with a vision tower that is known to overflow in it, else None."""
+    kind = config.vision_config.model_type  # type: ignore[union-attr]
+    if kind not in OVERFLOWING or torch.float16 not in (dtype_of(recipe, "vision_tower"), _autocast(recipe)):
+        return None
+    return (
+        f"fp16 with the vision tower of {recipe.stack.vision_tower.pretrained}: this ViT is known to overflow in fp16 "
+        f"(LAVIS#267), and the loss becomes NaN or infinite then; use sft.bf16=true, or fp32 (sft.fp16=false "
+        f"sft.bf16=false) where the device has no bf16."
+    )
+
+
+def _autocast(recipe: Recipe) -> torch.dtype:
+    return getattr(torch, computes_in(recipe))
+
+
+@torch.no_grad()
+def match_embeddings(
+    model: VLMForConditionalGeneration, pixel_values: torch.Tensor, **instruction: torch.Tensor | None
+) -> float:
+    """Scales the projector so that its output has the root mean square of the language model's embeddings.
+
+    A projector whose output starts far above that scale can ruin stage 1. The last linear layer is scaled.
+
+    Args:
+        model: The composed model.
+        pixel_values: (N, 3, H, W) a few real images.
+        **instruction: Their instructions as a batch holds them, for a resampler that reads those.
+
+    Returns:
+        The factor that was applied.
+    """
+    table = model.get_input_embeddings().weight.detach().float()
+    target = table.pow(2).mean().sqrt()
+    was_training = model.training
+    model.eval()
+    measured = model.get_image_features(pixel_values, **instruction).float().pow(2).mean().sqrt()
+    model.train(was_training)
+    factor = float(target / measured)
+    last: nn.Linear = model.model.projector.last_linear
+    last.weight.mul_(factor)
+    if last.bias is not None:
+        last.bias.mul_(factor)
+    return factor

@@ -1,0 +1,308 @@
+"""The program that `accelerate launch -m vlm_sft.train RECIPE [key.path=value …]` runs: one recipe, one stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError, exit_on_user_error
+from .quiet import quiet_libraries
+from .rows import describe_rows, load_rows, measure_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.console import Console
+    from trl import SFTConfig
+
+    from .collator import MultimodalCollator
+    from .processor import VLMProcessor
+    from .recipe import Recipe
+    from .stack import Stack
+    from .trainer import VLMSFTTrainer
+
+__all__ = [
+    "build_collator",
+    "check_output_dir",
+    "check_processes",
+    "describe_rows",
+    "dry_run",
+    "finish",
+    "load_rows",
+    "main",
+    "measure_rows",
+    "train",
+]
+
+METRICS = "metrics.json"
+
+
+def train(recipe: Recipe) -> Path:
+    """Runs the stage that a recipe describes and writes its bundle.
+
+    What is cheap to check is checked first; weights are read when recipe, folders and every row are in order.
+
+    Args:
+        recipe: A validated recipe.
+
+    Returns:
+        The folder of the bundle.
+
+    Raises:
+        UserError: Anything a user can mend.
+    """
+    from transformers import set_seed
+
+    from .adapters import lora_config
+    from .bundle import Provenance, read_manifest
+    from .handover import hand_over
+    from .recipe import build_sft_config, validate_libraries
+    from .stack import build_stack, compose
+    from .trainer import VLMSFTTrainer
+
+    console = _console()
+    validate_libraries(recipe)
+    args = build_sft_config(recipe)
+    if recipe.sft.get("bf16") is None and not args.fp16:
+        can = "this device can" if args.bf16 else "this device has no bf16"
+        _say(console, f"Computing in {'bf16' if args.bf16 else 'fp32'}: the recipe does not say sft.bf16, and {can}.")
+    check_processes(args)
+    check_output_dir(args)
+    if recipe.init_from:
+        read_manifest(recipe.init_from)
+    composed = compose(recipe)
+    collator = build_collator(recipe, composed[1], args)
+    train_rows, eval_rows, notes = load_rows(recipe, collator, args, console)
+    set_seed(args.seed)
+    with console.status("Loading the pieces"):
+        stack = build_stack(recipe, partial(_say, console), composed)
+    if recipe.init_from:
+        parts = hand_over(stack, recipe.init_from)
+        _say(
+            console, f"Starting from {recipe.init_from}: {', '.join(parts)} taken over; the frozen pieces are the same."
+        )
+    elif recipe.stack.projector.init == "match_embeddings":
+        _match_embeddings(stack, collator, train_rows, console)
+    trainer = VLMSFTTrainer(
+        stack.model,
+        args,
+        collator,
+        train_rows,
+        stack.processor,
+        lora_config(recipe, stack.model),
+        plan=stack.plan,
+        eval_dataset=eval_rows,
+        provenance=Provenance(recipe, stack.pieces, notes),
+    )
+    console.print(trainer.plan.table(trainer.model))
+    with _progress(trainer, console):
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
+        if eval_rows is not None and args.eval_strategy == "no":
+            trainer.evaluate()
+    return finish(trainer, collator, console)
+
+
+def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
+    """Writes bundle, metrics and curves, then proves in a fresh process that the bundle gives the same logits."""
+    from .card import write_card
+    from .parity import check_parity
+    from .progress import CURVES, draw_curves
+
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model(str(folder))
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        history = trainer.state.log_history
+        (folder / METRICS).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+        curves = draw_curves(history, folder / CURVES, title=folder.name)
+        rows = trainer.train_dataset.select(range(min(4, len(trainer.train_dataset))))
+        with console.status("Loading the bundle in a fresh process to compare its logits"):
+            parity = check_parity(folder, trainer.accelerator.unwrap_model(trainer.model), collator(list(rows)))
+        write_card(folder)
+        _say(
+            console,
+            f"Parity: reloaded in a fresh process, {parity['positions']} positions, largest difference of a logit "
+            f"{parity['max_difference']:.2g}.",
+        )
+        _say(console, f"Bundle: {folder}\nCurves: {curves}")
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> MultimodalCollator:
+    """The recipe's collator, or ours, with the recipe's arguments.
+
+    Raises:
+        UserError: The class cannot be found or does not take these arguments.
+    """
+    from .collator import MultimodalCollator, load_collator_class
+
+    kind = MultimodalCollator
+    if recipe.collator:
+        # `python -m` looks in the current folder, a console command does not; the user's module lies there.
+        sys.path.insert(0, os.getcwd()) if os.getcwd() not in sys.path else None
+        kind = load_collator_class(recipe.collator)
+    multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None
+    try:
+        return kind(processor, max_length=args.max_length, pad_to_multiple_of=multiple, **recipe.collator_args)
+    except TypeError as error:
+        raise UserError(f"collator_args: {kind.__name__} does not take them: {error}.") from error
+
+
+def check_processes(args: SFTConfig) -> None:
+    """Refuses to run several times beside each other into one folder, where the processes did not find each other.
+
+    Raises:
+        UserError: The launcher started several processes, but there is one to train with.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != args.world_size:
+        raise UserError(
+            f"{started} processes were started, but each would train alone, because there is no GPU here; set "
+            f"sft.use_cpu=true to train on the CPU together, or start one process."
+        )
+
+
+def check_output_dir(args: SFTConfig) -> None:
+    """Refuses to write over an earlier run.
+
+    Raises:
+        UserError: The folder is not empty and nothing is resumed, or there is nothing to resume.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"sft.output_dir {str(folder)!r} is a file; choose another.")
+    # A run that ended before its first save may have left logs, which are no reason to refuse the next one.
+    full = folder.is_dir() and any(path.name != "runs" for path in folder.iterdir())
+    if args.resume_from_checkpoint:
+        wanted = args.resume_from_checkpoint
+        if wanted in (True, "true", "True"):
+            if not full or get_last_checkpoint(str(folder)) is None:
+                raise UserError(
+                    f"sft.resume_from_checkpoint is set, but {str(folder)!r} has no checkpoint; leave it out to start."
+                )
+            args.resume_from_checkpoint = True
+        elif not Path(wanted).is_dir():
+            raise UserError(f"sft.resume_from_checkpoint: there is no folder {wanted!r}.")
+    elif full:
+        raise UserError(
+            f"sft.output_dir {str(folder)!r} is not empty; choose another, remove it, or go on with "
+            f"sft.resume_from_checkpoint=true."
+        )
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Prints the resolved recipe, the freeze plan and the sizes; reads no weights."""
+    from .adapters import add_adapter, lora_config
+    from .freeze import bytes_of
+    from .recipe import validate_libraries
+    from .stack import build_empty_stack, precision_warning
+
+    validate_libraries(recipe)
+    console = _console(stderr=False)
+    console.print(recipe.to_yaml(), markup=False, highlight=False)
+    stack = build_empty_stack(recipe)
+    if warning := precision_warning(recipe, stack.model.config):
+        _say(console, warning)
+    model: Any = stack.model
+    config = lora_config(recipe, model)
+    if config is not None:
+        model = add_adapter(model, config, autocast_adapter_dtype=False)
+        stack.plan.apply(model)
+    console.print(stack.plan.table(model))
+    weights = sum(bytes_of(p) for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = stack.processor.num_image_tokens
+    _say(
+        console,
+        f"An image becomes {tokens} {'token' if tokens == 1 else 'tokens'}.\n"
+        f"Weights take {_gib(weights)}. Training {trained:,} parameters takes another {_gib(trained * 12)} (gradients "
+        f"and AdamW's two moments in fp32), and activations come on top.\nNo weight was read.",
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses `RECIPE [key.path=value …] [--dry-run]` and runs it."""
+    parser = argparse.ArgumentParser(prog="python -m vlm_sft.train", description=__doc__)
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set any key of the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print recipe, freeze plan and sizes; read no weights")
+    given = parser.parse_args(argv)
+    with exit_on_user_error():
+        from .recipe import load_recipe
+
+        recipe = load_recipe(given.recipe, given.overrides)
+        quiet_libraries()
+        if given.dry_run:
+            dry_run(recipe)
+        else:
+            train(recipe)
+            _leave_process_group()
+
+
+def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset, console: Console) -> None:
+    from .modeling import INSTRUCTION
+    from .stack import match_embeddings
+
+    for start in range(0, len(rows), 8):
+        batch = collator([rows[i] for i in range(start, min(start + 8, len(rows)))])
+        if "pixel_values" in batch:
+            images = {name: batch[name] for name in ("pixel_values", *INSTRUCTION) if name in batch}
+            factor = match_embeddings(stack.model, **images)
+            _say(console, f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
+            return
+    raise UserError("stack.projector.init is match_embeddings, but no row of data.train has an image.")
+
+
+@contextmanager
+def _progress(trainer: VLMSFTTrainer, console: Console) -> Iterator[None]:
+    """Our progress bar in place of transformers'; an error leaves the terminal as it was."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from .progress import RichProgress
+
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    bar = RichProgress(console)
+    trainer.add_callback(bar)
+    try:
+        yield
+    finally:
+        bar.close()
+
+
+def _leave_process_group() -> None:
+    """Torch warns of processes that end without saying so."""
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        PartialState().destroy_process_group()
+
+
+def _say(console: Console, message: str) -> None:
+    """Prints a message as it is: brackets are no markup, and a log file's lines are not broken."""
+    console.print(message, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _console(stderr: bool = True) -> Console:
+    """A console that speaks on the first process alone; wide enough for tables where there is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0", soft_wrap=False)
+    return console if console.is_terminal else Console(stderr=stderr, quiet=console.quiet, width=120)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+if __name__ == "__main__":
+    main()

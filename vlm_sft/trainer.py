@@ -1,0 +1,244 @@
+"""TRL's `SFTTrainer` with what vision-language training needs, and nothing else.
+
+Added: learning rates by part, a loss that scores only supervised positions on every device, throughput and data-wait
+metrics, the image-use metric at every evaluation, and a bundle at every save.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from trl import SFTConfig, SFTTrainer
+
+from .adapters import add_adapter
+from .bundle import Provenance, load_trained, save_bundle
+from .freeze import FreezePlan, is_quantised
+from .modeling import VLMForConditionalGeneration
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .collator import MultimodalCollator
+    from .processor import VLMProcessor
+
+# What is added up over the batches since the last log, on every process.
+COUNTERS = (
+    *("hits", "supervised", "tokens", "samples", "wait_seconds", "step_seconds"),
+    *("own_loss", "other_loss", "image_tokens"),
+)
+
+
+class VLMSFTTrainer(SFTTrainer):
+    """Trains a composed stack.
+
+    Args:
+        model: The composed model.
+        args: TRL's own configuration, unchanged.
+        data_collator: Makes the batches.
+        train_dataset: Rows `{"messages", "images", "source", "id"}`.
+        processing_class: The stack's processor.
+        peft_config: PEFT's own configuration, or None for no adapter.
+        plan: The freeze plan; applied after the adapters are in, asserted on the optimizer.
+        eval_dataset: Rows like the training rows, or None.
+        provenance: What a bundle says about where it came from; None saves trained weights and processor alone.
+        image_use: Measures at each evaluation how much the loss depends on the image (a second forward pass).
+        **kwargs: Passed on to `SFTTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: VLMForConditionalGeneration,
+        args: SFTConfig,
+        data_collator: MultimodalCollator,
+        train_dataset: Dataset,
+        processing_class: VLMProcessor,
+        peft_config: LoraConfig | None = None,
+        *,
+        plan: FreezePlan,
+        eval_dataset: Dataset | None = None,
+        provenance: Provenance | None = None,
+        image_use: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.plan = plan
+        self.provenance = provenance
+        self.image_use = image_use
+        self._sums: dict[str, defaultdict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._last_images: torch.Tensor | None = None
+        args.remove_unused_columns = False  # the collator needs every column
+        if args.ddp_find_unused_parameters is None:
+            # Every batch gives every trained parameter a gradient (VLMModel.embed), so there is nothing to search;
+            # but a tower's pooling head, and its layers behind `feature_layer`, are never reached.
+            args.ddp_find_unused_parameters = "vision_tower" in plan.train
+        if peft_config is not None and is_quantised(model):
+            model, peft_config = add_adapter(model, peft_config), None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        plan.apply(self.model)  # PEFT froze everything but its own weights
+
+    # -- learning rates ---------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that transformers builds, its groups split so that each part learns at its own rate."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            target = self.model if model is None else model
+            self.plan.split_by_rate(optimizer, target)
+            self.plan.check_optimizer(optimizer.param_groups, target)
+        return optimizer
+
+    # -- loss and metrics -------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """Loss over supervised positions alone; the full (B, S, vocabulary) logits never exist."""
+        outputs = model(**inputs, supervised_only=True, use_cache=False, num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The divisor counts the tokens of every rank, and DDP averages the gradients over the ranks.
+            loss = loss * self.accelerator.num_processes
+        sums = self._sums["train" if self.model.training else "eval"]
+        sums["hits"] += float(outputs.token_hits.sum())
+        sums["supervised"] += outputs.token_hits.numel()
+        sums["tokens"] += float(inputs["attention_mask"].sum())
+        sums["samples"] += inputs["input_ids"].shape[0]
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetches the next batches and measures how long the trainer waited for them."""
+        start = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._sums["train"]["wait_seconds"] += time.perf_counter() - start
+        return batches
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass, timed."""
+        start = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self._sums["train"]["step_seconds"] += time.perf_counter() - start
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Evaluation loss of a batch and, where it has images, the loss with images of other samples."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            if self.image_use and inputs.get("pixel_values") is not None:
+                self._measure_image_use(model, inputs, outputs.token_losses)
+        return loss.detach(), None, None
+
+    def _measure_image_use(self, model: nn.Module, inputs: dict[str, Any], own: torch.Tensor) -> None:
+        """Adds the losses of the rows whose images could all be exchanged, with own and with other images."""
+        images = inputs["pixel_values"]
+        token_id, per_image = self.processing_class.image_token_id, self.processing_class.num_image_tokens
+        counts = (inputs["input_ids"] == token_id).sum(1) // per_image
+        owners = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        swapped, exchanged = exchange_images(images, owners, self._last_images)
+        self._last_images = images
+        complete = (counts > 0) & ~torch.zeros_like(counts, dtype=torch.bool).index_put_(
+            (owners[~exchanged],), torch.ones_like(owners[~exchanged], dtype=torch.bool)
+        )
+        if not complete.any():
+            return
+        other = model(**{**inputs, "pixel_values": swapped}, supervised_only=True, use_cache=False).token_losses
+        rows = (inputs["labels"][:, 1:] != -100).nonzero()[:, 0]
+        chosen = complete[rows]
+        sums = self._sums["eval"]
+        sums["own_loss"] += float(own[chosen].sum())
+        sums["other_loss"] += float(other[chosen].sum())
+        sums["image_tokens"] += int(chosen.sum())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds our metrics, summed over all processes since the last log, and hands on to transformers."""
+        mode = "train" if self.model.training else "eval"
+        sums = self._reduced(mode)
+        prefix = "" if mode == "train" else "eval_"
+        if sums["supervised"]:
+            logs[f"{prefix}token_accuracy"] = sums["hits"] / sums["supervised"]
+        busy = (sums["step_seconds"] + sums["wait_seconds"]) / self.accelerator.num_processes
+        if mode == "train" and busy and sums["samples"]:
+            logs["tokens_per_second"] = sums["tokens"] / busy
+            logs["samples_per_second"] = sums["samples"] / busy
+            logs["data_wait_share"] = sums["wait_seconds"] / self.accelerator.num_processes / busy
+        if mode == "train" and "learning_rate" in logs:  # which is the first group's
+            rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups if "part" in group}
+            logs.update({f"learning_rate_{part}": rate for part, rate in rates.items()} if len(rates) > 1 else {})
+        if sums["image_tokens"]:
+            own, other = sums["own_loss"] / sums["image_tokens"], sums["other_loss"] / sums["image_tokens"]
+            logs.update(eval_loss_own_image=own, eval_loss_other_image=other, eval_image_use=other - own)
+        self._sums[mode].clear()
+        super().log(logs, start_time)
+
+    def _reduced(self, mode: str) -> defaultdict[str, float]:
+        local = torch.tensor([self._sums[mode][name] for name in COUNTERS], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            local = self.accelerator.reduce(local.float().to(self.accelerator.device), reduction="sum").double().cpu()
+        return defaultdict(float, zip(COUNTERS, local.tolist(), strict=True))
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Every save is a bundle: trained parameters, adapter, processor, provenance; no frozen weight, no pickle."""
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        save_bundle(folder, model, self.processing_class, self.plan, self.provenance, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(Path(resume_from_checkpoint), model or self.accelerator.unwrap_model(self.model), self.plan)
+
+    def _load_best_model(self) -> None:
+        # transformers looks for whole weights, finds none in a bundle and would go on with the last ones.
+        load_trained(Path(self.state.best_model_checkpoint), self.accelerator.unwrap_model(self.model), self.plan)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card names the wrong task; the bundle writes its own."""
+
+
+def exchange_images(
+    images: torch.Tensor, owners: torch.Tensor, spare: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gives each image's place to an image that another row owns and that looks different.
+
+    Args:
+        images: (N, 3, H, W) images of a batch.
+        owners: (N,) row of each image.
+        spare: (M, 3, H, W) images of an earlier batch, for batches with a single owner.
+
+    Returns:
+        (N, 3, H, W) images, and (N,) whether each was exchanged.
+    """
+    pool = images if spare is None else torch.cat([images, spare])
+    pool_owners = torch.cat([owners, owners.new_full((len(pool) - len(images),), -1)])
+    chosen, found = [], []
+    for i in range(len(images)):
+        order = [(i + shift) % len(pool) for shift in range(1, len(pool))]
+        fit = next((j for j in order if pool_owners[j] != owners[i] and not torch.equal(pool[j], images[i])), None)
+        chosen.append(i if fit is None else fit)
+        found.append(fit is not None)
+    return pool[chosen], torch.tensor(found, device=images.device)
