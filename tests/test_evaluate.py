@@ -103,13 +103,13 @@ def test_the_command_hands_everything_on(bundle, monkeypatch):
     ],
 )
 def test_what_is_refused_before_weights_are_read(bundle, monkeypatch, options, sentence):
-    monkeypatch.setattr("vlm_sft.bundle.load", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("vlm_sft.loading.load", lambda *args: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=sentence):
         run(str(bundle), **options)
 
 
 def test_rows_are_read_before_weights(bundle, questions, monkeypatch):
-    monkeypatch.setattr("vlm_sft.bundle.load", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("vlm_sft.loading.load", lambda *args: pytest.fail("weights were read"))
     with open(questions, "a", encoding="utf-8") as stream:
         stream.write('{"image": "x.png", "question": "what is this?", "answer": ""}\n')
     with pytest.raises(UserError, match=r"questions\.jsonl, line 7: .*answer"):

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from vlm_sft import load_recipe
-from vlm_sft.bundle import load
 from vlm_sft.collator import MultimodalCollator
 from vlm_sft.errors import UserError
 from vlm_sft.generation import answer, prepare
+from vlm_sft.loading import load
 from vlm_sft.stack import build_stack
 from vlm_sft.train import train
 

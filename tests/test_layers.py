@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pieces",),
     ("stack",),
     ("bundle",),
+    ("loading",),
     ("handover",),
     # Layer 5: what is done with them.
     ("parity", "progress", "rows", "scoring", "trainer"),
@@ -45,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
-READS_RECIPES = {"adapters", "bundle", "chat", "cli", "configs", "data", "evaluate"}
+READS_RECIPES = {"adapters", "bundle", "chat", "cli", "configs", "data", "evaluate", "loading"}
 READS_RECIPES |= {"merged", "pieces", "processors", "recipe_rules", "rows", "scoring", "stack", "train"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers", "trl"}

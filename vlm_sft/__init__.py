@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import lora_config
-    from .bundle import load, save_bundle
+    from .bundle import save_bundle
     from .chat_template import render_chat
     from .collator import MultimodalCollator, Sample
     from .configuration import VLMConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .freeze import FreezePlan
     from .generation import answer, stream_answer
     from .handover import hand_over
+    from .loading import load
     from .modeling import VLMForConditionalGeneration, VLMModel
     from .processor import VLMProcessor
     from .recipe import Recipe, load_recipe
@@ -31,7 +32,7 @@ _HOMES = {
     "build_stack": "stack",
     "FreezePlan": "freeze",
     "hand_over": "handover",
-    "load": "bundle",
+    "load": "loading",
     "load_mixture": "data",
     "load_recipe": "recipe",
     "load_source": "data",

@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .bundle import RECIPE, load
+from .bundle import RECIPE
 from .errors import UserError
 from .generation import answer, check_length, check_options, encode_question
+from .loading import load
 from .processor import VLMProcessor
 from .question_file import Question, conversation, read_questions
 
@@ -47,7 +48,7 @@ def generate(
         batch_size: Rows answered at a time.
         images: Folder that relative image paths start from; default the folder of the input.
         options: For transformers' `generate`, over the recipe's `generation`.
-        trust_remote_code: See `bundle.load`.
+        trust_remote_code: See `loading.load`.
 
     Raises:
         UserError: A file is wrong, or some rows could not be answered (after all others were).
@@ -85,7 +86,7 @@ def open_bundle(
     """Model, processor and the settings of the bundle's recipe with `options` over them.
 
     Raises:
-        UserError: As `bundle.load`.
+        UserError: As `loading.load`.
     """
     logging.disable_progress_bar()  # one bar for each file of weights would stand between the lines
     model, processor = load(bundle, trust_remote_code=trust_remote_code)

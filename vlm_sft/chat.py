@@ -45,7 +45,7 @@ def chat(
         images: Image files that belong to the first question.
         question: Asked once, and only the answer is printed; without it a conversation is held over standard input.
         options: For transformers' `generate`, over the recipe's `generation`.
-        trust_remote_code: See `bundle.load`.
+        trust_remote_code: See `loading.load`.
 
     Raises:
         UserError: The bundle, an image or an option is wrong; within a conversation errors are said and it goes on.

@@ -34,7 +34,7 @@ def run(
         batch_size: Questions answered at a time.
         output: Where the results go; default `eval.json` in the bundle.
         max_rows: Only the first so many rows of each source.
-        trust_remote_code: See `bundle.load`.
+        trust_remote_code: See `loading.load`.
         recipe: A recipe whose `data` is used in place of the bundle's own.
 
     Returns:
@@ -45,8 +45,9 @@ def run(
     """
     quiet_libraries()
 
-    from .bundle import load, read_manifest, recipe_of
+    from .bundle import read_manifest
     from .card import write_card
+    from .loading import load, recipe_of
     from .recipe import load_recipe
 
     folder = Path(bundle)

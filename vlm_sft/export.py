@@ -18,10 +18,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .bundle import load, read_manifest, recipe_of
+from .bundle import read_manifest
 from .card import write_export_card
 from .errors import UserError
 from .export_check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, QUESTION, noise_picture
+from .loading import load, recipe_of
 from .merged import write_merged
 from .native import native_form, native_model, native_processor, to_causal_lm
 from .parity import TOLERANCE, environment
@@ -55,7 +56,7 @@ def export(
         to: `transformers` (the native class), `vllm` (its published key names) or `bundle-merged`.
         keep_adapter: Leaves LoRA unmerged, in the subfolder `adapter`.
         dtype: Type of the weights: `float32`, `bfloat16` or `float16`; default that of the bundle's language model.
-        trust_remote_code: See `bundle.load`.
+        trust_remote_code: See `loading.load`.
 
     Returns:
         What was written (`to`, `form`, `dtype`) and `max_difference`, `tolerance`, `positions`.

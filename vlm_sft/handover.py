@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .bundle import load_trained, read_manifest
+from .bundle import read_manifest
 from .errors import UserError
 from .freeze import FreezePlan, is_quantised
+from .loading import load_trained
 from .pieces import compare_pieces
 from .stack import Stack
 

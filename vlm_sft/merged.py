@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from .bundle import RECIPE, Provenance, read_manifest, recipe_of, save_bundle
+from .bundle import RECIPE, Provenance, read_manifest, save_bundle
 from .card import write_card
 from .export_check import QUESTION, noise_picture
 from .freeze import FreezePlan, part_of
+from .loading import recipe_of
 from .native import to_causal_lm
 from .parity import check_parity, probe_logits
 from .pieces import pieces_of

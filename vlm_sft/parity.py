@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .bundle import load, update_manifest
+from .bundle import update_manifest
 from .errors import UserError, exit_on_user_error
+from .loading import load
 from .modeling import INSTRUCTION
 
 # Same weights, same code, another process: equal on a CPU up to the order of threads, on a GPU up to kernel choice.

@@ -17,8 +17,9 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from .adapters import add_adapter
-from .bundle import Provenance, load_trained, save_bundle
+from .bundle import Provenance, save_bundle
 from .freeze import FreezePlan, is_quantised
+from .loading import load_trained
 from .modeling import VLMForConditionalGeneration
 
 if TYPE_CHECKING:

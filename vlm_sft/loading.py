@@ -1,0 +1,168 @@
+"""Loads a bundle: base pieces by their ids, then what was trained, key by key. Nothing in it is unpickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .adapters import add_adapter
+from .bundle import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED, parameters_of, read_manifest
+from .errors import UserError
+from .freeze import PARTS, FreezePlan
+from .pieces import compare_pieces
+from .processor import VLMProcessor
+from .recipe import Recipe, load_recipe
+from .stack import build_stack
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    *,
+    unquantised: bool = False,
+) -> tuple[nn.Module, VLMProcessor]:
+    """Loads a bundle: base pieces by their ids, then what was trained.
+
+    Args:
+        path: Folder of the bundle.
+        device: Where to; default the first GPU if there is one, else the CPU.
+        dtype: Type of all weights; default as in training.
+        trust_remote_code: Lets base pieces run the Python code that they bring, where the bundle's recipe asks for
+            it. A bundle may come from a stranger, so its own word is not enough.
+        unquantised: Loads the language model of a QLoRA bundle in full; its logits differ by the error of the bits.
+
+    Returns:
+        The model in evaluation mode and its processor.
+
+    Raises:
+        UserError: No bundle, another base, or a missing, extra or misshapen tensor; the message names it.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    recipe = recipe_of(folder, manifest)
+    if not trust_remote_code:
+        refuse_remote_code(recipe, str(folder))
+    if unquantised:
+        recipe = recipe.model_copy(update={"quantization": None})
+    stack = build_stack(recipe)
+    compare_pieces(manifest["pieces"], stack.pieces, str(folder))
+    model: nn.Module = stack.model
+    if manifest["adapter"]:
+        model = _add_adapter(folder, model)
+    load_trained(folder, model, stack.plan)
+    model.requires_grad_(False)
+    try:
+        processor = VLMProcessor.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(folder)!r} is no whole bundle: its processor cannot be read ({error}).") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device) if dtype is None else model.to(device, dtype)
+    for name, value in recipe.generation.items():
+        setattr(stack.model.generation_config, name, value)
+    return model.eval(), processor
+
+
+def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
+    """The recipe of a bundle, with what lies in the bundle put in place of what the recipe named.
+
+    The template and the projector are the bundle's own, and a base piece that was given as a relative path is looked
+    for where it was then.
+    """
+    if not (folder / RECIPE).is_file():
+        raise UserError(f"{str(folder)!r} cannot be loaded: it was saved without its recipe ({RECIPE}).")
+    overrides: dict[str, Any] = {
+        "chat_template": str((folder / TEMPLATE).resolve()),
+        "stack.projector.pretrained": None,
+        "stack.projector.init": "default",
+    }
+    for part, piece in manifest["pieces"].items():
+        if not Path(piece["pretrained"]).exists() and Path(piece.get("path", "")).is_absolute():
+            overrides[f"stack.{part}.pretrained"] = piece["path"]
+        if "more" in piece:
+            overrides[f"stack.{part}.more"] = piece["more"]
+    return load_recipe(folder / RECIPE, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+
+
+def refuse_remote_code(recipe: Recipe, where: str) -> None:
+    """Raises a UserError when a recipe asks to run code of a base piece."""
+    for part in PARTS:
+        piece = getattr(recipe.stack, part)
+        if piece is not None and piece.trust_remote_code:
+            raise UserError(
+                f"{where!r} wants to run Python code that {piece.pretrained!r} brings along (stack.{part}."
+                f"trust_remote_code); read that code, then allow it with --trust-remote-code (trust_remote_code=True)."
+            )
+
+
+def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:
+    """Wraps the model as it was in training; weights come later, key by key."""
+    for name in (ADAPTER_CONFIG, ADAPTER):
+        if not (folder / name).is_file():
+            raise UserError(f"{str(folder)!r} has no {name}, but its model has an adapter; it is no whole bundle.")
+    config = PeftConfig.from_pretrained(str(folder))
+    base, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns of any name but its own
+    config.init_lora_weights = True
+    wrapped = add_adapter(model, config)
+    config.base_model_name_or_path = base
+    return wrapped
+
+
+def load_trained(folder: Path, model: nn.Module, plan: FreezePlan) -> None:
+    """Puts what a bundle holds (and its adapter, where the model has one) into a model, key by key.
+
+    Args:
+        folder: The bundle.
+        model: The model to fill.
+        plan: What this run trains; the bundle must hold it.
+
+    Raises:
+        UserError: A key is missing, too many, or of another shape.
+    """
+    held = set(read_manifest(folder).get("held", ()))
+    saved = _read_tensors(folder / TRAINED)
+    wanted = parameters_of(model, held | set(plan.train))
+    check_keys(saved, wanted, folder / TRAINED)
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(saved[name])
+    if isinstance(model, PeftModel):
+        adapter = _read_tensors(folder / ADAPTER)
+        check_keys(adapter, get_peft_model_state_dict(model, save_embedding_layers=False), folder / ADAPTER)
+        set_peft_model_state_dict(model, adapter)
+
+
+def check_keys(saved: dict[str, torch.Tensor], wanted: dict[str, Any], path: Path) -> None:
+    """Compares names and shapes of tensors in a file with those a model needs.
+
+    Raises:
+        UserError: One is missing, too many, or of another shape; the message names it.
+    """
+    if missing := sorted(set(wanted) - set(saved)):
+        raise UserError(f"{str(path)!r} lacks {len(missing)} trained tensors, for instance {missing[0]!r}.")
+    if extra := sorted(set(saved) - set(wanted)):
+        raise UserError(f"{str(path)!r} holds {len(extra)} tensors that this model has not, for instance {extra[0]!r}.")
+    for name, tensor in wanted.items():
+        if saved[name].shape != tensor.shape:
+            raise UserError(
+                f"{str(path)!r}: tensor {name!r} has the shape {tuple(saved[name].shape)}, but this model needs "
+                f"{tuple(tensor.shape)}."
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Safetensors alone: nothing in a bundle is ever unpickled."""
+    if not path.is_file():
+        raise UserError(f"{str(path.parent)!r} is no whole bundle: it has no {path.name}.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(path)!r} is no whole safetensors file: {error}.") from error
