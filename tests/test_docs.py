@@ -124,8 +124,8 @@ def test_paths_in_the_text_exist(page):
             assert (ROOT / code).exists(), code
         if found := re.fullmatch(r"make ([a-z-]+)\b.*", code):
             assert found[1] in make_targets(), code
-        if found := re.fullmatch(r"vlm-sft ([a-z]+)\b.*", code):
-            assert found[1] in {"train", "chat", "generate", "evaluate", "export", "recipes"}, code
+        if found := re.fullmatch(r"vlm-sft ([a-z][a-z-]*).*", code):
+            assert found[1] in {"train", "chat", "generate", "evaluate", "export", "recipes", "apply-delta"}, code
 
 
 # Commands
@@ -198,6 +198,10 @@ def check_vlm_sft(monkeypatch, tmp_path):
             setattr(stand_in, function, note)
         monkeypatch.setitem(sys.modules, f"vlm_sft.{module}", stand_in)
         monkeypatch.setattr(vlm_sft, module, stand_in, raising=False)
+    stand_in = types.ModuleType("vlm_sft.delta")
+    done = {"tables": "sum", "rows_added": {}, **dict.fromkeys(("tensors", "summed", "left_out", "bytes", "shards"), 1)}
+    stand_in.apply_delta = lambda *args, **kwargs: done
+    monkeypatch.setitem(sys.modules, "vlm_sft.delta", stand_in)
     stand_in = types.ModuleType("vlm_sft.export")
     stand_in.export = lambda *args, **kwargs: {"positions": 1, "max_difference": 0.0, "tolerance": 1e-4}
     monkeypatch.setitem(sys.modules, "vlm_sft.export", stand_in)

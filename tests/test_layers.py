@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "configuration", "formats", "freeze", "images", "losses", "mplug_owl", "readers"),
     ("template_sandbox",),
     ("chat_template", "qwen_vl"),
-    ("connectors", "layouts"),
+    ("connectors", "delta", "layouts"),
     ("sizes",),
     # Layer 3: the model, the processor, the data.
     ("data", "modeling", "processor"),

@@ -92,7 +92,11 @@ class Checkpoint:
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shapes of these tensors."""
-        return {name: shape for name, shape, _ in self._walk(names, sample=True)}
+        return {name: shape for name, (shape, _) in self.kinds(names).items()}
+
+    def kinds(self, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and types of these tensors."""
+        return {name: (shape, tensor.dtype) for name, shape, tensor in self._walk(names, sample=True)}
 
     def fingerprint(self, names: Iterable[str] | None = None) -> str:
         """Short hash of names, shapes, types and first values of these tensors (default: of all).

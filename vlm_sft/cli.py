@@ -156,6 +156,27 @@ def export(
     )
 
 
+@app.command("apply-delta")
+def apply_delta(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="What the delta was made from.", show_default=False)],
+    delta: Annotated[str, typer.Argument(metavar="DELTA", help="What is published.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    tables: Annotated[
+        str | None, typer.Option(help="Embeddings and head of the delta: whole (Ziya) or sum (Vicuna); unset, told.")
+    ] = None,
+) -> None:
+    """Put a language model together that is published as a delta (Ziya-LLaMA, Vicuna), shard by shard."""
+    from .delta import apply_delta as run
+
+    done = run(base, delta, out, tables, say=typer.echo)
+    how = "the delta's own, not added" if done["tables"] == "whole" else "added, as everything else"
+    rows = "".join(f"; {name} has {more} rows more than the base" for name, more in done["rows_added"].items())
+    typer.echo(
+        f"{out}: {done['tensors']} tensors, {done['summed']} of them base + delta; embeddings and head: {how}{rows}; "
+        f"{done['left_out']} computed tables left out; {done['bytes'] / 1e9:.2f} GB in {done['shards']} shards."
+    )
+
+
 @recipes_app.command("list")
 def list_() -> None:
     """Print the names of the recipes that ship, and what each is."""
