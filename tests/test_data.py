@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
@@ -12,42 +11,19 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from source_files import captions, refused, write
 
-from vlm_sft.data import FEATURES, check_images, load_mixture, load_source, mixture_counts, mixture_order
+from vlm_sft.data import FEATURES, check_images, load_mixture, load_source
 from vlm_sft.errors import UserError
 from vlm_sft.formats import COLUMNS
-from vlm_sft.images import load_image
 from vlm_sft.recipe import Source
 
 DOC = Path(__file__).parent.parent / "docs" / "data.md"
-
-
-def write(path: Path, rows: list | str) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = rows if isinstance(rows, str) else "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def captions(folder: Path, name: str, count: int) -> Source:
-    rows = [{"image": f"{i}.png", "caption": f"{name} 第{i}张"} for i in range(count)]
-    return Source(path=write(folder / f"{name}.jsonl", rows), format="caption")
-
-
-def refused(*sources: Source, **kwargs) -> str:
-    with pytest.raises(UserError) as error:
-        load_mixture(sources, **kwargs) if len(sources) > 1 else load_source(sources[0])
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
 
 
 # -------------------------------------------------------------------------------------------------------- the contract
@@ -127,104 +103,6 @@ def test_prompts_are_drawn_by_seed_and_row(tmp_path):
     assert set(drawn(0)) == {"Describe it.", "描述这张图。"}
 
 
-# -------------------------------------------------------------------------------------------------------------- images
-
-
-def image_of(tmp_path: Path, image, **options) -> dict:
-    path = write(tmp_path / "one.jsonl", [{"image": image, "caption": "x"}])
-    return load_source(Source(path=path, format="caption", **options))[0]["images"][0]
-
-
-def test_where_relative_paths_start(tmp_path, monkeypatch):
-    (tmp_path / "照片").mkdir()
-    assert image_of(tmp_path, "a/../1.png")["path"] == f"{tmp_path}/1.png"
-    assert image_of(tmp_path, "/abs/1.png")["path"] == "/abs/1.png"
-    assert image_of(tmp_path, "1.png", images=str(tmp_path / "照片"))["path"] == f"{tmp_path}/照片/1.png"
-    monkeypatch.chdir(tmp_path)
-    assert image_of(Path(), "1.png", images="照片")["path"] == f"{tmp_path}/照片/1.png"
-    assert image_of(Path(), "1.png")["path"] == f"{tmp_path}/1.png"
-    message = refused(Source(path=str(tmp_path / "one.jsonl"), format="caption", images="没有"))
-    assert "takes its images from 没有, which is no folder" in message
-
-
-def test_embedded_images_are_never_decoded(tmp_path):
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    rows = {"image": [{"bytes": b"not an image", "path": "a.png"}], "text": ["猫"]}
-    saved = datasets.Dataset.from_dict(rows, features=features)
-    saved.to_parquet(str(tmp_path / "p.parquet"))
-    saved.save_to_disk(str(tmp_path / "saved"))
-    for path in ("p.parquet", "saved"):
-        rows = load_source(Source(path=str(tmp_path / path), format="caption"))
-        assert rows[0]["images"] == [{"path": "a.png", "bytes": b"not an image"}]
-
-
-def test_a_data_uri_is_an_embedded_image(tmp_path):
-    Image.new("RGB", (2, 2), "red").save(tmp_path / "a.png")
-    data = (tmp_path / "a.png").read_bytes()
-    image = image_of(tmp_path, "data:image/png;base64," + base64.b64encode(data).decode())
-    assert image == {"path": None, "bytes": data}
-    assert load_image(image).size == (2, 2)
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        ("https://example.com/1.png", "line 1: the image https://example.com/1.png is a URL and no URL is fetched"),
-        ({"url": "x"}, "line 1: an image is neither a path nor bytes"),
-        (3, "line 1: an image is neither a path nor bytes"),
-        ([["a"]], "line 1: an image is neither a path nor bytes"),
-        ("nul\0.png", "is blank or no text"),
-        (" ", "is blank or no text"),
-        ("data:image/png;base64,@@", "holds no base64 image"),
-        ("data:image/png,abc", "holds no base64 image"),
-    ],
-)
-def test_images_refused(tmp_path, image, message):
-    path = write(tmp_path / "one.jsonl", [{"image": image, "caption": "x"}])
-    assert message in refused(Source(path=path, format="caption"))
-
-
-def test_hub_rows_have_no_folder(monkeypatch, tmp_path):
-    hub = datasets.Dataset.from_dict({"image": ["1.png"], "text": ["猫"]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: hub)
-    source = Source(path="owner/pictures", format="caption")
-    assert "rows of the Hub lie in no folder" in refused(source)
-    rows = load_source(source.model_copy(update={"images": str(tmp_path)}))
-    assert rows[0]["images"][0]["path"] == f"{tmp_path}/1.png"
-    assert rows[0]["id"] == "pictures/1"
-
-
-# ------------------------------------------------------------------------------------------------------- wrong sources
-
-
-def test_rules_of_every_conversation_name_the_row(tmp_path):
-    def chats(*messages) -> Source:
-        rows = [{"messages": [{"role": role, "content": content} for role, content in messages]}]
-        return Source(path=write(tmp_path / "m.jsonl", rows), format="messages")
-
-    assert "m.jsonl, line 1: message 1 is an empty answer" in refused(chats(("user", "q"), ("assistant", " ")))
-    assert "m.jsonl, line 1: message 0 has role 'tool'" in refused(chats(("tool", "q")))
-    assert 'm.jsonl, line 1: message 1 has role "user"' in refused(chats(("user", "q"), ("user", "q")))
-    assert "m.jsonl, line 1: there is no answer to learn from" in refused(chats(("user", "问题")))
-
-
-def test_columns_that_are_nowhere(tmp_path):
-    path = write(tmp_path / "m.jsonl", [{"prompt": "q", "completion": "a", "picture": "1.png"}])
-    source = Source(path=path, format="messages", columns={"image": "pictures"})
-    assert "No row of" in refused(source)
-    assert '"pictures" that `columns` maps' in refused(source)
-    source = Source(path=path, format="messages", columns={"imgae": "picture"})
-    assert 'maps the column "imgae", which the format messages does not have; did you mean "image"' in refused(source)
-
-
-def test_sources_that_cannot_be(tmp_path):
-    path = write(tmp_path / "m.json", "[]")
-    assert "holds no rows" in refused(Source(path=path, format="messages"))
-    assert "only the format caption takes them" in refused(Source(path=path, format="vqa", prompts=["x"]))
-    source = Source(path=path, format="vqa").model_copy(update={"format": "coco"})
-    assert 'has the format "coco": it must be one of messages, llava, caption, vqa' in refused(source)
-
-
 # ------------------------------------------------------------------------------------------------------------ mixtures
 
 
@@ -244,40 +122,6 @@ def test_sqrt_is_instructblip(tmp_path):
     assert len(set(rows["source"][:20])) == 2  # interleaved
     assert rows["id"][:] == load_mixture(sources, "sqrt", seed=3)["id"][:]
     assert rows["id"][:] != load_mixture(sources, "sqrt", seed=4)["id"][:]
-
-
-def test_weights_are_explicit_and_a_factor_elsewhere():
-    assert mixture_counts([115, 14], [115, 14], "weights") == [115, 14]
-    assert mixture_counts([10, 90], [1, 1], "weights") == [50, 50]
-    assert mixture_counts([10, 90], [9, 1], "proportional") == [50, 50]
-    assert mixture_counts([25, 100], [4, 1], "sqrt") == [83, 42]
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 60), st.floats(0.01, 100.0)), min_size=1, max_size=6),
-    st.sampled_from(["proportional", "sqrt", "weights"]),
-    st.integers(0, 2**40),
-)
-def test_any_mixture(parts, sampling, seed):
-    sizes, weights = [size for size, _ in parts], [weight for _, weight in parts]
-    counts = mixture_counts(sizes, weights, sampling)
-    assert sum(counts) == sum(sizes)
-    power = {"proportional": 1.0, "sqrt": 0.5, "weights": 0.0}[sampling]
-    shares = np.array([weight * size**power for size, weight in parts])
-    assert np.abs(np.array(counts) - sum(sizes) * shares / shares.sum()).max() <= 1 + 1e-6
-
-    order = mixture_order(sizes, counts, seed)
-    assert (order == mixture_order(sizes, counts, seed)).all()
-    start = 0
-    for size, count in zip(sizes, counts, strict=True):
-        own = order[(order >= start) & (order < start + size)]
-        assert len(own) == count
-        times = np.bincount(own - start, minlength=size)
-        assert times.max() - times.min() <= 1
-        for done in range(0, count - size + 1, size):  # whole passes: every row once before any comes again
-            assert len(set(own[done : done + size])) == size
-        start += size
 
 
 def test_mixtures_refused(tmp_path):

@@ -18,10 +18,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("configs", "recipe_rules"),
     ("recipe",),
     # Layer 2: small things that know one subject each.
-    ("checkpoints", "configuration", "formats", "freeze", "images", "losses", "mplug_owl", "readers"),
-    ("template_sandbox",),
-    ("chat_template", "qwen_vl"),
-    ("connectors", "delta", "layouts"),
+    ("checkpoints", "configuration", "file_readers", "freeze", "image_refs", "images", "losses", "mixture"),
+    ("mplug_owl", "row_view", "template_sandbox"),
+    ("chat_template", "formats", "qwen_vl", "readers"),
+    ("connectors", "delta", "layouts", "sources"),
     ("sizes",),
     # Layer 3: the model, the processor, the data.
     ("data", "modeling", "processor"),

@@ -1,4 +1,4 @@
-"""Files to raw rows: what is read, from where, and the sentence for what cannot be read."""
+"""Patterns, folders, saved datasets and the Hub: what is read, and the sentence for what cannot be."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vlm_sft.errors import UserError
 from vlm_sft.readers import read_rows
@@ -38,108 +34,12 @@ def refused(path, **kwargs) -> str:
     return message
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", LINES),
-        ("a.jsonl", "\ufeff" + LINES + "\n"),
-        ("a.ndjson", LINES.replace("\n", "\r\n\r\n")),
-        ("a.jsonl", json.dumps(ROWS)),  # a list under the wrong name
-        ("a.json", json.dumps(ROWS, indent=2)),
-        ("a.json", "\ufeff" + json.dumps({"data": ROWS, "version": 1}, ensure_ascii=False)),
-        ("a.json", LINES),  # JSON lines under the wrong name
-        ("a.JSON", "\n\n " + json.dumps(ROWS)),
-        ("a.csv", "image,caption\n1.png,a red 3\n2.png,左上角是红色的3\n"),
-        ("a.csv", '\ufeffimage,caption\r\n"1.png","a red 3"\r\n2.png,左上角是红色的3'),
-        ("a.tsv", "image\tcaption\n1.png\ta red 3\n2.png\t左上角是红色的3\n"),
-    ],
-)
-def test_text_files(tmp_path, name, content):
-    assert values(write(tmp_path / name, content)) == ROWS
-
-
-def test_csv_fields_may_hold_anything_in_quotes(tmp_path):
-    path = write(tmp_path / "a.csv", 'image,caption\n1.png,"a ""red"" 3,\nand a 7"\n2.png,猫\n')
-    assert values(path) == [{"image": "1.png", "caption": 'a "red" 3,\nand a 7'}, {"image": "2.png", "caption": "猫"}]
-
-
-def test_parquet_with_embedded_images_stays_encoded(tmp_path):
-    rows = [{"image": {"bytes": b"not decoded", "path": None}, "caption": "猫"}] * 600
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = list(read_rows(str(tmp_path / "a.parquet")))
-    assert [row.values for row in found] == rows
-    assert found[599].where.endswith("a.parquet, row 600")
-
-
-def test_rows_say_where_they_are_from(tmp_path):
-    lines = list(read_rows(str(write(tmp_path / "a.jsonl", "\n" + LINES))))
-    assert [row.where for row in lines] == [f"{tmp_path}/a.jsonl, line 2", f"{tmp_path}/a.jsonl, line 3"]
-    assert lines[0].folder == tmp_path
-    listed = read_rows(str(write(tmp_path / "a.json", json.dumps(ROWS))))
-    assert [row.where for row in listed] == [f"{tmp_path}/a.json, row 1", f"{tmp_path}/a.json, row 2"]
-    table = read_rows(str(write(tmp_path / "a.csv", 'x\n"1\n1"\n2\n')))
-    assert [row.where for row in table] == [f"{tmp_path}/a.csv, line 2", f"{tmp_path}/a.csv, line 4"]
-
-
-def test_nothing_is_read_ahead(tmp_path):
-    rows = read_rows(str(write(tmp_path / "a.jsonl", LINES + "\nbroken")))
-    assert next(rows).values == ROWS[0]
-
-
 def test_a_pattern_reads_files_in_order(tmp_path):
     for part in ("part-1", "part-0", "nested/part-2"):
         write(tmp_path / f"{part}.jsonl", json.dumps({"id": part}))
     assert values(tmp_path / "part-*.jsonl") == [{"id": "part-0"}, {"id": "part-1"}]
     assert len(values(tmp_path / "**" / "part-[0-9].jsonl")) == 3
     assert "matches no file" in refused(tmp_path / "none-*.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", "", "a.jsonl is empty (0 bytes)"),
-        ("a.jsonl", LINES + "\n{'image': 1}", "a.jsonl, line 3: not JSON at column 2 ("),
-        ("a.json", '[{"a": 1},\n {"b": }]', "a.json: not JSON at line 2, column 8 (Expecting value)"),
-        ("a.json", '{"a": 1}\n{"b": }', "a.json, line 2: not JSON at column 7"),
-        ("a.json", "3", "the top level is neither a list nor an object"),
-        ("a.json", '[{"a": 1}, "猫"]', "a.json, row 2: the row is not an object"),
-        ("a.jsonl", "[1]", "a.jsonl, row 1: the row is not an object"),
-        ("a.json", "[" * 100_000, "cannot be read"),
-        ("a.json", "[" + "9" * 5000 + "]", "cannot be read"),
-        ("a.jsonl", LINES.encode("gb18030"), "a.jsonl, line 2: byte 0xd7 is not UTF-8: save the file as UTF-8"),
-        ("a.jsonl", LINES.encode("gb18030"), "iconv -f GB18030 -t UTF-8"),
-        ("a.json", ('[{"a": 1},\n' + '{"b": "左边"}]').encode("gb18030"), "a.json, line 2: byte"),
-        ("a.csv", "image,caption\n1.png,左边\n".encode("gb18030"), "a.csv, line 2: byte"),
-        ("a.json", json.dumps(ROWS).encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
-        ("a.csv", "image,caption\n1.png,a, b\n", "a.csv, line 2: the row has more fields than the header"),
-        ("a.csv", '"image\n', "a.csv, line 1: the row is not valid CSV"),
-        ("a.csv", "image,caption\n1.png\n", "a.csv, line 2: the row has fewer fields than the header"),
-        ("a.tsv", 'image\tcaption\n1.png\t"red" 3\n', "a.tsv, line 2: the row is not valid TSV"),
-        ("a.csv", 'image,caption\n1.png,"red 3\n2.png,blue\n', "a.csv, line 2: the row is not valid CSV"),
-        ("a.parquet", "PAR1 no", "not a parquet file"),
-        ("a.xlsx", "x", 'ends in ".xlsx", but only .json, .jsonl'),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path, name, content, message):
-    assert message in refused(write(tmp_path / name, content))
-
-
-def test_a_missing_file_names_the_closest(tmp_path):
-    write(tmp_path / "captions_zh.jsonl", LINES)
-    message = refused(tmp_path / "caption_zh.jsonl")
-    assert f"caption_zh.jsonl was not found; did you mean {tmp_path}/captions_zh.jsonl" in message
-    assert "there is no folder" in refused(tmp_path / "nowhere" / "a.jsonl")
-    assert "was not found" in refused("./no such place/a")
-
-
-def test_unreadable_and_cyclic(tmp_path, monkeypatch):
-    (tmp_path / "a.jsonl").symlink_to(tmp_path / "a.jsonl")
-    assert "cannot be read" in refused(tmp_path / "a.jsonl")
-    (tmp_path / "b.jsonl").mkdir()
-    assert "holds no data file" in refused(tmp_path / "b.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
@@ -210,7 +110,7 @@ def test_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (row,) = read_rows("owner/pictures", split="val", revision="v1")
     assert asked == {"name": "owner/pictures", "split": "val", "revision": "v1"}
-    assert row == ("owner/pictures (val), row 1", None, {"text": "猫"})
+    assert row == ("owner/pictures (val), row 1", None, {"text": "猫"}, None)
 
 
 def test_hub_without_a_network(monkeypatch):
@@ -227,22 +127,3 @@ def test_hub_offline_for_real(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "could not be loaded" in refused("owner/no-such-dataset")
-
-
-# -------------------------------------------------------------------------------------------------------------- fuzz
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".parquet"]),
-    st.binary(max_size=80)
-    | st.text('[]{}",:\\u12\n\t ea猫\ufeff\ud83d', max_size=60).map(lambda t: t.encode("utf-8", "ignore")),
-)
-def test_any_bytes_are_rows_or_a_sentence(tmp_path_factory, ending, content):
-    path = write(tmp_path_factory.getbasetemp() / f"fuzz{ending}", content)
-    try:
-        rows, message = values(path), ""
-    except UserError as error:
-        rows, message = [], str(error)
-    assert all(isinstance(row, dict) for row in rows)
-    assert "\n" not in message

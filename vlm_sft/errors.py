@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and how a program ends on it."""
+"""The exceptions for what a user can mend, and how a program ends on them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,27 @@ class UserError(ValueError):
     The message is one sentence that says what is wrong, where (file, row, key) and how to mend it. The command line
     prints it without a traceback and exits with code 2. Mistakes of the program itself are `assert`s, never this.
     """
+
+
+class RowError(UserError):
+    """One row of a source is wrong and the rows around it are not.
+
+    Whoever reads rows may record it and go on, instead of stopping; a plain `UserError` is about the whole source.
+
+    Attributes:
+        where: the row's place in words, such as ``captions.jsonl, line 3``.
+        reason: a few fixed words to count by, such as ``marks differ``; never text of the row.
+    """
+
+    # Keywords with defaults, because torch raises an error of a worker again from its message alone.
+    def __init__(self, message: str, *, where: str = "", reason: str = "other") -> None:
+        super().__init__(message)
+        self.where, self.reason = where, reason
+
+
+def raise_it(error: RowError) -> None:
+    """What is done with a wrong row unless the caller knows better: the run stops on it."""
+    raise error
 
 
 @contextmanager
@@ -37,5 +58,5 @@ def sentence_of(error: UserError) -> str:
     """The sentence of an error on one line, without the traceback in which a data-loader worker of torch wraps it."""
     text = str(error)
     if "\nOriginal Traceback (most recent call last):" in text:
-        text = text.rpartition(f".{UserError.__name__}: ")[2]
+        text = text.rpartition(f".{type(error).__name__}: ")[2]
     return " ".join(line.strip() for line in text.strip().splitlines())

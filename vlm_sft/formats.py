@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .assets import closest
-from .errors import UserError
+from .row_view import RowView, kind, short
 
 IMAGE_MARK = "<image>"
 
@@ -52,9 +51,9 @@ def convert(
         draw_prompt: gives the instruction that a caption answers; "" for the image alone.
 
     Raises:
-        UserError: the row does not have this format.
+        RowError: the row does not have this format.
     """
-    row = _RowView(values, where, columns or {})
+    row = RowView(values, where, columns or {})
     own_id = row.get("id")
     own_id = None if own_id is None else row.text(own_id, "id")
     examples = _caption(row, draw_prompt) if format_name == "caption" else [_ONE_EACH[format_name](row)]
@@ -62,60 +61,10 @@ def convert(
         yield example._replace(id=own_id)
 
 
-class _RowView:
-    """A row with checked access: every error names the row, the key and how to mend it."""
-
-    def __init__(self, values: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> None:
-        if columns:
-            renamed = {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
-            values = {key: value for key, value in values.items() if key not in columns} | renamed
-        self.values, self.where, self.columns = values, where, columns
-
-    def get(self, *keys: str) -> Any:
-        """The first of `keys` that has a value, or None."""
-        return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
-
-    def need(self, *keys: str) -> Any:
-        value = self.get(*keys)
-        if value is not None:
-            return value
-        if null := [key for key in keys if key in self.values]:
-            raise self.error(f'"{null[0]}" is null', "give it a value or remove the row")
-        key, theirs = keys[0], self.columns.get(keys[0])
-        near = closest(theirs or key, map(str, self.values)) or "its name in the file"
-        there = ", ".join(f'"{_short(str(name))}"' for name in list(self.values)[:8]) or "no key at all"
-        missing = f'the key "{theirs}" (`columns` maps {key} to it)' if theirs else f'the key "{key}"'
-        mend = f"map it with `columns: {{{key}: {_short(near)}}}` or rename it"
-        raise self.error(f"{missing} is missing (the row has {there})", mend)
-
-    def text(self, value: Any, key: str) -> str:
-        """`value` as text; whole numbers are written out, since answers such as 3 come as numbers in JSON."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if not isinstance(value, str):
-            raise self.error(f'the text "{key}" is {kind(value)}', "write text")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise self.error(f'the text "{key}" holds half a character (a lone surrogate)', "write it again") from None
-        return value
-
-    def images(self, *keys: str) -> list[Any]:
-        """The row's images: no key, null, empty text and an empty list mean none."""
-        value = self.get(*keys)
-        found = list(value) if isinstance(value, list | tuple) else [value]
-        if isinstance(value, list | tuple) and any(image is None or image == "" for image in found):
-            raise self.error(f'"{keys[0]}" has an empty entry', "give every image a path or bytes")
-        return [image for image in found if image is not None and image != ""]
-
-    def error(self, what: str, mend: str) -> UserError:
-        return UserError(f"{self.where}: {what}: {mend}.")
-
-
 # --------------------------------------------------------------------------------------------------------- messages
 
 
-def _messages(row: _RowView) -> Example:
+def _messages(row: RowView) -> Example:
     """TRL's conversational rows: `messages`, or `prompt` and `completion`, with `images` or `image`."""
     images = row.images("images", "image")
     turns = _turns(row)
@@ -127,7 +76,7 @@ def _messages(row: _RowView) -> Example:
         if not isinstance(turn, dict):
             raise row.error(f"{key} is {kind(turn)}, not an object with role and content", "correct the row")
         if turn.get("tool_calls"):
-            raise row.error(f"{key} calls tools, which are not supported", "remove the row")
+            raise row.error(f"{key} calls tools, which are not supported", "remove the row", "wrong role")
         role, content = turn.get("role"), turn.get("content")
         if isinstance(content, list):
             parts = [_part(row, part, f"{key}.content[{i}]", inline) for i, part in enumerate(content)]
@@ -148,7 +97,7 @@ def _messages(row: _RowView) -> Example:
     return Example(messages, [next(column) if image is None else image for image in inline])
 
 
-def _turns(row: _RowView) -> list[Any]:
+def _turns(row: RowView) -> list[Any]:
     if "messages" not in row.values and ("prompt" in row.values or "completion" in row.values):
         turns: list[Any] = []
         for key, role in (("prompt", "user"), ("completion", "assistant")):
@@ -161,14 +110,14 @@ def _turns(row: _RowView) -> list[Any]:
     return turns
 
 
-def _part(row: _RowView, part: Any, key: str, inline: list[Any]) -> Part:
+def _part(row: RowView, part: Any, key: str, inline: list[Any]) -> Part:
     """One explicit part. The text in it is literal; an image may carry its own file or take the column's next."""
     if not isinstance(part, dict):
         raise row.error(f"{key} is {kind(part)}, not an object with a type", 'write {"type": "text", "text": ...}')
     if part.get("type") == "text":
         return _text(row.text(part.get("text"), f"{key}.text"))
     if part.get("type") not in ("image", "image_url"):
-        shown = _short(str(part.get("type")))
+        shown = short(str(part.get("type")))
         raise row.error(f'{key} has the type "{shown}"', 'only "text" and "image" are known; correct the row')
     found = [part[name] for name in ("image", "path", "bytes", "url", "image_url") if part.get(name) is not None]
     image = found[0] if found else None
@@ -188,7 +137,7 @@ def split_marks(text: str) -> list[Part]:
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def _llava(row: _RowView) -> Example:
+def _llava(row: RowView) -> Example:
     """LLaVA's rows, with the images of a message moved to its front as in LLaVA's `preprocess_multimodal`.
 
     Upstream keeps one mark of several in a message; here each image keeps its own, so that none is lost.
@@ -207,7 +156,9 @@ def _llava(row: _RowView) -> Example:
         role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             known = ", ".join(_SPEAKERS)
-            raise row.error(f'{key} has from: "{_short(str(speaker))}"', f"{known} are known; correct the row")
+            raise row.error(
+                f'{key} has from: "{short(str(speaker))}"', f"{known} are known; correct the row", "wrong role"
+            )
         text = row.text(turn.get("value"), f"{key}.value")
         if not messages and role == "assistant":
             continue  # upstream skips an answer to nothing, which shared chats begin with now and then
@@ -226,41 +177,41 @@ def _in_front(text: str, count: int) -> list[Part]:
 # -------------------------------------------------------------------------------------------------- caption and vqa
 
 
-def _caption(row: _RowView, draw_prompt: Callable[[], str]) -> Iterator[Example]:
+def _caption(row: RowView, draw_prompt: Callable[[], str]) -> Iterator[Example]:
     images = _some_images(row)
     captions = row.need("caption", "text")
     for caption in captions if isinstance(captions, list) and captions else [captions]:
         answer = row.text(caption, "caption").strip()
         if not answer:
-            raise row.error('"caption" is empty', "write a caption or remove the row")
+            raise row.error('"caption" is empty', "write a caption or remove the row", "no answer")
         yield Example([_user(row, draw_prompt(), len(images)), _assistant(answer)], images)
 
 
-def _vqa(row: _RowView) -> Example:
+def _vqa(row: RowView) -> Example:
     images = _some_images(row)
     question = row.text(row.need("question"), "question").strip()
     if not question.replace(IMAGE_MARK, "").strip():
-        raise row.error('"question" is empty', "write a question or remove the row")
+        raise row.error('"question" is empty', "write a question or remove the row", "no question")
     key = "answer" if row.get("answer") is not None else "answers"
     answers = row.need("answer", "answers")
     records: Iterable[Any] = answers if isinstance(answers, list) else [answers]
     texts = [row.text(r.get("answer") if isinstance(r, dict) else r, key).strip() for r in records]
     texts = [text for text in texts if text]
     if not texts:
-        raise row.error(f'"{key}" is empty', "write an answer or remove the row")
+        raise row.error(f'"{key}" is empty', "write an answer or remove the row", "no answer")
     answer = Counter(texts).most_common(1)[0][0]  # of equally frequent ones the first
     return Example([_user(row, question, len(images)), _assistant(answer)], images)
 
 
-def _some_images(row: _RowView) -> list[Any]:
+def _some_images(row: RowView) -> list[Any]:
     row.need("image", "images")
     images = row.images("image", "images")
     if not images:
-        raise row.error('"image" is empty', "name the image file or remove the row")
+        raise row.error('"image" is empty', "name the image file or remove the row", "no image")
     return images
 
 
-def _user(row: _RowView, text: str, images: int) -> Message:
+def _user(row: RowView, text: str, images: int) -> Message:
     """Images where the text marks them, else in front of it."""
     if IMAGE_MARK not in text:
         text = IMAGE_MARK * images + text
@@ -272,10 +223,12 @@ def _assistant(answer: str) -> Message:
     return {"role": "assistant", "content": [_text(answer)]}
 
 
-def _same_number(row: _RowView, marks: int, images: int) -> None:
+def _same_number(row: RowView, marks: int, images: int) -> None:
     if marks != images:
         found = f"{_plural(marks, 'image mark')} ({IMAGE_MARK} in user text, or image parts)"
-        raise row.error(f"{found} but {_plural(images, 'image')}", "give every mark its image, in order")
+        raise row.error(
+            f"{found} but {_plural(images, 'image')}", "give every mark its image, in order", "marks differ"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
@@ -293,18 +246,7 @@ def _plural(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split()).encode("utf-8", "replace").decode("utf-8")
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def kind(value: Any) -> str:
-    """What a value is, in the words of JSON."""
-    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
-
-
-_ONE_EACH: dict[str, Callable[[_RowView], Example]] = {"messages": _messages, "llava": _llava, "vqa": _vqa}
+_ONE_EACH: dict[str, Callable[[RowView], Example]] = {"messages": _messages, "llava": _llava, "vqa": _vqa}
 
 COLUMNS: dict[str, Sequence[str]] = {
     "messages": ("messages", "prompt", "completion", "images", "image", "id"),

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .data import resolve_image
 from .errors import UserError
 from .formats import convert, split_marks
+from .image_refs import resolve_image
 from .images import load_image
 from .readers import Row, read_rows
 

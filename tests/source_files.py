@@ -1,0 +1,35 @@
+"""Small source files for tests, and the sentence with which a source is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlm_sft.data import load_mixture, load_source
+from vlm_sft.errors import UserError
+from vlm_sft.recipe import Source
+
+
+def write(path: Path, content: list | str | bytes) -> str:
+    """Writes rows as JSON lines, or text or bytes as they are; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, list):
+        content = "\n".join(json.dumps(row, ensure_ascii=False) for row in content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def captions(folder: Path, name: str, count: int) -> Source:
+    rows = [{"image": f"{i}.png", "caption": f"{name} 第{i}张"} for i in range(count)]
+    return Source(path=write(folder / f"{name}.jsonl", rows), format="caption")
+
+
+def refused(*sources: Source, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        load_mixture(sources, **kwargs) if len(sources) > 1 else load_source(sources[0])
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message

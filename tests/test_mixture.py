@@ -1,0 +1,43 @@
+"""How many rows of each source, and in which order."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_sft.mixture import mixture_counts, mixture_order
+
+
+def test_weights_are_explicit_and_a_factor_elsewhere():
+    assert mixture_counts([115, 14], [115, 14], "weights") == [115, 14]
+    assert mixture_counts([10, 90], [1, 1], "weights") == [50, 50]
+    assert mixture_counts([10, 90], [9, 1], "proportional") == [50, 50]
+    assert mixture_counts([25, 100], [4, 1], "sqrt") == [83, 42]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.floats(0.01, 100.0)), min_size=1, max_size=6),
+    st.sampled_from(["proportional", "sqrt", "weights"]),
+    st.integers(0, 2**40),
+)
+def test_any_mixture(parts, sampling, seed):
+    sizes, weights = [size for size, _ in parts], [weight for _, weight in parts]
+    counts = mixture_counts(sizes, weights, sampling)
+    assert sum(counts) == sum(sizes)
+    power = {"proportional": 1.0, "sqrt": 0.5, "weights": 0.0}[sampling]
+    shares = np.array([weight * size**power for size, weight in parts])
+    assert np.abs(np.array(counts) - sum(sizes) * shares / shares.sum()).max() <= 1 + 1e-6
+
+    order = mixture_order(sizes, counts, seed)
+    assert (order == mixture_order(sizes, counts, seed)).all()
+    start = 0
+    for size, count in zip(sizes, counts, strict=True):
+        own = order[(order >= start) & (order < start + size)]
+        assert len(own) == count
+        times = np.bincount(own - start, minlength=size)
+        assert times.max() - times.min() <= 1
+        for done in range(0, count - size + 1, size):  # whole passes: every row once before any comes again
+            assert len(set(own[done : done + size])) == size
+        start += size
