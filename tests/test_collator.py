@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from test_processor import SAID, TOKENS, make_processor
 
-from vlm_sft.collator import MultimodalCollator, load_collator_class
-from vlm_sft.errors import UserError
+from vlm_sft.collator import REJECTED, MultimodalCollator, load_collator_class
+from vlm_sft.errors import RowError, UserError
+from vlm_sft.images import load_image
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,59 @@ def test_rows_that_cannot_be_trained_on_are_named(processor, photos, tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(UserError, match=r"row s/0: .*empty\.png"):
         collator([{**row, "images": [{"path": str(tmp_path / "empty.png"), "bytes": None}]}])
+
+
+def test_an_image_is_decoded_once_for_a_batch_and_again_for_the_next(processor, photos, monkeypatch):
+    opened = []
+
+    def counted(image, **options):
+        opened.append(image["path"] or image["bytes"])
+        return load_image(image, **options)
+
+    monkeypatch.setattr("vlm_sft.collator.load_image", counted)
+    data = Path(photos[0]).read_bytes()
+    rows = [make_row(turn("a", "b", images=2), photos, i) for i in range(3)]
+    rows += [{**make_row(turn("a", "b", images=1), photos), "images": [{"path": "same name", "bytes": data}]}] * 2
+    collator = MultimodalCollator(processor)
+    batch = collator(rows)
+    assert opened == [photos[0], photos[1], "same name"]
+    assert batch["pixel_values"].shape[0] == 8
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][6])
+    collator(rows[:1])
+    assert opened[3:] == photos[:2]
+
+
+def test_a_large_jpeg_is_reduced_only_where_the_size_is_fixed(processor, tmp_path):
+    Image.new("RGB", (400, 400), "red").save(tmp_path / "a.jpg")
+    image = {"path": str(tmp_path / "a.jpg"), "bytes": None}
+    assert MultimodalCollator(processor).decode(image, "").size == (100, 100), "28 pixels are needed"
+    assert MultimodalCollator(processor, reduce=False).decode(image, "").size == (400, 400)
+
+
+def test_a_rejected_row_is_named_by_its_batch(processor, photos):
+    collator = MultimodalCollator(processor)
+    collator.drop_rejected = True
+    good, bad = make_row(turn("a", "b", images=1), photos), make_row(turn("a", "b", images=1), ["gone.png"], 7)
+    batch = collator([good, bad, good])
+    ((source, row, reason, sentence),) = batch.pop(REJECTED)
+    assert (source, row, reason) == ("s", "s/7", "image missing") and sentence.startswith("row s/7: the image gone.png")
+    alone = collator([good, good])
+    assert batch.keys() == alone.keys() and all(torch.equal(batch[name], alone[name]) for name in batch)
+    with pytest.raises(UserError, match=r"No row of a batch of 1 can be trained on; the last one: row s/7: the image"):
+        collator([bad])
+
+
+def test_each_rejected_row_has_a_reason(processor, photos):
+    row = make_row(turn("a", "b", images=1), photos)
+    for wrong, reason in (
+        ({**row, "images": []}, "marks differ"),
+        (make_row(turn("word " * 160, "b"), photos), "too long"),
+        (make_row(turn("a", "b")[:1], photos), "no answer"),
+        (make_row(turn("a", " "), photos), "bad conversation"),
+    ):
+        with pytest.raises(RowError) as error:
+            MultimodalCollator(processor, max_length=200).encode(wrong)
+        assert (error.value.where, error.value.reason) == ("row s/0", reason)
 
 
 def test_a_subclass_may_change_each_step(processor, photos):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from source_files import refused, write
 
-from vlm_sft.data import load_source
+from vlm_sft.data import check_images, load_source
 from vlm_sft.images import load_image
 from vlm_sft.recipe import Source
 
@@ -77,3 +77,13 @@ def test_hub_rows_have_no_folder(monkeypatch, tmp_path):
     rows = load_source(source.model_copy(update={"images": str(tmp_path)}))
     assert rows[0]["images"][0]["path"] == f"{tmp_path}/1.png"
     assert rows[0]["id"] == "pictures/1"
+
+
+def test_a_url_stays_one_where_the_source_allows_it(tmp_path):
+    url = "https://example.com/猫.png"
+    image = image_of(tmp_path, url, allow_urls=True)
+    assert image == {"path": url, "bytes": None}
+    check_images(load_source(Source(path=str(tmp_path / "one.jsonl"), format="caption", allow_urls=True)))
+    assert "or set the source's `allow_urls: true`" in refused(
+        Source(path=str(tmp_path / "one.jsonl"), format="caption")
+    )

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_sft.errors import UserError
-from vlm_sft.images import load_image
+from vlm_sft.errors import RowError, UserError
+from vlm_sft.images import ENOUGH, TOLERANCE, load_image, needed_side
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -153,7 +153,91 @@ def test_the_callers_image_is_not_touched():
     assert rgb.getpixel((0, 0)) == (255, 0, 0)
 
 
+# ---------------------------------------------------------------------------------------------------- decoded smaller
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Smooth shapes, fine structure and noise, as a camera gives them."""
+    rng = np.random.default_rng(width + height)
+    layers = []
+    for size, share in ((40, 0.75), (3, 0.25)):
+        small = rng.integers(0, 255, (height // size + 2, width // size + 2, 3), dtype=np.uint8)
+        layers.append(np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)) * share)
+    pixels = sum(layers) + rng.normal(0, 6, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def resized(image: Image.Image, side: int) -> np.ndarray:
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), dtype=float)
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "decoded"),
+    [
+        ((1600, 1200), 224, (800, 600)),
+        ((1600, 1200), 64, (200, 150)),
+        ((1200, 1600), 100, (300, 400)),
+        ((897, 1000), 224, (449, 500)),
+        ((895, 1000), 224, (895, 1000)),
+        ((3000, 300), 100, (3000, 300)),
+        ((40, 20), 224, (40, 20)),
+    ],
+)
+def test_a_large_jpeg_is_decoded_smaller_within_the_tolerance(size, side, decoded):
+    data = encode(photo(*size), "JPEG", quality=90)
+    reduced = load_image(data, side=side)
+    assert reduced.size == decoded
+    assert decoded == size or min(decoded) >= ENOUGH * side
+    difference = np.abs(resized(reduced, side) - resized(load_image(data), side)).mean()
+    assert (difference > 0) == (decoded != size)
+    assert difference <= TOLERANCE
+
+
+def test_a_smaller_decode_keeps_rotation_cmyk_and_grey():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = load_image(encode(photo(800, 400), "JPEG", exif=exif), side=50)
+    assert turned.size == (100, 200)
+    assert load_image(encode(Image.new("CMYK", (400, 400), (0, 255, 255, 0)), "JPEG"), side=50).size == (100, 100)
+    assert load_image(encode(Image.new("L", (400, 400), 77), "JPEG"), side=50).getpixel((0, 0)) == (77, 77, 77)
+
+
+def test_what_is_no_jpeg_is_decoded_whole_and_a_truncated_one_is_refused_still():
+    assert load_image(encode(photo(400, 400)), side=50).size == (400, 400)
+    data = encode(photo(800, 800), "JPEG")
+    assert "truncated or damaged" in refused(data[: len(data) // 2], side=50)
+    assert "more than the 1,000 allowed" in refused(data, side=50, max_pixels=1000)
+
+
+def test_how_many_pixels_an_image_processor_needs():
+    def processor(resize=True, **size):
+        return type("Processor", (), {"size": size, "do_resize": resize})()
+
+    assert needed_side(processor(height=224, width=336)) == 336
+    assert needed_side(processor(shortest_edge=224)) == 224
+    assert needed_side(processor(shortest_edge=3136, longest_edge=12845056)) is None, "it depends on the image"
+    assert needed_side(processor(resize=False, height=224, width=224)) is None
+    assert needed_side(object()) is None
+
+
 # ------------------------------------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ("gone.png", "image missing"),
+        ("https://example.com/1.png", "image is a URL"),
+        (b"", "image empty"),
+        (b"\xff\xd8\xff\xe0 no more", "image damaged"),
+        (b"<html>", "not an image"),
+        (encode(Image.new("L", (300, 300))), "image too large"),
+    ],
+)
+def test_each_refusal_has_a_reason_to_count_by(data, reason):
+    with pytest.raises(RowError) as error:
+        load_image(data, where="row s/1", max_pixels=80_000)
+    assert (error.value.reason, error.value.where) == (reason, "row s/1")
 
 
 def test_missing_names_the_file_and_the_folder(tmp_path):

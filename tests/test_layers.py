@@ -18,8 +18,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("configs", "recipe_rules"),
     ("recipe",),
     # Layer 2: small things that know one subject each.
-    ("checkpoints", "configuration", "file_readers", "freeze", "image_refs", "images", "losses", "mixture"),
-    ("mplug_owl", "row_view", "template_sandbox"),
+    ("checkpoints", "configuration", "fetch", "file_readers", "freeze", "image_refs", "losses", "mixture"),
+    ("images", "mplug_owl", "row_view", "template_sandbox"),
     ("chat_template", "formats", "qwen_vl", "readers"),
     ("connectors", "delta", "layouts", "sources"),
     ("sizes",),

@@ -6,7 +6,7 @@ Three documented points, in the order a row passes them: `render`, `encode`, `co
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from .chat_template import RenderedChat
-from .errors import UserError
-from .images import load_image
+from .errors import RowError, UserError
+from .images import load_image, needed_side
 from .processor import EncodedChat, VLMProcessor
+
+REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
 
 
 @dataclass
@@ -54,7 +56,17 @@ class MultimodalCollator:
             turns from its end; one that does not fit with a single turn is an error that names it.
         pad_to_multiple_of: Rounds the padded length up.
         max_pixels: Largest image, in pixels, that is decoded.
+        reduce: Decodes a JPEG smaller where it has far more pixels than the image processor needs; see `load_image`.
+
+    Attributes:
+        fetch: Gives the file of an image that is a URL; None refuses URLs.
+        drop_rejected: Leaves a row that cannot be trained on out of its batch and names it in the batch's
+            `rejected_rows`, instead of raising.
     """
+
+    fetch: Callable[[str], str] | None = None
+    drop_rejected: bool = False
+    _decoded: dict[Any, Image.Image] | None = None
 
     def __init__(
         self,
@@ -62,15 +74,41 @@ class MultimodalCollator:
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         max_pixels: int = 178_956_970,
+        reduce: bool = True,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.max_pixels = max_pixels
+        # Other processors may cut a large image into tiles, and then need all of its pixels.
+        fixed = reduce and type(processor) is VLMProcessor
+        self.side = needed_side(processor.image_processor) if fixed else None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batches rows: (B, S) `input_ids`, `attention_mask`, `labels`, and what `image_inputs` makes of images."""
-        return self.collate([self.encode(row) for row in rows])
+        """Batches rows: (B, S) `input_ids`, `attention_mask`, `labels`, and what `image_inputs` makes of images.
+
+        An image that several rows show is decoded once.
+
+        Raises:
+            RowError: A row cannot be trained on, and `drop_rejected` is off.
+            UserError: `drop_rejected` is on and no row of the batch is left.
+        """
+        samples, rejected = [], []
+        self._decoded = {}
+        try:
+            for row in rows:
+                try:
+                    samples.append(self.encode(row))
+                except RowError as error:
+                    if not self.drop_rejected:
+                        raise
+                    rejected.append((str(row.get("source", "")), str(row["id"]), error.reason, str(error)))
+        finally:
+            self._decoded = None
+        if not samples:
+            raise UserError(f"No row of a batch of {len(rows)} can be trained on; the last one: {rejected[-1][3]}")
+        batch = self.collate(samples)
+        return {**batch, REJECTED: rejected} if rejected else batch
 
     def render(self, messages: Sequence[dict[str, Any]]) -> RenderedChat:
         """Messages → text, the places of images in it, and the character spans in the loss. To override."""
@@ -84,25 +122,44 @@ class MultimodalCollator:
             with_images: False measures a row without opening its images.
 
         Raises:
-            UserError: Marks and images differ in number, nothing is supervised, the row cannot fit, an image is broken.
+            RowError: Marks and images differ in number, nothing is supervised, the row cannot fit, an image is broken.
         """
         where = f"row {row['id']}"
         messages, images = row["messages"], row["images"]
         marks = sum(part["type"] == "image" for m in messages for part in _parts(m))
         if marks != len(images):
-            raise UserError(
+            raise RowError(
                 f"{where}: its text has room for {marks} images (image marks) but it comes with {len(images)}; "
-                f"give each image one mark."
+                f"give each image one mark.",
+                where=where,
+                reason="marks differ",
             )
         chat, kept = self._fit(messages, where)
         images = images[: chat.num_images]
         if not any(label != -100 for label in chat.labels):
-            raise UserError(f"{where}: no token would be in the loss; give the row an answer from the assistant.")
-        decoded = (
-            [load_image(image, where=where, max_pixels=self.max_pixels) for image in images] if with_images else []
-        )
+            sentence = f"{where}: no token would be in the loss; give the row an answer from the assistant."
+            raise RowError(sentence, where=where, reason="no answer")
+        decoded = [self.decode(image, where) for image in images] if with_images else []
         lost, instructions = (len(messages) - kept + 1) // 2, self.processor.instructions(messages[:kept])
         return Sample(chat, decoded, str(row["id"]), turns_lost=lost, instructions=instructions)
+
+    def decode(self, image: Mapping[str, Any], where: str) -> Image.Image:
+        """One image of a row as RGB; within a batch, the same picture for the same file or bytes.
+
+        Args:
+            image: `{"path", "bytes"}` as rows have it.
+            where: The row in words, for errors.
+
+        Raises:
+            RowError: As `load_image`.
+        """
+        key = image.get("path") if image.get("bytes") is None else image["bytes"]
+        if self._decoded is not None and key in self._decoded:
+            return self._decoded[key]
+        loaded = load_image(image, where=where, max_pixels=self.max_pixels, side=self.side, fetch=self.fetch)
+        if self._decoded is not None:
+            self._decoded[key] = loaded
+        return loaded
 
     def _fit(self, messages: Sequence[dict[str, Any]], where: str) -> tuple[EncodedChat, int]:
         """Encodes as many whole turns as fit; returns them and the number of messages kept."""
@@ -111,17 +168,20 @@ class MultimodalCollator:
             try:
                 chat = self.processor.encode_rendered(self.render(messages[:kept]))
             except UserError as error:
-                raise UserError(f"{where}: {error}") from error
+                reason = error.reason if isinstance(error, RowError) else "bad conversation"
+                raise RowError(f"{where}: {error}", where=where, reason=reason) from error
             if self.max_length is None or len(chat.input_ids) <= self.max_length:
                 return chat, kept
             previous = kept - 1
             while previous > 0 and messages[previous - 1]["role"] != "assistant":
                 previous -= 1
             if previous <= 0:
-                raise UserError(
+                raise RowError(
                     f"{where}: its first turn alone has {len(chat.input_ids)} tokens "
                     f"({chat.num_images * self.processor.num_image_tokens} of them for images) but sft.max_length is "
-                    f"{self.max_length}; raise max_length or remove the row."
+                    f"{self.max_length}; raise max_length or remove the row.",
+                    where=where,
+                    reason="too long",
                 )
             kept = previous
 

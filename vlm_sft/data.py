@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_da
 from datasets.fingerprint import Hasher
 
 from .errors import RowError, UserError, raise_it
+from .image_refs import is_url
 from .mixture import SHARES, mixture_counts, mixture_order
 from .sources import SourceLike, name_of, source_rows
 
@@ -129,7 +130,8 @@ def check_images(dataset: Dataset) -> None:
 def _paths_without_bytes(images: pa.Array) -> list[str]:
     flat = images.flatten()
     path, encoded = pc.struct_field(flat, "path"), pc.struct_field(flat, "bytes")
-    return path.filter(pc.and_(path.is_valid(), encoded.is_null())).to_pylist()
+    named = path.filter(pc.and_(path.is_valid(), encoded.is_null())).to_pylist()
+    return [path for path in named if not is_url(path)]
 
 
 def _problems(paths: list[str]) -> list[tuple[str, str]]:

@@ -11,13 +11,19 @@ from typing import Any
 from .errors import RowError, UserError
 
 
-def resolve_image(image: Any, folder: str | None, where: str) -> dict[str, Any]:
+def is_url(path: str) -> bool:
+    """Whether an image's path is a URL and not the name of a file."""
+    return "://" in path[:12]
+
+
+def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool = False) -> dict[str, Any]:
     """An image as the row names it → ``{"path": absolute, "bytes": None}`` or ``{"path": name, "bytes": ...}``.
 
     Args:
         image: a path, bytes, a data URI or ``{"path", "bytes"}``.
         folder: absolute; where a relative path starts. None: there is no such folder.
         where: the row's place in words.
+        allow_urls: keeps a URL as the path; the data-loader worker fetches it.
 
     Raises:
         RowError: it is none of these, or empty.
@@ -38,9 +44,12 @@ def resolve_image(image: Any, folder: str | None, where: str) -> dict[str, Any]:
         raise _wrong(where, "an image is neither a path nor bytes", "write the path of a file", "wrong type")
     if image.startswith("data:"):
         return {"path": None, "bytes": _from_data_uri(image, where)}
-    if "://" in image[:12]:
+    if is_url(image):
+        if allow_urls:
+            return {"path": image, "bytes": None}
         shown = " ".join(image[:200].split())
-        raise _wrong(where, f"the image {shown} is a URL and no URL is fetched", "download it first", "image is a URL")
+        mend = "download it first, or set the source's `allow_urls: true`"
+        raise _wrong(where, f"the image {shown} is a URL and no URL is fetched", mend, "image is a URL")
     path = os.path.expanduser(image)
     if "\0" in path or not path.strip() or path.encode("utf-8", "ignore").decode() != path:
         raise _wrong(where, f"the image path {path[:200]!a} is blank or no text", "correct it", "not text")

@@ -6,16 +6,20 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import UserError
+from .errors import RowError
+from .image_refs import is_url
 
 MAX_PIXELS = 178_956_970  # where PIL itself calls an image a decompression bomb
+# A JPEG is decoded at a half, a quarter or an eighth of its size where that still has so many times the pixels needed
+# on each side. At 2 the result, once resized, is within a mean of TOLERANCE (of 255) of the full decode.
+ENOUGH, TOLERANCE = 2, 2.0
 
 # What photos and screenshots come in. PIL knows more, but some of those start programs (EPS: Ghostscript) or accept
 # nearly any bytes (TGA).
@@ -45,7 +49,12 @@ _NOT_IMAGES = {
 
 
 def load_image(
-    image: Mapping[str, Any] | str | Path | bytes | Image.Image, *, where: str = "", max_pixels: int = MAX_PIXELS
+    image: Mapping[str, Any] | str | Path | bytes | Image.Image,
+    *,
+    where: str = "",
+    max_pixels: int = MAX_PIXELS,
+    side: int | None = None,
+    fetch: Callable[[str], str] | None = None,
 ) -> Image.Image:
     """Decode one image to 8-bit RGB, upright.
 
@@ -57,52 +66,93 @@ def load_image(
         where: put in front of every error, for instance ``captions/17``.
         max_pixels: the largest width times height. It is compared before anything is decoded. PIL's own limit
             (178,956,970 by default) holds as well.
+        side: pixels that are needed on each side. A JPEG of at least four times as many is decoded smaller, which is
+            several times faster; its sides never become shorter than ``ENOUGH * side``. None decodes all of it.
+        fetch: gives the file in which the image of a URL lies, `fetch.Fetcher`; None refuses URLs.
 
     Returns:
         A new PIL image of mode RGB with no reference to the file or to `image`.
 
     Raises:
-        UserError: the image is missing, a folder, unreadable, empty, truncated, damaged, too large or not an image.
+        RowError: the image is missing, a folder, unreadable, empty, truncated, damaged, too large or not an image.
     """
-    prefix = f"{where}: " if where else ""
+    try:
+        return _load(image, f"{where}: " if where else "", _Limits(max_pixels, side), fetch)
+    except RowError as error:
+        error.where = where
+        raise
+
+
+class _Limits(NamedTuple):
+    max_pixels: int
+    side: int | None
+
+
+def _load(
+    image: Mapping[str, Any] | str | Path | bytes | Image.Image,
+    prefix: str,
+    limits: _Limits,
+    fetch: Callable[[str], str] | None,
+) -> Image.Image:
     if isinstance(image, Mapping):
         encoded, path = image.get("bytes"), image.get("path")
         if encoded is not None:
             name = f" {path}" if path else ""
-            return _from_stream(io.BytesIO(encoded), f"{prefix}the embedded image{name}", max_pixels)
+            return _from_stream(io.BytesIO(encoded), f"{prefix}the embedded image{name}", limits)
         if not path:
-            raise UserError(f"{prefix}the image has neither a path nor bytes: give one of them.")
+            raise RowError(f"{prefix}the image has neither a path nor bytes: give one of them.", reason="image missing")
         image = str(path)
     if isinstance(image, Image.Image):
-        return _decode(image, f"{prefix}the image", max_pixels)
+        return _decode(image, f"{prefix}the image", limits)
     if isinstance(image, bytes | bytearray | memoryview):
-        return _from_stream(io.BytesIO(image), f"{prefix}the embedded image", max_pixels)
+        return _from_stream(io.BytesIO(image), f"{prefix}the embedded image", limits)
     if isinstance(image, str | Path):
-        return _from_file(str(image), prefix, max_pixels)
-    raise UserError(f"{prefix}the image is of type {type(image).__name__}: give a path, encoded bytes or a PIL image.")
+        path = str(image)
+        if not is_url(path):
+            return _from_file(path, prefix, limits)
+        if fetch is None:
+            raise RowError(
+                f"{prefix}the image {path} is a URL and no URL is fetched: download it first and give the path of the "
+                "file.",
+                reason="image is a URL",
+            )
+        return _from_file(_fetched(path, prefix, fetch), prefix, limits, f"{prefix}the image {path}")
+    raise RowError(
+        f"{prefix}the image is of type {type(image).__name__}: give a path, encoded bytes or a PIL image.",
+        reason="not an image",
+    )
 
 
-def _from_file(path: str, prefix: str, max_pixels: int) -> Image.Image:
-    what = f"{prefix}the image {path}"
-    if "://" in path[:12]:
-        raise UserError(f"{what} is a URL and no URL is fetched: download it first and give the path of the file.")
+def _fetched(url: str, prefix: str, fetch: Callable[[str], str]) -> str:
+    try:
+        return fetch(url)
+    except RowError as error:
+        raise RowError(f"{prefix}{error}", reason=error.reason) from None
+
+
+def _from_file(path: str, prefix: str, limits: _Limits, what: str = "") -> Image.Image:
+    what = what or f"{prefix}the image {path}"
     try:
         mode = os.stat(path).st_mode
         # Opening a named pipe would wait for ever.
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise UserError(f"{what} is {kind}: give the path of one image file.")
+            raise RowError(f"{what} is {kind}: give the path of one image file.", reason="image missing")
         with open(path, "rb") as stream:
-            return _from_stream(stream, what, max_pixels)
+            return _from_stream(stream, what, limits)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{prefix}{_missing(path)}") from None
+        raise RowError(f"{prefix}{_missing(path)}", reason="image missing") from None
     except PermissionError:
-        raise UserError(f"{what} may not be read by this user: change its permissions.") from None
+        raise RowError(
+            f"{what} may not be read by this user: change its permissions.", reason="image unreadable"
+        ) from None
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, RowError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{what} cannot be opened ({reason}): check the path and the disk.") from None
+        raise RowError(
+            f"{what} cannot be opened ({reason}): check the path and the disk.", reason="image unreadable"
+        ) from None
 
 
 def _missing(path: str) -> str:
@@ -119,11 +169,11 @@ def _missing(path: str) -> str:
     )
 
 
-def _from_stream(stream: IO[bytes], what: str, max_pixels: int) -> Image.Image:
+def _from_stream(stream: IO[bytes], what: str, limits: _Limits) -> Image.Image:
     head = stream.read(64)
     stream.seek(0)
     if not head:
-        raise UserError(f"{what} is empty (0 bytes): download it again or remove the row.")
+        raise RowError(f"{what} is empty (0 bytes): download it again or remove the row.", reason="image empty")
     with warnings.catch_warnings():
         # PIL warns about odd but readable files; what cannot be read is an error below.
         warnings.simplefilter("ignore")
@@ -131,23 +181,34 @@ def _from_stream(stream: IO[bytes], what: str, max_pixels: int) -> Image.Image:
         try:
             image = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
         except Image.DecompressionBombError:
-            raise UserError(_too_large(what, None, max_pixels)) from None
+            raise RowError(_too_large(what, None, limits.max_pixels), reason="image too large") from None
         except UnidentifiedImageError:
-            raise UserError(f"{what} {_unidentified(head)}.") from None
+            damaged = head.startswith(tuple(_MAGIC))
+            reason = "image damaged" if damaged else "not an image"
+            raise RowError(f"{what} {_unidentified(head)}.", reason=reason) from None
         except Exception as error:  # the plugins let SyntaxError, struct.error, IndexError ... through
-            raise UserError(_damaged(what, error)) from None
+            raise RowError(_damaged(what, error), reason="image damaged") from None
         with image:
-            return _decode(image, what, max_pixels)
+            return _decode(image, what, limits)
 
 
-def _decode(image: Image.Image, what: str, max_pixels: int) -> Image.Image:
-    if image.width * image.height > max_pixels:
-        raise UserError(_too_large(what, image.size, max_pixels))
+def _decode(image: Image.Image, what: str, limits: _Limits) -> Image.Image:
+    if image.width * image.height > limits.max_pixels:
+        raise RowError(_too_large(what, image.size, limits.max_pixels), reason="image too large")
     try:
+        if limits.side is not None:
+            image.draft(None, (ENOUGH * limits.side,) * 2)  # only JPEG can; it keeps at least so many pixels
         image.load()
         return _to_rgb(_upright(image))
     except Exception as error:  # as in _from_stream: decoders raise anything
-        raise UserError(_damaged(what, error)) from None
+        raise RowError(_damaged(what, error), reason="image damaged") from None
+
+
+def needed_side(image_processor: Any) -> int | None:
+    """Pixels that an image processor needs on each side; None where it depends on the image, or nothing is resized."""
+    size = {key: value for key, value in dict(getattr(image_processor, "size", None) or {}).items() if value}
+    fixed = bool(size) and size.keys() <= {"height", "width", "shortest_edge"}
+    return max(size.values()) if fixed and getattr(image_processor, "do_resize", False) else None
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -155,6 +155,8 @@ class Source(_Model):
     """Share of this source under `sampling: weights`; under the others a factor on its share."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use the first so many rows."""
+    allow_urls: bool = False
+    """Fetch images that are URLs, within limits and never from private addresses; see docs/images.md."""
 
     @model_validator(mode="after")
     def _name_it(self) -> Source:
@@ -175,6 +177,8 @@ class Data(_Model):
     """Sources for the final number; nothing is chosen by them."""
     sampling: Literal["proportional", "sqrt", "weights"] = "proportional"
     """How sources are mixed: by size, by its square root (InstructBLIP), or by each source's `weight`."""
+    url_cache: str | None = None
+    """Folder that fetched images are kept in. Unset: `vlm_sft/images` in the user's cache folder."""
 
 
 _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}

@@ -31,6 +31,7 @@ class SourceLike(Protocol):
     prompts: list[str]
     weight: float
     max_rows: int | None
+    allow_urls: bool
 
 
 def name_of(source: SourceLike) -> str:
@@ -102,7 +103,7 @@ def _examples(source: SourceLike, row: Row, number: int, folder: str | None, see
     for k, example in enumerate(examples, start=1):
         yield {
             "messages": _checked(example.messages, row.where),
-            "images": [resolve_image(image, folder, row.where) for image in example.images],
+            "images": [resolve_image(image, folder, row.where, source.allow_urls) for image in example.images],
             "source": name,
             "id": f"{name}/{example.id or number}" + (f"#{k}" if len(examples) > 1 else ""),
         }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, exit_on_user_error
+from .fetch import Fetcher
 from .quiet import quiet_libraries
 from .rows import describe_rows, load_rows, measure_rows
 
@@ -150,9 +151,12 @@ def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> 
         kind = load_collator_class(recipe.collator)
     multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None
     try:
-        return kind(processor, max_length=args.max_length, pad_to_multiple_of=multiple, **recipe.collator_args)
+        collator = kind(processor, max_length=args.max_length, pad_to_multiple_of=multiple, **recipe.collator_args)
     except TypeError as error:
         raise UserError(f"collator_args: {kind.__name__} does not take them: {error}.") from error
+    if any(source.allow_urls for source in (*recipe.data.train, *recipe.data.eval)):
+        collator.fetch = Fetcher(recipe.data.url_cache)
+    return collator
 
 
 def check_processes(args: SFTConfig) -> None:
