@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pieces",),
     ("stack",),
     ("bundle",),
+    ("hub",),
     ("loading",),
     ("handover",),
     # Layer 5: what is done with them.

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .bundle import RECIPE
 from .errors import UserError
 from .generation import answer, check_length, check_options, encode_question
+from .hub import find_bundle
 from .loading import load
 from .processor import VLMProcessor
 from .question_file import Question, conversation, read_questions
@@ -89,8 +90,9 @@ def open_bundle(
         UserError: As `loading.load`.
     """
     logging.disable_progress_bar()  # one bar for each file of weights would stand between the lines
-    model, processor = load(bundle, trust_remote_code=trust_remote_code)
-    recipe = yaml.safe_load((Path(bundle) / RECIPE).read_text(encoding="utf-8"))
+    folder = find_bundle(bundle)
+    model, processor = load(folder, trust_remote_code=trust_remote_code)
+    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     return model, processor, {**(recipe.get("generation") or {}), **options}  # type: ignore[return-value]
 
 

@@ -9,11 +9,12 @@ from typing import Any
 CARD = "README.md"
 
 
-def write_card(folder: str | Path) -> Path:
+def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     """Writes the card of a bundle from what lies in the bundle; called again when an evaluation was added.
 
     Args:
         folder: The bundle.
+        repo_id: What it is called on the Hub; default the folder's name.
 
     Returns:
         The path of the card.
@@ -32,10 +33,10 @@ def write_card(folder: str | Path) -> Path:
         head |= {"base_model": bases, "base_model_relation": "adapter"}
     sections = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {folder.resolve().name}",
+        f"# {repo_id or folder.resolve().name}",
         _sentence(manifest, recipe),
         "## Load it\n\n```python\nimport vlm_sft\n\n"
-        f'model, processor = vlm_sft.load("{shown(folder)}")\n'
+        f'model, processor = vlm_sft.load("{repo_id or shown(folder)}")\n'
         'conversation = {"messages": [{"role": "user", "content": [{"type": "image"}, '
         '{"type": "text", "text": "What is this?"}]}],\n                "images": ["photo.jpg"]}\n'
         "print(vlm_sft.answer(model, processor, [conversation])[0])\n```",

@@ -20,7 +20,14 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="The recipes that ship: list, show, copy.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
 
-Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder that a training run wrote.", show_default=False)]
+Bundle = Annotated[
+    str,
+    typer.Argument(
+        metavar="BUNDLE",
+        help="Folder that a training run wrote, or name/repository[@revision] on the Hub.",
+        show_default=False,
+    ),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the bundle's base pieces run Python code that they bring.")
 ]
@@ -175,6 +182,27 @@ def apply_delta(
         f"{out}: {done['tensors']} tensors, {done['summed']} of them base + delta; embeddings and head: {how}{rows}; "
         f"{done['left_out']} computed tables left out; {done['bytes'] / 1e9:.2f} GB in {done['shards']} shards."
     )
+
+
+@app.command()
+def push(
+    bundle: Annotated[
+        str, typer.Argument(metavar="BUNDLE", help="Folder that a training run wrote.", show_default=False)
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="name/repository on the Hub.", show_default=False)],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository; default as your account has it.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it is not there.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="What the commit says.")] = None,
+) -> None:
+    """Put a bundle on the Hugging Face Hub, with its card."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    from .hub import push_bundle
+
+    typer.echo(push_bundle(bundle, repo, private=private, revision=revision, message=message))
 
 
 @recipes_app.command("list")

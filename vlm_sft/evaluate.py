@@ -29,10 +29,10 @@ def run(
     """Evaluates a bundle, prints a table, writes `eval.json` and the bundle's card.
 
     Args:
-        bundle: Folder of the bundle.
+        bundle: Folder of the bundle, or `name/repository` on the Hub.
         split: `test` or `eval`: which sources of the recipe's `data`.
         batch_size: Questions answered at a time.
-        output: Where the results go; default `eval.json` in the bundle.
+        output: Where the results go; default `eval.json` in the bundle, or `NAME-eval.json` here for one on the Hub.
         max_rows: Only the first so many rows of each source.
         trust_remote_code: See `loading.load`.
         recipe: A recipe whose `data` is used in place of the bundle's own.
@@ -47,13 +47,17 @@ def run(
 
     from .bundle import read_manifest
     from .card import write_card
+    from .hub import find_bundle, is_fetched
     from .loading import load, recipe_of
     from .recipe import load_recipe
 
-    folder = Path(bundle)
+    folder = find_bundle(bundle)
     own = recipe_of(folder, read_manifest(folder))
     sources = sources_of(load_recipe(recipe) if recipe else own, split)
-    target = Path(output) if output else folder / RESULTS
+    fetched = is_fetched(folder)
+    # What lies in the Hub's cache is not ours to change.
+    default = Path(f"{bundle.partition('@')[0].rpartition('/')[2]}-{RESULTS}") if fetched else folder / RESULTS
+    target = Path(output) if output else default
     if target.is_dir():
         raise UserError(f"--output {str(target)!r} is a folder; name a file.")
     questions = collect(sources, max_rows)
@@ -67,7 +71,7 @@ def run(
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not output:
+    if not output and not fetched:
         write_card(folder)
     _print(results, target)
     return results

@@ -22,6 +22,7 @@ from .bundle import read_manifest
 from .card import write_export_card
 from .errors import UserError
 from .export_check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, QUESTION, noise_picture
+from .hub import find_bundle
 from .loading import load, recipe_of
 from .merged import write_merged
 from .native import native_form, native_model, native_processor, to_causal_lm
@@ -51,7 +52,7 @@ def export(
     """Writes a bundle in another form and compares the logits of both in a fresh process.
 
     Args:
-        bundle: Folder of the bundle.
+        bundle: Folder of the bundle, or `name/repository` on the Hub.
         out: Folder to write; must be empty or not there.
         to: `transformers` (the native class), `vllm` (its published key names) or `bundle-merged`.
         keep_adapter: Leaves LoRA unmerged, in the subfolder `adapter`.
@@ -64,7 +65,7 @@ def export(
     Raises:
         UserError: The bundle has no such form, the folder is not empty, or the logits differ.
     """
-    bundle, out = Path(bundle), Path(out)
+    bundle, out = find_bundle(bundle), Path(out)
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is unknown; use one of {', '.join(TARGETS)}.")
     if keep_adapter and to != "transformers":

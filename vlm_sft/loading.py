@@ -16,6 +16,7 @@ from .adapters import add_adapter
 from .bundle import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED, parameters_of, read_manifest
 from .errors import UserError
 from .freeze import PARTS, FreezePlan
+from .hub import find_bundle
 from .pieces import compare_pieces
 from .processor import VLMProcessor
 from .recipe import Recipe, load_recipe
@@ -29,16 +30,18 @@ def load(
     trust_remote_code: bool = False,
     *,
     unquantised: bool = False,
+    revision: str | None = None,
 ) -> tuple[nn.Module, VLMProcessor]:
     """Loads a bundle: base pieces by their ids, then what was trained.
 
     Args:
-        path: Folder of the bundle.
+        path: Folder of the bundle, or `name/repository` on the Hub (`name/repository@revision`).
         device: Where to; default the first GPU if there is one, else the CPU.
         dtype: Type of all weights; default as in training.
         trust_remote_code: Lets base pieces run the Python code that they bring, where the bundle's recipe asks for
             it. A bundle may come from a stranger, so its own word is not enough.
         unquantised: Loads the language model of a QLoRA bundle in full; its logits differ by the error of the bits.
+        revision: Branch, tag or commit of a repository on the Hub.
 
     Returns:
         The model in evaluation mode and its processor.
@@ -46,7 +49,7 @@ def load(
     Raises:
         UserError: No bundle, another base, or a missing, extra or misshapen tensor; the message names it.
     """
-    folder = Path(path)
+    folder = find_bundle(path, revision)
     manifest = read_manifest(folder)
     recipe = recipe_of(folder, manifest)
     if not trust_remote_code:

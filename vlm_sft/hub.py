@@ -1,0 +1,335 @@
+"""Bundles on the Hugging Face Hub: pushed whole but for what others published, fetched by name and revision.
+
+`huggingface_hub` does the talking. What is here decides which files go, says each failure in one sentence, and keeps
+tokens out of everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from .bundle import MANIFEST, read_manifest
+from .card import CARD, write_card
+from .errors import UserError
+
+Result = TypeVar("Result")
+
+# What a bundle consists of. Anything else in its folder stays where it is: optimizer states, checkpoints, logs.
+SHARED = (
+    *("bundle.json", "recipe.yaml", "trained.safetensors", "adapter_config.json", "adapter_model.safetensors"),
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template.jinja", "qformer_tokenizer/*", "metrics.json", "eval.json", "curves.png", "README.md"),
+)
+TEXTS = (".json", ".yaml", ".md", ".jinja", ".txt")
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+TRIES, LONGEST_WAIT = 3, 60.0
+LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
+
+
+# -- pushing -----------------------------------------------------------------------------------------------------------
+
+
+def push_bundle(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Pushes a bundle, with a card for its new home. The folder is left as it is.
+
+    Args:
+        folder: The bundle.
+        repo_id: `name/repository`; made if it is not there.
+        private: Whether a new repository is private; default as the account has it.
+        revision: Branch to push to, made if it is not there; default `main`.
+        message: What the commit says.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: The folder is no bundle, a file holds a token, or the Hub refuses.
+    """
+    folder = Path(folder)
+    read_manifest(folder)
+    check_repo_id(repo_id)
+    api = HfApi(library_name="vlm_sft")
+    with (
+        staged(folder, repo_id) as stage,
+        _one_sentence(repo_id, after=f"; the bundle in {str(folder)!r} is as it was"),
+    ):
+        repo_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+        if revision is not None:
+            _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        commit = _patiently(
+            lambda: api.upload_folder(
+                repo_id=repo_id,
+                folder_path=stage,
+                revision=revision,
+                commit_message=message or f"Push {folder.resolve().name} with vlm_sft",
+            )
+        )
+    return commit.commit_url
+
+
+@contextmanager
+def staged(folder: Path, repo_id: str) -> Iterator[Path]:
+    """A folder beside the bundle with what goes to the Hub: links to its files, a manifest without this machine's
+    paths, and a card that names the repository.
+
+    Raises:
+        UserError: A file holds a token.
+    """
+    with _beside(folder) as stage:
+        for path in shared_files(folder):
+            goal = stage / path.relative_to(folder)
+            goal.parent.mkdir(exist_ok=True)
+            _link(path, goal)
+        manifest = read_manifest(folder)
+        for piece in manifest["pieces"].values():
+            for key in ("path", "more"):
+                piece.pop(key, None)
+        for name in (MANIFEST, CARD):
+            (stage / name).unlink(missing_ok=True)  # the link alone: what it leads to is the bundle's own
+        (stage / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_card(stage, repo_id)
+        refuse_tokens(stage)
+        yield stage
+
+
+def shared_files(folder: Path) -> list[Path]:
+    """The files of a bundle that are pushed."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in found if _is_shared(path.relative_to(folder))]
+
+
+def _is_shared(path: Path) -> bool:
+    return any(len(path.parts) == pattern.count("/") + 1 and fnmatch(path.as_posix(), pattern) for pattern in SHARED)
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder on the same disk, where links cost nothing; elsewhere if that cannot be written."""
+    parent = folder.resolve().parent
+    where = parent if os.access(parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".vlm-sft-push-", dir=where) as stage:
+        yield Path(stage)
+
+
+def _link(path: Path, goal: Path) -> None:
+    """A hard link survives when a checkpoint is deleted during its push; other disks get a symbolic one."""
+    try:
+        os.link(path.resolve(), goal)
+    except OSError:
+        goal.symlink_to(path.resolve())
+
+
+def refuse_tokens(folder: Path) -> None:
+    """Raises a UserError when a text file holds a token for the Hub; the token itself is not repeated."""
+    own = get_token()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in TEXTS and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if TOKEN.search(text) or (own and own in text):
+                raise UserError(f"{path.name} holds what looks like a token for the Hub; remove it there, then push.")
+
+
+# -- fetching ----------------------------------------------------------------------------------------------------------
+
+
+def find_bundle(bundle: str | Path, revision: str | None = None) -> Path:
+    """The folder of a bundle: itself, or where a repository of the Hub was fetched to.
+
+    Args:
+        bundle: A folder, `name/repository` or `name/repository@revision`.
+        revision: Branch, tag or commit of the repository.
+
+    Raises:
+        UserError: It is neither a folder nor to be had from the Hub.
+    """
+    if Path(bundle).exists():
+        if revision is not None:
+            raise UserError(f"{str(bundle)!r} is a folder and has no revisions; leave out the revision {revision!r}.")
+        return Path(bundle)
+    repo_id, _, at = str(bundle).partition("@")
+    if not is_repo_id(repo_id):
+        return Path(bundle)  # a path that is not there, which is said where it is read
+    with _one_sentence(repo_id, before=f"{repo_id!r} is no folder here. "):
+        wanted = revision or at or None
+        return Path(_patiently(lambda: snapshot_download(repo_id, revision=wanted, allow_patterns=list(SHARED))))
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether a text has the form `name/repository`."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.count("/") == 1
+
+
+def is_fetched(folder: Path) -> bool:
+    """Whether a folder is a repository in the cache of `huggingface_hub`."""
+    folder = folder.resolve()
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+
+
+# -- what can go wrong -------------------------------------------------------------------------------------------------
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises a UserError when a text cannot be the name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} cannot be a repository of the Hub; write name/repository.") from error
+
+
+def check_access(repo_id: str) -> None:
+    """Asks the Hub, before training, whether the token at hand may push there.
+
+    Raises:
+        UserError: There is no network, no token, or no right to write; it says how to train without the Hub.
+    """
+    way_out = "; or remove `hub` from the recipe and push later with `vlm-sft push`"
+    check_repo_id(repo_id)
+    api = HfApi(library_name="vlm_sft")
+    with _one_sentence(repo_id, after=way_out):
+        who = _patiently(api.whoami)
+        try:
+            _patiently(lambda: api.auth_check(repo_id, write=True))
+        except RepositoryNotFoundError:
+            _check_namespace(repo_id, who, way_out)
+
+
+def _check_namespace(repo_id: str, who: dict[str, Any], way_out: str) -> None:
+    """A repository that is not there yet can be made under one's own name or an organisation's."""
+    names = [who["name"], *(org["name"] for org in who.get("orgs", ()))]
+    role = (who.get("auth") or {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise UserError(f"The token of {who['name']!r} may only read; {LOGIN}{way_out}.")
+    if "/" in repo_id and repo_id.split("/")[0] not in names:
+        raise UserError(
+            f"hub.repo_id {repo_id!r} is not under a name of the token's owner ({', '.join(names)}); correct it"
+            f"{way_out}."
+        )
+
+
+def _patiently(call: Callable[[], Result]) -> Result:
+    """Calls again where another attempt may help; not all requests of `huggingface_hub` do so themselves."""
+    for attempt in range(1, TRIES):
+        try:
+            return call()
+        except Exception as error:
+            wait = _seconds_to_wait(error, attempt)
+            if wait is None:
+                raise
+            time.sleep(wait)
+    return call()
+
+
+def _seconds_to_wait(error: BaseException, attempt: int) -> float | None:
+    """How long until another attempt may succeed; None where it will not."""
+    refused = _first(error, HfHubHTTPError)
+    if refused is None:
+        return float(attempt) if _is_network(error) else None
+    if refused.response.status_code not in (408, 429, 500, 502, 503, 504):
+        return None
+    asked = refused.response.headers.get("Retry-After", "")
+    return min(float(asked), LONGEST_WAIT) if asked.isdigit() else float(attempt)
+
+
+@contextmanager
+def _one_sentence(repo_id: str, before: str = "", after: str = "") -> Iterator[None]:
+    """Turns what `huggingface_hub` raises into a `UserError`, without requests, headers and tokens."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        sentence = _sentence(error, repo_id)
+        if sentence is None:
+            raise
+        # Not chained: the cause holds the request, and the request the token.
+        raise UserError(f"{before}{sentence}{after}.") from None
+
+
+def _sentence(error: BaseException, repo_id: str) -> str | None:
+    if _first(error, OfflineModeIsEnabled) or constants.is_offline_mode():
+        return f"HF_HUB_OFFLINE=1 forbids asking the Hub for {repo_id!r}; unset it"
+    refused = _first(error, HfHubHTTPError)
+    if refused is not None:
+        return _refusal(refused, repo_id)
+    if _first(error, EntryNotFoundError):
+        return f"{repo_id!r} is not whole in the cache, and the Hub cannot be asked; try again with network"
+    if _is_network(error):
+        return f"The Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}); check the network"
+    return None
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
+    """What a status of the Hub means for a person."""
+    status = error.response.status_code
+    if isinstance(error, RevisionNotFoundError):
+        return f"The repository {repo_id!r} has no such revision; check the branch, tag or commit"
+    if isinstance(error, EntryNotFoundError):
+        return f"The Hub lacks a file of {repo_id!r}; fetch it again"
+    if status == 401 and get_token() is None:
+        return f"The Hub wants to know who you are, and there is no token (401); {LOGIN}"
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return f"The Hub does not know the token (401); {LOGIN}"
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return f"The Hub has no repository {repo_id!r} that this token may see; check the name and the token"
+    if status == 403:
+        return f"The token may not do this with {repo_id!r} (403); use a token that may write there, or another name"
+    if status in (409, 412):
+        return f"{repo_id!r} was changed by someone else at the same time ({status}); push again"
+    if status == 429:
+        return f"The Hub has had too many requests (429); wait{_retry_after(error)} and try again"
+    if status >= 500:
+        return f"The Hub is in trouble ({status}); try again later"
+    return f"The Hub refuses {repo_id!r} (status {status}); check its name and its settings"
+
+
+def _retry_after(error: HfHubHTTPError) -> str:
+    asked = error.response.headers.get("Retry-After", "")
+    return f" {asked} seconds" if asked.isdigit() else ""
+
+
+def _is_network(error: BaseException) -> bool:
+    """Connection errors of the client, wherever they stand in a chain of causes."""
+    # By name: which HTTP library it is changes with versions of `huggingface_hub`.
+    kinds = (kind.__name__ for each in _chain(error) for kind in type(each).__mro__)
+    return any(name in ("TransportError", "ConnectionError") for name in kinds)
+
+
+def _first(error: BaseException, kind: type[Any]) -> Any:
+    return next((each for each in _chain(error) if isinstance(each, kind)), None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
