@@ -1,4 +1,4 @@
-"""A recipe that ships, made small: tiny checkpoints in the layouts of the pieces that it names, a few rows, three steps.
+"""A recipe that ships, made small: tiny checkpoints in the layouts of its pieces, a few rows, three steps.
 
 What comes out is a list of overrides, so a tiny run takes the one way through: `train(load_recipe(name, overrides))`.
 Parts and their kinds, freeze plan, LoRA, quantization, template, schedule and accumulation stay the recipe's own.
@@ -7,26 +7,143 @@ Parts and their kinds, freeze plan, LoRA, quantization, template, schedule and a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from conftest import make_tokenizer
+
 from vlm_sft import load_recipe
 
-# What a run on a CPU of a few seconds needs in place of a run on GPUs of hours.
+# What a run of a few seconds on a CPU needs in place of a run of hours on GPUs. A warm-up of 1000 steps would begin at
+# rates that are too small to be added to a weight in fp32.
 SMALL_RUN = {
     "max_steps": 3, "per_device_train_batch_size": 2, "bf16": False, "tf32": None, "dataloader_num_workers": 0,
-    "dataloader_pin_memory": False, "logging_steps": 1, "report_to": "none",
+    "warmup_steps": 1, "dataloader_pin_memory": False, "logging_steps": 1, "report_to": "none",
 }  # fmt: skip
 
 ANSWERS = ["a red 3", "a blue 7", "左上角是红色的3", "two dogs", "a cat", "这是一只猫", "a bus", "three birds"]
 QUESTION = "What is this?"
+
+# A Q-Former that reads the instruction has a vocabulary of its own.
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "what",
+    "is",
+    "this",
+    "?",
+    "are",
+    "you",
+    "sure",
+    "a",
+    "the",
+    "image",
+]
+SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def write_instructblip(pieces: dict[str, str], folder: Path) -> str:
+    """All four parts in one folder, the Q-Former's tokenizer in a folder of its own."""
+    from transformers import (
+        BertTokenizerFast,
+        BlipImageProcessorPil,
+        InstructBlipConfig,
+        InstructBlipForConditionalGeneration,
+        InstructBlipQFormerConfig,
+        InstructBlipVisionConfig,
+        LlamaConfig,
+    )
+
+    torch.manual_seed(0)
+    sizes = {**SMALL, "initializer_range": 0.1}
+    qformer = InstructBlipQFormerConfig(**{**sizes, "hidden_size": 16}, vocab_size=len(WORDS), encoder_hidden_size=24)
+    model = InstructBlipForConditionalGeneration(
+        InstructBlipConfig(
+            vision_config=InstructBlipVisionConfig(**sizes, image_size=28, patch_size=7),
+            qformer_config=qformer,
+            text_config=LlamaConfig.from_pretrained(pieces["llama"]),
+            num_query_tokens=4,
+            image_token_index=300,
+        )
+    )
+    torch.nn.init.normal_(model.query_tokens)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder)
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder / "qformer_tokenizer")
+    return str(folder)
+
+
+def write_eva(pieces: dict[str, str], folder: Path) -> str:
+    """EVA ViT-g's own file: no norm behind the tower, a block and a head that BLIP-2 leaves out. Heads are 88 wide."""
+    width, hidden, patch, tokens = 88, 96, 7, 17
+    block = {
+        "norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,),
+        "attn.qkv.weight": (3 * width, width), "attn.q_bias": (width,), "attn.v_bias": (width,),
+        "attn.proj.weight": (width, width), "attn.proj.bias": (width,), "mlp.fc1.weight": (hidden, width),
+        "mlp.fc1.bias": (hidden,), "mlp.fc2.weight": (width, hidden), "mlp.fc2.bias": (width,),
+    }  # fmt: skip
+    shapes = {
+        "cls_token": (1, 1, width), "pos_embed": (1, tokens, width), "head.weight": (10, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        **{f"blocks.{i}.{name}": shape for i in range(2) for name, shape in block.items()},
+    }  # fmt: skip
+    torch.save(_random(shapes), folder / "eva_vit_g.pth")
+    return str(folder / "eva_vit_g.pth")
+
+
+def write_blip2_pretrained(pieces: dict[str, str], folder: Path) -> str:
+    """LAVIS's stage 1: Q-Former with its words, text layers and heads, the queries, the norm behind the ViT, no ViT."""
+    width, vision, hidden = 64, 88, 48
+    shapes = {"query_tokens": (1, 4, width), "ln_vision.weight": (vision,), "ln_vision.bias": (vision,), "temp": ()}
+    shapes |= {"vision_proj.weight": (16, width), "text_proj.weight": (16, width), "itm_head.weight": (2, width)}
+    embeddings = {"LayerNorm": (width,), "word_embeddings": (30, width), "position_embeddings": (16, width)}
+    shapes |= {f"Qformer.bert.embeddings.{name}.weight": shape for name, shape in embeddings.items()}
+    shapes |= {"Qformer.bert.embeddings.LayerNorm.bias": (width,), "Qformer.cls.predictions.bias": (30,)}
+    for layer, kinds in enumerate((("attention", "crossattention"), ("attention",))):
+        stem = f"Qformer.bert.encoder.layer.{layer}."
+        for kind in kinds:
+            source = vision if kind == "crossattention" else width
+            linears = {"query": (width, width), "key": (width, source), "value": (width, source)}
+            for name, shape in linears.items():
+                shapes |= _linear(f"{stem}{kind}.self.{name}", *shape)
+            shapes |= _linear(f"{stem}{kind}.output.dense", width, width)
+            shapes |= {f"{stem}{kind}.output.LayerNorm.{end}": (width,) for end in ("weight", "bias")}
+        for end in ("", "_query"):
+            shapes |= _linear(f"{stem}intermediate{end}.dense", hidden, width)
+            shapes |= _linear(f"{stem}output{end}.dense", width, hidden)
+            shapes |= {f"{stem}output{end}.LayerNorm.{kind}": (width,) for kind in ("weight", "bias")}
+    torch.save({"model": _random(shapes), "epoch": 9}, folder / "blip2_pretrained.pth")
+    return str(folder / "blip2_pretrained.pth")
+
+
+def _linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Norms near one, all else near zero."""
+    generator = torch.Generator().manual_seed(0)
+    norm = re.compile(r"(norm\d?|LayerNorm|ln_vision)\.weight$")
+    return {n: torch.randn(s, generator=generator) * 0.1 + (norm.search(n) is not None) for n, s in shapes.items()}
+
 
 # Published name → tiny checkpoint in its layout: (folders of the fixture `pieces`, empty folder) → path.
 Writer = Callable[[dict[str, str], Path], str]
 PIECES: dict[str, Writer] = {
     "Salesforce/blip2-opt-2.7b": lambda pieces, folder: pieces["blip2"],
     "Salesforce/blip2-flan-t5-xxl": lambda pieces, folder: pieces["blip2"],
+    "Salesforce/instructblip-vicuna-7b": write_instructblip,
+    "checkpoints/eva_vit_g.pth": write_eva,
+    "checkpoints/blip2_pretrained.pth": write_blip2_pretrained,
+    "facebook/opt-2.7b": lambda pieces, folder: pieces["opt"],
     "openai/clip-vit-large-patch14-336": lambda pieces, folder: pieces["clip"],
     "lmsys/vicuna-7b-v1.5": lambda pieces, folder: pieces["llama"],
     "lmsys/vicuna-13b-v1.5": lambda pieces, folder: pieces["llama"],

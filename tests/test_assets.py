@@ -50,7 +50,7 @@ def test_template_may_be_a_path(tmp_path: Path) -> None:
             "mine/zia.jinja",
             'the chat template file "mine/zia.jinja" does not exist; the closest that ships is "ziya".',
         ),
-        (assets.template_path, "0000", 'there is no chat template "0000"; these ship: blip2_vqa, chatml,'),
+        (assets.template_path, "0000", 'there is no chat template "0000"; these ship: blip2_caption, blip2_vqa,'),
         (assets.accelerate_config_path, "gpu", 'there is no accelerate config "gpu"; the closest that ships is "cpu".'),
     ],
 )

@@ -27,8 +27,10 @@ from vlm_sft.errors import UserError
 
 # What each template puts in the loss around an answer, with eos_token="</s>".
 AROUND = {
+    "blip2_caption": ("", "\n"),
     "blip2_vqa": (" ", "\n"),
     "chatml": ("", "<|im_end|>"),
+    "instructblip": (" ", "</s>"),
     "llava_llama_2": (" ", " </s>"),
     "minigpt4": (" ", "###"),
     "mistral": (" ", "</s>"),
@@ -142,6 +144,8 @@ def test_goldens_know_no_template_that_we_do_not() -> None:
             "Question: What colour? Short answer: Black.\n",
         ),
         ("plain", "{i}A cat.\nBlack.\n"),
+        ("blip2_caption", "{i}[BOS]A cat.\nBlack.\n"),
+        ("instructblip", "{i}[BOS]What animal is this? A cat.</s>What colour? Black.</s>"),
     ],
 )
 def test_render(template: str, expected: str) -> None:
@@ -155,11 +159,11 @@ def test_tokens_of_the_tokenizer_are_used() -> None:
         assert ends.endswith(after.replace("</s>", "<eos>"))
         assert end_of_answer(name) == after
         assert end_of_answer(name, eos_token="<eos>") == after.replace("</s>", "<eos>")
-    assert [name for name in AROUND if owns_bos(name)] == ["blip2_vqa"]
+    assert [name for name in AROUND if owns_bos(name)] == ["blip2_caption", "blip2_vqa", "instructblip"]
     assert not owns_bos("{# bos_token #}{% generation %}{% endgeneration %}")
 
 
-@pytest.mark.parametrize("template", sorted(set(AROUND) - {"plain"}))
+@pytest.mark.parametrize("template", sorted(set(AROUND) - {"plain", "blip2_caption"}))
 def test_system_text(template: str) -> None:
     system = {"role": "system", "content": "Be brief. 请简短。"}
     given = render_chat(ENGLISH, template, system="Be brief. 请简短。")

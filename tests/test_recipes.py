@@ -24,7 +24,13 @@ every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.re
 def test_the_promised_recipes_ship() -> None:
     systems = ("quickstart", "quickstart_llava", "ziya", "llava15", "minigpt4")
     promised = {f"{name}_stage{stage}" for name in systems for stage in (1, 2)}
-    promised |= {"ziya_stage2_qlora", "llava15_stage2_qlora", "llava15_stage2_lora"}
+    promised |= {
+        "ziya_stage2_qlora",
+        "llava15_stage2_qlora",
+        "llava15_stage2_lora",
+        "blip2_opt_stage2",
+        "instructblip_vicuna",
+    }
     assert promised <= {path.stem for path in RECIPES}
 
 
@@ -80,7 +86,8 @@ def test_states_its_global_batch(path: Path) -> None:
 @every_recipe
 def test_second_stage_goes_on_from_the_first(path: Path) -> None:
     second = load_recipe(path)
-    if "_stage2" not in path.stem:
+    # BLIP-2's stage 1 has no language model; LAVIS publishes it.
+    if "_stage2" not in path.stem or path.stem == "blip2_opt_stage2":
         assert second.init_from is None
         return
     first = load_recipe(path.with_name(re.sub("_stage2.*", "_stage1.yaml", path.name)))
@@ -107,6 +114,8 @@ def recipe(name: str) -> Recipe:
         ("llava15_stage1", {"projector": 1e-3}, 0.0, "256"),
         ("llava15_stage2", {"projector": 2e-5, "language_model": 2e-5}, 0.0, "128"),
         ("llava15_stage2_lora", {"projector": 2e-5}, 0.0, "128"),
+        ("blip2_opt_stage2", {"resampler": 1e-4, "projector": 1e-4}, 0.05, "1024"),
+        ("instructblip_vicuna", {"resampler": 1e-5, "projector": 1e-5}, 0.05, "128"),
         ("minigpt4_stage1", {"projector": 1e-4}, 0.05, "256"),
         ("minigpt4_stage2", {"projector": 3e-5}, 0.05, "48"),
         ("llava15_stage2_qlora", {"projector": 2e-5}, 0.0, "128"),
@@ -124,11 +133,16 @@ def test_published_values(name: str, train: dict[str, float], weight_decay: floa
 
 @pytest.mark.parametrize(
     ("name", "warmup", "steps", "lowest", "start"),
-    [("minigpt4_stage1", 5000, 20000, 8e-5, 1e-6), ("minigpt4_stage2", 200, 1000, 1e-5, 1e-6)],
+    [
+        ("minigpt4_stage1", 5000, 20000, 8e-5, 1e-6),
+        ("minigpt4_stage2", 200, 1000, 1e-5, 1e-6),
+        ("blip2_opt_stage2", 2000, -1, 1e-5, 1e-6),
+        ("instructblip_vicuna", 1000, 60000, 0, 1e-8),
+    ],
 )
-def test_minigpt4_schedule(name: str, warmup: int, steps: int, lowest: float, start: float) -> None:
+def test_published_schedule(name: str, warmup: int, steps: int, lowest: float, start: float) -> None:
     stage = recipe(name)
-    assert (stage.sft["warmup_steps"], stage.sft["max_steps"]) == (warmup, steps)
+    assert (stage.sft["warmup_steps"], stage.sft.get("max_steps", -1)) == (warmup, steps)
     shares = stage.sft["lr_scheduler_kwargs"]
     assert stage.train["projector"] * shares["min_lr_rate"] == pytest.approx(lowest, rel=1e-3)
     assert stage.train["projector"] * shares["warmup_lr_rate"] == pytest.approx(start, rel=1e-2)
