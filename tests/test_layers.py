@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe",),
     # Layer 2: small things that know one subject each.
     ("checkpoints", "configuration", "fetch", "file_readers", "freeze", "image_refs", "losses", "mixture"),
-    ("images", "mplug_owl", "row_view", "template_sandbox"),
+    ("images", "mplug_owl", "positions", "row_view", "template_sandbox"),
     ("chat_template", "formats", "qwen_vl", "readers"),
     ("connectors", "delta", "layouts", "sources"),
     ("sizes",),

@@ -27,7 +27,8 @@ from vlm_sft.bundle import Provenance, save_bundle
 from vlm_sft.errors import UserError
 from vlm_sft.layouts import LAYOUTS, detect, join_qkv_bias
 from vlm_sft.loading import load
-from vlm_sft.qwen_vl import resize_positions, sincos_positions
+from vlm_sft.positions import resize_positions
+from vlm_sft.qwen_vl import sincos_positions
 from vlm_sft.stack import Stack, build_empty_stack, build_stack
 from vlm_sft.train import train
 

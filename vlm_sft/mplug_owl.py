@@ -80,6 +80,7 @@ class _MLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, P, V) → (N, P, V)."""
         inner = self.fc1(hidden)
         return self.fc2(inner * torch.sigmoid(1.702 * inner))  # QuickGELU
 
@@ -94,6 +95,7 @@ class _VisionLayer(nn.Module):
         self.mlp = _MLP(width, config.intermediate_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, P, V) → (N, P, V)."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -108,6 +110,7 @@ class _VisionEmbeddings(nn.Module):
         self.pre_layernorm = nn.LayerNorm(width, config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(N, 3, height, width) → (N, P, V), class token first."""
         patches = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return self.pre_layernorm(tokens + self.position_embedding)
@@ -153,6 +156,7 @@ class _GatedMLP(nn.Module):
         self.ffn_ln = nn.LayerNorm(inner, eps)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, Q, R) → (N, Q, R)."""
         return self.w2(self.ffn_ln(F.silu(self.w1(hidden)) * self.w3(hidden)))
 
 
@@ -185,6 +189,7 @@ class _AbstractorLayer(nn.Module):
         )
 
     def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """(N, Q, R) queries and (N, P, V) image features → (N, Q, R)."""
         cross: Any = self.crossattention
         queries = cross["norm1"](queries)
         seen = torch.cat([queries, cross["normk"](features)], dim=1)

@@ -16,10 +16,12 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from .checkpoints import WEIGHT_FILES, Checkpoint
+from .configuration import count_patches, image_size_of
 from .connectors import PROJECTORS, build_resampler
 from .errors import UserError
 from .layouts import Origin, detect
 from .modeling import VISION_MODELS, build_vision_tower, mark_initialised
+from .positions import INTERPOLATING, TABLES, fit_positions
 from .sizes import (
     is_foreign,
     language_model_config,
@@ -54,18 +56,20 @@ def load_vision_tower(spec: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Loads the vision tower of a checkpoint that is one, or contains one.
 
     Args:
-        spec: Has `pretrained`, `revision`, `trust_remote_code`, `config` and `more`.
+        spec: Has `pretrained`, `revision`, `trust_remote_code`, `config`, `more` and maybe `image_size`.
         dtype: Type of the weights in memory.
     """
     key = "stack.vision_tower.pretrained"
     config = vision_tower_config(spec)
-    if not is_foreign(spec, key) and not spec.config:
+    resized = getattr(spec, "image_size", None) is not None and config.model_type not in INTERPOLATING
+    if not is_foreign(spec, key) and not spec.config and not resized:
         whole = load_config(spec.pretrained, spec.revision, key, spec.trust_remote_code)
         if whole.model_type == config.model_type and config.model_type not in VISION_MODELS:
             return _from_pretrained(AutoModel, spec, key, dtype=dtype)
     with torch.device("meta"):
         tower = build_vision_tower(config)
-    load_module(tower, open_checkpoint(spec, "vision_tower"), dtype, "vision_tower")
+    patches = count_patches(config, *image_size_of(config)) if resized else None
+    load_module(tower, open_checkpoint(spec, "vision_tower"), dtype, "vision_tower", patches)
     return tower
 
 
@@ -157,7 +161,9 @@ def _from_pretrained(auto_class: Any, spec: Any, key: str, **options: Any) -> Pr
     return model
 
 
-def load_module(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, kind: str = "") -> None:
+def load_module(
+    module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, kind: str = "", patches: int | None = None
+) -> None:
     """Fills a module made on the meta device with the tensors of a larger checkpoint, reading those alone.
 
     Args:
@@ -165,6 +171,7 @@ def load_module(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, k
         checkpoint: Where its tensors are.
         dtype: Type of the weights in memory.
         kind: `vision_tower` or the kind of a resampler, for checkpoints that are not in transformers' layout.
+        patches: Resizes a tower's table of positions to this many patches.
 
     Raises:
         UserError: The checkpoint lacks a tensor of the module, or has one of another shape.
@@ -179,6 +186,8 @@ def load_module(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, k
         else:
             sources = [tensors[source] for source in origin.names]
             tensor = origin.make(*sources) if origin.make else sources[0]
+            if patches and name in TABLES:
+                tensor = fit_positions(tensor, empty.shape, patches)
             where = f"{checkpoint.key}: {checkpoint.pretrained!r}"
             check_shape(origin.names[0], tensor.shape, empty.shape, where)
         state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -72,10 +72,23 @@ def _load_image_processor(tower: Any, config: VLMConfig) -> Any:
     try:
         # The PIL backend everywhere: the torchvision one resizes slightly differently, and a bundle must give the
         # same pixels on every machine.
-        return AutoImageProcessor.from_pretrained(
+        images = AutoImageProcessor.from_pretrained(
             tower.pretrained, revision=tower.revision, trust_remote_code=tower.trust_remote_code, backend="pil"
         )
+        return images if tower.image_size is None else _at_image_size(images, tower.image_size)
     except (OSError, ValueError) as error:
         raise UserError(
             f"stack.vision_tower.pretrained: {tower.pretrained!r} has no image processor (preprocessor_config.json)."
         ) from error
+
+
+def _at_image_size(images: Any, size: int) -> Any:
+    """The image processor for a square of `size` pixels; a margin that it cuts off keeps its share."""
+    settings = images.to_dict()
+    square = {"height": size, "width": size}
+    if (edge := settings["size"].get("shortest_edge")) is None:
+        return type(images).from_dict({**settings, "size": square})
+    cropped = settings.get("crop_size") or {"height": edge}
+    return type(images).from_dict(
+        {**settings, "size": {"shortest_edge": round(size * edge / cropped["height"])}, "crop_size": square}
+    )

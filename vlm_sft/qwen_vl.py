@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from .mplug_owl import InterleavedAttention
+from .positions import resize_positions
 
 # Every norm of both.
 EPS = 1e-6
@@ -45,16 +46,6 @@ class QwenVLResamplerConfig(PreTrainedConfig):
     encoder_hidden_size: int = 1664
 
 
-def resize_positions(table: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Bicubic resize of a square table of positions: (P', D) → (tokens, D), in its own dtype."""
-    if len(table) == tokens:
-        return table
-    old, new = math.isqrt(len(table)), math.isqrt(tokens)
-    grid = table.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return grid.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
-
-
 def sincos_positions(width: int, tokens: int) -> torch.Tensor:
     """(tokens, width): sines and cosines of the column in the first half of the channels, of the row in the second."""
     side, quarter = math.isqrt(tokens), width // 4
@@ -74,6 +65,7 @@ class _Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, inner), "c_proj": nn.Linear(inner, width)})
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, P, V) → (N, P, V)."""
         hidden = hidden + self.attn(self.ln_1(hidden))
         return hidden + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(hidden))))
 

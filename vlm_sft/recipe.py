@@ -74,6 +74,8 @@ class VisionTower(_Picked):
     """`full` keeps every token (BLIP-2), `patch` drops the class token (LLaVA)."""
     pad_to_square: bool = False
     """Pad images to a square with the mean colour before resizing (LLaVA-1.5)."""
+    image_size: Annotated[int, Field(ge=1)] | None = None
+    """Pixels of a side; a table of positions made for another size is resized (LAVIS: 364). Unset: the checkpoint's."""
     dtype: Dtype | None = None
     """Type of the weights; unset: float32 where trained, else what `sft:` computes in."""
 

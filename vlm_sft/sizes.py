@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from .checkpoints import Checkpoint, fetch_file, unreachable
 from .errors import UserError
 from .layouts import Shapes, at, detect
+from .positions import INTERPOLATING
 
 
 def load_config(pretrained: str, revision: str | None, key: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -102,16 +103,31 @@ def vision_tower_config(spec: Any) -> PreTrainedConfig:
     """The configuration of the vision tower that a recipe's piece names.
 
     Args:
-        spec: Has `pretrained`, `revision`, `trust_remote_code` and `config`.
+        spec: Has `pretrained`, `revision`, `trust_remote_code`, `config` and maybe `image_size`.
 
     Raises:
         UserError: There is no vision tower in the checkpoint, or its sizes cannot be told.
     """
     key = "stack.vision_tower"
     if is_foreign(spec, f"{key}.pretrained"):
-        return _from_shapes(spec, "vision_tower", "vision_tower")[0]
-    config = load_config(spec.pretrained, spec.revision, f"{key}.pretrained", spec.trust_remote_code)
-    return state(vision_config_of(config, f"{key}.pretrained"), spec.config, key)
+        vision = _from_shapes(spec, "vision_tower", "vision_tower")[0]
+    else:
+        config = load_config(spec.pretrained, spec.revision, f"{key}.pretrained", spec.trust_remote_code)
+        vision = state(vision_config_of(config, f"{key}.pretrained"), spec.config, key)
+    return _at_image_size(vision, getattr(spec, "image_size", None), key)
+
+
+def _at_image_size(config: PreTrainedConfig, size: int | None, key: str) -> PreTrainedConfig:
+    if size is None or config.model_type in INTERPOLATING:
+        return config
+    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    if size % patch:
+        raise UserError(
+            f"{key}.image_size is {size}, but the tower cuts images into patches of {patch} pixels: use a multiple, "
+            f"like {max(size // patch, 1) * patch}."
+        )
+    config.image_size = size
+    return config
 
 
 QFORMER_KINDS = {"blip_2_qformer": "qformer", "instructblip_qformer": "instruct_qformer"}

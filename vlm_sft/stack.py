@@ -30,6 +30,7 @@ from .parts import (
     load_vision_tower,
 )
 from .pieces import pieces_of
+from .positions import INTERPOLATING
 from .processor import VLMProcessor
 from .processors import build_processor
 from .sizes import language_model_config, resampler_config, vision_tower_config
@@ -37,8 +38,6 @@ from .sizes import language_model_config, resampler_config, vision_tower_config
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-# Towers that fit their position table to the image: DINOv2 is made for 518 pixels and published with 224.
-INTERPOLATING = ("dinov2", "dinov2_with_registers")
 # EVA ViT-g, with which BLIP-2's loss became infinite in fp16 (LAVIS#267); upstream trains it under loss scaling.
 OVERFLOWING = ("blip_2_vision_model", "instructblip_vision_model")
 PROJECTOR_OPTIONS = {"mlp": ("depth", "activation"), "pixel_shuffle": ("scale_factor",)}
@@ -180,7 +179,8 @@ def check_image_size(config: VLMConfig, processor: VLMProcessor, name: str) -> t
     if (height, width) != wanted and vision_config.model_type not in INTERPOLATING:
         raise UserError(
             f"{key}: the image processor of {name!r} gives images of {height}×{width} pixels but its vision tower was "
-            f"made for {wanted[0]}×{wanted[1]}; correct the size in preprocessor_config.json."
+            f"made for {wanted[0]}×{wanted[1]}; correct the size in preprocessor_config.json, "
+            f"or state stack.vision_tower.image_size, which resizes the table of positions."
         )
     return height, width
 
