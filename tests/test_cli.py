@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from vlm_sft import cli
-from vlm_sft.assets import list_recipes, recipe_path
 from vlm_sft.errors import UserError, exit_on_user_error
 
 
@@ -144,40 +143,3 @@ def test_wrapper_leaves_mistakes_of_the_program_alone() -> None:
 
 
 # Recipes
-
-
-def test_list_prints_every_recipe_and_its_title(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "recipes", "list") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list_recipes()
-    assert all(len(line.split()) > 3 for line in lines)
-
-
-def test_show_prints_the_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "recipes", "show", "ziya_stage2") == 0
-    assert capsys.readouterr().out == recipe_path("ziya_stage2").read_text(encoding="utf-8")
-
-
-def test_copy_brings_schema_and_bundled_pieces(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "recipes", "copy", "quickstart_stage1", "my_recipes") == 0
-    assert capsys.readouterr().out.splitlines() == ["my_recipes/quickstart_stage1.yaml", "examples/digitscenes"]
-    copied = Path("my_recipes/quickstart_stage1.yaml").read_text(encoding="utf-8")
-    assert copied == recipe_path("quickstart_stage1").read_text(encoding="utf-8")
-    assert Path("my_recipes/recipe.schema.json").is_file()
-    assert Path("examples/digitscenes/digitscenes.py").is_file()
-    assert not list(Path("examples").rglob("__pycache__"))
-
-
-def test_copy_to_a_file_and_never_over_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    goal = tmp_path / "mine.yaml"
-    assert call(monkeypatch, "recipes", "copy", "ziya_stage1", str(goal)) == 0
-    capsys.readouterr()
-    assert call(monkeypatch, "recipes", "copy", "ziya_stage1", str(goal)) == 2
-    assert capsys.readouterr().err == f"error: {goal} exists already; name another destination or remove it.\n"

@@ -41,17 +41,23 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("merged",),
     ("export",),
     # Layer 6: parse and call.
-    ("chat", "evaluate", "train"),
+    ("chat", "evaluate", "recipes_cli", "train"),
     ("cli",),
 )
 ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
-READS_RECIPES = {"adapters", "bundle", "chat", "cli", "configs", "data", "evaluate", "loading"}
-READS_RECIPES |= {"merged", "pieces", "processors", "recipe_rules", "rows", "scoring", "stack", "train"}
+READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "evaluate", "loading"}
+READS_RECIPES |= {"merged", "pieces", "processors", "recipes_cli", "recipe_rules", "rows", "scoring", "stack", "train"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers", "trl"}
-LIGHT = {module for row in LAYERS[:4] for module in row} | {"chat_template", "template_sandbox", "train", "cli"}
+LIGHT = {module for row in LAYERS[:4] for module in row} | {
+    "chat_template",
+    "template_sandbox",
+    "train",
+    "cli",
+    "recipes_cli",
+}
 
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
