@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("configs", "recipe_rules"),
     ("recipe",),
     # Layer 2: small things that know one subject each.
+    ("sharded",),
     ("checkpoints", "configuration", "fetch", "file_readers", "freeze", "image_refs", "losses", "mixture"),
     ("images", "mplug_owl", "positions", "row_view", "template_sandbox"),
     ("chat_template", "formats", "qwen_vl", "readers"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -20,6 +20,7 @@ from .hub import find_bundle
 from .pieces import compare_pieces
 from .processor import VLMProcessor
 from .recipe import Recipe, load_recipe
+from .sharded import fill
 from .stack import build_stack
 
 
@@ -134,13 +135,14 @@ def load_trained(folder: Path, model: nn.Module, plan: FreezePlan) -> None:
     saved = _read_tensors(folder / TRAINED)
     wanted = parameters_of(model, held | set(plan.train))
     check_keys(saved, wanted, folder / TRAINED)
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
+    for name, parameter in wanted.items():
+        fill(parameter, saved[name])
     if isinstance(model, PeftModel):
         adapter = _read_tensors(folder / ADAPTER)
-        check_keys(adapter, get_peft_model_state_dict(model, save_embedding_layers=False), folder / ADAPTER)
-        set_peft_model_state_dict(model, adapter)
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        check_keys(adapter, own, folder / ADAPTER)
+        for name, tensor in own.items():  # which shares its memory with the model's
+            fill(tensor, adapter[name])
 
 
 def check_keys(saved: dict[str, torch.Tensor], wanted: dict[str, Any], path: Path) -> None:

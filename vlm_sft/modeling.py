@@ -32,6 +32,7 @@ from .connectors import build_projector, build_resampler
 from .losses import supervised_losses
 from .mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig, MPLUGOwlVisionModel
 from .qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig, QwenVLVisionModel
+from .sharded import is_sharded
 
 # Encoders that transformers does not reach through AutoModel: some of its own, and ours.
 VISION_MODELS: dict[str, type[PreTrainedModel]] = {
@@ -228,7 +229,8 @@ class VLMModel(VLMPreTrainedModel):
         """(B, S) ids and (N, 3, H, W) images → (B, S, D) embeddings with the image features in place.
 
         A training batch without images still runs the image path once, with weight zero, so that every trained
-        parameter has a gradient on every rank (DeepSpeed#7170: without it ZeRO and DDP wait for ever).
+        parameter has a gradient on every rank (DeepSpeed#7170: without it ZeRO and DDP wait for ever). So does every
+        batch without images where the image path is sharded, frozen or not: other ranks need this one's share.
         """
         table = self.get_input_embeddings()
         image_mask = input_ids == self.config.image_token_id
@@ -237,15 +239,17 @@ class VLMModel(VLMPreTrainedModel):
         embeds = table(known)
         if pixel_values is None:
             self._check_image_count(int(image_mask.sum()), 0)
-            return embeds + self._zero_from_image_path(embeds) if self._image_path_is_trained() else embeds
+            return embeds + self._zero_from_image_path(embeds) if self._image_path_must_run() else embeds
         features = self.get_image_features(pixel_values, **instruction)
         self._check_image_count(int(image_mask.sum()), features.shape[0] * features.shape[1])
         features = features.to(embeds.device, embeds.dtype).flatten(0, 1)
         return embeds.masked_scatter(image_mask.unsqueeze(-1), features)
 
-    def _image_path_is_trained(self) -> bool:
+    def _image_path_must_run(self) -> bool:
+        """Whether other processes may wait for this one: for gradients, or for its share of the weights."""
         path = (self.vision_tower, self.resampler, self.projector)
-        return self.training and any(p.requires_grad for part in path if part is not None for p in part.parameters())
+        weights = [p for part in path if part is not None for p in part.parameters()]
+        return (self.training and any(p.requires_grad for p in weights)) or is_sharded(weights)
 
     def _zero_from_image_path(self, like: torch.Tensor) -> torch.Tensor:
         height, width = image_size_of(self.config.vision_config)

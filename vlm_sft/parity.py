@@ -28,7 +28,7 @@ MAX_POSITIONS = 256
 INPUTS = ("input_ids", "attention_mask", "pixel_values", *INSTRUCTION)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def probe_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """(up to 256 supervised positions, vocabulary) logits of a batch, in fp32 on the CPU."""
     device = next(model.parameters()).device
@@ -42,13 +42,16 @@ def probe_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     return logits[mask.to(device)][:MAX_POSITIONS].float().cpu()
 
 
-def check_parity(bundle: str | Path, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+def check_parity(
+    bundle: str | Path, model: nn.Module, batch: dict[str, torch.Tensor], logits: torch.Tensor | None = None
+) -> dict[str, Any]:
     """Loads a bundle in a fresh process and compares its logits with this model's.
 
     Args:
         bundle: Folder of the bundle.
         model: The trained model.
         batch: A batch of the collator.
+        logits: The model's `probe_logits` of the batch, where it took all processes to make them.
 
     Returns:
         `max_difference`, `tolerance`, `positions` and `equal`; also written into the bundle's manifest.
@@ -56,7 +59,7 @@ def check_parity(bundle: str | Path, model: nn.Module, batch: dict[str, torch.Te
     Raises:
         UserError: The bundle does not load, or its logits differ.
     """
-    wanted = probe_logits(model, batch)
+    wanted = probe_logits(model, batch) if logits is None else logits
     dtype = next(p.dtype for n, p in model.named_parameters() if "language_model" in n and p.is_floating_point())
     device = str(next(model.parameters()).device)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .configs import build_quantization_config, computes_in
 from .configuration import VLMConfig, count_patches, image_size_of
@@ -84,6 +85,7 @@ def build_stack(
             say(f"stack.{part}.trust_remote_code is on: code from {getattr(stack, part).pretrained} is executed.")
     if warning := precision_warning(recipe, config):
         say(warning)
+    unset_hf_deepspeed_config()  # ZeRO-3 cuts the weights when training starts; fingerprints are of whole ones
     tower = load_vision_tower(stack.vision_tower, dtype_of(recipe, "vision_tower"))
     resampler = load_resampler(stack.resampler) if stack.resampler else None
     projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))

@@ -112,19 +112,21 @@ def train(recipe: Recipe) -> Path:
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
     """Writes bundle, metrics and curves, then proves in a fresh process that the bundle gives the same logits."""
     from .card import write_card
-    from .parity import check_parity
+    from .parity import check_parity, probe_logits
     from .progress import CURVES, draw_curves
 
     folder = Path(trainer.args.output_dir)
     trainer.save_model(str(folder))
     trainer.save_state()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    batch = collator(list(trainer.train_dataset.select(range(min(4, len(trainer.train_dataset))))))
+    logits = probe_logits(model, batch)  # on every process: each may hold a share of the weights
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         (folder / METRICS).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
         curves = draw_curves(history, folder / CURVES, title=folder.name)
-        rows = trainer.train_dataset.select(range(min(4, len(trainer.train_dataset))))
         with console.status("Loading the bundle in a fresh process to compare its logits"):
-            parity = check_parity(folder, trainer.accelerator.unwrap_model(trainer.model), collator(list(rows)))
+            parity = check_parity(folder, model, batch, logits)
         write_card(folder)
         _say(
             console,

@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from peft import LoraConfig
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.trainer import SCHEDULER_NAME
 from trl import SFTConfig, SFTTrainer
 
 from .adapters import add_adapter
-from .bundle import Provenance, save_bundle
-from .freeze import FreezePlan, is_quantised
+from .bundle import Provenance, held_parts, save_bundle
+from .freeze import FreezePlan, is_adapter, is_quantised, part_of
 from .loading import load_trained
 from .modeling import VLMForConditionalGeneration
+from .sharded import gather, repeated_layers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,6 +94,11 @@ class VLMSFTTrainer(SFTTrainer):
             **kwargs,
         )
         plan.apply(self.model)  # PEFT froze everything but its own weights
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or repeated_layers(self.model)
+            # autocast alone decides what is computed in bf16, as on one GPU: FSDP would cast the fp32 Q-Former too.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     # -- learning rates ---------------------------------------------------------------------------------------------
 
@@ -150,30 +159,43 @@ class VLMSFTTrainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            if self.image_use and inputs.get("pixel_values") is not None:
+            if self.image_use:
                 self._measure_image_use(model, inputs, outputs.token_losses)
         return loss.detach(), None, None
 
     def _measure_image_use(self, model: nn.Module, inputs: dict[str, Any], own: torch.Tensor) -> None:
         """Adds the losses of the rows whose images could all be exchanged, with own and with other images."""
-        images = inputs["pixel_values"]
-        token_id, per_image = self.processing_class.image_token_id, self.processing_class.num_image_tokens
-        counts = (inputs["input_ids"] == token_id).sum(1) // per_image
-        owners = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        swapped, exchanged = exchange_images(images, owners, self._last_images)
-        self._last_images = images
-        complete = (counts > 0) & ~torch.zeros_like(counts, dtype=torch.bool).index_put_(
-            (owners[~exchanged],), torch.ones_like(owners[~exchanged], dtype=torch.bool)
-        )
-        if not complete.any():
+        inputs, complete = self._with_other_images(inputs)
+        # Where weights are sharded, a forward pass takes every process, also those that have nothing to measure.
+        if not self._on_any_process(bool(complete.any())):
             return
-        other = model(**{**inputs, "pixel_values": swapped}, supervised_only=True, use_cache=False).token_losses
+        other = model(**inputs, supervised_only=True, use_cache=False).token_losses
         rows = (inputs["labels"][:, 1:] != -100).nonzero()[:, 0]
         chosen = complete[rows]
         sums = self._sums["eval"]
         sums["own_loss"] += float(own[chosen].sum())
         sums["other_loss"] += float(other[chosen].sum())
         sums["image_tokens"] += int(chosen.sum())
+
+    def _with_other_images(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        """The batch with each image exchanged for another row's, and (B,) the rows of which all images were."""
+        images = inputs.get("pixel_values")
+        token_id, per_image = self.processing_class.image_token_id, self.processing_class.num_image_tokens
+        counts = (inputs["input_ids"] == token_id).sum(1) // per_image
+        if images is None:
+            return inputs, torch.zeros_like(counts, dtype=torch.bool)
+        owners = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        swapped, exchanged = exchange_images(images, owners, self._last_images)
+        self._last_images = images
+        complete = (counts > 0) & ~torch.zeros_like(counts, dtype=torch.bool).index_put_(
+            (owners[~exchanged],), torch.ones_like(owners[~exchanged], dtype=torch.bool)
+        )
+        return {**inputs, "pixel_values": swapped}, complete
+
+    def _on_any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds our metrics, summed over all processes since the last log, and hands on to transformers."""
@@ -204,11 +226,32 @@ class VLMSFTTrainer(SFTTrainer):
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the bundle. Every process must call it: each may hold a share of what is saved.
+
+        transformers would gather the whole model, frozen weights and all, or save nothing under
+        `fsdp_state_dict_type: SHARDED_STATE_DICT`.
+        """
+        self._save(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Every save is a bundle: trained parameters, adapter, processor, provenance; no frozen weight, no pickle."""
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        save_bundle(folder, model, self.processing_class, self.plan, self.provenance, state_dict=state_dict)
+        held = held_parts(self.plan, self.provenance.pieces if self.provenance else {})
+        gathered = gather(model, lambda name: is_adapter(name) or part_of(name) in held)
+        if self.args.should_save:
+            save_bundle(folder, model, self.processing_class, self.plan, self.provenance, state_dict=gathered)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP the optimizer's state without the model: the bundle holds what was trained, and no pickle."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(Path(resume_from_checkpoint), model or self.accelerator.unwrap_model(self.model), self.plan)

