@@ -6,13 +6,17 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_bundle import trained
+from test_instruct_qformer import checkpoint as instructblip  # noqa: F401, a fixture
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     Blip2ForConditionalGeneration,
     GenerationConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     LlavaForConditionalGeneration,
 )
 
@@ -20,7 +24,8 @@ from vlm_sft import answer, load
 from vlm_sft.errors import UserError
 from vlm_sft.export import export
 from vlm_sft.handover import hand_over
-from vlm_sft.native import grow_vocabulary, native_form, native_template
+from vlm_sft.native import grow_vocabulary, native_form
+from vlm_sft.native_processors import native_template
 from vlm_sft.stack import build_stack
 
 LLAVA = {"tower": "clip", "resampler": None, "projector": {"type": "mlp"}, "chat_template": "vicuna_v1",
@@ -115,6 +120,57 @@ def test_the_adapter_can_be_kept_beside(stack, bundle, tmp_path):
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == sum("lora_" in n for n, _ in model.named_parameters())
     assert "adapter/" in (out / "README.md").read_text()
+
+
+@pytest.fixture
+def instruct_bundle(recipe_file, instructblip, tmp_path):  # noqa: F811
+    """A bundle of an InstructBLIP whose Q-Former, projector and LoRA have moved."""
+
+    def make(template):
+        from vlm_sft import load_recipe
+
+        piece = {"pretrained": instructblip}
+        stack = {"vision_tower": piece, "resampler": {"type": "instruct_qformer", **piece},
+                 "projector": {"type": "linear", **piece}, "language_model": piece}  # fmt: skip
+        rates = {"projector": 1e-3, "resampler": 1e-4}
+        recipe = load_recipe(recipe_file(stack=stack, chat_template=template, train=rates, lora={"r": 2}))
+        trained(recipe, tmp_path / template)
+        return tmp_path / template
+
+    return make
+
+
+@pytest.mark.slow
+def test_instructblip_is_a_native_class_that_reads_the_question(instruct_bundle, photos, tmp_path):
+    folder, out = instruct_bundle("instructblip"), tmp_path / "export"
+    found = export(folder, out)
+    assert (found["form"], found["pixels"]) == ("instructblip", 0) and found["max_difference"] <= 1e-4
+    native, processor = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    assert type(native) is InstructBlipForConditionalGeneration and type(processor) is InstructBlipProcessor
+    inputs = processor(images=Image.open(photos[0]), text="what is this ?", return_tensors="pt")
+    ids = native.generate(**inputs, max_new_tokens=6, do_sample=False)
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this ?"}]}]
+    (wanted,) = answer(*load(folder), [{"messages": question, "images": [photos[0]]}], max_new_tokens=6)
+    assert wanted.strip() in processor.batch_decode(ids, skip_special_tokens=True)[0]
+    other = processor(images=Image.open(photos[0]), text="describe a cat", return_tensors="pt")
+    with torch.no_grad():
+        one, two = (
+            native(**{**inputs, **{n: v for n, v in each.items() if n.startswith("qformer")}}).logits
+            for each in (inputs, other)
+        )
+    assert (one - two).abs().max() > 1e-4, "the Q-Former reads the question"
+    card = (out / "README.md").read_text()
+    assert "InstructBlipForConditionalGeneration" in card and 'text="What is this?"' in card
+
+
+@pytest.mark.slow
+def test_an_instructblip_whose_prompt_is_more_than_the_question_has_no_native_processor(instruct_bundle, tmp_path):
+    folder = instruct_bundle("ziya")
+    with pytest.raises(UserError, match="transformers' own processor cuts this bundle's prompts into other tokens"):
+        export(folder, tmp_path / "export")
+    with pytest.raises(UserError, match="vLLM has no class for InstructBLIP"):
+        export(folder, tmp_path / "export", "vllm")
+    assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 5: what is done with them.
     ("parity", "progress", "rows", "scoring", "trainer"),
     ("answer_file", "native"),
-    ("merged",),
+    ("merged", "native_processors"),
     ("export",),
     # Layer 6: parse and call.
     ("chat", "evaluate", "recipes_cli", "train"),

@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
+# Form of an export → class of transformers.
+NATIVE_CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "blip-2": "Blip2ForConditionalGeneration",
+    "instructblip": "InstructBlipForConditionalGeneration",
+}
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
@@ -73,22 +79,16 @@ def write_export_card(out: str | Path, bundle: str | Path, result: dict[str, Any
     if bases:
         head |= {"base_model": bases, "base_model_relation": "finetune"}
     name = shown(out.resolve())
-    what = {"llava": "LlavaForConditionalGeneration", "blip-2": "Blip2ForConditionalGeneration"}[result["form"]]
+    what = NATIVE_CLASSES[result["form"]]
     adapter = (out / "adapter").is_dir()
     lora = "its LoRA lies in `adapter/`, unmerged" if adapter else "LoRA merged" if manifest["adapter"] else "no LoRA"
-    peft = "from peft import PeftModel\n" if adapter else ""
-    wrap = f'asker.model = PeftModel.from_pretrained(asker.model, "{name}/adapter")\n' if adapter else ""
     bits = " Training saw the base in fewer bits; here it is in full." if result["quantised_in_training"] else ""
     sections = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",
         f"A `{what}` of transformers, exported from the bundle `{shown(Path(bundle).resolve())}` of `vlm_sft` "
         f"({lora}; weights in {result['dtype']}; names as {result['to']} has them).{bits}",
-        f"## Ask it\n\n```python\n{peft}from transformers import pipeline\n\n"
-        f'asker = pipeline("image-text-to-text", model="{name}")\n{wrap}'
-        'messages = [{"role": "user", "content": [{"type": "image", "path": "photo.jpg"},\n'
-        '                                         {"type": "text", "text": "What is this?"}]}]\n'
-        'print(asker(messages, return_full_text=False)[0]["generated_text"])\n```',
+        _asking(result["form"], name, adapter),
         _pieces(manifest),
         f"## Parity\n\nLoaded by transformers alone in a fresh process, in fp32, the logits of {result['positions']} "
         f"positions differ from the bundle's, in fp32 with LoRA unmerged, by at most {result['max_difference']:.1e} "
@@ -98,6 +98,28 @@ def write_export_card(out: str | Path, bundle: str | Path, result: dict[str, Any
     path = out / CARD
     path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
     return path
+
+
+def _asking(form: str, name: str, adapter: bool) -> str:
+    """How to ask the export, by transformers alone."""
+    peft = "from peft import PeftModel\n" if adapter else ""
+    wrap = f'{{0}} = PeftModel.from_pretrained({{0}}, "{name}/adapter")\n' if adapter else ""
+    if form == "instructblip":  # whose processor knows no conversations
+        return (
+            f"## Ask it\n\n```python\n{peft}from PIL import Image\n"
+            "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+            f'processor = AutoProcessor.from_pretrained("{name}")\n'
+            f'model = AutoModelForImageTextToText.from_pretrained("{name}")\n{wrap.format("model")}'
+            'inputs = processor(images=Image.open("photo.jpg"), text="What is this?", return_tensors="pt")\n'
+            "print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))\n```"
+        )
+    return (
+        f"## Ask it\n\n```python\n{peft}from transformers import pipeline\n\n"
+        f'asker = pipeline("image-text-to-text", model="{name}")\n{wrap.format("asker.model")}'
+        'messages = [{"role": "user", "content": [{"type": "image", "path": "photo.jpg"},\n'
+        '                                         {"type": "text", "text": "What is this?"}]}]\n'
+        'print(asker(messages, return_full_text=False)[0]["generated_text"])\n```'
+    )
 
 
 def shown(path: str | Path) -> str:

@@ -25,7 +25,8 @@ from .export_check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, QUESTION
 from .hub import find_bundle
 from .loading import load, recipe_of
 from .merged import write_merged
-from .native import native_form, native_model, native_processor, to_causal_lm
+from .native import native_form, native_model, to_causal_lm
+from .native_processors import native_processor
 from .parity import TOLERANCE, environment
 from .processor import VLMProcessor
 
@@ -65,13 +66,9 @@ def export(
     Raises:
         UserError: The bundle has no such form, the folder is not empty, or the logits differ.
     """
-    bundle, out = find_bundle(bundle), Path(out)
-    if to not in TARGETS:
-        raise UserError(f"--to {to!r} is unknown; use one of {', '.join(TARGETS)}.")
-    if keep_adapter and to != "transformers":
-        raise UserError(f"--keep-adapter goes with --to transformers; {to} has LoRA merged.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{str(out)!r} is there already and not empty; name another folder.")
+    out = Path(out)
+    _check_request(out, to, keep_adapter)
+    bundle = find_bundle(bundle)
     manifest = read_manifest(bundle)
     if keep_adapter and not manifest["adapter"]:
         raise UserError(f"{str(bundle)!r} has no adapter to keep; leave --keep-adapter out.")
@@ -91,8 +88,7 @@ def export(
     if to == "vllm":
         _fits_vllm(result["form"], processor)
     with tempfile.TemporaryDirectory() as folder:
-        probe = Path(folder)
-        _write_probe(probe, model, processor)
+        _write_probe(Path(folder), model, processor, result["form"])
         out.mkdir(parents=True, exist_ok=True)
         if keep_adapter:
             _keep_adapter(model, result["form"], out / ADAPTER_FOLDER)
@@ -101,15 +97,26 @@ def export(
             core = model.merge_and_unload(safe_merge=True)
         native_processor(core, processor).save_pretrained(out)
         processor.image_processor.save_pretrained(out)  # what earlier releases of transformers read
-        native = native_model(core, processor, recipe.generation)
-        _save(native, out, saved, to)
-        result |= _compare(out, probe, saved)
+        _save(native_model(core, processor, recipe.generation), out, saved, to)
+        result |= _compare(out, Path(folder), saved)
     (out / MANIFEST).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_export_card(out, bundle, result)
     return result
 
 
+def _check_request(out: Path, to: str, keep_adapter: bool) -> None:
+    """What can be refused before anything is read."""
+    if to not in TARGETS:
+        raise UserError(f"--to {to!r} is unknown; use one of {', '.join(TARGETS)}.")
+    if keep_adapter and to != "transformers":
+        raise UserError(f"--keep-adapter goes with --to transformers; {to} has LoRA merged.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{str(out)!r} is there already and not empty; name another folder.")
+
+
 def _fits_vllm(form: str, processor: VLMProcessor) -> None:
+    if form == "instructblip":
+        raise UserError("vLLM has no class for InstructBLIP; use --to transformers.")
     text = processor.render(QUESTION[:1], True).text
     if form == "blip-2" and not text.startswith(processor.image_token):
         raise UserError(
@@ -119,15 +126,16 @@ def _fits_vllm(form: str, processor: VLMProcessor) -> None:
 
 
 @torch.inference_mode()
-def _write_probe(folder: Path, model: nn.Module, processor: VLMProcessor) -> None:
-    """A conversation, a picture that is not square, and what the bundle makes of them."""
+def _write_probe(folder: Path, model: nn.Module, processor: VLMProcessor, form: str) -> None:
+    """A conversation (of InstructBLIP: a question), a picture that is not square, and what the bundle makes of them."""
     picture = noise_picture()
     picture.save(folder / PICTURE)
-    (folder / CONVERSATION).write_text(json.dumps(QUESTION, ensure_ascii=False), encoding="utf-8")
-    ids = torch.tensor([processor.encode_rendered(processor.render(QUESTION)).input_ids])
-    pixels = processor.encode_images([picture])
-    logits = model.eval()(input_ids=ids, pixel_values=pixels).logits
-    save_file({"input_ids": ids, "pixel_values": pixels, "logits": logits}, folder / PROBE)
+    messages = QUESTION[:1] if form == "instructblip" else QUESTION
+    (folder / CONVERSATION).write_text(json.dumps(messages, ensure_ascii=False), encoding="utf-8")
+    encoded = processor.encode_chat(messages, add_generation_prompt=form == "instructblip")
+    inputs = {"input_ids": torch.tensor([encoded.input_ids])}
+    inputs |= processor.image_inputs([picture], processor.instructions(messages))
+    save_file({**inputs, "logits": model.eval()(**inputs).logits}, folder / PROBE)
 
 
 def _keep_adapter(model: Any, form: str, folder: Path) -> None:
@@ -136,7 +144,7 @@ def _keep_adapter(model: Any, form: str, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = None
-    if form == "blip-2":
+    if form != "llava":
         base = model.get_base_model()
         inner = base.model.language_model
         prefix = next(n for n, m in to_causal_lm(base).named_modules() if m is inner)

@@ -42,11 +42,8 @@ def compare(export: Path, probe: Path) -> dict[str, Any]:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, export / ADAPTER_FOLDER)
-    text = processor.apply_chat_template(messages)
-    images = [Image.open(probe / PICTURE).convert("RGB")]
-    special = not (processor.tokenizer.bos_token and text.startswith(processor.tokenizer.bos_token))
-    inputs = processor(text=text, images=images, return_tensors="pt", add_special_tokens=special)
-    same_ids = inputs["input_ids"].tolist() == wanted["input_ids"].tolist()
+    text, inputs = prepare(processor, messages, [Image.open(probe / PICTURE).convert("RGB")])
+    same_ids = all(inputs[name].tolist() == wanted[name].tolist() for name in wanted if name.endswith("input_ids"))
     result: dict[str, Any] = {"text": text, "ids": same_ids, "positions": wanted["logits"].shape[1]}
     if same_ids:
         ours = wanted["logits"]
@@ -55,6 +52,19 @@ def compare(export: Path, probe: Path) -> dict[str, Any]:
         result["max_difference"] = float((logits[..., : ours.shape[-1]] - ours).abs().max())
         result["scale"] = float(ours.abs().max())
     return result
+
+
+def prepare(processor: Any, messages: list[dict[str, Any]], images: list[Image.Image]) -> tuple[str, Any]:
+    """(prompt, what the model takes), as a user of transformers makes it.
+
+    InstructBLIP's processor knows no conversations: the question by itself is the prompt.
+    """
+    if hasattr(processor, "qformer_tokenizer"):
+        text = next(part["text"] for part in messages[0]["content"] if part["type"] == "text")
+        return text, processor(text=text, images=images, return_tensors="pt")
+    text = processor.apply_chat_template(messages)
+    special = not (processor.tokenizer.bos_token and text.startswith(processor.tokenizer.bos_token))
+    return text, processor(text=text, images=images, return_tensors="pt", add_special_tokens=special)
 
 
 if __name__ == "__main__":

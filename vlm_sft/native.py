@@ -1,4 +1,4 @@
-"""The native class of transformers that a composed stack equals, and its processor: what `export` writes.
+"""The native class of transformers that a composed stack equals: what `export` writes.
 
 A stack has a native form only where the class computes the same; what it cannot express is refused in one sentence.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoModel,
@@ -16,72 +15,81 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     GenerationConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedModel,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from .answer_options import generation_options
-from .chat_template import owns_bos
 from .configuration import count_patches, image_size_of
 from .errors import UserError
 from .modeling import VLMForConditionalGeneration
 from .processor import VLMProcessor
 
 NO_FORM = "This bundle has no native form in transformers: {}; use --to bundle-merged, or load it with vlm_sft."
+# Resampler → model type, name, and the towers that its class holds (the two ViTs compute the same).
+BLIP_FORMS = {
+    "qformer": ("blip-2", "BLIP-2", ("blip_2_vision_model",)),
+    "instruct_qformer": ("instructblip", "InstructBLIP", ("instructblip_vision_model", "blip_2_vision_model")),
+}
 # What some language models put after their head, which LLaVA's class leaves out.
 SCALINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
 
 def native_form(model: VLMForConditionalGeneration) -> str:
-    """`llava` or `blip-2`: the model type that a stack can be exported as.
+    """`llava`, `blip-2` or `instructblip`: the model type that a stack can be exported as.
 
     Raises:
         UserError: There is none; the message says what stands in the way.
     """
     config: Any = model.config
-    tower = config.vision_config.model_type
     if config.projector_type == "pixel_shuffle":
         raise UserError(NO_FORM.format("no class has a pixel_shuffle projector in front of any language model"))
     if config.resampler_type:
-        _refuse_blip2(model, tower)
-        return "blip-2"
+        if config.resampler_type not in BLIP_FORMS:
+            raise UserError(NO_FORM.format(f"no class has a resampler of the type {config.resampler_type}"))
+        form, name, towers = BLIP_FORMS[config.resampler_type]
+        _refuse_blip(model, name, towers)
+        return form
     if config.projector_type != "mlp" or config.projector_options["depth"] != 2:
         raise UserError(NO_FORM.format("without a resampler, LLaVA's projector is an mlp of depth 2, and this is not"))
     if type(config.vision_config) not in AutoModel._model_mapping:
-        raise UserError(NO_FORM.format(f"LLaVA's class cannot hold a {tower!r} as its vision tower"))
+        raise UserError(
+            NO_FORM.format(f"LLaVA's class cannot hold a {config.vision_config.model_type!r} as its vision tower")
+        )
     text, head = model.model.language_model.config, model.lm_head
     if any(getattr(text, name, None) for name in SCALINGS) or getattr(head, "bias", None) is not None:
         raise UserError(NO_FORM.format(f"LLaVA's class leaves out what {text.model_type!r} does after its head"))
     if model.get_input_embeddings().embedding_dim != text.hidden_size:
         raise UserError(NO_FORM.format("its language model embeds narrower than it computes"))
-    _llava_features(model)
+    llava_features(model)
     return "llava"
 
 
-def _refuse_blip2(model: VLMForConditionalGeneration, tower: str) -> None:
+def _refuse_blip(model: VLMForConditionalGeneration, name: str, towers: tuple[str, ...]) -> None:
     config: Any = model.config
-    if tower != "blip_2_vision_model":
-        raise UserError(NO_FORM.format(f"a Q-Former behind a {tower!r}, where BLIP-2's class has its own ViT"))
+    if (tower := config.vision_config.model_type) not in towers:
+        raise UserError(NO_FORM.format(f"a Q-Former behind a {tower!r}, where {name}'s class has its own ViT"))
     if config.projector_type != "linear":
-        raise UserError(NO_FORM.format(f"BLIP-2's projector is linear, this one is {config.projector_type}"))
+        raise UserError(NO_FORM.format(f"{name}'s projector is linear, this one is {config.projector_type}"))
     if (config.vision_feature_layer, config.vision_feature_select) != (-1, "full"):
-        raise UserError(NO_FORM.format("BLIP-2's class reads every token after the ViT's last norm, this does not"))
-    # LAVIS has another epsilon in the last norm than in the layers; BLIP-2's class has one for all.
+        raise UserError(NO_FORM.format(f"{name}'s class reads every token after the ViT's last norm, this does not"))
+    # LAVIS has another epsilon in the last norm than in the layers; these classes have one for all.
     wanted = config.vision_config.layer_norm_eps
-    for name, module in model.model.vision_tower.named_modules():
+    for place, module in model.model.vision_tower.named_modules():
         if isinstance(module, nn.LayerNorm) and module.eps != wanted:
             raise UserError(
                 NO_FORM.format(
-                    f"{name} of its ViT has the epsilon {module.eps:g}, BLIP-2's class {wanted:g} throughout"
+                    f"{place} of its ViT has the epsilon {module.eps:g}, {name}'s class {wanted:g} throughout"
                 )
             )
 
 
 @torch.no_grad()
-def _llava_features(model: VLMForConditionalGeneration) -> tuple[str, int]:
+def llava_features(model: VLMForConditionalGeneration) -> tuple[str, int]:
     """LLaVA's `vision_feature_select_strategy` and how many tokens stand before the patches."""
     config: Any = model.config
     tower, layer = model.model.vision_tower, config.vision_feature_layer
@@ -150,14 +158,14 @@ def native_model(
         UserError: It has no native form.
     """
     form = native_form(model)
-    features = _llava_features(model) if form == "llava" else None
+    features = llava_features(model) if form == "llava" else None
     ends = native_generation(model, processor, generation or {})
     grow_vocabulary(model, len(processor.tokenizer))
     text = model.model.language_model.config
-    # BLIP-2's class generates by its language model, which only knows its own configuration.
+    # BLIP's classes generate by its language model, which only knows its own configuration.
     text.eos_token_id, text.pad_token_id = ends.eos_token_id, processor.tokenizer.pad_token_id
     text.architectures = [type(to_causal_lm(model)).__name__]  # vLLM asks for it
-    native = _as_blip2(model, processor) if features is None else _as_llava(model, processor, features[0])
+    native = _as_llava(model, processor, features[0]) if features else _as_blip(model, processor, form)
     native.generation_config = ends
     native.config.architectures = [type(native).__name__]
     return native.eval()
@@ -190,18 +198,24 @@ def _as_llava(model: VLMForConditionalGeneration, processor: VLMProcessor, strat
     return native
 
 
-def _as_blip2(model: VLMForConditionalGeneration, processor: VLMProcessor) -> PreTrainedModel:
+def _as_blip(model: VLMForConditionalGeneration, processor: VLMProcessor, form: str) -> PreTrainedModel:
     config: Any = model.config
-    made = Blip2Config(
-        vision_config=config.vision_config,
-        qformer_config=config.resampler_config,
-        text_config=model.model.language_model.config,
-        num_query_tokens=config.num_query_tokens,
-        image_token_index=processor.image_token_id,
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
+    shared = {
+        "qformer_config": config.resampler_config,
+        "text_config": model.model.language_model.config,
+        "num_query_tokens": config.num_query_tokens,
+        "image_token_index": processor.image_token_id,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
     with torch.device("meta"):
-        native = Blip2ForConditionalGeneration(made)
+        if form == "blip-2":
+            native = Blip2ForConditionalGeneration(Blip2Config(vision_config=config.vision_config, **shared))
+        else:
+            vision = {
+                k: v for k, v in config.vision_config.to_dict().items() if k not in ("model_type", "architectures")
+            }
+            made = InstructBlipConfig(vision_config=InstructBlipVisionConfig(**vision), **shared)
+            native = InstructBlipForConditionalGeneration(made)
     native.vision_model = model.model.vision_tower
     resampler: Any = model.model.resampler
     native.query_tokens, native.qformer = resampler.query_tokens, resampler.qformer
@@ -222,46 +236,3 @@ def native_generation(
         if len(ids := tokenizer(text, add_special_tokens=False).input_ids) == 1:
             ends.add(ids[0])
     return GenerationConfig(**settings, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id)
-
-
-def native_template(processor: VLMProcessor) -> str:
-    """The chat template as transformers and vLLM take it: with the system text and BOS that our processor adds."""
-    template = str(processor.chat_template)
-    before = ""
-    if processor.system is not None:
-        message = {"role": "system", "content": [{"type": "text", "text": processor.system}]}
-        before += (
-            "{%- if messages[0]['role'] != 'system' -%}{%- set messages = [" + repr(message) + "] + messages -%}"
-            "{%- endif -%}"
-        )
-    if not owns_bos(template) and processor._adds_bos(""):
-        before += "{{- bos_token -}}"
-    return before + template
-
-
-def native_processor(model: VLMForConditionalGeneration, processor: VLMProcessor) -> LlavaProcessor:
-    """LLaVA's processor, for BLIP-2 too: BLIP-2's own drops the chat template and puts images before everything."""
-    tokenizer, images = processor.tokenizer, processor.image_processor
-    vision: Any = model.config.vision_config
-    template = native_template(processor)
-    if owns_bos(str(processor.chat_template)) and tokenizer.bos_token_id is not None:
-        # The template writes BOS, behind the images; the tokenizer must not write another in front of them.
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
-    tokenizer.chat_template = None
-    if processor.pad_to_square:
-        settings = {k: v for k, v in images.to_dict().items() if not k.startswith(("_", "image_processor_type"))}
-        images = LlavaImageProcessorPil(**{**settings, "do_pad": True})
-    if native_form(model) == "llava":
-        strategy, extra = _llava_features(model)
-        patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-    else:  # one "patch" as large as the image, and the other queries
-        strategy, extra, patch = "full", processor.num_image_tokens - 1, image_size_of(vision)[0]
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=extra,
-        chat_template=template,
-        image_token=processor.image_token,
-    )
