@@ -270,11 +270,12 @@ def test_output_folder_not_empty_without_resume(refused, recipe_file):
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     assert refused(path) == (
-        f"error: sft.output_dir '{folder}' is not empty; choose another, remove it, or go on with "
-        f"sft.resume_from_checkpoint=true."
+        f"error: sft.output_dir '{folder}' is not empty; choose another, remove it, or go on with the run in it: "
+        f"--resume."
     )
     assert refused(path, "sft.resume_from_checkpoint=true") == (
-        f"error: sft.resume_from_checkpoint is set, but '{folder}' has no checkpoint; leave it out to start."
+        f"error: sft.resume_from_checkpoint is set, but '{folder}' has no checkpoint; leave it out to start, "
+        f"or use --resume, which does both."
     )
     assert refused(path, "sft.resume_from_checkpoint=nowhere") == (
         "error: sft.resume_from_checkpoint: there is no folder 'nowhere'."

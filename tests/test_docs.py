@@ -154,8 +154,8 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_training(page: str, words: list[str], folder: Path) -> None:
-    """RECIPE [key.path=value …] [--dry-run]: the recipe is shipped, or the page shows it; overrides fit."""
-    recipe, *overrides = [word for word in words if word != "--dry-run"]
+    """RECIPE [key.path=value …] [--resume] [--dry-run]: the recipe is shipped, or the page shows it; overrides fit."""
+    recipe, *overrides = [word for word in words if word not in ("--dry-run", "--resume")]
     shown = {b.text.split("\n", 1)[0].removeprefix("# ").split(":")[0]: b.text for b in RECIPES if b.page == page}
     if recipe in shown:
         (folder / recipe).write_text(shown[recipe], encoding="utf-8")

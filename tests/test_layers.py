@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 2: small things that know one subject each.
     ("sharded",),
     ("checkpoints", "configuration", "fetch", "file_readers", "freeze", "image_refs", "losses", "mixture"),
+    ("run_folder",),
     ("images", "mplug_owl", "positions", "row_view", "template_sandbox"),
     ("chat_template", "formats", "qwen_vl", "readers"),
     ("connectors", "delta", "layouts", "sources"),
@@ -28,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "modeling", "processor"),
     # Layer 4: they are put together.
     ("adapters", "answer_options", "card", "collator", "curves", "export_check", "parts", "processors"),
-    ("question_file",),
+    ("question_file", "resumable"),
     ("generation",),
     ("pieces",),
     ("stack",),
@@ -55,6 +56,7 @@ HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokeni
 LIGHT = {module for row in LAYERS[:4] for module in row} | {
     "chat_template",
     "template_sandbox",
+    "run_folder",
     "train",
     "cli",
     "recipes_cli",

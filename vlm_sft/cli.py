@@ -56,11 +56,15 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe, freeze plan and sizes; read no weights.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint; start if none is there.")
+    ] = False,
 ) -> None:
     """Train one stage in this process; for several, use: accelerate launch -m vlm_sft.train RECIPE."""
     from .train import main as train_main
 
-    train_main([recipe, *(overrides or []), *(["--dry-run"] if dry_run else [])])
+    flags = [*(["--dry-run"] if dry_run else []), *(["--resume"] if resume else [])]
+    train_main([recipe, *(overrides or []), *flags])
 
 
 @app.command()

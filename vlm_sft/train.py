@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError, exit_on_user_error
 from .fetch import Fetcher
 from .quiet import quiet_libraries
-from .rows import describe_rows, load_rows, measure_rows
+from .rows import describe_rows, load_rows, measure_rows, on_first_process
+from .run_folder import settle_resume, sweep
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "build_collator",
-    "check_output_dir",
     "check_processes",
     "describe_rows",
     "dry_run",
@@ -44,13 +44,14 @@ __all__ = [
 METRICS = "metrics.json"
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, resume: bool = False) -> Path:
     """Runs the stage that a recipe describes and writes its bundle.
 
     What is cheap to check is checked first; weights are read when recipe, folders and every row are in order.
 
     Args:
         recipe: A validated recipe.
+        resume: Go on from the newest whole checkpoint in `sft.output_dir`; start where there is none.
 
     Returns:
         The folder of the bundle.
@@ -62,7 +63,6 @@ def train(recipe: Recipe) -> Path:
 
     from .adapters import lora_config
     from .bundle import Provenance, read_manifest
-    from .handover import hand_over
     from .recipe import build_sft_config, validate_libraries
     from .stack import build_stack, compose
     from .trainer import VLMSFTTrainer
@@ -70,11 +70,10 @@ def train(recipe: Recipe) -> Path:
     console = _console()
     validate_libraries(recipe)
     args = build_sft_config(recipe)
-    if recipe.sft.get("bf16") is None and not args.fp16:
-        can = "this device can" if args.bf16 else "this device has no bf16"
-        _say(console, f"Computing in {'bf16' if args.bf16 else 'fp32'}: the recipe does not say sft.bf16, and {can}.")
+    _say_precision(recipe, args, console)
     check_processes(args)
-    check_output_dir(args)
+    settle_resume(args, resume=resume, say=partial(_say, console))
+    on_first_process(partial(sweep, args.output_dir))
     if recipe.init_from:
         read_manifest(recipe.init_from)
     composed = compose(recipe)
@@ -83,13 +82,7 @@ def train(recipe: Recipe) -> Path:
     set_seed(args.seed)
     with console.status("Loading the pieces"):
         stack = build_stack(recipe, partial(_say, console), composed)
-    if recipe.init_from:
-        parts = hand_over(stack, recipe.init_from)
-        _say(
-            console, f"Starting from {recipe.init_from}: {', '.join(parts)} taken over; the frozen pieces are the same."
-        )
-    elif recipe.stack.projector.init == "match_embeddings":
-        _match_embeddings(stack, collator, train_rows, console)
+    _start_from(recipe, stack, collator, train_rows, console)
     trainer = VLMSFTTrainer(
         stack.model,
         args,
@@ -175,36 +168,6 @@ def check_processes(args: SFTConfig) -> None:
         )
 
 
-def check_output_dir(args: SFTConfig) -> None:
-    """Refuses to write over an earlier run.
-
-    Raises:
-        UserError: The folder is not empty and nothing is resumed, or there is nothing to resume.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"sft.output_dir {str(folder)!r} is a file; choose another.")
-    # A run that ended before its first save may have left logs, which are no reason to refuse the next one.
-    full = folder.is_dir() and any(path.name != "runs" for path in folder.iterdir())
-    if args.resume_from_checkpoint:
-        wanted = args.resume_from_checkpoint
-        if wanted in (True, "true", "True"):
-            if not full or get_last_checkpoint(str(folder)) is None:
-                raise UserError(
-                    f"sft.resume_from_checkpoint is set, but {str(folder)!r} has no checkpoint; leave it out to start."
-                )
-            args.resume_from_checkpoint = True
-        elif not Path(wanted).is_dir():
-            raise UserError(f"sft.resume_from_checkpoint: there is no folder {wanted!r}.")
-    elif full:
-        raise UserError(
-            f"sft.output_dir {str(folder)!r} is not empty; choose another, remove it, or go on with "
-            f"sft.resume_from_checkpoint=true."
-        )
-
-
 def dry_run(recipe: Recipe) -> None:
     """Prints the resolved recipe, the freeze plan and the sizes; reads no weights."""
     from .adapters import add_adapter, lora_config
@@ -236,11 +199,14 @@ def dry_run(recipe: Recipe) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses `RECIPE [key.path=value …] [--dry-run]` and runs it."""
+    """Parses `RECIPE [key.path=value …] [--resume] [--dry-run]` and runs it."""
     parser = argparse.ArgumentParser(prog="python -m vlm_sft.train", description=__doc__)
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set any key of the recipe")
     parser.add_argument("--dry-run", action="store_true", help="print recipe, freeze plan and sizes; read no weights")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint; start if none is there"
+    )
     given = parser.parse_args(argv)
     with exit_on_user_error():
         from .recipe import load_recipe
@@ -250,8 +216,25 @@ def main(argv: list[str] | None = None) -> None:
         if given.dry_run:
             dry_run(recipe)
         else:
-            train(recipe)
+            train(recipe, given.resume)
             _leave_process_group()
+
+
+def _say_precision(recipe: Recipe, args: SFTConfig, console: Console) -> None:
+    if recipe.sft.get("bf16") is None and not args.fp16:
+        can = "this device can" if args.bf16 else "this device has no bf16"
+        _say(console, f"Computing in {'bf16' if args.bf16 else 'fp32'}: the recipe does not say sft.bf16, and {can}.")
+
+
+def _start_from(recipe: Recipe, stack: Stack, collator: MultimodalCollator, rows: Dataset, console: Console) -> None:
+    """Takes over an earlier stage, or scales a new projector, where the recipe says so."""
+    from .handover import hand_over
+
+    if recipe.init_from:
+        parts = ", ".join(hand_over(stack, recipe.init_from))
+        _say(console, f"Starting from {recipe.init_from}: {parts} taken over; the frozen pieces are the same.")
+    elif recipe.stack.projector.init == "match_embeddings":
+        _match_embeddings(stack, collator, rows, console)
 
 
 def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset, console: Console) -> None:

@@ -17,13 +17,14 @@ from peft import LoraConfig
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.trainer import SCHEDULER_NAME
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from .adapters import add_adapter
 from .bundle import Provenance, held_parts, save_bundle
 from .freeze import FreezePlan, is_adapter, is_quantised, part_of
 from .loading import load_trained
 from .modeling import VLMForConditionalGeneration
+from .resumable import ResumableTrainer
 from .sharded import gather, repeated_layers
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ COUNTERS = (
 )
 
 
-class VLMSFTTrainer(SFTTrainer):
+class VLMSFTTrainer(ResumableTrainer):
     """Trains a composed stack.
 
     Args:
@@ -216,6 +217,7 @@ class VLMSFTTrainer(SFTTrainer):
             own, other = sums["own_loss"] / sums["image_tokens"], sums["other_loss"] / sums["image_tokens"]
             logs.update(eval_loss_own_image=own, eval_loss_other_image=other, eval_image_use=other - own)
         self._sums[mode].clear()
+        self._last_images = None  # an evaluation does not depend on the one before
         super().log(logs, start_time)
 
     def _reduced(self, mode: str) -> defaultdict[str, float]:
@@ -223,6 +225,15 @@ class VLMSFTTrainer(SFTTrainer):
         if self.accelerator.num_processes > 1:
             local = self.accelerator.reduce(local.float().to(self.accelerator.device), reduction="sum").double().cpu()
         return defaultdict(float, zip(COUNTERS, local.tolist(), strict=True))
+
+    def counters(self) -> dict[str, Any]:
+        """Also what is added up over the batches since the last log."""
+        return {**super().counters(), "sums": dict(self._sums["train"])}
+
+    def set_counters(self, saved: dict[str, Any]) -> None:
+        """Puts back what `counters` gave."""
+        super().set_counters(saved)
+        self._sums["train"].update(saved["sums"])
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
