@@ -278,13 +278,6 @@ def test_saving_again_replaces_all_of_it(recipe, tmp_path):
     assert torch.equal(logits(again, processor), logits(model, processor))
 
 
-def test_a_token_in_the_recipe_stays_out_of_the_bundle(recipe, tmp_path):
-    sft = {"output_dir": "out", "bf16": False, "hub_token": "hf_secret"}
-    trained(recipe(sft=sft), tmp_path / "bundle")
-    assert not [p for p in (tmp_path / "bundle").iterdir() if b"hf_secret" in p.read_bytes()]
-    load(tmp_path / "bundle")
-
-
 def test_the_manifest_says_what_the_bundle_is(recipe, pieces, tmp_path):
     stack = build_stack(made := recipe())
     notes = {"train_rows": {"rows": 8, "名": "猫"}}

@@ -30,6 +30,7 @@ from vlm_sft.recipe import load_recipe, validate_libraries
 PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 MODULES = {path.stem for path in (ROOT / "vlm_sft").glob("*.py")}
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")
+VERBS = {"train", "chat", "generate", "evaluate", "export", "push", "recipes", "apply-delta"}
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
 
@@ -125,7 +126,9 @@ def test_paths_in_the_text_exist(page):
         if found := re.fullmatch(r"make ([a-z-]+)\b.*", code):
             assert found[1] in make_targets(), code
         if found := re.fullmatch(r"vlm-sft ([a-z][a-z-]*).*", code):
-            assert found[1] in {"train", "chat", "generate", "evaluate", "export", "recipes", "apply-delta"}, code
+            assert found[1] in {"train", "chat", "generate", "evaluate", "export", "recipes", "apply-delta", "push"}, (
+                code
+            )
 
 
 # Commands
@@ -202,6 +205,9 @@ def check_vlm_sft(monkeypatch, tmp_path):
     done = {"tables": "sum", "rows_added": {}, **dict.fromkeys(("tensors", "summed", "left_out", "bytes", "shards"), 1)}
     stand_in.apply_delta = lambda *args, **kwargs: done
     monkeypatch.setitem(sys.modules, "vlm_sft.delta", stand_in)
+    stand_in = types.ModuleType("vlm_sft.hub")
+    stand_in.push_bundle = lambda *args, **kwargs: "https://huggingface.co/my-name/mine/commit/1"
+    monkeypatch.setitem(sys.modules, "vlm_sft.hub", stand_in)
     stand_in = types.ModuleType("vlm_sft.export")
     stand_in.export = lambda *args, **kwargs: {"positions": 1, "max_difference": 0.0, "tolerance": 1e-4}
     monkeypatch.setitem(sys.modules, "vlm_sft.export", stand_in)

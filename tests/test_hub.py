@@ -9,27 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 from hub_server import TOKEN, HubServer
 
-TRAIN = """
-import sys
-import torch
-from vlm_sft import build_stack, load_recipe, lora_config, save_bundle
-from vlm_sft.adapters import add_adapter
-from vlm_sft.bundle import Provenance
-
-recipe = load_recipe(sys.argv[1])
-stack = build_stack(recipe)
-model = add_adapter(stack.model, lora_config(recipe, stack.model))
-stack.plan.apply(model)
-generator = torch.Generator().manual_seed(0)
-with torch.no_grad():
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-save_bundle(sys.argv[2], model, stack.processor, stack.plan, Provenance(recipe, stack.pieces))
-"""
 COMPARE = """
 import sys
 import torch
@@ -68,11 +51,9 @@ def hub(pieces):
 
 
 @pytest.fixture(scope="module")
-def bundle(hub, tmp_path_factory) -> Path:
-    """A bundle with an adapter, of pieces on that Hub; and what must stay at home."""
-    import yaml
-
-    folder = tmp_path_factory.mktemp("hub")
+def trained(hub, caption_file, tmp_path_factory) -> tuple[Path, str]:
+    """A run of two steps on pieces of that Hub that pushes each save and its end; its bundle and all that it said."""
+    folder = tmp_path_factory.mktemp("run")
     recipe = {
         "stack": {
             "vision_tower": {"pretrained": "tiny/blip2"},
@@ -81,34 +62,74 @@ def bundle(hub, tmp_path_factory) -> Path:
             "language_model": {"pretrained": "tiny/llama"},
         },
         "chat_template": "plain",
-        "train": {"projector": 1.0e-3},
+        "train": {"projector": 1.0e-2},
         "lora": {"r": 2},
-        "data": {"train": [{"path": "data/captions.json", "format": "caption"}]},
-        "sft": {"output_dir": "out", "bf16": False},
-    }
+        "data": {name: [{"path": caption_file, "format": "caption"}] for name in ("train", "eval", "test")},
+        "sft": {
+            "output_dir": str(folder / "bundle"), "max_steps": 2, "per_device_train_batch_size": 4, "bf16": False,
+            "gradient_checkpointing": False, "report_to": "none", "save_steps": 1, "dataloader_num_workers": 0,
+            "learning_rate": 1.0e-2,
+        },
+        "hub": {"repo_id": "me/lora", "private": True, "every_save": True, "license": "apache-2.0",
+                "language": ["zh", "en"], "message": "The first"},
+    }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    done = run(hub, folder / "home", "-c", TRAIN, str(folder / "recipe.yaml"), str(folder / "bundle"))
+    done = run(hub, folder / "home", "-m", "vlm_sft.train", str(folder / "recipe.yaml"))
     assert done.returncode == 0, done.stderr
-    (folder / "bundle" / "optimizer.pt").write_bytes(b"states")
-    (folder / "bundle" / "trainer_state.json").write_text("{}")
-    (folder / "bundle" / "checkpoint-2").mkdir()
-    (folder / "bundle" / "checkpoint-2" / "config.json").write_text("{}")
-    return folder / "bundle"
+    return folder / "bundle", done.stdout + done.stderr
 
 
 @pytest.mark.slow
-def test_a_pushed_bundle_loads_elsewhere_with_equal_logits(hub, bundle, tmp_path):
-    before = bytes_of(bundle)
-    pushed = run(hub, tmp_path / "home", "-m", "vlm_sft.cli", "push", str(bundle), "me/lora", "--private")
-    assert pushed.returncode == 0, pushed.stderr
-    assert pushed.stdout.startswith(f"{hub.endpoint}/me/lora/commit/")
-    assert bytes_of(bundle) == before
+def test_a_run_pushes_its_saves_and_its_end(hub, trained):
+    bundle, said = trained
+    repo, files = hub.repos["me/lora"], hub.files("me/lora")
+    assert repo.private
+    assert repo.messages[1] == "Step 1: The first" and repo.messages[-1] == "The first"
+    assert said.count(f"Pushed: {hub.endpoint}/me/lora/commit/") == len(repo.messages) - 1
+    # "initial commit", step 1, step 2 unless step 1 was still on its way, the end
+    assert len(repo.messages) == 4 - said.count("Step 2 is not pushed: an earlier checkpoint is still on its way")
+    wanted = {"adapter_config.json", "adapter_model.safetensors", "bundle.json", "trained.safetensors", "curves.png"}
+    assert wanted <= set(files)
+    assert {"optimizer.pt", "trainer_state.json", "checkpoint-2"} <= {path.name for path in bundle.iterdir()} | {
+        path.name for path in (bundle / "checkpoint-2").iterdir()
+    }
+    strange = ("checkpoint", "optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "model.", "runs")
+    assert not [name for name in files if name.startswith(strange)]
+    for name in ("trained.safetensors", "adapter_model.safetensors"):
+        assert files[name] == (bundle / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_what_is_pushed_names_bases_and_no_folder_of_this_machine(hub, trained):
+    bundle, _ = trained
     files = hub.files("me/lora")
-    assert hub.repos["me/lora"].private
-    assert {"adapter_config.json", "adapter_model.safetensors", "bundle.json", "trained.safetensors"} <= set(files)
-    assert not [name for name in files if name.startswith(("checkpoint", "optimizer", "trainer_state", "model."))]
-    assert 'vlm_sft.load("me/lora")' in files["README.md"].decode()
-    loaded = run(hub, tmp_path / "elsewhere", "-c", COMPARE, "me/lora", str(bundle))
+    _, head, body = files["README.md"].decode().split("---\n", 2)
+    head = yaml.safe_load(head)
+    assert head["pipeline_tag"] == "image-text-to-text" and head["license"] == "apache-2.0"
+    assert head["base_model"] == ["tiny/blip2", "tiny/llama"] and head["base_model_relation"] == "adapter"
+    assert head["language"] == ["zh", "en"]
+    assert 'vlm_sft.load("me/lora")' in body
+    for section in ("Stages", "Frozen pieces", "Data", "Validation at step 2", "Parity", "Curves", "Recipe"):
+        assert f"\n## {section}\n" in body
+    commits = {name: hub.repos[f"tiny/{name}"].branches["main"] for name in ("blip2", "llama")}
+    pieces = json.loads(files["bundle.json"])["pieces"]
+    assert pieces["vision_tower"]["commit"] == commits["blip2"]
+    assert pieces["language_model"]["commit"] == commits["llama"]
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny/llama"
+    for name, data in files.items():
+        assert str(bundle.parent).encode() not in data, name
+
+
+@pytest.mark.slow
+def test_a_pushed_bundle_loads_elsewhere_with_equal_logits(hub, trained, tmp_path):
+    bundle, _ = trained
+    before = bytes_of(bundle)
+    pushed = run(hub, tmp_path / "home", "-m", "vlm_sft.cli", "push", str(bundle), "me/again", "--revision", "v1")
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.startswith(f"{hub.endpoint}/me/again/commit/")
+    assert bytes_of(bundle) == before
+    assert list(bundle.parent.glob(".vlm-sft-push-*")) == []
+    hub.repos["tiny/llama"].commit("main", {}, "the branch moved on: the recorded commit must be asked for")
+    loaded = run(hub, tmp_path / "elsewhere", "-c", COMPARE, "me/again@v1", str(bundle))
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.strip() == "equal"
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny/llama"

@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("handover",),
     # Layer 5: what is done with them.
-    ("parity", "progress", "rows", "scoring", "trainer"),
+    ("parity", "pushes", "progress", "rows", "scoring", "trainer"),
     ("answer_file", "native"),
     ("merged", "native_processors"),
     ("export",),

@@ -428,3 +428,25 @@ def test_schema_describes_every_key() -> None:
     for definition in (schema, *schema["$defs"].values()):
         for key, value in definition["properties"].items():
             assert value.get("description"), f"{definition['title']}.{key} has no description"
+
+
+def test_a_token_in_a_recipe_is_refused_and_not_repeated(recipe_file: Path) -> None:
+    token = "hf_" + "SecretThatNobodyMaySee"
+    with pytest.raises(
+        UserError, match=r"`sft\.hub_token` cannot be used: a token does not belong in a file"
+    ) as caught:
+        load_recipe(recipe_file, [f"sft.hub_token={token}"])
+    assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "me/x y", "../x", "", "me/" + "x" * 97, "https://hf.co/me/x"])
+def test_a_repository_that_cannot_be_is_named_with_its_line(recipe_file: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"cannot be a repository of the Hub; write name/repository"):
+        load_recipe(recipe_file, [f'hub={{repo_id: "{name}"}}'])
+
+
+def test_an_unknown_key_of_hub_is_named(recipe_file: Path) -> None:
+    with pytest.raises(UserError, match=r'unknown key "hub\.repo"; did you mean "repo_id"\?'):
+        load_recipe(recipe_file, ["hub={repo: me/x}"])
+    with pytest.raises(UserError, match=r"`sft\.push_to_hub` cannot be used: the bundle is pushed by the recipe's own"):
+        load_recipe(recipe_file, ["sft.push_to_hub=true"])

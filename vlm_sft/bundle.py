@@ -36,7 +36,6 @@ FORMAT = 1
 MANIFEST, TRAINED, RECIPE, TEMPLATE = "bundle.json", "trained.safetensors", "recipe.yaml", "chat_template.jinja"
 LIBRARIES = ("vlm_sft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SECRETS = ("hub_token", "push_to_hub_token")
 
 
 @dataclass
@@ -84,6 +83,7 @@ def save_bundle(
         "trained": sorted(plan.train),
         "held": sorted(held),
         "adapter": isinstance(model, PeftModel),
+        "stages": stages_of(plan, provenance, isinstance(model, PeftModel)) if provenance else [],
         "versions": {name: _version(name) for name in LIBRARIES},
         **(provenance.notes if provenance else {}),
     }
@@ -98,7 +98,7 @@ def save_bundle(
             core.config.save_pretrained(unfinished)
             processor.save_pretrained(unfinished)
             if provenance is not None:
-                recipe = _without_secrets(settle_precision(provenance.recipe))
+                recipe = settle_precision(provenance.recipe)
                 (unfinished / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
             _write_json(unfinished / MANIFEST, manifest)
             # The manifest goes last: what it says is true of everything beside it.
@@ -109,6 +109,20 @@ def save_bundle(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"The bundle cannot be written to {str(folder)!r}: {reason}.") from error
+
+
+def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[dict[str, Any]]:
+    """What each stage up to this one trained, and on which sources; the earlier ones as their bundles say."""
+    recipe = provenance.recipe
+    earlier = Path(recipe.init_from or "") / MANIFEST
+    told = json.loads(earlier.read_text(encoding="utf-8")).get("stages", []) if earlier.is_file() else []
+    this = {
+        "recipe": recipe.path.stem if recipe.path else None,
+        "trained": sorted(plan.train),
+        "adapter": adapter,
+        "data": [source.name for source in recipe.data.train],
+    }
+    return [*told, this]
 
 
 def held_parts(plan: FreezePlan, pieces: dict[str, dict[str, Any]]) -> set[str]:
@@ -156,10 +170,6 @@ def _save_adapter(
             config.base_model_name_or_path = provenance.recipe.stack.language_model.pretrained
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, which would replace the bundle's own
-
-
-def _without_secrets(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"sft": {k: v for k, v in recipe.sft.items() if k not in SECRETS}})
 
 
 def update_manifest(folder: str | Path, entries: dict[str, Any]) -> None:

@@ -30,6 +30,29 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     folder = Path(folder)
     manifest = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    sections = [
+        f"---\n{yaml.safe_dump(_head(manifest, recipe), sort_keys=False)}---",
+        f"# {repo_id or folder.resolve().name}",
+        _sentence(manifest, recipe),
+        _how_to_load(repo_id or shown(folder)),
+        _stages(manifest),
+        _pieces(manifest),
+        _data(manifest),
+        _results(folder),
+        _measured_in_training(folder),
+        _parity(manifest),
+        _curves(folder),
+        f"## Made with\n\n{versions}.",
+        _recipe(recipe),
+    ]
+    path = folder / CARD
+    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    return path
+
+
+def _head(manifest: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """What the Hub reads: with `base_model_relation: adapter` it lists the bundle under its base models."""
     head: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "library_name": "vlm_sft", "tags": ["vlm_sft", "trl"]}
     if manifest["adapter"]:
         head["tags"].append("lora")
@@ -37,26 +60,18 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     bases = sorted({piece["pretrained"] for piece in manifest["pieces"].values() if "path" not in piece})
     if bases:
         head |= {"base_model": bases, "base_model_relation": "adapter"}
-    sections = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {repo_id or folder.resolve().name}",
-        _sentence(manifest, recipe),
+    told = recipe.get("hub") or {}
+    return head | {key: told[key] for key in ("license", "language") if told.get(key)}
+
+
+def _how_to_load(name: str) -> str:
+    return (
         "## Load it\n\n```python\nimport vlm_sft\n\n"
-        f'model, processor = vlm_sft.load("{repo_id or shown(folder)}")\n'
+        f'model, processor = vlm_sft.load("{name}")\n'
         'conversation = {"messages": [{"role": "user", "content": [{"type": "image"}, '
         '{"type": "text", "text": "What is this?"}]}],\n                "images": ["photo.jpg"]}\n'
-        "print(vlm_sft.answer(model, processor, [conversation])[0])\n```",
-        _pieces(manifest),
-        _results(folder),
-        _parity(manifest),
-    ]
-    if (folder / "curves.png").is_file():
-        sections.append("## Curves\n\n![Loss, accuracy, image use and throughput over the steps](curves.png)")
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    sections.append(f"## Made with\n\n{versions}. The whole recipe is in `recipe.yaml`.")
-    path = folder / CARD
-    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
-    return path
+        "print(vlm_sft.answer(model, processor, [conversation])[0])\n```"
+    )
 
 
 def write_export_card(out: str | Path, bundle: str | Path, result: dict[str, Any]) -> Path:
@@ -130,6 +145,15 @@ def shown(path: str | Path) -> str:
     return path.name if path.is_absolute() else str(path)
 
 
+def without_folders(value: Any) -> Any:
+    """The same mappings and lists, but of an absolute path the last part alone."""
+    if isinstance(value, dict):
+        return {key: without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_folders(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def _sentence(manifest: dict[str, Any], recipe: dict[str, Any]) -> str:
     trained = [*manifest["trained"], *(["LoRA on the language model"] if manifest["adapter"] else [])]
     start = f" It starts from `{shown(recipe['init_from'])}`." if recipe.get("init_from") else ""
@@ -139,12 +163,35 @@ def _sentence(manifest: dict[str, Any], recipe: dict[str, Any]) -> str:
     )
 
 
+def _stages(manifest: dict[str, Any]) -> str:
+    rows = []
+    for number, stage in enumerate(manifest.get("stages", ()), start=1):
+        trained = [*stage["trained"], *(["LoRA"] if stage["adapter"] else [])]
+        rows.append(f"| {number} | {stage['recipe'] or '–'} | {', '.join(trained)} | {', '.join(stage['data'])} |")
+    return "## Stages\n\n| stage | recipe | trained | data |\n|---|---|---|---|\n" + "\n".join(rows) if rows else ""
+
+
 def _pieces(manifest: dict[str, Any]) -> str:
     rows = [
-        f"| {part} | `{shown(piece['pretrained'])}` | {piece['revision'] or '–'} | `{piece['fingerprint']}` |"
+        f"| {part} | `{shown(piece['pretrained'])}` | {piece.get('commit') or piece['revision'] or '–'} "
+        f"| `{piece['fingerprint']}` |"
         for part, piece in manifest["pieces"].items()
     ]
     return "## Frozen pieces\n\n| part | from | revision | fingerprint |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
+def _data(manifest: dict[str, Any]) -> str:
+    """The rows of each set: how many, how long, what was shortened or left out."""
+    sets = {key.removesuffix("_rows"): counts for key, counts in manifest.items() if key.endswith("_rows")}
+    sections = []
+    for name, counts in sets.items():
+        rows = [f"| {key.replace('_', ' ')} | {value:,} |" for key, value in counts.items() if _is_number(value)]
+        sections.append(f"| {name} rows | number |\n|---|---|\n" + "\n".join(rows))
+    return "\n\n".join(["## Data", *sections]) if sections else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _results(folder: Path) -> str:
@@ -162,6 +209,38 @@ def _results(folder: Path) -> str:
     if results.get("train_seconds"):
         rows.append(f"| seconds of training | {results['train_seconds']:g} |")
     return f"## Results on the {results['split']} set\n\n| what | value |\n|---|---|\n" + "\n".join(rows)
+
+
+def _measured_in_training(folder: Path) -> str:
+    """The last evaluation of the run."""
+    path = folder / "metrics.json"
+    history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    evaluations = [row for row in history if "eval_loss" in row]
+    if not evaluations:
+        return ""
+    names = {
+        "eval_loss": "loss",
+        "eval_token_accuracy": "token accuracy",
+        "eval_image_use": "image use (loss with another image, less that with its own)",
+    }
+    last = evaluations[-1]
+    rows = [f"| {words} | {last[key]:.4g} |" for key, words in names.items() if _is_number(last.get(key))]
+    what = f"## Validation at step {last.get('step', '–')}"
+    return f"{what}\n\n| what | value |\n|---|---|\n" + "\n".join(rows)
+
+
+def _curves(folder: Path) -> str:
+    if not (folder / "curves.png").is_file():
+        return ""
+    return "## Curves\n\n![Loss, accuracy, image use and throughput over the steps](curves.png)"
+
+
+def _recipe(recipe: dict[str, Any]) -> str:
+    """What the recipe says, without folders of this machine."""
+    from .yaml_file import dump_yaml
+
+    text = dump_yaml(without_folders(recipe)).rstrip()
+    return f"## Recipe\n\n<details><summary>recipe.yaml</summary>\n\n```yaml\n{text}\n```\n\n</details>"
 
 
 def _parity(manifest: dict[str, Any]) -> str:

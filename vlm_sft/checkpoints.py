@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .errors import UserError
 
@@ -85,6 +86,14 @@ class Checkpoint:
             return list(_load_bin(path, self.key))
         with _open(path, self.key) as file:
             return list(file.keys())
+
+    @property
+    def commit(self) -> str | None:
+        """The commit on the Hub that these tensors are from; None for files on this machine."""
+        names = [name for name in self.files.values() if not Path(name).is_absolute()]
+        if not names or Path(self.pretrained).exists():
+            return None
+        return extract_commit_hash(fetch_file(self.pretrained, names[0], self.revision, self.key), None)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Reads these tensors and no others."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
 class UserError(ValueError):
@@ -59,4 +62,12 @@ def sentence_of(error: UserError) -> str:
     text = str(error)
     if "\nOriginal Traceback (most recent call last):" in text:
         text = text.rpartition(f".{type(error).__name__}: ")[2]
-    return " ".join(line.strip() for line in text.strip().splitlines())
+    return without_tokens(" ".join(line.strip() for line in text.strip().splitlines()))
+
+
+def without_tokens(text: str) -> str:
+    """A text without tokens for the Hugging Face Hub, to be shown to anyone."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token := os.environ.get(name):
+            text = text.replace(token, "hf_…")
+    return TOKEN.sub("hf_…", text)

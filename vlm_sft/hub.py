@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,9 +27,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .bundle import MANIFEST, read_manifest
-from .card import CARD, write_card
-from .errors import UserError
+from .bundle import MANIFEST, RECIPE, read_manifest
+from .card import CARD, without_folders, write_card
+from .errors import TOKEN, UserError
+from .yaml_file import YamlFile, dump_yaml
 
 Result = TypeVar("Result")
 
@@ -42,7 +42,6 @@ SHARED = (
     *("chat_template.jinja", "qformer_tokenizer/*", "metrics.json", "eval.json", "curves.png", "README.md"),
 )
 TEXTS = (".json", ".yaml", ".md", ".jinja", ".txt")
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 TRIES, LONGEST_WAIT = 3, 60.0
 LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 
@@ -56,6 +55,7 @@ def push_bundle(
     private: bool | None = None,
     revision: str | None = None,
     message: str | None = None,
+    max_tries: int = TRIES,
 ) -> str:
     """Pushes a bundle, with a card for its new home. The folder is left as it is.
 
@@ -65,6 +65,7 @@ def push_bundle(
         private: Whether a new repository is private; default as the account has it.
         revision: Branch to push to, made if it is not there; default `main`.
         message: What the commit says.
+        max_tries: How often what may pass (too many requests, a server in trouble, a broken line) is tried.
 
     Returns:
         The address of the commit.
@@ -76,28 +77,24 @@ def push_bundle(
     read_manifest(folder)
     check_repo_id(repo_id)
     api = HfApi(library_name="vlm_sft")
-    with (
-        staged(folder, repo_id) as stage,
-        _one_sentence(repo_id, after=f"; the bundle in {str(folder)!r} is as it was"),
-    ):
-        repo_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    what = message or f"Push {folder.resolve().name} with vlm_sft"
+
+    def push(stage: Path) -> str:
+        full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
-            _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-        commit = _patiently(
-            lambda: api.upload_folder(
-                repo_id=repo_id,
-                folder_path=stage,
-                revision=revision,
-                commit_message=message or f"Push {folder.resolve().name} with vlm_sft",
-            )
-        )
-    return commit.commit_url
+            api.create_branch(full, branch=revision, exist_ok=True)
+        done = api.upload_folder(repo_id=full, folder_path=stage, revision=revision, commit_message=what)
+        return done.commit_url
+
+    untouched = f"; the bundle in {str(folder)!r} is as it was"
+    with staged(folder, repo_id) as stage, _one_sentence(repo_id, after=untouched):
+        return _patiently(lambda: push(stage), max_tries)
 
 
 @contextmanager
 def staged(folder: Path, repo_id: str) -> Iterator[Path]:
-    """A folder beside the bundle with what goes to the Hub: links to its files, a manifest without this machine's
-    paths, and a card that names the repository.
+    """A folder beside the bundle with what goes to the Hub: links to its files, manifest and recipe without this
+    machine's folders, and a card that names the repository.
 
     Raises:
         UserError: A file holds a token.
@@ -107,13 +104,12 @@ def staged(folder: Path, repo_id: str) -> Iterator[Path]:
             goal = stage / path.relative_to(folder)
             goal.parent.mkdir(exist_ok=True)
             _link(path, goal)
-        manifest = read_manifest(folder)
-        for piece in manifest["pieces"].values():
-            for key in ("path", "more"):
-                piece.pop(key, None)
-        for name in (MANIFEST, CARD):
+        manifest = without_folders(read_manifest(folder))
+        recipe = without_folders(YamlFile.read(folder / RECIPE).data)
+        for name in (MANIFEST, RECIPE, CARD):
             (stage / name).unlink(missing_ok=True)  # the link alone: what it leads to is the bundle's own
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (stage / RECIPE).write_text(dump_yaml(recipe), encoding="utf-8")
         write_card(stage, repo_id)
         refuse_tokens(stage)
         yield stage
@@ -237,9 +233,9 @@ def _check_namespace(repo_id: str, who: dict[str, Any], way_out: str) -> None:
         )
 
 
-def _patiently(call: Callable[[], Result]) -> Result:
+def _patiently(call: Callable[[], Result], max_tries: int = TRIES) -> Result:
     """Calls again where another attempt may help; not all requests of `huggingface_hub` do so themselves."""
-    for attempt in range(1, TRIES):
+    for attempt in range(1, max_tries):
         try:
             return call()
         except Exception as error:

@@ -91,6 +91,8 @@ def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
     for part, piece in manifest["pieces"].items():
         if not Path(piece["pretrained"]).exists() and Path(piece.get("path", "")).is_absolute():
             overrides[f"stack.{part}.pretrained"] = piece["path"]
+        elif piece.get("commit") and not Path(piece["pretrained"]).exists():
+            overrides[f"stack.{part}.revision"] = piece["commit"]
         if "more" in piece:
             overrides[f"stack.{part}.more"] = piece["more"]
     return load_recipe(folder / RECIPE, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])

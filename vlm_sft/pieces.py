@@ -38,6 +38,8 @@ def pieces_of(recipe: Recipe, model: VLMForConditionalGeneration) -> dict[str, d
             "revision": spec.revision,
             "fingerprint": checkpoint.fingerprint(names),
         }
+        if (commit := checkpoint.commit) is not None:
+            pieces[part]["commit"] = commit  # a branch moves on; what was trained on is found again
         if Path(spec.pretrained).exists():  # so that the bundle loads from another working directory
             pieces[part]["path"] = str(Path(spec.pretrained).resolve())
         if getattr(spec, "more", None):

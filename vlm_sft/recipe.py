@@ -23,6 +23,7 @@ from .yaml_file import KeyPath, YamlFile, dump_yaml
 __all__ = [
     "PARTS",
     "Data",
+    "Hub",
     "LanguageModel",
     "Projector",
     "Recipe",
@@ -183,6 +184,25 @@ class Data(_Model):
     """Folder that fetched images are kept in. Unset: `vlm_sft/images` in the user's cache folder."""
 
 
+class Hub(_Model):
+    """Where the bundle is pushed to on the Hugging Face Hub."""
+
+    repo_id: str
+    """`name/repository`; made if it is not there."""
+    private: bool | None = None
+    """Whether a new repository is private. Unset: as the account has it."""
+    revision: str | None = None
+    """Branch to push to, made if it is not there. Unset: main."""
+    message: str | None = None
+    """What the commit says."""
+    every_save: bool = False
+    """Push every checkpoint too, in the background."""
+    license: str | None = None
+    """Licence on the card, as the Hub spells it, for example `apache-2.0`."""
+    language: list[str] = Field(default_factory=list)
+    """Languages on the card, for example `[zh, en]`."""
+
+
 _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
 _SFT_SCHEMA: dict[str, Any] = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
 
@@ -214,6 +234,8 @@ class Recipe(_Model):
     """Arguments of `trl.SFTConfig`, passed on as they are. `output_dir` is required."""
     generation: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `transformers.GenerationConfig` for chat, generate and evaluate."""
+    hub: Hub | None = None
+    """Where the bundle is pushed to. A push that fails never stops training; see docs/hub.md."""
 
     _file: YamlFile | None = PrivateAttr(default=None)
     _path: Path | None = PrivateAttr(default=None)

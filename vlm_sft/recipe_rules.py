@@ -32,6 +32,8 @@ RESERVED_SFT_KEYS = {
     "chat_template_path": "the template is the recipe's own key `chat_template`",
     "model_init_kwargs": "how the parts are loaded is said in `stack`",
     "dataset_kwargs": "rows are read by the sources in `data`",
+    "push_to_hub": "the bundle is pushed by the recipe's own key `hub`",
+    "hub_token": "a token does not belong in a file that is saved and shared; set HF_TOKEN, or run `hf auth login`",
     "remove_unused_columns": "the collator needs the columns `messages` and `images`",
 }
 
@@ -172,6 +174,22 @@ def _sft_fits(recipe: Recipe) -> Broken:
         yield ("sft", "eval_strategy"), "`sft.eval_strategy` asks for evaluations but `data.eval` has no source."
 
 
+def _hub_can_be(recipe: Recipe) -> Broken:
+    if recipe.hub is None:
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(recipe.hub.repo_id)
+    except HFValidationError:
+        yield (
+            ("hub", "repo_id"),
+            f'"{recipe.hub.repo_id}" cannot be a repository of the Hub; write name/repository, of letters, digits, '
+            f'"-", "_" and ".".',
+        )
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -186,4 +204,5 @@ _RULES = (
     _sources_are_told_apart,
     _collator_is_a_class,
     _sft_fits,
+    _hub_can_be,
 )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .collator import MultimodalCollator
     from .processor import VLMProcessor
+    from .pushes import PushCallback
     from .recipe import Recipe
     from .stack import Stack
     from .trainer import VLMSFTTrainer
@@ -63,6 +64,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     from .adapters import lora_config
     from .bundle import Provenance, read_manifest
+    from .hub import check_access
     from .recipe import build_sft_config, validate_libraries
     from .stack import build_stack, compose
     from .trainer import VLMSFTTrainer
@@ -74,6 +76,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     check_processes(args)
     settle_resume(args, resume=resume, say=partial(_say, console))
     on_first_process(partial(sweep, args.output_dir))
+    if recipe.hub:
+        on_first_process(partial(check_access, recipe.hub.repo_id))
     if recipe.init_from:
         read_manifest(recipe.init_from)
     composed = compose(recipe)
@@ -95,11 +99,17 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         provenance=Provenance(recipe, stack.pieces, notes),
     )
     console.print(trainer.plan.table(trainer.model))
+    pushes = _pushes(recipe, console)
+    if pushes is not None:
+        trainer.add_callback(pushes)
     with _progress(trainer, console):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
         if eval_rows is not None and args.eval_strategy == "no":
             trainer.evaluate()
-    return finish(trainer, collator, console)
+    folder = finish(trainer, collator, console)
+    if pushes is not None and trainer.is_world_process_zero():
+        pushes.finish(folder)
+    return folder
 
 
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
@@ -249,6 +259,16 @@ def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset,
             _say(console, f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
             return
     raise UserError("stack.projector.init is match_embeddings, but no row of data.train has an image.")
+
+
+def _pushes(recipe: Recipe, console: Console) -> PushCallback | None:
+    """What pushes to the Hub, where the recipe asks for it."""
+    if recipe.hub is None:
+        return None
+    from .pushes import PushCallback
+
+    options = recipe.hub.model_dump(include={"every_save", "private", "revision", "message"})
+    return PushCallback(recipe.hub.repo_id, partial(_say, console), **options)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import UserError
+from .errors import UserError, without_tokens
 
 KeyPath = tuple[str | int, ...]
 
@@ -140,7 +140,7 @@ class YamlFile:
         """Says where a key was set: the override, or file and line (of the closest key above it that is there)."""
         for key, override in reversed(self._overrides):
             if path[: len(key)] == key or (path not in self._lines and key[: len(path)] == path and path):
-                return f'override "{override}"'
+                return without_tokens(f'override "{override}"')
         for length in range(len(path), 0, -1):
             if path[:length] in self._lines:
                 return f"{self.name}, line {self._lines[path[:length]]}"
