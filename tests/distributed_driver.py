@@ -6,13 +6,15 @@ accelerate, transformers and torch, runs as on GPUs, on a mesh of gloo processes
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 
-from vlm_sft import load_recipe, parity
+from vlm_sft import MultimodalCollator, load_recipe, parity
+from vlm_sft.errors import UserError, exit_on_user_error
 from vlm_sft.quiet import quiet_libraries
 from vlm_sft.train import train
 
@@ -31,6 +33,16 @@ def open_the_door_to_fsdp() -> None:
     AcceleratorState.__init__ = enter_fsdp
 
 
+class FailsOnTheSecondProcess(MultimodalCollator):
+    """Reads a row that cannot be read, while the first process goes on and waits for gradients."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Makes a batch, except where the process is the second and the answer is about dogs."""
+        if os.environ["RANK"] == "1" and any("dogs" in str(row["messages"]) for row in rows):
+            raise UserError("dogs.png has vanished.")
+        return super().__call__(rows)
+
+
 def main(recipes: list[str]) -> None:
     """Trains one recipe after the other; only the last bundle is compared in a fresh process, which takes seconds."""
     open_the_door_to_fsdp()
@@ -44,4 +56,5 @@ def main(recipes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_user_error():
+        main(sys.argv[1:])

@@ -137,6 +137,35 @@ def test_wrapper_names_the_process(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().err == "error (process 3): row 7 has no image.\n"
 
 
+def test_processes_of_one_launch_say_the_same_thing_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for rank, said in (("1", "a.png is missing."), ("0", "a.png is missing."), ("0", "b.png is missing.")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        with pytest.raises(SystemExit) as ended, exit_on_user_error():
+            raise UserError(said)
+        assert ended.value.code == 2
+    assert capsys.readouterr().err == "error (process 1): a.png is missing.\nerror: b.png is missing.\n"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "1" / "error.json"))
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise UserError("c.png is missing.")
+    assert "c.png" in capsys.readouterr().err, "said twice rather than never"
+
+
+def test_a_process_that_lost_its_peer_leaves_the_message_to_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("vlm_sft.errors.time.sleep", waited.append)
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:39117.")
+    assert ended.value.code == 1 and len(waited) == 1
+    assert capsys.readouterr().err == "process 0 stops: another process ended, and its own message says why.\n"
+    with pytest.raises(RuntimeError, match="out of memory"), exit_on_user_error():
+        raise RuntimeError("out of memory")
+
+
 def test_wrapper_leaves_mistakes_of_the_program_alone() -> None:
     with pytest.raises(AssertionError), exit_on_user_error():
         raise AssertionError

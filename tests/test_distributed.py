@@ -44,8 +44,8 @@ def chats(tmp_path, photos) -> str:
 def write(recipe_file, chats, tmp_path):
     """Writes a recipe with a trained projector and LoRA beside a frozen tower, resampler and language model."""
 
-    def write_one(name: str, batch: int, sft: dict | None = None, **changes) -> Path:
-        source = {"path": chats, "format": "messages"}
+    def write_one(name: str, batch: int, sft: dict | None = None, rows: int = 8, **changes) -> Path:
+        source = {"path": chats, "format": "messages", "max_rows": rows}
         options = {
             "output_dir": str(tmp_path / name), "per_device_train_batch_size": batch, "use_cpu": True, "max_steps": 6,
             "per_device_eval_batch_size": batch, "learning_rate": 1e-3, "bf16": False, "report_to": "none",
@@ -104,11 +104,46 @@ def alone(write, monkeypatch) -> Path:
 
 @pytest.mark.slow
 def test_fsdp2_makes_what_one_process_makes(write, alone, tmp_path):
-    recipe = write("fsdp2", 1, {"save_strategy": "steps", "save_steps": 3})
-    resumed = write("resumed", 1, {"resume_from_checkpoint": str(tmp_path / "fsdp2" / "checkpoint-3")})
-    done = launch(on_cpu("fsdp2", tmp_path), [str(DRIVER), str(recipe), str(resumed)])
+    recipes = [
+        write("fsdp2", 1, {"save_strategy": "steps", "save_steps": 3}),
+        # Nothing of the image path is trained, but the process with text must still lend its share of the tower.
+        write("adapter", 1, {"max_steps": 2}, train={}),
+        write("resumed", 1, {"resume_from_checkpoint": str(tmp_path / "fsdp2" / "checkpoint-3")}),
+    ]
+    done = launch(on_cpu("fsdp2", tmp_path), [str(DRIVER), *map(str, recipes)])
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, tmp_path / "fsdp2")
-    assert "Parity: reloaded" in done.stderr
-    # The checkpoint's optimizer state and shares are put back: the run that went on ends where the other did.
+    assert len(history(tmp_path / "adapter", "loss")) == 2
+    # Shares and optimizer state are put back: the run that went on ends where the other did, and loads anywhere.
     assert_same_run(tmp_path / "fsdp2", tmp_path / "resumed")
+    assert f"Bundle: {tmp_path / 'resumed'}" in done.stderr and "Parity: reloaded" in done.stderr
+    files = {path.name for path in (tmp_path / "fsdp2" / "checkpoint-3").iterdir()}
+    assert "optimizer.bin" in files and not any(name.startswith("pytorch_model") for name in files)
+
+
+@pytest.mark.slow
+def test_ddp_makes_what_one_process_makes_and_uneven_rows_end(write, alone, tmp_path):
+    recipes = [
+        write("uneven", 1, {"max_steps": -1, "num_train_epochs": 2}, rows=7),
+        write("ddp", 1),
+    ]
+    done = launch(accelerate_config_path("cpu_2"), [str(DRIVER), *map(str, recipes)])
+    assert done.returncode == 0, done.stderr
+    assert_same_run(alone, tmp_path / "ddp")
+    # Seven rows are four steps of two: the last batch is filled up from the start, and nobody waits.
+    assert len(history(tmp_path / "uneven", "loss")) == 8
+    # Images are exchanged with those of earlier batches, also where one process has none in this one.
+    assert history(tmp_path / "uneven", "eval_image_use")
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_run_with_its_sentence_said_once(write, tmp_path):
+    recipe = write("failing", 1, collator="distributed_driver:FailsOnTheSecondProcess")
+    tests = os.pathsep.join((str(ROOT), str(DRIVER.parent)))
+    program = [str(DRIVER), str(recipe)]
+    done = launch(accelerate_config_path("cpu_2"), program, PYTHONPATH=tests)
+    assert done.returncode != 0
+    assert done.stderr.count("dogs.png has vanished.") == 1
+    assert "error (process 1): dogs.png has vanished." in done.stderr
+    assert "[rank0]" not in done.stderr and "[rank1]" not in done.stderr, "no traceback of either"
+    assert "exitcode  : 2" in done.stderr, "the launcher's report names the code of the first that failed"

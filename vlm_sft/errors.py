@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from zlib import crc32
+
+# What gloo says where the process at the other end of a connection has ended.
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
+PATIENCE = 10.0  # seconds; the launcher looks ten times a second
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
@@ -44,17 +51,43 @@ def raise_it(error: RowError) -> None:
 def exit_on_user_error() -> Iterator[None]:
     """Ends the program with exit code 2 and one line on stderr, without a traceback, when a `UserError` is raised.
 
+    Processes of one launch that find the same mistake say it once, and a process that only lost its peer says so in one
+    line: the peer's own message tells what went wrong.
+
     Raises:
-        SystemExit: with code 2, in place of the `UserError`.
+        SystemExit: with code 2 in place of the `UserError`; with code 1 where a peer is gone.
     """
+    rank = os.environ.get("RANK", "0")
+    # A process says its own: what goes wrong in one row goes wrong in one process only.
+    process = "" if rank == "0" else f" (process {rank})"
     try:
         yield
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        # Every process says its own: what goes wrong in one row goes wrong in one process only.
-        process = "" if rank == "0" else f" (process {rank})"
-        print(f"error{process}: {sentence_of(error)}", file=sys.stderr)
+        sentence = sentence_of(error)
+        if _first_to_say(sentence):
+            print(f"error{process}: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not any(words in str(error) for words in PEER_IS_GONE):
+            raise
+        print(f"process {rank} stops: another process ended, and its own message says why.", file=sys.stderr)
+        # The launcher ends this process once it has seen the other fail first, and reports that one as the cause.
+        time.sleep(PATIENCE)
+        raise SystemExit(1) from None
+
+
+def _first_to_say(sentence: str) -> bool:
+    """Whether no other process of this launch, on this machine, has said it; without torch's launcher, always."""
+    given = os.environ.get("TORCHELASTIC_ERROR_FILE")  # …/attempt_0/<local rank>/error.json
+    if not given:
+        return True
+    try:
+        os.close(os.open(Path(given).parent.parent / f"said-{crc32(sentence.encode())}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def sentence_of(error: UserError) -> str:
