@@ -8,22 +8,25 @@ import os
 import pickle
 import re
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pytest
 import yaml
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_files import captions, refused, write
+from torch.utils.data import DataLoader
 
 from vlm_sft.data import FEATURES, check_images, load_mixture, load_source
 from vlm_sft.errors import UserError
-from vlm_sft.formats import COLUMNS
+from vlm_sft.formats import FORMATS
 from vlm_sft.recipe import Source
 
-DOC = Path(__file__).parent.parent / "docs" / "data.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 # -------------------------------------------------------------------------------------------------------- the contract
@@ -103,6 +106,21 @@ def test_prompts_are_drawn_by_seed_and_row(tmp_path):
     assert set(drawn(0)) == {"Describe it.", "描述这张图。"}
 
 
+def test_prompts_are_in_the_row_s_language(tmp_path):
+    lines = [{"image": "a", "caption": text} for text in ["a cat", "一只猫"] * 20]
+    lines.append({"image": "a", "caption": "eine Katze", "lang": "de-DE"})
+    prompts = {"en": ["Describe it.", "What is this?"], "zh": ["描述这张图。"], "de": ["Beschreibe es."]}
+    source = Source(
+        path=write(tmp_path / "c.jsonl", lines), format="caption", columns={"language": "lang"}, prompts=prompts
+    )
+    asked = [messages[0]["content"][1]["text"] for messages in load_source(source)["messages"]]
+    assert set(asked[1:40:2]) == {"描述这张图。"} and set(asked[0:40:2]) == {"Describe it.", "What is this?"}
+    assert asked[40] == "Beschreibe es."
+    del prompts["de"]
+    message = refused(source.model_copy(update={"prompts": prompts}))
+    assert 'line 41: the row is in "de" and the source has prompts for en, zh only: add prompts for it' in message
+
+
 # ------------------------------------------------------------------------------------------------------------ mixtures
 
 
@@ -122,6 +140,73 @@ def test_sqrt_is_instructblip(tmp_path):
     assert len(set(rows["source"][:20])) == 2  # interleaved
     assert rows["id"][:] == load_mixture(sources, "sqrt", seed=3)["id"][:]
     assert rows["id"][:] != load_mixture(sources, "sqrt", seed=4)["id"][:]
+
+
+def test_repeat_makes_a_source_larger(tmp_path):
+    twice = captions(tmp_path, "a", 2).model_copy(update={"repeat": 2})
+    assert load_mixture([twice])["id"][:] == ["a/1", "a/2", "a/1", "a/2"]
+    rows = load_mixture([twice, captions(tmp_path, "b", 3)])
+    assert Counter(rows["id"]) == {"a/1": 2, "a/2": 2, "b/1": 1, "b/2": 1, "b/3": 1}
+    four = captions(tmp_path, "c", 2).model_copy(update={"repeat": 8})
+    assert Counter(load_mixture([four, captions(tmp_path, "d", 4)], "sqrt")["source"]) == {
+        "c": 13,
+        "d": 7,
+    }  # 4 : 2 of 20
+
+
+def bilingual(folder: Path, name: str, chinese: int, english: int) -> Source:
+    texts = [f"第{i}张" for i in range(chinese)] + [f"picture {i}" for i in range(english)]
+    rows = [{"image": f"{i}.png", "caption": text} for i, text in enumerate(texts)]
+    return Source(path=write(folder / f"{name}.jsonl", rows), format="caption")
+
+
+def test_languages_are_balanced_over_all_sources(tmp_path):
+    sources = [bilingual(tmp_path, "a", 10, 70), bilingual(tmp_path, "b", 0, 10), bilingual(tmp_path, "c", 10, 0)]
+    rows = load_mixture(sources, languages={"zh": 1, "en": 1}, seed=5)
+
+    def is_chinese(row: dict) -> bool:
+        return row["messages"][1]["content"][0]["text"].startswith("第")
+
+    drawn = Counter((row["source"], is_chinese(row)) for row in rows)
+    assert drawn == {("a", True): 25, ("c", True): 25, ("a", False): 44, ("b", False): 6}
+    assert {is_chinese(row) for row in rows.select(range(12))} == {True, False}, "interleaved"
+    assert rows["id"][:] == load_mixture(sources, languages={"zh": 1, "en": 1}, seed=5)["id"][:]
+    by_size = load_mixture(sources, "sqrt", languages={"zh": 3, "en": 1})
+    assert Counter(map(is_chinese, by_size)) == {True: 75, False: 25}
+
+
+def test_languages_that_do_not_fit(tmp_path):
+    both = [bilingual(tmp_path, "a", 2, 2), bilingual(tmp_path, "b", 2, 2)]
+    message = refused(*both, languages={"zh": 1})
+    assert 'Some rows are in "en", which `languages` gives no share: add it, or map the column' in message
+    message = refused(*both, languages={"zh": 1, "en": 1, "de": 1})
+    assert '`languages` gives a share to "de", but the rows are in en, zh: remove it' in message
+
+
+def test_the_same_rows_in_every_step_whatever_the_number_of_processes(tmp_path):
+    """accelerate's own sampler and shards, as the trainer uses them."""
+    sources = [captions(tmp_path, "a", 20), captions(tmp_path, "b", 44)]
+
+    def steps(processes: int, batch: int) -> list[list[str]]:
+        parts = []
+        for rank in range(processes):
+            rows = load_mixture(sources, "sqrt", seed=3)  # every process computes it for itself
+            loader = DataLoader(
+                rows, batch_size=batch, shuffle=True, collate_fn=lambda found: [row["id"] for row in found]
+            )
+            shard = prepare_data_loader(
+                loader,
+                num_processes=processes,
+                process_index=rank,
+                put_on_device=False,
+                use_seedable_sampler=True,
+                data_seed=7,
+            )
+            parts.append(list(skip_first_batches(shard, 2)))
+        return [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)]
+
+    assert steps(1, 8) == steps(2, 4) == steps(4, 2)
+    assert len(steps(2, 4)) == 6
 
 
 def test_mixtures_refused(tmp_path):
@@ -163,16 +248,17 @@ def test_check_images_leaves_embedded_ones_alone():
     check_images(datasets.Dataset(table))
 
 
-# ------------------------------------------------------------------------------------------------------ docs/data.md
+# ------------------------------------------------------------------------------------------------------ the pages
 
 
 def blocks() -> list[tuple[str, str, str]]:
-    """The examples of the page: (name of the file in front of the block or "", language, text)."""
-    page = DOC.read_text(encoding="utf-8").split("## Formats", 1)[1]
-    return re.findall(r"(?:^`(\S+)`:\n\n)?^```(\w+)\n(.*?)^```$", page, re.M | re.S)
+    """The examples of the pages: (name of the file in front of the block or "", language, text)."""
+    errors = (DOCS / "data.md").read_text(encoding="utf-8").split("## What an error looks like", 1)[1]
+    page = (DOCS / "data_formats.md").read_text(encoding="utf-8") + errors
+    return re.findall(r"(?:^`(\S+)`(?: \([^\n]*\))?:\n\n)?^```(\w+)\n(.*?)^```$", page, re.M | re.S)
 
 
-def test_every_example_of_the_page_is_true(tmp_path, monkeypatch):
+def test_every_example_of_the_pages_is_true(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "coco").mkdir()
     formats, errors = Counter(), 0
@@ -197,12 +283,12 @@ def test_every_example_of_the_page_is_true(tmp_path, monkeypatch):
         else:
             assert refused(source) == text.strip()
             errors += 1
-    assert set(formats) == set(COLUMNS)
+    assert set(formats) == set(FORMATS)
     assert errors == 4
 
 
 def test_the_page_names_every_key_of_a_source():
-    page = DOC.read_text(encoding="utf-8")
+    page = (DOCS / "data.md").read_text(encoding="utf-8")
     example = yaml.safe_load(re.search(r"## A source\n\n```yaml\n(.*?)```", page, re.S).group(1))
     assert set(example) == set(Source.model_fields)
     Source(**example)

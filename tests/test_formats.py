@@ -1,4 +1,4 @@
-"""Raw rows to conversations: the four formats, their rules, and the sentence for a row that breaks one."""
+"""Raw rows to conversations: every format, their rules, and the sentence for a row that breaks one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_sft.errors import UserError
-from vlm_sft.formats import COLUMNS, convert
+from vlm_sft.formats import FORMATS, convert
 
 GOLDENS = Path(os.environ.get("VLM_SFT_GOLDENS", Path(__file__).parent / "goldens"))
 IMAGE = {"type": "image", "text": None}
@@ -200,10 +200,10 @@ def test_caption():
 
 def test_caption_prompts():
     row = {"image": "a", "caption": "猫"}
-    assert contents(row, "caption", draw_prompt=lambda: "描述。")[0] == [IMAGE, text("描述。")]
-    placed = contents(row, "caption", draw_prompt=lambda: "<Img><image></Img> 描述。")[0]
+    assert contents(row, "caption", draw_prompt=lambda language: "描述。")[0] == [IMAGE, text("描述。")]
+    placed = contents(row, "caption", draw_prompt=lambda language: "<Img><image></Img> 描述。")[0]
     assert placed == [text("<Img>"), IMAGE, text("</Img> 描述。")]
-    assert "2 image marks" in refused(row, "caption", draw_prompt=lambda: "<image><image>")
+    assert "2 image marks" in refused(row, "caption", draw_prompt=lambda language: "<image><image>")
 
 
 @pytest.mark.parametrize(
@@ -249,6 +249,70 @@ def test_caption_and_vqa_refused(format_name, row, message):
     assert message in refused(row, format_name)
 
 
+def test_vqa_prompts_go_around_the_question():
+    row = {"image": "a", "question": "几个{question}？", "answer": "2"}
+    asked = contents(row, "vqa", draw_prompt=lambda language: f"{language}: {{question}}\n简短回答。")[0]
+    assert asked == [IMAGE, text("zh: 几个{question}？\n简短回答。")], "a brace in a question is text"
+
+
+@pytest.mark.parametrize(
+    ("row", "language"),
+    [
+        ({"image": "a", "caption": "a red 3"}, "en"),
+        ({"image": "a", "caption": "一只 cat"}, "zh"),
+        ({"image": "a", "caption": "x", "language": "zh-CN"}, "zh"),
+        ({"image": "a", "caption": "x", "language": "De_at"}, "de"),
+        ({"image": "a", "caption": "猫", "language": 3}, "zh"),
+        ({"image": "a", "caption": "猫", "language": ""}, "zh"),
+    ],
+)
+def test_the_language_of_a_row(row, language):
+    asked = []
+    example = one(row, "caption", draw_prompt=lambda found: asked.append(found) or "?")
+    assert (example.language, asked) == (language, [language])
+
+
+def test_a_conversation_s_language_is_that_of_all_its_text():
+    row = {"messages": [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "是一只猫。"}]}
+    assert one(row, "messages").language == "zh"
+
+
+# ---------------------------------------------------------------------------------------------------------- cauldron
+
+
+def cauldron(*turns: str, images=("a",)) -> dict:
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    return {"images": list(images), "texts": [{"user": u, "assistant": a, "source": "VQAv2"} for u, a in pairs]}
+
+
+def test_cauldron():
+    example = one(cauldron("Q1?", "A1", "Q2?", "A2", images=["a", "b"]), "cauldron")
+    assert [message["content"] for message in example.messages] == [
+        [IMAGE, IMAGE, text("Q1?")],
+        [text("A1")],
+        [text("Q2?")],
+        [text("A2")],
+    ]
+    assert example.images == ["a", "b"]
+    assert contents(cauldron("Q?", "A", images=()), "cauldron")[0] == [text("Q?")]
+    assert contents(cauldron("Q1?", "A1", "<image>Q2?", "A2"), "cauldron")[2] == [IMAGE, text("Q2?")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"images": []}, 'the key "texts" is missing'),
+        ({"images": ["a"], "texts": "x"}, '"texts" is text, not a list'),
+        ({"images": ["a"], "texts": []}, "0 image marks"),
+        ({"images": ["a"], "texts": ["x"]}, "texts[0] is text, not an object with user and assistant"),
+        ({"images": [], "texts": [{"user": "x"}]}, 'the text "texts[0].assistant" is null'),
+        (cauldron("<image><image>?", "A"), "2 image marks"),
+    ],
+)
+def test_cauldron_refused(row, message):
+    assert message in refused(row, "cauldron")
+
+
 # ----------------------------------------------------------------------------------------------------------- columns
 
 
@@ -266,8 +330,23 @@ def test_a_mapped_column_that_is_missing_is_named():
 
 # -------------------------------------------------------------------------------------------------------------- fuzz
 
-KEYS = sorted({key for keys in COLUMNS.values() for key in keys})
-INNER = ["role", "content", "from", "value", "type", "text", "image", "answer", "url", "path", "bytes", "image_url"]
+KEYS = sorted({key for known in FORMATS.values() for key in known.columns})
+INNER = [
+    "user",
+    "assistant",
+    "role",
+    "content",
+    "from",
+    "value",
+    "type",
+    "text",
+    "image",
+    "answer",
+    "url",
+    "path",
+    "bytes",
+    "image_url",
+]
 WORDS = ["user", "assistant", "human", "gpt", "system", "text", "image", "<image>", "", "猫", "\ud83d", "a.png"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.text(max_size=5),
@@ -277,7 +356,7 @@ JSON = st.recursive(
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), JSON, max_size=6), st.sampled_from(list(COLUMNS)))
+@given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), JSON, max_size=6), st.sampled_from(list(FORMATS)))
 def test_any_row_is_an_example_or_a_sentence(row, format_name):
     try:
         examples = list(convert(row, format_name, where="f.json, row 1"))

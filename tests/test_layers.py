@@ -19,11 +19,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe",),
     # Layer 2: small things that know one subject each.
     ("sharded",),
-    ("checkpoints", "configuration", "fetch", "file_readers", "freeze", "image_refs", "losses", "mixture"),
+    ("checkpoints", "configuration", "fetch", "freeze", "image_refs", "json_text", "languages", "losses", "mixture"),
     ("run_folder",),
-    ("images", "mplug_owl", "positions", "row_view", "template_sandbox"),
-    ("chat_template", "formats", "qwen_vl", "readers"),
-    ("connectors", "delta", "layouts", "sources"),
+    ("images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
+    ("chat_template", "conversation", "file_readers", "published", "qwen_vl"),
+    ("connectors", "delta", "formats", "layouts", "readers"),
+    ("sources",),
     ("sizes",),
     # Layer 3: the model, the processor, the data.
     ("data", "modeling", "processor"),

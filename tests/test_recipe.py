@@ -235,10 +235,17 @@ def test_missing_key_names_the_line_of_its_section(tmp_path: Path) -> None:
     assert problem(path) == f'{path}: the key "chat_template" is missing.'
 
 
+@pytest.mark.parametrize("prompts", ["hello", "[1]", "{zh: x}", "{zh: []}"])
+def test_prompts_are_lists(tmp_path: Path, prompts: str) -> None:
+    message = problem(write(tmp_path, TEXT), f"data.train.0.prompts={prompts}")
+    assert '"data.train.0.prompts" must be a list of instructions, or one for each language such as {en:' in message
+
+
 def test_key_in_a_list_names_its_line(tmp_path: Path) -> None:
     path = write(tmp_path, TEXT.replace("data/b.jsonl, format: caption", "data/b.jsonl, format: captoin"))
     assert problem(path) == (
-        f"{path}, line 12: \"data.train.1.format\" must be 'messages', 'llava', 'caption' or 'vqa', not 'captoin'."
+        f"{path}, line 12: \"data.train.1.format\" must be 'messages', 'llava', 'caption', "
+        "'vqa', 'cauldron', 'coco', 'cc_sbu_align', 'vqav2' or 'gqa', not 'captoin'."
     )
 
 

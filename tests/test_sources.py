@@ -66,6 +66,10 @@ def test_columns_that_are_nowhere(tmp_path):
 def test_sources_that_cannot_be(tmp_path):
     path = write(tmp_path / "m.json", "[]")
     assert "holds no rows" in refused(Source(path=path, format="messages"))
-    assert "only the format caption takes them" in refused(Source(path=path, format="vqa", prompts=["x"]))
-    source = Source(path=path, format="vqa").model_copy(update={"format": "coco"})
-    assert 'has the format "coco": it must be one of messages, llava, caption, vqa' in refused(source)
+    takers = "only the formats caption, vqa, coco, cc_sbu_align, vqav2, gqa take them"
+    assert takers in refused(Source(path=path, format="llava", prompts=["x"]))
+    assert 'the prompt "x", which lacks {question}' in refused(Source(path=path, format="vqa", prompts=["x"]))
+    prompts = {"en": ["{question}"]}
+    assert 'the prompt "{question}", which has' in refused(Source(path=path, format="caption", prompts=prompts))
+    source = Source(path=path, format="vqa").model_copy(update={"format": "koko"})
+    assert 'has the format "koko": it must be one of messages, llava, caption, vqa' in refused(source)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
@@ -19,8 +21,8 @@ from datasets.fingerprint import Hasher
 
 from .errors import RowError, UserError, raise_it
 from .image_refs import is_url
-from .mixture import SHARES, mixture_counts, mixture_order
-from .sources import SourceLike, name_of, source_rows
+from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
+from .sources import SourceLike, name_of, rows_with_language
 
 # Stated, not inferred: the first rows may all lack an image, a path or bytes.
 FEATURES = Features(
@@ -52,38 +54,53 @@ def load_source(source: SourceLike, *, seed: int = 0, reject: Callable[[RowError
     Raises:
         UserError: the source or a row of it is not what the recipe says.
     """
-    rows = source_rows(source, seed=seed, reject=reject)
-    table = pa.Table.from_batches(list(_batches(rows)), schema=FEATURES.arrow_schema)
+    return _load(source, seed, reject)[0]
+
+
+def _load(source: SourceLike, seed: int, reject: Callable[[RowError], None]) -> tuple[Dataset, list[str]]:
+    """One source, and the language of each of its rows."""
+    languages: list[str] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row, language in rows_with_language(source, seed=seed, reject=reject):
+            languages.append(sys.intern(language))
+            yield row
+
+    table = pa.Table.from_batches(list(_batches(rows())), schema=FEATURES.arrow_schema)
     if len(table) == 0:
         raise UserError(f"The source {source.path} holds no rows: add some or remove the source.")
     # Given here because the default hashes the whole table.
     fingerprint = Hasher.hash([name_of(source), source.path, source.format, seed, len(table), table.nbytes])
-    return Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=fingerprint)
+    return Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=fingerprint), languages
 
 
 def load_mixture(
     sources: Sequence[SourceLike],
     sampling: str = "proportional",
     *,
+    languages: Mapping[str, float] | None = None,
     seed: int = 0,
     reject: Callable[[RowError], None] = raise_it,
 ) -> Dataset:
-    """Read several sources and mix them.
+    """Read several sources and mix them; what is drawn and in which order depends on the arguments alone.
 
     Source d takes part with the probability p_d: ``proportional`` weight_d * S_d, ``sqrt`` weight_d * sqrt(S_d)
     (InstructBLIP, arXiv:2305.06500), ``weights`` weight_d, each divided by the sum over all sources; S_d is the number
-    of rows. The mixture is as long as all sources together. Where p_d asks for fewer rows than a source has, each row
-    is there at most once; where it asks for more, the source is repeated in whole passes and a part of one.
+    of rows times `repeat`. The mixture is as long as all S_d together. Where p_d asks for fewer rows than a source has,
+    each row is there at most once; where it asks for more, the source is repeated in whole passes and a part of one.
 
     Args:
         sources: recipe sources with names that differ.
         sampling: ``proportional``, ``sqrt`` or ``weights``.
+        languages: language to its share of all rows; within each the sources are mixed as `sampling` says, S_d being
+            what they have in that language. Empty: languages are not looked at.
         seed: decides what is drawn and in which order. Sources in proportion to their size are concatenated unshuffled:
             shuffling is the trainer's.
         reject: as `load_source`.
 
     Raises:
-        UserError: as `load_source`; names that are not unique; a share so small that it gives no row.
+        UserError: as `load_source`; names that are not unique; a share so small that it gives no row; a language that
+            no row has, or rows in a language that has no share.
     """
     if sampling not in SHARES:
         raise UserError(f'sampling is "{sampling}": it must be one of {", ".join(SHARES)}.')
@@ -93,15 +110,56 @@ def load_mixture(
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise UserError(f'Two sources are called "{double}": give each its own `name`.')
-    parts = [load_source(source, seed=seed, reject=reject) for source in sources]
-    together = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    weights = [source.weight for source in sources]
-    if len(parts) == 1 or (sampling == "proportional" and len(set(weights)) == 1):
-        return together
-    counts = mixture_counts([len(part) for part in parts], weights, sampling)
-    if 0 in counts:
-        raise UserError(f'The source "{names[counts.index(0)]}" would get no row: raise its `weight` or remove it.')
-    return together.select(mixture_order([len(part) for part in parts], counts, seed))
+    loaded = [_load(source, seed, reject) for source in sources]
+    together = concatenate_datasets([rows for rows, _ in loaded]) if len(loaded) > 1 else loaded[0][0]
+    order = _order(sources, [found for _, found in loaded], sampling, dict(languages or {}), seed)
+    return together if order is None else together.select(order)
+
+
+def _order(
+    sources: Sequence[SourceLike], found: list[list[str]], sampling: str, languages: dict[str, float], seed: int
+) -> np.ndarray | None:
+    """Row numbers of the mixture in the concatenation of its sources; None for all of them as they are.
+
+    Args:
+        found: the language of each row of each source.
+    """
+    weights, repeats = [source.weight for source in sources], [source.repeat for source in sources]
+    ends = np.cumsum([len(rows) for rows in found])
+    ranges = np.split(np.arange(ends[-1]), ends[:-1])
+    if languages:
+        of_rows = np.array([language for rows in found for language in rows])
+        _check_languages(set(of_rows.tolist()), languages)
+        cells = {language: [part[of_rows[part] == language] for part in ranges] for language in languages}
+        sizes = {name: [len(p) * r for p, r in zip(parts, repeats, strict=True)] for name, parts in cells.items()}
+        by_language = balanced_counts(sizes, weights, sampling, languages)
+        parts = [part for cell in cells.values() for part in cell]
+        counts = [count for cell in by_language.values() for count in cell]
+        _check_counts(sources, [sum(counts[d :: len(sources)]) for d in range(len(sources))])
+        return mixture_order(parts, counts, seed)
+    if len(sources) == 1 or (sampling == "proportional" and len(set(weights)) == 1):
+        plain = [np.tile(part, repeat) for part, repeat in zip(ranges, repeats, strict=True)]
+        return np.concatenate(plain) if max(repeats) > 1 else None
+    counts = mixture_counts([len(p) * r for p, r in zip(ranges, repeats, strict=True)], weights, sampling)
+    _check_counts(sources, counts)
+    return mixture_order(ranges, counts, seed)
+
+
+def _check_counts(sources: Sequence[SourceLike], counts: Sequence[int]) -> None:
+    for source, count in zip(sources, counts, strict=True):
+        if count == 0:
+            raise UserError(f'The source "{name_of(source)}" would get no row: raise its `weight` or remove it.')
+
+
+def _check_languages(there: set[str], languages: Mapping[str, float]) -> None:
+    for language in languages:
+        if language not in there:
+            known = ", ".join(sorted(there))
+            raise UserError(f'`languages` gives a share to "{language}", but the rows are in {known}: remove it.')
+    for language in sorted(there - set(languages)):
+        raise UserError(
+            f'Some rows are in "{language}", which `languages` gives no share: add it, or map the column `language`.'
+        )
 
 
 def check_images(dataset: Dataset) -> None:

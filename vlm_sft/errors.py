@@ -42,6 +42,11 @@ class RowError(UserError):
         self.where, self.reason = where, reason
 
 
+def row_error(where: str, what: str, mend: str, reason: str) -> RowError:
+    """The error of one row: where it is, what is wrong with it, how to mend it, and the words to count it by."""
+    return RowError(f"{where}: {what}: {mend}.", where=where, reason=reason)
+
+
 def raise_it(error: RowError) -> None:
     """What is done with a wrong row unless the caller knows better: the run stops on it."""
     raise error

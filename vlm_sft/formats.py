@@ -1,4 +1,4 @@
-"""Raw rows → conversations: what `messages`, `llava`, `caption` and `vqa` mean.
+"""Raw rows → conversations: what the formats of a source mean, each a line in `FORMATS`.
 
 A format turns one row into messages whose content is a list of parts, and the images as the row names them, in the
 order of the placeholders. Nothing is opened here. Only user messages can hold images: `<image>` in an answer or in a
@@ -7,30 +7,43 @@ system message is text. The rules that hold for every conversation are `chat_tem
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .conversation import (
+    IMAGE_MARK,
+    Example,
+    Message,
+    Part,
+    answer_of,
+    check_marks,
+    image_part,
+    split_marks,
+    text_part,
+)
+from .languages import language_of
 from .row_view import RowView, kind, short
 
-IMAGE_MARK = "<image>"
+QUESTION_MARK = "{question}"
 
-Part = dict[str, Any]
-Message = dict[str, Any]
+Draw = Callable[[str], str]
 
 
-class Example(NamedTuple):
-    """One conversation.
+class Format(NamedTuple):
+    """What is known of a format.
 
     Attributes:
-        messages: ``{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}]}``.
-        images: what the row gives for each placeholder: a path, bytes, a data URI or ``{"path", "bytes"}``.
-        id: the row's own id, if it has one.
+        examples: a row and the draw of prompts → its conversations.
+        columns: the names that `columns` of a source may map.
+        prompts: what an instruction of `prompts` goes with: a ``caption``, or a ``question`` that it repeats as
+            ``{question}``; None where the rows say themselves what is asked.
     """
 
-    messages: list[Message]
-    images: list[Any]
-    id: str | None = None
+    examples: Callable[[RowView, Draw], Iterable[Example]]
+    columns: Sequence[str]
+    prompts: str | None = None
 
 
 def convert(
@@ -39,16 +52,17 @@ def convert(
     *,
     where: str,
     columns: Mapping[str, str] | None = None,
-    draw_prompt: Callable[[], str] = str,
+    draw_prompt: Draw = lambda language: "",
 ) -> Iterator[Example]:
     """Turn one row into its conversations: one, except for a row with several captions.
 
     Args:
         values: column name to value.
-        format_name: ``messages``, ``llava``, ``caption`` or ``vqa``.
+        format_name: a key of `FORMATS`.
         where: the row's place in words, put in front of every error.
         columns: our name of a column to its name in the row.
-        draw_prompt: gives the instruction that a caption answers; "" for the image alone.
+        draw_prompt: language → the instruction that a caption answers, "" for the image alone; or, for a question, the
+            text around ``{question}``, "" for the question alone.
 
     Raises:
         RowError: the row does not have this format.
@@ -56,15 +70,15 @@ def convert(
     row = RowView(values, where, columns or {})
     own_id = row.get("id")
     own_id = None if own_id is None else row.text(own_id, "id")
-    examples = _caption(row, draw_prompt) if format_name == "caption" else [_ONE_EACH[format_name](row)]
-    for example in examples:
-        yield example._replace(id=own_id)
+    for example in FORMATS[format_name].examples(row, draw_prompt):
+        language = example.language or _language(row, _answers(example))
+        yield example._replace(id=own_id, language=language)
 
 
 # --------------------------------------------------------------------------------------------------------- messages
 
 
-def _messages(row: RowView) -> Example:
+def _messages(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     """TRL's conversational rows: `messages`, or `prompt` and `completion`, with `images` or `image`."""
     images = row.images("images", "image")
     turns = _turns(row)
@@ -82,7 +96,7 @@ def _messages(row: RowView) -> Example:
             parts = [_part(row, part, f"{key}.content[{i}]", inline) for i, part in enumerate(content)]
         else:
             text = row.text(content, f"{key}.content")
-            parts = split_marks(text) if role == "user" else [_text(text)]
+            parts = split_marks(text) if role == "user" else [text_part(text)]
             inline += [None for part in parts if part["type"] == "image"]
         counts.append(sum(part["type"] == "image" for part in parts))
         messages.append({"role": role, "content": parts})
@@ -90,11 +104,12 @@ def _messages(row: RowView) -> Example:
     written_as_text = not any(isinstance(turn["content"], list) for turn in turns)
     if images and not inline and first is not None and written_as_text:
         # As in TRL: without any mark the images stand in front of the first question.
-        messages[first]["content"] = [_image() for _ in images] + messages[first]["content"]
-        return Example(messages, images)
-    _same_number(row, inline.count(None), len(images))
+        messages[first]["content"] = [image_part() for _ in images] + messages[first]["content"]
+        yield Example(messages, images)
+        return
+    check_marks(row, inline.count(None), len(images))
     column = iter(images)
-    return Example(messages, [next(column) if image is None else image for image in inline])
+    yield Example(messages, [next(column) if image is None else image for image in inline])
 
 
 def _turns(row: RowView) -> list[Any]:
@@ -115,21 +130,14 @@ def _part(row: RowView, part: Any, key: str, inline: list[Any]) -> Part:
     if not isinstance(part, dict):
         raise row.error(f"{key} is {kind(part)}, not an object with a type", 'write {"type": "text", "text": ...}')
     if part.get("type") == "text":
-        return _text(row.text(part.get("text"), f"{key}.text"))
+        return text_part(row.text(part.get("text"), f"{key}.text"))
     if part.get("type") not in ("image", "image_url"):
         shown = short(str(part.get("type")))
         raise row.error(f'{key} has the type "{shown}"', 'only "text" and "image" are known; correct the row')
     found = [part[name] for name in ("image", "path", "bytes", "url", "image_url") if part.get(name) is not None]
     image = found[0] if found else None
     inline.append(image.get("url") if isinstance(image, dict) and "url" in image else image)
-    return _image()
-
-
-def split_marks(text: str) -> list[Part]:
-    """Cut text at every ``<image>``; the text between stays as it is, line breaks included."""
-    first, *rest = text.split(IMAGE_MARK)
-    parts = [_text(first)] + [part for piece in rest for part in (_image(), _text(piece))]
-    return [part for part in parts if part["text"] != ""]
+    return image_part()
 
 
 # ------------------------------------------------------------------------------------------------------------ llava
@@ -137,7 +145,7 @@ def split_marks(text: str) -> list[Part]:
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def _llava(row: RowView) -> Example:
+def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     """LLaVA's rows, with the images of a message moved to its front as in LLaVA's `preprocess_multimodal`.
 
     Upstream keeps one mark of several in a message; here each image keeps its own, so that none is lost.
@@ -164,30 +172,32 @@ def _llava(row: RowView) -> Example:
             continue  # upstream skips an answer to nothing, which shared chats begin with now and then
         count = text.count(IMAGE_MARK) if role == "user" else 0
         marks += count
-        messages.append({"role": role, "content": _in_front(text, count) if count else [_text(text)]})
-    _same_number(row, marks, len(images))
-    return Example(messages, images)
+        messages.append({"role": role, "content": _in_front(text, count) if count else [text_part(text)]})
+    check_marks(row, marks, len(images))
+    yield Example(messages, images)
 
 
 def _in_front(text: str, count: int) -> list[Part]:
     text = text.replace(IMAGE_MARK, "").strip()
-    return [_image() for _ in range(count)] + ([_text("\n" + text)] if text else [])
+    return [image_part() for _ in range(count)] + ([text_part("\n" + text)] if text else [])
 
 
 # -------------------------------------------------------------------------------------------------- caption and vqa
 
 
-def _caption(row: RowView, draw_prompt: Callable[[], str]) -> Iterator[Example]:
+def _caption(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     images = _some_images(row)
     captions = row.need("caption", "text")
     for caption in captions if isinstance(captions, list) and captions else [captions]:
         answer = row.text(caption, "caption").strip()
         if not answer:
             raise row.error('"caption" is empty', "write a caption or remove the row", "no answer")
-        yield Example([_user(row, draw_prompt(), len(images)), _assistant(answer)], images)
+        language = _language(row, answer)
+        messages = [_user(row, draw_prompt(language), len(images)), answer_of(answer)]
+        yield Example(messages, images, language=language)
 
 
-def _vqa(row: RowView) -> Example:
+def _vqa(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     images = _some_images(row)
     question = row.text(row.need("question"), "question").strip()
     if not question.replace(IMAGE_MARK, "").strip():
@@ -200,7 +210,37 @@ def _vqa(row: RowView) -> Example:
     if not texts:
         raise row.error(f'"{key}" is empty', "write an answer or remove the row", "no answer")
     answer = Counter(texts).most_common(1)[0][0]  # of equally frequent ones the first
-    return Example([_user(row, question, len(images)), _assistant(answer)], images)
+    language = _language(row, f"{question} {answer}")
+    asked = (draw_prompt(language) or QUESTION_MARK).replace(QUESTION_MARK, question)
+    yield Example([_user(row, asked, len(images)), answer_of(answer)], images, language=language)
+
+
+# --------------------------------------------------------------------------------------------------------- cauldron
+
+
+def _cauldron(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
+    """The Cauldron's rows: `images`, and `texts` of {user, assistant}; the images stand in front of all turns."""
+    images = row.images("images", "image")
+    turns = row.need("texts")
+    if not isinstance(turns, list):
+        raise row.error(f'"texts" is {kind(turns)}, not a list', 'write a list of {"user": ..., "assistant": ...}')
+    messages: list[Message] = []
+    for index, turn in enumerate(turns):
+        key = f"texts[{index}]"
+        if not isinstance(turn, dict):
+            raise row.error(f"{key} is {kind(turn)}, not an object with user and assistant", "correct the row")
+        asked = row.text(turn.get("user"), f"{key}.user").strip()
+        answer = row.text(turn.get("assistant"), f"{key}.assistant").strip()
+        messages += [{"role": "user", "content": split_marks(asked)}, answer_of(answer)]
+    marks = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if messages and not marks:
+        messages[0]["content"] = [image_part() for _ in images] + messages[0]["content"]
+        marks = len(images)
+    check_marks(row, marks, len(images))
+    yield Example(messages, images)
+
+
+# ------------------------------------------------------------------------------------------------------- what is shared
 
 
 def _some_images(row: RowView) -> list[Any]:
@@ -215,43 +255,35 @@ def _user(row: RowView, text: str, images: int) -> Message:
     """Images where the text marks them, else in front of it."""
     if IMAGE_MARK not in text:
         text = IMAGE_MARK * images + text
-    _same_number(row, text.count(IMAGE_MARK), images)
+    check_marks(row, text.count(IMAGE_MARK), images)
     return {"role": "user", "content": split_marks(text)}
 
 
-def _assistant(answer: str) -> Message:
-    return {"role": "assistant", "content": [_text(answer)]}
+def _answers(example: Example) -> str:
+    """What is learnt to say."""
+    said = (message["content"] for message in example.messages if message["role"] == "assistant")
+    return " ".join(part["text"] or "" for content in said for part in content)
 
 
-def _same_number(row: RowView, marks: int, images: int) -> None:
-    if marks != images:
-        found = f"{_plural(marks, 'image mark')} ({IMAGE_MARK} in user text, or image parts)"
-        raise row.error(
-            f"{found} but {_plural(images, 'image')}", "give every mark its image, in order", "marks differ"
-        )
+def _language(row: RowView, text: str) -> str:
+    """The row's own `language` without its country (`zh-CN` is `zh`), else that of its text."""
+    own = row.get("language")
+    return re.split("[-_]", own.lower())[0] if isinstance(own, str) and own else language_of(text)
 
 
-# ---------------------------------------------------------------------------------------------------------- helpers
+_CAPTION = Format(_caption, ("image", "images", "caption", "text", "id", "language"), prompts="caption")
+_VQA = Format(_vqa, ("image", "images", "question", "answer", "answers", "id", "language"), prompts="question")
 
-
-def _text(text: str) -> Part:
-    return {"type": "text", "text": text}
-
-
-def _image() -> Part:
-    return {"type": "image", "text": None}
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-_ONE_EACH: dict[str, Callable[[RowView], Example]] = {"messages": _messages, "llava": _llava, "vqa": _vqa}
-
-COLUMNS: dict[str, Sequence[str]] = {
-    "messages": ("messages", "prompt", "completion", "images", "image", "id"),
-    "llava": ("conversations", "image", "images", "id"),
-    "caption": ("image", "images", "caption", "text", "id"),
-    "vqa": ("image", "images", "question", "answer", "answers", "id"),
+FORMATS: dict[str, Format] = {
+    "messages": Format(_messages, ("messages", "prompt", "completion", "images", "image", "id", "language")),
+    "llava": Format(_llava, ("conversations", "image", "images", "id", "language")),
+    "caption": _CAPTION,
+    "vqa": _VQA,
+    "cauldron": Format(_cauldron, ("images", "image", "texts", "id", "language")),
+    # Whole documents, which `published` takes apart into rows of these kinds.
+    "coco": _CAPTION,
+    "cc_sbu_align": _CAPTION,
+    "vqav2": _VQA,
+    "gqa": _VQA,
 }
-"""Format to the names that `columns` may map. The keys are the formats there are."""
+"""The formats there are, under the names that a source gives them."""

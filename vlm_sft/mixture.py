@@ -1,40 +1,83 @@
-"""How many rows of each source a mixture has, and in which order: numbers alone, the same in every process."""
+"""How many rows of each source a mixture has, and in which order: numbers alone, the same in every process.
+
+n_d is the number of rows of source d, S_d = repeat_d * n_d its size, and the mixture has N = sum of S_d rows. With
+languages, every (source, language) is a part of its own: the language decides how many rows, the sources share them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-SHARES = {"proportional": lambda size: size, "sqrt": lambda size: size**0.5, "weights": lambda size: 1.0}
-"""How a source's share follows from its number of rows, before its weight. The keys are the kinds of sampling."""
+SHARES = {
+    "proportional": lambda size: float(size),
+    "sqrt": lambda size: size**0.5,
+    "weights": lambda size: float(size > 0),
+}
+"""How a source's share follows from its size, before its weight. The keys are the kinds of sampling."""
 
 
-def mixture_counts(sizes: Sequence[int], weights: Sequence[float], sampling: str) -> list[int]:
-    """How many rows of a mixture come from each source, by largest remainder; they add up to ``sum(sizes)``."""
-    shares = [weight * SHARES[sampling](size) for size, weight in zip(sizes, weights, strict=True)]
-    total = sum(sizes)
-    exact = [total * share / sum(shares) for share in shares]
+def largest_remainder(total: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to `shares` that add up to `total`; of equal remainders the first wins."""
+    whole = sum(shares)
+    exact = [total * share / whole for share in shares]
     counts = [int(rows) for rows in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda d: (counts[d] - exact[d], d))
+    by_remainder = sorted(range(len(shares)), key=lambda d: (counts[d] - exact[d], d))
     for d in by_remainder[: total - sum(counts)]:
         counts[d] += 1
     return counts
 
 
-def mixture_order(sizes: Sequence[int], counts: Sequence[int], seed: int) -> np.ndarray:
-    """Row numbers of a mixture in the concatenation of its sources: `counts` of each, interleaved at random.
+def mixture_counts(
+    sizes: Sequence[int], weights: Sequence[float], sampling: str, total: int | None = None
+) -> list[int]:
+    """How many rows of a mixture come from each source: in proportion to weight_d * f(S_d), by largest remainder.
 
-    Every row of a source is drawn once before any of them is drawn again.
+    Args:
+        sizes: S_d, rows of a source times its `repeat`; at least one is not 0.
+        weights: one for each.
+        sampling: ``proportional`` f(S) = S; ``sqrt`` f(S) = sqrt(S), as InstructBLIP (arXiv:2305.06500); ``weights``
+            f = 1.
+        total: rows of the mixture; None for the sum of `sizes`.
     """
-    rng = np.random.default_rng([seed % 2**32, len(sizes)])
-    labels = np.repeat(np.arange(len(sizes)), counts)
+    shares = [weight * SHARES[sampling](size) for size, weight in zip(sizes, weights, strict=True)]
+    return largest_remainder(sum(sizes) if total is None else total, shares)
+
+
+def balanced_counts(
+    sizes: Mapping[str, Sequence[int]], weights: Sequence[float], sampling: str, languages: Mapping[str, float]
+) -> dict[str, list[int]]:
+    """As `mixture_counts` within each language, of which each has its share of all rows.
+
+    Args:
+        sizes: language to S_d of the rows in it.
+        languages: the same languages to their shares, of any sum.
+    """
+    total = sum(map(sum, sizes.values()))
+    rows = largest_remainder(total, [languages[language] for language in sizes])
+    return {
+        language: mixture_counts(sizes[language], weights, sampling, count)
+        for language, count in zip(sizes, rows, strict=True)
+    }
+
+
+def mixture_order(parts: Sequence[np.ndarray], counts: Sequence[int], seed: int) -> np.ndarray:
+    """Row numbers of a mixture: `counts` of each part, interleaved at random.
+
+    Every row of a part is drawn once before any of them is drawn again.
+
+    Args:
+        parts: the row numbers of each part, (n_d,) int64.
+        counts: rows drawn of each; 0 for a part without rows.
+        seed: the same seed gives the same order, whatever process asks and however many there are.
+    """
+    rng = np.random.default_rng([seed % 2**32, len(parts)])
+    labels = np.repeat(np.arange(len(parts)), counts)
     rng.shuffle(labels)
     order = np.empty(len(labels), dtype=np.int64)
-    offset = 0
-    for d, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-        passes = [rng.permutation(size) for _ in range(-(-count // size))]
+    for d, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        passes = [rng.permutation(part) for _ in range(-(-count // len(part)))] if count else []
         if passes:
-            order[labels == d] = offset + np.concatenate(passes)[:count]
-        offset += size
+            order[labels == d] = np.concatenate(passes)[:count]
     return order

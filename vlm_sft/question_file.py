@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from .conversation import split_marks
 from .errors import UserError
-from .formats import convert, split_marks
+from .formats import convert
 from .image_refs import resolve_image
 from .images import load_image
 from .readers import Row, read_rows

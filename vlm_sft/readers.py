@@ -32,6 +32,11 @@ class Row(NamedTuple):
     values: dict[str, Any]
     problem: RowError | None = None
 
+    @classmethod
+    def of(cls, where: str, folder: Path | None, found: dict[str, Any] | RowError) -> Row:
+        """A row out of what a reader yields: its values, or the error that it is."""
+        return cls(where, folder, {}, found) if isinstance(found, RowError) else cls(where, folder, found)
+
 
 def read_rows(
     path: str, *, split: str = "train", revision: str | None = None, keep_wrong: bool = False
@@ -58,16 +63,13 @@ def read_rows(
 
 def _all_rows(path: str, split: str, revision: str | None) -> Iterator[Row]:
     path = os.path.expanduser(path)
+    if "\0" in path:
+        raise UserError(f"The path {path!a} holds a character that no file name has: correct it.")
     if os.path.isdir(path):
         yield from _read_folder(Path(path), split)
-    elif os.path.lexists(path):
-        yield from _file_rows(Path(path))
-    elif any(mark in path for mark in "*?["):
-        files = sorted(glob.glob(path, recursive=True))
-        if not files:
-            raise UserError(f"The pattern {path} matches no file: correct it (** searches folders within folders).")
-        for file in files:
-            yield from _file_rows(Path(file))
+    elif os.path.lexists(path) or _is_pattern(path):
+        for file in list_files(path):
+            yield from _file_rows(file)
     elif os.path.splitext(path)[1].lower() in FILE_READERS:
         raise no_such_file(Path(path))
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path, re.ASCII):
@@ -76,12 +78,36 @@ def _all_rows(path: str, split: str, revision: str | None) -> Iterator[Row]:
         raise no_such_file(Path(path))
 
 
+def list_files(path: str) -> list[Path]:
+    """The file of a path, or those of a pattern in the order of their names.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = os.path.expanduser(path)
+    if os.path.lexists(path):
+        return [Path(path)]
+    if not _is_pattern(path):
+        raise no_such_file(Path(path))
+    if "**" in path:
+        # Not glob's own: it follows links to folders, and two that point back are followed 2**40 ways.
+        start = Path(path[: re.search(r"[*?\[]", path).start()] + "x").parent  # type: ignore[union-attr]
+        found = (str(file) for file in start.glob(os.path.relpath(path, start)) if not file.name.startswith("."))
+        files = sorted(found)
+    else:
+        files = sorted(glob.glob(path))
+    if not files:
+        raise UserError(f"The pattern {path} matches no file: correct it (** searches folders within folders).")
+    return [Path(file) for file in files]
+
+
+def _is_pattern(path: str) -> bool:
+    return any(mark in path for mark in "*?[")
+
+
 def _file_rows(path: Path) -> Iterator[Row]:
-    for where, values in read_file(path):
-        if isinstance(values, RowError):
-            yield Row(where, path.parent, {}, values)
-        else:
-            yield Row(where, path.parent, values)
+    for where, found in read_file(path):
+        yield Row.of(where, path.parent, found)
 
 
 # ---------------------------------------------------------------------------------------------------------- folders

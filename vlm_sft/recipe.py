@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from .assets import closest, list_recipes, recipe_path
@@ -135,13 +135,24 @@ class Stack(_Model):
     """A causal language model, which reads the projected features among its embeddings."""
 
 
+def _check_prompts(value: Any) -> Any:
+    """Says in one sentence what a union of types would say in two."""
+    pools = list(value.values()) if isinstance(value, dict) else [value]
+    texts = all(isinstance(pool, list) and all(isinstance(text, str) for text in pool) for pool in pools)
+    if not texts or (isinstance(value, dict) and not all(pools)):
+        sentence = "Input should be a list of instructions, or one for each language such as {en: [Describe it.]}"
+        raise PydanticCustomError("prompts", "{sentence}", {"sentence": sentence})
+    return value
+
+
 class Source(_Model):
     """One source of rows: local files or a dataset on the Hub."""
 
     path: str
     """File, folder or Hub dataset id."""
-    format: Literal["messages", "llava", "caption", "vqa"]
-    """`messages` (TRL conversational), `llava` (LLaVA/ShareGPT JSON), `caption` or `vqa`; see docs/data.md."""
+    format: Literal["messages", "llava", "caption", "vqa", "cauldron", "coco", "cc_sbu_align", "vqav2", "gqa"]
+    """What a row means: `messages` (TRL conversational), `llava` (LLaVA, ShareGPT4V), `caption`, `vqa`, `cauldron`, or
+    a data set as published: `coco` (captions), `cc_sbu_align`, `vqav2`, `gqa`; see docs/data_formats.md."""
     name: str | None = None
     """What logs, row ids and evaluation call it. Default: the last part of `path` without its suffix."""
     images: str | None = None
@@ -152,14 +163,21 @@ class Source(_Model):
     """Branch, tag or commit of a Hub dataset."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our column name → the one in the file, for example `{caption: text}`."""
-    prompts: list[str] = Field(default_factory=list)
-    """caption: what the user asks; one is drawn for each row, seeded."""
+    annotations: str | None = None
+    """vqav2: file with the answers to the questions in `path`."""
+    image_name: str | None = None
+    """coco, cc_sbu_align, vqav2, gqa: how image files are called, `{id}` or `{id:012}` in it. Default: as published."""
+    prompts: Annotated[list[str] | dict[str, list[str]], BeforeValidator(_check_prompts)] = Field(default_factory=list)
+    """Captions and questions: what the user asks; one is drawn for each row, seeded. By language: `{en: […], zh: […]}`.
+    Around a question they hold `{question}`."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of this source under `sampling: weights`; under the others a factor on its share."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use the first so many rows."""
     allow_urls: bool = False
     """Fetch images that are URLs, within limits and never from private addresses; see docs/images.md."""
+    repeat: Annotated[int, Field(ge=1)] = 1
+    """Take part as if every row were there so many times."""
 
     @model_validator(mode="after")
     def _name_it(self) -> Source:
@@ -182,6 +200,8 @@ class Data(_Model):
     """How sources are mixed: by size, by its square root (InstructBLIP), or by each source's `weight`."""
     url_cache: str | None = None
     """Folder that fetched images are kept in. Unset: `vlm_sft/images` in the user's cache folder."""
+    languages: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    """Language → its share of the training rows; `{zh: 1, en: 1}` for as many of each. Unset: as the sources are."""
 
 
 class Hub(_Model):

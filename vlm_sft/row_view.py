@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .assets import closest
-from .errors import RowError
+from .errors import RowError, row_error
 
 
 class RowView:
@@ -58,7 +58,7 @@ class RowView:
         return [image for image in found if image is not None and image != ""]
 
     def error(self, what: str, mend: str, reason: str = "wrong type") -> RowError:
-        return RowError(f"{self.where}: {what}: {mend}.", where=self.where, reason=reason)
+        return row_error(self.where, what, mend, reason)
 
 
 def short(text: str) -> str:

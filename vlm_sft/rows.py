@@ -42,7 +42,8 @@ def load_rows(
     """
     from .data import load_mixture
 
-    sets = {"train": load_mixture(recipe.data.train, recipe.data.sampling, seed=args.data_seed or args.seed)}
+    data, seed = recipe.data, args.data_seed or args.seed
+    sets = {"train": load_mixture(data.train, data.sampling, languages=data.languages, seed=seed)}
     if recipe.data.eval:
         sets["eval"] = load_mixture(recipe.data.eval, "proportional", seed=args.seed)
     count = len(sets["train"])

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 from .assets import closest
 from .chat_template import normalise_messages
 from .errors import RowError, UserError, raise_it
-from .formats import COLUMNS, convert
+from .formats import FORMATS, QUESTION_MARK, convert
 from .image_refs import resolve_image
-from .readers import Row, read_rows
+from .published import PUBLISHED, check_pattern, read_published
+from .readers import Row, list_files, read_rows
 
 
 class SourceLike(Protocol):
@@ -28,10 +29,13 @@ class SourceLike(Protocol):
     split: str
     revision: str | None
     columns: dict[str, str]
-    prompts: list[str]
+    annotations: str | None
+    image_name: str | None
+    prompts: list[str] | dict[str, list[str]]
     weight: float
     max_rows: int | None
     allow_urls: bool
+    repeat: int
 
 
 def name_of(source: SourceLike) -> str:
@@ -46,22 +50,50 @@ def source_rows(
 
     Args:
         source: where the rows lie and what they mean; a `recipe.Source`. Its `max_rows` counts rows that are yielded.
-        seed: draws the prompts of captions. The draw of a row depends on seed, source name and row number only.
+        seed: draws the prompts. The draw of a row depends on seed, source name and row number only.
         reject: told of every row that is wrong by itself, which is then left out; by default it stops the run.
 
     Raises:
         UserError: the source is not what the recipe says. Raised while iterating.
     """
-    _check(source, name_of(source))
+    return (row for row, _ in rows_with_language(source, seed=seed, reject=reject))
+
+
+def rows_with_language(
+    source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """As `source_rows`, each row with its language (`zh`, `en`, or what its own `language` says)."""
+    check_source(source)
     return islice(_rows(source, seed, reject), source.max_rows)
 
 
-def _check(source: SourceLike, name: str) -> None:
-    if source.format not in COLUMNS:
-        raise UserError(
-            f'The source "{name}" has the format "{source.format}": it must be one of {", ".join(COLUMNS)}.'
-        )
-    known = COLUMNS[source.format]
+def check_source(source: SourceLike) -> None:
+    """Look that a source's keys fit its format, before any file is opened.
+
+    Raises:
+        UserError: they do not.
+    """
+    name = name_of(source)
+    if source.format not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UserError(f'The source "{name}" has the format "{source.format}": it must be one of {known}.')
+    _check_columns(source, name)
+    _check_prompts(source, name)
+    published = PUBLISHED.get(source.format)
+    if source.image_name is not None:
+        if published is None:
+            raise UserError(f'The source "{name}" has image_name, but its rows name their images: remove it.')
+        check_pattern(source.image_name, name)
+    wants = published is not None and published.has_annotations
+    if (source.annotations is not None) != wants:
+        what = "no `annotations`, which hold its answers: name their file" if wants else "annotations: remove them"
+        raise UserError(f'The source "{name}" of format {source.format} has {what}.')
+    if source.images is not None and not os.path.isdir(os.path.expanduser(source.images)):
+        raise UserError(f'The source "{name}" takes its images from {source.images}, which is no folder: correct it.')
+
+
+def _check_columns(source: SourceLike, name: str) -> None:
+    known = FORMATS[source.format].columns
     for ours in source.columns:
         if ours not in known:
             hint = f'; did you mean "{near}"' if (near := closest(ours, known)) else ""
@@ -69,17 +101,25 @@ def _check(source: SourceLike, name: str) -> None:
                 f'The source "{name}" maps the column "{ours}", which the format {source.format} does not have{hint}: '
                 f"it has {', '.join(known)}."
             )
-    if source.prompts and source.format != "caption":
-        raise UserError(f'The source "{name}" has prompts, but only the format caption takes them: remove them.')
-    if source.images is not None and not os.path.isdir(os.path.expanduser(source.images)):
-        raise UserError(f'The source "{name}" takes its images from {source.images}, which is no folder: correct it.')
 
 
-def _rows(source: SourceLike, seed: int, reject: Callable[[RowError], None]) -> Iterator[dict[str, Any]]:
+def _check_prompts(source: SourceLike, name: str) -> None:
+    kind = FORMATS[source.format].prompts
+    if source.prompts and kind is None:
+        takers = ", ".join(format_name for format_name, known in FORMATS.items() if known.prompts)
+        raise UserError(f'The source "{name}" has prompts, but only the formats {takers} take them: remove them.')
+    pools = source.prompts.values() if isinstance(source.prompts, dict) else [source.prompts]
+    for prompt in (prompt for pool in pools for prompt in pool):
+        if (QUESTION_MARK in prompt) != (kind == "question"):
+            verb = "lacks" if kind == "question" else "has"
+            mend = "write it where the question stands" if kind == "question" else "remove it"
+            raise UserError(f'The source "{name}" has the prompt "{prompt}", which {verb} {QUESTION_MARK}: {mend}.')
+
+
+def _rows(source: SourceLike, seed: int, reject: Callable[[RowError], None]) -> Iterator[tuple[dict[str, Any], str]]:
     images_folder = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
     unseen = set(source.columns.values())
-    rows = read_rows(source.path, split=source.split, revision=source.revision, keep_wrong=True)
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_raw_rows(source), start=1):
         unseen -= row.values.keys()
         folder = images_folder or (None if row.folder is None else os.path.abspath(row.folder))
         try:
@@ -93,20 +133,44 @@ def _rows(source: SourceLike, seed: int, reject: Callable[[RowError], None]) -> 
         )
 
 
-def _examples(source: SourceLike, row: Row, number: int, folder: str | None, seed: int) -> Iterator[dict[str, Any]]:
-    """The conversations of one row, each as a row of the contract."""
+def _raw_rows(source: SourceLike) -> Iterator[Row]:
+    if source.format not in PUBLISHED:
+        yield from read_rows(source.path, split=source.split, revision=source.revision, keep_wrong=True)
+        return
+    answers = [] if source.annotations is None else list_files(source.annotations)
+    for path, where, found in read_published(source.format, list_files(source.path), source.image_name, answers):
+        yield Row.of(where, path.parent, found)
+
+
+def _examples(
+    source: SourceLike, row: Row, number: int, folder: str | None, seed: int
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The conversations of one row, each as a row of the contract with its language."""
     if row.problem is not None:
         raise row.problem
     name = name_of(source)
-    draw = partial(random.Random(f"{seed}/{name}/{number}").choice, source.prompts) if source.prompts else str
+    draw = partial(_draw, random.Random(f"{seed}/{name}/{number}"), source.prompts, row.where)
     examples = list(convert(row.values, source.format, where=row.where, columns=source.columns, draw_prompt=draw))
     for k, example in enumerate(examples, start=1):
-        yield {
+        found = {
             "messages": _checked(example.messages, row.where),
             "images": [resolve_image(image, folder, row.where, source.allow_urls) for image in example.images],
             "source": name,
             "id": f"{name}/{example.id or number}" + (f"#{k}" if len(examples) > 1 else ""),
         }
+        yield found, example.language
+
+
+def _draw(chance: random.Random, prompts: list[str] | dict[str, list[str]], where: str, language: str) -> str:
+    """One instruction of the row's language; no prompts at all are an empty one."""
+    if isinstance(prompts, dict):
+        if prompts and language not in prompts:
+            raise UserError(
+                f'{where}: the row is in "{language[:20]}" and the source has prompts for {", ".join(prompts)} only: '
+                "add prompts for it, or correct the column `language`."
+            )
+        prompts = prompts.get(language, [])
+    return chance.choice(prompts) if prompts else ""
 
 
 def _checked(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
