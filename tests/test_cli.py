@@ -64,6 +64,9 @@ def test_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_train_hands_on_recipe_overrides_and_dry_run(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     assert call(monkeypatch, "train", "mine.yaml", "sft.max_steps=3", "system=你好", "--dry-run") == 0
     assert calls == [("train.main", (["mine.yaml", "sft.max_steps=3", "system=你好", "--dry-run"],), {})]
+    calls.clear()
+    assert call(monkeypatch, "train", "mine.yaml", "--dry-run", "--accelerate-config", "ddp.yaml") == 0
+    assert calls == [("train.main", (["mine.yaml", "--dry-run", "--accelerate-config", "ddp.yaml"],), {})]
 
 
 def test_chat(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:

@@ -158,7 +158,12 @@ def check_pip(words: list[str]) -> None:
 
 def check_training(page: str, words: list[str], folder: Path) -> None:
     """RECIPE [key.path=value …] [--resume] [--dry-run]: the recipe is shipped, or the page shows it; overrides fit."""
-    recipe, *overrides = [word for word in words if word not in ("--dry-run", "--resume")]
+    words = [word for word in words if word not in ("--dry-run", "--resume")]
+    if "--accelerate-config" in words:
+        at = words.index("--accelerate-config")
+        assert (ROOT / words[at + 1]).is_file(), words[at + 1]
+        del words[at : at + 2]
+    recipe, *overrides = words
     shown = {b.text.split("\n", 1)[0].removeprefix("# ").split(":")[0]: b.text for b in RECIPES if b.page == page}
     if recipe in shown:
         (folder / recipe).write_text(shown[recipe], encoding="utf-8")

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 2: small things that know one subject each.
     ("sharded",),
     ("checkpoints", "configuration", "fetch", "freeze", "image_refs", "json_text", "languages", "losses", "mixture"),
-    ("run_folder",),
+    ("launch", "run_folder"),
     ("images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
     ("chat_template", "conversation", "file_readers", "published", "qwen_vl"),
     ("connectors", "delta", "formats", "layouts", "readers"),
@@ -29,8 +29,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 3: the model, the processor, the data.
     ("data", "modeling", "processor"),
     # Layer 4: they are put together.
-    ("adapters", "answer_options", "card", "collator", "curves", "export_check", "parts", "processors"),
-    ("question_file", "resumable"),
+    ("activations", "adapters", "answer_options", "card", "collator", "curves", "export_check", "parts", "processors"),
+    ("memory", "question_file", "resumable"),
     ("generation",),
     ("pieces",),
     ("stack",),
@@ -44,13 +44,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("merged", "native_processors"),
     ("export",),
     # Layer 6: parse and call.
+    ("dry_run",),
     ("chat", "evaluate", "recipes_cli", "train"),
     ("cli",),
 )
 ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
-READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "evaluate", "loading"}
+READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "dry_run", "evaluate", "loading"}
 READS_RECIPES |= {"merged", "pieces", "processors", "recipes_cli", "recipe_rules", "rows", "scoring", "stack", "train"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers", "trl"}
@@ -58,6 +59,8 @@ LIGHT = {module for row in LAYERS[:4] for module in row} | {
     "chat_template",
     "template_sandbox",
     "run_folder",
+    "launch",
+    "dry_run",
     "train",
     "cli",
     "recipes_cli",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from vlm_sft import load, load_recipe
 from vlm_sft.assets import accelerate_config_path
 from vlm_sft.errors import UserError
-from vlm_sft.train import main, train
+from vlm_sft.train import train
 
 FAKE_PARITY = {"positions": 1, "max_difference": 0.0, "tolerance": 1e-4, "equal": True}
 
@@ -139,28 +139,6 @@ def test_libraries_are_asked_first(recipe_file):
     path = recipe_file(lora={"lora_alfa": 8})
     with pytest.raises(UserError, match=r'line \d+: unknown key "lora\.lora_alfa"; did you mean "lora_alpha"'):
         run(path)
-
-
-def test_dry_run_reads_no_weight(recipe_file, monkeypatch, capsys):
-    monkeypatch.setattr("safetensors.torch.load_file", lambda *args, **kwargs: pytest.fail("weights were read"))
-    monkeypatch.setattr("vlm_sft.parts.load_language_model", lambda *args: pytest.fail("weights were read"))
-    path = recipe_file(chat_template="ziya", lora={"r": 2}, train={"projector": 1e-3})
-    main([str(path), "sft.max_steps=7", "--dry-run"])
-    shown = capsys.readouterr().out
-    assert "max_steps: 7" in shown and "r: 2" in shown, "the resolved recipe"
-    for words in ("vision_tower", "frozen", "0.001", "An image becomes 4 tokens.", "No weight was read."):
-        assert words in shown
-    model = 16 * 32 + 32
-    assert f"{model:,}" in shown, "the projector's parameters"
-    assert not os.path.exists(load_recipe(path).sft["output_dir"])
-
-
-def test_dry_run_says_which_piece_cannot_be_had(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["ziya_stage1", "--dry-run"])
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: stack.vision_tower.pretrained: 'Salesforce/blip2-opt-2.7b' is no folder here and")
 
 
 def test_an_error_takes_the_bar_away(recipe_file, no_parity, monkeypatch):

@@ -54,16 +54,20 @@ def train(
         list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Set any key of the recipe.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe, freeze plan and sizes; read no weights.")
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, freeze plan and memory; read no weights.")
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; start if none is there.")
     ] = False,
+    accelerate_config: Annotated[
+        str | None, typer.Option(help="Dry run: for the processes of this config file of accelerate.")
+    ] = None,
 ) -> None:
     """Train one stage in this process; for several, use: accelerate launch -m vlm_sft.train RECIPE."""
     from .train import main as train_main
 
     flags = [*(["--dry-run"] if dry_run else []), *(["--resume"] if resume else [])]
+    flags += ["--accelerate-config", accelerate_config] if accelerate_config else []
     train_main([recipe, *(overrides or []), *flags])
 
 

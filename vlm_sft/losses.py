@@ -34,16 +34,22 @@ def supervised_losses(
     if not targets.numel():  # keeps the graph: every parameter still gets its (zero) gradient
         nothing = torch.zeros(0, device=hidden.device) + hidden.float().sum() * 0.0
         return nothing, torch.zeros(0, dtype=torch.bool, device=hidden.device), weights
+    return *score_positions(score, picked, targets), weights
+
+
+def score_positions(score: Score, picked: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positions, D) outputs and (positions,) labels → losses, and whether the label is the most likely token."""
     losses, hits = [], []
     for chunk, wanted in zip(picked.split(CHUNK), targets.split(CHUNK), strict=True):
         # Logits of a chunk are made again in the backward pass, so no more than one chunk lives at a time.
         if chunk.requires_grad:
-            loss, hit = checkpoint(_chunk_losses, score, chunk, wanted, use_reentrant=False)
+            options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
+            loss, hit = checkpoint(_chunk_losses, score, chunk, wanted, **options)
         else:
             loss, hit = _chunk_losses(score, chunk, wanted)
         losses.append(loss)
         hits.append(hit)
-    return torch.cat(losses), torch.cat(hits), weights
+    return torch.cat(losses), torch.cat(hits)
 
 
 def _chunk_losses(score: Score, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .dry_run import dry_run
 from .errors import UserError, exit_on_user_error
 from .fetch import Fetcher
+from .launch import read_launch
 from .quiet import quiet_libraries
 from .rows import describe_rows, load_rows, measure_rows, on_first_process
 from .run_folder import settle_resume, sweep
@@ -34,7 +36,6 @@ __all__ = [
     "build_collator",
     "check_processes",
     "describe_rows",
-    "dry_run",
     "finish",
     "load_rows",
     "main",
@@ -178,53 +179,26 @@ def check_processes(args: SFTConfig) -> None:
         )
 
 
-def dry_run(recipe: Recipe) -> None:
-    """Prints the resolved recipe, the freeze plan and the sizes; reads no weights."""
-    from .adapters import add_adapter, lora_config
-    from .freeze import bytes_of
-    from .recipe import validate_libraries
-    from .stack import build_empty_stack, precision_warning
-
-    validate_libraries(recipe)
-    console = _console(stderr=False)
-    console.print(recipe.to_yaml(), markup=False, highlight=False)
-    stack = build_empty_stack(recipe)
-    if warning := precision_warning(recipe, stack.model.config):
-        _say(console, warning)
-    model: Any = stack.model
-    config = lora_config(recipe, model)
-    if config is not None:
-        model = add_adapter(model, config, autocast_adapter_dtype=False)
-        stack.plan.apply(model)
-    console.print(stack.plan.table(model))
-    weights = sum(bytes_of(p) for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = stack.processor.num_image_tokens
-    _say(
-        console,
-        f"An image becomes {tokens} {'token' if tokens == 1 else 'tokens'}.\n"
-        f"Weights take {_gib(weights)}. Training {trained:,} parameters takes another {_gib(trained * 12)} (gradients "
-        f"and AdamW's two moments in fp32), and activations come on top.\nNo weight was read.",
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parses `RECIPE [key.path=value …] [--resume] [--dry-run]` and runs it."""
     parser = argparse.ArgumentParser(prog="python -m vlm_sft.train", description=__doc__)
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set any key of the recipe")
-    parser.add_argument("--dry-run", action="store_true", help="print recipe, freeze plan and sizes; read no weights")
+    parser.add_argument("--dry-run", action="store_true", help="print recipe, freeze plan and memory; read no weights")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint; start if none is there"
     )
+    parser.add_argument("--accelerate-config", metavar="FILE", help="dry run: the processes that would train")
     given = parser.parse_args(argv)
     with exit_on_user_error():
         from .recipe import load_recipe
 
+        if given.accelerate_config and not given.dry_run:
+            raise UserError("--accelerate-config belongs to --dry-run; to train, use: accelerate launch --config_file.")
         recipe = load_recipe(given.recipe, given.overrides)
         quiet_libraries()
         if given.dry_run:
-            dry_run(recipe)
+            dry_run(recipe, read_launch(given.accelerate_config), _console(stderr=False))
         else:
             train(recipe, given.resume)
             _leave_process_group()
@@ -307,10 +281,6 @@ def _console(stderr: bool = True) -> Console:
 
     console = Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0", soft_wrap=False)
     return console if console.is_terminal else Console(stderr=stderr, quiet=console.quiet, width=120)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
 
 
 if __name__ == "__main__":

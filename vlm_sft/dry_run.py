@@ -1,0 +1,95 @@
+"""`--dry-run`: the resolved recipe, the freeze plan, and what the run takes on each device; no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+from .launch import Launch
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .activations import Step
+    from .recipe import Recipe
+    from .stack import Stack
+
+# What a row is taken to be long where `sft.max_length` sets no limit.
+WITHOUT_LIMIT = 2048
+
+
+def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
+    """Prints what a run of a recipe would be; reads configurations and tokenizers, but no weights.
+
+    Args:
+        recipe: A validated recipe.
+        launch: The processes that would train it.
+        console: Where to.
+    """
+    import torch
+
+    from .activations import count_step
+    from .adapters import add_adapter, lora_config
+    from .configs import computes_in
+    from .memory import estimate, known_optimizer
+    from .recipe import build_sft_config, validate_libraries
+    from .stack import build_empty_stack, precision_warning
+
+    def say(message: str) -> None:
+        console.print(message, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+    validate_libraries(recipe)
+    console.print(recipe.to_yaml(), markup=False, highlight=False)
+    stack = build_empty_stack(recipe)
+    if warning := precision_warning(recipe, stack.model.config):
+        say(warning)
+    model: Any = stack.model
+    if (config := lora_config(recipe, model)) is not None:
+        model = add_adapter(model, config)
+        stack.plan.apply(model)
+    console.print(stack.plan.table(model))
+    tokens = stack.processor.num_image_tokens
+    say(f"An image becomes {tokens} {'token' if tokens == 1 else 'tokens'}.")
+    # A machine without a GPU refuses the types that the recipe asks for; what is asked for is what is estimated.
+    args = build_sft_config(
+        recipe.model_copy(update={"sft": {**recipe.sft, "bf16": False, "fp16": False, "tf32": None}})
+    )
+    computes = getattr(torch, computes_in(recipe))
+    found = estimate(model, None, launch, args.optim.value, computes)
+    step = step_of(recipe, stack, args)
+    console.print(replace(found, step=count_step(model, step)).table())
+    if not known_optimizer(args.optim.value):
+        say(f"What sft.optim={args.optim.value} keeps is not known here; it is counted as AdamW.")
+    say(
+        f"A step: {step.rows} rows of {step.length} tokens, an image in each; shorter rows and rows without an image "
+        f"take less.\nNo weight was read."
+    )
+
+
+def step_of(recipe: Recipe, stack: Stack, args: Any) -> Step:
+    """The shapes of a step of a recipe: full batches of rows as long as `sft.max_length` lets them be.
+
+    Raises:
+        UserError: An image does not fit into `sft.max_length`.
+    """
+    import torch
+    from PIL import Image
+
+    from .activations import Step
+    from .configs import computes_in
+
+    length = args.max_length or WITHOUT_LIMIT
+    tokens = stack.processor.num_image_tokens
+    if length <= tokens:
+        raise UserError(f"sft.max_length is {length}, but an image alone takes {tokens} tokens; raise it.")
+    pixels = stack.processor.encode_images([Image.new("RGB", (64, 64))])
+    assert pixels is not None
+    return Step(
+        rows=args.per_device_train_batch_size,
+        length=length,
+        image=(pixels.shape[-2], pixels.shape[-1]),
+        autocast=getattr(torch, computes_in(recipe)),
+        checkpointing=(args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None,
+        accumulated=args.gradient_accumulation_steps > 1,
+    )
