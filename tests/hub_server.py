@@ -245,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"errors": [], "warnings": []})
 
     def auth_check(self, body: bytes, repo_id: str) -> None:
-        if self._may_write(repo_id) and self._repo(repo_id) is not None:
+        if self._repo(repo_id) is not None and self._may_write(repo_id):
             self._answer({})
 
     def preupload(self, body: bytes, repo_id: str, revision: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -206,8 +207,11 @@ def push(
     from .quiet import quiet_libraries
 
     quiet_libraries()
+    from huggingface_hub.utils import enable_progress_bars
+
     from .hub import push_bundle
 
+    enable_progress_bars() if sys.stderr.isatty() else None
     typer.echo(push_bundle(bundle, repo, private=private, revision=revision, message=message))
 
 

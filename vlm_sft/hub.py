@@ -280,6 +280,8 @@ def _sentence(error: BaseException, repo_id: str) -> str | None:
         return _refusal(refused, repo_id)
     if _first(error, EntryNotFoundError):
         return f"{repo_id!r} is not whole in the cache, and the Hub cannot be asked; try again with network"
+    if any("xet-write-token" in str(each) for each in _chain(error)):
+        return f"The Hub at {constants.ENDPOINT} has no Xet storage; set HF_HUB_DISABLE_XET=1"
     if _is_network(error):
         return f"The Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}); check the network"
     return None
