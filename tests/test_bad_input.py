@@ -114,10 +114,9 @@ def broken_image(path: Path, kind: str) -> None:
 
 
 IMAGES = {
-    "missing": "1 of 2 images cannot be used; the first is {path} (rows/9), which does not exist: correct the paths or "
-    "the source's `images` folder, or remove the rows.",
-    "zero bytes": "1 of 2 images cannot be used; the first is {path} (rows/9), which is empty (0 bytes): correct the "
-    "paths or the source's `images` folder, or remove the rows.",
+    "missing": "row rows/9: the image bad.png was not found in the folder {folder}: correct the path in the data or "
+    "the source's `images` folder.",
+    "zero bytes": "row rows/9: the image {path} is empty (0 bytes): download it again or remove the row.",
     "truncated": "row rows/9: the image {path} is truncated or damaged (image file is truncated): download it again or "
     "remove the row.",
     "a web page": "row rows/9: the image {path} is not an image (it looks like HTML: a web page was saved in its "
@@ -133,7 +132,7 @@ def test_broken_image(refused, recipe_file, data, tmp_path, kind, workers):
     # What only decoding shows comes out of a data-loader worker, which torch wraps in a traceback.
     path = recipe_file(data=data(*rows, kind="caption"))
     said = refused(path, f"sft.dataloader_num_workers={workers}", "sft.max_steps=3")
-    assert said == f"error: {IMAGES[kind].format(path=tmp_path / 'bad.png')}"
+    assert said == f"error: {IMAGES[kind].format(path=tmp_path / 'bad.png', folder=tmp_path)}"
 
 
 def test_broken_image_of_an_evaluation(refused, recipe_file, data, tmp_path, caption_file):
@@ -202,7 +201,10 @@ def test_no_supervised_token(refused, recipe_file, data, tmp_path):
 
 def test_a_row_longer_than_max_length(refused, recipe_file):
     said = refused(recipe_file(), "sft.max_length=4")
-    assert said.startswith("error: row captions/1: its first turn alone has ") and "sft.max_length is 4" in said
+    assert said.startswith(
+        'error: 8 of 8 rows of the source "captions" cannot be used, more than data.max_rejected (0)'
+    )
+    assert "the first: row captions/1: its first turn alone has " in said and "sft.max_length is 4" in said
 
 
 # ------------------------------------------------------------------------------------------------------------- stack
@@ -318,16 +320,16 @@ def test_folders_that_are_no_bundle(refused, recipe_file, tmp_path, capsys, monk
 
 
 def command(monkeypatch, capsys, *arguments) -> str:
-    """Runs the console command in this process; returns the one line it ends with."""
+    """Runs the console command in this process; returns the one error that it ends with."""
     from vlm_sft import cli
 
     monkeypatch.setattr(sys, "argv", ["vlm-sft", *map(str, arguments)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    said = capsys.readouterr()
-    assert ended.value.code == 2 and said.err.count("\n") == 1, said
-    return said.err.rstrip("\n")
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and [line for line in said if line.startswith("error")] == said[-1:], said
+    return said[-1]
 
 
 def test_the_console_command_trains_and_refuses_alike(recipe_file, refused, capsys, monkeypatch):
@@ -385,4 +387,4 @@ def test_what_the_first_process_finds_ends_all(recipe_file, data):
     rows = [{"image": "photo.png", "caption": "a"}] * 4 + [{"image": "bad.png", "caption": "b"}]
     done = launch_two(recipe_file(data=data(*rows, kind="caption")), "sft.use_cpu=true")
     assert done.returncode != 0
-    assert "error: 1 of 2 images cannot be used" in done.stderr and "vlm_sft/" not in done.stderr
+    assert "error: row rows/5: the image bad.png was not found" in done.stderr and "vlm_sft/" not in done.stderr

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 2: small things that know one subject each.
     ("sharded",),
     ("checkpoints", "configuration", "fetch", "freeze", "image_refs", "json_text", "languages", "losses", "mixture"),
-    ("launch", "run_folder"),
+    ("launch", "ledger", "run_folder"),
     ("images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
     ("chat_template", "conversation", "file_readers", "published", "qwen_vl"),
     ("connectors", "delta", "formats", "layouts", "readers"),
@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "modeling", "processor"),
     # Layer 4: they are put together.
     ("activations", "adapters", "answer_options", "card", "collator", "curves", "export_check", "parts", "processors"),
-    ("memory", "question_file", "resumable"),
+    ("measure", "memory", "question_file", "resumable"),
     ("generation",),
     ("pieces",),
     ("stack",),

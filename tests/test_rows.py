@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
 import pytest
-import torch
-from datasets import Dataset
 from rich.console import Console
-from test_collator import make_row, turn
+from source_files import write
 from test_processor import make_processor
 
 from vlm_sft import load_recipe
 from vlm_sft.collator import MultimodalCollator
 from vlm_sft.configs import build_sft_config
-from vlm_sft.errors import UserError, sentence_of
-from vlm_sft.rows import CHUNK, describe_rows, load_rows, measure_rows, on_first_process
+from vlm_sft.errors import UserError
+from vlm_sft.rows import describe_rows, load_rows, on_first_process
 
 
 @pytest.fixture(scope="module")
@@ -23,46 +23,20 @@ def collator():
     return MultimodalCollator(make_processor("vicuna_v1"), max_length=200)
 
 
-def test_rows_are_counted_and_shortened_ones_too(collator, photos):
-    short, long = turn("a", "b"), turn("这是什么？", "一只猫", images=1) + 3 * turn("hello " * 20, "hi " * 20)
-    rows = Dataset.from_list([make_row(short, photos), make_row(long, photos, 1), make_row(long, photos, 2)])
-    lengths = [len(collator.encode(row).chat.input_ids) for row in rows]
-    turns = collator.encode(rows[1]).turns_lost
-    assert turns > 0
-    assert measure_rows(rows, collator) == {
-        "rows": 3,
-        "longest": max(lengths),
-        "mean_length": round(sum(lengths) / 3, 1),
-        "rows_shortened": 2,
-        "turns_lost": 2 * turns,
-    }
-
-
 def test_a_sentence_names_the_loss_of_turns_only_where_there_is_one():
-    counts = {"rows": 16000, "longest": 1045, "mean_length": 31.5, "rows_shortened": 0, "turns_lost": 0}
+    counts = {
+        "rows": 16000,
+        "read": 16000,
+        "measured": 16000,
+        "longest": 1045,
+        "mean_length": 31.5,
+        "rows_shortened": 0,
+        "turns_lost": 0,
+    }
     assert describe_rows(counts) == "16,000 rows, 31.5 tokens in the mean, 1,045 at most."
     counts |= {"rows_shortened": 2, "turns_lost": 5}
     assert describe_rows(counts).endswith("; 2 rows lost 5 turns to fit max_length.")
-
-
-def test_workers_count_the_same_and_the_global_generator_stays(collator, photos, monkeypatch):
-    monkeypatch.setattr("vlm_sft.rows.WORTH_WORKERS", 1)
-    rows = Dataset.from_list([make_row(turn("q" * (1 + i % 50), "b"), photos, i) for i in range(2 * CHUNK + 5)])
-    before, told = torch.get_rng_state(), []
-    with_workers = measure_rows(rows, collator, workers=2, tick=told.append)
-    assert with_workers == measure_rows(rows, collator)
-    assert told == [CHUNK, 2 * CHUNK, 2 * CHUNK + 5]
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_worker_names_the_first_bad_row_in_one_sentence(collator, photos, monkeypatch):
-    monkeypatch.setattr("vlm_sft.rows.WORTH_WORKERS", 1)
-    rows = [make_row(turn("q", "b", images=1), photos, i) for i in range(CHUNK + 9)]
-    rows[CHUNK + 3]["images"] = rows[CHUNK + 4]["images"] = []
-    with pytest.raises(UserError) as raised:
-        measure_rows(Dataset.from_list(rows), collator, workers=1)
-    assert sentence_of(raised.value).startswith(f"row s/{CHUNK + 3}: its text has room for 1 images")
-    assert "Traceback" not in sentence_of(raised.value)
+    assert describe_rows(counts | {"measured": 500}).startswith("16,000 rows (measured: a sample of 500, see data.meas")
 
 
 def test_long_measurements_show_that_they_go_on(recipe_file, collator, monkeypatch):
@@ -117,3 +91,67 @@ def test_every_process_gets_what_the_first_found_and_its_error_too(monkeypatch):
 
     assert everywhere(lambda: {"rows": 3}) == [{"rows": 3}, {"rows": 3}]
     assert everywhere(refuse) == ["row 7 is bad.", "row 7 is bad."]
+
+
+# ---------------------------------------------------------------------------------------------------------- the ledger
+
+
+def two_sources(tmp_path, photos, wrong):
+    """`a`: eight good captions and `wrong` bad rows of several kinds between them; `b`: three good captions."""
+    bad = [{"image": "gone.png", "caption": "x"}, {"caption": "no image"}, {"image": photos[0], "caption": " "}]
+    rows = [{"image": photo, "caption": "猫"} for photo in photos]
+    for k, row in enumerate(bad[:wrong]):
+        rows.insert(2 * k, row)
+    a = write(tmp_path / "a.jsonl", rows)
+    b = write(tmp_path / "b.jsonl", [{"image": photos[0], "caption": f"{i}"} for i in range(3)])
+    return [{"path": path, "format": "caption", "weight": weight} for path, weight in ((a, 1.0), (b, 3.0))]
+
+
+def loaded(recipe_file, collator, sources, **data):
+    recipe = load_recipe(recipe_file(data={"train": sources, "sampling": "weights", **data}))
+    console = Console(file=io.StringIO(), width=120)
+    try:
+        return load_rows(recipe, collator, build_sft_config(recipe), console), console.file.getvalue()
+    except UserError as error:
+        return str(error), console.file.getvalue()
+
+
+def test_rejected_rows_are_left_out_before_the_mixture_is_drawn(recipe_file, collator, tmp_path, photos):
+    sources = two_sources(tmp_path, photos, 3)
+    (rows, _, notes), said = loaded(recipe_file, collator, sources, max_rejected=0.3)
+    a, b = (notes["ledger"]["train"]["sources"][name] for name in "ab")
+    assert sum(a["rejected"].values()) == 3 and a["rejected"]["image missing"] == 1
+    assert (a["read"], b["read"], len(rows)) == (11, 3, 11), "the mixture has as many rows as are left"
+    drawn = list(rows["id"])
+    assert len(set(drawn)) == a["used"] + b["used"] and len(drawn) == len(rows)
+    assert (b["used"], b["repeated"]) == (3, drawn.count("b/1") + drawn.count("b/2") + drawn.count("b/3") - 3)
+    assert b["repeated"] > 0 and a["repeated"] == 0
+    assert "Rows by source" in said and "× image missing" in said
+    clean = [json.loads(line) for line in Path(sources[0]["path"]).read_text().splitlines()]
+    clean = [row for row in clean if row.get("image", "gone.png") != "gone.png" and row["caption"].strip()]
+    write(tmp_path / "a.jsonl", clean)
+    (alone, _, _), _ = loaded(recipe_file, collator, sources)
+    assert [(row["messages"], row["images"], row["source"]) for row in alone] == [
+        (row["messages"], row["images"], row["source"]) for row in rows
+    ], "as if the rejected rows had never been in the file"
+
+
+def test_by_default_one_rejected_row_stops_the_run_with_the_table(recipe_file, collator, tmp_path, photos):
+    error, said = loaded(recipe_file, collator, two_sources(tmp_path, photos, 1))
+    assert error.startswith("row a/1: the image gone.png was not found") and "a: 1 × image missing" in said
+    error, said = loaded(recipe_file, collator, two_sources(tmp_path, photos, 3), max_rejected=0.2)
+    assert error.startswith('3 of 11 rows of the source "a" cannot be used, more than data.max_rejected (0.2) allows')
+    assert "a.jsonl, line 3" in said.replace("\n", ""), "also what could not be read"
+
+
+def test_a_source_of_which_no_row_is_left(recipe_file, collator, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"image": "1.png"}] * 4)
+    error, said = loaded(recipe_file, collator, [{"path": path, "format": "caption", "weight": 1.0}], max_rejected=0.5)
+    assert error.startswith('4 of 4 rows of the source "a" cannot be used') and "4 ×" in said
+
+
+def test_a_sample_is_called_one(recipe_file, collator, tmp_path, photos):
+    (_, _, notes), said = loaded(recipe_file, collator, two_sources(tmp_path, photos, 0), measure_rows=2, decode_rows=1)
+    counts = notes["train_rows"]
+    assert (counts["rows"], counts["read"], counts["measured"], counts["decoded"]) == (11, 11, 4, 2)
+    assert "train: 11 rows (measured: a sample of 4, see data.measure_rows)" in said

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load_recipe, lora_config
+from vlm_sft.bundle import Provenance
 from vlm_sft.data import load_mixture
+from vlm_sft.errors import UserError
 from vlm_sft.freeze import is_adapter, part_of
+from vlm_sft.ledger import Ledger, SourceLedger
 from vlm_sft.recipe import build_sft_config
 from vlm_sft.trainer import exchange_images
 
@@ -155,3 +160,50 @@ def test_the_users_own_sft_settings_are_kept(make_trainer):
     trainer = make_trainer(sft={"adam_beta2": 0.95, "label_names": "[labels]"})
     assert isinstance(trainer.args, SFTConfig) and trainer.args.adam_beta2 == 0.95
     assert trainer.args.remove_unused_columns is False and trainer.args.ddp_find_unused_parameters is False
+
+
+# ------------------------------------------------------------------------------------------- rows met while training
+
+
+@pytest.fixture
+def trainer_with_a_gap(make_trainer, photos, tmp_path):
+    """Eight rows, two of them broken deep inside, in two batches; the share of them that is allowed."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(photos[0]).read_bytes()[:60])
+    rows = [make_row(turn("q", "b", images=1), photos, i) for i in range(8)]
+    for i in (2, 5):
+        rows[i]["images"] = [{"path": str(broken), "bytes": None}]
+
+    def make(share):
+        trainer = make_trainer(rows=rows, eval_rows=rows, sft={"num_train_epochs": 2, "max_steps": 4})
+        ledgers = {name: Ledger(share, {"s": SourceLedger(read=8)}) for name in ("train", "eval")}
+        notes = {"ledger": {name: ledger.as_dict() for name, ledger in ledgers.items()}}
+        trainer.provenance, trainer.ledgers = Provenance(None, {}, notes), ledgers
+        trainer.data_collator.drop_rejected = share > 0
+        return trainer
+
+    return make
+
+
+def test_rows_that_break_while_training_are_left_out_and_entered_once(trainer_with_a_gap):
+    trainer = trainer_with_a_gap(0.25)
+    trainer.train()
+    trainer.evaluate()
+    for name in ("train", "eval"):
+        entry = trainer.provenance.notes["ledger"][name]["sources"]["s"]
+        assert sorted(entry["met"]) == ["s/2", "s/5"] and entry["rejected"] == {"image damaged": 2}
+        assert len(entry["examples"]["image damaged"]) == 2
+    assert trainer.state.global_step == 4
+    saved = json.loads(json.dumps(trainer.counters()))
+    before, trainer.ledgers = trainer.ledgers, {name: Ledger(0.25) for name in trainer.ledgers}
+    trainer.set_counters(saved)
+    assert trainer.ledgers == before, "a run that goes on knows what it met before"
+
+
+def test_too_many_of_them_stop_the_run_with_the_table(trainer_with_a_gap, capsys):
+    trainer = trainer_with_a_gap(0.2)
+    with pytest.raises(UserError, match=r'2 of 8 rows of the source "s" cannot be used, more than data\.max_rejected'):
+        trainer.train()
+    assert "s: 2 × image damaged" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"row s/\d: the image .*broken\.png is truncated or damaged"):
+        trainer_with_a_gap(0.0).train()

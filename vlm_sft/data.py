@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -54,11 +54,25 @@ def load_source(source: SourceLike, *, seed: int = 0, reject: Callable[[RowError
     Raises:
         UserError: the source or a row of it is not what the recipe says.
     """
-    return _load(source, seed, reject)[0]
+    return load_part(source, seed=seed, reject=reject).rows
 
 
-def _load(source: SourceLike, seed: int, reject: Callable[[RowError], None]) -> tuple[Dataset, list[str]]:
-    """One source, and the language of each of its rows."""
+class Part(NamedTuple):
+    """The rows of one source, and the language of each."""
+
+    rows: Dataset
+    languages: list[str]
+
+    def without(self, rejected: Collection[int]) -> Part:
+        """The part without the rows of these numbers."""
+        if not rejected:
+            return self
+        kept = [number for number in range(len(self.rows)) if number not in rejected]
+        return Part(self.rows.select(kept), [self.languages[number] for number in kept])
+
+
+def load_part(source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it) -> Part:
+    """As `load_source`, with the language of each row."""
     languages: list[str] = []
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -71,7 +85,7 @@ def _load(source: SourceLike, seed: int, reject: Callable[[RowError], None]) -> 
         raise UserError(f"The source {source.path} holds no rows: add some or remove the source.")
     # Given here because the default hashes the whole table.
     fingerprint = Hasher.hash([name_of(source), source.path, source.format, seed, len(table), table.nbytes])
-    return Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=fingerprint), languages
+    return Part(Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=fingerprint), languages)
 
 
 def load_mixture(
@@ -110,10 +124,29 @@ def load_mixture(
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise UserError(f'Two sources are called "{double}": give each its own `name`.')
-    loaded = [_load(source, seed, reject) for source in sources]
-    together = concatenate_datasets([rows for rows, _ in loaded]) if len(loaded) > 1 else loaded[0][0]
-    order = _order(sources, [found for _, found in loaded], sampling, dict(languages or {}), seed)
-    return together if order is None else together.select(order)
+    parts = [load_part(source, seed=seed, reject=reject) for source in sources]
+    return mix(parts, sources, sampling, languages=languages, seed=seed)[0]
+
+
+def mix(
+    parts: Sequence[Part],
+    sources: Sequence[SourceLike],
+    sampling: str,
+    *,
+    languages: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> tuple[Dataset, np.ndarray]:
+    """Mixes the rows of several sources; the other arguments are those of `load_mixture`.
+
+    Args:
+        parts: rows of each source, maybe fewer than it has.
+
+    Returns:
+        The mixture, and for each of its rows the number in the concatenation of `parts`.
+    """
+    together = concatenate_datasets([part.rows for part in parts]) if len(parts) > 1 else parts[0].rows
+    order = _order(sources, [part.languages for part in parts], sampling, dict(languages or {}), seed)
+    return (together, np.arange(len(together))) if order is None else (together.select(order), order)
 
 
 def _order(
@@ -168,21 +201,30 @@ def check_images(dataset: Dataset) -> None:
     Raises:
         UserError: some are missing, empty or folders; the message counts them and names the first and its row.
     """
+    paths, bad = missing_images(dataset)
+    if not bad:
+        return
+    first = next(iter(bad))
+    users = (row["id"] for row in dataset if any(image["path"] == first for image in row["images"]))
+    raise UserError(
+        f"{len(bad):,} of {paths:,} images cannot be used; the first is {first} ({next(users, 'not drawn')}), "
+        f"which {bad[first]}: correct the paths or the source's `images` folder, or remove the rows."
+    )
+
+
+def missing_images(dataset: Dataset) -> tuple[int, dict[str, str]]:
+    """Look for every image file that a dataset names.
+
+    Returns:
+        How many different files it names, and path to what is wrong with it, for those that are no file or empty.
+    """
     paths: dict[str, None] = {}  # a set in the order of the rows
     for chunk in dataset.data.column("images").chunks:
         paths |= dict.fromkeys(_paths_without_bytes(chunk))
     todo = iter(paths)
     groups = iter(lambda: list(islice(todo, 512)), [])
     with ThreadPoolExecutor(16) as pool:  # network file systems answer many at once
-        bad = dict(problem for found in pool.map(_problems, groups) for problem in found)
-    if not bad:
-        return
-    first = next(iter(bad))
-    users = (row["id"] for row in dataset if any(image["path"] == first for image in row["images"]))
-    raise UserError(
-        f"{len(bad):,} of {len(paths):,} images cannot be used; the first is {first} ({next(users, 'not drawn')}), "
-        f"which {bad[first]}: correct the paths or the source's `images` folder, or remove the rows."
-    )
+        return len(paths), dict(problem for found in pool.map(_problems, groups) for problem in found)
 
 
 def _paths_without_bytes(images: pa.Array) -> list[str]:

@@ -1,4 +1,4 @@
-"""The rows of a run: read, looked over and measured before any weight is loaded."""
+"""The rows of a run: read, looked over, mixed, and entered in the ledger, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .errors import UserError
+from .ledger import Ledger, ledger_table
+from .measure import Findings, look_over, summary
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -15,10 +19,8 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from .collator import MultimodalCollator
-    from .recipe import Recipe
+    from .recipe import Data, Recipe, Source
 
-CHUNK = 256  # rows measured at a time
-WORTH_WORKERS = 4 * CHUNK  # starting workers takes longer than measuring fewer rows
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -27,113 +29,121 @@ def load_rows(
 ) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
     """Training rows, evaluation rows and the notes on them that go into the bundle.
 
-    Every image file is looked for and every row is measured before the first step, so that a long run does not end on
-    a row that could have been named at once. Every process reads the rows, the first one alone looks them over; what
-    it finds wrong is raised in all.
+    Every image file is looked for, and rows are measured and images decoded as `data.measure_rows` and
+    `data.decode_rows` say, so that a long run does not end on a row that could have been named at once. Every process
+    reads the rows, the first one alone looks them over; what it finds wrong is left out, or raised, in all.
 
     Args:
         recipe: The recipe, for its `data`.
-        collator: Measures the rows; see `measure_rows`.
+        collator: Measures the rows; see `look_over`.
         args: For its seeds, the number of processes and of data-loader workers.
-        console: Told how many rows there are and how long.
+        console: Told how many rows there are and how long, and shown the ledger.
+
+    Returns:
+        Training rows, evaluation rows or None, and notes: `train_rows` and `eval_rows` as `summary` gives them, and
+        `ledger`, which has `train` and `eval` as `Ledger.as_dict` gives them.
 
     Raises:
-        UserError: A source or a row cannot be trained on, or there are fewer rows than processes.
+        UserError: A source cannot be read, more rows are wrong than `data.max_rejected` allows, or there are fewer rows
+            than processes.
     """
-    from .data import load_mixture
-
-    data, seed = recipe.data, args.data_seed or args.seed
-    sets = {"train": load_mixture(data.train, data.sampling, languages=data.languages, seed=seed)}
-    if recipe.data.eval:
-        sets["eval"] = load_mixture(recipe.data.eval, "proportional", seed=args.seed)
-    count = len(sets["train"])
-    if count < args.world_size:
+    data = recipe.data
+    ledgers, notes = {"train": Ledger(data.max_rejected)}, {}
+    seed, workers = args.data_seed or args.seed, args.dataloader_num_workers
+    look = partial(_look_over, data=data, collator=collator, workers=workers, console=console)
+    train, notes["train_rows"] = _load_set(
+        "train", data.train, ledgers["train"], look, console, data.sampling, languages=data.languages, seed=seed
+    )
+    if len(train) < args.world_size:
         raise UserError(
-            f"data.train has {count} {'row' if count == 1 else 'rows'} but accelerate started {args.world_size} "
-            f"processes, so some would have nothing to do; use --num_processes {count} or fewer."
+            f"data.train has {len(train)} {'row' if len(train) == 1 else 'rows'} but accelerate started "
+            f"{args.world_size} processes, so some would have nothing to do; use --num_processes {len(train)} or fewer."
         )
-    notes = on_first_process(partial(_look_over, sets, collator, args.dataloader_num_workers, console))
-    return sets["train"], sets.get("eval"), notes
+    rows = None
+    if data.eval:
+        ledgers["eval"] = Ledger(data.max_rejected)
+        rows, notes["eval_rows"] = _load_set(
+            "eval", data.eval, ledgers["eval"], look, console, "proportional", seed=args.seed
+        )
+    console.print(ledger_table(ledgers))
+    return train, rows, {**notes, "ledger": {name: ledger.as_dict() for name, ledger in ledgers.items()}}
+
+
+def _load_set(
+    name: str,
+    sources: Sequence[Source],
+    ledger: Ledger,
+    look: Callable[..., list[Findings]],
+    console: Console,
+    sampling: str,
+    *,
+    languages: dict[str, float] | None = None,
+    seed: int,
+) -> tuple[Dataset, dict[str, Any]]:
+    """Reads, looks over and mixes the sources of a set; a rejected row is left out before the mixture is drawn."""
+    from .data import load_part, mix
+    from .sources import name_of
+
+    names, parts = [name_of(source) for source in sources], []
+    for source in sources:
+        try:
+            parts.append(load_part(source, seed=seed, reject=ledger.rejecter(name_of(source))))
+        except UserError:
+            ledger.check(console, name)  # no row is left of a source that had some
+            raise
+    findings = on_first_process(partial(look, name, [part.rows for part in parts], seed=seed))
+    for source_name, found in zip(names, findings, strict=True):
+        found.write_to(ledger.source(source_name))
+    ledger.check(console, name)
+    left = [part.without({row.number for row in found.rejected}) for part, found in zip(parts, findings, strict=True)]
+    rows, order = mix(left, sources, sampling, languages=languages, seed=seed)
+    ends = np.cumsum([len(part.rows) for part in left])
+    for source_name, end, part in zip(names, ends, left, strict=True):
+        drawn = order[(order >= end - len(part.rows)) & (order < end)]
+        entry = ledger.source(source_name)
+        entry.used = len(np.unique(drawn))
+        entry.repeated = len(drawn) - entry.used
+    counts = summary(findings, len(rows))
+    console.print(f"{name}: {describe_rows(counts)}", highlight=False)
+    return rows, counts
 
 
 def _look_over(
-    sets: dict[str, Dataset], collator: MultimodalCollator, workers: int, console: Console
-) -> dict[str, dict[str, Any]]:
-    """Checks images and measures rows of each set, saying how far it is; returns the notes."""
-    from .data import check_images
-
-    notes = {}
-    for name, rows in sets.items():
-        check_images(rows)
-        # The spinner stands on a terminal; elsewhere there are lines.
-        with console.status(f"{name}: measuring {len(rows):,} rows") as status:
-            said = time.monotonic()
-
-            def tick(done: int, status: Any = status, name: str = name, total: int = len(rows)) -> None:
-                nonlocal said
-                line = f"{name}: measured {done:,} of {total:,} rows"
-                if console.is_terminal:
-                    status.update(line)
-                elif time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                    console.print(line, highlight=False)
-                    said = time.monotonic()
-
-            notes[f"{name}_rows"] = measure_rows(rows, collator, workers, tick)
-        console.print(f"{name}: {describe_rows(notes[f'{name}_rows'])}", highlight=False)
-    return notes
-
-
-def measure_rows(
-    rows: Dataset, collator: MultimodalCollator, workers: int = 0, tick: Callable[[int], None] = lambda done: None
-) -> dict[str, Any]:
-    """Renders and tokenises every row without opening an image; a row that cannot be trained on is an error.
-
-    Args:
-        rows: Rows `{"messages", "images", "source", "id"}`.
-        collator: Its `encode` is asked.
-        workers: Processes that share the work; 0 for this one alone.
-        tick: Told now and then how many rows are done.
-
-    Returns:
-        `rows`, `longest` and `mean_length` in tokens, `rows_shortened` and `turns_lost` to fit `max_length`.
-
-    Raises:
-        UserError: What `collator.encode` raises.
-    """
-    import torch
-    from torch.utils.data import DataLoader
-
-    loader = DataLoader(
-        rows,
-        batch_size=CHUNK,
-        collate_fn=partial(_measure, collator),
-        num_workers=workers if len(rows) > WORTH_WORKERS else 0,
-        generator=torch.Generator(),  # the global one must not depend on whether rows were measured
-    )
-    lengths: list[int] = []
-    losses: list[int] = []
-    for part in loader:
-        lengths += [length for length, _ in part]
-        losses += [lost for _, lost in part]
-        tick(len(lengths))
-    return {
-        "rows": len(lengths),
-        "longest": max(lengths, default=0),
-        "mean_length": round(sum(lengths) / max(len(lengths), 1), 1),
-        "rows_shortened": sum(lost > 0 for lost in losses),
-        "turns_lost": sum(losses),
+    name: str,
+    parts: Sequence[Dataset],
+    *,
+    seed: int,
+    data: Data,
+    collator: MultimodalCollator,
+    workers: int,
+    console: Console,
+) -> list[Findings]:
+    """Looks over the rows of each source, saying how far it is."""
+    limits = {
+        "measure": None if data.measure_rows == "all" else data.measure_rows,
+        "decode": None if data.decode_rows == "all" else data.decode_rows,
     }
+    # The spinner stands on a terminal; elsewhere there are lines.
+    with console.status(f"{name}: looking for the images of {sum(map(len, parts)):,} rows") as status:
+        said = time.monotonic()
 
+        def tick(done: int, of: int) -> None:
+            nonlocal said
+            line = f"{name}: measured {done:,} of {of:,} rows"
+            if console.is_terminal:
+                status.update(line)
+            elif time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                console.print(line, highlight=False)
+                said = time.monotonic()
 
-def _measure(collator: MultimodalCollator, rows: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
-    """(tokens, turns lost) of each row."""
-    samples = (collator.encode(row, with_images=False) for row in rows)
-    return [(len(sample.chat.input_ids), sample.turns_lost) for sample in samples]
+        return [look_over(part, collator, seed=seed, workers=workers, tick=tick, **limits) for part in parts]
 
 
 def describe_rows(counts: dict[str, Any]) -> str:
     """One sentence on the rows of a set."""
     rows = "1 row" if counts["rows"] == 1 else f"{counts['rows']:,} rows"
+    if counts["measured"] < counts["read"]:
+        rows += f" (measured: a sample of {counts['measured']:,}, see data.measure_rows)"
     lost = f"; {counts['rows_shortened']:,} rows lost {counts['turns_lost']:,} turns to fit max_length"
     return (
         f"{rows}, {counts['mean_length']:g} tokens in the mean, {counts['longest']:,} at most"

@@ -17,7 +17,7 @@ from .errors import UserError, exit_on_user_error
 from .fetch import Fetcher
 from .launch import read_launch
 from .quiet import quiet_libraries
-from .rows import describe_rows, load_rows, measure_rows, on_first_process
+from .rows import describe_rows, load_rows, on_first_process
 from .run_folder import settle_resume, sweep
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ __all__ = [
     "finish",
     "load_rows",
     "main",
-    "measure_rows",
     "train",
 ]
 
@@ -162,6 +161,7 @@ def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> 
         raise UserError(f"collator_args: {kind.__name__} does not take them: {error}.") from error
     if any(source.allow_urls for source in (*recipe.data.train, *recipe.data.eval)):
         collator.fetch = Fetcher(recipe.data.url_cache)
+    collator.drop_rejected = recipe.data.max_rejected > 0
     return collator
 
 

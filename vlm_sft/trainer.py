@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils import gather_object, save_fsdp_optimizer
 from peft import LoraConfig
+from rich.console import Console
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.trainer import SCHEDULER_NAME
@@ -21,7 +22,9 @@ from trl import SFTConfig
 
 from .adapters import add_adapter
 from .bundle import Provenance, held_parts, save_bundle
+from .collator import REJECTED
 from .freeze import FreezePlan, is_adapter, is_quantised, part_of
+from .ledger import Ledger
 from .loading import load_trained
 from .modeling import VLMForConditionalGeneration
 from .resumable import ResumableTrainer
@@ -77,6 +80,8 @@ class VLMSFTTrainer(ResumableTrainer):
         self.image_use = image_use
         self._sums: dict[str, defaultdict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._last_images: torch.Tensor | None = None
+        self._rejected: list[tuple[str, str, str, str]] = []
+        self.ledgers = ledgers_of(provenance)
         args.remove_unused_columns = False  # the collator needs every column
         if args.ddp_find_unused_parameters is None:
             # Every batch gives every trained parameter a gradient (VLMModel.embed), so there is nothing to search;
@@ -140,6 +145,8 @@ class VLMSFTTrainer(ResumableTrainer):
         start = time.perf_counter()
         batches = super().get_batch_samples(*args, **kwargs)
         self._sums["train"]["wait_seconds"] += time.perf_counter() - start
+        for batch in batches[0]:
+            self._rejected += batch.pop(REJECTED, [])
         return batches
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -157,6 +164,7 @@ class VLMSFTTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         """Evaluation loss of a batch and, where it has images, the loss with images of other samples."""
+        self._rejected += inputs.pop(REJECTED, [])
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -219,6 +227,19 @@ class VLMSFTTrainer(ResumableTrainer):
         self._sums[mode].clear()
         self._last_images = None  # an evaluation does not depend on the one before
         super().log(logs, start_time)
+        self._enter_rejected(mode)
+
+    def _enter_rejected(self, mode: str) -> None:
+        """Enters the rows that all processes left out since the last log; too many stop all of them alike."""
+        rejected, self._rejected = self._rejected, []
+        if self.accelerator.num_processes > 1:
+            rejected = gather_object(rejected)
+        if rejected and mode in self.ledgers and self.provenance is not None:
+            ledger = self.ledgers[mode]
+            for row in rejected:
+                ledger.meet(*row)
+            self.provenance.notes["ledger"][mode] = ledger.as_dict()
+            ledger.check(Console(stderr=True, quiet=not self.is_world_process_zero()), mode)
 
     def _reduced(self, mode: str) -> defaultdict[str, float]:
         local = torch.tensor([self._sums[mode][name] for name in COUNTERS], dtype=torch.float64)
@@ -227,13 +248,17 @@ class VLMSFTTrainer(ResumableTrainer):
         return defaultdict(float, zip(COUNTERS, local.tolist(), strict=True))
 
     def counters(self) -> dict[str, Any]:
-        """Also what is added up over the batches since the last log."""
-        return {**super().counters(), "sums": dict(self._sums["train"])}
+        """Also what is added up over the batches since the last log, and the rows rejected so far."""
+        ledger = {name: ledger.as_dict() for name, ledger in self.ledgers.items()}
+        return {**super().counters(), "sums": dict(self._sums["train"]), "rejected": self._rejected, "ledger": ledger}
 
     def set_counters(self, saved: dict[str, Any]) -> None:
         """Puts back what `counters` gave."""
         super().set_counters(saved)
         self._sums["train"].update(saved["sums"])
+        self._rejected = saved["rejected"]
+        for name, ledger in self.ledgers.items():
+            ledger.sources = Ledger.from_dict(saved["ledger"][name]).sources
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -273,6 +298,12 @@ class VLMSFTTrainer(ResumableTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card names the wrong task; the bundle writes its own."""
+
+
+def ledgers_of(provenance: Provenance | None) -> dict[str, Ledger]:
+    """`train` and `eval` → their ledgers, out of the notes that `load_rows` gave."""
+    saved = provenance.notes.get("ledger", {}) if provenance else {}
+    return {name: Ledger.from_dict(ledger) for name, ledger in saved.items()}
 
 
 def exchange_images(
