@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft.errors import UserError
+from vlm_sft.errors import RowError, UserError
+from vlm_sft.file_readers import read_file
 from vlm_sft.readers import read_rows
 
 ROWS = [{"image": "1.png", "caption": "a red 3"}, {"image": "2.png", "caption": "左上角是红色的3"}]
@@ -108,6 +111,9 @@ def test_nothing_is_read_ahead(tmp_path):
         ("a.tsv", 'image\tcaption\n1.png\t"red" 3\n', "a.tsv, line 2: the row is not valid TSV"),
         ("a.csv", 'image,caption\n1.png,"red 3\n2.png,blue\n', "a.csv, line 2: the row is not valid CSV"),
         ("a.parquet", "PAR1 no", "not a parquet file"),
+        ("a.arrow", "ARROW1 no", "not an Arrow file"),
+        ("a.arrow", "no", "not an Arrow file"),
+        ("a.tar", "no", "a.tar: not a whole tar archive"),
         ("a.xlsx", "x", 'ends in ".xlsx", but only .json, .jsonl'),
     ],
 )
@@ -123,6 +129,48 @@ def test_a_missing_file_names_the_closest(tmp_path):
     assert "was not found" in refused("./no such place/a")
 
 
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_files_of_either_kind(tmp_path, new):
+    rows = [{"image": {"bytes": b"not decoded", "path": None}, "caption": f"{i} 猫"} for i in range(600)]
+    table = pa.Table.from_pylist(rows)
+    with new(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert values(tmp_path / "a.arrow") == rows
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert values(next((tmp_path / "saved").glob("*.arrow"))) == rows
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert "is not a regular file" in refused(tmp_path / "a.jsonl")
+
+
+def test_a_wrong_line_leaves_the_others(tmp_path):
+    path = write(tmp_path / "a.jsonl", LINES + "\n{\n3\n" + LINES)
+    found = [row for _, row in read_file(path)]
+    assert [row for row in found if isinstance(row, dict)] == ROWS * 2
+    assert [(error.where, error.reason) for error in found if isinstance(error, RowError)] == [
+        (f"{path}, line 3", "not JSON"),
+        (f"{path}, line 4", "wrong type"),
+    ]
+    table = write(tmp_path / "a.csv", "x,y\n1,2\n1\n3,4\n1,2,3\n")
+    assert [row.reason if isinstance(row, RowError) else row["x"] for _, row in read_file(table)] == [
+        "1",
+        "wrong number of fields",
+        "3",
+        "wrong number of fields",
+    ]
+
+
+def test_huge_text_is_read(tmp_path):
+    huge = "猫" * 3_000_000
+    (row,) = values(write(tmp_path / "a.jsonl", json.dumps({"caption": huge}, ensure_ascii=False)))
+    assert row["caption"] == huge
+    message = refused(write(tmp_path / "a.csv", f'caption\n"{huge}"\n'))
+    assert "a.csv, line 2: the row is not valid CSV (field larger than field limit" in message
+
+
 def test_unreadable_and_cyclic(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "a.jsonl")
     assert "cannot be read" in refused(tmp_path / "a.jsonl")
@@ -135,12 +183,45 @@ def test_unreadable_and_cyclic(tmp_path, monkeypatch):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".parquet"]),
+    st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".tar"]),
     st.binary(max_size=80)
     | st.text('[]{}",:\\u12\n\t ea猫\ufeff\ud83d', max_size=60).map(lambda t: t.encode("utf-8", "ignore")),
 )
 def test_any_bytes_are_rows_or_a_sentence(tmp_path_factory, ending, content):
     path = write(tmp_path_factory.getbasetemp() / f"fuzz{ending}", content)
+    try:
+        rows, message = values(path), ""
+    except UserError as error:
+        rows, message = [], str(error)
+    assert all(isinstance(row, dict) for row in rows)
+    assert "\n" not in message
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> dict[str, bytes]:
+    """One table as parquet and as both kinds of Arrow."""
+    folder = tmp_path_factory.mktemp("tables")
+    table = pa.Table.from_pylist(
+        [{"image": {"bytes": b"x" * 40, "path": "猫"}, "texts": ["a", "b"], "n": i} for i in range(9)]
+    )
+    pq.write_table(table, folder / "a.parquet")
+    found = {".parquet": (folder / "a.parquet").read_bytes()}
+    for name, new in (("stream.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):
+        with new(folder / name, table.schema) as writer:
+            writer.write_table(table)
+        found[name] = (folder / name).read_bytes()
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from([".parquet", "stream.arrow", "file.arrow"]), data=st.data())
+def test_damaged_tables_are_rows_or_a_sentence(tables, tmp_path_factory, name, data):
+    content = bytearray(tables[name])
+    del content[data.draw(st.integers(0, len(content))) :]
+    for place in data.draw(st.lists(st.integers(0, len(tables[name])), max_size=4)):
+        if place < len(content):
+            content[place] = data.draw(st.integers(0, 255))
+    path = write(tmp_path_factory.getbasetemp() / f"damaged{Path(name).suffix or name}", bytes(content))
     try:
         rows, message = values(path), ""
     except UserError as error:

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from vlm_sft.errors import UserError
-from vlm_sft.readers import read_rows
+from vlm_sft.readers import list_files, read_rows
 
 ROWS = [{"image": "1.png", "caption": "a red 3"}, {"image": "2.png", "caption": "左上角是红色的3"}]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
@@ -40,6 +40,30 @@ def test_a_pattern_reads_files_in_order(tmp_path):
     assert values(tmp_path / "part-*.jsonl") == [{"id": "part-0"}, {"id": "part-1"}]
     assert len(values(tmp_path / "**" / "part-[0-9].jsonl")) == 3
     assert "matches no file" in refused(tmp_path / "none-*.jsonl")
+
+
+def test_patterns_follow_no_links_to_folders(tmp_path):
+    """Two links that point back would be followed in 2**40 ways."""
+    write(tmp_path / "a" / "b" / "x.jsonl", LINES)
+    write(tmp_path / "a" / ".hidden.jsonl", "broken")
+    for name in ("left", "right"):
+        (tmp_path / "a" / name).symlink_to(tmp_path / "a", target_is_directory=True)
+    assert list_files(str(tmp_path / "**" / "*.jsonl")) == [tmp_path / "a" / "b" / "x.jsonl"]
+    assert len(values(tmp_path / "**" / "*.jsonl")) == 2
+    assert list_files(str(tmp_path / "a" / "*" / "x.jsonl")) == [tmp_path / "a" / "b" / "x.jsonl"]
+
+
+def test_patterns_are_relative_too(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "x.jsonl", LINES)
+    monkeypatch.chdir(tmp_path)
+    assert list_files("**/*.jsonl") == [Path("a/x.jsonl")]
+    assert list_files("a/*.jsonl") == [Path("a/x.jsonl")]
+
+
+@pytest.mark.parametrize("path", ["a\0b.jsonl", "", " ", "x" * 5000, "a/" * 3000, "..", "~nobody/x.jsonl", "a*\0"])
+def test_paths_that_are_none(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
