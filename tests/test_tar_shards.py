@@ -113,6 +113,23 @@ def test_an_archive_that_is_cut_off(tmp_path, cut):
     assert f"{tmp_path}/b.tar: not a whole tar archive (" in refused(tmp_path / "b.tar")
 
 
+def test_what_lies_behind_the_end_is_not_dropped(tmp_path):
+    parts = [shard(tmp_path / "a.tar", {name: "x"}).read_bytes() for name in ("1.txt", "2.txt")]
+    (tmp_path / "b.tar").write_bytes(b"".join(parts))
+    assert "(it goes on behind its end, from byte 1024)" in refused(tmp_path / "b.tar")
+    wrong = bytearray(parts[0][:1024] + parts[1])
+    wrong[1024 + 148] ^= 1  # of the second header's checksum
+    (tmp_path / "b.tar").write_bytes(wrong)
+    assert "(it goes on behind its end, from byte 1024)" in refused(tmp_path / "b.tar")
+
+
+def test_names_that_are_no_text(tmp_path):
+    path = shard(tmp_path / "a.tar", {"1.\udcff.jpg": b"x", "2.txt": "x"}, format=tarfile.GNU_FORMAT)
+    rows = [row for _, row in read_tar(path)]
+    assert (rows[0].reason, rows[1]["id"]) == ("wrong name", "2")
+    assert str(rows[0]) == f"{path}, sample '1': the name '1.\\udcff.jpg' is not UTF-8: pack it under a plain name."
+
+
 def test_compressed_archives_are_named(tmp_path):
     path = shard(tmp_path / "a.tar", {"1.txt": "x"})
     with tarfile.open(tmp_path / "b.tar", "w:gz") as archive:

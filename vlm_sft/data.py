@@ -22,6 +22,7 @@ from datasets.fingerprint import Hasher
 from .errors import RowError, UserError, raise_it
 from .image_refs import is_url
 from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
+from .row_view import short
 from .sources import SourceLike, name_of, rows_with_language
 
 # Stated, not inferred: the first rows may all lack an image, a path or bytes.
@@ -187,12 +188,11 @@ def _check_counts(sources: Sequence[SourceLike], counts: Sequence[int]) -> None:
 def _check_languages(there: set[str], languages: Mapping[str, float]) -> None:
     for language in languages:
         if language not in there:
-            known = ", ".join(sorted(there))
+            known = ", ".join(map(short, sorted(there)))
             raise UserError(f'`languages` gives a share to "{language}", but the rows are in {known}: remove it.')
     for language in sorted(there - set(languages)):
-        raise UserError(
-            f'Some rows are in "{language}", which `languages` gives no share: add it, or map the column `language`.'
-        )
+        mend = "add it, or map the column `language`"
+        raise UserError(f'Some rows are in "{short(language)}", which `languages` gives no share: {mend}.')
 
 
 def check_images(dataset: Dataset) -> None:

@@ -17,6 +17,7 @@ from .formats import FORMATS, QUESTION_MARK, convert
 from .image_refs import resolve_image
 from .published import PUBLISHED, check_pattern, read_published
 from .readers import Row, list_files, read_rows
+from .row_view import short
 
 
 class SourceLike(Protocol):
@@ -113,7 +114,9 @@ def _check_prompts(source: SourceLike, name: str) -> None:
         if (QUESTION_MARK in prompt) != (kind == "question"):
             verb = "lacks" if kind == "question" else "has"
             mend = "write it where the question stands" if kind == "question" else "remove it"
-            raise UserError(f'The source "{name}" has the prompt "{prompt}", which {verb} {QUESTION_MARK}: {mend}.')
+            raise UserError(
+                f'The source "{name}" has the prompt "{short(prompt)}", which {verb} {QUESTION_MARK}: {mend}.'
+            )
 
 
 def _rows(source: SourceLike, seed: int, reject: Callable[[RowError], None]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -166,7 +169,7 @@ def _draw(chance: random.Random, prompts: list[str] | dict[str, list[str]], wher
     if isinstance(prompts, dict):
         if prompts and language not in prompts:
             raise UserError(
-                f'{where}: the row is in "{language[:20]}" and the source has prompts for {", ".join(prompts)} only: '
+                f'{where}: the row is in "{short(language)}" and the source has prompts for {", ".join(prompts)} only: '
                 "add prompts for it, or correct the column `language`."
             )
         prompts = prompts.get(language, [])

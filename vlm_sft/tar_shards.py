@@ -77,17 +77,25 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
                 readable = member.isreg() and not member.issparse() and member.size <= LARGEST_MEMBER
                 stream = archive.extractfile(member) if readable else None
                 yield member, stream.read() if stream is not None else None
-            end = archive.offset
-        with open(path, "rb") as file:
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes any wrong header for the end
-                raise tarfile.ReadError("its end is missing")
+            _check_end(path, archive.offset)
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         if isinstance(error, UserError):
             raise
         reason = (str(error).splitlines() or ["no header"])[0]
         mend = "write it again (compressed archives are not read: unpack .tar.gz to .tar first)"
         raise UserError(f"{path}: not a whole tar archive ({reason}): {mend}.") from None
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Look that nothing but zeros follows; tarfile takes any wrong header, and any block of zeros, for the end."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        if len(rest := file.read(2**20)) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("its end is missing")
+        while rest:
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError(f"it goes on behind its end, from byte {offset}")
+            rest = file.read(2**20)
 
 
 class _Sample:
@@ -112,6 +120,8 @@ class _Sample:
         if name.startswith("/") or ".." in name.split("/"):
             mend = "pack it under a plain name"
             raise row_error(self.where, f"the name {shown} leads out of the archive", mend, "wrong name")
+        if name.encode("utf-8", "ignore").decode() != name:
+            raise row_error(self.where, f"the name {shown} is not UTF-8", "pack it under a plain name", "wrong name")
         if data is None:
             what = f"the member {shown} is a link, sparse or larger than {LARGEST_MEMBER >> 20} MiB"
             raise row_error(self.where, what, "pack the file itself", "not a file")
