@@ -16,6 +16,7 @@ import torch
 from conftest import make_tokenizer
 
 from vlm_sft import load_recipe
+from vlm_sft.recipe import Source
 
 # What a run of a few seconds on a CPU needs in place of a run of hours on GPUs. A warm-up of 1000 steps would begin at
 # rates that are too small to be added to a weight in fp32.
@@ -175,9 +176,8 @@ def shrink(name: str, folder: Path, pieces: dict[str, str], photos: list[str], i
         changes[path] = written[value]
     for group in ("train", "eval", "test"):
         for index, source in enumerate(getattr(recipe.data, group)):
-            changes[f"data.{group}.{index}.path"] = write_rows(source.format, folder / f"{group}_{index}", photos)
-            if source.images is not None:
-                changes[f"data.{group}.{index}.images"] = str(Path(photos[0]).parent)
+            for key, value in write_source(source, folder / f"{group}_{index}", photos).items():
+                changes[f"data.{group}.{index}.{key}"] = value
     if recipe.init_from is not None:
         assert init_from is not None, f"{name} starts from {recipe.init_from}: train that first"
         changes["init_from"] = str(init_from)
@@ -194,6 +194,23 @@ def _names_of_checkpoints(recipe: dict[str, Any]) -> list[tuple[str, str]]:
                 found.append((f"{path}.{key}", spec[key]))
         found += [(f"{path}.more.{i}", file) for i, file in enumerate((spec or {}).get("more") or ())]
     return found
+
+
+def write_source(source: Source, stem: Path, photos: list[str]) -> dict[str, str]:
+    """Writes what a source names, in its format; returns the keys that name it."""
+    if source.format not in DOCUMENTS:
+        keys = {"path": write_rows(source.format, stem, photos)}
+    else:
+        keys = {}
+        for key, document in DOCUMENTS[source.format](photos).items():
+            path = stem.with_name(f"{stem.name}_{key}.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+            keys[key] = str(path)
+        keys["image_name"] = "{id}" + Path(photos[0]).suffix
+    if source.images is not None or source.format in DOCUMENTS:
+        keys["images"] = str(Path(photos[0]).parent)
+    return keys
 
 
 def write_rows(form: str, stem: Path, photos: list[str]) -> str:
@@ -228,6 +245,27 @@ ROWS: dict[str, Callable[[int, str, str], dict[str, Any]]] = {
     "vqa": lambda number, photo, answer: {"id": number, "image": photo, "question": QUESTION, "answer": answer},
     "llava": _llava_row,
     "messages": _message_row,
+}
+
+
+def _captions(photos: list[str]) -> dict[str, Any]:
+    pairs = enumerate(zip(photos, ANSWERS, strict=True))
+    entries = [{"id": i, "image_id": Path(photo).stem, "caption": answer} for i, (photo, answer) in pairs]
+    return {"path": {"images": [], "annotations": entries}}
+
+
+def _questions_and_annotations(photos: list[str]) -> dict[str, Any]:
+    ids = [{"question_id": i, "image_id": Path(photo).stem} for i, photo in enumerate(photos)]
+    answered = [entry | {"answers": [{"answer": answer}]} for entry, answer in zip(ids, ANSWERS, strict=True)]
+    asked = [entry | {"question": QUESTION} for entry in ids]
+    return {"path": {"data_subtype": "tiny", "questions": asked}, "annotations": {"annotations": answered}}
+
+
+# Format of whole documents → photos → key of the source → document.
+DOCUMENTS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "cc_sbu_align": _captions,
+    "coco": _captions,
+    "vqav2": _questions_and_annotations,
 }
 # As LLaVA's instructions have it, some rows have no image.
 LLAVA_TEXT_ROW = {

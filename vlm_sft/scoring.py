@@ -64,13 +64,16 @@ def collect(sources: Sequence[Source], max_rows: int | None = None) -> dict[str 
         UserError: A source cannot be read, an image is missing, or a row has no answer to compare with.
     """
     from .data import check_images, load_source
+    from .formats import FORMATS
 
     questions: dict[str | None, list[Question]] = {}
     for source in sources:
         limit = min(filter(None, (source.max_rows, max_rows)), default=None)
         rows = load_source(source.model_copy(update={"max_rows": limit}))
         check_images(rows)
-        questions.setdefault(None if source.format == "caption" else source.name, []).extend(gather(rows))
+        questions.setdefault(None if FORMATS[source.format].prompts == "caption" else source.name, []).extend(
+            gather(rows)
+        )
     return questions
 
 
