@@ -37,8 +37,8 @@ class Forge:
             recipe: Its file.
             *overrides: As on the command line.
             **options: `kill_at`: the moment to die. `after`: milliseconds after which it is killed from outside.
-                `send`: (moment, signal) that the run gets. `limit`: bytes that a file may have, as if the disk were
-                full. `resume`: False to start without `--resume`.
+                `send`: (micro-batch, signal, times=1) that the run gets at its start. `limit`: bytes that a file may
+                have, as if the disk were full. `resume`: False to start without `--resume`.
         """
         order = {"recipe": str(recipe), "overrides": overrides, **options}
         assert self.process.stdin and self.process.stdout
@@ -119,18 +119,20 @@ def train(order: dict[str, Any]) -> int:
 
 
 def count_moments(folder: str, kill_at: int | None, send: list[int] | None) -> None:
-    """Counts touches of a folder and steps, and dies, or gets a signal, at one of them."""
-    moments = 0
+    """Counts touches of a folder and micro-batches, and dies, or gets a signal, at one of them."""
+    moments, batches = 0, 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal moments
+        nonlocal moments, batches
         if event not in TOUCHES or (event != "step" and not str(arguments[0]).startswith(folder)):
             return
         moments += 1
         if moments == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if send and moments == send[0]:
-            os.kill(os.getpid(), send[1])
+        batches += event == "step"
+        if send and event == "step" and batches == send[0]:
+            for _ in range(send[2] if len(send) > 2 else 1):
+                os.kill(os.getpid(), send[1])
 
     sys.addaudithook(hook)
 

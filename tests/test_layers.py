@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("connectors", "delta", "formats", "layouts", "readers"),
     ("sources",),
     ("sizes",),
+    ("interrupts",),
     # Layer 3: the model, the processor, the data.
     ("data", "modeling", "processor"),
     # Layer 4: they are put together.
@@ -43,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("answer_file", "native"),
     ("merged", "native_processors"),
     ("export",),
+    ("assemble",),
     # Layer 6: parse and call.
     ("dry_run",),
     ("chat", "evaluate", "recipes_cli", "train"),
@@ -53,11 +55,13 @@ ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
 READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "dry_run", "evaluate", "loading"}
 READS_RECIPES |= {"merged", "pieces", "processors", "recipes_cli", "recipe_rules", "rows", "scoring", "stack", "train"}
+READS_RECIPES |= {"assemble"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers", "trl"}
 LIGHT = {module for row in LAYERS[:4] for module in row} | {
     "chat_template",
     "template_sandbox",
+    "interrupts",
     "run_folder",
     "launch",
     "dry_run",

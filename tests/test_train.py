@@ -130,7 +130,7 @@ def test_rows_for_evaluation_are_used_once_at_the_end_without_a_strategy(recipe_
 
 
 def test_rows_are_looked_at_before_any_weight(recipe_file, monkeypatch):
-    monkeypatch.setattr("vlm_sft.stack.build_stack", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("vlm_sft.assemble.build_stack", lambda *args: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=r"row captions/1: .*sft\.max_length is 5; raise max_length"):
         run(recipe_file(), "sft.max_length=5")
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -19,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from .errors import UserError
+from .interrupts import SIGNALS, Interrupts
 from .run_folder import PREFIX, UNFINISHED, newest, publish, rotate
 
 
@@ -26,9 +29,11 @@ class ResumableTrainer(SFTTrainer):
     """A trainer whose checkpoints are whole and exact.
 
     Attributes:
-        interrupted: Set by who asked for the stop: what belongs to the end of a training is then left out.
+        interrupts: Where signals are remembered; None to leave them alone.
+        interrupted: The training was saved and stopped because of one.
     """
 
+    interrupts: Interrupts | None = None
     interrupted = False
     control: TrainerControl
     _beside: Path | None = None  # where a checkpoint is being written
@@ -120,6 +125,21 @@ class ResumableTrainer(SFTTrainer):
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
+    def sum_over_processes(self, values: list[float]) -> list[float]:
+        """Sums numbers of every process; all must call it at the same place."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), "sum").tolist()
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal came, to whichever process: all stop after the same step."""
+        if self.interrupts is None:
+            return False
+        came = self.sum_over_processes([float(self.interrupts.signal == each) for each in SIGNALS])
+        asked = [each for each, count in zip(SIGNALS, came, strict=True) if count]
+        self.interrupts.signal = signal.Signals(asked[0]) if asked else None
+        return bool(asked)
+
     def _run_epoch(self, **given: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
             # Killed between the last save and the end: transformers would do one step more.
@@ -158,6 +178,8 @@ class _SavePoints(TrainerCallback):
         self.trainer.restore_counters()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.asked_to_stop():
+            self.trainer.interrupted = control.should_save = control.should_training_stop = True
         ends = state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()
         if control.should_save and ends:
             self._due, control.should_save = True, False

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 from .dry_run import dry_run
 from .errors import UserError, exit_on_user_error
 from .fetch import Fetcher
+from .interrupts import Interrupts
 from .launch import read_launch
 from .quiet import quiet_libraries
 from .rows import describe_rows, load_rows, on_first_process
 from .run_folder import settle_resume, sweep
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from rich.console import Console
     from trl import SFTConfig
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .processor import VLMProcessor
     from .pushes import PushCallback
     from .recipe import Recipe
-    from .stack import Stack
     from .trainer import VLMSFTTrainer
 
 __all__ = [
@@ -60,14 +59,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         UserError: Anything a user can mend.
     """
-    from transformers import set_seed
-
-    from .adapters import lora_config
-    from .bundle import Provenance, read_manifest
+    from .assemble import build_trainer
+    from .bundle import read_manifest
     from .hub import check_access
     from .recipe import build_sft_config, validate_libraries
-    from .stack import build_stack, compose
-    from .trainer import VLMSFTTrainer
+    from .stack import compose
 
     console = _console()
     validate_libraries(recipe)
@@ -82,34 +78,37 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         read_manifest(recipe.init_from)
     composed = compose(recipe)
     collator = build_collator(recipe, composed[1], args)
-    train_rows, eval_rows, notes = load_rows(recipe, collator, args, console)
-    set_seed(args.seed)
+    rows = load_rows(recipe, collator, args, console)
     with console.status("Loading the pieces"):
-        stack = build_stack(recipe, partial(_say, console), composed)
-    _start_from(recipe, stack, collator, train_rows, console)
-    trainer = VLMSFTTrainer(
-        stack.model,
-        args,
-        collator,
-        train_rows,
-        stack.processor,
-        lora_config(recipe, stack.model),
-        plan=stack.plan,
-        eval_dataset=eval_rows,
-        provenance=Provenance(recipe, stack.pieces, notes),
-    )
+        trainer = build_trainer(recipe, args, collator, rows, composed, partial(_say, console))
     console.print(trainer.plan.table(trainer.model))
     pushes = _pushes(recipe, console)
     if pushes is not None:
         trainer.add_callback(pushes)
     with _progress(trainer, console):
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
-        if eval_rows is not None and args.eval_strategy == "no":
-            trainer.evaluate()
+        fit(trainer)
     folder = finish(trainer, collator, console)
     if pushes is not None and trainer.is_world_process_zero():
         pushes.finish(folder)
     return folder
+
+
+def fit(trainer: VLMSFTTrainer) -> None:
+    """Trains, and evaluates at the end where nothing else asked for it.
+
+    Raises:
+        SystemExit: After Ctrl-C (code 130) or SIGTERM (143); a checkpoint was saved.
+    """
+    args = trainer.args
+    with Interrupts() as trainer.interrupts:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
+    if trainer.interrupted:
+        if trainer.is_world_process_zero():
+            print(f"Saved at step {trainer.state.global_step:,}; go on with --resume.", file=sys.stderr)
+        _leave_process_group()
+        raise SystemExit(trainer.interrupts.exit_code)
+    if trainer.eval_dataset is not None and args.eval_strategy == "no":
+        trainer.evaluate()
 
 
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
@@ -200,7 +199,11 @@ def main(argv: list[str] | None = None) -> None:
         if given.dry_run:
             dry_run(recipe, read_launch(given.accelerate_config), _console(stderr=False))
         else:
-            train(recipe, given.resume)
+            try:
+                train(recipe, given.resume)
+            except KeyboardInterrupt:
+                print("Stopped at once; what was saved before is whole: go on with --resume.", file=sys.stderr)
+                raise SystemExit(130) from None
             _leave_process_group()
 
 
@@ -208,31 +211,6 @@ def _say_precision(recipe: Recipe, args: SFTConfig, console: Console) -> None:
     if recipe.sft.get("bf16") is None and not args.fp16:
         can = "this device can" if args.bf16 else "this device has no bf16"
         _say(console, f"Computing in {'bf16' if args.bf16 else 'fp32'}: the recipe does not say sft.bf16, and {can}.")
-
-
-def _start_from(recipe: Recipe, stack: Stack, collator: MultimodalCollator, rows: Dataset, console: Console) -> None:
-    """Takes over an earlier stage, or scales a new projector, where the recipe says so."""
-    from .handover import hand_over
-
-    if recipe.init_from:
-        parts = ", ".join(hand_over(stack, recipe.init_from))
-        _say(console, f"Starting from {recipe.init_from}: {parts} taken over; the frozen pieces are the same.")
-    elif recipe.stack.projector.init == "match_embeddings":
-        _match_embeddings(stack, collator, rows, console)
-
-
-def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset, console: Console) -> None:
-    from .modeling import INSTRUCTION
-    from .stack import match_embeddings
-
-    for start in range(0, len(rows), 8):
-        batch = collator([rows[i] for i in range(start, min(start + 8, len(rows)))])
-        if "pixel_values" in batch:
-            images = {name: batch[name] for name in ("pixel_values", *INSTRUCTION) if name in batch}
-            factor = match_embeddings(stack.model, **images)
-            _say(console, f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
-            return
-    raise UserError("stack.projector.init is match_embeddings, but no row of data.train has an image.")
 
 
 def _pushes(recipe: Recipe, console: Console) -> PushCallback | None:

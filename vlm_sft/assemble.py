@@ -1,0 +1,77 @@
+"""The trainer of a recipe: weights read, an earlier stage taken over, the plan and the rows handed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import set_seed
+
+from .adapters import lora_config
+from .bundle import Provenance
+from .errors import UserError
+from .handover import hand_over
+from .modeling import INSTRUCTION
+from .stack import build_stack, match_embeddings
+from .trainer import VLMSFTTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from .collator import MultimodalCollator
+    from .recipe import Recipe
+    from .stack import Stack
+
+
+def build_trainer(
+    recipe: Recipe,
+    args: SFTConfig,
+    collator: MultimodalCollator,
+    rows: tuple[Dataset, Dataset | None, dict[str, Any]],
+    composed: tuple[Any, Any],
+    say: Callable[[str], None],
+) -> VLMSFTTrainer:
+    """Reads the weights and puts a trainer around them.
+
+    Args:
+        recipe: A validated recipe.
+        args: Its `sft:`.
+        collator: Makes the batches.
+        rows: What `load_rows` returned: training rows, evaluation rows or None, notes on them.
+        composed: What `compose` returned: configuration and processor.
+        say: Told what is taken over, scaled or odd.
+
+    Raises:
+        UserError: A piece or the earlier stage does not fit.
+    """
+    train_rows, eval_rows, notes = rows
+    set_seed(args.seed)
+    stack = build_stack(recipe, say, composed)
+    if recipe.init_from:
+        parts = ", ".join(hand_over(stack, recipe.init_from))
+        say(f"Starting from {recipe.init_from}: {parts} taken over; the frozen pieces are the same.")
+    elif recipe.stack.projector.init == "match_embeddings":
+        factor = _match_embeddings(stack, collator, train_rows)
+        say(f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
+    return VLMSFTTrainer(
+        stack.model,
+        args,
+        collator,
+        train_rows,
+        stack.processor,
+        lora_config(recipe, stack.model),
+        plan=stack.plan,
+        eval_dataset=eval_rows,
+        provenance=Provenance(recipe, stack.pieces, notes),
+    )
+
+
+def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset) -> float:
+    """Scales the projector by the first rows that have images."""
+    for start in range(0, len(rows), 8):
+        batch = collator([rows[i] for i in range(start, min(start + 8, len(rows)))])
+        if "pixel_values" in batch:
+            images = {name: batch[name] for name in ("pixel_values", *INSTRUCTION) if name in batch}
+            return match_embeddings(stack.model, **images)
+    raise UserError("stack.projector.init is match_embeddings, but no row of data.train has an image.")

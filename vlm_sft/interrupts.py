@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM while a model trains: the first asks for a save and a stop, a second Ctrl-C stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Interrupts:
+    """A context in which signals are remembered instead of ending the program.
+
+    Only the main thread of a program can do that; elsewhere the context does nothing.
+
+    Attributes:
+        signal: The first signal that came, to this process or, once the processes have agreed, to any; None so far.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, 143 after SIGTERM, as shells count."""
+        assert self.signal is not None
+        return 128 + self.signal
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a data-loader worker: it lives as long as its trainer, which is told too
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            if os.environ.get("RANK", "0") == "0":
+                again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+                # Not `print`: the signal may have come in the middle of one.
+                os.write(2, f"\n{_NAMES[self.signal]}: saving after this step, then stopping{again}.\n".encode())
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        # A second SIGTERM is the same one: Slurm sends it to every process, and the launcher passes it on.
+
+
+def shield_worker() -> None:
+    """Lets a data-loader worker outlive Ctrl-C and SIGTERM, which a terminal, Slurm or a launcher sends to it as well.
+
+    Its batches are still needed for the step after which the trainer stops; then the trainer ends it. A second SIGTERM
+    ends it too: so does the trainer end one that hangs.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
