@@ -344,7 +344,7 @@ def test_the_console_command_trains_and_refuses_alike(recipe_file, refused, caps
 
 def test_other_processes_say_which_they_are(recipe_file, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(train_module, "train", lambda recipe: train_module._console().print("hello"))
+    monkeypatch.setattr(train_module, "train", lambda recipe, resume: train_module._console().print("hello"))
     main([str(recipe_file())])
     assert capsys.readouterr().err == "", "only the first process speaks"
     with pytest.raises(SystemExit):
