@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Two machines of eight GPUs under Slurm: sbatch examples/launch/slurm.sh RECIPE [key.path=value …]
 #
-# One launcher a machine; each starts a process for each GPU. Two minutes before the time is up, and when the job is
-# preempted, Slurm sends SIGTERM: the run saves a checkpoint and ends, the job is queued again, and --resume goes on from
-# the newest checkpoint, or starts where there is none yet. The folder of the recipe, its data and its outputs must lie on
-# a file system that both machines see.
+# One launcher a machine, one process a GPU. Two minutes before the time is up, and when the job is preempted, Slurm sends
+# SIGTERM: it is passed on to every process, the job is queued again, and --resume goes on from the newest checkpoint, or
+# starts where there is none yet (the recipe says sft.save_steps). Recipe, data and outputs must lie on a file system
+# that both machines see.
 #SBATCH --job-name=vlm-sft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -20,11 +20,16 @@ set -euo pipefail
 
 CONFIG=${CONFIG:-accelerate_configs/multi_node_fsdp2.yaml} # or multi_node_zero3.yaml
 GPUS=${SLURM_GPUS_ON_NODE:-8}
-FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t MACHINES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+FIRST=${MACHINES[0]}
 PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one machine do not meet
 
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes often have no way out; fetch the pieces beforehand
-export NCCL_ASYNC_ERROR_HANDLING=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 # seconds that torch's launcher gives the processes after SIGTERM
+
+# With B: only this script gets the signal. srun passes it on to its tasks, and torch's launcher to its processes.
+STOPPED=
+trap 'STOPPED=1; kill -TERM $!' TERM
 
 # SLURM_NODEID is known on each machine only, so the command is put together there.
 srun --kill-on-bad-exit=1 bash -c '
@@ -33,15 +38,11 @@ srun --kill-on-bad-exit=1 bash -c '
         --machine_rank "$SLURM_NODEID" --main_process_ip "$2" --main_process_port "$3" \
         -m vlm_sft.train --resume "${@:4}"
 ' "$CONFIG" "$GPUS" "$FIRST" "$PORT" "$@" &
-STEP=$!
 
-# With B: only this script gets the signal. srun passes SIGTERM on to its tasks, and torch's launcher to its processes.
-STOPPED=
-trap 'STOPPED=1; kill -TERM "$STEP"' TERM
 STATUS=0
-wait "$STEP" || STATUS=$?
+wait $! || STATUS=$?
 if [ -n "$STOPPED" ]; then
-    wait "$STEP" || true # the first wait ended with the signal; the checkpoint is written during this one
+    wait $! || true # the first wait ended with the signal; what the run still writes is written during this one
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi
