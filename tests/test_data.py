@@ -7,6 +7,8 @@ import math
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -207,6 +209,32 @@ def test_the_same_rows_in_every_step_whatever_the_number_of_processes(tmp_path):
 
     assert steps(1, 8) == steps(2, 4) == steps(4, 2)
     assert len(steps(2, 4)) == 6
+
+
+@pytest.mark.slow
+def test_a_fresh_process_draws_the_same(tmp_path):
+    """Python hashes text differently in every process; nothing may depend on it."""
+    prompts = {"zh": ["描述。", "这是什么？"], "en": ["Describe it.", "What is this?"]}
+    for name in "ab":
+        bilingual(tmp_path, name, 30, 50)
+    keys = [{"path": str(tmp_path / f"{name}.jsonl"), "format": "caption", "prompts": prompts} for name in "ab"]
+    program = """
+import json, sys
+from vlm_sft.data import load_mixture
+from vlm_sft.recipe import Source
+sources = [Source(**keys) for keys in json.load(sys.stdin)]
+print(json.dumps(load_mixture(sources, "sqrt", languages={"zh": 2, "en": 1}, seed=9).to_list()))
+"""
+    drawn = load_mixture([Source(**each) for each in keys], "sqrt", languages={"zh": 2, "en": 1}, seed=9).to_list()
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(keys),
+        env=os.environ | {"PYTHONHASHSEED": "12345"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == drawn
 
 
 def test_mixtures_refused(tmp_path):

@@ -146,6 +146,58 @@ def llava(*turns: str, **columns) -> dict:
     return {"conversations": [{"from": s, "value": v} for s, v in zip(speakers, turns, strict=False)], **columns}
 
 
+# Rows in the shape of blip_laion_cc_sbu_558k.json, llava_v1_5_mix665k.json (with and without an image) and
+# sharegpt4v_instruct_gpt4-vision_cap100k.json.
+PUBLISHED = [
+    {
+        "id": "004539375",
+        "image": "00453/004539375.jpg",
+        "conversations": [
+            {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
+            {"from": "gpt", "value": "select luxury furniture 3 - inch gel memory foam mattress topper"},
+        ],
+    },
+    {
+        "id": "000000033471",
+        "image": "coco/train2017/000000033471.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat are the colors of the bus in the image?"},
+            {"from": "gpt", "value": "The bus in the image is white and red."},
+            {"from": "human", "value": "What feature can be seen on the back of the bus?"},
+            {"from": "gpt", "value": "The back of the bus features an advertisement."},
+        ],
+    },
+    {
+        "id": "wgByO4Y_0",
+        "model": "",
+        "conversations": [
+            {"from": "human", "value": "How to tell if a customer segment is well segmented? In 3 bullet points."},
+            {"from": "gpt", "value": "1. Homogeneity\n2. Distinctiveness\n3. Stability"},
+        ],
+    },
+    {
+        "id": "000000000009",
+        "image": "coco/train2017/000000000009.jpg",
+        "conversations": [
+            {"from": "human", "value": "What do you see happening in this image?\n<image>"},
+            {"from": "gpt", "value": "In the center of the image, a vibrant blue lunch tray holds four containers."},
+        ],
+    },
+]
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=["LLaVA-Pretrain", "mix665k", "mix665k text", "ShareGPT4V"])
+def test_llava_as_published(row):
+    example = one(row, "llava")
+    assert example.images == ([row["image"]] if "image" in row else [])
+    places = [[part["type"] for part in message["content"]] for message in example.messages]
+    assert places[0] == (["image", "text"] if "image" in row else ["text"])
+    assert all(kinds == ["text"] for kinds in places[1:])
+    asked = row["conversations"][0]["value"].replace("<image>", "").strip()
+    assert example.messages[0]["content"][-1]["text"].strip() == asked
+    assert (example.id, example.language) == (row["id"], "en")
+
+
 def test_llava_keeps_every_image():
     example = one(llava("<image>\n<image>\n比较。", "一样。", "And <image>?", "Red.", image=["a", "b", "c"]), "llava")
     assert example.messages[0]["content"] == [IMAGE, IMAGE, text("\n比较。")]
