@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 1, no torch: what a recipe says.
     ("errors", "quiet"),
     ("assets", "metrics", "yaml_file"),
-    ("configs", "recipe_rules"),
+    ("configs", "recipe_data", "recipe_rules"),
     ("recipe",),
     # Layer 2: small things that know one subject each.
     ("sharded",),

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from .assets import closest, list_recipes, recipe_path
 from .configs import build_lora_config, build_sft_config, validate_libraries
 from .errors import UserError
+from .recipe_data import Data, RecipeModel, Source
 from .recipe_rules import PARTS, first_broken_rule
 from .yaml_file import KeyPath, YamlFile, dump_yaml
 
@@ -41,12 +42,7 @@ __all__ = [
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class _Model(BaseModel):
-    # strict: `true` is not a learning rate and "5" is not a number; YAML already says which type a value has.
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class _Piece(_Model):
+class _Piece(RecipeModel):
     """What every part of the stack can say about where it comes from."""
 
     revision: str | None = None
@@ -122,7 +118,7 @@ class LanguageModel(_Piece):
     """As transformers names it, for example `sdpa` or `flash_attention_2`."""
 
 
-class Stack(_Model):
+class Stack(RecipeModel):
     """The four parts, in the order an image passes them."""
 
     vision_tower: VisionTower
@@ -135,82 +131,7 @@ class Stack(_Model):
     """A causal language model, which reads the projected features among its embeddings."""
 
 
-def _check_prompts(value: Any) -> Any:
-    """Says in one sentence what a union of types would say in two."""
-    pools = list(value.values()) if isinstance(value, dict) else [value]
-    texts = all(isinstance(pool, list) and all(isinstance(text, str) for text in pool) for pool in pools)
-    if not texts or (isinstance(value, dict) and not all(pools)):
-        sentence = "Input should be a list of instructions, or one for each language such as {en: [Describe it.]}"
-        raise PydanticCustomError("prompts", "{sentence}", {"sentence": sentence})
-    return value
-
-
-class Source(_Model):
-    """One source of rows: local files or a dataset on the Hub."""
-
-    path: str
-    """File, folder or Hub dataset id."""
-    format: Literal["messages", "llava", "caption", "vqa", "cauldron", "coco", "cc_sbu_align", "vqav2", "gqa"]
-    """What a row means: `messages` (TRL conversational), `llava` (LLaVA, ShareGPT4V), `caption`, `vqa`, `cauldron`, or
-    a data set as published: `coco` (captions), `cc_sbu_align`, `vqav2`, `gqa`; see docs/data_formats.md."""
-    name: str | None = None
-    """What logs, row ids and evaluation call it. Default: the last part of `path` without its suffix."""
-    images: str | None = None
-    """Folder that relative image paths start from. Default: the folder of `path`."""
-    split: str = "train"
-    """Split of a Hub dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub dataset."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Our column name → the one in the file, for example `{caption: text}`."""
-    annotations: str | None = None
-    """vqav2: file with the answers to the questions in `path`."""
-    image_name: str | None = None
-    """coco, cc_sbu_align, vqav2, gqa: how image files are called, `{id}` or `{id:012}` in it. Default: as published."""
-    prompts: Annotated[list[str] | dict[str, list[str]], BeforeValidator(_check_prompts)] = Field(default_factory=list)
-    """Captions and questions: what the user asks; one is drawn for each row, seeded. By language: `{en: […], zh: […]}`.
-    Around a question they hold `{question}`."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Share of this source under `sampling: weights`; under the others a factor on its share."""
-    max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Use the first so many rows."""
-    allow_urls: bool = False
-    """Fetch images that are URLs, within limits and never from private addresses; see docs/images.md."""
-    repeat: Annotated[int, Field(ge=1)] = 1
-    """Take part as if every row were there so many times."""
-
-    @model_validator(mode="after")
-    def _name_it(self) -> Source:
-        if self.name is None:
-            # Not Path.stem alone: `org/data` and `folder/` have no suffix to lose, `a.b.json` loses only the last.
-            self.name = Path(self.path.rstrip("/\\")).stem or self.path
-        return self
-
-
-class Data(_Model):
-    """What is trained and evaluated on."""
-
-    train: list[Source] = Field(min_length=1)
-    """Training sources; several are mixed as `sampling` says."""
-    eval: list[Source] = Field(default_factory=list)
-    """Sources for the evaluations during training; choices are made on these."""
-    test: list[Source] = Field(default_factory=list)
-    """Sources for the final number; nothing is chosen by them."""
-    sampling: Literal["proportional", "sqrt", "weights"] = "proportional"
-    """How sources are mixed: by size, by its square root (InstructBLIP), or by each source's `weight`."""
-    max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Largest share of a source's rows that may be rejected and left out; 0 stops at the first. See docs/ledger.md."""
-    measure_rows: Annotated[int, Field(ge=1)] | Literal["all"] = 20_000
-    """How many rows of each source are rendered and tokenised before the first step; of more, an even sample."""
-    decode_rows: Annotated[int, Field(ge=0)] | Literal["all"] = 500
-    """How many of the measured rows of each source have their images decoded before the first step."""
-    url_cache: str | None = None
-    """Folder that fetched images are kept in. Unset: `vlm_sft/images` in the user's cache folder."""
-    languages: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
-    """Language → its share of the training rows; `{zh: 1, en: 1}` for as many of each. Unset: as the sources are."""
-
-
-class Hub(_Model):
+class Hub(RecipeModel):
     """Where the bundle is pushed to on the Hugging Face Hub."""
 
     repo_id: str
@@ -233,7 +154,7 @@ _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
 _SFT_SCHEMA: dict[str, Any] = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
 
 
-class Recipe(_Model):
+class Recipe(RecipeModel):
     """One training stage. Relative paths are relative to the working directory."""
 
     stack: Stack

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,8 +151,8 @@ def _examples(
     if row.problem is not None:
         raise row.problem
     name = name_of(source)
-    draw = partial(_draw, random.Random(f"{seed}/{name}/{number}"), source.prompts, row.where)
-    examples = list(convert(row.values, source.format, where=row.where, columns=source.columns, draw_prompt=draw))
+    draw = {"draw_prompt": _prompts_of(source, f"{seed}/{name}/{number}", row.where)} if source.prompts else {}
+    examples = list(convert(row.values, source.format, where=row.where, columns=source.columns, **draw))
     for k, example in enumerate(examples, start=1):
         found = {
             "messages": _checked(example.messages, row.where),
@@ -164,16 +163,22 @@ def _examples(
         yield found, example.language
 
 
-def _draw(chance: random.Random, prompts: list[str] | dict[str, list[str]], where: str, language: str) -> str:
-    """One instruction of the row's language; no prompts at all are an empty one."""
-    if isinstance(prompts, dict):
-        if prompts and language not in prompts:
+def _prompts_of(source: SourceLike, seed: str, where: str) -> Callable[[str], str]:
+    """Language → one of the source's instructions in it; drawn anew at every call."""
+    chance = random.Random(seed)
+
+    def draw(language: str) -> str:
+        prompts = source.prompts
+        if isinstance(prompts, list):
+            return chance.choice(prompts)
+        if language not in prompts:
             raise UserError(
                 f'{where}: the row is in "{short(language)}" and the source has prompts for {", ".join(prompts)} only: '
                 "add prompts for it, or correct the column `language`."
             )
-        prompts = prompts.get(language, [])
-    return chance.choice(prompts) if prompts else ""
+        return chance.choice(prompts[language])
+
+    return draw
 
 
 def _checked(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
