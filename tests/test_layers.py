@@ -22,9 +22,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "configuration", "fetch", "freeze", "image_refs", "json_text", "languages", "losses", "mixture"),
     ("launch", "ledger", "run_folder"),
     ("images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
-    ("chat_template", "conversation", "file_readers", "published", "qwen_vl"),
+    ("chat_template", "conversation", "data_stats", "file_readers", "published", "qwen_vl"),
     ("connectors", "delta", "formats", "layouts", "readers"),
-    ("sources",),
+    ("convert", "sources"),
     ("sizes",),
     ("interrupts",),
     # Layer 3: the model, the processor, the data.
@@ -40,20 +40,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("handover",),
     # Layer 5: what is done with them.
-    ("parity", "pushes", "progress", "rows", "scoring", "trainer"),
+    ("filtering", "parity", "pushes", "progress", "rows", "scoring", "trainer"),
     ("answer_file", "native"),
     ("merged", "native_processors"),
     ("export",),
     ("assemble",),
     # Layer 6: parse and call.
     ("dry_run",),
-    ("chat", "evaluate", "recipes_cli", "train"),
+    ("chat", "data_cli", "evaluate", "recipes_cli", "train"),
     ("cli",),
 )
 ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
-READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "dry_run", "evaluate", "loading"}
+READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "data_cli", "dry_run", "evaluate", "loading"}
 READS_RECIPES |= {"merged", "pieces", "processors", "recipes_cli", "recipe_rules", "rows", "scoring", "stack", "train"}
 READS_RECIPES |= {"assemble"}
 

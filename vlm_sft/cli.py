@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .data_cli import data_app
 from .errors import UserError, exit_on_user_error
 from .recipes_cli import recipes_app
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
 
 Bundle = Annotated[
     str,
