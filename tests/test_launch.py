@@ -23,6 +23,7 @@ def config(tmp_path):
 def test_the_config_files_that_ship():
     assert read_launch(str(accelerate_config_path("cpu"))) == Launch()
     assert read_launch(str(accelerate_config_path("ddp"))) == Launch(8, "DDP")
+    assert read_launch(str(accelerate_config_path("fsdp2"))) == Launch(8, "FSDP", 3)
     assert str(Launch()) == "one process" and str(Launch(8, "DDP")) == "8 processes, DDP"
 
 
