@@ -30,7 +30,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 3: the model, the processor, the data.
     ("data", "modeling", "processor"),
     # Layer 4: they are put together.
-    ("activations", "adapters", "answer_options", "card", "collator", "curves", "export_check", "parts", "processors"),
+    (
+        "activations",
+        "adapters",
+        "answer_options",
+        "card",
+        "collator",
+        "curves",
+        "export_check",
+        "parts",
+        "processors",
+        "streaming",
+    ),
     ("measure", "memory", "question_file", "resumable"),
     ("generation",),
     ("pieces",),

@@ -79,7 +79,7 @@ def test_a_row_that_is_met_again_is_counted_once():
     ledger = Ledger(1.0)
     for row in ("a/1", "a/2", "a/1"):
         ledger.meet("a", row, "image damaged", f"row {row}: broken.")
-    assert ledger.source("a").lost == 2 and ledger.source("a").met == ["a/1", "a/2"]
+    assert ledger.source("a").lost == 2 and list(ledger.source("a").met) == ["a/1", "a/2"]
 
 
 def test_a_sample_counts_as_a_sample():
@@ -88,6 +88,16 @@ def test_a_sample_counts_as_a_sample():
         source.reject("too long", "")
     source.found = 20
     assert source.share == 0.02
+
+
+def test_a_stream_counts_what_comes():
+    ledger = Ledger(1.0, {"a": SourceLedger(streamed=True)})
+    ledger.see("a", 8)
+    ledger.meet("a", "a/1", "too long", "row a/1: too long.")
+    ledger.see("a", 8)
+    ledger.meet("a", "a/1", "too long", "row a/1: too long.")
+    source = ledger.source("a")
+    assert (source.read, source.used, source.lost, source.met) == (16, 14, 1, {"a/1": "too long"})
 
 
 def test_the_first_rows_of_a_stream_do_not_stop_it_at_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
@@ -69,8 +70,9 @@ def build_trainer(
 
 def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset) -> float:
     """Scales the projector by the first rows that have images."""
-    for start in range(0, len(rows), 8):
-        batch = collator([rows[i] for i in range(start, min(start + 8, len(rows)))])
+    left = iter(islice(rows, None if hasattr(rows, "__len__") else 4096))  # a stream has no end
+    while some := list(islice(left, 8)):
+        batch = collator(some)
         if "pixel_values" in batch:
             images = {name: batch[name] for name in ("pixel_values", *INSTRUCTION) if name in batch}
             return match_embeddings(stack.model, **images)

@@ -6,6 +6,7 @@ Three documented points, in the order a row passes them: `render`, `encode`, `co
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from .images import load_image, needed_side
 from .processor import EncodedChat, VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
+SEEN = "seen_rows"  # and for how many rows of each source came, where that is not known before
 
 
 @dataclass
@@ -62,10 +64,12 @@ class MultimodalCollator:
         fetch: Gives the file of an image that is a URL; None refuses URLs.
         drop_rejected: Leaves a row that cannot be trained on out of its batch and names it in the batch's
             `rejected_rows`, instead of raising.
+        count_rows: Says in each batch's `seen_rows` how many rows of each source came.
     """
 
     fetch: Callable[[str], str] | None = None
     drop_rejected: bool = False
+    count_rows: bool = False
     _decoded: dict[Any, Image.Image] | None = None
 
     def __init__(
@@ -98,6 +102,9 @@ class MultimodalCollator:
         try:
             for row in rows:
                 try:
+                    if row.get("rejected"):  # a stream's row that could not be read
+                        wrong = row["rejected"]
+                        raise RowError(wrong["sentence"], where=row["id"], reason=wrong["reason"])
                     samples.append(self.encode(row))
                 except RowError as error:
                     if not self.drop_rejected:
@@ -108,7 +115,8 @@ class MultimodalCollator:
         if not samples:
             raise UserError(f"No row of a batch of {len(rows)} can be trained on; the last one: {rejected[-1][3]}")
         batch = self.collate(samples)
-        return {**batch, REJECTED: rejected} if rejected else batch
+        seen = {SEEN: dict(Counter(str(row["source"]) for row in rows))} if self.count_rows else {}
+        return {**batch, **seen, REJECTED: rejected} if seen or rejected else batch
 
     def render(self, messages: Sequence[dict[str, Any]]) -> RenderedChat:
         """Messages → text, the places of images in it, and the character spans in the loss. To override."""

@@ -24,14 +24,14 @@ class SourceLedger:
     Attributes:
         read: Rows that the source gave, rejected ones included; of a stream, those that came so far.
         measured: Of these, the rows that were measured before the first step.
-        used: Different rows in the mixture.
+        used: Different rows in the mixture; of a stream, rows that were trained on, the same row maybe several times.
         repeated: How many times a row of it comes again in the mixture.
         truncated: Measured rows that lost turns to fit `sft.max_length`.
         turns_lost: How many turns these lost together.
         rejected: Reason → rows.
         examples: Reason → sentences on the first rows.
         found: Rows that were rejected because of their measure or their images before the first step.
-        met: Ids of rows that were rejected while training.
+        met: Id → reason of the rows that were rejected while training.
         streamed: Whether the rows come from a stream, whose end is not known.
     """
 
@@ -44,7 +44,7 @@ class SourceLedger:
     rejected: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     found: int = 0
-    met: list[str] = field(default_factory=list)
+    met: dict[str, str] = field(default_factory=dict)
     streamed: bool = False
 
     def reject(self, reason: str, sentence: str) -> None:
@@ -96,8 +96,15 @@ class Ledger:
         """Counts a row that was rejected while training; a row that comes again is counted once."""
         source = self.source(name)
         if row not in source.met:
-            source.met.append(row)
+            source.met[row] = reason
             source.reject(reason, sentence)
+        source.used -= source.streamed
+
+    def see(self, name: str, rows: int) -> None:
+        """Counts rows that came out of a stream, rejected ones included."""
+        source = self.source(name)
+        source.read += rows
+        source.used += rows
 
     def problem(self) -> str | None:
         """One sentence on the first source of which more rows are rejected than allowed; None where there is none."""

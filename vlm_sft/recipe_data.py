@@ -79,6 +79,10 @@ class Data(RecipeModel):
     """Sources for the final number; nothing is chosen by them."""
     sampling: Literal["proportional", "sqrt", "weights"] = "proportional"
     """How sources are mixed: by size, by its square root (InstructBLIP), or by each source's `weight`."""
+    streaming: bool = False
+    """Read training rows while training instead of before it; needs `sft.max_steps`. See docs/streaming.md."""
+    shuffle_buffer: Annotated[int, Field(ge=1)] = 1000
+    """streaming: the next row is drawn from so many; 1 keeps the order of the files."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest share of a source's rows that may be rejected and left out; 0 stops at the first. See docs/ledger.md."""
     measure_rows: Annotated[int, Field(ge=1)] | Literal["all"] = 20_000

@@ -152,6 +152,31 @@ def _sources_are_told_apart(recipe: Recipe) -> Broken:
                 yield ("data", "train", index), f'`sampling: weights` needs a `weight` for source "{source.name}" too.'
 
 
+def _stream_has_an_end_and_weights(recipe: Recipe) -> Broken:
+    data = recipe.data
+    if not data.streaming:
+        if data.shuffle_buffer != type(data).model_fields["shuffle_buffer"].default:
+            yield ("data", "shuffle_buffer"), "`data.shuffle_buffer` belongs to `data.streaming: true`; remove it."
+        return
+    steps = recipe.sft.get("max_steps")
+    if steps is None or not _is_number(steps) or steps <= 0:
+        yield ("data", "streaming"), "`data.streaming` has no end of its own; say how long to train: `sft.max_steps`."
+    if len(data.train) > 1 and data.sampling != "weights":
+        yield (
+            ("data", "sampling"),
+            "`data.streaming` does not know the sizes of its sources; set `sampling: weights` and give each source a "
+            "`weight`, such as its number of rows.",
+        )
+    if data.languages:
+        yield ("data", "languages"), "`data.languages` needs to know all rows, which a stream does not; remove one."
+    for index, source in enumerate(data.train):
+        if source.repeat > 1:
+            yield (
+                ("data", "train", index, "repeat"),
+                "a stream repeats every source without end; give it a larger `weight` instead of `repeat`.",
+            )
+
+
 def _collator_is_a_class(recipe: Recipe) -> Broken:
     if recipe.collator is not None and not _COLLATOR.match(recipe.collator):
         yield ("collator",), f'`collator` must look like my_package.my_module:MyCollator, not "{recipe.collator}".'
@@ -202,6 +227,7 @@ _RULES = (
     _pieces_fit_their_options,
     _template_exists,
     _sources_are_told_apart,
+    _stream_has_an_end_and_weights,
     _collator_is_a_class,
     _sft_fits,
     _hub_can_be,

@@ -14,7 +14,7 @@ from .ledger import Ledger, ledger_table
 from .measure import Findings, look_over, summary
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from rich.console import Console
     from trl import SFTConfig
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from .recipe import Data, Recipe, Source
 
 SECONDS_BETWEEN_LINES = 5.0
+FIRST_ROWS = 1000  # of each source of a stream, looked over before the first step
 
 
 def load_rows(
     recipe: Recipe, collator: MultimodalCollator, args: SFTConfig, console: Console
-) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
+) -> tuple[Dataset | IterableDataset, Dataset | None, dict[str, Any]]:
     """Training rows, evaluation rows and the notes on them that go into the bundle.
 
     Every image file is looked for, and rows are measured and images decoded as `data.measure_rows` and
@@ -51,14 +52,14 @@ def load_rows(
     ledgers, notes = {"train": Ledger(data.max_rejected)}, {}
     seed, workers = args.data_seed or args.seed, args.dataloader_num_workers
     look = partial(_look_over, data=data, collator=collator, workers=workers, console=console)
-    train, notes["train_rows"] = _load_set(
-        "train", data.train, ledgers["train"], look, console, data.sampling, languages=data.languages, seed=seed
-    )
-    if len(train) < args.world_size:
-        raise UserError(
-            f"data.train has {len(train)} {'row' if len(train) == 1 else 'rows'} but accelerate started "
-            f"{args.world_size} processes, so some would have nothing to do; use --num_processes {len(train)} or fewer."
+    if data.streaming:
+        shards = args.world_size * max(1, workers)
+        train, notes["train_rows"] = _load_stream(data, ledgers["train"], look, console, seed=seed, shards=shards)
+    else:
+        train, notes["train_rows"] = _load_set(
+            "train", data.train, ledgers["train"], look, console, data.sampling, languages=data.languages, seed=seed
         )
+        _check_count(len(train), args.world_size)
     rows = None
     if data.eval:
         ledgers["eval"] = Ledger(data.max_rejected)
@@ -67,6 +68,43 @@ def load_rows(
         )
     console.print(ledger_table(ledgers))
     return train, rows, {**notes, "ledger": {name: ledger.as_dict() for name, ledger in ledgers.items()}}
+
+
+def _check_count(rows: int, processes: int) -> None:
+    if rows < processes:
+        raise UserError(
+            f"data.train has {rows} {'row' if rows == 1 else 'rows'} but accelerate started {processes} processes, so "
+            f"some would have nothing to do; use --num_processes {rows} or fewer."
+        )
+
+
+def _load_stream(
+    data: Data, ledger: Ledger, look: Callable[..., list[Findings]], console: Console, *, seed: int, shards: int
+) -> tuple[IterableDataset, dict[str, Any]]:
+    """Looks over the first rows of each source; the others are met while training."""
+    from .data import load_part
+    from .ledger import SourceLedger
+    from .sources import name_of
+    from .streaming import stream_mixture
+
+    first = Ledger(data.max_rejected)
+    beginnings = [source.model_copy(update={"max_rows": _fewer(source.max_rows, FIRST_ROWS)}) for source in data.train]
+    parts = [load_part(source, seed=seed, reject=first.rejecter(name_of(source))).rows for source in beginnings]
+    findings = on_first_process(partial(look, "train", parts, seed=seed))
+    for source, found in zip(data.train, findings, strict=True):
+        found.write_to(first.source(name_of(source)))
+        ledger.sources[name_of(source)] = SourceLedger(streamed=True)
+    first.check(console, "train")
+    rows = stream_mixture(
+        data.train, seed=seed, buffer=data.shuffle_buffer, shards=shards, keep_rejected=data.max_rejected > 0
+    )
+    counts = {**summary(findings, 0), "rows": None}
+    console.print(f"train: a stream, of which the first rows were measured: {describe_rows(counts)}", highlight=False)
+    return rows, counts
+
+
+def _fewer(given: int | None, limit: int) -> int:
+    return limit if given is None else min(given, limit)
 
 
 def _load_set(
@@ -141,7 +179,8 @@ def _look_over(
 
 def describe_rows(counts: dict[str, Any]) -> str:
     """One sentence on the rows of a set."""
-    rows = "1 row" if counts["rows"] == 1 else f"{counts['rows']:,} rows"
+    count = counts["read"] if counts["rows"] is None else counts["rows"]
+    rows = "1 row" if count == 1 else f"{count:,} rows"
     if counts["measured"] < counts["read"]:
         rows += f" (measured: a sample of {counts['measured']:,}, see data.measure_rows)"
     lost = f"; {counts['rows_shortened']:,} rows lost {counts['turns_lost']:,} turns to fit max_length"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .dry_run import dry_run
 from .errors import UserError, exit_on_user_error
@@ -121,7 +121,7 @@ def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Consol
     trainer.save_model(str(folder))
     trainer.save_state()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    batch = collator(list(trainer.train_dataset.select(range(min(4, len(trainer.train_dataset))))))
+    batch = _first_batch(trainer, collator)
     logits = probe_logits(model, batch)  # on every process: each may hold a share of the weights
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
@@ -161,6 +161,7 @@ def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> 
     if any(source.allow_urls for source in (*recipe.data.train, *recipe.data.eval)):
         collator.fetch = Fetcher(recipe.data.url_cache)
     collator.drop_rejected = recipe.data.max_rejected > 0
+    collator.count_rows = recipe.data.streaming
     return collator
 
 
@@ -211,6 +212,15 @@ def _say_precision(recipe: Recipe, args: SFTConfig, console: Console) -> None:
     if recipe.sft.get("bf16") is None and not args.fp16:
         can = "this device can" if args.bf16 else "this device has no bf16"
         _say(console, f"Computing in {'bf16' if args.bf16 else 'fp32'}: the recipe does not say sft.bf16, and {can}.")
+
+
+def _first_batch(trainer: VLMSFTTrainer, collator: MultimodalCollator) -> dict[str, Any]:
+    """A batch of the first training rows, to compare logits on."""
+    from .collator import REJECTED, SEEN
+    from .streaming import first_rows
+
+    batch = collator(first_rows(trainer.train_dataset, 4))
+    return {name: value for name, value in batch.items() if name not in (REJECTED, SEEN)}
 
 
 def _pushes(recipe: Recipe, console: Console) -> PushCallback | None:

@@ -7,7 +7,7 @@ metrics, the image-use metric at every evaluation, and a bundle at every save.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from trl import SFTConfig
 
 from .adapters import add_adapter
 from .bundle import Provenance, held_parts, save_bundle
-from .collator import REJECTED
+from .collator import REJECTED, SEEN
 from .freeze import FreezePlan, is_adapter, is_quantised, part_of
 from .ledger import Ledger
 from .loading import load_trained
@@ -81,6 +81,7 @@ class VLMSFTTrainer(ResumableTrainer):
         self._sums: dict[str, defaultdict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._last_images: torch.Tensor | None = None
         self._rejected: list[tuple[str, str, str, str]] = []
+        self._seen: Counter[str] = Counter()
         self.ledgers = ledgers_of(provenance)
         args.remove_unused_columns = False  # the collator needs every column
         if args.ddp_find_unused_parameters is None:
@@ -147,6 +148,7 @@ class VLMSFTTrainer(ResumableTrainer):
         self._sums["train"]["wait_seconds"] += time.perf_counter() - start
         for batch in batches[0]:
             self._rejected += batch.pop(REJECTED, [])
+            self._seen.update(batch.pop(SEEN, {}))
         return batches
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -165,6 +167,7 @@ class VLMSFTTrainer(ResumableTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Evaluation loss of a batch and, where it has images, the loss with images of other samples."""
         self._rejected += inputs.pop(REJECTED, [])
+        inputs.pop(SEEN, None)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -232,10 +235,14 @@ class VLMSFTTrainer(ResumableTrainer):
     def _enter_rejected(self, mode: str) -> None:
         """Enters the rows that all processes left out since the last log; too many stop all of them alike."""
         rejected, self._rejected = self._rejected, []
+        seen, self._seen = [dict(self._seen)], Counter()
         if self.accelerator.num_processes > 1:
-            rejected = gather_object(rejected)
-        if rejected and mode in self.ledgers and self.provenance is not None:
+            rejected, seen = gather_object(rejected), gather_object(seen)
+        if (rejected or any(seen)) and mode in self.ledgers and self.provenance is not None:
             ledger = self.ledgers[mode]
+            for counts in seen:
+                for name, rows in counts.items():
+                    ledger.see(name, rows)
             for row in rejected:
                 ledger.meet(*row)
             self.provenance.notes["ledger"][mode] = ledger.as_dict()
@@ -250,13 +257,14 @@ class VLMSFTTrainer(ResumableTrainer):
     def counters(self) -> dict[str, Any]:
         """Also what is added up over the batches since the last log, and the rows rejected so far."""
         ledger = {name: ledger.as_dict() for name, ledger in self.ledgers.items()}
-        return {**super().counters(), "sums": dict(self._sums["train"]), "rejected": self._rejected, "ledger": ledger}
+        return {**super().counters(), "sums": dict(self._sums["train"]), "rejected": self._rejected,
+                "seen": self._seen, "ledger": ledger}  # fmt: skip
 
     def set_counters(self, saved: dict[str, Any]) -> None:
         """Puts back what `counters` gave."""
         super().set_counters(saved)
         self._sums["train"].update(saved["sums"])
-        self._rejected = saved["rejected"]
+        self._rejected, self._seen = saved["rejected"], Counter(saved["seen"])
         for name, ledger in self.ledgers.items():
             ledger.sources = Ledger.from_dict(saved["ledger"][name]).sources
 
