@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Two machines of eight GPUs under Slurm: sbatch examples/launch/slurm.sh RECIPE [key.path=value …]
 #
-# One launcher a machine, one process a GPU. Two minutes before the time is up, and when the job is preempted, Slurm sends
-# SIGTERM: it is passed on to every process, the job is queued again, and --resume goes on from the newest checkpoint, or
-# starts where there is none yet (the recipe says sft.save_steps). Recipe, data and outputs must lie on a file system
-# that both machines see.
+# One launcher a machine, one process a GPU. Two minutes before the time is up, and when the job is preempted, Slurm
+# sends SIGTERM: every process gets it and the run saves, the job is queued again, and --resume goes on from the newest
+# checkpoint, or starts where there is none yet. Recipe, data and outputs must lie on a file system that all machines
+# see.
 #SBATCH --job-name=vlm-sft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
