@@ -229,11 +229,16 @@ def plan_shards(kinds: Kinds, files: dict[str, str], shard_bytes: int) -> dict[s
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes a safetensors file, reads it back and compares every tensor by type, shape and SHA-256.
 
+    Args:
+        path: The file.
+        tensors: What to write; empty afterwards.
+
     Raises:
         UserError: What was read is not what was written.
     """
     written = {name: (tensor.dtype, tensor.shape, _digest(tensor)) for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    tensors.clear()  # or the shard would be in memory twice while it is read back
     with safe_open(path, framework="pt") as file:
         if set(file.keys()) != set(written):
             raise UserError(f"{path.name} was written, but holds other tensors when read back; check the disk.")
