@@ -55,9 +55,9 @@ def train(given: argparse.Namespace, out: Path, data: Path, config: Path, proces
     """One run of `accelerate launch`, into a folder of its own."""
     sources = json.dumps([{"path": str(data / "questions_train.jsonl"), "format": "vqa"}])
     overrides = [
-        f"sft.output_dir={out}", f"sft.max_steps={given.steps}", f"data.train={sources}", "data.eval=[]", "data.sampling=proportional",
-        "init_from=null", f"sft.per_device_train_batch_size={GLOBAL_BATCH // processes}", "sft.logging_steps=1",
-        "sft.eval_strategy=no", "sft.train_sampling_strategy=sequential", *given.overrides, *more,
+        f"sft.output_dir={out}", f"sft.max_steps={given.steps}", f"data.train={sources}", "data.eval=[]",
+        "data.sampling=proportional", "init_from=null", f"sft.per_device_train_batch_size={GLOBAL_BATCH // processes}",
+        "sft.logging_steps=1", "sft.eval_strategy=no", "sft.train_sampling_strategy=sequential", *given.overrides, *more,
     ]  # fmt: skip
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(processes), "--main_process_port", "0"]
