@@ -22,7 +22,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-GLOBAL_BATCH = 32
+GLOBAL_BATCH = 8
 
 
 def main() -> None:
@@ -57,7 +57,8 @@ def train(given: argparse.Namespace, out: Path, data: Path, config: Path, proces
     overrides = [
         f"sft.output_dir={out}", f"sft.max_steps={given.steps}", f"data.train={sources}", "data.eval=[]",
         "data.sampling=proportional", "init_from=null", f"sft.per_device_train_batch_size={GLOBAL_BATCH // processes}",
-        "sft.logging_steps=1", "sft.eval_strategy=no", "sft.train_sampling_strategy=sequential", *given.overrides, *more,
+        "sft.logging_steps=1", "sft.eval_strategy=no", "sft.train_sampling_strategy=sequential",
+        *given.overrides, *more,
     ]  # fmt: skip
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(processes), "--main_process_port", "0"]

@@ -64,7 +64,7 @@ def launch(config: Path, program: list[str], **environment: str) -> subprocess.C
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return subprocess.run(
         [*command, "--num_processes", "2", "--main_process_port", "0", *program],
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
 
