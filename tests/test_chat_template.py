@@ -36,6 +36,14 @@ AROUND = {
     "mistral": (" ", "</s>"),
     "plain": ("", "\n"),
     "vicuna_v1": (" ", "</s>"),
+    "fuyu": ("", "</s>"),
+    "gemma3": ("", "<end_of_turn>"),
+    "internvl": ("", "<|im_end|>"),
+    "kosmos2": (" ", "</s>"),
+    "paligemma": ("", "</s>"),
+    "qwen2_5_vl": ("", "<|im_end|>"),
+    "qwen3_vl": ("", "<|im_end|>"),
+    "smolvlm": (" ", "<end_of_utterance>"),
     "ziya": ("", "</s>"),
 }
 IMAGE = {"type": "image"}
@@ -159,7 +167,8 @@ def test_tokens_of_the_tokenizer_are_used() -> None:
         assert ends.endswith(after.replace("</s>", "<eos>"))
         assert end_of_answer(name) == after
         assert end_of_answer(name, eos_token="<eos>") == after.replace("</s>", "<eos>")
-    assert [name for name in AROUND if owns_bos(name)] == ["blip2_caption", "blip2_vqa", "instructblip"]
+    own = {"blip2_caption", "blip2_vqa", "instructblip", "gemma3", "kosmos2", "paligemma", "smolvlm"}
+    assert {name for name in AROUND if owns_bos(name)} == own
     assert not owns_bos("{# bos_token #}{% generation %}{% endgeneration %}")
 
 

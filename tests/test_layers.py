@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 1, no torch: what a recipe says.
     ("errors", "quiet"),
     ("assets", "metrics", "yaml_file"),
-    ("configs", "recipe_data", "recipe_rules"),
+    ("configs", "families", "recipe_data", "recipe_rules"),
     ("recipe",),
     # Layer 2: small things that know one subject each.
     ("sharded",),
@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("interrupts",),
     # Layer 3: the model, the processor, the data.
     ("data", "modeling", "processor"),
+    ("family_model", "family_processor"),
     # Layer 4: they are put together.
     (
         "activations",
@@ -44,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("measure", "memory", "question_file", "resumable"),
     ("generation",),
+    ("family_stack",),
     ("pieces",),
     ("stack",),
     ("bundle",),
@@ -66,7 +68,7 @@ ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
 READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "data_cli", "dry_run", "evaluate", "loading"}
 READS_RECIPES |= {"merged", "pieces", "processors", "recipes_cli", "recipe_rules", "rows", "scoring", "stack", "train"}
-READS_RECIPES |= {"assemble"}
+READS_RECIPES |= {"assemble", "family_stack"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers", "trl"}
 LIGHT = {module for row in LAYERS[:4] for module in row} | {

@@ -10,6 +10,7 @@ from torch import nn
 
 from .configs import build_lora_config
 from .errors import UserError
+from .freeze import part_modules
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -96,8 +97,10 @@ def _check_expression(model: nn.Module, pattern: str) -> None:
 
 def _root_targets(model: nn.Module, names: list[str] | None, whole: bool = False) -> str | list[str]:
     """Names of linear layers → one expression that finds them in the language model alone (or their whole names)."""
-    inside = ".language_model."
-    linears = [n.split(inside, 1)[1] for n, m in model.named_modules() if inside in n and _is_linear(m)]
+    whole_root = part_modules(model)["language_model"][0]
+    root, inside = whole_root.rsplit(".", 1)[-1], whole_root + "."
+    linears = [n.removeprefix(inside) for n, m in model.named_modules() if n.startswith(inside) and _is_linear(m)]
+    linears = [name for name in linears if name != "lm_head"]  # inside it in KOSMOS-2; TRL refuses LoRA on a head
     known = sorted({linear.rsplit(".", 1)[-1] for linear in linears})
     names = known if names is None else names
     if not names:
@@ -111,9 +114,9 @@ def _root_targets(model: nn.Module, names: list[str] | None, whole: bool = False
             )
     if whole:
         chosen = [n for n in linears if any(n == name or n.endswith("." + name) for name in names)]
-        return [f"language_model.{name}" for name in chosen]
+        return [f"{root}.{name}" for name in chosen]
     pattern = "|".join(re.escape(name) for name in names)
-    return rf"(?:.*\.)?language_model\.(?:.*\.)?(?:{pattern})"
+    return rf"(?:.*\.)?{root}\.(?:.*\.)?(?:{pattern})"
 
 
 def _is_linear(module: nn.Module) -> bool:

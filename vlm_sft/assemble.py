@@ -52,7 +52,7 @@ def build_trainer(
     if recipe.init_from:
         parts = ", ".join(hand_over(stack, recipe.init_from))
         say(f"Starting from {recipe.init_from}: {parts} taken over; the frozen pieces are the same.")
-    elif recipe.stack.projector.init == "match_embeddings":
+    elif recipe.stack and recipe.stack.projector.init == "match_embeddings":
         factor = _match_embeddings(stack, collator, train_rows)
         say(f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
     return VLMSFTTrainer(

@@ -128,10 +128,11 @@ def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[d
 def held_parts(plan: FreezePlan, pieces: dict[str, dict[str, Any]]) -> set[str]:
     """The parts that a bundle must hold, because no base piece is like them.
 
-    They are the trained ones, those that `init_from` brought from an earlier stage, and always the projector: it is in
+    They are the trained ones, those that `init_from` brought from an earlier stage, and a stack's projector: it is in
     no base piece, also where only LoRA is trained.
     """
-    return {*plan.train, "projector", *(part for part, piece in pieces.items() if "init_from" in piece)}
+    new = () if "model" in pieces else ("projector",)
+    return {*plan.train, *new, *(part for part, piece in pieces.items() if "init_from" in piece)}
 
 
 def held_tensors(
@@ -167,9 +168,16 @@ def _save_adapter(
     """PEFT's own files; the base they name is the language model (PEFT finds no name: the stack is composed)."""
     if provenance is not None:
         for config in model.peft_config.values():
-            config.base_model_name_or_path = provenance.recipe.stack.language_model.pretrained
+            config.base_model_name_or_path = _base_of(provenance.recipe)
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, which would replace the bundle's own
+
+
+def _base_of(recipe: Recipe) -> str:
+    """What LoRA was put into: the existing VLM, or the language model of a stack."""
+    if recipe.model is not None:
+        return recipe.model.pretrained
+    return recipe.parts.language_model.pretrained
 
 
 def update_manifest(folder: str | Path, entries: dict[str, Any]) -> None:

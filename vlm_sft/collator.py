@@ -16,7 +16,7 @@ from PIL import Image
 
 from .chat_template import RenderedChat
 from .errors import RowError, UserError
-from .images import load_image, needed_side
+from .images import image_size, load_image, needed_side
 from .processor import EncodedChat, VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
@@ -142,7 +142,10 @@ class MultimodalCollator:
                 where=where,
                 reason="marks differ",
             )
-        chat, kept = self._fit(messages, where)
+        sizes = []
+        if self.processor.reads_sizes:
+            sizes = [image_size(image, where=where, fetch=self.fetch) for image in images]
+        chat, kept = self._fit(messages, where, sizes)
         images = images[: chat.num_images]
         if not any(label != -100 for label in chat.labels):
             sentence = f"{where}: no token would be in the loss; give the row an answer from the assistant."
@@ -169,12 +172,14 @@ class MultimodalCollator:
             self._decoded[key] = loaded
         return loaded
 
-    def _fit(self, messages: Sequence[dict[str, Any]], where: str) -> tuple[EncodedChat, int]:
+    def _fit(
+        self, messages: Sequence[dict[str, Any]], where: str, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[EncodedChat, int]:
         """Encodes as many whole turns as fit; returns them and the number of messages kept."""
         kept = len(messages)
         while True:
             try:
-                chat = self.processor.encode_rendered(self.render(messages[:kept]))
+                chat = self.processor.encode_rendered(self.render(messages[:kept]), sizes)
             except UserError as error:
                 reason = error.reason if isinstance(error, RowError) else "bad conversation"
                 raise RowError(f"{where}: {error}", where=where, reason=reason) from error
@@ -186,7 +191,7 @@ class MultimodalCollator:
             if previous <= 0:
                 raise RowError(
                     f"{where}: its first turn alone has {len(chat.input_ids)} tokens "
-                    f"({chat.num_images * self.processor.num_image_tokens} of them for images) but sft.max_length is "
+                    f"({sum(chat.places)} of them for images) but sft.max_length is "
                     f"{self.max_length}; raise max_length or remove the row.",
                     where=where,
                     reason="too long",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .activations import Step
+    from .processor import VLMProcessor
     from .recipe import Recipe
     from .stack import Stack
 
@@ -49,22 +50,34 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
         model = add_adapter(model, config)
         stack.plan.apply(model)
     console.print(stack.plan.table(model))
-    tokens = stack.processor.num_image_tokens
-    say(f"An image becomes {tokens} {'token' if tokens == 1 else 'tokens'}.")
+    say(describe_image(stack.processor))
     # A machine without a GPU refuses the types that the recipe asks for; what is asked for is what is estimated.
     args = build_sft_config(
         recipe.model_copy(update={"sft": {**recipe.sft, "bf16": False, "fp16": False, "tf32": None}})
     )
     computes = getattr(torch, computes_in(recipe))
     found = estimate(model, None, launch, args.optim.value, computes)
-    step = step_of(recipe, stack, args)
-    console.print(replace(found, step=count_step(model, step)).table())
+    step = step_of(recipe, stack, args) if recipe.stack else None
+    console.print(found.table() if step is None else replace(found, step=count_step(model, step)).table())
     if not known_optimizer(args.optim.value):
         say(f"What sft.optim={args.optim.value} keeps is not known here; it is counted as AdamW.")
+    if step is None:
+        say("What a step of an existing model takes is not counted: activations come on top.\nNo weight was read.")
+        return
     say(
         f"A step: {step.rows} rows of {step.length} tokens, an image in each; shorter rows and rows without an image "
         f"take less.\nNo weight was read."
     )
+
+
+def describe_image(processor: VLMProcessor) -> str:
+    """One sentence on how many tokens an image becomes."""
+    if not processor.reads_sizes:
+        tokens = processor.num_image_tokens
+        return f"An image becomes {tokens} {'token' if tokens == 1 else 'tokens'}."
+    sizes = ((640, 480), (1280, 960))
+    counts = " and ".join(f"{processor.count_image_tokens(size):,} for {size[0]}×{size[1]} pixels" for size in sizes)
+    return f"How many tokens an image becomes depends on its size: {counts}."
 
 
 def step_of(recipe: Recipe, stack: Stack, args: Any) -> Step:

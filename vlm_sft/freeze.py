@@ -16,6 +16,22 @@ from rich.table import Table
 from torch import nn
 
 PARTS = ("vision_tower", "resampler", "projector", "language_model")
+# First names of a parameter → its part; two names count before one. The composed model has the four words themselves,
+# transformers' own VLMs have others.
+PART_NAMES = {
+    **{part: part for part in PARTS},
+    "visual": "vision_tower",
+    "vision_model": "vision_tower",
+    "visual.merger": "projector",
+    "visual.deepstack_merger_list": "projector",
+    "multi_modal_projector": "projector",
+    "connector": "projector",
+    "image_newline": "projector",  # LLaVA-1.6: a learned feature that ends a row of patches
+    "image_to_text_projection": "projector",  # KOSMOS-2: with its latent queries
+    "vision_embed_tokens": "projector",  # Fuyu: raw patches, no tower
+    "text_model": "language_model",
+    "lm_head": "language_model",
+}
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.")
 ADAPTER_MARK = ".lora_"
 
@@ -26,18 +42,27 @@ def part_of(name: str) -> str:
     Raises:
         KeyError: The name belongs to no part.
     """
-    stripped = True
-    while stripped:
-        stripped = False
-        for wrapper in WRAPPERS:
-            if name.startswith(wrapper):
-                name, stripped = name[len(wrapper) :], True
-    first = name.split(".", 1)[0]
-    if first == "lm_head":
-        return "language_model"
-    if first not in PARTS:
+    words = unwrapped(name).split(".")
+    part = PART_NAMES.get(".".join(words[:2])) or PART_NAMES.get(words[0])
+    if part is None:
         raise KeyError(f"{name!r} belongs to none of {', '.join(PARTS)}")
-    return first
+    return part
+
+
+def unwrapped(name: str) -> str:
+    """A name without what PEFT, DDP, torch.compile or the model itself put in front of its parts."""
+    while wrapper := next((each for each in WRAPPERS if name.startswith(each)), ""):
+        name = name[len(wrapper) :]
+    return name
+
+
+def part_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """Part → (whole name, module) of the parts that a model has, in the order an image passes them."""
+    found: dict[str, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if (part := PART_NAMES.get(unwrapped(name))) is not None:
+            found.setdefault(part, (name, module))
+    return {part: found[part] for part in PARTS if part in found}
 
 
 def is_adapter(name: str) -> bool:
@@ -123,11 +148,10 @@ class FreezePlan:
 
     def rows(self, model: nn.Module) -> list[PartRow]:
         """One row a part, in the order an image passes them."""
-        rows = {}
-        for part in PARTS:
-            module = getattr(_core(model), part, None)
-            if module is not None:
-                rows[part] = PartRow(part, type(module).__name__, learning_rate=self.train.get(part))
+        rows = {
+            part: PartRow(part, type(module).__name__, learning_rate=self.train.get(part))
+            for part, (_, module) in part_modules(model).items()
+        }
         for name, parameter in model.named_parameters():
             row, size = rows[part_of(name)], _size(parameter)
             if is_adapter(name):
@@ -179,11 +203,6 @@ def short_count(number: int) -> str:
     size, letter = (10**9, "B") if number >= 999_500_000 else (10**6, "M")
     share = number / size
     return f"{share:,.{(share < 9.995) + (share < 99.95)}f}{letter}"
-
-
-def _core(model: nn.Module) -> nn.Module:
-    """The module that has the four parts as attributes, under whatever wraps it."""
-    return next(m for m in model.modules() if hasattr(m, "vision_tower") and hasattr(m, "language_model"))
 
 
 def _size(parameter: nn.Parameter) -> int:

@@ -16,7 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from .answer_options import check_options, generation_options
 from .errors import UserError
-from .images import load_image
+from .family_model import FamilyModel
+from .images import image_size, load_image
 from .modeling import INSTRUCTION
 from .processor import EncodedChat, VLMProcessor
 
@@ -81,9 +82,10 @@ def prepare(
 def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "") -> EncodedChat:
     """Ids of one conversation up to where the answer begins; see `prepare`."""
     messages, place = row["messages"], f"{where}: " if where else ""
+    sizes = [image_size(image, where=where) for image in row["images"]] if processor.reads_sizes else []
     messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     try:
-        chat = processor.encode_chat(messages, add_generation_prompt=True)
+        chat = processor.encode_chat(messages, add_generation_prompt=True, sizes=sizes)
     except UserError as error:
         raise UserError(f"{place}{error}") from None
     if not chat.input_ids:
@@ -166,16 +168,19 @@ def _fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[
 def _generate(
     model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any], **more: Any
 ) -> torch.Tensor:
-    """Calls `generate` with embeddings in place of ids and images; it sees and returns new tokens alone.
+    """Calls `generate`; returns new tokens alone.
 
-    A placeholder's id may lie beyond the vocabulary, where a repetition penalty would look it up and fail.
+    A stack is given embeddings in place of ids and images, because a placeholder's id may lie beyond the vocabulary,
+    where a repetition penalty would look it up and fail. An existing VLM takes both as its own class does.
     """
     core = model.get_base_model() if isinstance(model, PeftModel) else model
-    instruction = {name: batch.get(name) for name in INSTRUCTION}
-    embeds = core.model.embed(batch["input_ids"], batch.get("pixel_values"), **instruction)
     known = vars(GenerationConfig())
     config = GenerationConfig(**{name: value for name, value in settings.items() if name in known})
     more |= {name: value for name, value in settings.items() if name not in known}
+    if isinstance(core, FamilyModel):
+        return model.generate(**batch, generation_config=config, **more)[:, batch["input_ids"].shape[1] :]
+    instruction = {name: batch.get(name) for name in INSTRUCTION}
+    embeds = core.model.embed(batch["input_ids"], batch.get("pixel_values"), **instruction)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*with `inputs_embeds` and without `input_ids`")
         output: torch.Tensor = model.generate(
@@ -232,6 +237,7 @@ class _Writer(BaseStreamer, StoppingCriteria):
         self._processor = processor
         self._ids: list[int] = []
         self._shown = 0
+        self._started = False
         # A piece of text, an exception, or None at the end.
         self._queue: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         self._stop = threading.Event()
@@ -249,7 +255,10 @@ class _Writer(BaseStreamer, StoppingCriteria):
         self._queue.put(last)
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes new ids (called by `generate`; the first time with the prompt, which is empty here)."""
+        """Takes new ids (called by `generate`; the first time with the prompt, which is no answer)."""
+        if not self._started:
+            self._started = True
+            return
         self._ids += value.flatten().tolist()
         # The character at the end may be a half one.
         self._show(_decode(self._processor, self._ids).rstrip("\ufffd"))

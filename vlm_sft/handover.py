@@ -41,14 +41,15 @@ def hand_over(stack: Stack, folder: str | Path) -> list[str]:
             f"`vlm-sft export --to bundle-merged` first, or go on with sft.resume_from_checkpoint."
         )
     config, ours = _read_config(folder), stack.model.config
-    if (config.get("projector_type"), config.get("projector_options")) != (ours.projector_type, ours.projector_options):
+    kind = (getattr(ours, "projector_type", None), getattr(ours, "projector_options", None))
+    if (config.get("projector_type"), config.get("projector_options")) != kind:
         raise UserError(
             f"init_from {str(folder)!r} has a {config.get('projector_type')} projector "
             f"{config.get('projector_options')}, but this recipe asks for {ours.projector_type} "
             f"{ours.projector_options}; use the same projector."
         )
     for name, key in FEATURES.items():
-        if (old := config.get(name)) != (new := getattr(ours, name)):
+        if (old := config.get(name)) != (new := getattr(ours, name, None)):
             raise UserError(
                 f"init_from {str(folder)!r} was trained with {key}: {old}, but this recipe has {new}; use the same."
             )

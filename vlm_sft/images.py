@@ -130,6 +130,31 @@ def _fetched(url: str, prefix: str, fetch: Callable[[str], str]) -> str:
         raise RowError(f"{prefix}{error}", reason=error.reason) from None
 
 
+def image_size(
+    image: Mapping[str, Any] | str | Path | bytes | Image.Image,
+    *,
+    where: str = "",
+    fetch: Callable[[str], str] | None = None,
+) -> tuple[int, int]:
+    """(width, height) in pixels that `load_image` will give, mostly from the head of the file alone.
+
+    Args and Raises: see `load_image`.
+    """
+    if isinstance(image, Image.Image):
+        return _upright_size(image)
+    source = image.get("bytes") or image.get("path") if isinstance(image, Mapping) else image
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as opened:
+            return _upright_size(opened)
+    except Exception:  # whatever it is, `load_image` says it in a sentence, or reads it in another way
+        return load_image(image, where=where, fetch=fetch).size
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # the orientations that lie on a side
+    return (image.height, image.width) if turned else image.size
+
+
 def _from_file(path: str, prefix: str, limits: _Limits, what: str = "") -> Image.Image:
     what = what or f"{prefix}the image {path}"
     try:

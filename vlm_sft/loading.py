@@ -15,6 +15,7 @@ from torch import nn
 from .adapters import add_adapter
 from .bundle import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED, parameters_of, read_manifest
 from .errors import UserError
+from .family_stack import load_processor
 from .freeze import PARTS, FreezePlan
 from .hub import find_bundle
 from .pieces import compare_pieces
@@ -65,7 +66,7 @@ def load(
     load_trained(folder, model, stack.plan)
     model.requires_grad_(False)
     try:
-        processor = VLMProcessor.from_pretrained(str(folder))
+        processor = _load_processor(folder, recipe, stack.model.config)
     except (OSError, ValueError) as error:
         raise UserError(f"{str(folder)!r} is no whole bundle: its processor cannot be read ({error}).") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,28 +86,36 @@ def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
         raise UserError(f"{str(folder)!r} cannot be loaded: it was saved without its recipe ({RECIPE}).")
     overrides: dict[str, Any] = {
         "chat_template": str((folder / TEMPLATE).resolve()),
-        "stack.projector.pretrained": None,
-        "stack.projector.init": "default",
     }
+    if "model" not in manifest["pieces"]:
+        overrides |= {"stack.projector.pretrained": None, "stack.projector.init": "default"}
     for part, piece in manifest["pieces"].items():
+        key = part if part == "model" else f"stack.{part}"
         if not Path(piece["pretrained"]).exists() and Path(piece.get("path", "")).is_absolute():
-            overrides[f"stack.{part}.pretrained"] = piece["path"]
+            overrides[f"{key}.pretrained"] = piece["path"]
         elif piece.get("commit") and not Path(piece["pretrained"]).exists():
-            overrides[f"stack.{part}.revision"] = piece["commit"]
+            overrides[f"{key}.revision"] = piece["commit"]
         if "more" in piece:
-            overrides[f"stack.{part}.more"] = piece["more"]
+            overrides[f"{key}.more"] = piece["more"]
     return load_recipe(folder / RECIPE, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
 
 
 def refuse_remote_code(recipe: Recipe, where: str) -> None:
     """Raises a UserError when a recipe asks to run code of a base piece."""
     for part in PARTS:
-        piece = getattr(recipe.stack, part)
+        piece = getattr(recipe.stack, part, None)
         if piece is not None and piece.trust_remote_code:
             raise UserError(
                 f"{where!r} wants to run Python code that {piece.pretrained!r} brings along (stack.{part}."
                 f"trust_remote_code); read that code, then allow it with --trust-remote-code (trust_remote_code=True)."
             )
+
+
+def _load_processor(folder: Path, recipe: Recipe, config: Any) -> VLMProcessor:
+    if recipe.model is None:
+        return VLMProcessor.from_pretrained(str(folder))
+    spec = recipe.model.model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})
+    return load_processor(spec, config, (folder / TEMPLATE).read_text(encoding="utf-8"), recipe.system)
 
 
 def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:

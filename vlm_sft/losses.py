@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # Positions scored at a time: bounds the logits in memory to this many rows of the vocabulary.
 CHUNK = 1024
 Score = Callable[[torch.Tensor], torch.Tensor]
+
+
+def scaled_logits(head: nn.Module, config: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """(…, D) → (…, vocabulary), with the scalings some language models put after their head.
+
+    Args:
+        head: The language model's head.
+        config: Its configuration.
+        hidden: Outputs of the language model.
+    """
+    logits = head(hidden)
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 def supervised_losses(

@@ -68,13 +68,13 @@ def _recipe(recipe: Recipe, bundle: Path, folder: Path, dtype: torch.dtype) -> R
     """The bundle's recipe with the merged language model in place of its base, and without LoRA."""
     changes = {"pretrained": str(folder.resolve()), "revision": None, "trust_remote_code": False}
     changes["dtype"] = str(dtype).removeprefix("torch.")
-    language_model = recipe.stack.language_model.model_copy(update=changes)
+    language_model = recipe.parts.language_model.model_copy(update=changes)
     rates = {part: rate for part, rate in recipe.train.items() if part != "language_model"}
     # The bundle's own template is read when it is loaded; its name is what people know it by.
     name = YamlFile.read(bundle / RECIPE).data["chat_template"]
     return recipe.model_copy(
         update={
-            "stack": recipe.stack.model_copy(update={"language_model": language_model}),
+            "stack": recipe.parts.model_copy(update={"language_model": language_model}),
             "chat_template": name,
             "train": rates or {"projector": float(recipe.sft.get("learning_rate", 2e-5))},
             "lora": None,

@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 
 from .configuration import VLMConfig, count_patches, image_size_of
 from .connectors import build_projector, build_resampler
-from .losses import supervised_losses
+from .losses import scaled_logits, supervised_losses
 from .mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig, MPLUGOwlVisionModel
 from .qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig, QwenVLVisionModel
 from .sharded import is_sharded
@@ -374,16 +374,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         return result
 
     def _score(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, D) → (…, vocabulary), with the scalings some language models put after their head."""
-        config = self.config.get_text_config()
-        logits = self.lm_head(hidden)
-        if scale := getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if scaling := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / scaling
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return scaled_logits(self.lm_head, self.config.get_text_config(), hidden)
 
     def _expand_inputs_for_generation(
         self,

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,20 @@ from torch import nn
 
 from .bundle import update_manifest
 from .errors import UserError, exit_on_user_error
+from .freeze import part_of
 from .loading import load
-from .modeling import INSTRUCTION
 
 # Same weights, same code, another process: equal on a CPU up to the order of threads, on a GPU up to kernel choice.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 MAX_POSITIONS = 256
-INPUTS = ("input_ids", "attention_mask", "pixel_values", *INSTRUCTION)
+NOT_INPUTS = ("labels", "loss_weights", "logits")
 
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """(up to 256 supervised positions, vocabulary) logits of a batch, in fp32 on the CPU."""
     device = next(model.parameters()).device
-    inputs = {name: batch[name].to(device) for name in INPUTS if name in batch}
+    inputs = {name: tensor.to(device) for name, tensor in _tensors(batch).items() if name not in NOT_INPUTS}
     was_training = model.training
     model.eval()
     logits = model(**inputs).logits
@@ -60,11 +61,12 @@ def check_parity(
         UserError: The bundle does not load, or its logits differ.
     """
     wanted = probe_logits(model, batch) if logits is None else logits
-    dtype = next(p.dtype for n, p in model.named_parameters() if "language_model" in n and p.is_floating_point())
+    language_model = (p for n, p in model.named_parameters() if part_of(n) == "language_model")
+    dtype = next(p.dtype for p in language_model if p.is_floating_point())
     device = str(next(model.parameters()).device)
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder) / "probe.safetensors"
-        tensors = {name: batch[name].contiguous().cpu() for name in (*INPUTS, "labels") if name in batch}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in _tensors(batch).items()}
         save_file({**tensors, "logits": wanted.contiguous()}, probe)
         process = subprocess.run(
             [sys.executable, "-m", "vlm_sft.parity", str(bundle), str(probe), device],
@@ -91,6 +93,10 @@ def check_parity(
             f"{tolerance:g}); do not use it, and report this."
         )
     return result
+
+
+def _tensors(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
 def environment() -> dict[str, str]:

@@ -65,7 +65,7 @@ def load_vision_tower(spec: Any, dtype: torch.dtype) -> PreTrainedModel:
     if not is_foreign(spec, key) and not spec.config and not resized:
         whole = load_config(spec.pretrained, spec.revision, key, spec.trust_remote_code)
         if whole.model_type == config.model_type and config.model_type not in VISION_MODELS:
-            return _from_pretrained(AutoModel, spec, key, dtype=dtype)
+            return from_pretrained(AutoModel, spec, key, dtype=dtype)
     with torch.device("meta"):
         tower = build_vision_tower(config)
     patches = count_patches(config, *image_size_of(config)) if resized else None
@@ -122,7 +122,7 @@ def load_language_model(spec: Any, dtype: torch.dtype, **options: Any) -> PreTra
         named = quantised.llm_int8_skip_modules
         quantised.llm_int8_skip_modules = None if named is None else [*named, "lm_head", "embed_out"]
     options.update(dtype=dtype, attn_implementation=spec.attn_implementation)
-    model = _from_pretrained(AutoModelForCausalLM, spec, key, **options)
+    model = from_pretrained(AutoModelForCausalLM, spec, key, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On some CPUs bitsandbytes packs 4-bit weights anew at the first evaluation: widths that 64 does not divide
@@ -131,13 +131,13 @@ def load_language_model(spec: Any, dtype: torch.dtype, **options: Any) -> PreTra
     return model
 
 
-def _from_pretrained(auto_class: Any, spec: Any, key: str, **options: Any) -> PreTrainedModel:
+def from_pretrained(auto_class: Any, spec: Any, key: str, **options: Any) -> PreTrainedModel:
     """`from_pretrained`, but a tensor that the checkpoint lacks is an error: transformers would draw it at random."""
     try:
         model, found = auto_class.from_pretrained(
             spec.pretrained,
             revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
+            trust_remote_code=getattr(spec, "trust_remote_code", False),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # what does not fit is named below, instead of in a log
             **options,

@@ -7,26 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .freeze import PARTS
-from .modeling import VLMForConditionalGeneration
 from .parts import find_tensors
 from .sizes import open_checkpoint
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-COMPARED = ("vision_tower", "resampler", "language_model")
+COMPARED = ("model", "vision_tower", "resampler", "language_model")
 
 
-def pieces_of(recipe: Recipe, model: VLMForConditionalGeneration) -> dict[str, dict[str, Any]]:
+def pieces_of(recipe: Recipe, model: Any) -> dict[str, dict[str, Any]]:
     """Where each part came from, with a fingerprint of its tensors there (the hand-over and the loader compare it)."""
+    specs = {part: getattr(recipe.stack, part, None) for part in PARTS if part != "projector"}
     pieces = {}
-    for part in PARTS:
-        spec = getattr(recipe.stack, part)
-        if spec is None or part == "projector":
+    for part, spec in {**specs, "model": recipe.model}.items():
+        if spec is None:
             continue
         checkpoint = open_checkpoint(spec, part)
         names = None
-        if part != "language_model":
+        if part in ("vision_tower", "resampler"):
             wanted = getattr(model.model, part).state_dict()
             kind = getattr(spec, "type", part)
             try:
@@ -42,8 +41,8 @@ def pieces_of(recipe: Recipe, model: VLMForConditionalGeneration) -> dict[str, d
             pieces[part]["commit"] = commit  # a branch moves on; what was trained on is found again
         if Path(spec.pretrained).exists():  # so that the bundle loads from another working directory
             pieces[part]["path"] = str(Path(spec.pretrained).resolve())
-        if getattr(spec, "more", None):
-            pieces[part]["more"] = [str(Path(path).resolve()) for path in spec.more]
+        if more := getattr(spec, "more", None):
+            pieces[part]["more"] = [str(Path(path).resolve()) for path in more]
     return pieces
 
 

@@ -6,7 +6,7 @@ The mask is made on the rendered text, before image placeholders are expanded; t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,19 @@ class EncodedChat:
         input_ids: S token ids, image placeholders expanded.
         labels: S labels, -100 outside the answers.
         num_images: Number of images the ids have room for.
+        places: S flags, 1 where an image feature goes.
     """
 
     input_ids: list[int]
     labels: list[int]
     num_images: int
+    places: list[int] = field(default_factory=list)
+
+    def append(self, token: int, learned: bool = False, place: bool = False) -> None:
+        """Adds one token."""
+        self.input_ids.append(token)
+        self.labels.append(token if learned else IGNORED)
+        self.places.append(int(place))
 
 
 class VLMProcessor(ProcessorMixin):
@@ -54,10 +62,13 @@ class VLMProcessor(ProcessorMixin):
 
     Attributes:
         qformer_tokenizer: Tokenizer of a resampler that reads the instruction, or None. It is saved along.
+        reads_sizes: Whether the number of tokens of an image depends on its size, so that `sizes` must be given.
 
     Raises:
         UserError: The tokenizer cannot tell where in the text its tokens lie.
     """
+
+    reads_sizes = False
 
     def __init__(
         self,
@@ -98,42 +109,47 @@ class VLMProcessor(ProcessorMixin):
             system=self.system,
         )
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> EncodedChat:
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = False,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> EncodedChat:
         """Ids and labels of a conversation.
 
         Args:
             messages: Roles and content parts.
             add_generation_prompt: Ends with what stands before the next answer (for inference).
+            sizes: See `encode_rendered`.
 
         Raises:
             UserError: The conversation is malformed; the message says which message of it.
         """
-        return self.encode_rendered(self.render(messages, add_generation_prompt))
+        return self.encode_rendered(self.render(messages, add_generation_prompt), sizes)
 
-    def encode_rendered(self, chat: RenderedChat) -> EncodedChat:
-        """Ids and labels of a rendered conversation; a token is in the loss when all its characters are."""
-        supervised = bytearray(len(chat.text))
-        for start, end in chat.spans:
-            supervised[start:end] = b"\x01" * (end - start)
+    def encode_rendered(self, chat: RenderedChat, sizes: Sequence[tuple[int, int]] = ()) -> EncodedChat:
+        """Ids and labels of a rendered conversation; a token is in the loss when all its characters are.
+
+        Args:
+            chat: The conversation.
+            sizes: (width, height) of each image, for a processor that `reads_sizes`; this one does not.
+        """
+        supervised = supervised_characters(chat)
         images = {start for start, _ in chat.image_spans}
         encoded = EncodedChat([], [], len(chat.image_spans))
         if self._adds_bos(chat.text):
-            self._append(encoded, self.tokenizer.bos_token_id, False)
+            encoded.append(self.tokenizer.bos_token_id)
         for token, start, end in self._tokenize(chat.text, supervised):
             learned = end > start and bool(supervised[start])
             if token != self.image_token_id:
-                self._append(encoded, token, learned)
+                encoded.append(token, learned)
             elif start in images:
                 for _ in range(self.num_image_tokens):
-                    self._append(encoded, token, False)
+                    encoded.append(token, place=True)
             else:  # somebody typed the placeholder: it is text, not an image
                 for piece in self._as_plain_text(chat.text[start:end]):
-                    self._append(encoded, piece, learned)
+                    encoded.append(piece, learned)
         return encoded
-
-    def _append(self, encoded: EncodedChat, token: int, learned: bool) -> None:
-        encoded.input_ids.append(token)
-        encoded.labels.append(token if learned else IGNORED)
 
     def _tokenize(self, text: str, supervised: bytearray, offset: int = 0) -> list[tuple[int, int, int]]:
         """(id, start, end) of every token; no token lies across the border of an answer.
@@ -261,6 +277,14 @@ class VLMProcessor(ProcessorMixin):
                 padding = [fill] * (longest - len(row.input_ids))
                 columns[name].append(values[name] + padding if side == "right" else padding + values[name])
         return BatchFeature({name: torch.tensor(column) for name, column in columns.items()})
+
+
+def supervised_characters(chat: RenderedChat) -> bytearray:
+    """1 for each character of a rendered conversation that is in the loss."""
+    supervised = bytearray(len(chat.text))
+    for start, end in chat.spans:
+        supervised[start:end] = b"\x01" * (end - start)
+    return supervised
 
 
 _FIRST_IDS: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()

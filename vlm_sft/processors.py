@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def build_processor(recipe: Recipe, config: VLMConfig) -> VLMProcessor:
     """Image processor of the vision tower, tokenizer of the language model, the recipe's chat template."""
-    tower, lm = recipe.stack.vision_tower, recipe.stack.language_model
+    assert recipe.chat_template is not None
+    tower, lm = recipe.parts.vision_tower, recipe.parts.language_model
     image_processor = _load_image_processor(tower, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -35,8 +36,8 @@ def build_processor(recipe: Recipe, config: VLMConfig) -> VLMProcessor:
         pad_to_square=tower.pad_to_square,
         system=recipe.system,
     )
-    if recipe.stack.resampler and recipe.stack.resampler.type == "instruct_qformer":
-        processor.qformer_tokenizer = _load_qformer_tokenizer(recipe.stack.resampler)
+    if recipe.parts.resampler and recipe.parts.resampler.type == "instruct_qformer":
+        processor.qformer_tokenizer = _load_qformer_tokenizer(recipe.parts.resampler)
         _check_vocabulary(len(processor.qformer_tokenizer), config)
     return processor
 

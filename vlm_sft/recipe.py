@@ -26,6 +26,7 @@ __all__ = [
     "Data",
     "Hub",
     "LanguageModel",
+    "PretrainedModel",
     "Projector",
     "Recipe",
     "Resampler",
@@ -131,6 +132,21 @@ class Stack(RecipeModel):
     """A causal language model, which reads the projected features among its embeddings."""
 
 
+class PretrainedModel(RecipeModel):
+    """An existing VLM of transformers, with its own processor."""
+
+    pretrained: str
+    """Hub id or folder: LLaVA-1.5 and 1.6, Qwen2.5-VL, Qwen3-VL, Idefics3, SmolVLM, PaliGemma, InternVL, Gemma 3, …"""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repository."""
+    dtype: Dtype | None = None
+    """Type of the weights that are not trained; unset: what `sft:` computes in."""
+    attn_implementation: str | None = None
+    """As transformers names it, for example `sdpa` or `flash_attention_2`."""
+    processor: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model's own processor, for example `{max_pixels: 1003520}` (Qwen-VL)."""
+
+
 class Hub(RecipeModel):
     """Where the bundle is pushed to on the Hugging Face Hub."""
 
@@ -157,12 +173,15 @@ _SFT_SCHEMA: dict[str, Any] = {"required": ["output_dir"], "properties": {"outpu
 class Recipe(RecipeModel):
     """One training stage. Relative paths are relative to the working directory."""
 
-    stack: Stack
+    stack: Stack | None = None
     """The four parts of the model, in the order an image passes them."""
+    model: PretrainedModel | None = None
+    """An existing VLM to start from, in place of `stack`."""
     init_from: str | None = None
     """Bundle of the earlier stage to start from. Its parts must be the same; what differs is named."""
-    chat_template: str
-    """Name of a chat template that ships, or path of a `.jinja` file with generation markers."""
+    chat_template: str | None = None
+    """Name of a chat template that ships, or path of a `.jinja` file with generation markers. With `model`, unset is
+    the model's own."""
     system: str | None = None
     """System prompt for conversations that have none. Unset: the template's own."""
     train: dict[str, float] = Field(default_factory=dict, json_schema_extra=_TRAIN_SCHEMA)
@@ -199,6 +218,12 @@ class Recipe(RecipeModel):
     def path(self) -> Path | None:
         """The file that the recipe was read from, if it was."""
         return self._path
+
+    @property
+    def parts(self) -> Stack:
+        """The stack, of a recipe that is known to have one."""
+        assert self.stack is not None, "the recipe starts from an existing model"
+        return self.stack
 
     def resolved(self) -> dict[str, Any]:
         """Returns the recipe with overrides, interpolations and defaults filled in, as plain dicts and lists."""

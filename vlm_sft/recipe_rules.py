@@ -46,6 +46,20 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
     return None
 
 
+def _stack_or_model(recipe: Recipe) -> Broken:
+    if recipe.stack is None and recipe.model is None:
+        yield ("stack",), 'the key "stack" is missing: the parts of the model (or `model`: an existing VLM).'
+    if recipe.stack is not None and recipe.model is not None:
+        yield ("model",), "`model` is an existing VLM and `stack` composes one; keep one of them."
+    if recipe.stack is not None and recipe.chat_template is None:
+        yield ("chat_template",), 'the key "chat_template" is missing.'
+    if recipe.model is not None and recipe.quantization is not None:
+        yield (
+            ("quantization",),
+            "`quantization` goes with `stack`, whose language model is loaded by itself; remove one of the two.",
+        )
+
+
 def _something_is_trained(recipe: Recipe) -> Broken:
     if not recipe.train and recipe.lora is None:
         yield ("train",), "nothing would be trained; name a part under `train` (part: learning rate) or add `lora`."
@@ -62,7 +76,7 @@ def _trained_parts_exist(recipe: Recipe) -> Broken:
                 ("train", part),
                 f"the learning rate of {part} must be above zero, not {rate:g}; left out, it is frozen.",
             )
-    if "resampler" in recipe.train and recipe.stack.resampler is None:
+    if "resampler" in recipe.train and (recipe.stack is None or recipe.stack.resampler is None):
         yield ("train", "resampler"), "`train.resampler` is set but the stack has no resampler; remove it or add one."
 
 
@@ -105,6 +119,8 @@ def _quantised_is_frozen(recipe: Recipe) -> Broken:
 
 
 def _pieces_fit_their_options(recipe: Recipe) -> Broken:
+    if recipe.stack is None:
+        return
     resampler, projector = recipe.stack.resampler, recipe.stack.projector
     if resampler is not None and resampler.pretrained is None:
         yield (
@@ -130,6 +146,8 @@ def _pieces_fit_their_options(recipe: Recipe) -> Broken:
 
 
 def _template_exists(recipe: Recipe) -> Broken:
+    if recipe.chat_template is None:
+        return
     try:
         template_path(recipe.chat_template)
     except UserError as error:
@@ -220,6 +238,7 @@ def _is_number(value: Any) -> bool:
 
 
 _RULES = (
+    _stack_or_model,
     _trained_parts_exist,
     _something_is_trained,
     _lora_or_full,

@@ -96,7 +96,8 @@ def is_foreign(spec: Any, key: str) -> bool:
 def open_checkpoint(spec: Any, part: str) -> Checkpoint:
     """The checkpoint that a recipe's piece names, with the further files it names."""
     more = getattr(spec, "more", None) or ()
-    return Checkpoint(spec.pretrained, spec.revision, f"stack.{part}.pretrained", more=more)
+    key = "model.pretrained" if part == "model" else f"stack.{part}.pretrained"
+    return Checkpoint(spec.pretrained, spec.revision, key, more=more)
 
 
 def vision_tower_config(spec: Any) -> PreTrainedConfig:

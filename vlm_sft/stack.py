@@ -22,7 +22,8 @@ from .configs import build_quantization_config, computes_in
 from .configuration import VLMConfig, count_patches, image_size_of
 from .connectors import build_projector
 from .errors import UserError
-from .freeze import FreezePlan
+from .family_stack import compose_family, empty_family, load_family
+from .freeze import FreezePlan, part_modules
 from .modeling import Parts, VLMForConditionalGeneration, build_vision_tower
 from .parts import (
     load_language_model,
@@ -49,13 +50,13 @@ class Stack:
     """What a recipe composes.
 
     Attributes:
-        model: The composed model, freeze plan applied.
+        model: The composed model (or the existing one), freeze plan applied.
         processor: Its processor.
         plan: The freeze plan.
         pieces: Part → where it came from: id, revision and fingerprint (none for a dry run).
     """
 
-    model: VLMForConditionalGeneration
+    model: Any
     processor: VLMProcessor
     plan: FreezePlan
     pieces: dict[str, dict[str, Any]]
@@ -64,7 +65,7 @@ class Stack:
 def build_stack(
     recipe: Recipe,
     say: Callable[[str], None] = lambda message: None,
-    composed: tuple[VLMConfig, VLMProcessor] | None = None,
+    composed: tuple[Any, VLMProcessor] | None = None,
 ) -> Stack:
     """Loads the pieces of a recipe and composes them.
 
@@ -76,7 +77,9 @@ def build_stack(
     Raises:
         UserError: A piece cannot be had, or two pieces do not fit.
     """
-    stack = recipe.stack
+    if recipe.model is not None:
+        return _build_family(recipe, composed)
+    stack = recipe.parts
     config, processor = composed or compose(recipe)
     for token in processor.added_tokens:
         say(f"The tokenizer of {stack.language_model.pretrained} had no {token} token: it was added (no embedding is).")
@@ -104,6 +107,8 @@ def build_stack(
 
 def build_empty_stack(recipe: Recipe) -> Stack:
     """The same stack on the meta device: every size and name, no weight is read."""
+    if recipe.model is not None:
+        return _build_family(recipe, empty=True)
     config, processor = compose(recipe)
     with torch.device("meta"):
         model = VLMForConditionalGeneration(config)
@@ -119,9 +124,32 @@ def build_empty_stack(recipe: Recipe) -> Stack:
     return Stack(model, processor, plan, {})
 
 
-def compose(recipe: Recipe) -> tuple[VLMConfig, VLMProcessor]:
-    """Configuration and processor of a recipe's stack, from small files alone; every width is checked here."""
-    stack = recipe.stack
+def _build_family(recipe: Recipe, composed: Any = None, empty: bool = False) -> Stack:
+    config, processor = composed or compose_family(recipe)
+    model = (empty_family if empty else load_family)(recipe, config, processor, dtype_of(recipe, "model"))
+    plan = plan_of(recipe)
+    check_parts(plan, model)
+    plan.apply(model)
+    return Stack(model, processor, plan, {} if empty else pieces_of(recipe, model))
+
+
+def check_parts(plan: FreezePlan, model: nn.Module) -> None:
+    """Checks that a model has the parts that are to be trained.
+
+    Raises:
+        UserError: It has not; the message names those there are.
+    """
+    there = part_modules(model)
+    for part in plan.train:
+        if part not in there:
+            raise UserError(f"train.{part}: this model has no {part}; its parts are {', '.join(there)}.")
+
+
+def compose(recipe: Recipe) -> tuple[Any, VLMProcessor]:
+    """Configuration and processor of a recipe's model, from small files alone; every width is checked here."""
+    if recipe.model is not None:
+        return compose_family(recipe)
+    stack = recipe.parts
     tower = stack.vision_tower
     vision_config = vision_tower_config(tower)
     lm = stack.language_model
@@ -234,13 +262,16 @@ def dtype_of(recipe: Recipe, part: str) -> torch.dtype:
 
     What is trained stays in fp32 under autocast: bf16 weights lose small updates.
     """
-    if name := getattr(getattr(recipe.stack, part), "dtype", None):
+    spec = recipe.model if part == "model" else getattr(recipe.stack, part)
+    if name := getattr(spec, "dtype", None):
         return getattr(torch, name)
     return torch.float32 if part in recipe.train else getattr(torch, computes_in(recipe))
 
 
 def precision_warning(recipe: Recipe, config: VLMConfig) -> str | None:
     """One sentence when fp16 is asked for with a vision tower that is known to overflow in it, else None."""
+    if recipe.stack is None:
+        return None
     kind = config.vision_config.model_type  # type: ignore[union-attr]
     if kind not in OVERFLOWING or torch.float16 not in (dtype_of(recipe, "vision_tower"), _autocast(recipe)):
         return None

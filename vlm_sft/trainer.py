@@ -77,7 +77,8 @@ class VLMSFTTrainer(ResumableTrainer):
     ) -> None:
         self.plan = plan
         self.provenance = provenance
-        self.image_use = image_use
+        # Images can be exchanged only where each takes as many tokens as any other.
+        self.image_use = image_use and bool(processing_class.num_image_tokens)
         self._sums: dict[str, defaultdict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._last_images: torch.Tensor | None = None
         self._rejected: list[tuple[str, str, str, str]] = []

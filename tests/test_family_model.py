@@ -1,0 +1,91 @@
+"""The class put over an existing VLM: the same logits and loss, and a gradient for every trained parameter."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+from tiny_families import TINY, processor_of, tiny
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+
+from vlm_sft.collator import MultimodalCollator
+from vlm_sft.family_model import model_class, set_dtypes
+from vlm_sft.freeze import FreezePlan, part_modules, part_of
+
+PARTS = ("vision_tower", "projector", "language_model")
+
+
+def encoded(size: tuple[int, int]) -> bytes:
+    """A PNG of noise."""
+    stream = io.BytesIO()
+    Image.effect_noise(size, 90).convert("RGB").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def rows(*images: tuple[int, int] | None) -> list[dict]:
+    """One row an argument: with an image of that size, or of text alone."""
+    made = []
+    for number, size in enumerate(images):
+        parts = [{"type": "image"}] * (size is not None) + [{"type": "text", "text": "What is this?"}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": f"number {number}"}]
+        picture = [{"path": None, "bytes": encoded(size)}] if size else []
+        made.append({"id": str(number), "messages": messages, "images": picture, "source": "x"})
+    return made
+
+
+def build(name: str):
+    """(model, processor) of a family, everything trained."""
+    config = AutoConfig.from_pretrained(tiny(name))
+    model, processor = model_class(config).from_pretrained(tiny(name)), processor_of(name)
+    model.blank = processor.image_inputs([Image.new("RGB", (64, 64))])
+    FreezePlan(dict.fromkeys(PARTS, 1e-3)).apply(model)
+    return model.train(), processor
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_logits_and_loss_are_the_models_own(name):
+    model, processor = build(name)
+    native = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(model.config)].from_pretrained(tiny(name))
+    batch = MultimodalCollator(processor)(rows((40, 30), None, (300, 60)))
+    model.eval(), native.eval()
+    with torch.no_grad():
+        ours, theirs = model(**batch), native(**batch)
+        scored = model(**batch, supervised_only=True)
+    assert torch.allclose(ours.logits, theirs.logits, atol=1e-6)
+    assert torch.allclose(scored.loss, theirs.loss, atol=1e-5)
+    assert scored.token_losses.numel() == (batch["labels"] != -100).sum()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_batch_of_text_alone_gives_every_parameter_the_gradient_that_it_had_and_images_move_it(name):
+    model, processor = build(name)
+    collator = MultimodalCollator(processor)
+    model(**collator(rows((40, 30), None)), supervised_only=True).loss.backward()
+    reached = {n for n, p in model.named_parameters() if p.grad is not None}
+    moved = {part_of(n) for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == set(part_modules(model))
+    model.zero_grad()
+    model(**collator(rows(None, None)), supervised_only=True).loss.backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == reached
+    image_path = [p for n, p in model.named_parameters() if part_of(n) != "language_model" and p.grad is not None]
+    assert all(p.grad.abs().max() == 0 for p in image_path)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_parts_of_different_types_follow_each_other(name):
+    model, processor = build(name)
+    set_dtypes(model, ["projector"], torch.bfloat16)
+    assert {p.dtype for n, p in model.named_parameters() if part_of(n) == "projector"} == {torch.float32}
+    batch = MultimodalCollator(processor)(rows((40, 30), None))
+    with torch.no_grad():
+        assert model.eval()(**batch).logits.isfinite().all()
+
+
+def test_a_frozen_tower_stays_in_evaluation_mode():
+    model, _ = build("llava")
+    FreezePlan({"projector": 1e-3}).apply(model)
+    model.train()
+    parts = {part: module for part, (_, module) in part_modules(model).items()}
+    assert not parts["vision_tower"].training and parts["projector"].training and parts["language_model"].training

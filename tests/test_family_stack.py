@@ -1,0 +1,140 @@
+"""A recipe that starts from an existing VLM: trained, saved, loaded, asked; and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from test_family_model import encoded
+from tiny_families import TINY, tiny
+
+from vlm_sft import load, load_recipe
+from vlm_sft.dry_run import dry_run as show
+from vlm_sft.errors import UserError
+from vlm_sft.generation import answer, stream_answer
+from vlm_sft.launch import read_launch
+from vlm_sft.parity import probe_logits
+from vlm_sft.train import train
+
+SIZES = [(40, 30), (64, 30), (300, 60), None, None, (30, 40)]
+QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+PLAIN = {"role": "user", "content": [{"type": "text", "text": "你好"}]}
+
+
+def dry_run(recipe) -> None:
+    show(recipe, read_launch(None), Console(width=120))
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory) -> str:
+    """Four rows with an image, of several sizes, and two without."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = []
+    for number, size in enumerate(SIZES):
+        if size:
+            (folder / f"{number}.png").write_bytes(encoded(size))
+        messages = [QUESTION if size else PLAIN, {"role": "assistant", "content": f"a red {number}"}]
+        rows.append({"id": str(number), "messages": messages, "images": [f"{number}.png"] if size else []})
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(folder / "rows.jsonl")
+
+
+@pytest.fixture
+def model_recipe(recipe_file, rows_file):
+    """A recipe by the family; other top-level keys by keyword."""
+
+    def make(name: str, *overrides: str, **changes):
+        plain = {"stack": None, "chat_template": None, "model": {"pretrained": str(tiny(name))}}
+        data = {"train": [{"path": rows_file, "format": "messages"}]}
+        path = recipe_file("existing", **{**plain, "data": data, "lora": {"r": 2}, **changes})
+        return load_recipe(
+            path, ["sft.max_steps=3", "sft.max_length=1024", "sft.per_device_train_batch_size=2", *overrides]
+        )
+
+    return make
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """In place of the fresh process, which is tested for two families: what the trained model makes of the probe."""
+    kept = {}
+
+    def check(bundle, model, batch, *args):
+        kept.update(batch=batch, logits=probe_logits(model, batch))
+        return {"positions": 1, "max_difference": 0.0, "tolerance": 1e-4, "equal": True}
+
+    monkeypatch.setattr("vlm_sft.parity.check_parity", check)
+    return kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_it_trains_reloads_and_answers(name, model_recipe, seen):
+    folder = train(model_recipe(name))
+    manifest = json.loads((folder / "bundle.json").read_text())
+    assert manifest["held"] == manifest["trained"] == ["projector"] and set(manifest["pieces"]) == {"model"}
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert adapter and all(".language_model." in key or ".text_model." in key for key in adapter)
+    assert not any("lm_head" in key for key in adapter)
+    model, processor = load(folder)
+    assert torch.allclose(probe_logits(model, seen["batch"]), seen["logits"], atol=1e-5)
+    rows = [{"messages": [QUESTION], "images": [encoded((40, 30))]}, {"messages": [PLAIN], "images": []}]
+    together = answer(model, processor, rows, max_new_tokens=4)
+    assert together == [answer(model, processor, [row], max_new_tokens=4)[0] for row in rows]
+    streamed = "".join(stream_answer(model, processor, [QUESTION], rows[0]["images"], max_new_tokens=4))
+    assert streamed == together[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "idefics3"])
+def test_the_parity_gate_runs_in_a_fresh_process(name, model_recipe):
+    folder = train(model_recipe(name, "sft.max_steps=1"))
+    parity = json.loads((folder / "bundle.json").read_text())["parity"]
+    assert parity["equal"] and parity["positions"] > 0
+
+
+def test_a_dry_run_reads_no_weights(model_recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_sft.family_stack.from_pretrained", lambda *args, **options: 1 / 0)
+    dry_run(model_recipe("llava_next"))
+    said = capsys.readouterr().out
+    assert "LlavaNextMultiModalProjector" in said and "No weight was read." in said
+    assert "How many tokens an image becomes depends on its size: " in said
+    dry_run(model_recipe("llava"))
+    assert "An image becomes 4 tokens." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": None}, 'the key "stack" is missing: the parts of the model'),
+        ({"stack": {"vision_tower": {"pretrained": "a"}, "projector": {"type": "linear"},
+                    "language_model": {"pretrained": "b"}}}, "keep one of them"),
+        ({"train": {"resampler": 1e-3}}, "no resampler; remove it"),
+        ({"quantization": {"load_in_4bit": True}, "train": {}}, "`quantization` goes with `stack`"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(model_recipe, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        model_recipe("llava", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train": {"vision_tower": 1e-3}}, "train.vision_tower: this model has no vision_tower; its parts are proj"),
+        ({"model": {"pretrained": "no/such"}}, "model.pretrained: 'no/such' is no folder here and could not be had"),
+        ({"lora": {"r": 2, "target_modules": ["qkv"]}}, "'qkv' matches no linear layer of the language model"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused(model_recipe, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        dry_run(model_recipe("fuyu", **changes))
+
+
+def test_another_models_bundle_is_refused(model_recipe, pieces):
+    recipe = model_recipe("llava", model={"pretrained": pieces["llama"]})
+    with pytest.raises(UserError, match=r"a 'llama' model .* is none of those that a recipe can start from"):
+        dry_run(recipe)

@@ -1,0 +1,105 @@
+"""An existing VLM that a recipe starts from (`model:`) → configuration, processor and model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoConfig, PreTrainedConfig
+
+from .chat_template import load_template
+from .checkpoints import unreachable
+from .errors import UserError
+from .families import default_template, family_of
+from .family_model import FamilyModel, model_class, set_dtypes
+from .family_processor import FamilyProcessor, FuyuProcessor, Kosmos2Processor, without_videos
+from .parts import from_pretrained
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+KEY = "model.pretrained"
+PROCESSORS: dict[str, type[FamilyProcessor]] = {"kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor}
+
+
+def compose_family(recipe: Recipe) -> tuple[PreTrainedConfig, FamilyProcessor]:
+    """Configuration and processor of the model that a recipe starts from, from small files alone.
+
+    Raises:
+        UserError: It cannot be had, or is none that a recipe can start from.
+    """
+    spec: Any = recipe.model
+    try:
+        config = AutoConfig.from_pretrained(spec.pretrained, revision=spec.revision)
+    except (OSError, ValueError) as error:
+        raise unreachable(spec.pretrained, KEY) from error
+    template = recipe.chat_template or default_template(config, spec.pretrained)
+    return config, load_processor(spec, config, load_template(template), recipe.system)
+
+
+def load_processor(spec: Any, config: PreTrainedConfig, template: str, system: str | None) -> FamilyProcessor:
+    """The model's own processor behind our interface.
+
+    Args:
+        spec: Has `pretrained`, `revision` and `processor`.
+        config: The model's configuration.
+        template: Jinja source.
+        system: See `FamilyProcessor`.
+
+    Raises:
+        UserError: The processor cannot be read, or refuses an option.
+    """
+    family = family_of(config.model_type, spec.pretrained)
+    try:
+        # The PIL backend everywhere, as for a tower: the same pixels on every machine.
+        kind = without_videos(getattr(transformers, family.processor))
+        native = kind.from_pretrained(spec.pretrained, revision=spec.revision, backend="pil", **spec.processor)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise UserError(
+            f"{KEY}: the processor of {spec.pretrained!r} cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    place = getattr(config, "image_token_id", None)
+    if place is None:  # KOSMOS-2: the frame's token, which no answer may write either
+        place = native.tokenizer.convert_tokens_to_ids(native.boi_token)
+    ours = PROCESSORS.get(config.model_type, FamilyProcessor)
+    return ours(native.image_processor, native.tokenizer, template, native, family, place, system)
+
+
+def load_family(
+    recipe: Recipe, config: PreTrainedConfig, processor: FamilyProcessor, dtype: torch.dtype
+) -> FamilyModel:
+    """The model with its weights.
+
+    Args:
+        recipe: A validated recipe with `model`.
+        config: Its configuration.
+        processor: Its processor.
+        dtype: Type of the weights that are not trained; those that are stay in fp32, because bf16 loses small updates.
+
+    Raises:
+        UserError: The weights cannot be had, or lack a tensor.
+    """
+    spec: Any = recipe.model
+    wanted = "auto" if recipe.train else dtype  # what is trained must not be rounded on its way to fp32
+    options = {"dtype": wanted, "attn_implementation": spec.attn_implementation}
+    model = from_pretrained(model_class(config), spec, KEY, **options)
+    return _prepare(model, recipe, processor, dtype)
+
+
+def empty_family(
+    recipe: Recipe, config: PreTrainedConfig, processor: FamilyProcessor, dtype: torch.dtype
+) -> FamilyModel:
+    """The same model on the meta device: every size and name, no weight is read."""
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config)
+    return _prepare(model, recipe, processor, dtype)
+
+
+def _prepare(model: FamilyModel, recipe: Recipe, processor: FamilyProcessor, dtype: torch.dtype) -> FamilyModel:
+    set_dtypes(model, recipe.train, dtype)
+    model.blank = processor.image_inputs([Image.new("RGB", (64, 64))])
+    if not any(hasattr(model, name) for name in ("model", "language_model")):
+        model.base_model_prefix = "text_model"  # KOSMOS-2 names none, and TRL looks for what is under the head
+    return model
