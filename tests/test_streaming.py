@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections import Counter
 from itertools import islice
 
 import pytest
+from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 from source_files import write
 from torch.utils.data import DataLoader
@@ -123,3 +126,14 @@ def test_a_streamed_run_goes_on_exactly_and_keeps_its_ledger(recipe_file, photos
         entry = json.loads((folder / "bundle.json").read_text())["ledger"]["train"]["sources"]["many"]
         assert entry["read"] == 24 and entry["streamed"]
         assert sum(entry["rejected"].values()) == len(entry["met"]) == 24 - entry["used"]
+
+
+def test_the_benchmark_of_memory_measures_both_ways(tmp_path):
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "data_memory.py"))
+    file = benchmark["write_index"](tmp_path / "rows", 320)
+    results = {way: {"epoch": benchmark["measure"](way, file, 320)} for way in ("memory", "streaming")}
+    for found in results.values():
+        assert found["epoch"]["megabytes"][-1][0] == 320 and found["epoch"]["megabytes"][-1][1] > 50
+        assert 0 < found["epoch"]["first_batch_seconds"] <= found["epoch"]["seconds"]
+    benchmark["draw"](results, tmp_path / "memory.png")
+    assert Image.open(tmp_path / "memory.png").size == (840, 480)
