@@ -85,10 +85,10 @@ class Data(RecipeModel):
     """streaming: the next row is drawn from so many; 1 keeps the order of the files."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest share of a source's rows that may be rejected and left out; 0 stops at the first. See docs/ledger.md."""
-    measure_rows: Annotated[int, Field(ge=1)] | Literal["all"] = 20_000
-    """How many rows of each source are rendered and tokenised before the first step; of more, an even sample."""
-    decode_rows: Annotated[int, Field(ge=0)] | Literal["all"] = 500
-    """How many of the measured rows of each source have their images decoded before the first step."""
+    measure_rows: Annotated[int, Field(ge=1)] | None = 20_000
+    """How many rows of each source are rendered and tokenised before the first step, an even sample; null: all."""
+    decode_rows: Annotated[int, Field(ge=0)] | None = 500
+    """How many of the measured rows of each source have their images decoded before the first step; null: all."""
     url_cache: str | None = None
     """Folder that fetched images are kept in. Unset: `vlm_sft/images` in the user's cache folder."""
     languages: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)

@@ -157,10 +157,6 @@ def _look_over(
     console: Console,
 ) -> list[Findings]:
     """Looks over the rows of each source, saying how far it is."""
-    limits = {
-        "measure": None if data.measure_rows == "all" else data.measure_rows,
-        "decode": None if data.decode_rows == "all" else data.decode_rows,
-    }
     # The spinner stands on a terminal; elsewhere there are lines.
     with console.status(f"{name}: looking for the images of {sum(map(len, parts)):,} rows") as status:
         said = time.monotonic()
@@ -174,7 +170,18 @@ def _look_over(
                 console.print(line, highlight=False)
                 said = time.monotonic()
 
-        return [look_over(part, collator, seed=seed, workers=workers, tick=tick, **limits) for part in parts]
+        return [
+            look_over(
+                part,
+                collator,
+                seed=seed,
+                workers=workers,
+                tick=tick,
+                measure=data.measure_rows,
+                decode=data.decode_rows,
+            )
+            for part in parts
+        ]
 
 
 def describe_rows(counts: dict[str, Any]) -> str:
