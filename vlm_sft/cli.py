@@ -178,7 +178,10 @@ def apply_delta(
     delta: Annotated[str, typer.Argument(metavar="DELTA", help="What is published.", show_default=False)],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
     tables: Annotated[
-        str | None, typer.Option(help="Embeddings and head of the delta: whole (Ziya) or sum (Vicuna); unset, told.")
+        str | None,
+        typer.Option(
+            help="Embeddings and head of the delta: whole (Ziya) or sum (Vicuna). Unset: compared with the base."
+        ),
     ] = None,
 ) -> None:
     """Put a language model together that is published as a delta (Ziya-LLaMA, Vicuna), shard by shard."""

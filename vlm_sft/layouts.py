@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Layout:
 
     kind: str
     mark: str
-    names: tuple[tuple[str, str], ...]
+    names: tuple[tuple[str, str], ...] = ()
     configure: Callable[[Shapes, Mapping[str, Any]], PreTrainedConfig] | None = None
     made: Mapping[str, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = field(default_factory=dict)
     rows: str = ""
@@ -215,11 +215,17 @@ def _qwen_resampler_config(shapes: Shapes, stated: Mapping[str, Any]) -> PreTrai
     return QwenVLResamplerConfig(**{**sizes, **stated})
 
 
-_QFORMER_NAMES = (
-    (r"^query_tokens", "/query_tokens"),
-    (r"^qformer\.(embeddings\.)?layernorm", "embeddings.LayerNorm"),
-    (r"^qformer\.", ""),
-    (r"attention\.attention\.", "attention.self."),
+_LAVIS_QFORMER = Layout(
+    kind="qformer",
+    mark=r"(?P<prefix>Qformer\.bert\.)embeddings\.LayerNorm\.weight",
+    names=(
+        (r"^query_tokens", "/query_tokens"),
+        (r"^qformer\.(embeddings\.)?layernorm", "embeddings.LayerNorm"),
+        (r"^qformer\.", ""),
+        (r"attention\.attention\.", "attention.self."),
+    ),
+    configure=_qformer_config,
+    rows="/query_tokens",
 )
 
 LAYOUTS: dict[str, Layout] = {
@@ -240,25 +246,17 @@ LAYOUTS: dict[str, Layout] = {
         made={"attn.qkv.bias": (("attn.q_bias", "attn.v_bias"), join_qkv_bias)},
         configure=_eva_config,
     ),
-    "lavis_qformer": Layout(
-        kind="qformer",
-        mark=r"(?P<prefix>Qformer\.bert\.)embeddings\.LayerNorm\.weight",
-        names=_QFORMER_NAMES,
-        configure=_qformer_config,
-        rows="/query_tokens",
-    ),
+    "lavis_qformer": _LAVIS_QFORMER,
     # InstructBLIP: beside the queries it has words.
-    "lavis_instruct_qformer": Layout(
+    "lavis_instruct_qformer": replace(
+        _LAVIS_QFORMER,
         kind="instruct_qformer",
         mark=r"(?P<prefix>Qformer\.bert\.)embeddings\.word_embeddings\.weight",
-        names=_QFORMER_NAMES,
         configure=_instruct_qformer_config,
-        rows="/query_tokens",
     ),
     "mplug_owl_vision": Layout(
         kind="vision_tower",
         mark=r"(?P<prefix>vision_model\.)embeddings\.patch_embed\.weight",
-        names=(),
         configure=_owl_vision_config,
     ),
     "mplug_owl_abstractor": Layout(
@@ -277,7 +275,6 @@ LAYOUTS: dict[str, Layout] = {
     "qwen_vl_vision": Layout(
         kind="vision_tower",
         mark=r"(?P<prefix>(transformer\.visual\.)?)transformer\.resblocks\.0\.attn\.in_proj\.weight",
-        names=(),
         configure=_qwen_vision_config,
     ),
     "qwen_vl_resampler": Layout(
