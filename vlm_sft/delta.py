@@ -168,11 +168,9 @@ def tell_tables(old: Checkpoint, new: Checkpoint, kinds: Kinds) -> str:
     """
     matrices = sorted(name for name, (shape, _) in kinds.items() if len(shape) == 2 and not is_table(name))
     if matrices and min(likeness(old, new, matrices[0])) > 0.5:
-        raise UserError(
-            f"DELTA: {new.pretrained!r} holds a whole model and no differences (its {matrices[0]!r} is like the "
-            f"base's); use it as it is."
-        )
-    found = {name: likeness(old, new, name) for name in sorted(kinds) if is_table(name)}
+        where = f"DELTA: {new.pretrained!r} holds a whole model and no differences"
+        raise UserError(f"{where} (its {matrices[0]!r} is like the base's); use it as it is.")
+    found = {name: likeness(old, new, name) for name in sorted(filter(is_table, kinds))}
     if all(cosine > 0.3 for cosine, _ in found.values()) and found:
         return "whole"
     if all(cosine < 0.1 and size < 0.5 for cosine, size in found.values()):
@@ -189,8 +187,8 @@ def likeness(old: Checkpoint, new: Checkpoint, name: str) -> tuple[float, float]
     """(cosine of the two sides' tensors over the base's rows, size of the delta's as a share of the base's)."""
     before = old.read([name])[name][:2000].float()
     after = new.read([name])[name][: len(before)].float()
-    scale = float(before.norm()) or 1.0
-    return float((before * after).sum()) / (scale * (float(after.norm()) or 1.0)), float(after.norm()) / scale
+    scale, size = float(before.norm()) or 1.0, float(after.norm())
+    return float((before * after).sum()) / (scale * (size or 1.0)), size / scale
 
 
 def _combine(name: str, old: Checkpoint, new: Checkpoint, whole: bool) -> torch.Tensor:
@@ -203,10 +201,8 @@ def _combine(name: str, old: Checkpoint, new: Checkpoint, whole: bool) -> torch.
         return delta.clone().contiguous()
     base = old.read([name])[name].to(delta.dtype)
     total = delta.clone().contiguous()
-    if base.shape == delta.shape:
-        total += base
-    else:
-        total[: len(base)] += base
+    rows = total[: len(base)] if base.dim() else total  # rows beyond the base's are the delta's own
+    rows += base
     if not torch.isfinite(total).all():
         raise UserError(f"The sum of {name!r} is not finite in {delta.dtype}; BASE or DELTA is broken: fetch it again.")
     return total
@@ -258,8 +254,8 @@ def _bytes(kind: tuple[tuple[int, ...], torch.dtype]) -> int:
 
 
 def _rows_added(old: Checkpoint, kinds: Kinds) -> dict[str, int]:
-    tables = [name for name in kinds if is_table(name)]
-    more = {name: kinds[name][0][0] - shape[0] for name, shape in old.shapes(tables).items()}
+    before = old.shapes(filter(is_table, kinds))
+    more = {name: kinds[name][0][0] - shape[0] for name, shape in before.items()}
     return {name: rows for name, rows in sorted(more.items()) if rows}
 
 
@@ -292,13 +288,10 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def _copy_small_files(delta: str, folder: Path) -> None:
-    def found() -> Iterator[Path]:
-        for name in SMALL_FILES:
-            if (path := fetch_file(delta, name, None, "DELTA", required=False)) is not None:
-                yield Path(path)
-
-    copied = [shutil.copyfile(path, folder / path.name).name for path in found()]
-    if not any(name.startswith("tokenizer") for name in copied):
+    for name in SMALL_FILES:
+        if (path := fetch_file(delta, name, None, "DELTA", required=False)) is not None:
+            shutil.copyfile(path, folder / name)
+    if not list(folder.glob("tokenizer*")):
         raise UserError(f"DELTA: {delta!r} has no tokenizer (tokenizer.model or tokenizer.json); fetch it whole.")
 
 
