@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from conftest import make_tokenizer
+from tiny_families import tiny
 
 from vlm_sft import load_recipe
 from vlm_sft.recipe import Source
@@ -139,6 +140,9 @@ def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 # Published name → tiny checkpoint in its layout: (folders of the fixture `pieces`, empty folder) → path.
 Writer = Callable[[dict[str, str], Path], str]
 PIECES: dict[str, Writer] = {
+    "llava-hf/llava-v1.6-mistral-7b-hf": lambda pieces, folder: str(tiny("llava_next")),
+    "Qwen/Qwen2.5-VL-7B-Instruct": lambda pieces, folder: str(tiny("qwen2_5_vl")),
+    "HuggingFaceTB/SmolVLM-Instruct": lambda pieces, folder: str(tiny("idefics3")),
     "Salesforce/blip2-opt-2.7b": lambda pieces, folder: pieces["blip2"],
     "Salesforce/blip2-flan-t5-xxl": lambda pieces, folder: pieces["blip2"],
     "Salesforce/instructblip-vicuna-7b": write_instructblip,

@@ -10,10 +10,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_family_model import encoded
 from tiny_families import TINY, tiny
+from typer.testing import CliRunner
 
 from vlm_sft import load, load_recipe
+from vlm_sft.cli import app
 from vlm_sft.dry_run import dry_run as show
 from vlm_sft.errors import UserError
+from vlm_sft.export import export
 from vlm_sft.generation import answer, stream_answer
 from vlm_sft.launch import read_launch
 from vlm_sft.parity import probe_logits
@@ -138,3 +141,28 @@ def test_another_models_bundle_is_refused(model_recipe, pieces):
     recipe = model_recipe("llava", model={"pretrained": pieces["llama"]})
     with pytest.raises(UserError, match=r"a 'llama' model .* is none of those that a recipe can start from"):
         dry_run(recipe)
+
+
+@pytest.mark.slow
+def test_the_command_line_takes_its_bundle(model_recipe, seen, tmp_path, capsys):
+    folder = train(model_recipe("qwen3_vl", "sft.max_steps=1"))
+    (tmp_path / "0.png").write_bytes(encoded((40, 30)))
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"id": "0", "image": "0.png", "question": "What?", "answer": "a 3"}) + "\n")
+    command = [
+        "generate",
+        str(folder),
+        str(questions),
+        "-o",
+        str(tmp_path / "answers.jsonl"),
+        "--set",
+        "max_new_tokens=3",
+    ]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["id"] == "0"
+    with pytest.raises(UserError, match=r"was trained from an existing model .* which has its own class"):
+        export(folder, tmp_path / "exported")
+    model, processor = load(folder)
+    row = {"messages": [QUESTION], "images": [encoded((40, 30))]}
+    with pytest.raises(UserError, match="num_beams must be 1 with images in an existing model"):
+        answer(model, processor, [row], num_beams=2)

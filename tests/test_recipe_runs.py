@@ -104,5 +104,6 @@ def test_its_bundle_loads_and_gives_the_same_logits(name, run):
 
 def has_no_gradient(name: str, done: Run) -> bool:
     """A bias of the keys, which softmax cancels; the last layer of InstructBLIP's text, of which only queries go on."""
-    last = done.recipe.stack.resampler is not None and done.recipe.stack.resampler.type == "instruct_qformer"
+    resampler = done.recipe.stack and done.recipe.stack.resampler
+    last = resampler is not None and resampler.type == "instruct_qformer"
     return re.search(r"key\.bias$" + (r"|layer\.1\.(intermediate|output)\." if last else ""), name) is not None

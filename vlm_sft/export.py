@@ -73,6 +73,11 @@ def export(
     if keep_adapter and not manifest["adapter"]:
         raise UserError(f"{str(bundle)!r} has no adapter to keep; leave --keep-adapter out.")
     recipe = recipe_of(bundle, manifest)
+    if recipe.model is not None:
+        raise UserError(
+            f"{str(bundle)!r} was trained from an existing model ({recipe.model.pretrained}), which has its own class "
+            f"already; load its adapter with peft on top of that, or the bundle with vlm_sft.load."
+        )
     model, processor = load(bundle, device="cpu", trust_remote_code=trust_remote_code, unquantised=True)
     core = model.get_base_model() if manifest["adapter"] else model
     saved = getattr(torch, dtype) if dtype else core.get_input_embeddings().weight.dtype

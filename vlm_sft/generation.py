@@ -178,6 +178,7 @@ def _generate(
     config = GenerationConfig(**{name: value for name, value in settings.items() if name in known})
     more |= {name: value for name, value in settings.items() if name not in known}
     if isinstance(core, FamilyModel):
+        _refuse_beams(core, config, batch)
         return model.generate(**batch, generation_config=config, **more)[:, batch["input_ids"].shape[1] :]
     instruction = {name: batch.get(name) for name in INSTRUCTION}
     embeds = core.model.embed(batch["input_ids"], batch.get("pixel_values"), **instruction)
@@ -187,6 +188,13 @@ def _generate(
             inputs_embeds=embeds, attention_mask=batch["attention_mask"], generation_config=config, **more
         )
     return output
+
+
+def _refuse_beams(core: PreTrainedModel, config: GenerationConfig, batch: dict[str, torch.Tensor]) -> None:
+    """transformers repeats the images of a batch one by one for the beams, not row by row."""
+    beams = config.num_beams or core.generation_config.num_beams or 1
+    if beams > 1 and batch.get("pixel_values") is not None:
+        raise UserError("num_beams must be 1 with images in an existing model: transformers mixes up images and beams.")
 
 
 def _decode(processor: VLMProcessor, ids: list[int]) -> str:
