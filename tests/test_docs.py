@@ -32,7 +32,7 @@ from vlm_sft.recipe import load_recipe, validate_libraries
 PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 MODULES = {path.stem for path in (ROOT / "vlm_sft").glob("*.py")}
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")
-VERBS = {"train", "chat", "generate", "evaluate", "export", "push", "recipes", "apply-delta", "data"}
+VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta", "data"}
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
 
@@ -214,7 +214,12 @@ class ThreeRows(data_cli._Rows):
 def check_vlm_sft(monkeypatch, tmp_path):
     """Runs a command for real, with stand-ins for what needs a model."""
     calls: list[tuple[str, tuple, dict]] = []
-    for module, functions in {"train": ["main"], "chat": ["chat", "generate"], "evaluate": ["run"]}.items():
+    for module, functions in {
+        "train": ["main"],
+        "chat": ["chat", "generate"],
+        "evaluate": ["run"],
+        "preflight": ["run_preflight"],
+    }.items():
         stand_in = types.ModuleType(f"vlm_sft.{module}")
         for function in functions:
             note = lambda *args, _name=function, **kwargs: calls.append((_name, args, kwargs))  # noqa: E731
@@ -246,6 +251,8 @@ def check_vlm_sft(monkeypatch, tmp_path):
         for name, args, kwargs in calls:
             if name == "main":
                 check_training(page, args[0], tmp_path)
+            if name == "run_preflight":
+                check_training(page, [args[0], *args[1]], tmp_path)
             check_options(kwargs.get("options") or {})
 
     return check

@@ -22,8 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "configuration", "fetch", "freeze", "image_refs", "json_text", "languages", "losses", "mixture"),
     ("launch", "ledger", "run_folder"),
     ("images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
-    ("chat_template", "conversation", "data_stats", "file_readers", "published", "qwen_vl"),
-    ("connectors", "delta", "formats", "layouts", "readers"),
+    ("chat_template", "conversation", "coverage", "data_stats", "file_readers", "published", "qwen_vl"),
+    ("connectors", "delta", "formats", "layouts", "leaks", "markers", "readers"),
     ("convert", "sources"),
     ("sizes",),
     ("interrupts",),
@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "processors",
         "streaming",
     ),
-    ("measure", "memory", "question_file", "resumable"),
+    ("measure", "memory", "question_file", "resumable", "token_view"),
     ("generation",),
     ("family_stack",),
     ("pieces",),
@@ -53,14 +53,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("handover",),
     # Layer 5: what is done with them.
-    ("filtering", "parity", "pushes", "progress", "rows", "scoring", "trainer"),
-    ("answer_file", "native"),
-    ("merged", "native_processors"),
-    ("export",),
+    ("filtering", "parity", "proof", "pushes", "progress", "rows", "scoring", "trainer"),
+    ("answer_file", "checks", "native"),
+    ("inspection", "merged", "native_processors"),
+    ("export", "preflight_page"),
     ("assemble",),
     # Layer 6: parse and call.
     ("dry_run",),
     ("chat", "data_cli", "evaluate", "recipes_cli", "train"),
+    ("preflight",),
     ("cli",),
 )
 ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
@@ -68,7 +69,7 @@ ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
 READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "data_cli", "dry_run", "evaluate", "loading"}
 READS_RECIPES |= {"merged", "pieces", "processors", "recipes_cli", "recipe_rules", "rows", "scoring", "stack", "train"}
-READS_RECIPES |= {"assemble", "family_stack"}
+READS_RECIPES |= {"assemble", "family_stack", "preflight"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers", "trl"}
 LIGHT = {module for row in LAYERS[:4] for module in row} | {
@@ -79,6 +80,7 @@ LIGHT = {module for row in LAYERS[:4] for module in row} | {
     "launch",
     "dry_run",
     "train",
+    "preflight",
     "cli",
     "recipes_cli",
 }

@@ -76,6 +76,7 @@ def test_wheel_holds_what_ships_and_nothing_else(wheel: Path) -> None:
                 inside = f"vlm_sft/_assets/{path.relative_to(ROOT).as_posix()}"
                 assert archive.read(inside) == path.read_bytes()
     assert {f"vlm_sft/{path.name}" for path in (ROOT / "vlm_sft").glob("*.py")} <= files
+    assert "vlm_sft/preflight.html.jinja" in files
     assert {name.split("/")[0] for name in files} == {"vlm_sft", f"vlm_sft-{PROJECT['version']}.dist-info"}
     assert not [name for name in files if "__pycache__" in name or "/tests/" in name]
     assert f"vlm_sft-{PROJECT['version']}.dist-info/licenses/LICENSE" in files

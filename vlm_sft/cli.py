@@ -75,6 +75,29 @@ def train(
 
 
 @app.command()
+def preflight(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.", show_default=False),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Set any key of the recipe.")
+    ] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="The page to write.")] = "preflight.html",
+    no_model: Annotated[
+        bool, typer.Option("--no-model", help="Look at rows and sizes alone; read no weights.")
+    ] = False,
+    accelerate_config: Annotated[
+        str | None, typer.Option(help="Estimate time and memory for the processes of this config file of accelerate.")
+    ] = None,
+) -> None:
+    """Look at the data, take a real step, and write a page with what will be trained on; exit code 1 if it fails."""
+    from .preflight import run_preflight
+
+    run_preflight(recipe, overrides or [], output=output, with_model=not no_model, accelerate_config=accelerate_config)
+
+
+@app.command()
 def chat(
     bundle: Bundle,
     question: Annotated[

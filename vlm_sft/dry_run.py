@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UserError
 from .launch import Launch
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .activations import Step
+    from .memory import Estimate
     from .processor import VLMProcessor
     from .recipe import Recipe
     from .stack import Stack
@@ -28,46 +29,83 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
         launch: The processes that would train it.
         console: Where to.
     """
-    import torch
-
-    from .activations import count_step
-    from .adapters import add_adapter, lora_config
-    from .configs import computes_in
-    from .memory import estimate, known_optimizer
-    from .recipe import build_sft_config, validate_libraries
-    from .stack import build_empty_stack, precision_warning
+    from .memory import known_optimizer
+    from .recipe import validate_libraries
+    from .stack import precision_warning
 
     def say(message: str) -> None:
         console.print(message, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
     validate_libraries(recipe)
     console.print(recipe.to_yaml(), markup=False, highlight=False)
-    stack = build_empty_stack(recipe)
-    if warning := precision_warning(recipe, stack.model.config):
+    weighed = weigh(recipe, launch)
+    if warning := precision_warning(recipe, weighed.stack.model.config):
         say(warning)
+    console.print(weighed.stack.plan.table(weighed.model))
+    say(describe_image(weighed.stack.processor))
+    console.print(weighed.estimate.table())
+    if not known_optimizer(weighed.optimizer):
+        say(f"What sft.optim={weighed.optimizer} keeps is not known here; it is counted as AdamW.")
+    if weighed.step is None:
+        say("What a step of an existing model takes is not counted: activations come on top.\nNo weight was read.")
+        return
+    say(
+        f"A step: {weighed.step.rows} rows of {weighed.step.length} tokens, an image in each; shorter rows and rows "
+        f"without an image take less.\nNo weight was read."
+    )
+
+
+class Weighed(NamedTuple):
+    """A model on the meta device and what it takes.
+
+    Attributes:
+        stack: The stack, without weights.
+        model: Its model with adapters, freeze plan applied.
+        estimate: Bytes on each device.
+        step: The shapes of a step that were counted; None for an existing model, of which none is.
+        optimizer: As `sft.optim` names it.
+    """
+
+    stack: Stack
+    model: Any
+    estimate: Estimate
+    step: Step | None
+    optimizer: str
+
+
+def weigh(recipe: Recipe, launch: Launch) -> Weighed:
+    """Builds a recipe's model without weights and estimates what a run of it takes on each device.
+
+    Args:
+        recipe: A validated recipe.
+        launch: The processes that would train it.
+    """
+    import torch
+
+    from .activations import count_step
+    from .adapters import add_adapter, lora_config
+    from .configs import computes_in
+    from .memory import estimate
+    from .recipe import build_sft_config
+    from .stack import build_empty_stack
+
+    stack = build_empty_stack(recipe)
     model: Any = stack.model
     if (config := lora_config(recipe, model)) is not None:
         model = add_adapter(model, config)
         stack.plan.apply(model)
-    console.print(stack.plan.table(model))
-    say(describe_image(stack.processor))
-    # A machine without a GPU refuses the types that the recipe asks for; what is asked for is what is estimated.
-    args = build_sft_config(
-        recipe.model_copy(update={"sft": {**recipe.sft, "bf16": False, "fp16": False, "tf32": None}})
-    )
+    args = build_sft_config(on_any_machine(recipe))
     computes = getattr(torch, computes_in(recipe))
     found = estimate(model, None, launch, args.optim.value, computes)
     step = step_of(recipe, stack, args) if recipe.stack else None
-    console.print(found.table() if step is None else replace(found, step=count_step(model, step)).table())
-    if not known_optimizer(args.optim.value):
-        say(f"What sft.optim={args.optim.value} keeps is not known here; it is counted as AdamW.")
-    if step is None:
-        say("What a step of an existing model takes is not counted: activations come on top.\nNo weight was read.")
-        return
-    say(
-        f"A step: {step.rows} rows of {step.length} tokens, an image in each; shorter rows and rows without an image "
-        f"take less.\nNo weight was read."
-    )
+    if step is not None:
+        found = replace(found, step=count_step(model, step))
+    return Weighed(stack, model, found, step, args.optim.value)
+
+
+def on_any_machine(recipe: Recipe) -> Recipe:
+    """The recipe without the types that a machine without a GPU refuses, for what computes nothing."""
+    return recipe.model_copy(update={"sft": {**recipe.sft, "bf16": False, "fp16": False, "tf32": None}})
 
 
 def describe_image(processor: VLMProcessor) -> str:

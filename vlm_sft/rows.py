@@ -26,7 +26,11 @@ FIRST_ROWS = 1000  # of each source of a stream, looked over before the first st
 
 
 def load_rows(
-    recipe: Recipe, collator: MultimodalCollator, args: SFTConfig, console: Console
+    recipe: Recipe,
+    collator: MultimodalCollator,
+    args: SFTConfig,
+    console: Console,
+    seen: dict[str, Ledger] | None = None,
 ) -> tuple[Dataset | IterableDataset, Dataset | None, dict[str, Any]]:
     """Training rows, evaluation rows and the notes on them that go into the bundle.
 
@@ -39,6 +43,7 @@ def load_rows(
         collator: Measures the rows; see `look_over`.
         args: For its seeds, the number of processes and of data-loader workers.
         console: Told how many rows there are and how long, and shown the ledger.
+        seen: Filled with the ledgers, of a stream with that of its first rows, also where an error is raised.
 
     Returns:
         Training rows, evaluation rows or None, and notes: `train_rows` and `eval_rows` as `summary` gives them, and
@@ -50,11 +55,14 @@ def load_rows(
     """
     data = recipe.data
     ledgers, notes = {"train": Ledger(data.max_rejected)}, {}
+    seen = {} if seen is None else seen
+    seen["train"] = Ledger(data.max_rejected) if data.streaming else ledgers["train"]
     seed, workers = args.data_seed or args.seed, args.dataloader_num_workers
     look = partial(_look_over, data=data, collator=collator, workers=workers, console=console)
     if data.streaming:
         shards = args.world_size * max(1, workers)
-        train, notes["train_rows"] = _load_stream(data, ledgers["train"], look, console, seed=seed, shards=shards)
+        first, ledger = seen["train"], ledgers["train"]
+        train, notes["train_rows"] = _load_stream(data, first, ledger, look, console, seed=seed, shards=shards)
     else:
         train, notes["train_rows"] = _load_set(
             "train", data.train, ledgers["train"], look, console, data.sampling, languages=data.languages, seed=seed
@@ -62,7 +70,7 @@ def load_rows(
         _check_count(len(train), args.world_size)
     rows = None
     if data.eval:
-        ledgers["eval"] = Ledger(data.max_rejected)
+        ledgers["eval"] = seen["eval"] = Ledger(data.max_rejected)
         rows, notes["eval_rows"] = _load_set(
             "eval", data.eval, ledgers["eval"], look, console, "proportional", seed=args.seed
         )
@@ -79,15 +87,21 @@ def _check_count(rows: int, processes: int) -> None:
 
 
 def _load_stream(
-    data: Data, ledger: Ledger, look: Callable[..., list[Findings]], console: Console, *, seed: int, shards: int
+    data: Data,
+    first: Ledger,
+    ledger: Ledger,
+    look: Callable[..., list[Findings]],
+    console: Console,
+    *,
+    seed: int,
+    shards: int,
 ) -> tuple[IterableDataset, dict[str, Any]]:
-    """Looks over the first rows of each source; the others are met while training."""
+    """Looks over the first rows of each source, into a ledger of their own; the others are met while training."""
     from .data import load_part
     from .ledger import SourceLedger
     from .sources import name_of
     from .streaming import stream_mixture
 
-    first = Ledger(data.max_rejected)
     beginnings = [source.model_copy(update={"max_rows": _fewer(source.max_rows, FIRST_ROWS)}) for source in data.train]
     parts = [load_part(source, seed=seed, reject=first.rejecter(name_of(source))).rows for source in beginnings]
     findings = on_first_process(partial(look, "train", parts, seed=seed))
