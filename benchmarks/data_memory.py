@@ -75,7 +75,7 @@ def in_process(way: str, file: str, rows: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(way: str, file: str, rows: int) -> dict[str, Any]:
+def measure(way: str, file: str, rows: int, points: int = POINTS) -> dict[str, Any]:
     """Seconds to the first batch, and (rows, MB) along the way; every image of every batch is decoded."""
     from vlm_sft.data import load_source
     from vlm_sft.images import load_image
@@ -91,7 +91,7 @@ def measure(way: str, file: str, rows: int) -> dict[str, Any]:
             load_image(row["images"][0])
         seconds = seconds or time.perf_counter() - start
         done += len(batch)
-        if done * POINTS // rows > (done - len(batch)) * POINTS // rows:
+        if done * points // rows > (done - len(batch)) * points // rows:
             gc.collect()
             megabytes.append((done, resident()))
     return {"first_batch_seconds": seconds, "megabytes": megabytes, "seconds": time.perf_counter() - start}
