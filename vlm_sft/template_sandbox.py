@@ -1,7 +1,7 @@
 """The sandbox that chat templates run in: what transformers gives them, and nothing to reach Python with.
 
-Templates come from strangers. The environment is jinja's immutable sandbox with the helpers that transformers offers,
-so that one file serves both, and everything a template does wrong becomes one sentence with its line.
+Templates come from strangers. The environment is jinja's immutable sandbox with limits and with the helpers that
+transformers offers, so that one file serves both; everything a template does wrong becomes one sentence with its line.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import jinja2
 import jinja2.ext
 import jinja2.meta
 from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import SecurityError
 
 from .errors import UserError
+from .template_limits import LimitedSandbox, budget, limited
 
 MARKS = "generation_marks"  # render variable that carries the two border characters to the extension
 HOW_TO_MARK = (
     "wrap what the assistant says in {% generation %} … {% endgeneration %} so that it is known what to train on"
 )
+MAX_SOURCE = 1_000_000  # the longest published chat template has some 20,000 characters
 _FILE = "<template>"  # what jinja calls a template made from a string, in tracebacks
 
 
@@ -57,7 +59,8 @@ def run_template(compiled: jinja2.Template, label: str, **variables: Any) -> str
         UserError: It failed, or tried to leave the sandbox; the message names the line.
     """
     try:
-        return compiled.render(**variables)
+        with budget():
+            return compiled.render(**variables)
     except Exception as error:  # whatever a template can be made to raise is a fault of the template
         raise _runtime_error(error, label) from error
 
@@ -94,7 +97,7 @@ class _Undefined(jinja2.Undefined):
         self._fail_with_undefined_error()
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
+class _Sandbox(LimitedSandbox):
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
         """Refuses at once, where jinja waits for the value to be used."""
         raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not safe")
@@ -144,7 +147,7 @@ def _environment() -> _Sandbox:
         undefined=_Undefined,
         extensions=[_Generation, jinja2.ext.loopcontrols],
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = limited(_tojson)
     environment.globals.update(
         raise_exception=_raise_exception,
         strftime_now=_strftime_now,
@@ -156,12 +159,16 @@ def _environment() -> _Sandbox:
 
 @lru_cache(maxsize=64)
 def _compile(source: str, label: str) -> jinja2.Template:
+    if len(source) > MAX_SOURCE:
+        raise UserError(f"{label} has more than {MAX_SOURCE:,} characters; do not use templates like it.")
     environment = _environment()
     try:
-        tree = environment.parse(source)
-        compiled = environment.from_string(source)
+        tree = environment.limit(environment.parse(source))
+        compiled = environment.from_string(tree)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{label}, line {error.lineno}: {_sentence(error)}; mend the jinja there.") from error
+    except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's own compiler: brackets in brackets in …
+        raise UserError(f"{label} is nested too deeply; do not use templates like it.") from error
     if not any(attribute.name == "_mark" for attribute in tree.find_all(nodes.ExtensionAttribute)):
         raise UserError(f"{label} has no generation markers; {HOW_TO_MARK}.")
     return compiled
