@@ -69,7 +69,7 @@ ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
 READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "data_cli", "dry_run", "evaluate", "loading"}
 READS_RECIPES |= {"merged", "pieces", "processors", "recipes_cli", "recipe_rules", "rows", "scoring", "stack", "train"}
-READS_RECIPES |= {"assemble", "family_stack", "preflight"}
+READS_RECIPES |= {"assemble", "family_stack", "preflight", "safety"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers", "trl"}
 LIGHT = {module for row in LAYERS[:4] for module in row} | {

@@ -31,6 +31,7 @@ from .errors import UserError
 from .freeze import FreezePlan, is_adapter, part_of
 from .processor import VLMProcessor
 from .recipe import Recipe
+from .safety import check_folder, check_pieces, read_json
 
 FORMAT = 1
 MANIFEST, TRAINED, RECIPE, TEMPLATE = "bundle.json", "trained.safetensors", "recipe.yaml", "chat_template.jinja"
@@ -201,22 +202,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{str(folder)!r} is no bundle: it has no {MANIFEST}; give the output_dir of a finished run.")
-    manifest = _read_json(path)
+    check_folder(Path(folder))
+    manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{str(path)!r} has the format {manifest.get('format')}, this version reads {FORMAT}; upgrade vlm_sft."
         )
+    check_pieces(manifest.get("pieces"), str(path))
     return manifest
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error}; the bundle is not whole.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} holds no mapping; the bundle is not whole.")
-    return content
 
 
 def _version(name: str) -> str:

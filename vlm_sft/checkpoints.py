@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,6 +87,13 @@ class Checkpoint:
             return list(_load_bin(path, self.key))
         with _open(path, self.key) as file:
             return list(file.keys())
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        names = set(self.files.values())
+        paths = (n if Path(n).is_absolute() else fetch_file(self.pretrained, n, self.revision, self.key) for n in names)
+        return sum(os.path.getsize(path) for path in paths)
 
     @property
     def commit(self) -> str | None:

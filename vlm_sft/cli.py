@@ -29,9 +29,7 @@ Bundle = Annotated[
         show_default=False,
     ),
 ]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let the bundle's base pieces run Python code that they bring.")
-]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let base pieces run Python code that they bring.")]
 Options = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Generation setting, like max_new_tokens=64; may be repeated."),
@@ -65,11 +63,13 @@ def train(
     accelerate_config: Annotated[
         str | None, typer.Option(help="Dry run: for the processes of this config file of accelerate.")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train one stage in this process; for several, use: accelerate launch -m vlm_sft.train RECIPE."""
     from .train import main as train_main
 
     flags = [*(["--dry-run"] if dry_run else []), *(["--resume"] if resume else [])]
+    flags += ["--trust-remote-code"] if trust_remote_code else []
     flags += ["--accelerate-config", accelerate_config] if accelerate_config else []
     train_main([recipe, *(overrides or []), *flags])
 
@@ -90,11 +90,19 @@ def preflight(
     accelerate_config: Annotated[
         str | None, typer.Option(help="Estimate time and memory for the processes of this config file of accelerate.")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Look at the data, take a real step, and write a page with what will be trained on; exit code 1 if it fails."""
     from .preflight import run_preflight
 
-    run_preflight(recipe, overrides or [], output=output, with_model=not no_model, accelerate_config=accelerate_config)
+    run_preflight(
+        recipe,
+        overrides or [],
+        output=output,
+        with_model=not no_model,
+        accelerate_config=accelerate_config,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command()

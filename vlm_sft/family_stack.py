@@ -10,12 +10,13 @@ from PIL import Image
 from transformers import AutoConfig, PreTrainedConfig
 
 from .chat_template import load_template
-from .checkpoints import unreachable
+from .checkpoints import Checkpoint, unreachable
 from .errors import UserError
 from .families import default_template, family_of
 from .family_model import FamilyModel, model_class, set_dtypes
 from .family_processor import FamilyProcessor, FuyuProcessor, Kosmos2Processor, without_videos
-from .parts import from_pretrained
+from .parts import check_size, from_pretrained
+from .sizes import raw_config
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -32,7 +33,10 @@ def compose_family(recipe: Recipe) -> tuple[PreTrainedConfig, FamilyProcessor]:
     """
     spec: Any = recipe.model
     try:
-        config = AutoConfig.from_pretrained(spec.pretrained, revision=spec.revision)
+        raw_config(spec.pretrained, spec.revision, KEY)  # its numbers are looked at
+        config = AutoConfig.from_pretrained(spec.pretrained, revision=spec.revision, trust_remote_code=False)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise unreachable(spec.pretrained, KEY) from error
     template = recipe.chat_template or default_template(config, spec.pretrained)
@@ -55,7 +59,8 @@ def load_processor(spec: Any, config: PreTrainedConfig, template: str, system: s
     try:
         # The PIL backend everywhere, as for a tower: the same pixels on every machine.
         kind = without_videos(getattr(transformers, family.processor))
-        native = kind.from_pretrained(spec.pretrained, revision=spec.revision, backend="pil", **spec.processor)
+        options = {"revision": spec.revision, "backend": "pil", "trust_remote_code": False}
+        native = kind.from_pretrained(spec.pretrained, **options, **spec.processor)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise UserError(
             f"{KEY}: the processor of {spec.pretrained!r} cannot be read: {' '.join(str(error).split())}"
@@ -84,6 +89,7 @@ def load_family(
     spec: Any = recipe.model
     wanted = "auto" if recipe.train else dtype  # what is trained must not be rounded on its way to fp32
     options = {"dtype": wanted, "attn_implementation": spec.attn_implementation}
+    check_size(model_class(config)._from_config, config, Checkpoint(spec.pretrained, spec.revision, KEY))
     model = from_pretrained(model_class(config), spec, KEY, **options)
     return _prepare(model, recipe, processor, dtype)
 

@@ -179,11 +179,16 @@ def find_bundle(bundle: str | Path, revision: str | None = None) -> Path:
 
 def is_repo_id(text: str) -> bool:
     """Whether a text has the form `name/repository`."""
+    return is_name(text) and text.count("/") == 1
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a repository: `repository` (old ones) or `name/repository`."""
     try:
         validate_repo_id(text)
     except HFValidationError:
         return False
-    return text.count("/") == 1
+    return True
 
 
 def is_fetched(folder: Path) -> bool:
@@ -197,10 +202,8 @@ def is_fetched(folder: Path) -> bool:
 
 def check_repo_id(repo_id: str) -> None:
     """Raises a UserError when a text cannot be the name of a repository."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"{repo_id!r} cannot be a repository of the Hub; write name/repository.") from error
+    if not is_name(repo_id):
+        raise UserError(f"{repo_id!r} cannot be a repository of the Hub; write name/repository.")
 
 
 def check_access(repo_id: str) -> None:

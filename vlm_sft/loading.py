@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,11 +16,12 @@ from .adapters import add_adapter
 from .bundle import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED, parameters_of, read_manifest
 from .errors import UserError
 from .family_stack import load_processor
-from .freeze import PARTS, FreezePlan
-from .hub import find_bundle
+from .freeze import FreezePlan
+from .hub import find_bundle, is_fetched, is_name
 from .pieces import compare_pieces
 from .processor import VLMProcessor
 from .recipe import Recipe, load_recipe
+from .safety import pieces_in, refuse_code
 from .sharded import fill
 from .stack import build_stack
 
@@ -55,7 +56,7 @@ def load(
     manifest = read_manifest(folder)
     recipe = recipe_of(folder, manifest)
     if not trust_remote_code:
-        refuse_remote_code(recipe, str(folder))
+        refuse_code(recipe, str(folder))
     if unquantised:
         recipe = recipe.model_copy(update={"quantization": None})
     stack = build_stack(recipe)
@@ -72,6 +73,8 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device) if dtype is None else model.to(device, dtype)
     for name, value in recipe.generation.items():
+        if name.startswith("_") or callable(getattr(stack.model.generation_config, name, None)):
+            raise UserError(f"{str(folder)!r}: generation has no setting {name!r}; correct it in {RECIPE}.")
         setattr(stack.model.generation_config, name, value)
     return model.eval(), processor
 
@@ -97,23 +100,30 @@ def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
             overrides[f"{key}.revision"] = piece["commit"]
         if "more" in piece:
             overrides[f"{key}.more"] = piece["more"]
-    return load_recipe(folder / RECIPE, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+    assignments = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    if any("${" in text for text in [(folder / RECIPE).read_text(encoding="utf-8"), *assignments]):
+        raise UserError(f"{str(folder)!r}: its recipe holds ${{…}}, which no saved recipe does; it is refused.")
+    recipe = load_recipe(folder / RECIPE, assignments)
+    if is_fetched(folder):
+        _refuse_paths(recipe, str(folder))
+    return recipe
 
 
-def refuse_remote_code(recipe: Recipe, where: str) -> None:
-    """Raises a UserError when a recipe asks to run code of a base piece."""
-    for part in PARTS:
-        piece = getattr(recipe.stack, part, None)
-        if piece is not None and piece.trust_remote_code:
+def _refuse_paths(recipe: Recipe, where: str) -> None:
+    """A repository names its pieces as the Hub does, or by a folder below this one; never another place."""
+    for key, piece in pieces_in(recipe).items():
+        given = [getattr(piece, name, None) for name in ("pretrained", "tokenizer")]
+        named = [*filter(None, given), *(getattr(piece, "more", None) or [])]
+        if wrong := [name for name in named if not is_name(name)]:
             raise UserError(
-                f"{where!r} wants to run Python code that {piece.pretrained!r} brings along (stack.{part}."
-                f"trust_remote_code); read that code, then allow it with --trust-remote-code (trust_remote_code=True)."
+                f"{where!r} names a folder of the machine that it was trained on ({wrong[0]!r}, {key}); fetch "
+                f"it with `hf download` and write your path into its {RECIPE}."
             )
 
 
 def _load_processor(folder: Path, recipe: Recipe, config: Any) -> VLMProcessor:
     if recipe.model is None:
-        return VLMProcessor.from_pretrained(str(folder))
+        return VLMProcessor.from_pretrained(str(folder), trust_remote_code=False)
     spec = recipe.model.model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})
     return load_processor(spec, config, (folder / TEMPLATE).read_text(encoding="utf-8"), recipe.system)
 
@@ -124,11 +134,32 @@ def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:
         if not (folder / name).is_file():
             raise UserError(f"{str(folder)!r} has no {name}, but its model has an adapter; it is no whole bundle.")
     config = PeftConfig.from_pretrained(str(folder))
+    _check_adapter(config, folder)
     base, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns of any name but its own
     config.init_lora_weights = True
     wrapped = add_adapter(model, config)
     config.base_model_name_or_path = base
     return wrapped
+
+
+def _check_adapter(config: PeftConfig, folder: Path) -> None:
+    """Refuses what the file of an adapter can ask for beside LoRA, and ranks that its tensors do not have."""
+    where = repr(str(folder / ADAPTER_CONFIG))
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{where} is no LoRA adapter but {config.peft_type}; it is refused.")
+    for name in ("megatron_config", "layer_replication"):  # imports a module by name; makes layers many times
+        if getattr(config, name, None):
+            raise UserError(f"{where} asks for `{name}`, which no bundle has; it is refused.")
+    try:
+        with safe_open(folder / ADAPTER, framework="pt") as file:
+            sizes = [size for name in file.keys() for size in file.get_slice(name).get_shape()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(folder / ADAPTER)!r} is no whole safetensors file: {error}.") from error
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    if rank > max(sizes, default=0):
+        raise UserError(
+            f"{where} has the rank {rank:,}, but its tensors have no side longer than {max(sizes, default=0):,}."
+        )
 
 
 def load_trained(folder: Path, model: nn.Module, plan: FreezePlan) -> None:

@@ -6,14 +6,15 @@ their names: the one prefix under which every tensor of the part stands, or a ta
 
 from __future__ import annotations
 
+import copy
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .checkpoints import WEIGHT_FILES, Checkpoint
 from .configuration import count_patches, image_size_of
@@ -22,6 +23,7 @@ from .errors import UserError
 from .layouts import Origin, detect
 from .modeling import VISION_MODELS, build_vision_tower, mark_initialised
 from .positions import INTERPOLATING, TABLES, fit_positions
+from .safety import check_weights
 from .sizes import (
     is_foreign,
     language_model_config,
@@ -65,6 +67,8 @@ def load_vision_tower(spec: Any, dtype: torch.dtype) -> PreTrainedModel:
     if not is_foreign(spec, key) and not spec.config and not resized:
         whole = load_config(spec.pretrained, spec.revision, key, spec.trust_remote_code)
         if whole.model_type == config.model_type and config.model_type not in VISION_MODELS:
+            if not spec.trust_remote_code:  # may be of a class that only its own code knows, and runs that code anyway
+                check_size(AutoModel.from_config, config, open_checkpoint(spec, "vision_tower"))
             return from_pretrained(AutoModel, spec, key, dtype=dtype)
     with torch.device("meta"):
         tower = build_vision_tower(config)
@@ -121,6 +125,8 @@ def load_language_model(spec: Any, dtype: torch.dtype, **options: Any) -> PreTra
         # transformers leaves out the head only as long as nothing else is named.
         named = quantised.llm_int8_skip_modules
         quantised.llm_int8_skip_modules = None if named is None else [*named, "lm_head", "embed_out"]
+    if not spec.trust_remote_code:
+        check_size(AutoModelForCausalLM.from_config, config, open_checkpoint(spec, "language_model"))
     options.update(dtype=dtype, attn_implementation=spec.attn_implementation)
     model = from_pretrained(AutoModelForCausalLM, spec, key, **options)
     for module in model.modules():
@@ -129,6 +135,33 @@ def load_language_model(spec: Any, dtype: torch.dtype, **options: Any) -> PreTra
             # fail, logits depend on the machine, and no gradient passes these weights afterwards.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_size(make: Callable[[PreTrainedConfig], nn.Module], config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+    """transformers gives memory to what a checkpoint lacks or has in another shape, before it says so.
+
+    Args:
+        make: Makes the model of its configuration.
+        config: The configuration.
+        checkpoint: What is to fill it.
+
+    Raises:
+        UserError: The model is far larger than its files.
+    """
+    try:
+        with torch.device("meta"):
+            empty = make(copy.deepcopy(config))
+    except ValueError:  # no class for it, which `from_pretrained` says
+        return
+    except RuntimeError as error:  # more bytes than can be counted
+        where = f"{checkpoint.key}: {checkpoint.pretrained!r}"
+        raise UserError(f"{where}: no model can be made of its config.json ({error}).") from error
+    _check_filled(empty, checkpoint)
+
+
+def _check_filled(empty: nn.Module, checkpoint: Checkpoint) -> None:
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    check_weights(parameters, checkpoint.size, f"{checkpoint.key}: {checkpoint.pretrained!r}")
 
 
 def from_pretrained(auto_class: Any, spec: Any, key: str, **options: Any) -> PreTrainedModel:
@@ -176,6 +209,7 @@ def load_module(
     Raises:
         UserError: The checkpoint lacks a tensor of the module, or has one of another shape.
     """
+    _check_filled(module, checkpoint)
     wanted = module.state_dict()
     origins = find_tensors(wanted, checkpoint, kind)
     tensors = checkpoint.read(sorted({name for origin in origins.values() for name in origin.names}))

@@ -215,6 +215,7 @@ def run_preflight(
     output: str = PAGE,
     with_model: bool = True,
     accelerate_config: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Runs preflight and prints what it found.
 
@@ -224,6 +225,7 @@ def run_preflight(
         output: Where the page goes.
         with_model: Reads the weights and takes real steps.
         accelerate_config: The processes that will train.
+        trust_remote_code: Lets base pieces run the Python code that they bring, where the recipe asks for it.
 
     Raises:
         SystemExit: With code 1 where the training will go wrong.
@@ -231,9 +233,12 @@ def run_preflight(
     from .launch import read_launch
     from .quiet import quiet_libraries
     from .recipe import load_recipe
+    from .safety import refuse_code
     from .train import _console
 
     loaded = load_recipe(recipe, overrides)
+    if not trust_remote_code:
+        refuse_code(loaded, str(loaded.path))
     quiet_libraries()
     console = _console()
     page = Path(output)

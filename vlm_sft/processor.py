@@ -306,7 +306,7 @@ def load_qformer_tokenizer(pretrained: str | Path, subfolder: str = QFORMER_TOKE
         subfolder: Where it is in there; "" for the top.
         **options: `revision` and such.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(pretrained), subfolder=subfolder, **options)
+    tokenizer = AutoTokenizer.from_pretrained(str(pretrained), subfolder=subfolder, trust_remote_code=False, **options)
     tokenizer.truncation_side = "left"
     return tokenizer
 

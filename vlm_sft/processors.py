@@ -11,6 +11,7 @@ from .checkpoints import unreachable
 from .configuration import VLMConfig, image_size_of
 from .errors import UserError
 from .processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
+from .safety import check_picture
 from .sizes import is_foreign
 
 if TYPE_CHECKING:
@@ -76,7 +77,10 @@ def _load_image_processor(tower: Any, config: VLMConfig) -> Any:
         images = AutoImageProcessor.from_pretrained(
             tower.pretrained, revision=tower.revision, trust_remote_code=tower.trust_remote_code, backend="pil"
         )
+        check_picture(images.to_dict(), f"stack.vision_tower.pretrained: {tower.pretrained!r}")
         return images if tower.image_size is None else _at_image_size(images, tower.image_size)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"stack.vision_tower.pretrained: {tower.pretrained!r} has no image processor (preprocessor_config.json)."

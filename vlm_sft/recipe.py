@@ -98,11 +98,11 @@ class Projector(_Piece):
     `linear_end` (mPLUG-Owl: a learned token ends the image) or `linear_no_bias` (Qwen-VL)."""
     init: Literal["default", "match_embeddings"] = "default"
     """`match_embeddings` scales a new projector's output to the language model's embeddings."""
-    depth: Annotated[int, Field(ge=1)] = 2
+    depth: Annotated[int, Field(ge=1, le=64)] = 2
     """mlp: number of linear layers."""
     activation: str = "gelu"
     """mlp: the function between the layers, as transformers names it."""
-    scale_factor: Annotated[int, Field(ge=1)] = 2
+    scale_factor: Annotated[int, Field(ge=1, le=64)] = 2
     """pixel_shuffle: side of the square of patches that becomes one token."""
     pretrained: str | None = None
     """Hub id, folder or file to read the projector from, instead of starting it anew."""
@@ -232,6 +232,10 @@ class Recipe(RecipeModel):
     def to_yaml(self) -> str:
         """Returns `resolved()` as YAML that `load_recipe` reads back to an equal recipe."""
         return dump_yaml(self.resolved())
+
+    def is_typed(self, path: KeyPath) -> bool:
+        """Whether an override set this key: the word of the user, not that of a file."""
+        return self._file is not None and self._file.is_overridden(path)
 
     def where(self, path: KeyPath) -> str:
         """Says where a key was set, for messages: `recipes/x.yaml, line 12` or `override "sft.max_steps=1"`."""

@@ -13,6 +13,7 @@ from .checkpoints import Checkpoint, fetch_file, unreachable
 from .errors import UserError
 from .layouts import Shapes, at, detect
 from .positions import INTERPOLATING
+from .safety import LIMITS, check_config, check_length
 
 
 def load_config(pretrained: str, revision: str | None, key: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -23,6 +24,7 @@ def load_config(pretrained: str, revision: str | None, key: str, trust_remote_co
     """
     if Path(pretrained).exists() and not (Path(pretrained) / "config.json").is_file():
         raise unreachable(pretrained, key)
+    raw_config(pretrained, revision, key)
     try:
         return AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as error:
@@ -77,11 +79,21 @@ def _llava_original(spec: Any, key: str) -> dict[str, Any] | None:
 
 def _raw_config(spec: Any, key: str) -> dict[str, Any]:
     """`config.json` as it stands; empty where there is none, or none that can be read."""
-    path = fetch_file(spec.pretrained, "config.json", spec.revision, key, required=False)
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except ValueError:
+    return raw_config(spec.pretrained, spec.revision, key)
+
+
+def raw_config(pretrained: str, revision: str | None, key: str) -> dict[str, Any]:
+    """The same, after a look at its numbers: some classes fill the memory while they read them."""
+    path = fetch_file(pretrained, "config.json", revision, key, required=False)
+    if not path:
         return {}
+    check_length(path, LIMITS["config.json"])
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    check_config(raw, f"{key}: {pretrained!r}")
+    return raw
 
 
 # Model types of checkpoints in a layout of `layouts`: transformers has no classes for them, the tensors tell the sizes.

@@ -189,13 +189,17 @@ def main(argv: list[str] | None = None) -> None:
         "--resume", action="store_true", help="go on from the newest checkpoint; start if none is there"
     )
     parser.add_argument("--accelerate-config", metavar="FILE", help="dry run: the processes that would train")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let base pieces run code, as the recipe says")
     given = parser.parse_args(argv)
     with exit_on_user_error():
         from .recipe import load_recipe
+        from .safety import refuse_code
 
         if given.accelerate_config and not given.dry_run:
             raise UserError("--accelerate-config belongs to --dry-run; to train, use: accelerate launch --config_file.")
         recipe = load_recipe(given.recipe, given.overrides)
+        if not given.trust_remote_code:
+            refuse_code(recipe, str(recipe.path))
         quiet_libraries()
         if given.dry_run:
             dry_run(recipe, read_launch(given.accelerate_config), _console(stderr=False))

@@ -6,8 +6,9 @@ strings. PyYAML's own dialect (YAML 1.1) reads the first as a string and `save_s
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 from .errors import UserError, without_tokens
 
 KeyPath = tuple[str | int, ...]
+
+LARGEST_FILE, MOST_ENTRIES = 2**20, 100_000
+# Environment variables whose values must not get into a recipe, which is saved with the bundle and shared.
+SECRET = re.compile(r"(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$")
+SHORTEST_SECRET = 8
 
 _INT = re.compile(r"^[-+]?[0-9]+$")
 _FLOAT = re.compile(
@@ -83,6 +89,7 @@ class YamlFile:
         self.data: dict[Any, Any] = {}
         self._lines: dict[KeyPath, int] = {}
         self._overrides: list[tuple[KeyPath, str]] = []
+        self._entries = 0
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -93,6 +100,10 @@ class YamlFile:
             self.data = loader.construct_document(node)
         except yaml.YAMLError as error:
             raise UserError(_yaml_sentence(name, error)) from error
+        except RecursionError as error:
+            raise UserError(f"{name} is nested too deeply; it is refused.") from error
+        except ValueError as error:  # a number of thousands of digits
+            raise error if isinstance(error, UserError) else UserError(f"{name} is not YAML: {error}.") from error
         finally:
             loader.dispose()
 
@@ -104,6 +115,8 @@ class YamlFile:
             UserError: it cannot be read, is not YAML (with the line), or is not a mapping.
         """
         try:
+            if (size := path.stat().st_size) > LARGEST_FILE:
+                raise UserError(f"{path} has {size:,} bytes, more than the {LARGEST_FILE:,} that a recipe may have.")
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
@@ -133,8 +146,13 @@ class YamlFile:
             reason = str(error).splitlines()[0]
             raise UserError(f'{self.name}: "{error.full_key}" cannot be filled in: {reason}.') from error
         assert isinstance(resolved, dict)
+        self._refuse_secrets(resolved)
         self.data = {str(key): value for key, value in resolved.items()}
         return self.data
+
+    def is_overridden(self, path: KeyPath) -> bool:
+        """Whether an override set this key, or a mapping that it is in."""
+        return any(path[: len(key)] == key for key, _ in self._overrides)
 
     def where(self, path: KeyPath) -> str:
         """Says where a key was set: the override, or file and line (of the closest key above it that is there)."""
@@ -147,6 +165,9 @@ class YamlFile:
         return self.name
 
     def _note_lines(self, node: yaml.Node, path: KeyPath, parents: list[yaml.Node]) -> None:
+        self._entries += 1
+        if self._entries > MOST_ENTRIES:  # aliases of aliases of aliases
+            raise UserError(f"{self.name} has more than {MOST_ENTRIES:,} entries; it is refused.")
         if any(node is parent for parent in parents):
             raise UserError(f"{self.name}, line {node.start_mark.line + 1}: an alias refers to itself.")
         if isinstance(node, yaml.MappingNode):
@@ -159,6 +180,16 @@ class YamlFile:
             for index, item in enumerate(node.value):
                 self._lines[(*path, index)] = item.start_mark.line + 1
                 self._note_lines(item, (*path, index), [*parents, node])
+
+    def _refuse_secrets(self, resolved: dict[Any, Any]) -> None:
+        """`${oc.env:HF_TOKEN}` of a stranger's recipe would be pushed to the stranger's repository."""
+        texts = list(_texts(resolved))
+        for name, value in os.environ.items():
+            if SECRET.search(name) and len(value) >= SHORTEST_SECRET and any(value in text for text in texts):
+                raise UserError(
+                    f"{self.name} would hold the value of the environment variable {name}; a recipe is saved with the "
+                    f"bundle and shared, so it holds no secrets: remove it."
+                )
 
     def _check_parents(self, config: Any, path: KeyPath, override: str) -> None:
         """OmegaConf would quietly replace a number by a mapping, and says of a bad index only its type."""
@@ -178,6 +209,16 @@ class YamlFile:
                 return
             else:
                 raise UserError(f'override "{override}": "{dotted}" is {here!r}, which has no keys below it.')
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in mappings and lists."""
+    if isinstance(value, dict):
+        yield from (text for entry in value.values() for text in _texts(entry))
+    elif isinstance(value, list):
+        yield from (text for entry in value for text in _texts(entry))
+    elif isinstance(value, str):
+        yield value
 
 
 def parse_assignment(text: str) -> tuple[KeyPath, Any]:
