@@ -32,7 +32,9 @@ from vlm_sft.recipe import load_recipe, validate_libraries
 PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 MODULES = {path.stem for path in (ROOT / "vlm_sft").glob("*.py")}
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")
-VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta", "data"}
+VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta", "data"} | {
+    "debug-batch"
+}
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
 
@@ -219,6 +221,7 @@ def check_vlm_sft(monkeypatch, tmp_path):
         "chat": ["chat", "generate"],
         "evaluate": ["run"],
         "preflight": ["run_preflight"],
+        "debug_batch": ["run"],
     }.items():
         stand_in = types.ModuleType(f"vlm_sft.{module}")
         for function in functions:

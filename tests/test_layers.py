@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "streaming",
     ),
     ("measure", "memory", "question_file", "resumable", "token_view"),
+    ("watch",),
     ("generation",),
     ("family_stack",),
     ("pieces",),
@@ -58,6 +59,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inspection", "merged", "native_processors"),
     ("export", "preflight_page"),
     ("assemble",),
+    ("debug_batch",),
     # Layer 6: parse and call.
     ("dry_run",),
     ("chat", "data_cli", "evaluate", "recipes_cli", "train"),
@@ -69,7 +71,7 @@ ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
 READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "data_cli", "dry_run", "evaluate", "loading"}
 READS_RECIPES |= {"merged", "pieces", "processors", "recipes_cli", "recipe_rules", "rows", "scoring", "stack", "train"}
-READS_RECIPES |= {"assemble", "family_stack", "preflight", "safety"}
+READS_RECIPES |= {"assemble", "debug_batch", "family_stack", "preflight", "safety"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers", "trl"}
 LIGHT = {module for row in LAYERS[:4] for module in row} | {

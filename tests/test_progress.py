@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -121,3 +122,27 @@ def test_close_may_come_at_any_time(monkeypatch):
 
 def test_unknown_numbers_are_said_as_they_are():
     assert describe({"epoch": 1.0, "speed": 3}) == "epoch 1.0, speed 3"
+
+
+def test_a_long_step_shows_that_it_goes_on(monkeypatch):
+    run = Run(monkeypatch, terminal=False)
+    run.step()
+    run.clock += 130
+    assert run.bar.pulse(run.state) == "step 1/40 done, the next runs for 0:02:10, 0:02:20 in all"
+    run.bar.close()
+
+
+def test_the_heart_beats_where_there_is_no_terminal_until_the_end():
+    beats = threading.Event()
+
+    class Log(io.StringIO):
+        def write(self, text):
+            beats.set()
+            return super().write(text)
+
+    bar = RichProgress(Console(file=Log(), force_terminal=False), heartbeat=0.01)
+    bar.on_train_begin(None, TrainerState(max_steps=3, is_world_process_zero=True), TrainerControl())
+    assert beats.wait(60)
+    bar.close()
+    said = bar.console.file.getvalue()
+    assert said.startswith("step 0/3 done, the next runs for 0:00:00")

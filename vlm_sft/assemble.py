@@ -65,6 +65,7 @@ def build_trainer(
         plan=stack.plan,
         eval_dataset=eval_rows,
         provenance=Provenance(recipe, stack.pieces, notes),
+        **recipe.watch.model_dump(),
     )
 
 

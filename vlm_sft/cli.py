@@ -179,6 +179,22 @@ def evaluate(
     )
 
 
+@app.command("debug-batch")
+def debug_batch(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A run's output_dir.", show_default=False)],
+    step: Annotated[int | None, typer.Option(help="Which step; default the last one that was written down.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Bundle to look with; default the newest before it.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show the rows of a step whose loss was not finite or jumped, one by one."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    from .debug_batch import run
+
+    run(folder, step=step, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
+
+
 @app.command()
 def export(
     bundle: Bundle,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
@@ -24,10 +25,16 @@ class RichProgress(TrainerCallback):
 
     Args:
         console: Where to print; default standard error, so that standard output stays free for results.
+        heartbeat: Without a terminal, a line is printed after so many seconds without one, so that a log shows whether
+            a long step, evaluation or save still goes on.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, heartbeat: float = 60.0) -> None:
         self.console = console or Console(stderr=True)
+        self.heartbeat = heartbeat
+        self._said = 0.0  # when the last line was printed
+        self._ended = threading.Event()
+        self._step_began = 0.0
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._numbers = ""
@@ -39,7 +46,10 @@ class RichProgress(TrainerCallback):
     ) -> None:
         """Shows the bar."""
         self._began = (time.monotonic(), state.global_step)
-        if not state.is_world_process_zero or not self.console.is_terminal:
+        if not state.is_world_process_zero:
+            return
+        if not self.console.is_terminal:
+            self._start_heart(state)
             return
         self.close()
         self._bar = _Bar(
@@ -57,6 +67,7 @@ class RichProgress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves the bar."""
+        self._step_began = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, left=self._left(state))
 
@@ -108,6 +119,7 @@ class RichProgress(TrainerCallback):
 
     def close(self) -> None:
         """Takes the bar away; to be called also where the training ends by an error, which leaves no cursor else."""
+        self._ended.set()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -120,7 +132,28 @@ class RichProgress(TrainerCallback):
             return ""
         return f"{duration((time.monotonic() - when) / done * missing)} left"
 
+    def _start_heart(self, state: TrainerState) -> None:
+        self._said = self._step_began = time.monotonic()
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, args=(state, self._ended), daemon=True).start()
+
+    def _beat(self, state: TrainerState, ended: threading.Event) -> None:
+        """Prints a line whenever none was printed for `heartbeat` seconds."""
+        while not ended.wait(max(self._said + self.heartbeat - time.monotonic(), 0.01)):
+            if time.monotonic() - self._said >= self.heartbeat:
+                self._print(self.pulse(state))
+
+    def pulse(self, state: TrainerState) -> str:
+        """`step 12/400 done, the next runs for 0:02:10, 0:31:00 in all`."""
+        now = time.monotonic()
+        return (
+            f"step {state.global_step:,}/{state.max_steps:,} done, "
+            f"the next runs for {duration(now - self._step_began)}, "
+            f"{duration(now - self._began[0])} in all"
+        )
+
     def _print(self, line: str) -> None:
+        self._said = time.monotonic()
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

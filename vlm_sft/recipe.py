@@ -33,6 +33,7 @@ __all__ = [
     "Source",
     "Stack",
     "VisionTower",
+    "Watch",
     "build_lora_config",
     "build_sft_config",
     "load_recipe",
@@ -166,6 +167,15 @@ class Hub(RecipeModel):
     """Languages on the card, for example `[zh, en]`."""
 
 
+class Watch(RecipeModel):
+    """What happens to steps that go wrong; see docs/long_runs.md."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: `stop`, or `skip` the step. Either way the rows are written down."""
+    jump: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+    """A loss above the median of the last 50 by more than so many spreads is logged with its rows; null for never."""
+
+
 _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
 _SFT_SCHEMA: dict[str, Any] = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
 
@@ -198,6 +208,8 @@ class Recipe(RecipeModel):
     """Further arguments of the collator."""
     sft: dict[str, Any] = Field(json_schema_extra=_SFT_SCHEMA)
     """Arguments of `trl.SFTConfig`, passed on as they are. `output_dir` is required."""
+    watch: Watch = Field(default_factory=Watch)
+    """What happens to steps whose loss is not finite or jumps."""
     generation: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `transformers.GenerationConfig` for chat, generate and evaluate."""
     hub: Hub | None = None

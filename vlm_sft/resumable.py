@@ -60,7 +60,7 @@ class ResumableTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
             self._name_the_best(final)
             self._publish(self._beside / final.name, final)
-        except (OSError, RuntimeError, UserError) as error:
+        except Exception as error:  # each library has its own
             if not _is_about_the_disk(error):
                 raise
             shutil.rmtree(self._beside, ignore_errors=True)
@@ -209,8 +209,9 @@ def _set_epoch(loader: Any, epoch: int) -> None:
 
 
 def _is_about_the_disk(error: Exception) -> bool:
-    """torch reports a file that cannot be written as a RuntimeError of its own."""
-    return isinstance(error, (OSError, UserError)) or "PytorchStreamWriter" in str(error) or "inline_con" in str(error)
+    """torch and the tokenizers report a file that cannot be written as errors of their own."""
+    words = ("PytorchStreamWriter", "inline_container", "iostream error", "(os error ")
+    return isinstance(error, (OSError, UserError)) or any(word in str(error) for word in words)
 
 
 def _cannot_save(final: Path, error: Exception) -> str:

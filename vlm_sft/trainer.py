@@ -27,8 +27,8 @@ from .freeze import FreezePlan, is_adapter, is_quantised, part_of
 from .ledger import Ledger
 from .loading import load_trained
 from .modeling import VLMForConditionalGeneration
-from .resumable import ResumableTrainer
 from .sharded import gather, repeated_layers
+from .watch import WatchedTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +43,7 @@ COUNTERS = (
 )
 
 
-class VLMSFTTrainer(ResumableTrainer):
+class VLMSFTTrainer(WatchedTrainer):
     """Trains a composed stack.
 
     Args:
@@ -57,7 +57,7 @@ class VLMSFTTrainer(ResumableTrainer):
         eval_dataset: Rows like the training rows, or None.
         provenance: What a bundle says about where it came from; None saves trained weights and processor alone.
         image_use: Measures at each evaluation how much the loss depends on the image (a second forward pass).
-        **kwargs: Passed on to `SFTTrainer`.
+        **kwargs: Passed on to `WatchedTrainer` and `SFTTrainer`.
     """
 
     def __init__(
@@ -213,6 +213,8 @@ class VLMSFTTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds our metrics, summed over all processes since the last log, and hands on to transformers."""
         mode = "train" if self.model.training else "eval"
+        if "train_loss" in logs:  # the last one, on the whole run: what is left of a few steps says nothing of it
+            self._sums[mode].clear()
         sums = self._reduced(mode)
         prefix = "" if mode == "train" else "eval_"
         if sums["supervised"]:

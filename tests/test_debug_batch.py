@@ -1,0 +1,56 @@
+"""The rows of a step that went wrong, one by one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from vlm_sft import load_recipe
+from vlm_sft.cli import app
+from vlm_sft.debug_batch import find_record, run
+from vlm_sft.errors import UserError
+from vlm_sft.train import train
+
+
+@pytest.fixture
+def finished(recipe_file, monkeypatch):
+    monkeypatch.setattr("vlm_sft.parity.check_parity", lambda *args: {"positions": 1, "max_difference": 0.0})
+    folder = train(load_recipe(recipe_file(), ["sft.save_strategy=steps", "sft.save_steps=1"]))
+    record = {"step": 2, "why": "nonfinite", "loss": float("nan"), "rows": [["captions/3"], ["captions/1"]]}
+    (folder / "watch.jsonl").write_text(json.dumps({**record, "step": 1}) + "\n" + json.dumps(record) + "\n")
+    return folder
+
+
+def test_each_row_is_shown_with_the_checkpoint_before(finished, capsys):
+    run(str(finished))
+    said = capsys.readouterr().out
+    assert f"Step 2 (nonfinite): loss nan in training. Looked at with {finished / 'checkpoint-1'}." in said
+    third, first = (next(line for line in said.splitlines() if f"captions/{n}" in line) for n in (3, 1))
+    assert "40 × 30" in third and "yes" in first and said.index(third) < said.index(first)
+
+
+def test_a_model_that_is_spoilt_shows(finished, capsys):
+    path = finished / "checkpoint-1" / "trained.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
+    run(str(finished), checkpoint=str(finished / "checkpoint-1"))
+    assert capsys.readouterr().out.count("nan ") >= 2
+
+
+def test_what_cannot_be_looked_at_is_said(finished, tmp_path):
+    with pytest.raises(UserError, match=r"has no whole checkpoint before step 1; name a bundle to look with: --checkp"):
+        run(str(finished), step=1)
+    with pytest.raises(UserError, match=r"has no record of step 9; it has: 1, 2\."):
+        find_record(finished, 9)
+    with pytest.raises(UserError, match=r"has no watch\.jsonl: no step of it went wrong"):
+        find_record(tmp_path, None)
+    (finished / "watch.jsonl").write_text(
+        json.dumps({"step": 2, "why": "jump", "loss": 9.0, "rows": [["gone/1"]]}) + "\n"
+    )
+    with pytest.raises(UserError, match=r"The row 'gone/1' is no longer in data\.train"):
+        run(str(finished))
+
+
+def test_the_command_is_there():
+    assert any(command.name == "debug-batch" for command in app.registered_commands)
