@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from tiny_families import tiny
 
 from vlm_sft import cli
 
@@ -99,3 +100,19 @@ def test_a_projector_that_no_image_reaches_cannot_be_trained(preflight, recipe_f
     data = {"train": [{**write_rows(tmp_path, rows)[0], "format": "messages"}]}
     code, said, _ = preflight(recipe_file(data=data, chat_template="ziya"))
     assert code == 1 and "that should learn did not move" in said and "its gradient is zero" in said
+
+
+def test_an_existing_model_is_looked_at_as_any_other(preflight, recipe_file):
+    model = {"stack": None, "chat_template": None, "model": {"pretrained": str(tiny("llava"))}}
+    path = recipe_file(**model, train={"projector": 1e-3}, lora={"r": 2})
+    code, _, page = preflight(path, "sft.max_length=256")
+    assert code == 0 and "LlavaMultiModalProjector" in page
+    assert "frozen tensors unchanged" in page and "image · " in page
+
+
+def test_a_quantised_language_model_stays_as_it_is(preflight, recipe_file, pieces):
+    quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path = recipe_file(quantization=quantization, lora={"r": 2}, chat_template="ziya", train={"projector": 1e-3})
+    code, said, page = preflight(path)
+    assert code == 0, said
+    assert "nf4" in page

@@ -38,6 +38,11 @@ class Finding:
     mend: str = ""
     where: Sequence[str] = ()
 
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        where = f" ({', '.join(self.where)})" if self.where else ""
+        return f"{self.level}: {self.sentence} {self.mend}".rstrip() + where
+
 
 @dataclass
 class Evidence:
@@ -215,12 +220,10 @@ def tight_memory(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(WARNING, f"The run is estimated to take {gib}.", mend)
 
 
-# Of the rows alone, also looked for at the start of every training; then what takes the model.
-ROW_CHECKS = (
+CHECKS = (
     rejected_rows, shortened_rows, foreign_markers, early_ends, hollow_answers, common_answers, repeated_rows,
-    leaked_images, poor_coverage,
+    leaked_images, poor_coverage, unproven_tensors, tight_memory,
 )  # fmt: skip
-CHECKS = (*ROW_CHECKS, unproven_tensors, tight_memory)
 
 
 def _rows(count: int) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checks import Evidence, answers_of
+from .checks import Evidence, Finding, answers_of, check
 from .coverage import coverage_of
 from .errors import RowError
 from .languages import language_of
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .recipe_data import Data
 
 LOOKED_AT = 20_000  # rows whose text is read
+GLANCED_AT = 1_000  # rows whose text is read at the start of a training
 MEASURED = 2_000  # of these, rows whose whole length is counted, and answers given to the tokenizer
 SHOWN = 8  # samples
 THUMBNAIL = 288  # pixels of the longer side
@@ -102,16 +103,40 @@ def look_at(evidence: Evidence, collator: MultimodalCollator, train: Any, held_o
         held_out: Evaluation and test rows, each a dataset.
     """
     processor = collator.processor
-    evidence.template, evidence.ends_with = str(processor.chat_template), processor.end_of_answer
-    evidence.rows = sample_rows(train)
-    for row in evidence.rows:
-        evidence.stats.add(row)
-    answers = (text for row in spread(evidence.rows, MEASURED) for text in answers_of(row))
-    evidence.coverage = coverage_of(answers, processor.tokenizer)
+    read_texts(evidence, processor, sample_rows(train))
     others = [row for rows in held_out for row in rows.select_columns(["images", "id"])]
     if others:
         every = train.select_columns(["images", "id"]) if hasattr(train, "__len__") else evidence.rows
         evidence.leaks = shared_images(every, others)
+
+
+def read_texts(evidence: Evidence, processor: Any, rows: list[dict[str, Any]]) -> None:
+    """Fills in what the texts of some rows tell.
+
+    Args:
+        evidence: To be filled.
+        processor: For its chat template and its tokenizer.
+        rows: Different rows.
+    """
+    evidence.template, evidence.ends_with = str(processor.chat_template), processor.end_of_answer.strip(" ")
+    evidence.rows = rows
+    for row in rows:
+        evidence.stats.add(row)
+    answers = (text for row in spread(rows, MEASURED) for text in answers_of(row))
+    evidence.coverage = coverage_of(answers, processor.tokenizer)
+
+
+def glance(train: Any, processor: Any) -> list[Finding]:
+    """What the texts of a few rows tell: the part of preflight that every training begins with.
+
+    Args:
+        train: Training rows; of a stream nothing is read.
+        processor: A `VLMProcessor`.
+    """
+    evidence = Evidence()
+    if hasattr(train, "__len__"):
+        read_texts(evidence, processor, sample_rows(train, GLANCED_AT))
+    return check(evidence)
 
 
 def spread(rows: Sequence[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:

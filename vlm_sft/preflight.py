@@ -244,8 +244,7 @@ def run_preflight(
     page = Path(output)
     report = preflight(loaded, read_launch(accelerate_config), console, output=page, with_model=with_model)
     for finding in report.findings:
-        where = f" ({', '.join(finding.where)})" if finding.where else ""
-        _say(console, f"{finding.level}: {finding.sentence} {finding.mend}".rstrip() + where)
+        _say(console, str(finding))
     for sentence in report.time:
         _say(console, sentence)
     _say(console, f"Page: {page}")

@@ -62,6 +62,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .assemble import build_trainer
     from .bundle import read_manifest
     from .hub import check_access
+    from .inspection import glance
     from .recipe import build_sft_config, validate_libraries
     from .stack import compose
 
@@ -79,6 +80,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     composed = compose(recipe)
     collator = build_collator(recipe, composed[1], args)
     rows = load_rows(recipe, collator, args, console)
+    for finding in on_first_process(partial(glance, rows[0], composed[1])):
+        _say(console, str(finding))
     with console.status("Loading the pieces"):
         trainer = build_trainer(recipe, args, collator, rows, composed, partial(_say, console))
     console.print(trainer.plan.table(trainer.model))
