@@ -83,10 +83,10 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+    def environment(self, home: Path) -> dict[str, str]:
         """Environment variables for a process that shall use this Hub, with a cache of its own."""
         found = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-        return {**found, "HF_DATASETS_OFFLINE": "0", **({"HF_TOKEN": token} if token else {})}
+        return {**found, "HF_DATASETS_OFFLINE": "0", "HF_TOKEN": TOKEN}
 
     def add(self, repo_id: str, folder: str | Path) -> str:
         """Publishes a folder as it is; gives the commit's hash."""

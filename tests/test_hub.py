@@ -18,28 +18,37 @@ from huggingface_hub.utils import disable_progress_bars
 from vlm_sft.errors import UserError
 from vlm_sft.hub import check_access, find_bundle, is_fetched, push_bundle
 
-COMPARE = """
+SHARE = """
 import sys
 import torch
 import vlm_sft
+from vlm_sft.answer_file import open_bundle
+from vlm_sft.cli import app
+from vlm_sft.evaluate import run
 
-def logits(bundle):
-    model, processor = vlm_sft.load(bundle)
+bundle, recipe = sys.argv[1:]
+
+def logits(model, processor):
     ids = torch.tensor([[1, *[processor.image_token_id] * processor.num_image_tokens, 40, 41]])
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model(input_ids=ids, pixel_values=pixels).logits
 
-assert torch.equal(logits(sys.argv[1]), logits(sys.argv[2]))
-print("equal")
+app(["push", bundle, "me/again", "--revision", "v1"], standalone_mode=False)
+here = logits(*vlm_sft.load(bundle))
+assert torch.equal(here, logits(*vlm_sft.load("me/again", revision="v1")))
+assert torch.equal(here, logits(*open_bundle("me/again@v1", {})[:2]))
+assert run("me/again@v1", recipe=recipe, max_rows=2)["questions"]["captions"] == 2
 """
 
 
-def run(hub: HubServer, home: Path, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
+def run(hub: HubServer, home: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """A fresh Python that uses this Hub."""
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment = {**keep, **hub.environment(home, token), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    environment = {**keep, **hub.environment(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=cwd, capture_output=True, text=True, check=False
+    )
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -129,15 +138,15 @@ def test_what_is_pushed_names_bases_and_no_folder_of_this_machine(hub, trained):
 def test_a_pushed_bundle_loads_elsewhere_with_equal_logits(hub, trained, tmp_path):
     bundle, _ = trained
     before = bytes_of(bundle)
-    pushed = run(hub, tmp_path / "home", "-m", "vlm_sft.cli", "push", str(bundle), "me/again", "--revision", "v1")
-    assert pushed.returncode == 0, pushed.stderr
-    assert pushed.stdout.startswith(f"{hub.endpoint}/me/again/commit/")
+    hub.repos["tiny/llama"].commit("main", {}, "the branch moved on: the recorded commit must be asked for")
+    recipe = str(bundle.parent / "recipe.yaml")
+    shared = run(hub, tmp_path / "elsewhere", "-c", SHARE, str(bundle), recipe, cwd=tmp_path)
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout.startswith(f"{hub.endpoint}/me/again/commit/")
     assert bytes_of(bundle) == before
     assert list(bundle.parent.glob(".vlm-sft-push-*")) == []
-    hub.repos["tiny/llama"].commit("main", {}, "the branch moved on: the recorded commit must be asked for")
-    loaded = run(hub, tmp_path / "elsewhere", "-c", COMPARE, "me/again@v1", str(bundle))
-    assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stdout.strip() == "equal"
+    assert (tmp_path / "again-eval.json").is_file(), "what lies in the cache is not changed"
+    assert TOKEN not in shared.stdout + shared.stderr
 
 
 # -- what goes wrong, in this process: no model is needed for it -------------------------------------------------------

@@ -9,30 +9,21 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .bundle import MANIFEST, RECIPE, read_manifest
 from .card import CARD, without_folders, write_card
 from .errors import TOKEN, UserError
+from .hub_errors import LOGIN, TRIES, one_sentence, patiently
 from .yaml_file import YamlFile, dump_yaml
-
-Result = TypeVar("Result")
 
 # What a bundle consists of. Anything else in its folder stays where it is: optimizer states, checkpoints, logs.
 SHARED = (
@@ -42,8 +33,6 @@ SHARED = (
     *("chat_template.jinja", "qformer_tokenizer/*", "metrics.json", "eval.json", "curves.png", "README.md"),
 )
 TEXTS = (".json", ".yaml", ".md", ".jinja", ".txt")
-TRIES, LONGEST_WAIT = 3, 60.0
-LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 
 
 # -- pushing -----------------------------------------------------------------------------------------------------------
@@ -87,8 +76,8 @@ def push_bundle(
         return done.commit_url
 
     untouched = f"; the bundle in {str(folder)!r} is as it was"
-    with staged(folder, repo_id) as stage, _one_sentence(repo_id, after=untouched):
-        return _patiently(lambda: push(stage), max_tries)
+    with staged(folder, repo_id) as stage, one_sentence(repo_id, after=untouched):
+        return patiently(lambda: push(stage), max_tries)
 
 
 @contextmanager
@@ -172,9 +161,9 @@ def find_bundle(bundle: str | Path, revision: str | None = None) -> Path:
     repo_id, _, at = str(bundle).partition("@")
     if not is_repo_id(repo_id):
         return Path(bundle)  # a path that is not there, which is said where it is read
-    with _one_sentence(repo_id, before=f"{repo_id!r} is no folder here. "):
+    with one_sentence(repo_id, before=f"{repo_id!r} is no folder here. "):
         wanted = revision or at or None
-        return Path(_patiently(lambda: snapshot_download(repo_id, revision=wanted, allow_patterns=list(SHARED))))
+        return Path(patiently(lambda: snapshot_download(repo_id, revision=wanted, allow_patterns=list(SHARED))))
 
 
 def is_repo_id(text: str) -> bool:
@@ -215,10 +204,10 @@ def check_access(repo_id: str) -> None:
     way_out = "; or remove `hub` from the recipe and push later with `vlm-sft push`"
     check_repo_id(repo_id)
     api = HfApi(library_name="vlm_sft")
-    with _one_sentence(repo_id, after=way_out):
-        who = _patiently(api.whoami)
+    with one_sentence(repo_id, after=way_out):
+        who = patiently(api.whoami)
         try:
-            _patiently(lambda: api.auth_check(repo_id, write=True))
+            patiently(lambda: api.auth_check(repo_id, write=True))
         except RepositoryNotFoundError:
             _check_namespace(repo_id, who, way_out)
 
@@ -234,103 +223,3 @@ def _check_namespace(repo_id: str, who: dict[str, Any], way_out: str) -> None:
             f"hub.repo_id {repo_id!r} is not under a name of the token's owner ({', '.join(names)}); correct it"
             f"{way_out}."
         )
-
-
-def _patiently(call: Callable[[], Result], max_tries: int = TRIES) -> Result:
-    """Calls again where another attempt may help; not all requests of `huggingface_hub` do so themselves."""
-    for attempt in range(1, max_tries):
-        try:
-            return call()
-        except Exception as error:
-            wait = _seconds_to_wait(error, attempt)
-            if wait is None:
-                raise
-            time.sleep(wait)
-    return call()
-
-
-def _seconds_to_wait(error: BaseException, attempt: int) -> float | None:
-    """How long until another attempt may succeed; None where it will not."""
-    refused = _first(error, HfHubHTTPError)
-    if refused is None:
-        return float(attempt) if _is_network(error) else None
-    if refused.response.status_code not in (408, 429, 500, 502, 503, 504):
-        return None
-    asked = refused.response.headers.get("Retry-After", "")
-    return min(float(asked), LONGEST_WAIT) if asked.isdigit() else float(attempt)
-
-
-@contextmanager
-def _one_sentence(repo_id: str, before: str = "", after: str = "") -> Iterator[None]:
-    """Turns what `huggingface_hub` raises into a `UserError`, without requests, headers and tokens."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        sentence = _sentence(error, repo_id)
-        if sentence is None:
-            raise
-        # Not chained: the cause holds the request, and the request the token.
-        raise UserError(f"{before}{sentence}{after}.") from None
-
-
-def _sentence(error: BaseException, repo_id: str) -> str | None:
-    if _first(error, OfflineModeIsEnabled) or constants.is_offline_mode():
-        return f"HF_HUB_OFFLINE=1 forbids asking the Hub for {repo_id!r}; unset it"
-    refused = _first(error, HfHubHTTPError)
-    if refused is not None:
-        return _refusal(refused, repo_id)
-    if _first(error, EntryNotFoundError):
-        return f"{repo_id!r} is not whole in the cache, and the Hub cannot be asked; try again with network"
-    if any("xet-write-token" in str(each) for each in _chain(error)):
-        return f"The Hub at {constants.ENDPOINT} has no Xet storage; set HF_HUB_DISABLE_XET=1"
-    if _is_network(error):
-        return f"The Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}); check the network"
-    return None
-
-
-def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
-    """What a status of the Hub means for a person."""
-    status = error.response.status_code
-    if isinstance(error, RevisionNotFoundError):
-        return f"The repository {repo_id!r} has no such revision; check the branch, tag or commit"
-    if isinstance(error, EntryNotFoundError):
-        return f"The Hub lacks a file of {repo_id!r}; fetch it again"
-    if status == 401 and get_token() is None:
-        return f"The Hub wants to know who you are, and there is no token (401); {LOGIN}"
-    if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return f"The Hub does not know the token (401); {LOGIN}"
-    if isinstance(error, RepositoryNotFoundError) or status == 404:
-        return f"The Hub has no repository {repo_id!r} that this token may see; check the name and the token"
-    if status == 403:
-        return f"The token may not do this with {repo_id!r} (403); use a token that may write there, or another name"
-    if status in (409, 412):
-        return f"{repo_id!r} was changed by someone else at the same time ({status}); push again"
-    if status == 429:
-        return f"The Hub has had too many requests (429); wait{_retry_after(error)} and try again"
-    if status >= 500:
-        return f"The Hub is in trouble ({status}); try again later"
-    return f"The Hub refuses {repo_id!r} (status {status}); check its name and its settings"
-
-
-def _retry_after(error: HfHubHTTPError) -> str:
-    asked = error.response.headers.get("Retry-After", "")
-    return f" {asked} seconds" if asked.isdigit() else ""
-
-
-def _is_network(error: BaseException) -> bool:
-    """Connection errors of the client, wherever they stand in a chain of causes."""
-    # By name: which HTTP library it is changes with versions of `huggingface_hub`.
-    kinds = (kind.__name__ for each in _chain(error) for kind in type(each).__mro__)
-    return any(name in ("TransportError", "ConnectionError") for name in kinds)
-
-
-def _first(error: BaseException, kind: type[Any]) -> Any:
-    return next((each for each in _chain(error) if isinstance(each, kind)), None)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -1,0 +1,137 @@
+"""What the Hub refuses, in one sentence each, and what is worth another try."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .errors import UserError
+
+Result = TypeVar("Result")
+TRIES, LONGEST_WAIT = 3, 60.0
+LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
+
+
+def patiently(call: Callable[[], Result], max_tries: int = TRIES) -> Result:
+    """Calls again where another attempt may help; not all requests of `huggingface_hub` do so themselves.
+
+    Args:
+        call: What is tried.
+        max_tries: How often.
+    """
+    for attempt in range(1, max_tries):
+        try:
+            return call()
+        except Exception as error:
+            wait = _seconds_to_wait(error, attempt)
+            if wait is None:
+                raise
+            time.sleep(wait)
+    return call()
+
+
+def _seconds_to_wait(error: BaseException, attempt: int) -> float | None:
+    """How long until another attempt may succeed; None where it will not."""
+    refused = _first(error, HfHubHTTPError)
+    if refused is None:
+        return float(attempt) if _is_network(error) else None
+    if refused.response.status_code not in (408, 429, 500, 502, 503, 504):
+        return None
+    asked = refused.response.headers.get("Retry-After", "")
+    return min(float(asked), LONGEST_WAIT) if asked.isdigit() else float(attempt)
+
+
+@contextmanager
+def one_sentence(repo_id: str, before: str = "", after: str = "") -> Iterator[None]:
+    """Turns what `huggingface_hub` raises into a `UserError`, without requests, headers and tokens.
+
+    Args:
+        repo_id: Named in the sentence.
+        before: Put in front of it.
+        after: Put behind it, before its full stop.
+
+    Raises:
+        UserError: The Hub refused, or could not be reached.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        sentence = _sentence(error, repo_id)
+        if sentence is None:
+            raise
+        # Not chained: the cause holds the request, and the request the token.
+        raise UserError(f"{before}{sentence}{after}.") from None
+
+
+def _sentence(error: BaseException, repo_id: str) -> str | None:
+    if _first(error, OfflineModeIsEnabled) or (constants.is_offline_mode() and _first(error, EntryNotFoundError)):
+        return f"HF_HUB_OFFLINE=1 forbids asking the Hub for {repo_id!r}; unset it"
+    refused = _first(error, HfHubHTTPError)
+    if refused is not None:
+        return _refusal(refused, repo_id)
+    if _first(error, EntryNotFoundError):
+        return f"{repo_id!r} is not whole in the cache, and the Hub cannot be asked; try again with network"
+    if any("xet-write-token" in str(each) for each in _chain(error)):
+        return f"The Hub at {constants.ENDPOINT} has no Xet storage; set HF_HUB_DISABLE_XET=1"
+    if _is_network(error):
+        return f"The Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}); check the network"
+    return None
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
+    """What a status of the Hub means for a person."""
+    status = error.response.status_code
+    if isinstance(error, RevisionNotFoundError):
+        return f"The repository {repo_id!r} has no such revision; check the branch, tag or commit"
+    if isinstance(error, EntryNotFoundError):
+        return f"The Hub lacks a file of {repo_id!r}; fetch it again"
+    if status == 401 and get_token() is None:
+        return f"The Hub wants to know who you are, and there is no token (401); {LOGIN}"
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return f"The Hub does not know the token (401); {LOGIN}"
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return f"The Hub has no repository {repo_id!r} that this token may see; check the name and the token"
+    if status == 403:
+        return f"The token may not do this with {repo_id!r} (403); use a token that may write there, or another name"
+    if status in (409, 412):
+        return f"{repo_id!r} was changed by someone else at the same time ({status}); push again"
+    if status == 429:
+        return f"The Hub has had too many requests (429); wait{_retry_after(error)} and try again"
+    if status >= 500:
+        return f"The Hub is in trouble ({status}); try again later"
+    return f"The Hub refuses {repo_id!r} (status {status}); check its name and its settings"
+
+
+def _retry_after(error: HfHubHTTPError) -> str:
+    asked = error.response.headers.get("Retry-After", "")
+    return f" {asked} seconds" if asked.isdigit() else ""
+
+
+def _is_network(error: BaseException) -> bool:
+    """Connection errors of the client, wherever they stand in a chain of causes."""
+    # By name: which HTTP library it is changes with versions of `huggingface_hub`.
+    kinds = (kind.__name__ for each in _chain(error) for kind in type(each).__mro__)
+    return any(name in ("TransportError", "ConnectionError") for name in kinds)
+
+
+def _first(error: BaseException, kind: type[Any]) -> Any:
+    return next((each for each in _chain(error) if isinstance(each, kind)), None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
