@@ -176,7 +176,15 @@ def folder(tmp_path) -> Path:
     folder = tmp_path / "outputs" / "mine"
     (folder / "checkpoint-2").mkdir(parents=True)
     piece = {"pretrained": "/home/someone/llama", "path": "/home/someone/llama", "revision": None, "fingerprint": "ab"}
-    manifest = {"format": 1, "pieces": {"language_model": piece}, "trained": ["projector"], "held": ["projector"],
+    source = {
+        "read": 9,
+        "used": 8,
+        "truncated": 0,
+        "rejected": {"no image": 1},
+        "examples": {"no image": ["/home/someone/a.json, row 3: a secret"]},
+        "met": {"a/3": "no image"},
+    }
+    manifest = {"ledger": {"train": {"max_rejected": 0.5, "sources": {"a": source}}}, "format": 1, "pieces": {"language_model": piece}, "trained": ["projector"], "held": ["projector"],
                 "adapter": False, "versions": {"torch": "2"}}  # fmt: skip
     recipe = {"chat_template": "/home/someone/own.jinja", "sft": {"output_dir": "/home/someone/outputs/mine"}}
     (folder / "bundle.json").write_text(json.dumps(manifest))
@@ -192,7 +200,8 @@ def test_what_others_need_not_know_stays_at_home(here, folder):
     push_bundle(folder, "me/mine", message="Mine")
     files = here.files("me/mine")
     assert set(files) == {"README.md", "bundle.json", "recipe.yaml", "trained.safetensors"}
-    assert not [name for name, data in files.items() if b"/home/someone" in data]
+    assert not [name for name, data in files.items() if b"/home/someone" in data or b"a secret" in data]
+    assert "| a | 9 | 8 | 0 | 1 no image |" in files["README.md"].decode()
     assert files["trained.safetensors"] == (folder / "trained.safetensors").read_bytes()
     assert here.repos["me/mine"].messages[-1] == "Mine" and not here.repos["me/mine"].private
     assert (folder / "README.md").read_text() == "# mine\n"

@@ -181,13 +181,23 @@ def _pieces(manifest: dict[str, Any]) -> str:
 
 
 def _data(manifest: dict[str, Any]) -> str:
-    """The rows of each set: how many, how long, what was shortened or left out."""
+    """The rows of each set: how many, how long, and what became of each source's (the ledger)."""
     sets = {key.removesuffix("_rows"): counts for key, counts in manifest.items() if key.endswith("_rows")}
     sections = []
     for name, counts in sets.items():
         rows = [f"| {key.replace('_', ' ')} | {value:,} |" for key, value in counts.items() if _is_number(value)]
         sections.append(f"| {name} rows | number |\n|---|---|\n" + "\n".join(rows))
+    for name, ledger in manifest.get("ledger", {}).items():
+        rows = [_source(source, counts) for source, counts in ledger["sources"].items()]
+        sections.append(
+            f"| {name} source | read | used | shortened | left out |\n|---|---|---|---|---|\n" + "\n".join(rows)
+        )
     return "\n\n".join(["## Data", *sections]) if sections else ""
+
+
+def _source(name: str, counts: dict[str, Any]) -> str:
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts["rejected"].items()) or "–"
+    return f"| {name} | {counts['read']:,} | {counts['used']:,} | {counts['truncated']:,} | {reasons} |"
 
 
 def _is_number(value: Any) -> bool:

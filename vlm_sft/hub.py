@@ -93,7 +93,7 @@ def staged(folder: Path, repo_id: str) -> Iterator[Path]:
             goal = stage / path.relative_to(folder)
             goal.parent.mkdir(exist_ok=True)
             _link(path, goal)
-        manifest = without_folders(read_manifest(folder))
+        manifest = without_folders(without_rows(read_manifest(folder)))
         recipe = without_folders(YamlFile.read(folder / RECIPE).data)
         for name in (MANIFEST, RECIPE, CARD):
             (stage / name).unlink(missing_ok=True)  # the link alone: what it leads to is the bundle's own
@@ -102,6 +102,14 @@ def staged(folder: Path, repo_id: str) -> Iterator[Path]:
         write_card(stage, repo_id)
         refuse_tokens(stage)
         yield stage
+
+
+def without_rows(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The same without what the ledger quotes: sentences on single rows, which may name files and what they hold."""
+    for ledger in manifest.get("ledger", {}).values():
+        for source in ledger["sources"].values():
+            source |= {"examples": {}, "met": {}}
+    return manifest
 
 
 def shared_files(folder: Path) -> list[Path]:
