@@ -184,7 +184,8 @@ def folder(tmp_path) -> Path:
         "examples": {"no image": ["/home/someone/a.json, row 3: a secret"]},
         "met": {"a/3": "no image"},
     }
-    manifest = {"ledger": {"train": {"max_rejected": 0.5, "sources": {"a": source}}}, "format": 1, "pieces": {"language_model": piece}, "trained": ["projector"], "held": ["projector"],
+    manifest = {"ledger": {"train": {"max_rejected": 0.5, "sources": {"a": source}}}, "format": 1,
+                "pieces": {"language_model": piece}, "trained": ["projector"], "held": ["projector"],
                 "adapter": False, "versions": {"torch": "2"}}  # fmt: skip
     recipe = {"chat_template": "/home/someone/own.jinja", "sft": {"output_dir": "/home/someone/outputs/mine"}}
     (folder / "bundle.json").write_text(json.dumps(manifest))
