@@ -102,6 +102,13 @@ def test_a_projector_that_no_image_reaches_cannot_be_trained(preflight, recipe_f
     assert code == 1 and "that should learn did not move" in said and "its gradient is zero" in said
 
 
+def test_rows_that_are_too_long_stand_behind_the_cut(preflight, recipe_file, tmp_path, photos):
+    rows = [{"image": photos[0], "caption": "a red 3"}, {"image": photos[1], "caption": "鑫" * 60}]
+    code, _, page = preflight(recipe_file(data={"train": write_rows(tmp_path, rows)}), "--no-model")
+    assert code == 1 and "1 × too long" in page
+    assert "2 first rows of the sources, as they are before any cut; 1 of them are longer than max_length" in page
+
+
 def test_an_existing_model_is_looked_at_as_any_other(preflight, recipe_file):
     model = {"stack": None, "chat_template": None, "model": {"pretrained": str(tiny("llava"))}}
     path = recipe_file(**model, train={"projector": 1e-3}, lora={"r": 2})

@@ -44,7 +44,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     """
     from .checks import Evidence, check
     from .dry_run import on_any_machine
-    from .inspection import look_at, shares_of_languages, shares_of_sources, show_samples, whole_lengths
+    from .inspection import look_at, shares_of_languages, shares_of_sources, show_samples
     from .preflight_page import Report, render_page
     from .recipe import build_sft_config, validate_libraries
     from .stack import compose
@@ -64,10 +64,10 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
         train, held_out = rows[0], [*([rows[1]] if rows[1] else []), *_test_rows(recipe, args.seed)]
         with console.status("Looking at texts and images"):
             look_at(evidence, collator, train, held_out)
-            report.lengths = whole_lengths(evidence.rows, collator)
             report.samples = show_samples(evidence.rows, collator)
         report.sources = shares_of_sources(recipe.data, evidence.ledgers["train"], evidence.rows)
         report.languages = shares_of_languages(recipe.data, evidence.rows)
+    report.lengths = _lengths(recipe, collator, args.seed)
     _weigh(recipe, launch, report)
     if rows is not None and with_model:
         _take_steps(tolerant, collator, composed, evidence, console)
@@ -95,6 +95,22 @@ def _load(
         evidence.failed = str(error)
     evidence.ledgers = {name: Ledger(recipe.data.max_rejected, ledger.sources) for name, ledger in seen.items()}
     return rows
+
+
+def _lengths(recipe: Recipe, collator: MultimodalCollator, seed: int) -> list[int]:
+    """Uncut lengths of the first rows of each training source, also of rows that are too long to be used."""
+    from .data import load_source
+    from .inspection import MEASURED, whole_lengths
+
+    found: list[int] = []
+    for source in recipe.data.train:
+        first = source.model_copy(update={"max_rows": min(source.max_rows or MEASURED, MEASURED)})
+        try:
+            rows = load_source(first, seed=seed, reject=lambda error: None)
+        except UserError:
+            continue  # none of its first rows can be read, which the ledger says
+        found += whole_lengths(list(rows), collator)
+    return found
 
 
 def _test_rows(recipe: Recipe, seed: int) -> Iterator[Any]:
