@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -252,8 +254,10 @@ def write_tiny(name: str, folder: Path) -> Path:
 
 @functools.cache
 def tiny(name: str) -> Path:
-    """The folder of a family's tiny model, written once a session."""
-    return write_tiny(name, Path(tempfile.mkdtemp(prefix=f"tiny-{name}-")))
+    """The folder of a family's tiny model, written once a session and removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix=f"tiny-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_tiny(name, folder)
 
 
 def processor_of(name: str, folder: Path | None = None) -> Any:
