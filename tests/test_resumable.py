@@ -123,7 +123,7 @@ def test_each_checkpoint_goes_on_to_the_same_end(forge, mixed_recipe, settings):
     assert forge.run(path) == 0, forge.said()
     found = run_folder.checkpoints(calm)
     assert len(found) >= 2
-    for checkpoint in found[:: max(len(found) // 3, 1)]:
+    for checkpoint in (found[0], found[-1]):
         again, out = mixed_recipe(f"from-{checkpoint.name}", **{"save_total_limit": None, **settings})
         assert forge.run(again, f"sft.resume_from_checkpoint={checkpoint}") == 0, forge.said()
         assert_same(out, calm)

@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -145,7 +146,12 @@ class WatchedTrainer(ResumableTrainer):
         """
         with tempfile.TemporaryDirectory(prefix="vlm_sft-") as self._notes:
             try:
-                return super().train(*args, **kwargs)
+                try:
+                    return super().train(*args, **kwargs)
+                except ConnectionError:
+                    # What a dead worker sent cannot be read; torch says so when the signal of its death comes.
+                    time.sleep(5)
+                    raise
             except RuntimeError as error:
                 if sentence := dead_worker(str(error), Path(self._notes)):
                     raise UserError(sentence) from error
