@@ -228,7 +228,7 @@ STEPS = {"create": ("POST", "/api/repos/create"), "preupload": ("POST", "/preupl
 @pytest.mark.parametrize(
     ("name", "step"),
     # 409 while a repository is made says that it is there, which is fine.
-    [(name, step) for name in REFUSALS for step in ("create", "upload", "commit") if (name, step) != ("409", "create")],
+    [(name, step) for name in REFUSALS for step in ("create", "upload") if (name, step) != ("409", "create")],
 )
 def test_what_the_hub_refuses_for_good_is_one_sentence(here, folder, caplog, name, step):
     failure, sentence = REFUSALS[name]
@@ -330,6 +330,10 @@ def test_the_right_to_write_is_asked_for_before_training(here, folder, monkeypat
     monkeypatch.setenv("HF_TOKEN", "hf_" + "AnotherTokenThatIsWrong")
     with pytest.raises(UserError, match=r"The Hub does not know the token \(401\).*" + way_out):
         check_access("me/new")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match=r"wants to know who you are, and there is no token; set HF_TOKEN.*" + way_out):
+        check_access("me/new")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     here.fail("GET", "/api/whoami-v2", times=9, cut=True)
     with pytest.raises(UserError, match=r"cannot be reached.*" + way_out):
         check_access("me/new")

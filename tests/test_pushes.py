@@ -26,6 +26,8 @@ def asked(monkeypatch):
     def push(folder, repo_id, **options):
         found.append((str(folder), repo_id, options))
         assert found.go_on.wait(30)
+        if str(folder) == "full":
+            raise OSError("No space left on device")
         if str(folder) in found.fails:
             raise UserError("The Hub is in trouble (503); try again later.")
         return f"https://hub/{repo_id}/commit/{len(found)}"
@@ -86,3 +88,9 @@ def test_an_end_that_cannot_be_pushed_says_the_command(asked):
         "The bundle is whole but was not pushed. The Hub is in trouble (503); try again later. "
         "Then: vlm-sft push 'my out' me/x --public --revision 'v 1'"
     ]
+
+
+def test_not_even_an_error_that_nobody_thought_of_ends_the_run(asked):
+    said = []
+    assert PushCallback("me/x", said.append).finish("full") is None
+    assert said[0].startswith("The bundle is whole but was not pushed. OSError: No space left on device Then: vlm-sft ")

@@ -11,6 +11,7 @@ from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -79,6 +80,8 @@ def one_sentence(repo_id: str, before: str = "", after: str = "") -> Iterator[No
 def _sentence(error: BaseException, repo_id: str) -> str | None:
     if _first(error, OfflineModeIsEnabled) or (constants.is_offline_mode() and _first(error, EntryNotFoundError)):
         return f"HF_HUB_OFFLINE=1 forbids asking the Hub for {repo_id!r}; unset it"
+    if _first(error, LocalTokenNotFoundError):
+        return f"The Hub wants to know who you are, and there is no token; {LOGIN}"
     refused = _first(error, HfHubHTTPError)
     if refused is not None:
         return _refusal(refused, repo_id)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .errors import UserError
+from .errors import UserError, without_tokens
 from .hub import push_bundle
 
 
@@ -70,9 +70,9 @@ class PushCallback(TrainerCallback):
         self._worker.shutdown()
         try:
             address = push_bundle(folder, self.repo_id, message=self.message, **self.options)
-        except UserError as error:
+        except Exception as error:  # whatever it is, hours of training must not end on it
             again = shlex.join(["vlm-sft", "push", str(folder), self.repo_id, *self._flags()])
-            self.say(f"The bundle is whole but was not pushed. {error} Then: {again}")
+            self.say(f"The bundle is whole but was not pushed. {_why(error)} Then: {again}")
             return None
         self.say(f"Pushed: {address}")
         return address
@@ -83,11 +83,16 @@ class PushCallback(TrainerCallback):
             return
         try:
             self.say(f"Pushed: {self._running.result()}")
-        except UserError as error:
-            self.say(f"A checkpoint was not pushed; training goes on, and the end will try again. {error}")
+        except Exception as error:
+            self.say(f"A checkpoint was not pushed; training goes on, and the end will try again. {_why(error)}")
         self._running = None
 
     def _flags(self) -> list[str]:
         private = self.options["private"]
         shown = [] if private is None else ["--private" if private else "--public"]
         return shown + (["--revision", self.options["revision"]] if self.options["revision"] else [])
+
+
+def _why(error: Exception) -> str:
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return without_tokens(f"{kind}{error}")

@@ -20,7 +20,7 @@ from jinja2.filters import do_format
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 # Far above what the longest conversation needs, far below what hurts.
-MAX_TURNS = 300_000
+MAX_TURNS = 100_000
 MAX_TEXT = 30_000_000
 MAX_NUMBER = 100_000  # as an argument; jinja's `range` has the same limit
 MAX_BITS = 10_000
