@@ -267,7 +267,8 @@ def test_a_prompt_and_its_answer_begin_the_training_text(template: str, pairs: l
         assert prompt.text == full.text[:start]
         assert prompt.spans == full.spans[:turn]
         so_far = render(messages[: 2 * turn + 2], template, system=system)
-        assert so_far.text == full.text[:end]  # dropping later turns changes nothing before them
+        # Dropping later turns changes nothing before them; a newline after the end is in no loss.
+        assert full.text.startswith(so_far.text) and so_far.text[end:] in ("", "\n") and len(so_far.text) >= end
 
 
 @settings(max_examples=60, deadline=None)
