@@ -5,14 +5,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly THREADS=${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)} # accelerate would choose the same, and say so
 readonly DATA=data/digitscenes STAGE1=outputs/quickstart_stage1 STAGE2=outputs/quickstart_stage2
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 step() { printf '\n== %s\n' "$*"; }
 
 train() { # RECIPE
-    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process "$THREADS" -m vlm_sft.train "$1"
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml -m vlm_sft.train "$1"
 }
 
 ask() { # IMAGE QUESTION; a process of its own, which loads the bundle from the disk
