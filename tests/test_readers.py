@@ -127,14 +127,32 @@ def test_saved_datasets_are_never_decoded(tmp_path):
 def test_hub(monkeypatch):
     asked = {}
 
-    def load_dataset(name, *, split, revision):
-        asked.update(name=name, split=split, revision=revision)
+    def load_dataset(name, *, split, revision, streaming):
+        asked.update(name=name, split=split, revision=revision, streaming=streaming)
         return datasets.Dataset.from_dict({"text": ["猫"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (row,) = read_rows("owner/pictures", split="val", revision="v1")
-    assert asked == {"name": "owner/pictures", "split": "val", "revision": "v1"}
+    assert asked == {"name": "owner/pictures", "split": "val", "revision": "v1", "streaming": False}
     assert row == ("owner/pictures (val), row 1", None, {"text": "猫"}, None)
+
+
+def test_a_hub_dataset_is_streamed_with_its_embedded_images(monkeypatch, tmp_path):
+    """Through the real streaming reader, on local parquet as the Hub has it."""
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"image": [{"bytes": b"not an image", "path": None}] * 3, "text": ["猫", "dog", "bus"]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    real = datasets.load_dataset
+
+    def load_dataset(name, *, split, revision, streaming):
+        found = real("parquet", data_files={"train": str(tmp_path / "train.parquet")}, split=split, streaming=streaming)
+        assert isinstance(found, datasets.IterableDataset)
+        return found
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = [row.values for row in read_rows("owner/pictures", stream=True)]
+    assert [row["text"] for row in found] == ["猫", "dog", "bus"]
+    assert found[0]["image"] == {"bytes": b"not an image", "path": None}, "not decoded"
 
 
 def test_hub_without_a_network(monkeypatch):

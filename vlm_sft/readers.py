@@ -39,7 +39,12 @@ class Row(NamedTuple):
 
 
 def read_rows(
-    path: str, *, split: str = "train", revision: str | None = None, keep_wrong: bool = False
+    path: str,
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    keep_wrong: bool = False,
+    stream: bool = False,
 ) -> Iterator[Row]:
     """Yield the rows of a file, a glob pattern, a folder or a dataset of the Hub, in order.
 
@@ -50,18 +55,19 @@ def read_rows(
         split: which split of a folder or Hub dataset.
         revision: branch, tag or commit of a Hub dataset.
         keep_wrong: yield rows that cannot be read too, with their `problem`, so that the caller can record them.
+        stream: read a Hub dataset over the network as it is used, instead of downloading all of it first.
 
     Raises:
         UserError: nothing is there, or it cannot be read as what its name says. Raised while iterating.
         RowError: a row cannot be read and `keep_wrong` is false.
     """
-    for row in _all_rows(path, split, revision):
+    for row in _all_rows(path, split, revision, stream):
         if row.problem is not None and not keep_wrong:
             raise row.problem
         yield row
 
 
-def _all_rows(path: str, split: str, revision: str | None) -> Iterator[Row]:
+def _all_rows(path: str, split: str, revision: str | None, stream: bool) -> Iterator[Row]:
     path = os.path.expanduser(path)
     if "\0" in path:
         raise UserError(f"The path {path!a} holds a character that no file name has: correct it.")
@@ -73,7 +79,7 @@ def _all_rows(path: str, split: str, revision: str | None) -> Iterator[Row]:
     elif os.path.splitext(path)[1].lower() in FILE_READERS:
         raise no_such_file(Path(path))
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path, re.ASCII):
-        yield from _read_hub(path, split, revision)
+        yield from _read_hub(path, split, revision, stream)
     else:
         raise no_such_file(Path(path))
 
@@ -192,11 +198,11 @@ def _read_saved(folder: Path, split: str) -> Iterator[Row]:
 # -------------------------------------------------------------------------------------------------------------- Hub
 
 
-def _read_hub(name: str, split: str, revision: str | None) -> Iterator[Row]:
+def _read_hub(name: str, split: str, revision: str | None, stream: bool) -> Iterator[Row]:
     import datasets
 
     try:
-        data = datasets.load_dataset(name, split=split, revision=revision)
+        data = datasets.load_dataset(name, split=split, revision=revision, streaming=stream)
     except Exception as error:  # connection, authorisation, unknown id, split or revision: each has its own class
         raise UserError(
             f'There is no file or folder "{name}" here, and as a dataset of the Hub (split "{split}") it could not be '

@@ -44,7 +44,7 @@ def name_of(source: SourceLike) -> str:
 
 
 def source_rows(
-    source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it
+    source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it, stream: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one source in the order of its files, each as it is used; nothing is held.
 
@@ -52,19 +52,20 @@ def source_rows(
         source: where the rows lie and what they mean; a `recipe.Source`. Its `max_rows` counts rows that are yielded.
         seed: draws the prompts. The draw of a row depends on seed, source name and row number only.
         reject: told of every row that is wrong by itself, which is then left out; by default it stops the run.
+        stream: read a Hub dataset as it is used, instead of downloading all of it first.
 
     Raises:
         UserError: the source is not what the recipe says. Raised while iterating.
     """
-    return (row for row, _ in rows_with_language(source, seed=seed, reject=reject))
+    return (row for row, _ in rows_with_language(source, seed=seed, reject=reject, stream=stream))
 
 
 def rows_with_language(
-    source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it
+    source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it, stream: bool = False
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """As `source_rows`, each row with its language (`zh`, `en`, or what its own `language` says)."""
     check_source(source)
-    return islice(_rows(source, seed, reject), source.max_rows)
+    return islice(_rows(source, seed, reject, stream), source.max_rows)
 
 
 def check_source(source: SourceLike) -> None:
@@ -118,10 +119,12 @@ def _check_prompts(source: SourceLike, name: str) -> None:
             )
 
 
-def _rows(source: SourceLike, seed: int, reject: Callable[[RowError], None]) -> Iterator[tuple[dict[str, Any], str]]:
+def _rows(
+    source: SourceLike, seed: int, reject: Callable[[RowError], None], stream: bool
+) -> Iterator[tuple[dict[str, Any], str]]:
     images_folder = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
     unseen = set(source.columns.values())
-    for number, row in enumerate(_raw_rows(source), start=1):
+    for number, row in enumerate(_raw_rows(source, stream), start=1):
         unseen -= row.values.keys()
         folder = images_folder or (None if row.folder is None else os.path.abspath(row.folder))
         try:
@@ -135,9 +138,9 @@ def _rows(source: SourceLike, seed: int, reject: Callable[[RowError], None]) -> 
         )
 
 
-def _raw_rows(source: SourceLike) -> Iterator[Row]:
+def _raw_rows(source: SourceLike, stream: bool) -> Iterator[Row]:
     if source.format not in PUBLISHED:
-        yield from read_rows(source.path, split=source.split, revision=source.revision, keep_wrong=True)
+        yield from read_rows(source.path, split=source.split, revision=source.revision, keep_wrong=True, stream=stream)
         return
     answers = [] if source.annotations is None else list_files(source.annotations)
     for path, where, found in read_published(source.format, list_files(source.path), source.image_name, answers):

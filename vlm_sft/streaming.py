@@ -89,11 +89,11 @@ class _Stream:
     def _rows(self, source: SourceLike) -> Iterator[dict[str, Any]]:
         """One pass; a rejected row stands where the file has it."""
         if not self.keep_rejected:
-            for row in source_rows(source, seed=self.seed):
+            for row in source_rows(source, seed=self.seed, stream=True):
                 yield {**row, "rejected": None}
             return
         rejected: list[RowError] = []
-        for row in source_rows(source, seed=self.seed, reject=rejected.append):
+        for row in source_rows(source, seed=self.seed, reject=rejected.append, stream=True):
             yield from self._marked(source, rejected)
             yield {**row, "rejected": None}
         yield from self._marked(source, rejected)
