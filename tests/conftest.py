@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+# These files take minutes: begun last, one of them would run alone while the other worker has nothing left to do.
+LONGEST = ("test_learning", "test_resumable", "test_distributed", "test_family_stack", "test_recipe_runs")
 GOLDENS = Path(os.environ.get("VLM_SFT_GOLDENS", ROOT / "tests" / "goldens"))
 
 TEXT = [
@@ -24,6 +26,11 @@ TEXT = [
     "左上角是红色的3，右下角是蓝色的7", "###Human: <Img></Img> describe the image ###Assistant: two dogs###",
     "Question: how many cats are there? Short answer: two", "[INST] What colour is the bus? [/INST] It is yellow.",
 ]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def make_tokenizer():
