@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -312,8 +313,10 @@ def test_the_command_at_a_terminal(bundle, photos):
     main, other = pty.openpty()
     command = [*CLI, "chat", bundle, "--image", photos[0], "--set", "max_new_tokens=4"]
     process = subprocess.Popen(
-        command, stdin=other, stdout=other, stderr=other, env=environment(), start_new_session=True
-    )
+        command, stdin=other, stdout=other, stderr=other, env=environment(), start_new_session=True,
+        # Tests that run in the background ignore interrupts, and programs inherit that; at a terminal none does.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     os.close(other)
     screen = Screen(main)
     try:
@@ -343,8 +346,8 @@ class Screen:
     def wait_for(self, words: str, seconds: float = 300.0, again: Callable[[], None] | None = None) -> None:
         """Reads until `words` come after what was waited for last.
 
-        `again` is done now and every five seconds, as a person presses a key again that had no effect: readline
-        overlooks an interrupt that comes between the prompt and its first wait for a key.
+        `again` is done now and every five seconds, as a person presses a key again that had no effect: readline overlooks
+        an interrupt that comes between the prompt and its first wait for a key.
         """
         end, next_time = time.monotonic() + seconds, time.monotonic()
         while words not in self.text[self._seen :]:
