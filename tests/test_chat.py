@@ -346,8 +346,8 @@ class Screen:
     def wait_for(self, words: str, seconds: float = 300.0, again: Callable[[], None] | None = None) -> None:
         """Reads until `words` come after what was waited for last.
 
-        `again` is done now and every five seconds, as a person presses a key again that had no effect: readline overlooks
-        an interrupt that comes between the prompt and its first wait for a key.
+        `again` is done now and every five seconds, as a person presses a key again that had no effect: readline
+        overlooks an interrupt that comes between the prompt and its first wait for a key.
         """
         end, next_time = time.monotonic() + seconds, time.monotonic()
         while words not in self.text[self._seen :]:
