@@ -108,6 +108,7 @@ def filter_(
     if (threshold, keep) != (None, None) and Path(out).exists():
         raise UserError(f"{out} exists already: give another OUT or remove it.")
     rows = _Rows(src, kind, images, column, max_rejected)
+    next(iter(rows), None)  # a source that cannot be read is said before a model is loaded
     file = scores or f"{out}.scores.jsonl"
     console = _console()
     with console.status("scoring") as status:
