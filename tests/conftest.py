@@ -18,6 +18,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 # These files take minutes: begun last, one of them would run alone while the other worker has nothing left to do.
 LONGEST = ("test_learning", "test_resumable", "test_distributed", "test_family_stack", "test_recipe_runs")
+VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+          "image_size": 28, "patch_size": 7}  # fmt: skip
 GOLDENS = Path(os.environ.get("VLM_SFT_GOLDENS", ROOT / "tests" / "goldens"))
 
 TEXT = [
@@ -66,70 +68,53 @@ def tokenizer(tokenizer_files):
 @pytest.fixture(scope="session")
 def pieces(tmp_path_factory, tokenizer_files) -> dict[str, str]:
     """Folders of tiny pieces: `blip2` (tower + Q-Former), `clip` (as published), `llama`, `opt`."""
-    from transformers import (
-        Blip2Config,
-        Blip2QFormerConfig,
-        Blip2VisionConfig,
-        BlipImageProcessorPil,
-        CLIPConfig,
-        CLIPImageProcessorPil,
-        CLIPModel,
-        LlamaConfig,
-        LlamaForCausalLM,
-        OPTConfig,
-        OPTForCausalLM,
-    )
-    from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2VisionModel
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
     root = tmp_path_factory.mktemp("pieces")
     torch.manual_seed(0)
+    llama = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                        num_attention_heads=4, initializer_range=0.1, max_position_embeddings=512)  # fmt: skip
+    opt = OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                    max_position_embeddings=512, word_embed_proj_dim=32, init_std=0.1, pad_token_id=0, bos_token_id=1,
+                    eos_token_id=2)  # fmt: skip
+    write_blip2(root / "blip2", llama)
+    write_clip(root / "clip")
+    for name, model in (("llama", LlamaForCausalLM(llama)), ("opt", OPTForCausalLM(opt))):
+        model.save_pretrained(root / name)
+        make_tokenizer().save_pretrained(root / name)
+    return {folder.name: str(folder) for folder in root.iterdir()}
+
+
+def write_blip2(folder: Path, text_config) -> None:
+    """Tower, Q-Former, queries and projector of a BLIP-2, without its language model."""
+    from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, BlipImageProcessorPil
+    from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2VisionModel
+
     vision = Blip2VisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                                image_size=28, patch_size=7, initializer_range=0.1)  # fmt: skip
     qformer = Blip2QFormerConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
                                  intermediate_size=32, max_position_embeddings=16, encoder_hidden_size=24,
                                  initializer_range=0.1)  # fmt: skip
-    llama = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                        num_attention_heads=4, initializer_range=0.1, max_position_embeddings=512)  # fmt: skip
-    config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=llama, num_query_tokens=4)
+    config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text_config, num_query_tokens=4)
     state = {f"vision_model.{n}": t for n, t in Blip2VisionModel(vision).state_dict().items()}
     state |= {f"qformer.{n}": t for n, t in Blip2QFormerModel(qformer).state_dict().items()}
     state |= {"query_tokens": torch.randn(1, 4, 16) * 0.1, "language_projection.weight": torch.randn(32, 16),
               "language_projection.bias": torch.randn(32)}  # fmt: skip
-    save_checkpoint(root / "blip2", config, state)
-    BlipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(root / "blip2")
+    save_checkpoint(folder, config, state)
+    BlipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder)
+
+
+def write_clip(folder: Path) -> None:
+    """A whole CLIP, text side and all, as published."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     clip = CLIPConfig(
-        vision_config={"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-                       "image_size": 28, "patch_size": 7, "projection_dim": 16},
+        vision_config={**VISION, "projection_dim": 16},
         text_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
                      "vocab_size": 50, "projection_dim": 16}, projection_dim=16,
     )  # fmt: skip
-    save_checkpoint(root / "clip", clip, CLIPModel(clip).state_dict())
-    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        root / "clip"
-    )
-    language_models = {
-        "llama": LlamaForCausalLM(llama),
-        "opt": OPTForCausalLM(
-            OPTConfig(
-                vocab_size=300,
-                hidden_size=32,
-                ffn_dim=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=512,
-                word_embed_proj_dim=32,
-                init_std=0.1,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        ),
-    }
-    for name, model in language_models.items():
-        model.save_pretrained(root / name)
-        make_tokenizer().save_pretrained(root / name)
-    return {folder.name: str(folder) for folder in root.iterdir()}
+    save_checkpoint(folder, clip, CLIPModel(clip).state_dict())
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
 
 
 def save_checkpoint(folder: Path, config, state: dict[str, torch.Tensor]) -> None:
@@ -163,38 +148,50 @@ def caption_file(tmp_path_factory, photos) -> str:
     return str(path)
 
 
+def tiny_stack(
+    pieces, tower="blip2", resampler="blip2", lm="llama", projector=None, vision=None, language=None
+) -> dict:
+    """The `stack:` of a recipe by the names of its pieces, or by their paths."""
+
+    def of(piece):
+        return {"pretrained": pieces.get(piece, piece)}
+
+    return {
+        "vision_tower": {**of(tower), **(vision or {})},
+        **({"resampler": {"type": "qformer", **of(resampler)}} if resampler else {}),
+        "projector": projector or {"type": "linear"},
+        "language_model": {**of(lm), **(language or {})},
+    }
+
+
+def tiny_recipe(pieces, caption_file, output_dir, **changes) -> dict:
+    """A recipe of tiny pieces that trains two steps on a CPU; keyword arguments replace top-level keys."""
+    return {
+        "stack": tiny_stack(pieces),
+        "chat_template": "plain",
+        "train": {"projector": 1.0e-2},
+        "data": {"train": [{"path": caption_file, "format": "caption"}]},
+        "sft": {
+            "output_dir": str(output_dir), "max_steps": 2, "per_device_train_batch_size": 4,
+            "learning_rate": 1.0e-3, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
+            "logging_steps": 1, "save_strategy": "no", "max_length": 128, "dataloader_num_workers": 0,
+        },
+        **changes,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def recipe_file(tmp_path, pieces, caption_file):
     """Writes a recipe of tiny pieces; keyword arguments replace top-level keys. Returns its path."""
     import yaml
 
     def write(name: str = "recipe", **changes) -> Path:
-        recipe = {
-            "stack": {
-                "vision_tower": {"pretrained": pieces["blip2"]},
-                "resampler": {"type": "qformer", "pretrained": pieces["blip2"]},
-                "projector": {"type": "linear"},
-                "language_model": {"pretrained": pieces["llama"]},
-            },
-            "chat_template": "plain",
-            "train": {"projector": 1.0e-2},
-            "data": {"train": [{"path": caption_file, "format": "caption"}]},
-            "sft": {
-                "output_dir": str(tmp_path / "out" / name), "max_steps": 2, "per_device_train_batch_size": 4,
-                "learning_rate": 1.0e-3, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
-                "logging_steps": 1, "save_strategy": "no", "max_length": 128, "dataloader_num_workers": 0,
-            },
-            **changes,
-        }  # fmt: skip
+        recipe = tiny_recipe(pieces, caption_file, tmp_path / "out" / name, **changes)
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
         return path
 
     return write
-
-
-VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-          "image_size": 28, "patch_size": 7}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -230,20 +227,15 @@ def more_pieces(pieces, tmp_path_factory):
 
 @pytest.fixture
 def stack_recipe(recipe_file, more_pieces):
-    """A recipe by the names of its pieces; other top-level keys by keyword."""
+    """A recipe of a tower and a language model by their names; other top-level keys by keyword."""
+    from vlm_sft import load_recipe
 
     def make(tower="clip", lm="llama", resampler=None, projector="linear", *, projector_options=None, **changes):
-        vision = {"pretrained": more_pieces.get(tower, tower), **changes.pop("vision", {})}
-        stack = {
-            "vision_tower": vision,
-            "projector": {"type": projector, **(projector_options or {})},
-            "language_model": {"pretrained": more_pieces.get(lm, lm), **changes.pop("language", {})},
-        }
-        if resampler:
-            stack["resampler"] = {"type": "qformer", "pretrained": more_pieces.get(resampler, resampler)}
+        stack = tiny_stack(
+            more_pieces, tower, resampler, lm, {"type": projector, **(projector_options or {})},
+            changes.pop("vision", None), changes.pop("language", None),
+        )  # fmt: skip
         sft = {"output_dir": "out", "bf16": False, **changes.pop("sft", {})}
-        from vlm_sft import load_recipe
-
         return load_recipe(recipe_file(stack=stack, sft=sft, **changes))
 
     return make
@@ -251,18 +243,11 @@ def stack_recipe(recipe_file, more_pieces):
 
 @pytest.fixture
 def bundle_recipe(recipe_file, pieces):
-    """A recipe by its tower, resampler and projector; other top-level keys by keyword."""
+    """A recipe of the parts of `pieces` by their names; other top-level keys by keyword."""
+    from vlm_sft import load_recipe
 
     def make(tower="blip2", resampler="blip2", lm="llama", projector=None, vision=None, name="recipe", **changes):
-        stack = {
-            "vision_tower": {"pretrained": pieces.get(tower, tower), **(vision or {})},
-            "projector": projector or {"type": "linear"},
-            "language_model": {"pretrained": pieces.get(lm, lm)},
-        }
-        if resampler:
-            stack["resampler"] = {"type": "qformer", "pretrained": pieces.get(resampler, resampler)}
-        from vlm_sft import load_recipe
-
+        stack = tiny_stack(pieces, tower, resampler, lm, projector, vision)
         return load_recipe(recipe_file(name, stack=stack, **changes))
 
     return make

@@ -30,23 +30,7 @@ ANSWERS = ["a red 3", "a blue 7", "左上角是红色的3", "two dogs", "a cat",
 QUESTION = "What is this?"
 
 # A Q-Former that reads the instruction has a vocabulary of its own.
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "what",
-    "is",
-    "this",
-    "?",
-    "are",
-    "you",
-    "sure",
-    "a",
-    "the",
-    "image",
-]
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] what is this ? are you sure a the image cat describe 猫 这 是".split()
 SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

@@ -29,7 +29,12 @@ def captions(folder: Path, name: str, count: int) -> Source:
 def refused(*sources: Source, **kwargs) -> str:
     with pytest.raises(UserError) as error:
         load_mixture(sources, **kwargs) if len(sources) > 1 else load_source(sources[0])
-    message = str(error.value)
+    return sentence(error.value)
+
+
+def sentence(error: UserError) -> str:
+    """What a user reads: one line that is a whole sentence."""
+    message = str(error)
     assert "\n" not in message
     assert message.endswith(".")
     return message

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import tiny_recipe
 from PIL import Image
 
 from vlm_sft import answer, load, load_recipe
@@ -37,23 +38,8 @@ CLI = [sys.executable, "-m", "vlm_sft.cli"]
 def bundle(tmp_path_factory, pieces, caption_file) -> str:
     """The bundle of one step with ziya's template."""
     root = tmp_path_factory.mktemp("bundles")
-    recipe = {
-        "stack": {
-            "vision_tower": {"pretrained": pieces["blip2"]},
-            "resampler": {"type": "qformer", "pretrained": pieces["blip2"]},
-            "projector": {"type": "linear"},
-            "language_model": {"pretrained": pieces["llama"]},
-        },
-        "chat_template": "ziya",
-        "train": {"projector": 1.0e-2},
-        "data": {"train": [{"path": caption_file, "format": "caption"}]},
-        "sft": {
-            "output_dir": str(root / "ziya"), "max_steps": 1, "per_device_train_batch_size": 4,
-            "learning_rate": 1.0e-3, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
-            "save_strategy": "no", "max_length": 128, "dataloader_num_workers": 0,
-        },
-        "generation": {"max_new_tokens": 8},
-    }  # fmt: skip
+    recipe = tiny_recipe(pieces, caption_file, root / "ziya", chat_template="ziya", generation={"max_new_tokens": 8})
+    recipe["sft"]["max_steps"] = 1
     path = root / "ziya.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return str(train(load_recipe(path)))

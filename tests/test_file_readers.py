@@ -10,34 +10,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_files import LINES, ROWS, check_rows_or_sentence, refused, values, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft.errors import RowError, UserError
+from vlm_sft.errors import RowError
 from vlm_sft.file_readers import read_file
 from vlm_sft.readers import read_rows
-
-ROWS = [{"image": "1.png", "caption": "a red 3"}, {"image": "2.png", "caption": "左上角是红色的3"}]
-LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def values(path, **kwargs) -> list[dict]:
-    return [row.values for row in read_rows(str(path), **kwargs)]
-
-
-def refused(path, **kwargs) -> str:
-    with pytest.raises(UserError) as error:
-        values(path, **kwargs)
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
 
 
 @pytest.mark.parametrize(
@@ -189,12 +168,7 @@ def test_unreadable_and_cyclic(tmp_path, monkeypatch):
 )
 def test_any_bytes_are_rows_or_a_sentence(tmp_path_factory, ending, content):
     path = write(tmp_path_factory.getbasetemp() / f"fuzz{ending}", content)
-    try:
-        rows, message = values(path), ""
-    except UserError as error:
-        rows, message = [], str(error)
-    assert all(isinstance(row, dict) for row in rows)
-    assert "\n" not in message
+    check_rows_or_sentence(path)
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +196,4 @@ def test_damaged_tables_are_rows_or_a_sentence(tables, tmp_path_factory, name, d
         if place < len(content):
             content[place] = data.draw(st.integers(0, 255))
     path = write(tmp_path_factory.getbasetemp() / f"damaged{Path(name).suffix or name}", bytes(content))
-    try:
-        rows, message = values(path), ""
-    except UserError as error:
-        rows, message = [], str(error)
-    assert all(isinstance(row, dict) for row in rows)
-    assert "\n" not in message
+    check_rows_or_sentence(path)

@@ -8,19 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_stack
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import BlipImageProcessorPil
 
 from vlm_sft import build_stack, load_recipe
+from vlm_sft.answer_options import generation_options
 from vlm_sft.chat_template import load_template
 from vlm_sft.errors import UserError
 from vlm_sft.generation import (
     PromptTooLongError,
     answer,
     cut_at,
-    generation_options,
     hold_back,
     position_limit,
     prepare,
@@ -92,13 +93,7 @@ def with_template(processor: VLMProcessor, template: str) -> VLMProcessor:
 
 @pytest.mark.parametrize("language_model", ["llama", "opt"])
 def test_a_batch_answers_as_each_row_alone_does(build, pieces, ask, language_model):
-    stack = {
-        "vision_tower": {"pretrained": pieces["blip2"]},
-        "resampler": {"type": "qformer", "pretrained": pieces["blip2"]},
-        "projector": {"type": "linear"},
-        "language_model": {"pretrained": pieces[language_model]},
-    }
-    model, processor = build(stack=stack)
+    model, processor = build(stack=tiny_stack(pieces, lm=language_model))
     rows = [ask("这是什么？"), ask("describe these images, please", 3), ask("hi", 0), ask("what colour is it?", 2)]
     together = answer(model, processor, rows, **SHORT)
     assert together == [answer(model, processor, [row], **SHORT)[0] for row in rows]

@@ -6,17 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from PIL import Image
-from transformers import (
-    BertTokenizerFast,
-    BlipImageProcessorPil,
-    InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
-    InstructBlipQFormerConfig,
-    InstructBlipVisionConfig,
-    LlamaConfig,
-)
+from shrink import WORDS, write_instructblip
+from transformers import InstructBlipForConditionalGeneration
 
 from vlm_sft import load_recipe
 from vlm_sft.collator import MultimodalCollator
@@ -26,45 +18,11 @@ from vlm_sft.loading import load
 from vlm_sft.stack import build_stack
 from vlm_sft.train import train
 
-SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "what",
-    "is",
-    "this",
-    "?",
-    "a",
-    "cat",
-    "describe",
-    "猫",
-    "这",
-    "是",
-]
-
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, pieces):
     """InstructBLIP as Salesforce publishes it: one folder, the Q-Former's tokenizer in a folder of its own."""
-    folder = tmp_path_factory.mktemp("instructblip")
-    torch.manual_seed(0)
-    text = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                       num_attention_heads=4, initializer_range=0.1, max_position_embeddings=512)  # fmt: skip
-    qformer = InstructBlipQFormerConfig(**{**SMALL, "hidden_size": 16}, vocab_size=len(WORDS), encoder_hidden_size=24,
-                                        initializer_range=0.2)  # fmt: skip
-    vision = InstructBlipVisionConfig(**SMALL, image_size=28, patch_size=7, initializer_range=0.1)
-    config = InstructBlipConfig(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=4)
-    config.image_token_index = 300  # the row after the last, as our processor puts it
-    model = InstructBlipForConditionalGeneration(config)
-    torch.nn.init.normal_(model.query_tokens)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    BlipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder)
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder / "qformer_tokenizer")
-    return str(folder)
+    return write_instructblip(pieces, tmp_path_factory.mktemp("instructblip"))
 
 
 @pytest.fixture

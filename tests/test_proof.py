@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import tiny_stack
 from torch import nn
 from transformers import TrainerCallback
 
@@ -83,11 +84,7 @@ def test_a_frozen_tensor_that_changes_is_named(trainer):
 
 
 def test_layers_that_are_not_reached_are_told(trainer, pieces):
-    stack = {
-        "vision_tower": {"pretrained": pieces["clip"], "feature_layer": -2},
-        "projector": {"type": "linear"},
-        "language_model": {"pretrained": pieces["llama"]},
-    }
+    stack = tiny_stack(pieces, "clip", None, vision={"feature_layer": -2})
     proof = prove(trainer(stack=stack, train={"vision_tower": 1e-3}))
     assert proof.unused and not proof.still
     assert all("layers.2." in name or "post_layernorm" in name for name in proof.unused)

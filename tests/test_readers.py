@@ -7,31 +7,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+from data_files import LINES, refused, values, write
 
-from vlm_sft.errors import UserError
 from vlm_sft.readers import list_files, read_rows
-
-ROWS = [{"image": "1.png", "caption": "a red 3"}, {"image": "2.png", "caption": "左上角是红色的3"}]
-LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def values(path, **kwargs) -> list[dict]:
-    return [row.values for row in read_rows(str(path), **kwargs)]
-
-
-def refused(path, **kwargs) -> str:
-    with pytest.raises(UserError) as error:
-        values(path, **kwargs)
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
 
 
 def test_a_pattern_reads_files_in_order(tmp_path):

@@ -73,6 +73,12 @@ def llava_next() -> tuple[Any, Any]:
     return config, processor
 
 
+# How an image is cut into tiles, by the families that cut it.
+TILES = [f"<row_{i}_col_{j}>" for i in range(1, 4) for j in range(1, 4)]
+TILED = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
+QWEN_VISION = {"hidden_size": 16, "out_hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 24,
+               "patch_size": 4}  # fmt: skip
+QWEN_IMAGES = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 1024}
 QWEN = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -85,16 +91,11 @@ def _qwen(eos: str = "<|im_end|>") -> tuple[Any, dict[str, int]]:
 
 
 def qwen2_5_vl() -> tuple[Any, Any]:
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessorPil,
-    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
     tokenizer, ids = _qwen()
-    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
-    vision = {"hidden_size": 16, "out_hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 24,
-              "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}  # fmt: skip
+    images = Qwen2VLImageProcessorPil(**QWEN_IMAGES)
+    vision = {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]}
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     config = Qwen2_5_VLConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": rope}, **ids)
     return config, without_videos(Qwen2_5_VLProcessor)(images, tokenizer)
@@ -104,9 +105,8 @@ def qwen3_vl() -> tuple[Any, Any]:
     from transformers import Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLProcessor
 
     tokenizer, ids = _qwen()
-    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
-    vision = {"hidden_size": 16, "out_hidden_size": 16, "depth": 2, "num_heads": 2, "intermediate_size": 24,
-              "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}  # fmt: skip
+    images = Qwen2VLImageProcessorPil(**QWEN_IMAGES)
+    vision = {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
     text = {**TEXT, "head_dim": 8, "rope_parameters": rope}
     config = Qwen3VLConfig(vision_config=vision, text_config=text, **ids)
@@ -116,10 +116,9 @@ def qwen3_vl() -> tuple[Any, Any]:
 def idefics3() -> tuple[Any, Any]:
     from transformers import Idefics3Config, Idefics3ImageProcessorPil, Idefics3Processor, LlamaConfig
 
-    rows = [f"<row_{i}_col_{j}>" for i in range(1, 4) for j in range(1, 4)]
-    tokenizer = tokenizer_with("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows,
+    tokenizer = tokenizer_with("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *TILES,
                                pad="<pad>")  # fmt: skip
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    images = Idefics3ImageProcessorPil(**TILED)
     processor = Idefics3Processor(images, tokenizer, image_seq_len=1)
     vision = {**VISION, "model_type": "idefics3_vision"}
     config = Idefics3Config(vision_config=vision, text_config=LlamaConfig(**TEXT), scale_factor=2,
@@ -128,19 +127,13 @@ def idefics3() -> tuple[Any, Any]:
 
 
 def smolvlm() -> tuple[Any, Any]:
-    from transformers import (
-        LlamaConfig,
-        SmolVLMConfig,
-        SmolVLMImageProcessorPil,
-        SmolVLMProcessor,
-    )
+    from transformers import LlamaConfig, SmolVLMConfig, SmolVLMImageProcessorPil, SmolVLMProcessor
 
-    rows = [f"<row_{i}_col_{j}>" for i in range(1, 4) for j in range(1, 4)]
-    tokenizer = tokenizer_with("<|im_start|>", *rows, "<video>", eos="<end_of_utterance>", pad="<|endoftext|>",
+    tokenizer = tokenizer_with("<|im_start|>", *TILES, "<video>", eos="<end_of_utterance>", pad="<|endoftext|>",
                                bos="<|im_start|>", fake_image_token="<fake_token_around_image>", image_token="<image>",
                                end_of_utterance_token="<end_of_utterance>",
                                global_image_token="<global-img>")  # fmt: skip
-    images = SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    images = SmolVLMImageProcessorPil(**TILED)
     processor = without_videos(SmolVLMProcessor)(images, tokenizer, None, image_seq_len=1)
     config = SmolVLMConfig(vision_config={**VISION, "model_type": "smolvlm_vision"}, text_config=LlamaConfig(**TEXT),
                            scale_factor=2, image_token_id=processor.image_token_id)  # fmt: skip

@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .answer_options import check_options
 from .bundle import RECIPE
 from .errors import UserError
-from .generation import answer, check_length, check_options, encode_question
+from .generation import answer, check_length, encode_question
 from .hub import find_bundle
 from .loading import load
 from .processor import VLMProcessor

@@ -15,9 +15,10 @@ from PIL import Image
 from rich.console import Console
 
 from .answer_file import generate, ignores_text, open_bundle
+from .answer_options import check_options
 from .assets import closest
 from .errors import UserError
-from .generation import PromptTooLongError, check_options, stream_answer
+from .generation import PromptTooLongError, stream_answer
 from .images import load_image
 
 __all__ = ["chat", "generate"]

@@ -21,6 +21,10 @@ app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.", show_default=False)
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Set any key of the recipe.")]
 Bundle = Annotated[
     str,
     typer.Argument(
@@ -47,13 +51,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.", show_default=False),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Set any key of the recipe.")
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe, freeze plan and memory; read no weights.")
     ] = False,
@@ -76,13 +75,8 @@ def train(
 
 @app.command()
 def preflight(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.", show_default=False),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Set any key of the recipe.")
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     output: Annotated[str, typer.Option("--output", "-o", help="The page to write.")] = "preflight.html",
     no_model: Annotated[
         bool, typer.Option("--no-model", help="Look at rows and sizes alone; read no weights.")

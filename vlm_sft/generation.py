@@ -14,26 +14,12 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .answer_options import check_options, generation_options
+from .answer_options import generation_options
 from .errors import UserError
 from .family_model import FamilyModel
 from .images import image_size, load_image
 from .modeling import INSTRUCTION
 from .processor import EncodedChat, VLMProcessor
-
-__all__ = [
-    "PromptTooLongError",
-    "answer",
-    "check_length",
-    "check_options",
-    "cut_at",
-    "encode_question",
-    "generation_options",
-    "hold_back",
-    "position_limit",
-    "prepare",
-    "stream_answer",
-]
 
 
 class PromptTooLongError(UserError):

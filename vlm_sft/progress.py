@@ -13,9 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .curves import CURVES, draw_curves
-
-__all__ = ["CURVES", "RichProgress", "describe", "draw_curves"]
+# How each number of a log is said, the important ones first.
+IN_WORDS = {
+    "loss": "loss {:.3f}",
+    "token_accuracy": "accuracy {:.1%}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "data_wait_share": "data wait {:.0%}",
+    "eval_loss": "validation loss {:.3f}",
+    "eval_token_accuracy": "accuracy {:.1%}",
+    "eval_image_use": "image use {:+.3f}",
+}
 
 
 class RichProgress(TrainerCallback):
@@ -174,21 +181,7 @@ def duration(seconds: float) -> str:
 
 def describe(logs: dict[str, float]) -> str:
     """The numbers of one log in words, the important ones first."""
-    words = []
-    if "loss" in logs:
-        words.append(f"loss {logs['loss']:.3f}")
-    if "token_accuracy" in logs:
-        words.append(f"accuracy {logs['token_accuracy']:.1%}")
-    if "tokens_per_second" in logs:
-        words.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-    if "data_wait_share" in logs:
-        words.append(f"data wait {logs['data_wait_share']:.0%}")
-    if "eval_loss" in logs:
-        words.append(f"validation loss {logs['eval_loss']:.3f}")
-    if "eval_token_accuracy" in logs:
-        words.append(f"accuracy {logs['eval_token_accuracy']:.1%}")
-    if "eval_image_use" in logs:
-        words.append(f"image use {logs['eval_image_use']:+.3f}")
+    words = [text.format(logs[name]) for name, text in IN_WORDS.items() if name in logs]
     if "train_runtime" in logs:
         mean = logs.get("train_loss", float("nan"))
         words.append(f"trained for {duration(logs['train_runtime'])}, mean loss {mean:.3f}")

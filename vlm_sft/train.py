@@ -117,8 +117,8 @@ def fit(trainer: VLMSFTTrainer) -> None:
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
     """Writes bundle, metrics and curves, then proves in a fresh process that the bundle gives the same logits."""
     from .card import write_card
+    from .curves import CURVES, draw_curves
     from .parity import check_parity, probe_logits
-    from .progress import CURVES, draw_curves
 
     folder = Path(trainer.args.output_dir)
     trainer.save_model(str(folder))
