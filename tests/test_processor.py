@@ -31,7 +31,7 @@ PROCESSORS = {name: make_processor(name) for name in list_templates()}
 SAID = st.one_of(
     st.text(min_size=1, max_size=20),
     st.sampled_from(
-        ["<image>", "USER: hi ASSISTANT:", "</s>", "###Human:", "<|im_end|>", "这是什么？", " a  b\n", "\n3"]
+        ["<image>", "<pad>", "USER: hi ASSISTANT:", "</s>", "###Human:", "<|im_end|>", "这是什么？", " a  b\n", "\n3"]
     ),
 ).filter(lambda text: text.strip())
 
@@ -89,14 +89,14 @@ def test_the_prompt_of_inference_is_a_prefix_of_training(messages, name):
     assert whole.labels[:first_new].count(-100) + sum(n != -100 for n in whole.labels[:first_new]) == first_new
 
 
-def joining_tokenizer():
-    """A tokenizer whose merges would join the colon before an answer with the answer's first letter."""
+def joining_tokenizer(before=":"):
+    """A tokenizer whose merges would join what stands before an answer with the answer's first letter."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(set("<human>:\n<bot>:catdog question?"))
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters, ":c"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", "c")], unk_token="<unk>"))
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters, f"{before}c"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(before, "c")], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
@@ -110,6 +110,25 @@ def test_no_token_lies_across_the_border_of_an_answer():
     assert learned == ["c", "a", "t", "</s>"]
     prompt = processor.encode_chat(messages[:1], add_generation_prompt=True)
     assert chat.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+
+
+def test_no_token_lies_across_the_border_of_two_answers():
+    processor = make_processor("plain", joining_tokenizer("\n"))
+    two = [{"role": "user", "content": "question?"}, {"role": "assistant", "content": "cat"}] * 2
+    assert "\nc" in processor.tokenizer.tokenize("cat\ncat\n")
+    first, both = processor.encode_chat(two[:2]), processor.encode_chat(two)
+    assert both.input_ids[: len(first.input_ids)] == first.input_ids
+    assert processor.tokenizer.convert_ids_to_tokens([n for n in both.labels if n != -100]) == [*"cat\ncat\n"]
+
+
+def test_a_typed_pad_token_is_text_for_it_may_have_no_embedding():
+    processor = make_processor()
+    rows = len(make_tokenizer())
+    chat = processor.encode_chat(
+        [{"role": "user", "content": "what is <pad>?"}, {"role": "assistant", "content": "<pad> fills rows"}]
+    )
+    assert processor.tokenizer.pad_token_id >= rows > max(chat.input_ids)
+    assert "<pad> fills rows" in processor.tokenizer.decode([n for n in chat.labels if n != -100])
 
 
 def test_a_typed_placeholder_is_text():

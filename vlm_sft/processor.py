@@ -20,6 +20,7 @@ from .chat_template import IMAGE_TOKEN, RenderedChat, end_of_answer, owns_bos, r
 from .errors import UserError
 
 IGNORED = -100
+PAD = "<pad>"  # added where a tokenizer has no pad token
 # Where transformers' InstructBLIP, and a bundle, keep the tokenizer of the Q-Former; the tokens that LAVIS gives it.
 QFORMER_TOKENIZER = "qformer_tokenizer"
 MAX_INSTRUCTION = 128
@@ -139,14 +140,16 @@ class VLMProcessor(ProcessorMixin):
         encoded = EncodedChat([], [], len(chat.image_spans))
         if self._adds_bos(chat.text):
             encoded.append(self.tokenizer.bos_token_id)
+        # Neither may have a row among the embeddings; no template prints a pad token of this name.
+        marks = {self.image_token_id, *([self.tokenizer.pad_token_id] if self.tokenizer.pad_token == PAD else [])}
         for token, start, end in self._tokenize(chat.text, supervised):
             learned = end > start and bool(supervised[start])
-            if token != self.image_token_id:
-                encoded.append(token, learned)
-            elif start in images:
+            if token == self.image_token_id and start in images:
                 for _ in range(self.num_image_tokens):
                     encoded.append(token, place=True)
-            else:  # somebody typed the placeholder: it is text, not an image
+            elif token not in marks:
+                encoded.append(token, learned)
+            else:  # somebody typed it: it is text
                 for piece in self._as_plain_text(chat.text[start:end]):
                     encoded.append(piece, learned)
         return encoded
@@ -280,10 +283,10 @@ class VLMProcessor(ProcessorMixin):
 
 
 def supervised_characters(chat: RenderedChat) -> bytearray:
-    """1 for each character of a rendered conversation that is in the loss."""
+    """0 for each character of a rendered conversation that is not in the loss; 1 and 2 in turn for those of spans."""
     supervised = bytearray(len(chat.text))
-    for start, end in chat.spans:
-        supervised[start:end] = b"\x01" * (end - start)
+    for number, (start, end) in enumerate(chat.spans):
+        supervised[start:end] = bytes([1 + number % 2]) * (end - start)
     return supervised
 
 
@@ -323,10 +326,9 @@ def add_missing_tokens(tokenizer: Any, image_token: str) -> list[str]:
         tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
         added.append(image_token)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        name = "<pad>"
-        if name not in vocabulary:
-            added.append(name)
-        tokenizer.add_special_tokens({"pad_token": name})
+        if PAD not in vocabulary:
+            added.append(PAD)
+        tokenizer.add_special_tokens({"pad_token": PAD})
     return added
 
 
