@@ -6,13 +6,16 @@ import io
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from tiny_families import TINY, processor_of, tiny
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+from trl import SFTConfig
 
 from vlm_sft.collator import MultimodalCollator
 from vlm_sft.family_model import model_class, set_dtypes
 from vlm_sft.freeze import FreezePlan, part_modules, part_of
+from vlm_sft.trainer import VLMSFTTrainer
 
 PARTS = ("vision_tower", "projector", "language_model")
 
@@ -81,6 +84,25 @@ def test_parts_of_different_types_follow_each_other(name):
     batch = MultimodalCollator(processor)(rows((40, 30), None))
     with torch.no_grad():
         assert model.eval()(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_accumulated_micro_batches_weigh_every_token_alike(name, tmp_path):
+    unequal, moved = rows((40, 30), None, (30, 40), None), []
+    for number, row in enumerate(unequal):
+        row["messages"][1]["content"] = [{"type": "text", "text": "so " * (1 + 5 * number)}]
+    for size, steps in ((4, 1), (1, 4)):
+        model, processor = build(name)
+        args = SFTConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
+            optim="sgd", max_grad_norm=0, learning_rate=1e-3, save_strategy="no", report_to=[], use_cpu=True,
+            bf16=False, gradient_checkpointing=False,
+        )  # fmt: skip
+        trainer = VLMSFTTrainer(model, args, MultimodalCollator(processor), Dataset.from_list(unequal), processor,
+                                plan=FreezePlan(dict.fromkeys(PARTS, 1e-3)))  # fmt: skip
+        trainer.train()
+        moved.append(model.get_output_embeddings().weight.detach().clone())
+    torch.testing.assert_close(*moved, atol=1e-7, rtol=0)
 
 
 def test_a_frozen_tower_stays_in_evaluation_mode():

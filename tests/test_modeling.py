@@ -210,6 +210,14 @@ def test_a_batch_without_images_gives_every_trained_parameter_a_zero_gradient():
     assert ours.lm_head.weight.grad.any()
 
 
+def test_a_batch_without_images_is_finite_where_the_sum_of_features_is_not():
+    _, ours, _ = blip2_pair()
+    ours.train().model.projector.linear.bias.data.fill_(6e4)
+    ours.model.language_model.embed_tokens.half()
+    embeds = ours.model.embed(torch.tensor([[1, 5, 6, 2]]), None)
+    assert embeds.dtype == torch.float16 and embeds.isfinite().all()
+
+
 def test_a_batch_without_labels_to_learn_still_reaches_every_parameter():
     _, ours, tokens = blip2_pair()
     batch = make_batch(tokens)

@@ -1,15 +1,22 @@
-"""What a run computes in: silence, what a device cannot do, the fp32 Q-Former, and towers that overflow."""
+"""What a run computes in: silence, what a device cannot do, fp32 resamplers, and towers that overflow."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig, LlamaConfig, SiglipVisionConfig
 
 from vlm_sft import build_stack
 from vlm_sft.bundle import Provenance, save_bundle
 from vlm_sft.configs import build_sft_config, computes_in, settle_precision
+from vlm_sft.configuration import VLMConfig
 from vlm_sft.errors import UserError
+from vlm_sft.modeling import VLMModel
+from vlm_sft.mplug_owl import MPLUGOwlAbstractorConfig
+from vlm_sft.qwen_vl import QwenVLResamplerConfig
 from vlm_sft.stack import dtype_of
 from vlm_sft.yaml_file import YamlFile
 
@@ -49,15 +56,34 @@ def test_bf16_that_was_asked_for_is_refused_in_one_sentence(stack_recipe):
         build_sft_config(stack_recipe(sft={"bf16": True}))
 
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+         "encoder_hidden_size": 24}  # fmt: skip
+RESAMPLERS = {
+    "qformer": Blip2QFormerConfig(**SIZES),
+    "instruct_qformer": InstructBlipQFormerConfig(**SIZES, vocab_size=50),
+    "abstractor": MPLUGOwlAbstractorConfig(**{**SIZES, "hidden_size": 24}),
+    "cross_attention": QwenVLResamplerConfig(hidden_size=16, num_attention_heads=2, encoder_hidden_size=24),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_qformer_computes_in_fp32_under_autocast_too(dtype, stack_recipe):
-    resampler = build_stack(stack_recipe("blip2", resampler="blip2")).model.model.resampler.eval()
-    features = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
-    wanted = resampler(features.float())
+@pytest.mark.parametrize("kind", RESAMPLERS)
+def test_a_resampler_computes_in_fp32_under_autocast_too(kind, dtype):
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                              image_size=28, patch_size=7)  # fmt: skip
+    text = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = VLMConfig(vision_config=vision, text_config=text, resampler_type=kind, resampler_config=RESAMPLERS[kind],
+                       num_query_tokens=4)  # fmt: skip
+    model = VLMModel(config).eval()
+    model.vision_tower.to(dtype)
+    pixels, words = torch.randn(2, 3, 28, 28), {"qformer_input_ids": torch.tensor([[1, 2], [3, 4]])}
+    features = model.vision_tower(pixels.to(dtype)).last_hidden_state
+    wanted = model.resampler(features, **(words if kind == "instruct_qformer" else {}))
+    model.vision_tower.forward = lambda *args, **kwargs: SimpleNamespace(last_hidden_state=features)
     with torch.autocast("cpu", dtype):
-        under = resampler(features)
-    assert under.dtype == dtype and torch.equal(under, wanted.to(dtype))
-    assert torch.equal(resampler(features), wanted.to(dtype))
+        under = model.encode_images(pixels, **words)
+    assert under.dtype == dtype and torch.equal(under, wanted)
 
 
 def test_layer_norms_of_half_precision_weights_compute_in_fp32():

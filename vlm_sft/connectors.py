@@ -164,14 +164,9 @@ class QFormerResampler(nn.Module):
         self.qformer = Blip2QFormerModel._from_config(config)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(N, P, V) → (N, Q, R), in the dtype of `features`.
-
-        The Q-Former computes in the type of its own weights, fp32 by default, also under autocast: in fp16 training
-        is known to diverge (LAVIS#267), and it must give in training what it gives later.
-        """
+        """(N, P, V) → (N, Q, R), in the dtype of `features`."""
         queries = self.query_tokens.expand(features.shape[0], -1, -1)
-        with torch.autocast(features.device.type, enabled=False):
-            output = self.qformer(query_embeds=queries, encoder_hidden_states=features.to(queries.dtype))
+        output = self.qformer(query_embeds=queries, encoder_hidden_states=features.to(queries.dtype))
         return output.last_hidden_state.to(features.dtype)
 
 

@@ -31,6 +31,9 @@ class FamilyModel(PreTrainedModel):
 
     blank: dict[str, torch.Tensor]
     followers: tuple[str, ...] = ()
+    # Some models say False of their own loss; transformers would give ours no token count then, and a step would be the
+    # mean of its micro-batches' means.
+    accepts_loss_kwargs = True
 
     def supervised_forward(
         self,

@@ -165,15 +165,19 @@ class VLMModel(VLMPreTrainedModel):
             features = features[:, -count_patches(self.config.vision_config, *pixel_values.shape[-2:]) :]
         if self.resampler is None:
             return features
-        if not getattr(self.resampler, "reads_instruction", False):
-            return self.resampler(features)
-        ids = instruction.get("qformer_input_ids")
-        if ids is None or len(ids) != len(features):
-            raise ValueError(
-                f"The resampler reads the instruction of each image: give qformer_input_ids with {len(features)} rows "
-                f"(got {'none' if ids is None else len(ids)}); the processor makes them."
-            )
-        return self.resampler(features, **instruction)
+        if getattr(self.resampler, "reads_instruction", False):
+            ids = instruction.get("qformer_input_ids")
+            if ids is None or len(ids) != len(features):
+                raise ValueError(
+                    f"The resampler reads the instruction of each image: give qformer_input_ids with {len(features)} "
+                    f"rows (got {'none' if ids is None else len(ids)}); the processor makes them."
+                )
+        else:
+            instruction = {}
+        # In the type of its own weights, fp32 by default, also under autocast: in fp16 a Q-Former is known to diverge
+        # (LAVIS#267), and it must give in training what it gives later.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.resampler(features, **instruction)
 
     def get_image_features(self, pixel_values: torch.Tensor, **instruction: torch.Tensor | None) -> torch.Tensor:
         """The whole image path: (N, 3, H, W) → (N, T, D); see `encode_images` for the instruction."""
@@ -254,7 +258,8 @@ class VLMModel(VLMPreTrainedModel):
     def _zero_from_image_path(self, like: torch.Tensor) -> torch.Tensor:
         height, width = image_size_of(self.config.vision_config)
         blank = torch.zeros(1, 3, height, width, device=like.device)
-        return self.get_image_features(blank, **self._blank_instruction(like.device)).sum().to(like.dtype) * 0.0
+        features = self.get_image_features(blank, **self._blank_instruction(like.device))
+        return (features.float().sum() * 0.0).to(like.dtype)  # fp16 would not hold the sum, and infinity times 0 is NaN
 
     def _blank_instruction(self, device: torch.device) -> dict[str, torch.Tensor | None]:
         return {"qformer_input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}
