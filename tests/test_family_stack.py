@@ -10,16 +10,22 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_family_model import encoded
 from tiny_families import TINY, tiny
+from torch import nn
 from typer.testing import CliRunner
 
-from vlm_sft import load, load_recipe
+from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load, load_mixture, load_recipe, lora_config
+from vlm_sft.bundle import Provenance
 from vlm_sft.cli import app
 from vlm_sft.dry_run import dry_run as show
 from vlm_sft.errors import UserError
 from vlm_sft.export import export
+from vlm_sft.freeze import FreezePlan, is_adapter, part_modules, part_of
 from vlm_sft.generation import answer, stream_answer
 from vlm_sft.launch import read_launch
+from vlm_sft.memory import weight_bytes
 from vlm_sft.parity import probe_logits
+from vlm_sft.recipe import build_sft_config
+from vlm_sft.stack import build_empty_stack
 from vlm_sft.train import train
 
 SIZES = [(40, 30), (64, 30), (300, 60), None, None, (30, 40)]
@@ -98,6 +104,54 @@ def test_the_parity_gate_runs_in_a_fresh_process(model_recipe):
     assert parity["equal"] and parity["positions"] > 0
 
 
+BITS = {"4": ({"load_in_4bit": True}, "Linear4bit"), "8": ({"load_in_8bit": True}, "Linear8bitLt")}
+QUANTISED = [*((name, "4") for name in TINY), ("qwen2_5_vl", "8"), ("kosmos-2", "8")]
+
+
+@pytest.mark.parametrize(("name", "bits"), QUANTISED)
+def test_the_language_models_linears_alone_are_quantised_also_before_they_are_read(name, bits, model_recipe):
+    option, kind = BITS[bits]
+    recipe = model_recipe(name, model={"pretrained": str(tiny(name)), "dtype": "bfloat16"}, quantization=option)
+    model, empty = build_stack(recipe).model, build_empty_stack(recipe).model
+    inside = part_modules(model)["language_model"][1]
+    found = {module for module in inside.modules() if type(module).__name__ == kind}
+    head = model.get_output_embeddings()
+    assert found == {module for module in inside.modules() if isinstance(module, nn.Linear)} - {head}
+    assert type(head) is nn.Linear and len(found) >= 8
+    for part, wanted in (("vision_tower", torch.bfloat16), ("projector", torch.float32)):
+        assert {p.dtype for n, p in model.named_parameters() if part_of(n) == part} <= {wanted}
+    sizes, expected = ({n: weight_bytes(p) for n, p in each.named_parameters()} for each in (model, empty))
+    assert sizes == expected
+    total = sum(p.numel() for p in build_empty_stack(model_recipe(name)).model.parameters())
+    assert sum(row.total for row in FreezePlan({}).rows(model)) == total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bits"), QUANTISED)
+def test_lora_learns_beside_a_quantised_language_model(name, bits, model_recipe, tmp_path):
+    recipe = model_recipe(name, f"sft.gradient_checkpointing={bits == '8'}", quantization=BITS[bits][0])
+    stack = build_stack(recipe)
+    rows = load_mixture(recipe.data.train)
+    trainer = VLMSFTTrainer(
+        stack.model, build_sft_config(recipe), MultimodalCollator(stack.processor), rows, stack.processor,
+        lora_config(recipe, stack.model), plan=stack.plan, provenance=Provenance(recipe, stack.pieces),
+    )  # fmt: skip
+    learns = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in learns.values()} == {torch.float32}, "TRL would cast them to bf16"
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved <= set(learns) and {is_adapter(n) for n in moved} == {True, False}
+    trainer.save_model(str(tmp_path / "bundle"))
+    assert "quantization_config" not in json.loads((tmp_path / "bundle" / "config.json").read_text())
+    batch = trainer.data_collator(list(rows))
+    wanted = probe_logits(trainer.model, batch)
+    again, _ = load(tmp_path / "bundle")
+    assert torch.allclose(probe_logits(again, batch), wanted, atol=1e-5)
+    whole, _ = load(tmp_path / "bundle", unquantised=True)
+    assert (probe_logits(whole, batch) - wanted).abs().max() > 1e-3
+
+
 def test_a_dry_run_reads_no_weights(model_recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("vlm_sft.family_stack.from_pretrained", lambda *args, **options: 1 / 0)
     dry_run(model_recipe("llava_next"))
@@ -115,7 +169,7 @@ def test_a_dry_run_reads_no_weights(model_recipe, capsys, tmp_path, monkeypatch)
         ({"stack": {"vision_tower": {"pretrained": "a"}, "projector": {"type": "linear"},
                     "language_model": {"pretrained": "b"}}}, "keep one of them"),
         ({"train": {"resampler": 1e-3}}, "no resampler; remove it"),
-        ({"quantization": {"load_in_4bit": True}, "train": {}}, "`quantization` goes with `stack`"),
+        ({"quantization": {"load_in_4bit": True}, "lora": None}, "`quantization` needs `lora`"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(model_recipe, changes, sentence):

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 2: small things that know one subject each.
     ("sharded",),
     ("checkpoints", "configuration", "fetch", "freeze", "image_refs", "json_text", "languages", "losses", "mixture"),
-    ("launch", "ledger", "run_folder", "hub_errors", "safety", "template_limits"),
+    ("launch", "ledger", "quantization", "run_folder", "hub_errors", "safety", "template_limits"),
     ("images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
     ("chat_template", "conversation", "coverage", "data_stats", "file_readers", "published", "qwen_vl"),
     ("connectors", "delta", "formats", "layouts", "leaks", "markers", "readers"),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from .freeze import PART_NAMES, part_modules, part_of, unwrapped
+from .freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
 from .losses import scaled_logits, supervised_losses
 from .modeling import VLMOutput
 
@@ -108,6 +108,12 @@ class Kosmos2(FamilyModel):
         """As the model's own, also for text alone."""
         return super().generate(*args, **self.complete(inputs))
 
+    def enable_input_require_grads(self) -> None:
+        """As the model's own; images are written into the embeddings in place, which a leaf of the graph refuses."""
+        super().enable_input_require_grads()
+        copy = self.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.clone())
+        self._require_grads_hooks.append(copy)
+
     def idle_image_path(self) -> torch.Tensor:
         """Zero, as a function of every parameter of the image path."""
         return self._features(**self._blank_inputs()).float().sum() * 0.0
@@ -156,6 +162,8 @@ def set_dtypes(model: FamilyModel, trained: Collection[str], dtype: torch.dtype)
         dtype: Type of the others.
     """
     for name, parameter in model.named_parameters():
+        if is_quantised_weight(parameter):
+            continue
         parameter.data = parameter.data.to(torch.float32 if part_of(name) in trained else dtype)
     for name, buffer in model.named_buffers():
         if name.endswith(model.followers) and model.followers:

@@ -11,11 +11,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .chat_template import load_template
 from .checkpoints import Checkpoint, unreachable
+from .configs import build_quantization_config
 from .errors import UserError
 from .families import default_template, family_of
 from .family_model import FamilyModel, model_class, set_dtypes
 from .family_processor import FamilyProcessor, FuyuProcessor, Kosmos2Processor, without_videos
 from .parts import check_size, from_pretrained
+from .quantization import leave_out, outside_language_model, quantise_empty, settle
 from .sizes import raw_config
 
 if TYPE_CHECKING:
@@ -89,8 +91,13 @@ def load_family(
     spec: Any = recipe.model
     wanted = "auto" if recipe.train else dtype  # what is trained must not be rounded on its way to fp32
     options = {"dtype": wanted, "attn_implementation": spec.attn_implementation}
-    check_size(model_class(config)._from_config, config, Checkpoint(spec.pretrained, spec.revision, KEY))
+    empty = check_size(model_class(config)._from_config, config, Checkpoint(spec.pretrained, spec.revision, KEY))
+    quantised = build_quantization_config(recipe, str(dtype).removeprefix("torch."))
+    if quantised is not None:
+        options["quantization_config"] = leave_out(quantised, outside_language_model(empty))
     model = from_pretrained(model_class(config), spec, KEY, **options)
+    if quantised is not None:
+        settle(model)
     return _prepare(model, recipe, processor, dtype)
 
 
@@ -100,6 +107,8 @@ def empty_family(
     """The same model on the meta device: every size and name, no weight is read."""
     with torch.device("meta"):
         model = model_class(config)._from_config(config)
+    if (quantised := build_quantization_config(recipe)) is not None:
+        quantise_empty(model, leave_out(quantised, outside_language_model(model)), dtype)
     return _prepare(model, recipe, processor, dtype)
 
 

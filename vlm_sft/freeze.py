@@ -221,7 +221,12 @@ def _type_name(parameter: nn.Parameter) -> str:
 
 def is_quantised(model: nn.Module) -> bool:
     """Whether any weight of a model is one of bitsandbytes' (the model itself does not say; see `add_adapter`)."""
-    return any(type(parameter).__name__ in ("Params4bit", "Int8Params") for parameter in model.parameters())
+    return any(is_quantised_weight(parameter) for parameter in model.parameters())
+
+
+def is_quantised_weight(parameter: nn.Parameter) -> bool:
+    """Whether a weight is one of bitsandbytes', also before it is quantised (on the meta device)."""
+    return type(parameter).__name__ in ("Params4bit", "Int8Params")
 
 
 def bytes_of(parameter: nn.Parameter) -> int:

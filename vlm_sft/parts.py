@@ -23,6 +23,7 @@ from .errors import UserError
 from .layouts import Origin, detect
 from .modeling import VISION_MODELS, build_vision_tower, mark_initialised
 from .positions import INTERPOLATING, TABLES, fit_positions
+from .quantization import HEADS, leave_out, settle
 from .safety import check_weights
 from .sizes import (
     is_foreign,
@@ -121,23 +122,19 @@ def load_language_model(spec: Any, dtype: torch.dtype, **options: Any) -> PreTra
     config, names = language_model_config(spec)
     if names is not None:
         options.update(config=config, key_mapping=names)
-    if quantised := options.get("quantization_config"):
-        # transformers leaves out the head only as long as nothing else is named.
-        named = quantised.llm_int8_skip_modules
-        quantised.llm_int8_skip_modules = None if named is None else [*named, "lm_head", "embed_out"]
+    quantised = options.get("quantization_config")
+    if quantised is not None and quantised.llm_int8_skip_modules is not None:
+        leave_out(quantised, HEADS)  # transformers does it by itself only as long as nothing else is named
     if not spec.trust_remote_code:
         check_size(AutoModelForCausalLM.from_config, config, open_checkpoint(spec, "language_model"))
     options.update(dtype=dtype, attn_implementation=spec.attn_implementation)
     model = from_pretrained(AutoModelForCausalLM, spec, key, **options)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On some CPUs bitsandbytes packs 4-bit weights anew at the first evaluation: widths that 64 does not divide
-            # fail, logits depend on the machine, and no gradient passes these weights afterwards.
-            module.support_avx512bf16_for_cpu = False
+    if quantised is not None:
+        settle(model)
     return model
 
 
-def check_size(make: Callable[[PreTrainedConfig], nn.Module], config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
     """transformers gives memory to what a checkpoint lacks or has in another shape, before it says so.
 
     Args:
@@ -145,18 +142,22 @@ def check_size(make: Callable[[PreTrainedConfig], nn.Module], config: PreTrained
         config: The configuration.
         checkpoint: What is to fill it.
 
+    Returns:
+        The model on the meta device; None where there is no class for it, which `from_pretrained` says.
+
     Raises:
         UserError: The model is far larger than its files.
     """
     try:
         with torch.device("meta"):
             empty = make(copy.deepcopy(config))
-    except ValueError:  # no class for it, which `from_pretrained` says
-        return
+    except ValueError:
+        return None
     except RuntimeError as error:  # more bytes than can be counted
         where = f"{checkpoint.key}: {checkpoint.pretrained!r}"
         raise UserError(f"{where}: no model can be made of its config.json ({error}).") from error
     _check_filled(empty, checkpoint)
+    return empty
 
 
 def _check_filled(empty: nn.Module, checkpoint: Checkpoint) -> None:

@@ -53,11 +53,6 @@ def _stack_or_model(recipe: Recipe) -> Broken:
         yield ("model",), "`model` is an existing VLM and `stack` composes one; keep one of them."
     if recipe.stack is not None and recipe.chat_template is None:
         yield ("chat_template",), 'the key "chat_template" is missing.'
-    if recipe.model is not None and recipe.quantization is not None:
-        yield (
-            ("quantization",),
-            "`quantization` goes with `stack`, whose language model is loaded by itself; remove one of the two.",
-        )
 
 
 def _something_is_trained(recipe: Recipe) -> Broken:

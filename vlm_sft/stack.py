@@ -35,6 +35,7 @@ from .pieces import pieces_of
 from .positions import INTERPOLATING
 from .processor import VLMProcessor
 from .processors import build_processor
+from .quantization import quantise_empty
 from .sizes import language_model_config, resampler_config, vision_tower_config
 
 if TYPE_CHECKING:
@@ -95,9 +96,7 @@ def build_stack(
     if stack.projector.pretrained:
         load_projector_weights(projector, stack.projector.pretrained, stack.projector.revision)
     dtype = dtype_of(recipe, "language_model")
-    options = {}
-    if (quantised := build_quantization_config(recipe, str(dtype).removeprefix("torch."))) is not None:
-        options["quantization_config"] = quantised
+    options = {"quantization_config": build_quantization_config(recipe, str(dtype).removeprefix("torch."))}
     language_model = load_language_model(stack.language_model, dtype, **options)
     model = VLMForConditionalGeneration(config, Parts(tower, resampler, projector, language_model))
     plan = plan_of(recipe)
@@ -116,9 +115,7 @@ def build_empty_stack(recipe: Recipe) -> Stack:
         getattr(model.model, part).to(dtype_of(recipe, part))
     model.lm_head.to(dtype_of(recipe, "language_model"))
     if (quantised := build_quantization_config(recipe)) is not None:
-        from transformers.integrations import replace_with_bnb_linear
-
-        replace_with_bnb_linear(model.model.language_model, quantised.llm_int8_skip_modules, quantised)
+        quantise_empty(model.model.language_model, quantised, dtype_of(recipe, "language_model"))
     plan = plan_of(recipe)
     plan.apply(model)
     return Stack(model, processor, plan, {})
