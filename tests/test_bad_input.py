@@ -19,6 +19,7 @@ from vlm_sft import train as train_module
 from vlm_sft.assets import accelerate_config_path
 from vlm_sft.bundle import Provenance, save_bundle
 from vlm_sft.stack import build_stack
+from vlm_sft.terminal import make_console
 from vlm_sft.train import main
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -345,7 +346,7 @@ def test_the_console_command_trains_and_refuses_alike(recipe_file, refused, caps
 
 def test_other_processes_say_which_they_are(recipe_file, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(train_module, "train", lambda recipe, resume: train_module._console().print("hello"))
+    monkeypatch.setattr(train_module, "train", lambda recipe, resume: make_console().print("hello"))
     main([str(recipe_file())])
     assert capsys.readouterr().err == "", "only the first process speaks"
     with pytest.raises(SystemExit):

@@ -218,7 +218,8 @@ def check_vlm_sft(monkeypatch, tmp_path):
     calls: list[tuple[str, tuple, dict]] = []
     for module, functions in {
         "train": ["main"],
-        "chat": ["chat", "generate"],
+        "chat": ["chat"],
+        "answer_file": ["generate"],
         "evaluate": ["run"],
         "preflight": ["run_preflight"],
         "debug_batch": ["run"],

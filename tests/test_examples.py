@@ -12,9 +12,10 @@ import torch
 from conftest import ROOT
 
 from vlm_sft import Sample, UserError, VLMProcessor, load_recipe
+from vlm_sft.assemble import build_collator
 from vlm_sft.recipe import build_sft_config
 from vlm_sft.stack import compose
-from vlm_sft.train import build_collator, train
+from vlm_sft.train import train
 
 
 @pytest.fixture(autouse=True)

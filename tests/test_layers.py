@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vlm_sft"
 # A module may import modules of the rows above its own, never of its own row or below.
 LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 1, no torch: what a recipe says.
-    ("errors", "quiet"),
+    ("errors", "quiet", "terminal"),
     ("assets", "metrics", "yaml_file"),
     ("configs", "families", "recipe_data", "recipe_rules"),
     ("recipe",),

@@ -175,8 +175,8 @@ def test_two_processes_train_speak_once_and_write_one_bundle(recipe_file):
 def test_urls_are_fetched_only_where_a_source_allows_it(recipe_file, caption_file, tmp_path):
     from test_processor import make_processor
 
+    from vlm_sft.assemble import build_collator
     from vlm_sft.configs import build_sft_config
-    from vlm_sft.train import build_collator
 
     def fetch_of(**source):
         data = {"train": [{"path": caption_file, "format": "caption", **source}], "url_cache": str(tmp_path / "kept")}

@@ -1,7 +1,9 @@
-"""The trainer of a recipe: weights read, an earlier stage taken over, the plan and the rows handed to it."""
+"""The collator and the trainer of a recipe: weights read, an earlier stage taken over, plan and rows handed to it."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,9 @@ from transformers import set_seed
 
 from .adapters import lora_config
 from .bundle import Provenance
+from .collator import MultimodalCollator, load_collator_class
 from .errors import UserError
+from .fetch import Fetcher
 from .handover import hand_over
 from .modeling import INSTRUCTION
 from .stack import build_stack, match_embeddings
@@ -20,9 +24,32 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import SFTConfig
 
-    from .collator import MultimodalCollator
+    from .processor import VLMProcessor
     from .recipe import Recipe
     from .stack import Stack
+
+
+def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> MultimodalCollator:
+    """The recipe's collator, or ours, with the recipe's arguments.
+
+    Raises:
+        UserError: The class cannot be found or does not take these arguments.
+    """
+    kind = MultimodalCollator
+    if recipe.collator:
+        # `python -m` looks in the current folder, a console command does not; the user's module lies there.
+        sys.path.insert(0, os.getcwd()) if os.getcwd() not in sys.path else None
+        kind = load_collator_class(recipe.collator)
+    multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None
+    try:
+        collator = kind(processor, max_length=args.max_length, pad_to_multiple_of=multiple, **recipe.collator_args)
+    except TypeError as error:
+        raise UserError(f"collator_args: {kind.__name__} does not take them: {error}.") from error
+    if any(source.allow_urls for source in (*recipe.data.train, *recipe.data.eval)):
+        collator.fetch = Fetcher(recipe.data.url_cache)
+    collator.drop_rejected = recipe.data.max_rejected > 0
+    collator.count_rows = recipe.data.streaming
+    return collator
 
 
 def build_trainer(

@@ -14,14 +14,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from .answer_file import generate, ignores_text, open_bundle
+from .answer_file import ignores_text, open_bundle
 from .answer_options import check_options
 from .assets import closest
 from .errors import UserError
 from .generation import PromptTooLongError, stream_answer
 from .images import load_image
-
-__all__ = ["chat", "generate"]
 
 COMMANDS = {
     "/image": "/image PATH   add an image to the next question    给下一个问题加图片",

@@ -136,7 +136,7 @@ def generate(
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    from .chat import generate as run
+    from .answer_file import generate as run
 
     run(
         bundle,

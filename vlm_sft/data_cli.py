@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import UserError
+from .terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +71,7 @@ def stats(
     if as_json:
         typer.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
     else:
-        _console(stderr=False).print(stats_table(found.as_dict()))
+        make_console(stderr=False).print(stats_table(found.as_dict()))
 
 
 @data_app.command("filter")
@@ -110,7 +111,7 @@ def filter_(
     rows = _Rows(src, kind, images, column, max_rejected)
     next(iter(rows), None)  # a source that cannot be read is said before a model is loaded
     file = scores or f"{out}.scores.jsonl"
-    console = _console()
+    console = make_console()
     with console.status("scoring") as status:
 
         def tick(done: int) -> None:
@@ -167,7 +168,7 @@ class _Rows:
                 counted.read += 1
                 counted.used += 1
                 yield row
-        console = _console()
+        console = make_console()
         ledger.check(console)
         if any(source.lost for source in ledger.sources.values()):
             from .ledger import ledger_table
@@ -204,10 +205,3 @@ def _sources(src: str, kind: str | None, images: str | None, columns: list[str] 
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise UserError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}.") from None
-
-
-def _console(stderr: bool = True) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=120)

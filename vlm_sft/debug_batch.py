@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .bundle import RECIPE
 from .collator import MultimodalCollator
 from .data import load_mixture
 from .errors import UserError
@@ -19,8 +20,6 @@ from .loading import load
 from .recipe import Recipe, load_recipe
 from .run_folder import checkpoints, flaw_of, step_of
 from .watch import RECORDS
-
-RECIPE = "recipe.yaml"
 
 
 def run(folder: str, step: int | None = None, checkpoint: str | None = None, trust_remote_code: bool = False) -> None:

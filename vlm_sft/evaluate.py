@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 from .quiet import quiet_libraries
 from .scoring import collect, score
+from .terminal import say
 
 if TYPE_CHECKING:
     from .recipe import Recipe, Source
@@ -128,4 +129,4 @@ def _print(results: dict[str, Any], target: Path) -> None:
             table.add_row(name, f"{share:.1%}", f"{count:,}")
     console = Console()
     console.print(table)
-    console.print(f"Written to {target}.", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    say(console, f"Written to {target}.")

@@ -15,7 +15,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
-PARTS = ("vision_tower", "resampler", "projector", "language_model")
+from .recipe_rules import PARTS
+
 # First names of a parameter → its part; two names count before one. The composed model has the four words themselves,
 # transformers' own VLMs have others.
 PART_NAMES = {

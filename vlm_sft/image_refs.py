@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import RowError, UserError
+from .errors import UserError, row_error
 
 
 def is_url(path: str) -> bool:
@@ -36,12 +36,12 @@ def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool =
         image = name if encoded is None else encoded
     if isinstance(image, bytes):
         if not image:
-            raise _wrong(
+            raise row_error(
                 where, "an embedded image is empty (0 bytes)", "write it again or remove the row", "image empty"
             )
         return {"path": name if isinstance(name, str) else None, "bytes": image}
     if not isinstance(image, str):
-        raise _wrong(where, "an image is neither a path nor bytes", "write the path of a file", "wrong type")
+        raise row_error(where, "an image is neither a path nor bytes", "write the path of a file", "wrong type")
     if image.startswith("data:"):
         return {"path": None, "bytes": _from_data_uri(image, where)}
     if is_url(image):
@@ -49,10 +49,10 @@ def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool =
             return {"path": image, "bytes": None}
         shown = " ".join(image[:200].split())
         mend = "download it first, or set the source's `allow_urls: true`"
-        raise _wrong(where, f"the image {shown} is a URL and no URL is fetched", mend, "image is a URL")
+        raise row_error(where, f"the image {shown} is a URL and no URL is fetched", mend, "image is a URL")
     path = os.path.expanduser(image)
     if "\0" in path or not path.strip() or path.encode("utf-8", "ignore").decode() != path:
-        raise _wrong(where, f"the image path {path[:200]!a} is blank or no text", "correct it", "not text")
+        raise row_error(where, f"the image path {path[:200]!a} is blank or no text", "correct it", "not text")
     if not os.path.isabs(path) and folder is None:
         raise UserError(
             f"{where}: the image path {path} is relative, but rows of the Hub lie in no folder: set `images`."
@@ -68,9 +68,5 @@ def _from_data_uri(uri: str, where: str) -> bytes:
         decoded = b""
     if not decoded:
         what = f"the data URI {uri[:40]!a}... holds no base64 image"
-        raise _wrong(where, what, "write it again or give a path", "image damaged")
+        raise row_error(where, what, "write it again or give a path", "image damaged")
     return decoded
-
-
-def _wrong(where: str, what: str, mend: str, reason: str) -> RowError:
-    return RowError(f"{where}: {what}: {mend}.", where=where, reason=reason)

@@ -11,8 +11,9 @@ from rich.table import Table
 from torch import nn
 
 from .activations import Counted
-from .freeze import PARTS, bytes_of, part_of
+from .freeze import bytes_of, part_of
 from .launch import Launch
+from .recipe_rules import PARTS
 
 # Optimizers of transformers (`sft.optim`) → how many numbers they keep for a weight, in the weight's own type.
 MOMENTS = {

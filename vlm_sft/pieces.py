@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .freeze import PARTS
 from .parts import find_tensors
+from .recipe_rules import PARTS
 from .sizes import open_checkpoint
 
 if TYPE_CHECKING:

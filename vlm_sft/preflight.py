@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .terminal import make_console, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,13 +43,13 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     Raises:
         UserError: The recipe is wrong, a source or a piece cannot be had, or the page cannot be written.
     """
+    from .assemble import build_collator
     from .checks import Evidence, check
     from .dry_run import on_any_machine
     from .inspection import look_at, shares_of_languages, shares_of_sources, show_samples
     from .preflight_page import Report, render_page
     from .recipe import build_sft_config, validate_libraries
     from .stack import compose
-    from .train import build_collator
 
     _check_output(output)
     validate_libraries(recipe)
@@ -156,7 +157,7 @@ def _take_steps(
         some = [shown[i * max(1, len(shown) // count) % len(shown)] for i in range(count)]
         rows = Dataset.from_list([{key: row[key] for key in FEATURES} for row in some], features=FEATURES)
         try:
-            trainer = build_trainer(changed, args, collator, (rows, None, {}), composed, partial(_say, console))
+            trainer = build_trainer(changed, args, collator, (rows, None, {}), composed, partial(say, console))
             evidence.proof = prove(trainer)
         except UserError as error:
             evidence.stopped = str(error)
@@ -220,10 +221,6 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output {output}: the folder {output.parent} does not exist; make it first.")
 
 
-def _say(console: Console, message: str) -> None:
-    console.print(message, markup=False, highlight=False, soft_wrap=not console.is_terminal)
-
-
 def run_preflight(
     recipe: str,
     overrides: list[str],
@@ -250,19 +247,18 @@ def run_preflight(
     from .quiet import quiet_libraries
     from .recipe import load_recipe
     from .safety import refuse_code
-    from .train import _console
 
     loaded = load_recipe(recipe, overrides)
     if not trust_remote_code:
         refuse_code(loaded, str(loaded.path))
     quiet_libraries()
-    console = _console()
+    console = make_console()
     page = Path(output)
     report = preflight(loaded, read_launch(accelerate_config), console, output=page, with_model=with_model)
     for finding in report.findings:
-        _say(console, str(finding))
+        say(console, str(finding))
     for sentence in report.time:
-        _say(console, sentence)
-    _say(console, f"Page: {page}")
+        say(console, sentence)
+    say(console, f"Page: {page}")
     if report.verdict == "error":
         raise SystemExit(1)

@@ -14,32 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from .dry_run import dry_run
 from .errors import UserError, exit_on_user_error
-from .fetch import Fetcher
 from .interrupts import Interrupts
 from .launch import read_launch
 from .quiet import quiet_libraries
-from .rows import describe_rows, load_rows, on_first_process
+from .rows import load_rows, on_first_process
 from .run_folder import settle_resume, sweep
+from .terminal import make_console, say
 
 if TYPE_CHECKING:
     from rich.console import Console
     from trl import SFTConfig
 
     from .collator import MultimodalCollator
-    from .processor import VLMProcessor
     from .pushes import PushCallback
     from .recipe import Recipe
     from .trainer import VLMSFTTrainer
-
-__all__ = [
-    "build_collator",
-    "check_processes",
-    "describe_rows",
-    "finish",
-    "load_rows",
-    "main",
-    "train",
-]
 
 METRICS = "metrics.json"
 
@@ -59,19 +48,19 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         UserError: Anything a user can mend.
     """
-    from .assemble import build_trainer
+    from .assemble import build_collator, build_trainer
     from .bundle import read_manifest
     from .hub import check_access
     from .inspection import glance
     from .recipe import build_sft_config, validate_libraries
     from .stack import compose
 
-    console = _console()
+    console = make_console()
     validate_libraries(recipe)
     args = build_sft_config(recipe)
     _say_precision(recipe, args, console)
     check_processes(args)
-    settle_resume(args, resume=resume, say=partial(_say, console))
+    settle_resume(args, resume=resume, say=partial(say, console))
     on_first_process(partial(sweep, args.output_dir))
     if recipe.hub:
         on_first_process(partial(check_access, recipe.hub.repo_id))
@@ -81,9 +70,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     collator = build_collator(recipe, composed[1], args)
     rows = load_rows(recipe, collator, args, console)
     for finding in on_first_process(partial(glance, rows[0], composed[1])):
-        _say(console, str(finding))
+        say(console, str(finding))
     with console.status("Loading the pieces"):
-        trainer = build_trainer(recipe, args, collator, rows, composed, partial(_say, console))
+        trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))
     console.print(trainer.plan.table(trainer.model))
     pushes = _pushes(recipe, console)
     if pushes is not None:
@@ -133,39 +122,14 @@ def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Consol
         with console.status("Loading the bundle in a fresh process to compare its logits"):
             parity = check_parity(folder, model, batch, logits)
         write_card(folder)
-        _say(
+        say(
             console,
             f"Parity: reloaded in a fresh process, {parity['positions']} positions, largest difference of a logit "
             f"{parity['max_difference']:.2g}.",
         )
-        _say(console, f"Bundle: {folder}\nCurves: {curves}")
+        say(console, f"Bundle: {folder}\nCurves: {curves}")
     trainer.accelerator.wait_for_everyone()
     return folder
-
-
-def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> MultimodalCollator:
-    """The recipe's collator, or ours, with the recipe's arguments.
-
-    Raises:
-        UserError: The class cannot be found or does not take these arguments.
-    """
-    from .collator import MultimodalCollator, load_collator_class
-
-    kind = MultimodalCollator
-    if recipe.collator:
-        # `python -m` looks in the current folder, a console command does not; the user's module lies there.
-        sys.path.insert(0, os.getcwd()) if os.getcwd() not in sys.path else None
-        kind = load_collator_class(recipe.collator)
-    multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None
-    try:
-        collator = kind(processor, max_length=args.max_length, pad_to_multiple_of=multiple, **recipe.collator_args)
-    except TypeError as error:
-        raise UserError(f"collator_args: {kind.__name__} does not take them: {error}.") from error
-    if any(source.allow_urls for source in (*recipe.data.train, *recipe.data.eval)):
-        collator.fetch = Fetcher(recipe.data.url_cache)
-    collator.drop_rejected = recipe.data.max_rejected > 0
-    collator.count_rows = recipe.data.streaming
-    return collator
 
 
 def check_processes(args: SFTConfig) -> None:
@@ -205,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
             refuse_code(recipe, str(recipe.path))
         quiet_libraries()
         if given.dry_run:
-            dry_run(recipe, read_launch(given.accelerate_config), _console(stderr=False))
+            dry_run(recipe, read_launch(given.accelerate_config), make_console(stderr=False))
         else:
             try:
                 train(recipe, given.resume)
@@ -218,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
 def _say_precision(recipe: Recipe, args: SFTConfig, console: Console) -> None:
     if recipe.sft.get("bf16") is None and not args.fp16:
         can = "this device can" if args.bf16 else "this device has no bf16"
-        _say(console, f"Computing in {'bf16' if args.bf16 else 'fp32'}: the recipe does not say sft.bf16, and {can}.")
+        say(console, f"Computing in {'bf16' if args.bf16 else 'fp32'}: the recipe does not say sft.bf16, and {can}.")
 
 
 def _first_batch(trainer: VLMSFTTrainer, collator: MultimodalCollator) -> dict[str, Any]:
@@ -237,7 +201,7 @@ def _pushes(recipe: Recipe, console: Console) -> PushCallback | None:
     from .pushes import PushCallback
 
     options = recipe.hub.model_dump(include={"every_save", "private", "revision", "message"})
-    return PushCallback(recipe.hub.repo_id, partial(_say, console), **options)
+    return PushCallback(recipe.hub.repo_id, partial(say, console), **options)
 
 
 @contextmanager
@@ -263,19 +227,6 @@ def _leave_process_group() -> None:
 
     if PartialState().num_processes > 1:
         PartialState().destroy_process_group()
-
-
-def _say(console: Console, message: str) -> None:
-    """Prints a message as it is: brackets are no markup, and a log file's lines are not broken."""
-    console.print(message, markup=False, highlight=False, soft_wrap=not console.is_terminal)
-
-
-def _console(stderr: bool = True) -> Console:
-    """A console that speaks on the first process alone; wide enough for tables where there is no terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0", soft_wrap=False)
-    return console if console.is_terminal else Console(stderr=stderr, quiet=console.quiet, width=120)
 
 
 if __name__ == "__main__":
