@@ -32,7 +32,8 @@ def rows(*images: tuple[int, int] | None) -> list[dict]:
     made = []
     for number, size in enumerate(images):
         parts = [{"type": "image"}] * (size is not None) + [{"type": "text", "text": "What is this?"}]
-        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": f"number {number}"}]
+        answer = [{"type": "text", "text": f"number {number}"}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
         picture = [{"path": None, "bytes": encoded(size)}] if size else []
         made.append({"id": str(number), "messages": messages, "images": picture, "source": "x"})
     return made
@@ -86,23 +87,35 @@ def test_parts_of_different_types_follow_each_other(name):
         assert model.eval()(**batch).logits.isfinite().all()
 
 
+def make_trainer(name: str, folder, data: list[dict], **options) -> VLMSFTTrainer:
+    """One step of plain descent with everything trained."""
+    model, processor = build(name)
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=1, optim="sgd", max_grad_norm=0, learning_rate=1e-3, save_strategy="no",
+        report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, **options,
+    )  # fmt: skip
+    plan = FreezePlan(dict.fromkeys(PARTS, 1e-3))
+    return VLMSFTTrainer(model, args, MultimodalCollator(processor), Dataset.from_list(data), processor, plan=plan)
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_accumulated_micro_batches_weigh_every_token_alike(name, tmp_path):
     unequal, moved = rows((40, 30), None, (30, 40), None), []
     for number, row in enumerate(unequal):
-        row["messages"][1]["content"] = [{"type": "text", "text": "so " * (1 + 5 * number)}]
+        row["messages"][1]["content"][0]["text"] = "so " * (1 + 5 * number)
     for size, steps in ((4, 1), (1, 4)):
-        model, processor = build(name)
-        args = SFTConfig(
-            output_dir=str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
-            optim="sgd", max_grad_norm=0, learning_rate=1e-3, save_strategy="no", report_to=[], use_cpu=True,
-            bf16=False, gradient_checkpointing=False,
-        )  # fmt: skip
-        trainer = VLMSFTTrainer(model, args, MultimodalCollator(processor), Dataset.from_list(unequal), processor,
-                                plan=FreezePlan(dict.fromkeys(PARTS, 1e-3)))  # fmt: skip
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = make_trainer(name, tmp_path, unequal, **options)
         trainer.train()
-        moved.append(model.get_output_embeddings().weight.detach().clone())
+        moved.append(trainer.model.get_output_embeddings().weight.detach().clone())
     torch.testing.assert_close(*moved, atol=1e-7, rtol=0)
+
+
+def test_weight_decay_spares_norms_whatever_they_are_called(tmp_path):
+    trainer = make_trainer("qwen2_5_vl", tmp_path, rows(None), weight_decay=0.1)
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    assert not [name for name, p in trainer.model.named_parameters() if p.ndim < 2 and name in decayed]
+    assert not [name for name, p in trainer.model.named_parameters() if p.ndim > 1 and name not in decayed]
 
 
 def test_a_frozen_tower_stays_in_evaluation_mode():

@@ -110,6 +110,11 @@ class VLMSFTTrainer(WatchedTrainer):
 
     # -- learning rates ---------------------------------------------------------------------------------------------
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Also spares norms of every class: transformers misses RMS norms called `norm1` or `ln_q` (Qwen2.5-VL)."""
+        norms = {name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+        return [name for name in super().get_decay_parameter_names(model) if name.rpartition(".")[0] not in norms]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that transformers builds, its groups split so that each part learns at its own rate."""
         fresh = self.optimizer is None
