@@ -112,3 +112,19 @@ def test_what_does_not_fit_is_named(stack_recipe, tmp_path):
         )
     with pytest.raises(UserError, match="image_size"):
         stack_recipe("clip", vision={"image_size": "big"})
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, lambda model: model.to(torch.bfloat16)])
+def test_rotations_stay_exact_whatever_the_weights_are_cast_to(cast, stack_recipe):
+    """As under `load(dtype=…)` and DeepSpeed's bf16, which cast buffers too."""
+    model = build_stack(stack_recipe("clip")).model.eval()
+    ids = torch.arange(200).remainder(250)[None]
+    exact = model.model.language_model.rotary_emb(torch.zeros(1), torch.tensor([[100, 1000]]))
+    cast(model)
+    assert {p.dtype for p in model.parameters()} <= {torch.float16, torch.bfloat16}
+    rates = model.model.language_model.rotary_emb
+    assert rates.inv_freq.dtype == rates.original_inv_freq.dtype == torch.float32
+    for now, before in zip(rates(torch.zeros(1), torch.tensor([[100, 1000]])), exact, strict=True):
+        assert torch.equal(now, before)
+    assert model(input_ids=ids).logits.isfinite().all()
+    assert model.to("meta").model.language_model.rotary_emb.inv_freq.is_meta

@@ -16,12 +16,13 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, P
 from .freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
 from .losses import scaled_logits, supervised_losses
 from .modeling import VLMOutput
+from .positions import ExactRotations
 
 # What of the image path's output goes to the language model; Fuyu's has only a last hidden state.
 FEATURES = ("pooler_output", "deepstack_features")
 
 
-class FamilyModel(PreTrainedModel):
+class FamilyModel(ExactRotations, PreTrainedModel):
     """What is put over the class of an existing VLM.
 
     Attributes:

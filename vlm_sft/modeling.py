@@ -31,6 +31,7 @@ from .configuration import VLMConfig, count_patches, image_size_of
 from .connectors import build_projector, build_resampler
 from .losses import scaled_logits, supervised_losses
 from .mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig, MPLUGOwlVisionModel
+from .positions import ExactRotations
 from .qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig, QwenVLVisionModel
 from .sharded import is_sharded
 
@@ -89,7 +90,7 @@ def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
     return tower
 
 
-class VLMPreTrainedModel(PreTrainedModel):
+class VLMPreTrainedModel(ExactRotations, PreTrainedModel):
     """Common base: names, abilities, and an initialisation that leaves the pieces alone."""
 
     config_class = VLMConfig

@@ -1,11 +1,14 @@
-"""Tables of positions for another number of patches than they were trained with."""
+"""Positions: tables for another number of patches than they were trained with, and rotations that stay exact."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 # Towers that fit their table to the image at every forward: DINOv2 is made for 518 pixels and published with 224.
 INTERPOLATING = ("dinov2", "dinov2_with_registers")
@@ -40,3 +43,21 @@ def fit_positions(table: torch.Tensor, shape: torch.Size, patches: int) -> torch
         return table
     rows = table.reshape(-1, table.shape[-1])
     return torch.cat([rows[:extra], resize_positions(rows[extra:], patches)]).reshape(shape)
+
+
+class ExactRotations(nn.Module):
+    """A model whose rotary positions are exact in whatever type its weights are.
+
+    transformers loads the rates of the rotations in fp32, but `model.to(dtype)` and DeepSpeed's bf16 cast them too:
+    rounded by up to 1 in 256, they turn the thousandth position by radians.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        before = {name: buffer for name, buffer in self.named_buffers() if name.endswith("inv_freq")}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            owner, _, leaf = name.rpartition(".")
+            now = getattr(self.get_submodule(owner), leaf)
+            if now.dtype != buffer.dtype:
+                setattr(self.get_submodule(owner), leaf, buffer.to(now.device))
+        return self
