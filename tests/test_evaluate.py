@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from vlm_sft import cli, evaluate, load_recipe, scoring
@@ -62,6 +63,15 @@ def test_the_models_answers_are_what_is_compared(bundle, monkeypatch):
     results = run(str(bundle))
     assert results["caption_exact_match"] == 0  # the cat's caption is 这是一只猫
     assert results["answer_accuracy"] == results["answer_accuracy_blank_image"] == round(5 / 6, 4)
+
+
+def test_a_recipe_that_samples_gets_the_same_answers_again(bundle):
+    path = bundle / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe["generation"] = {"max_new_tokens": 6, "do_sample": True, "temperature": 5.0}
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    first, second = run(str(bundle))["wrong"], run(str(bundle))["wrong"]
+    assert first == second and first["answers"]["animal"]
 
 
 def test_output_elsewhere_leaves_the_bundle_alone(bundle, tmp_path, monkeypatch):

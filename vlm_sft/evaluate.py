@@ -46,6 +46,8 @@ def run(
     """
     quiet_libraries()
 
+    from transformers import set_seed
+
     from .bundle import read_manifest
     from .card import write_card
     from .hub import find_bundle, is_fetched
@@ -64,6 +66,7 @@ def run(
     questions = collect(sources, max_rows)
     model, processor = load(folder, trust_remote_code=trust_remote_code)
     start = time.perf_counter()
+    set_seed(int(own.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
     results = score(model, processor, questions, batch_size, dict(own.generation))
     results |= {
         "train_seconds": train_seconds(folder),
