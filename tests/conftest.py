@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -146,6 +150,37 @@ def caption_file(tmp_path_factory, photos) -> str:
     lines = [json.dumps({"image": p, "caption": c}, ensure_ascii=False) for p, c in zip(photos, captions, strict=True)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
+
+
+@contextlib.contextmanager
+def parity_in_this_process() -> Iterator[None]:
+    """The parity gate without its fresh process, whose imports take longer than a tiny run.
+
+    The same program loads the same files and compares the same logits, but here. That a fresh process does so is what
+    test_parity, test_train, test_quantization, test_family_stack and test_recipe_runs prove.
+    """
+    from vlm_sft import parity
+
+    real = subprocess.run
+
+    def run(command, **options):
+        if "vlm_sft.parity" not in command:
+            return real(command, **options)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            parity.main(command[command.index("vlm_sft.parity") + 1 :])
+        return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        yield
+
+
+@pytest.fixture
+def in_process_parity():
+    """See `parity_in_this_process`."""
+    with parity_in_this_process():
+        yield
 
 
 def tiny_stack(

@@ -20,13 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_recipe
+from conftest import parity_in_this_process, tiny_recipe
 from PIL import Image
 
 from vlm_sft import answer, load, load_recipe
 from vlm_sft import chat as chat_module
 from vlm_sft.chat import chat, split_paths
 from vlm_sft.chat_template import load_template
+from vlm_sft.cli import main
 from vlm_sft.errors import UserError
 from vlm_sft.train import train
 
@@ -42,7 +43,8 @@ def bundle(tmp_path_factory, pieces, caption_file) -> str:
     recipe["sft"]["max_steps"] = 1
     path = root / "ziya.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return str(train(load_recipe(path)))
+    with parity_in_this_process():
+        return str(train(load_recipe(path)))
 
 
 @pytest.fixture(scope="module")
@@ -282,14 +284,16 @@ def test_the_command_through_pipes(bundle, photos):
     assert "did you mean /image?" in done.stderr.decode() and "Traceback" not in done.stderr.decode()
 
 
-@pytest.mark.slow
-def test_the_generate_command_answers_what_it_can_and_ends_with_code_2(bundle, photos, tmp_path):
+def test_the_generate_command_answers_what_it_can_and_ends_with_code_2(bundle, photos, tmp_path, monkeypatch, capsys):
     rows = [{"image": photos[0], "question": "这是什么？"}, {"image": "nope.png", "question": "?"}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    command = [*CLI, "generate", bundle, str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "a.jsonl")]
-    done = subprocess.run(command, capture_output=True, env=environment(), timeout=300)
+    command = ["generate", bundle, str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["vlm-sft", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert done.returncode == 2 and b'error: 1 of 2 rows could not be answered, the first is "2"' in done.stderr
+    assert ended.value.code == 2
+    assert 'error: 1 of 2 rows could not be answered, the first is "2"' in capsys.readouterr().err
     assert lines[0]["answer"] and "nope.png" in lines[1]["error"]
 
 

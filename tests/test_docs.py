@@ -325,12 +325,11 @@ def test_python_in_the_pages_is_right(block):
 
 
 @pytest.mark.slow
-def test_the_python_of_readme_and_python_page_runs(monkeypatch, tmp_path, capsys):
+def test_the_python_of_readme_and_python_page_runs(monkeypatch, tmp_path, capsys, in_process_parity):
     """As it stands, after a small `make demo`, with fewer steps."""
     from vlm_sft.train import train
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the fresh process of the parity gate
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     world = [sys.executable, "examples/digitscenes/digitscenes.py", "--out", "data/digitscenes"]

@@ -131,7 +131,7 @@ def test_reasoning_that_is_never_closed_reaches_to_the_end_of_its_answer(make_co
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ShortAnswerCollator", "ReasoningMaskCollator"])
-def test_training_runs_with_it(recipe_file, name):
+def test_training_runs_with_it(recipe_file, name, in_process_parity):
     recipe = load_recipe(recipe_file(collator=f"examples.custom_collator:{name}"))
     folder = train(recipe)
     losses = [entry["loss"] for entry in json.loads((folder / "metrics.json").read_text()) if "loss" in entry]

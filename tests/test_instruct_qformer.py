@@ -122,8 +122,8 @@ def test_every_trained_tensor_has_a_gradient_without_images_too(recipe):
     assert lacking == []
 
 
-def test_it_trains_saves_and_answers(recipe, photos):
-    """The bundle is checked in a fresh process by `train` itself (parity)."""
+def test_it_trains_saves_and_answers(recipe, photos, in_process_parity):
+    """That the bundle gives the same logits is checked by `train` itself (parity)."""
     folder = train(recipe) or recipe.sft["output_dir"]
     model, processor = load(recipe.sft["output_dir"], device="cpu")
     assert processor.qformer_tokenizer.truncation_side == "left" and folder

@@ -475,8 +475,8 @@ def test_positions_are_made_as_the_checkpoint_has_them():
 
 
 @pytest.mark.parametrize("system", ["owl", "qwen"])
-def test_foreign_parts_learn_and_come_back_from_a_bundle(system, recipe_file, save_llm, tmp_path):
-    """Every trained tensor moves, the bundle reloads with equal logits (`train` checks it in a fresh process)."""
+def test_foreign_parts_learn_and_come_back_from_a_bundle(system, recipe_file, save_llm, tmp_path, in_process_parity):
+    """Every trained tensor moves, the bundle reloads with equal logits (`train` checks it)."""
     if system == "owl":
         stack = owl_stack(Golden("mplug_owl"), tmp_path / "owl")
         stack["language_model"] = save_llm(small_llama(40))
