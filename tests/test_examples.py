@@ -13,8 +13,8 @@ from conftest import ROOT
 
 from vlm_sft import Sample, UserError, VLMProcessor, load_recipe
 from vlm_sft.assemble import build_collator
+from vlm_sft.compose import compose
 from vlm_sft.recipe import build_sft_config
-from vlm_sft.stack import compose
 from vlm_sft.train import train
 
 

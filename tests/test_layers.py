@@ -16,16 +16,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "quiet", "terminal"),
     ("assets", "metrics", "yaml_file"),
     ("configs", "families", "recipe_data", "recipe_rules"),
+    ("recipe_stack",),
     ("recipe",),
     # Layer 2: small things that know one subject each.
     ("sharded",),
     ("checkpoints", "configuration", "fetch", "freeze", "image_refs", "json_text", "languages", "losses", "mixture"),
     ("launch", "ledger", "quantization", "run_folder", "hub_errors", "safety", "template_limits"),
-    ("images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
+    ("image_use", "images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
     ("chat_template", "conversation", "coverage", "data_stats", "file_readers", "published", "qwen_vl"),
     ("connectors", "delta", "formats", "layouts", "leaks", "markers", "readers"),
     ("convert", "sources"),
-    ("sizes",),
+    ("blank_parts", "sizes"),
     ("interrupts",),
     # Layer 3: the model, the processor, the data.
     ("data", "modeling", "processor"),
@@ -47,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("watch",),
     ("generation",),
     ("family_stack",),
+    ("compose",),
     ("pieces",),
     ("stack",),
     ("bundle",),
@@ -71,10 +73,10 @@ ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
 READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "data_cli", "dry_run", "evaluate", "loading"}
 READS_RECIPES |= {"merged", "pieces", "processors", "recipes_cli", "recipe_rules", "rows", "scoring", "stack", "train"}
-READS_RECIPES |= {"assemble", "debug_batch", "family_stack", "preflight", "safety"}
+READS_RECIPES |= {"assemble", "compose", "debug_batch", "family_stack", "preflight", "safety"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers", "trl"}
-LIGHT = {module for row in LAYERS[:4] for module in row} | {
+LIGHT = {module for row in LAYERS[:5] for module in row} | {
     "chat_template",
     "template_sandbox",
     "interrupts",

@@ -10,10 +10,10 @@ from transformers import TrainerCallback
 
 from vlm_sft import load_recipe
 from vlm_sft.assemble import build_collator, build_trainer
+from vlm_sft.compose import compose
 from vlm_sft.data import load_mixture
 from vlm_sft.proof import FEWEST, SETTINGS, Witness, fingerprint, prove
 from vlm_sft.recipe import build_sft_config
-from vlm_sft.stack import compose
 
 pytestmark = pytest.mark.slow
 

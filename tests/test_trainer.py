@@ -20,7 +20,6 @@ from vlm_sft.errors import UserError
 from vlm_sft.freeze import is_adapter, part_of
 from vlm_sft.ledger import Ledger, SourceLedger
 from vlm_sft.recipe import build_sft_config
-from vlm_sft.trainer import exchange_images
 
 
 @pytest.fixture
@@ -140,20 +139,6 @@ def test_image_use_is_zero_for_a_model_that_does_not_look(make_trainer, photos):
         trainer.model.model.projector.linear.weight.zero_()
     assert trainer.evaluate()["eval_loss"] > 0
     assert trainer.state.log_history[-1]["eval_image_use"] == pytest.approx(0, abs=1e-6)
-
-
-def test_exchange_never_returns_an_own_or_an_equal_image():
-    images = torch.stack([torch.full((3, 2, 2), float(v)) for v in (0, 1, 2, 2)])
-    owners = torch.tensor([0, 0, 1, 2])
-    swapped, found = exchange_images(images, owners, None)
-    assert found.all()
-    for i, image in enumerate(swapped):
-        assert not torch.equal(image, images[i])
-        assert not any(torch.equal(image, images[j]) for j in range(4) if owners[j] == owners[i])
-    alone, found = exchange_images(images[:2], owners[:2], None)
-    assert not found.any() and torch.equal(alone, images[:2])
-    _, found = exchange_images(images[:2], owners[:2], spare=images[2:])
-    assert found.all()
 
 
 def test_the_users_own_sft_settings_are_kept(make_trainer):

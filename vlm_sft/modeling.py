@@ -14,48 +14,22 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.blip.modeling_blip import BlipVisionModel
-from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
-from transformers.models.instructblip.modeling_instructblip import InstructBlipVisionModel
 from transformers.utils import ModelOutput
 
+from .blank_parts import Parts, mark_initialised, parts_from_config
 from .configuration import VLMConfig, count_patches, image_size_of
-from .connectors import build_projector, build_resampler
 from .losses import scaled_logits, supervised_losses
-from .mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig, MPLUGOwlVisionModel
 from .positions import ExactRotations
-from .qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig, QwenVLVisionModel
 from .sharded import is_sharded
-
-# Encoders that transformers does not reach through AutoModel: some of its own, and ours.
-VISION_MODELS: dict[str, type[PreTrainedModel]] = {
-    "blip_vision_model": BlipVisionModel,
-    "blip_2_vision_model": Blip2VisionModel,
-    "instructblip_vision_model": InstructBlipVisionModel,
-    MPLUGOwlVisionConfig.model_type: MPLUGOwlVisionModel,
-    QwenVLVisionConfig.model_type: QwenVLVisionModel,
-}
 
 # What a batch holds beside `pixel_values` for a resampler that reads the instruction: (N, L) each, one row an image.
 INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
-
-
-@dataclass
-class Parts:
-    """The four parts as modules; `causal_lm` still carries its head."""
-
-    vision_tower: nn.Module
-    resampler: nn.Module | None
-    projector: nn.Module
-    causal_lm: PreTrainedModel
 
 
 @dataclass
@@ -79,15 +53,6 @@ class VLMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     token_losses: torch.Tensor | None = None
     token_hits: torch.Tensor | None = None
-
-
-def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """Makes the encoder that a vision configuration describes, with random weights."""
-    model_class = VISION_MODELS.get(config.model_type)
-    tower = model_class._from_config(config) if model_class else AutoModel.from_config(config)
-    if eps := getattr(config, "post_layernorm_eps", None):  # LAVIS: another one than inside the tower
-        tower.post_layernorm.eps = eps
-    return tower
 
 
 class VLMPreTrainedModel(ExactRotations, PreTrainedModel):
@@ -402,26 +367,6 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         return ids, {**kwargs, **images}
 
 
-def parts_from_config(config: VLMConfig) -> Parts:
-    """Makes all four parts with random weights, from configurations alone (also on the meta device)."""
-    resampler = None
-    if config.resampler_type:
-        resampler = build_resampler(config.resampler_type, config.resampler_config, config.num_query_tokens)
-    projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
-    causal_lm = AutoModelForCausalLM.from_config(config.text_config)
-    return Parts(build_vision_tower(config.vision_config), resampler, projector, causal_lm)
-
-
-def mark_initialised(module: nn.Module | None) -> None:
-    """Tells transformers' `post_init` that these weights are loaded and must not be drawn again."""
-    for child in module.modules() if module is not None else ():
-        child._is_hf_initialized = True
-        for parameter in child.parameters(recurse=False):
-            parameter._is_hf_initialized = True
-
-
 AutoConfig.register("vlm_sft", VLMConfig)
-for own in (MPLUGOwlVisionConfig, MPLUGOwlAbstractorConfig, QwenVLVisionConfig, QwenVLResamplerConfig):
-    AutoConfig.register(own.model_type, own)
 AutoModel.register(VLMConfig, VLMModel)
 AutoModelForImageTextToText.register(VLMConfig, VLMForConditionalGeneration)

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .blank_parts import VISION_MODELS, build_vision_tower, mark_initialised
 from .checkpoints import WEIGHT_FILES, Checkpoint
 from .configuration import count_patches, image_size_of
 from .connectors import PROJECTORS, build_resampler
 from .errors import UserError
 from .layouts import Origin, detect
-from .modeling import VISION_MODELS, build_vision_tower, mark_initialised
 from .positions import INTERPOLATING, TABLES, fit_positions
 from .quantization import HEADS, leave_out, settle
 from .safety import check_weights

@@ -45,11 +45,11 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     """
     from .assemble import build_collator
     from .checks import Evidence, check
+    from .compose import compose
     from .dry_run import on_any_machine
     from .inspection import look_at, shares_of_languages, shares_of_sources, show_samples
     from .preflight_page import Report, render_page
     from .recipe import build_sft_config, validate_libraries
-    from .stack import compose
 
     _check_output(output)
     validate_libraries(recipe)

@@ -50,10 +50,10 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     """
     from .assemble import build_collator, build_trainer
     from .bundle import read_manifest
+    from .compose import compose
     from .hub import check_access
     from .inspection import glance
     from .recipe import build_sft_config, validate_libraries
-    from .stack import compose
 
     console = make_console()
     validate_libraries(recipe)

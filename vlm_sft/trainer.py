@@ -24,6 +24,7 @@ from .adapters import add_adapter
 from .bundle import Provenance, held_parts, save_bundle
 from .collator import REJECTED, SEEN
 from .freeze import FreezePlan, is_adapter, is_quantised, part_of
+from .image_use import with_other_images
 from .ledger import Ledger
 from .loading import load_trained
 from .modeling import VLMForConditionalGeneration
@@ -183,7 +184,11 @@ class VLMSFTTrainer(WatchedTrainer):
 
     def _measure_image_use(self, model: nn.Module, inputs: dict[str, Any], own: torch.Tensor) -> None:
         """Adds the losses of the rows whose images could all be exchanged, with own and with other images."""
-        inputs, complete = self._with_other_images(inputs)
+        images, processor = inputs.get("pixel_values"), self.processing_class
+        inputs, complete = with_other_images(
+            inputs, processor.image_token_id, processor.num_image_tokens, self._last_images
+        )
+        self._last_images = self._last_images if images is None else images
         # Where weights are sharded, a forward pass takes every process, also those that have nothing to measure.
         if not self._on_any_process(bool(complete.any())):
             return
@@ -194,21 +199,6 @@ class VLMSFTTrainer(WatchedTrainer):
         sums["own_loss"] += float(own[chosen].sum())
         sums["other_loss"] += float(other[chosen].sum())
         sums["image_tokens"] += int(chosen.sum())
-
-    def _with_other_images(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-        """The batch with each image exchanged for another row's, and (B,) the rows of which all images were."""
-        images = inputs.get("pixel_values")
-        token_id, per_image = self.processing_class.image_token_id, self.processing_class.num_image_tokens
-        counts = (inputs["input_ids"] == token_id).sum(1) // per_image
-        if images is None:
-            return inputs, torch.zeros_like(counts, dtype=torch.bool)
-        owners = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        swapped, exchanged = exchange_images(images, owners, self._last_images)
-        self._last_images = images
-        complete = (counts > 0) & ~torch.zeros_like(counts, dtype=torch.bool).index_put_(
-            (owners[~exchanged],), torch.ones_like(owners[~exchanged], dtype=torch.bool)
-        )
-        return {**inputs, "pixel_values": swapped}, complete
 
     def _on_any_process(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -320,27 +310,3 @@ def ledgers_of(provenance: Provenance | None) -> dict[str, Ledger]:
     """`train` and `eval` → their ledgers, out of the notes that `load_rows` gave."""
     saved = provenance.notes.get("ledger", {}) if provenance else {}
     return {name: Ledger.from_dict(ledger) for name, ledger in saved.items()}
-
-
-def exchange_images(
-    images: torch.Tensor, owners: torch.Tensor, spare: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gives each image's place to an image that another row owns and that looks different.
-
-    Args:
-        images: (N, 3, H, W) images of a batch.
-        owners: (N,) row of each image.
-        spare: (M, 3, H, W) images of an earlier batch, for batches with a single owner.
-
-    Returns:
-        (N, 3, H, W) images, and (N,) whether each was exchanged.
-    """
-    pool = images if spare is None else torch.cat([images, spare])
-    pool_owners = torch.cat([owners, owners.new_full((len(pool) - len(images),), -1)])
-    chosen, found = [], []
-    for i in range(len(images)):
-        order = [(i + shift) % len(pool) for shift in range(1, len(pool))]
-        fit = next((j for j in order if pool_owners[j] != owners[i] and not torch.equal(pool[j], images[i])), None)
-        chosen.append(i if fit is None else fit)
-        found.append(fit is not None)
-    return pool[chosen], torch.tensor(found, device=images.device)

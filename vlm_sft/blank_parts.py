@@ -1,0 +1,66 @@
+"""The four parts as modules with random weights, made from their configurations alone (also on the meta device)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.blip.modeling_blip import BlipVisionModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
+from transformers.models.instructblip.modeling_instructblip import InstructBlipVisionModel
+
+from .configuration import VLMConfig
+from .connectors import build_projector, build_resampler
+from .mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig, MPLUGOwlVisionModel
+from .qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig, QwenVLVisionModel
+
+# Encoders that transformers does not reach through AutoModel: some of its own, and ours.
+VISION_MODELS: dict[str, type[PreTrainedModel]] = {
+    "blip_vision_model": BlipVisionModel,
+    "blip_2_vision_model": Blip2VisionModel,
+    "instructblip_vision_model": InstructBlipVisionModel,
+    MPLUGOwlVisionConfig.model_type: MPLUGOwlVisionModel,
+    QwenVLVisionConfig.model_type: QwenVLVisionModel,
+}
+
+
+@dataclass
+class Parts:
+    """The four parts as modules; `causal_lm` still carries its head."""
+
+    vision_tower: nn.Module
+    resampler: nn.Module | None
+    projector: nn.Module
+    causal_lm: PreTrainedModel
+
+
+def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """Makes the encoder that a vision configuration describes, with random weights."""
+    model_class = VISION_MODELS.get(config.model_type)
+    tower = model_class._from_config(config) if model_class else AutoModel.from_config(config)
+    if eps := getattr(config, "post_layernorm_eps", None):  # LAVIS: another one than inside the tower
+        tower.post_layernorm.eps = eps
+    return tower
+
+
+def parts_from_config(config: VLMConfig) -> Parts:
+    """Makes all four parts with random weights, from configurations alone (also on the meta device)."""
+    resampler = None
+    if config.resampler_type:
+        resampler = build_resampler(config.resampler_type, config.resampler_config, config.num_query_tokens)
+    projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
+    causal_lm = AutoModelForCausalLM.from_config(config.text_config)
+    return Parts(build_vision_tower(config.vision_config), resampler, projector, causal_lm)
+
+
+def mark_initialised(module: nn.Module | None) -> None:
+    """Tells transformers' `post_init` that these weights are loaded and must not be drawn again."""
+    for child in module.modules() if module is not None else ():
+        child._is_hf_initialized = True
+        for parameter in child.parameters(recurse=False):
+            parameter._is_hf_initialized = True
+
+
+for own in (MPLUGOwlVisionConfig, MPLUGOwlAbstractorConfig, QwenVLVisionConfig, QwenVLResamplerConfig):
+    AutoConfig.register(own.model_type, own)

@@ -1,0 +1,56 @@
+"""Batches whose images are exchanged for others: the loss must rise with them, where the model looks at images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def with_other_images(
+    inputs: dict[str, Any], image_token_id: int, per_image: int, spare: torch.Tensor | None
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Exchanges each image of a batch for another row's.
+
+    Args:
+        inputs: A batch: (B, S) `input_ids` and, where it has images, (N, 3, H, W) `pixel_values`.
+        image_token_id: Id of the places of image features.
+        per_image: How many places every image has.
+        spare: (M, 3, H, W) images of an earlier batch, or None.
+
+    Returns:
+        The batch with exchanged images, and (B,) the rows of which all images were exchanged.
+    """
+    images = inputs.get("pixel_values")
+    counts = (inputs["input_ids"] == image_token_id).sum(1) // per_image
+    if images is None:
+        return inputs, torch.zeros_like(counts, dtype=torch.bool)
+    owners = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    swapped, exchanged = exchange_images(images, owners, spare)
+    left = torch.zeros_like(counts, dtype=torch.bool)
+    left[owners[~exchanged]] = True
+    return {**inputs, "pixel_values": swapped}, (counts > 0) & ~left
+
+
+def exchange_images(
+    images: torch.Tensor, owners: torch.Tensor, spare: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gives each image's place to an image that another row owns and that looks different.
+
+    Args:
+        images: (N, 3, H, W) images of a batch.
+        owners: (N,) row of each image.
+        spare: (M, 3, H, W) images of an earlier batch, for batches with a single owner.
+
+    Returns:
+        (N, 3, H, W) images, and (N,) whether each was exchanged.
+    """
+    pool = images if spare is None else torch.cat([images, spare])
+    pool_owners = torch.cat([owners, owners.new_full((len(pool) - len(images),), -1)])
+    chosen, found = [], []
+    for i in range(len(images)):
+        order = [(i + shift) % len(pool) for shift in range(1, len(pool))]
+        fit = next((j for j in order if pool_owners[j] != owners[i] and not torch.equal(pool[j], images[i])), None)
+        chosen.append(i if fit is None else fit)
+        found.append(fit is not None)
+    return pool[chosen], torch.tensor(found, device=images.device)
