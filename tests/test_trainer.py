@@ -132,6 +132,18 @@ def test_metrics_are_logged(make_trainer, photos):
     assert "eval_token_accuracy" in eval_log
 
 
+def test_the_evaluation_loss_weighs_every_token_alike_whatever_the_batch_size(make_trainer, photos):
+    rows = [make_row(turn("what?", "so " * (1 + 6 * i), images=1), photos[i:] + photos[:i], i) for i in range(5)]
+    trainer, found = make_trainer(rows=rows, eval_rows=rows), []
+    for size in (1, 2, 5):
+        trainer.args.per_device_eval_batch_size = size
+        found.append(trainer.evaluate()["eval_loss"])
+    with torch.no_grad():
+        whole = trainer.model(**trainer.data_collator(rows)).loss
+    assert found == pytest.approx([float(whole)] * 3, abs=1e-5)
+    assert trainer.state.log_history[-1]["eval_loss"] == found[-1]
+
+
 def test_image_use_is_zero_for_a_model_that_does_not_look(make_trainer, photos):
     rows = [make_row(turn("what?", f"photo {i}", images=1), photos[i:] + photos[:i], i) for i in range(6)]
     trainer = make_trainer(rows=rows, eval_rows=rows)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # What is added up over the batches since the last log, on every process.
 COUNTERS = (
-    *("hits", "supervised", "tokens", "samples", "wait_seconds", "step_seconds"),
+    *("hits", "supervised", "loss", "tokens", "samples", "wait_seconds", "step_seconds"),
     *("own_loss", "other_loss", "image_tokens"),
 )
 
@@ -178,6 +178,7 @@ class VLMSFTTrainer(WatchedTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            self._sums["eval"]["loss"] += float(loss) * outputs.token_hits.numel()
             if self.image_use:
                 self._measure_image_use(model, inputs, outputs.token_losses)
         return loss.detach(), None, None
@@ -214,6 +215,8 @@ class VLMSFTTrainer(WatchedTrainer):
         prefix = "" if mode == "train" else "eval_"
         if sums["supervised"]:
             logs[f"{prefix}token_accuracy"] = sums["hits"] / sums["supervised"]
+        if "eval_loss" in logs and sums["supervised"]:  # every token alike, whatever the batch size
+            logs["eval_loss"] = sums["loss"] / sums["supervised"]
         busy = (sums["step_seconds"] + sums["wait_seconds"]) / self.accelerator.num_processes
         if mode == "train" and busy and sums["samples"]:
             logs["tokens_per_second"] = sums["tokens"] / busy
