@@ -93,6 +93,58 @@ def test_recipe_file_missing(refused, recipe_file, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stack:\n\tprojector: {type: mlp}\n", "line 2 is not YAML: it holds a tab; use spaces, two for each level."),
+        ("chat_template： plain\ntrain: {projector: 1}\n", "it holds the full-width ：; write `: `."),
+        ("lora: {r: 16，lora_alpha: 3}\n", "line 1 is not YAML: it holds the full-width ，; write `, `."),
+        ("train: {projector: 1\nchat_template: plain\n",
+         "line 2 is not YAML: expected ',' or '}', but got ':'; the bracket of line 1 may not be closed."),
+        ("system: a\nsystem: b\n", 'line 2 is not YAML: the key "system" is written twice.'),
+        ("# 配方\n".encode("gbk"), "is not UTF-8 text (byte 2); save it as UTF-8, for instance with `iconv -f GB18030 "
+         "-t UTF-8` if it was written as GB18030."),
+        ("system: ${oc.env:VLM_SFT_NOT_SET}\n", '"system" cannot be filled in: the environment variable '
+         "VLM_SFT_NOT_SET is not set; set it, or write a default: ${oc.env:VLM_SFT_NOT_SET,…}."),
+        ("system: ${sft.outputdir}\n", '"system" cannot be filled in: the recipe has no key sft.outputdir; name one '
+         "that it has, or an environment variable: ${oc.env:…}."),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_recipe(refused, tmp_path, text, sentence):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = refused(path)
+    assert said.startswith(f"error: {path}") and said.endswith(sentence), said
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("sft.per_device_train_batch_size=0", "must be above zero, not 0."),
+        ("sft.max_steps=0", "must be above zero, not 0; left out, `sft.num_train_epochs` says how long."),
+        ("sft.max_length=-5", "must be above zero, not -5."),
+        ("sft.dataloader_num_workers=-1", "must be zero or above, not -1."),
+        ("sft.adam_beta1=2", "must be zero or above and below one, not 2."),
+        ("lora={r: 4, lora_dropout: 3}", "must be zero or above and below one, not 3."),
+        ("sft.fsdp=full_shard", "as in accelerate_configs/; remove it."),
+        ("sft.deepspeed=ds.json", "as in accelerate_configs/; remove it."),
+        ("sft.report_to=wandbb", "trackio, wandb, codecarbon, clearml, dagshub, flyte, dvclive, swanlab, kubeflow are "
+         "supported."),
+        ("sft.report_to=mlflow", "names mlflow, which is not installed; `pip install mlflow`, or leave it out "
+         "(sft.report_to=none)."),
+        ("sft.use_liger_kernel=true", "is not installed; `pip install liger-kernel`, or leave it out."),
+        ("sft.lr_scheduler_type=cosine_with_min_lr", "the schedule cosine_with_min_lr cannot be made with "
+         "`sft.lr_scheduler_kwargs` left out: One of min_lr or min_lr_rate should be set through the "
+         "`lr_scheduler_kwargs`"),
+        ("stack.language_model.revision=v9", "is a folder here and has no revisions; remove "
+         "stack.language_model.revision, or rename the folder to have the Hub's."),
+    ],
+)  # fmt: skip
+def test_settings_that_the_libraries_would_fail_on_later(refused, recipe_file, override, sentence):
+    said = refused(recipe_file(), override)
+    assert said.startswith(f'error: override "{override}": ') and said.endswith(sentence), said
+
+
 def test_chat_template_without_generation_markers(refused, recipe_file, tmp_path):
     template = tmp_path / "mine.jinja"
     template.write_text("{% for m in messages %}{{ m.content[0].text }}{% endfor %}")
@@ -257,6 +309,14 @@ def test_a_piece_that_is_not_there(refused, recipe_file, pieces):
     )
 
 
+def test_a_language_model_without_a_tokenizer(refused, recipe_file, pieces, tmp_path):
+    folder = tmp_path / "llama"
+    shutil.copytree(pieces["llama"], folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert refused(recipe_file(stack=stack_of(pieces, lm=str(folder)))) == (
+        f"error: stack.language_model.pretrained: the folder '{folder}' has no tokenizer that transformers can read."
+    )
+
+
 def test_a_tokenizer_without_image_and_pad_token_is_no_error(recipe_file, capsys, monkeypatch):
     monkeypatch.setattr("vlm_sft.parity.check_parity", lambda *args: {"positions": 1, "max_difference": 0.0})
     main([str(recipe_file()), "sft.max_steps=1"])
@@ -289,6 +349,13 @@ def test_output_folder_not_empty_without_resume(refused, recipe_file):
     )
 
 
+def test_an_output_folder_that_cannot_be_made(refused, recipe_file):
+    assert refused(recipe_file(), "sft.output_dir=/proc/nothing/out") == (
+        "error: sft.output_dir '/proc/nothing/out' cannot be written: '/proc' takes no folder (No such file or "
+        "directory); choose another, or change its permissions."
+    )
+
+
 @pytest.fixture
 def bundle(recipe_file, tmp_path, pieces) -> Path:
     """An untrained bundle on a language model of its own."""
@@ -315,10 +382,84 @@ def test_bundle_of_a_base_that_changed(bundle, tmp_path, capsys, monkeypatch):
     assert line.startswith(f"error: {bundle}: the bundle was trained on the language_model of '{tmp_path}/llama'")
 
 
+def test_a_run_does_not_go_on_with_another_recipe_or_base(refused, recipe_file, pieces, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr("vlm_sft.parity.check_parity", lambda *args: {"positions": 1, "max_difference": 0.0})
+    own = tmp_path / "llama"
+    shutil.copytree(pieces["llama"], own)
+    path = recipe_file(stack=stack_of(pieces, lm=str(own)))
+    main([str(path), "sft.max_steps=1", "sft.save_strategy=steps", "sft.save_steps=1"])
+    checkpoint = Path(load_recipe(path).sft["output_dir"]) / "checkpoint-1"
+    assert refused(path, "--resume", "train.projector=1") == (
+        f"error: override \"train.projector=1\": the run of '{checkpoint}' was begun with train.projector: 0.01, which "
+        f"cannot become 1 on the way; use the recipe of that run, or start anew in another sft.output_dir."
+    )
+    weights = own / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    said = refused(path, "--resume")
+    assert said.startswith(f"error: {checkpoint}: the bundle was trained on the language_model of '{own}'")
+
+
 def test_folders_that_are_no_bundle(refused, recipe_file, tmp_path, capsys, monkeypatch):
-    sentence = f"error: '{tmp_path}' is no bundle: it has no bundle.json; give the output_dir of a finished run."
-    assert refused(recipe_file(init_from=str(tmp_path))) == sentence
-    assert command(monkeypatch, capsys, "evaluate", tmp_path) == sentence
+    sentence = f"error: '{tmp_path}/other' is no bundle: it has no bundle.json; give the output_dir of a finished run."
+    (tmp_path / "other").mkdir()
+    assert refused(recipe_file(init_from=str(tmp_path / "other"))) == sentence
+    assert command(monkeypatch, capsys, "evaluate", tmp_path / "other") == sentence
+
+
+VERBS = {"chat": ["hello"], "generate": ["questions.jsonl", "-o", "answers.jsonl"], "evaluate": [], "export": ["out"],
+         "push": ["me/mine"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_says_what_a_folder_is_that_is_no_bundle(verb, tmp_path, monkeypatch, capsys):
+    """And says it without torch, which takes seconds to import."""
+    mine = tmp_path / "mine"
+    for folder in ("mine/stage1", "half/checkpoint-3", "exported"):
+        (tmp_path / folder).mkdir(parents=True)
+    (mine / "stage1" / "bundle.json").write_text("{}")
+    (tmp_path / "half" / "checkpoint-3" / "checkpoint.json").write_text('{"files": {}}')
+    (tmp_path / "exported" / "export.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    finished = "give the output_dir of a finished run."
+    monkeypatch.setitem(sys.modules, "vlm_sft.quiet", None)  # the first that a verb imports when it starts
+    for given, what in {
+        "notes.txt": f"it is a file; {finished}",
+        "mine": f"it has no bundle.json; give one of those in it: '{mine}/stage1'.",
+        "mine/stage2": f"there is no such folder; did you mean '{mine}/stage1'?",
+        "nothing/here": f"there is no such folder; {finished}",
+        "half": f"its run did not end; give a checkpoint, '{tmp_path}/half/checkpoint-3', or go on with the run: "
+        "--resume.",
+        "exported": "it is an export, which transformers loads by itself; give the bundle that it was made from.",
+    }.items():
+        said = command(monkeypatch, capsys, verb, tmp_path / given, *VERBS[verb])
+        assert said == f"error: '{tmp_path}/{given}' is no bundle: {what}"
+
+
+def test_debug_batch_says_what_to_give(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    for given, what in {
+        "run": "has no watch.jsonl: no step of this run went wrong, so there is none to show.",
+        "nothing": "is no run: there is no such folder; give the sft.output_dir of one.",
+        "run/checkpoint-3": "is no run: it has neither watch.jsonl nor a checkpoint; give the sft.output_dir of one.",
+    }.items():
+        said = command(monkeypatch, capsys, "debug-batch", tmp_path / given)
+        assert said == f"error: '{tmp_path}/{given}' {what}"
+
+
+def test_small_slips_on_the_command_line(bundle, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, capsys, "chat", bundle, "hello", "--set", "max_new_tokens") == (
+        "error: --set max_new_tokens is not understood; write KEY=VALUE, like --set max_new_tokens=64."
+    )
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, capsys, "chat", bundle, "hello", "--image", "cat.jpg") == (
+        "error: the image cat.jpg was not found in the folder .: correct the path."
+    )
+    (tmp_path / "notes.txt").write_text("mine")
+    assert command(monkeypatch, capsys, "recipes", "copy", "quickstart_stage1", "notes.txt") == (
+        "error: the folder notes.txt cannot be made (File exists); name another."
+    )
 
 
 def command(monkeypatch, capsys, *arguments) -> str:

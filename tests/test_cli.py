@@ -80,20 +80,24 @@ def test_chat(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
 
 
 def test_generate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
-    assert call(monkeypatch, "generate", "b", "q.jsonl", "-o", "a.jsonl", "--batch-size", "2", "--images", "pics") == 0
+    assert (
+        call(monkeypatch, "generate", "me/b", "q.jsonl", "-o", "a.jsonl", "--batch-size", "2", "--images", "pics") == 0
+    )
     wanted = {"input": "q.jsonl", "output": "a.jsonl", "batch_size": 2, "images": "pics", "options": {}}
     wanted["trust_remote_code"] = False
-    assert calls == [("chat.generate", ("b",), wanted)]
+    assert calls == [("chat.generate", ("me/b",), wanted)]
 
 
 def test_evaluate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
-    assert call(monkeypatch, "evaluate", "b", "--split", "eval", "--max-rows", "5", "--trust-remote-code") == 0
+    assert call(monkeypatch, "evaluate", "me/b", "--split", "eval", "--max-rows", "5", "--trust-remote-code") == 0
     wanted = {"split": "eval", "batch_size": 32, "output": None, "max_rows": 5, "recipe": None}
     wanted["trust_remote_code"] = True
-    assert calls == [("evaluate.run", ("b",), wanted)]
+    assert calls == [("evaluate.run", ("me/b",), wanted)]
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["train"], ["generate", "b", "q.jsonl"], ["train", "x", "--nope"]])
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["train"], ["generate", "me/b", "q.jsonl"], ["train", "x", "--nope"]]
+)
 def test_wrong_usage_is_exit_code_two(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +108,7 @@ def test_wrong_usage_is_exit_code_two(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["chat", "b", "--set", "x"], 'error: override "x" is not understood; write key.path=value,'),
+        (["chat", "me/b", "--set", "x"], "error: --set x is not understood; write KEY=VALUE, like"),
         (["recipes", "show", "zia_stage1"], 'error: there is no recipe "zia_stage1"; the closest that ships is "ziya_'),
     ],
 )

@@ -43,7 +43,7 @@ def test_what_cannot_be_looked_at_is_said(finished, tmp_path):
         run(str(finished), step=1)
     with pytest.raises(UserError, match=r"has no record of step 9; it has: 1, 2\."):
         find_record(finished, 9)
-    with pytest.raises(UserError, match=r"has no watch\.jsonl: no step of it went wrong"):
+    with pytest.raises(UserError, match=r"is no run: it has neither watch\.jsonl nor a checkpoint"):
         find_record(tmp_path, None)
     (finished / "watch.jsonl").write_text(
         json.dumps({"step": 2, "why": "jump", "loss": 9.0, "rows": [["gone/1"]]}) + "\n"

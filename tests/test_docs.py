@@ -25,7 +25,7 @@ from test_collator import make_row, turn
 from test_processor import make_processor
 
 import vlm_sft
-from vlm_sft import cli, data_cli, filtering
+from vlm_sft import cli, data_cli, filtering, run_folder
 from vlm_sft.assets import list_recipes
 from vlm_sft.recipe import load_recipe, validate_libraries
 
@@ -240,6 +240,8 @@ def check_vlm_sft(monkeypatch, tmp_path):
     stand_in.push_bundle = lambda *args, **kwargs: "https://huggingface.co/my-name/mine/commit/1"
     monkeypatch.setitem(sys.modules, "vlm_sft.hub", stand_in)
     stand_in = types.ModuleType("vlm_sft.export")
+    for look in ("find_manifest", "find_records"):  # the folders are the reader's
+        monkeypatch.setattr(run_folder, look, lambda folder: folder)
     stand_in.export = lambda *args, **kwargs: {"positions": 1, "max_difference": 0.0, "tolerance": 1e-4}
     monkeypatch.setitem(sys.modules, "vlm_sft.export", stand_in)
     monkeypatch.setattr(vlm_sft, "export", stand_in, raising=False)

@@ -91,7 +91,7 @@ def test_other_features_of_the_same_tower_are_named(vision, recipe, tmp_path):
 
 def test_what_cannot_be_started_from(recipe, tmp_path):
     stack = build_stack(recipe())
-    with pytest.raises(UserError, match=r"'.*nowhere' is no bundle: it has no bundle\.json; give the output_dir of a"):
+    with pytest.raises(UserError, match=r"'.*nowhere' is no bundle: there is no such folder; give the output_dir of a"):
         hand_over(stack, tmp_path / "nowhere")
     trained(recipe(lora={"r": 2}), tmp_path / "adapted")
     with pytest.raises(UserError, match="has a LoRA adapter, which a new stage cannot train on top of; merge it"):

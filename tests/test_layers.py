@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 2: small things that know one subject each.
     ("sharded",),
     ("checkpoints", "configuration", "fetch", "freeze", "image_refs", "json_text", "languages", "losses", "mixture"),
-    ("launch", "ledger", "quantization", "run_folder", "hub_errors", "safety", "template_limits"),
+    ("launch", "ledger", "quantization", "resumption", "run_folder", "hub_errors", "safety", "template_limits"),
     ("image_use", "images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
     ("chat_template", "conversation", "coverage", "data_stats", "file_readers", "published", "qwen_vl"),
     ("connectors", "delta", "formats", "layouts", "leaks", "markers", "readers"),
@@ -73,7 +73,7 @@ ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 # DESIGN: models take plain ints and strings, so that they can be used without recipes.
 READS_RECIPES = {"adapters", "bundle", "chat", "configs", "data", "data_cli", "dry_run", "evaluate", "loading"}
 READS_RECIPES |= {"merged", "pieces", "processors", "recipes_cli", "recipe_rules", "rows", "scoring", "stack", "train"}
-READS_RECIPES |= {"assemble", "compose", "debug_batch", "family_stack", "preflight", "safety"}
+READS_RECIPES |= {"assemble", "compose", "debug_batch", "family_stack", "preflight", "resumption", "safety"}
 
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "tokenizers", "torch", "transformers", "trl"}
 LIGHT = {module for row in LAYERS[:5] for module in row} | {

@@ -59,7 +59,11 @@ def test_dump_yaml_reads_back(value: object) -> None:
     [
         ("", "{path} is empty; a recipe starts with keys like `stack:`."),
         ("- a", "{path} is not a mapping of keys to values; a recipe starts with keys like `stack:`."),
-        ("a: 1\nb: [1", "{path}, line 2 is not YAML: expected ',' or ']', but got '<stream end>'."),
+        (
+            "a: 1\nb: [1",
+            "{path}, line 2 is not YAML: expected ',' or ']', but got '<stream end>'; the bracket of line 2 may not "
+            "be closed.",
+        ),
         ("a: 1\nb: 2\na: 3", '{path}, line 3 is not YAML: the key "a" is written twice.'),
         (
             "a: 1\nb: !!python/object/apply:os.system [ls]",
@@ -68,7 +72,11 @@ def test_dump_yaml_reads_back(value: object) -> None:
         ),
         ("a: &x [*x]", "{path}, line 1: an alias refers to itself."),
         ("a: 1\n2: b", "{path}, line 2: a key must be a plain word."),
-        ("a: ${b.c}", "{path}: \"a\" cannot be filled in: Interpolation key 'b.c' not found."),
+        (
+            "a: ${b.c}",
+            '{path}: "a" cannot be filled in: the recipe has no key b.c; name one that it has, or an '
+            "environment variable: ${{oc.env:…}}.",
+        ),
         ("a: ???", '{path}: "a" cannot be filled in: Missing mandatory value: a.'),
     ],
 )
@@ -80,4 +88,7 @@ def test_not_yaml(tmp_path: Path, text: str, message: str) -> None:
 def test_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes("a: 中".encode("gbk"))
-    assert problem(path) == f"{path} is not UTF-8 text (byte 3); save it as UTF-8."
+    assert problem(path) == (
+        f"{path} is not UTF-8 text (byte 3); save it as UTF-8, for instance with `iconv -f GB18030 -t UTF-8` if it was "
+        f"written as GB18030."
+    )

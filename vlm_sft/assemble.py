@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import set_seed
 
 from .adapters import lora_config
-from .bundle import Provenance
+from .bundle import Provenance, read_manifest
 from .collator import MultimodalCollator, load_collator_class
 from .errors import UserError
 from .fetch import Fetcher
 from .handover import hand_over
 from .modeling import INSTRUCTION
+from .pieces import compare_pieces
 from .stack import build_stack, match_embeddings
 from .trainer import VLMSFTTrainer
 
@@ -76,6 +77,9 @@ def build_trainer(
     train_rows, eval_rows, notes = rows
     set_seed(args.seed)
     stack = build_stack(recipe, say, composed)
+    if args.resume_from_checkpoint:
+        begun = read_manifest(args.resume_from_checkpoint)["pieces"]
+        compare_pieces(begun, stack.pieces, str(args.resume_from_checkpoint))
     if recipe.init_from:
         parts = ", ".join(hand_over(stack, recipe.init_from))
         say(f"Starting from {recipe.init_from}: {parts} taken over; the frozen pieces are the same.")

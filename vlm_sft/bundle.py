@@ -31,10 +31,11 @@ from .errors import UserError
 from .freeze import FreezePlan, is_adapter, part_of
 from .processor import VLMProcessor
 from .recipe import Recipe
+from .run_folder import MANIFEST, find_manifest
 from .safety import check_folder, check_pieces, read_json
 
 FORMAT = 1
-MANIFEST, TRAINED, RECIPE, TEMPLATE = "bundle.json", "trained.safetensors", "recipe.yaml", "chat_template.jinja"
+TRAINED, RECIPE, TEMPLATE = "trained.safetensors", "recipe.yaml", "chat_template.jinja"
 LIBRARIES = ("vlm_sft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -199,9 +200,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: The folder is no bundle, or a bundle of a later format.
     """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{str(folder)!r} is no bundle: it has no {MANIFEST}; give the output_dir of a finished run.")
+    path = find_manifest(folder)
     check_folder(Path(folder))
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -210,11 +211,17 @@ def fetch_file(pretrained: str, name: str, revision: str | None, key: str, requi
     return path
 
 
-def unreachable(pretrained: str, key: str) -> UserError:
-    """The one sentence for a piece that is neither a folder nor to be had from the Hub."""
+def unreachable(pretrained: str, key: str, lacks: str = "config.json") -> UserError:
+    """The one sentence for a piece that is neither a folder with what it needs nor to be had from the Hub.
+
+    Args:
+        pretrained: Hub id or folder.
+        key: The recipe's key.
+        lacks: What a folder has not.
+    """
     if Path(pretrained).exists():
-        return UserError(f"{key}: the folder {pretrained!r} has no config.json that transformers can read.")
-    return UserError(
-        f"{key}: {pretrained!r} is no folder here and could not be had from the Hub; check the name, the network, and "
-        f"(for a gated model) your token."
-    )
+        return UserError(f"{key}: the folder {pretrained!r} has no {lacks} that transformers can read.")
+    mend = "check the name, the revision, the network, and (for a gated model) your token"
+    if constants.is_offline_mode():
+        mend = "HF_HUB_OFFLINE=1 forbids asking it: unset that, or name a folder"
+    return UserError(f"{key}: {pretrained!r} is no folder here and could not be had from the Hub; {mend}.")

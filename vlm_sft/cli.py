@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,10 +26,36 @@ Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.", show_default=False)
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Set any key of the recipe.")]
+
+
+def _bundle(value: str) -> str:
+    """Says that a folder is no bundle before torch is imported, which takes seconds."""
+    from .run_folder import find_manifest
+
+    if Path(value).exists() or value.partition("@")[0].count("/") != 1:  # else it may be on the Hub
+        find_manifest(value)
+    return value
+
+
+def _local_bundle(value: str) -> str:
+    from .run_folder import find_manifest
+
+    find_manifest(value)
+    return value
+
+
+def _run(value: str) -> str:
+    from .run_folder import find_records
+
+    find_records(value)
+    return value
+
+
 Bundle = Annotated[
     str,
     typer.Argument(
         metavar="BUNDLE",
+        callback=_bundle,
         help="Folder that a training run wrote, or name/repository[@revision] on the Hub.",
         show_default=False,
     ),
@@ -175,7 +202,9 @@ def evaluate(
 
 @app.command("debug-batch")
 def debug_batch(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A run's output_dir.", show_default=False)],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", callback=_run, help="A run's output_dir.", show_default=False)
+    ],
     step: Annotated[int | None, typer.Option(help="Which step; default the last one that was written down.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Bundle to look with; default the newest before it.")] = None,
     trust_remote_code: Trust = False,
@@ -240,7 +269,10 @@ def apply_delta(
 @app.command()
 def push(
     bundle: Annotated[
-        str, typer.Argument(metavar="BUNDLE", help="Folder that a training run wrote.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="BUNDLE", callback=_local_bundle, help="Folder that a training run wrote.", show_default=False
+        ),
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="name/repository on the Hub.", show_default=False)],
     private: Annotated[
@@ -267,6 +299,8 @@ def _settings(assignments: list[str] | None) -> dict[str, Any]:
 
     settings = {}
     for assignment in assignments or []:
+        if "=" not in assignment:
+            raise UserError(f"--set {assignment} is not understood; write KEY=VALUE, like --set max_new_tokens=64.")
         path, value = parse_assignment(assignment)
         settings[".".join(map(str, path))] = value
     return settings

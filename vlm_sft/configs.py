@@ -61,9 +61,13 @@ def build_sft_config(recipe: Recipe) -> SFTConfig:
     """Builds `trl.SFTConfig` from `sft:`, with `remove_unused_columns=False`.
 
     Raises:
-        UserError: as in `validate_libraries`, or this machine cannot compute in the type that the recipe asks for.
+        UserError: as in `validate_libraries`, this machine cannot compute in the type that the recipe asks for, or a
+            package that `sft:` names is not installed.
     """
-    return _build_sft(recipe, settle_precision(recipe).sft)
+    args = _build_sft(recipe, settle_precision(recipe).sft)
+    _check_installed(recipe, args)
+    _check_schedule(recipe, args)
+    return args
 
 
 def settle_precision(recipe: Recipe) -> Recipe:
@@ -144,6 +148,48 @@ def _build_sft(recipe: Recipe, arguments: dict[str, Any]) -> SFTConfig:
                 "tf32 out."
             ) from error
         raise UserError(f"{recipe.where(('sft',))}: trl.SFTConfig refuses `sft`: {_one_line(error)}") from error
+
+
+def _check_installed(recipe: Recipe, args: SFTConfig) -> None:
+    """transformers asks for these packages when the weights are read already."""
+    from transformers.integrations import integration_utils
+    from transformers.utils import is_liger_kernel_available
+
+    try:
+        integration_utils.get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise UserError(f"{recipe.where(('sft', 'report_to'))}: `sft.report_to`: {_one_line(error)}") from error
+    for tracker in args.report_to:
+        is_there = getattr(integration_utils, f"is_{tracker.removesuffix('_ml')}_available", lambda: True)
+        if not is_there():
+            where = recipe.where(("sft", "report_to"))
+            raise UserError(
+                f"{where}: `sft.report_to` names {tracker}, which is not installed; `pip install {tracker}`, or leave "
+                f"it out (sft.report_to=none)."
+            )
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        where = recipe.where(("sft", "use_liger_kernel"))
+        raise UserError(
+            f"{where}: `sft.use_liger_kernel` needs a package that is not installed; `pip install liger-kernel`, or "
+            f"leave it out."
+        )
+
+
+def _check_schedule(recipe: Recipe, args: SFTConfig) -> None:
+    """Makes the schedule for one number, because the trainer makes it when the weights are read already."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    kwargs = args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs))
+    except (ValueError, TypeError) as error:
+        where = recipe.where(("sft", "lr_scheduler_type"))
+        raise UserError(
+            f"{where}: the schedule {args.lr_scheduler_type.value} cannot be made with `sft.lr_scheduler_kwargs` "
+            f"{kwargs or 'left out'}: {_one_line(error)}"
+        ) from error
 
 
 def _check_fields(

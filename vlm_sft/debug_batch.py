@@ -18,8 +18,7 @@ from .data import load_mixture
 from .errors import UserError
 from .loading import load
 from .recipe import Recipe, load_recipe
-from .run_folder import checkpoints, flaw_of, step_of
-from .watch import RECORDS
+from .run_folder import checkpoints, find_records, flaw_of, step_of
 
 
 def run(folder: str, step: int | None = None, checkpoint: str | None = None, trust_remote_code: bool = False) -> None:
@@ -51,9 +50,7 @@ def run(folder: str, step: int | None = None, checkpoint: str | None = None, tru
 
 def find_record(folder: Path, step: int | None) -> dict[str, Any]:
     """The record of a step in `watch.jsonl`, or the last one."""
-    path = folder / RECORDS
-    if not path.is_file():
-        raise UserError(f"{str(folder)!r} has no {RECORDS}: no step of it went wrong, or it is no run's output_dir.")
+    path = find_records(folder)
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     found = [record for record in records if step is None or record["step"] == step]
     if not found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,10 @@ def _read_table(path: Path) -> Found:
         while True:
             line = table.line_num + 1
             try:
+                first = table.line_num == 0
                 header = table.fieldnames  # read now, so that the line number is that of a row
+                if first and header:
+                    _check_header(path, header)
                 line = table.line_num + 1
                 values = next(table, None) if header else None
             except csv.Error as error:
@@ -131,6 +134,17 @@ def _read_table(path: Path) -> Found:
                 )
             else:
                 yield where, values
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    """Excel writes semicolons in many countries, and a table under the wrong name has one column, with all of it."""
+    name = header[0]
+    other = next((mark for mark in (";", "\t", ",", "，", "|") if mark in name), None)
+    if len(header) == 1 and other is not None:
+        raise UserError(
+            f"{path}, line 1: the one column is called {name!r}; fields are separated by commas in a .csv and by tabs "
+            f"in a .tsv, not by {other!r}: write the file again, or rename it."
+        )
 
 
 def _read_parquet(path: Path) -> Found:

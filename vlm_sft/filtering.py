@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from .checkpoints import unreachable
 from .errors import UserError
 from .images import load_image
 
@@ -73,6 +74,8 @@ class Scorer:
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, UserError):
                 raise
+            if isinstance(error, OSError) and not Path(path).exists():
+                raise unreachable(str(path), "--model") from None
             raise UserError(f"--model {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device)

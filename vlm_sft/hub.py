@@ -19,10 +19,11 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .bundle import MANIFEST, RECIPE, read_manifest
+from .bundle import RECIPE, read_manifest
 from .card import CARD, without_folders, write_card
 from .errors import TOKEN, UserError
 from .hub_errors import LOGIN, TRIES, one_sentence, patiently
+from .run_folder import MANIFEST, nearest_bundle
 from .yaml_file import YamlFile, dump_yaml
 
 # What a bundle consists of. Anything else in its folder stays where it is: optimizer states, checkpoints, logs.
@@ -169,7 +170,9 @@ def find_bundle(bundle: str | Path, revision: str | None = None) -> Path:
     repo_id, _, at = str(bundle).partition("@")
     if not is_repo_id(repo_id):
         return Path(bundle)  # a path that is not there, which is said where it is read
-    with one_sentence(repo_id, before=f"{repo_id!r} is no folder here. "):
+    near = nearest_bundle(repo_id)
+    meant = f" (did you mean {near!r}?)" if near else ""
+    with one_sentence(repo_id, before=f"{repo_id!r} is no folder here{meant}. "):
         wanted = revision or at or None
         return Path(patiently(lambda: snapshot_download(repo_id, revision=wanted, allow_patterns=list(SHARED))))
 

@@ -166,7 +166,7 @@ def _from_file(path: str, prefix: str, limits: _Limits, what: str = "") -> Image
         with open(path, "rb") as stream:
             return _from_stream(stream, what, limits)
     except (FileNotFoundError, NotADirectoryError):
-        raise RowError(f"{prefix}{_missing(path)}", reason="image missing") from None
+        raise RowError(f"{prefix}{_missing(path, of_row=bool(prefix))}", reason="image missing") from None
     except PermissionError:
         raise RowError(
             f"{what} may not be read by this user: change its permissions.", reason="image unreadable"
@@ -180,7 +180,7 @@ def _from_file(path: str, prefix: str, limits: _Limits, what: str = "") -> Image
         ) from None
 
 
-def _missing(path: str) -> str:
+def _missing(path: str, of_row: bool) -> str:
     folder, name = os.path.split(path)
     folder = folder or "."
     if not os.path.isdir(folder):
@@ -188,10 +188,8 @@ def _missing(path: str) -> str:
     stem = os.path.splitext(name)[0]
     near = (stem + ending for ending in (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG"))
     hint = next((f" (but {n} is there)" for n in near if os.path.exists(os.path.join(folder, n))), "")
-    return (
-        f"the image {name} was not found in the folder {folder}{hint}: correct the path in the data "
-        "or the source's `images` folder."
-    )
+    mend = "correct the path in the data or the source's `images` folder" if of_row else "correct the path"
+    return f"the image {name} was not found in the folder {folder}{hint}: {mend}."
 
 
 def _from_stream(stream: IO[bytes], what: str, limits: _Limits) -> Image.Image:

@@ -78,7 +78,9 @@ def read_launch(config_file: str | None = None, environment: Mapping[str, str] =
 def _from_file(path: Path) -> Launch:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"--accelerate-config {path}: it cannot be read ({error.strerror}).") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--accelerate-config {path}: it cannot be read ({' '.join(str(error).split())}).") from error
     if not isinstance(config, dict) or "distributed_type" not in config:
         raise UserError(

@@ -246,11 +246,12 @@ def run_preflight(
     from .launch import read_launch
     from .quiet import quiet_libraries
     from .recipe import load_recipe
-    from .safety import refuse_code
+    from .safety import refuse_code, refuse_revisions
 
     loaded = load_recipe(recipe, overrides)
     if not trust_remote_code:
         refuse_code(loaded, str(loaded.path))
+    refuse_revisions(loaded)
     quiet_libraries()
     console = make_console()
     page = Path(output)

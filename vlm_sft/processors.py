@@ -28,7 +28,7 @@ def build_processor(recipe: Recipe, config: VLMConfig) -> VLMProcessor:
             lm.pretrained, revision=lm.revision, trust_remote_code=lm.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise unreachable(lm.pretrained, "stack.language_model.pretrained") from error
+        raise unreachable(lm.pretrained, "stack.language_model.pretrained", "tokenizer") from error
     processor = VLMProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from .assets import closest, template_path
 from .errors import UserError
@@ -35,7 +35,19 @@ RESERVED_SFT_KEYS = {
     "push_to_hub": "the bundle is pushed by the recipe's own key `hub`",
     "hub_token": "a token does not belong in a file that is saved and shared; set HF_TOKEN, or run `hf auth login`",
     "remove_unused_columns": "the collator needs the columns `messages` and `images`",
+    "fsdp": "what the processes share out is told to `accelerate launch --config_file`, as in accelerate_configs/",
+    "deepspeed": "what the processes share out is told to `accelerate launch --config_file`, as in accelerate_configs/",
 }
+
+# Numbers of `trl.SFTConfig` that neither it nor the libraries below refuse in words, and what they must be.
+_ABOVE_ZERO: tuple[str, ...] = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+_ABOVE_ZERO += ("num_train_epochs", "max_length", "save_steps", "eval_steps", "adam_epsilon")
+_FROM_ZERO = ("weight_decay", "warmup_steps", "dataloader_num_workers", "seed", "data_seed")
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
 def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
@@ -86,6 +98,8 @@ def _lora_or_full(recipe: Recipe) -> Broken:
     rank = recipe.lora.get("r")
     if rank is not None and _is_number(rank) and rank <= 0:
         yield ("lora", "r"), f"the rank `lora.r` must be above zero, not {rank}; to do without LoRA, remove `lora`."
+    if _is_number(dropout := recipe.lora.get("lora_dropout")) and not 0 <= dropout < 1:
+        yield ("lora", "lora_dropout"), f"`lora.lora_dropout` must be zero or above and below one, not {dropout}."
     # PEFT copies whole modules named there, and silently neither trains nor saves bare parameters such as query tokens.
     for name in recipe.lora.get("modules_to_save") or []:
         if name in PARTS:
@@ -201,8 +215,9 @@ def _sft_fits(recipe: Recipe) -> Broken:
     if not isinstance(output, str) or not output:
         yield ("sft", "output_dir"), "`sft.output_dir` is missing: the folder that checkpoints and the bundle go to."
     for key, reason in RESERVED_SFT_KEYS.items():
-        if sft.get(key) not in (None, False):
+        if sft.get(key) not in (None, False, "", []):
             yield ("sft", key), f"`sft.{key}` cannot be used: {reason}; remove it."
+    yield from _numbers_that_train(sft)
     rate = sft.get("learning_rate")
     if rate is not None and not (_is_number(rate) and rate > 0 and math.isfinite(rate)):
         yield ("sft", "learning_rate"), f"`sft.learning_rate` must be a number above zero, not {rate!r}."
@@ -210,6 +225,23 @@ def _sft_fits(recipe: Recipe) -> Broken:
         yield ("sft", "fp16"), "`sft.bf16` and `sft.fp16` cannot both be true; keep one."
     if sft.get("eval_strategy", "no") not in ("no", None) and not recipe.data.eval:
         yield ("sft", "eval_strategy"), "`sft.eval_strategy` asks for evaluations but `data.eval` has no source."
+
+
+def _numbers_that_train(sft: dict[str, Any]) -> Broken:
+    for keys, least in ((_ABOVE_ZERO, "above zero"), (_FROM_ZERO, "zero or above")):
+        for key in keys:
+            value = sft.get(key)
+            if _is_number(value) and not (value > 0 or (value == 0 and keys is _FROM_ZERO)):
+                yield ("sft", key), f"`sft.{key}` must be {least}, not {value}."
+    for key in _BELOW_ONE:
+        if _is_number(value := sft.get(key)) and not 0 <= value < 1:
+            yield ("sft", key), f"`sft.{key}` must be zero or above and below one, not {value}."
+    steps = sft.get("max_steps")
+    if _is_number(steps) and (steps == 0 or steps < -1):
+        yield (
+            ("sft", "max_steps"),
+            f"`sft.max_steps` must be above zero, not {steps}; left out, `sft.num_train_epochs` says how long.",
+        )
 
 
 def _hub_can_be(recipe: Recipe) -> Broken:
@@ -228,7 +260,7 @@ def _hub_can_be(recipe: Recipe) -> Broken:
         )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -47,7 +47,10 @@ def copy(
         goal = goal / f"{source.stem}.yaml"
     if goal.exists():
         raise UserError(f"{goal} exists already; name another destination or remove it.")
-    goal.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        goal.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {goal.parent} cannot be made ({error.strerror}); name another.") from error
     shutil.copyfile(source, goal)
     typer.echo(f"{goal}")
     schema = goal.parent / "recipe.schema.json"

@@ -11,16 +11,19 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .assets import closest
 from .errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 PREFIX, UNFINISHED, CONTENTS = "checkpoint-", ".unfinished-", "checkpoint.json"
+MANIFEST, RECORDS = "bundle.json", "watch.jsonl"
 _NAME = re.compile(rf"{PREFIX}(\d+)")
 
 
@@ -69,6 +72,61 @@ def newest(folder: str | Path, say: Callable[[str], None] = lambda line: None) -
             return checkpoint
         say(f"{checkpoint} is passed over: {flaw}.")
     return None
+
+
+def find_manifest(folder: str | Path) -> Path:
+    """The file that makes a folder a bundle.
+
+    Raises:
+        UserError: The folder is none; the sentence says what it is instead and what to give.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} is no bundle: {_what_else(Path(folder))}")
+    return path
+
+
+def _what_else(folder: Path) -> str:
+    finished = "give the output_dir of a finished run."
+    if not folder.exists():
+        near = nearest_bundle(folder)
+        return f"there is no such folder; {f'did you mean {near!r}?' if near else finished}"
+    if not folder.is_dir():
+        return f"it is a file; {finished}"
+    if (folder / "export.json").is_file():
+        return "it is an export, which transformers loads by itself; give the bundle that it was made from."
+    if checkpoint := newest(folder):
+        return f"its run did not end; give a checkpoint, {str(checkpoint)!r}, or go on with the run: --resume."
+    if others := _bundles_in(folder):
+        named = ", ".join(repr(str(other)) for other in others[:5])
+        return f"it has no {MANIFEST}; give one of those in it: {named}{', …' if len(others) > 5 else ''}."
+    return f"it has no {MANIFEST}; {finished}"
+
+
+def nearest_bundle(folder: str | Path) -> str | None:
+    """The bundle beside a path that is not there whose name is most like it, or None."""
+    parent = Path(folder).parent
+    name = closest(Path(folder).name, [bundle.name for bundle in _bundles_in(parent)])
+    return str(parent / name) if name else None
+
+
+def _bundles_in(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+
+
+def find_records(folder: str | Path) -> Path:
+    """The file in which a run wrote down the steps that went wrong.
+
+    Raises:
+        UserError: Nothing was written down, or the folder is no run's.
+    """
+    path = Path(folder) / RECORDS
+    if path.is_file():
+        return path
+    if (Path(folder) / MANIFEST).is_file() or checkpoints(folder):
+        raise UserError(f"{str(folder)!r} has no {RECORDS}: no step of this run went wrong, so there is none to show.")
+    lacks = f"it has neither {RECORDS} nor a checkpoint" if Path(folder).is_dir() else "there is no such folder"
+    raise UserError(f"{str(folder)!r} is no run: {lacks}; give the sft.output_dir of one.")
 
 
 def publish(unfinished: Path, final: Path) -> None:
@@ -143,7 +201,7 @@ def settle_resume(
         UserError: The folder cannot be written, is not empty and nothing is resumed, or there is nothing to resume.
     """
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():  # pathlib's raises where a folder above may not be read
         raise UserError(f"sft.output_dir {str(folder)!r} is a file; choose another.")
     _check_writable(folder)
     wanted = args.resume_from_checkpoint
@@ -173,19 +231,25 @@ def _check_named(checkpoint: Path) -> None:
 
 def _check_writable(folder: Path) -> None:
     """Better now than at the first save, hours later."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"sft.output_dir {str(folder)!r} cannot be written: {str(existing)!r} is read-only for this user; choose "
-            f"another, or change its permissions."
-        )
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    reason = "is read-only for this user"
+    if os.access(existing, os.W_OK | os.X_OK):
+        try:
+            tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=existing).cleanup()
+            return
+        except OSError as error:
+            reason = f"takes no folder ({error.strerror})"
+    raise UserError(
+        f"sft.output_dir {str(folder)!r} cannot be written: {str(existing)!r} {reason}; choose another, or change its "
+        f"permissions."
+    )
 
 
 def _check_empty(folder: Path, resume: bool) -> None:
     """A folder with nothing but what a run leaves that ended before its first save may be used."""
     if not folder.is_dir():
         return
-    finished = (folder / "bundle.json").is_file()
+    finished = (folder / MANIFEST).is_file()
     if resume and finished:
         raise UserError(
             f"sft.output_dir {str(folder)!r} holds a finished run without checkpoints, so there is nothing to go on "

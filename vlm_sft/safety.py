@@ -182,6 +182,21 @@ def refuse_code(recipe: Recipe, where: str) -> None:
             )
 
 
+def refuse_revisions(recipe: Recipe) -> None:
+    """Refuses a revision of a folder, which has none: another version than the one asked for would be trained on.
+
+    Raises:
+        UserError: A piece that is a folder here has a `revision`.
+    """
+    for key, piece in pieces_in(recipe).items():
+        named = getattr(piece, "pretrained", None)
+        if named and getattr(piece, "revision", None) and Path(named).exists():
+            raise UserError(
+                f"{recipe.where((*key.split('.'), 'revision'))}: {named!r} is a folder here and has no revisions; "
+                f"remove {key}.revision, or rename the folder to have the Hub's."
+            )
+
+
 def pieces_in(recipe: Recipe) -> dict[str, Any]:
     """Key → what a recipe says of a base piece: the parts of its stack, or the model that it starts from."""
     pieces = {f"stack.{part}": getattr(recipe.stack, part, None) for part in PARTS} | {"model": recipe.model}

@@ -17,6 +17,7 @@ from .errors import UserError, exit_on_user_error
 from .interrupts import Interrupts
 from .launch import read_launch
 from .quiet import quiet_libraries
+from .resumption import check_resumption
 from .rows import load_rows, on_first_process
 from .run_folder import settle_resume, sweep
 from .terminal import make_console, say
@@ -61,6 +62,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     _say_precision(recipe, args, console)
     check_processes(args)
     settle_resume(args, resume=resume, say=partial(say, console))
+    if args.resume_from_checkpoint:
+        check_resumption(recipe, args.resume_from_checkpoint, partial(say, console))
     on_first_process(partial(sweep, args.output_dir))
     if recipe.hub:
         on_first_process(partial(check_access, recipe.hub.repo_id))
@@ -157,16 +160,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--accelerate-config", metavar="FILE", help="dry run: the processes that would train")
     parser.add_argument("--trust-remote-code", action="store_true", help="let base pieces run code, as the recipe says")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)  # overrides may follow a flag
     with exit_on_user_error():
         from .recipe import load_recipe
-        from .safety import refuse_code
+        from .safety import refuse_code, refuse_revisions
 
         if given.accelerate_config and not given.dry_run:
             raise UserError("--accelerate-config belongs to --dry-run; to train, use: accelerate launch --config_file.")
         recipe = load_recipe(given.recipe, given.overrides)
         if not given.trust_remote_code:
             refuse_code(recipe, str(recipe.path))
+        refuse_revisions(recipe)
         quiet_libraries()
         if given.dry_run:
             dry_run(recipe, read_launch(given.accelerate_config), make_console(stderr=False))

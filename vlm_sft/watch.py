@@ -27,10 +27,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .errors import UserError
 from .interrupts import shield_worker
 from .resumable import ResumableTrainer
-from .run_folder import newest
+from .run_folder import RECORDS, newest
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
-ROW_IDS, RECORDS = "row_ids", "watch.jsonl"
+ROW_IDS = "row_ids"
 RECENT, ENOUGH = 50, 20  # steps that a jump is measured against, and how many there must be
 
 

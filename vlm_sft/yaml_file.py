@@ -99,7 +99,7 @@ class YamlFile:
             self._note_lines(node, (), [])
             self.data = loader.construct_document(node)
         except yaml.YAMLError as error:
-            raise UserError(_yaml_sentence(name, error)) from error
+            raise UserError(_yaml_sentence(name, error, text)) from error
         except RecursionError as error:
             raise UserError(f"{name} is nested too deeply; it is refused.") from error
         except ValueError as error:  # a number of thousands of digits
@@ -119,7 +119,10 @@ class YamlFile:
                 raise UserError(f"{path} has {size:,} bytes, more than the {LARGEST_FILE:,} that a recipe may have.")
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+            raise UserError(
+                f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, for instance with `iconv -f GB18030 "
+                f"-t UTF-8` if it was written as GB18030."
+            ) from error
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from error
         return cls(str(path), text)
@@ -143,8 +146,7 @@ class YamlFile:
         try:
             resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f'{self.name}: "{error.full_key}" cannot be filled in: {reason}.') from error
+            raise UserError(f'{self.name}: "{error.full_key}" cannot be filled in: {_why_unfilled(error)}.') from error
         assert isinstance(resolved, dict)
         self._refuse_secrets(resolved)
         self.data = {str(key): value for key, value in resolved.items()}
@@ -243,11 +245,43 @@ def dump_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _yaml_sentence(name: str, error: yaml.YAMLError) -> str:
+def _why_unfilled(error: OmegaConfBaseException) -> str:
+    reason = str(error).splitlines()[0]
+    if unset := re.search(r"Environment variable '(.+?)' not found", reason):
+        return f"the environment variable {unset[1]} is not set; set it, or write a default: ${{oc.env:{unset[1]},…}}"
+    if missing := re.search(r"Interpolation key '(.+?)' not found", reason):
+        return f"the recipe has no key {missing[1]}; name one that it has, or an environment variable: ${{oc.env:…}}"
+    return reason
+
+
+def _yaml_sentence(name: str, error: yaml.YAMLError, text: str) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     line = f", line {mark.line + 1}" if mark is not None else ""
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if r"'\t'" in problem:
+        return f"{name}{line} is not YAML: it holds a tab; use spaces, two for each level."
     tag = re.search(r"constructor for the tag '(?P<tag>[^']+)'", problem)
     if tag:
         return f"{name}{line}: the tag {tag['tag']} is not allowed; a recipe holds plain values only."
+    if mark is not None and (wide := _wide_mark(text.splitlines(), mark.line)):
+        return f"{name}, line {wide[0]} is not YAML: it holds the full-width {wide[1]}; write `{_WIDE[wide[1]]}`."
+    opened = getattr(error, "context_mark", None)
+    if opened is not None and "flow" in (getattr(error, "context", None) or ""):
+        problem += f"; the bracket of line {opened.line + 1} may not be closed"
     return f"{name}{line} is not YAML: {problem}."
+
+
+# What a Chinese input method writes in place of the marks that YAML knows.
+_WIDE = {"：": ": ", "，": ", ", "｛": "{", "｝": "}", "［": "[", "］": "]", "【": "[", "】": "]", "“": '"', "”": '"'}
+
+
+def _wide_mark(lines: list[str], at: int) -> tuple[int, str] | None:
+    """The full-width mark nearest above a line that is no YAML: its line, counted from 1, and the mark.
+
+    Looked for in the line and the one before, because YAML notices a missing colon one line later.
+    """
+    for number in (at, at - 1):
+        code = lines[number].partition("#")[0] if 0 <= number < len(lines) else ""
+        if found := next((mark for mark in code if mark in _WIDE), None):
+            return number + 1, found
+    return None
