@@ -40,7 +40,8 @@ def test_patterns_are_relative_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["a\0b.jsonl", "", " ", "x" * 5000, "a/" * 3000, "..", "~nobody/x.jsonl", "a*\0"])
 def test_paths_that_are_none(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "above" / "here").mkdir(parents=True)  # the folder above tmp_path has what other tests wrote
+    monkeypatch.chdir(tmp_path / "above" / "here")
     refused(path)
 
 

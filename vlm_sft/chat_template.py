@@ -213,35 +213,44 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def _normalise(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+    if not _is_mapping(message) or "role" not in message or "content" not in message:
         raise UserError(f"message {index} must have the keys role and content.")
     role, content = message["role"], message["content"]
     if role not in ("system", "user", "assistant"):
         raise UserError(f"message {index} has role {role!r}; roles are system, user and assistant.")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    if isinstance(content, Mapping) or not isinstance(content, Sequence):
+    if not isinstance(content, list) and (_is_mapping(content) or not isinstance(content, Sequence)):
         raise UserError(f"message {index} ({role}): content must be a string or a list of parts, not {content!r}.")
-    parts = [_normalise_part(part, f"message {index} ({role}), part {number}") for number, part in enumerate(content)]
-    parts = [part for part in parts if part["type"] == "image" or part["text"]]
-    if role != "user" and any(part["type"] == "image" for part in parts):
-        raise UserError(f"message {index} ({role}) holds an image; only user messages may, so move it there.")
-    if role == "assistant" and not "".join(part["text"] for part in parts).strip():
+    parts = []
+    for number, part in enumerate(content):
+        normal = _normalise_part(part, index, role, number)
+        if normal["type"] == "image" and role != "user":
+            raise UserError(f"message {index} ({role}) holds an image; only user messages may, so move it there.")
+        if normal["type"] == "image" or normal["text"]:
+            parts.append(normal)
+    if role == "assistant" and not any(part["text"].strip() for part in parts):
         raise UserError(f"message {index} is an empty answer; drop the turn or give the answer some text.")
     if role == "user" and not parts:
         raise UserError(f"message {index} (user) is empty; give it some text or an image.")
     return {"role": role, "content": parts}
 
 
-def _normalise_part(part: Any, where: str) -> dict[str, str]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
+def _normalise_part(part: Any, index: int, role: str, number: int) -> dict[str, str]:
+    kind = part.get("type") if _is_mapping(part) else None
+    if kind == "text" and isinstance(text := part.get("text"), str):
+        # A subclass could bring methods into the sandbox.
+        return {"type": "text", "text": text if type(text) is str else str.__str__(text)}
     if kind == "image":
         return {"type": "image"}
+    where = f"message {index} ({role}), part {number}"
     if kind != "text":
         raise UserError(f'{where} must be {{"type": "image"}} or {{"type": "text", "text": …}}, not {part!r}.')
-    if not isinstance(part.get("text"), str):
-        raise UserError(f"{where} is of type text but its text is {part.get('text')!r}; give a string.")
-    return {"type": "text", "text": str.__str__(part["text"])}  # a subclass could bring methods into the sandbox
+    raise UserError(f"{where} is of type text but its text is {part.get('text')!r}; give a string.")
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, (dict, Mapping))  # the first is found ten times faster
 
 
 def _probe() -> list[dict[str, Any]]:

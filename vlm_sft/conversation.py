@@ -30,6 +30,8 @@ class Example(NamedTuple):
 
 def split_marks(text: str) -> list[Part]:
     """Cut text at every ``<image>``; the text between stays as it is, line breaks included."""
+    if IMAGE_MARK not in text:
+        return [text_part(text)] if text else []
     first, *rest = text.split(IMAGE_MARK)
     parts = [text_part(first)] + [part for piece in rest for part in (image_part(), text_part(piece))]
     return [part for part in parts if part["text"] != ""]

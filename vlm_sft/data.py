@@ -5,11 +5,13 @@ Rows know messages, not tokens, and images stay paths or encoded bytes until a d
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -59,7 +61,7 @@ def load_source(source: SourceLike, *, seed: int = 0, reject: Callable[[RowError
 
 
 class Part(NamedTuple):
-    """The rows of one source, and the language of each."""
+    """The rows of one source, and the language of each where it was asked for."""
 
     rows: Dataset
     languages: list[str]
@@ -69,24 +71,44 @@ class Part(NamedTuple):
         if not rejected:
             return self
         kept = [number for number in range(len(self.rows)) if number not in rejected]
-        return Part(self.rows.select(kept), [self.languages[number] for number in kept])
+        return Part(self.rows.select(kept), [self.languages[number] for number in kept] if self.languages else [])
 
 
-def load_part(source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it) -> Part:
-    """As `load_source`, with the language of each row."""
-    languages: list[str] = []
+def load_part(
+    source: SourceLike,
+    *,
+    seed: int = 0,
+    reject: Callable[[RowError], None] = raise_it,
+    languages: bool = False,
+) -> Part:
+    """As `load_source`, with the language of each row if `languages`."""
+    found: list[str] = []
 
     def rows() -> Iterator[dict[str, Any]]:
-        for row, language in rows_with_language(source, seed=seed, reject=reject):
-            languages.append(sys.intern(language))
+        for row, language in rows_with_language(source, seed=seed, reject=reject, languages=languages):
+            if languages:
+                found.append(sys.intern(language))
             yield row
 
-    table = pa.Table.from_batches(list(_batches(rows())), schema=FEATURES.arrow_schema)
+    with _uncollected():
+        table = pa.Table.from_batches(list(_batches(rows())), schema=FEATURES.arrow_schema)
     if len(table) == 0:
         raise UserError(f"The source {source.path} holds no rows: add some or remove the source.")
     # Given here because the default hashes the whole table.
     fingerprint = Hasher.hash([name_of(source), source.path, source.format, seed, len(table), table.nbytes])
-    return Part(Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=fingerprint), languages)
+    return Part(Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=fingerprint), found)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector: rows hold no cycles, and it would look at all of a document again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def load_mixture(
@@ -125,7 +147,7 @@ def load_mixture(
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise UserError(f'Two sources are called "{double}": give each its own `name`.')
-    parts = [load_part(source, seed=seed, reject=reject) for source in sources]
+    parts = [load_part(source, seed=seed, reject=reject, languages=bool(languages)) for source in sources]
     return mix(parts, sources, sampling, languages=languages, seed=seed)[0]
 
 
@@ -140,29 +162,25 @@ def mix(
     """Mixes the rows of several sources; the other arguments are those of `load_mixture`.
 
     Args:
-        parts: rows of each source, maybe fewer than it has.
+        parts: rows of each source, maybe fewer than it has; with their languages where `languages` has shares.
 
     Returns:
         The mixture, and for each of its rows the number in the concatenation of `parts`.
     """
     together = concatenate_datasets([part.rows for part in parts]) if len(parts) > 1 else parts[0].rows
-    order = _order(sources, [part.languages for part in parts], sampling, dict(languages or {}), seed)
+    order = _order(sources, parts, sampling, dict(languages or {}), seed)
     return (together, np.arange(len(together))) if order is None else (together.select(order), order)
 
 
 def _order(
-    sources: Sequence[SourceLike], found: list[list[str]], sampling: str, languages: dict[str, float], seed: int
+    sources: Sequence[SourceLike], loaded: Sequence[Part], sampling: str, languages: dict[str, float], seed: int
 ) -> np.ndarray | None:
-    """Row numbers of the mixture in the concatenation of its sources; None for all of them as they are.
-
-    Args:
-        found: the language of each row of each source.
-    """
+    """Row numbers of the mixture in the concatenation of its sources; None for all of them as they are."""
     weights, repeats = [source.weight for source in sources], [source.repeat for source in sources]
-    ends = np.cumsum([len(rows) for rows in found])
+    ends = np.cumsum([len(part.rows) for part in loaded])
     ranges = np.split(np.arange(ends[-1]), ends[:-1])
     if languages:
-        of_rows = np.array([language for rows in found for language in rows])
+        of_rows = np.array([language for part in loaded for language in part.languages])
         _check_languages(set(of_rows.tolist()), languages)
         cells = {language: [part[of_rows[part] == language] for part in ranges] for language in languages}
         sizes = {name: [len(p) * r for p, r in zip(parts, repeats, strict=True)] for name, parts in cells.items()}

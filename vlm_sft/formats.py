@@ -31,6 +31,11 @@ QUESTION_MARK = "{question}"
 Draw = Callable[[str], str]
 
 
+def no_prompt(language: str) -> str:
+    """The draw of a source without prompts."""
+    return ""
+
+
 class Format(NamedTuple):
     """What is known of a format.
 
@@ -52,7 +57,8 @@ def convert(
     *,
     where: str,
     columns: Mapping[str, str] | None = None,
-    draw_prompt: Draw = lambda language: "",
+    draw_prompt: Draw = no_prompt,
+    languages: bool = True,
 ) -> Iterator[Example]:
     """Turn one row into its conversations: one, except for a row with several captions.
 
@@ -63,6 +69,7 @@ def convert(
         columns: our name of a column to its name in the row.
         draw_prompt: language → the instruction that a caption answers, "" for the image alone; or, for a question, the
             text around ``{question}``, "" for the question alone.
+        languages: False: nobody asks for the language of an example, which takes longest to find of all about it.
 
     Raises:
         RowError: the row does not have this format.
@@ -71,7 +78,7 @@ def convert(
     own_id = row.get("id")
     own_id = None if own_id is None else row.text(own_id, "id")
     for example in FORMATS[format_name].examples(row, draw_prompt):
-        language = example.language or _language(row, _answers(example))
+        language = example.language or (_language(row, _answers(example)) if languages else "")
         yield example._replace(id=own_id, language=language)
 
 

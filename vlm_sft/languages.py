@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 CHINESE, OTHER = "zh", "en"
-_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 _KANA_HANGUL = re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\uac00-\ud7af]")
 _WORD = re.compile(r"[^\W\d_]+")
 _LONG = 2000  # characters that decide; a long conversation does not take longer
@@ -19,6 +19,10 @@ def language_of(text: str) -> str:
     says so in a `language` column.
     """
     text = text[:_LONG]
-    chinese = len(_HAN.findall(text))
-    words = len(_WORD.findall(_HAN.sub(" ", text)))
-    return CHINESE if chinese >= max(words, 1) and not _KANA_HANGUL.search(text) else OTHER
+    if text.isascii():
+        return OTHER
+    others, runs = _HAN.subn(" ", text)
+    chinese = len(text) - len(others) + runs
+    if not chinese or _KANA_HANGUL.search(text):
+        return OTHER
+    return CHINESE if chinese >= len(_WORD.findall(others)) else OTHER

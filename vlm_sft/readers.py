@@ -112,8 +112,9 @@ def _is_pattern(path: str) -> bool:
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
+    folder = path.parent
     for where, found in read_file(path):
-        yield Row.of(where, path.parent, found)
+        yield Row.of(where, folder, found)
 
 
 # ---------------------------------------------------------------------------------------------------------- folders

@@ -20,7 +20,10 @@ class RowView:
 
     def get(self, *keys: str) -> Any:
         """The first of `keys` that has a value, or None."""
-        return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
+        for key in keys:
+            if (value := self.values.get(key)) is not None:
+                return value
+        return None
 
     def need(self, *keys: str) -> Any:
         """The first of `keys` that has a value; a row without any is wrong."""
@@ -38,10 +41,12 @@ class RowView:
 
     def text(self, value: Any, key: str) -> str:
         """`value` as text; whole numbers are written out, since answers such as 3 come as numbers in JSON."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
         if not isinstance(value, str):
+            if isinstance(value, int) and not isinstance(value, bool):
+                return str(value)
             raise self.error(f'the text "{key}" is {kind(value)}', "write text")
+        if value.isascii():
+            return value
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:

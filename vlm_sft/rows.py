@@ -139,7 +139,8 @@ def _load_set(
     names, parts = [name_of(source) for source in sources], []
     for source in sources:
         try:
-            parts.append(load_part(source, seed=seed, reject=ledger.rejecter(name_of(source))))
+            reject = ledger.rejecter(name_of(source))
+            parts.append(load_part(source, seed=seed, reject=reject, languages=bool(languages)))
         except UserError:
             ledger.check(console, name)  # no row is left of a source that had some
             raise

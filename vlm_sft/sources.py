@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from .assets import closest
 from .chat_template import normalise_messages
 from .errors import RowError, UserError, raise_it
-from .formats import FORMATS, QUESTION_MARK, convert
+from .formats import FORMATS, QUESTION_MARK, convert, no_prompt
 from .image_refs import resolve_image
 from .published import PUBLISHED, check_pattern, read_published
 from .readers import Row, list_files, read_rows
@@ -57,15 +57,25 @@ def source_rows(
     Raises:
         UserError: the source is not what the recipe says. Raised while iterating.
     """
-    return (row for row, _ in rows_with_language(source, seed=seed, reject=reject, stream=stream))
+    return (row for row, _ in rows_with_language(source, seed=seed, reject=reject, stream=stream, languages=False))
 
 
 def rows_with_language(
-    source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it, stream: bool = False
+    source: SourceLike,
+    *,
+    seed: int = 0,
+    reject: Callable[[RowError], None] = raise_it,
+    stream: bool = False,
+    languages: bool = True,
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """As `source_rows`, each row with its language (`zh`, `en`, or what its own `language` says)."""
+    """As `source_rows`, each row with its language (`zh`, `en`, or what its own `language` says).
+
+    Args:
+        source: as `source_rows`, like the others.
+        languages: False: the language is not looked for where no prompt depends on it.
+    """
     check_source(source)
-    return islice(_rows(source, seed, reject, stream), source.max_rows)
+    return islice(_rows(source, seed, reject, stream, languages), source.max_rows)
 
 
 def check_source(source: SourceLike) -> None:
@@ -120,16 +130,18 @@ def _check_prompts(source: SourceLike, name: str) -> None:
 
 
 def _rows(
-    source: SourceLike, seed: int, reject: Callable[[RowError], None], stream: bool
+    source: SourceLike, seed: int, reject: Callable[[RowError], None], stream: bool, languages: bool
 ) -> Iterator[tuple[dict[str, Any], str]]:
     images_folder = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
     unseen = set(source.columns.values())
+    of_file, folder = None, images_folder
     for number, row in enumerate(_raw_rows(source, stream), start=1):
         unseen -= row.values.keys()
-        folder = images_folder or (None if row.folder is None else os.path.abspath(row.folder))
+        if images_folder is None and row.folder is not of_file:
+            of_file, folder = row.folder, None if row.folder is None else os.path.abspath(row.folder)
         try:
             # All of a row before any of it: one wrong caption of five rejects the row, not a part of it.
-            yield from list(_examples(source, row, number, folder, seed))
+            yield from list(_examples(source, row, number, folder, seed, languages))
         except RowError as error:
             reject(error)
     if unseen:
@@ -148,22 +160,25 @@ def _raw_rows(source: SourceLike, stream: bool) -> Iterator[Row]:
 
 
 def _examples(
-    source: SourceLike, row: Row, number: int, folder: str | None, seed: int
+    source: SourceLike, row: Row, number: int, folder: str | None, seed: int, languages: bool
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """The conversations of one row, each as a row of the contract with its language."""
     if row.problem is not None:
         raise row.problem
     name = name_of(source)
-    draw = {"draw_prompt": _prompts_of(source, f"{seed}/{name}/{number}", row.where)} if source.prompts else {}
-    examples = list(convert(row.values, source.format, where=row.where, columns=source.columns, **draw))
+    draw = _prompts_of(source, f"{seed}/{name}/{number}", row.where) if source.prompts else no_prompt
+    found = convert(
+        row.values, source.format, where=row.where, columns=source.columns, draw_prompt=draw, languages=languages
+    )
+    examples = list(found)
     for k, example in enumerate(examples, start=1):
-        found = {
+        ready = {
             "messages": _checked(example.messages, row.where),
             "images": [resolve_image(image, folder, row.where, source.allow_urls) for image in example.images],
             "source": name,
             "id": f"{name}/{example.id or number}" + (f"#{k}" if len(examples) > 1 else ""),
         }
-        yield found, example.language
+        yield ready, example.language
 
 
 def _prompts_of(source: SourceLike, seed: str, where: str) -> Callable[[str], str]:
