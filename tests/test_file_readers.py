@@ -14,8 +14,9 @@ from data_files import LINES, ROWS, check_rows_or_sentence, refused, values, wri
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm_sft import file_readers
 from vlm_sft.errors import RowError
-from vlm_sft.file_readers import read_file
+from vlm_sft.file_readers import about_rows, read_file
 from vlm_sft.readers import read_rows
 
 
@@ -197,3 +198,17 @@ def test_damaged_tables_are_rows_or_a_sentence(tables, tmp_path_factory, name, d
             content[place] = data.draw(st.integers(0, 255))
     path = write(tmp_path_factory.getbasetemp() / f"damaged{Path(name).suffix or name}", bytes(content))
     check_rows_or_sentence(path)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_about_how_many_rows_a_file_has(tmp_path, monkeypatch, indent):
+    monkeypatch.setattr(file_readers, "HEAD", 5000)
+    rows = [{"id": i, "text": "a]},\n" * (i % 7)} for i in range(2000)]
+    texts = {"list.json": json.dumps(rows, indent=indent), "table.csv": "a,b\n" + "1,2\n" * 1999}
+    texts["lines.jsonl"] = texts["lines.json"] = "\n".join(map(json.dumps, rows))
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        assert about_rows(tmp_path / name) == pytest.approx(2000, rel=0.05), name
+    for name, text in {"deep.json": '{"data": [\n{"a": 1},\n{"a": 2}]}', "none.jsonl": "", "empty.json": "[]"}.items():
+        (tmp_path / name).write_text(text)
+        assert about_rows(tmp_path / name) is None, name

@@ -19,15 +19,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe_stack",),
     ("recipe",),
     # Layer 2: small things that know one subject each.
-    ("sharded",),
+    ("reach", "sharded"),
     ("checkpoints", "configuration", "fetch", "freeze", "image_refs", "json_text", "languages", "losses", "mixture"),
     ("launch", "ledger", "quantization", "resumption", "run_folder", "hub_errors", "safety", "template_limits"),
     ("image_use", "images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
     ("chat_template", "conversation", "coverage", "data_stats", "file_readers", "published", "qwen_vl"),
     ("connectors", "delta", "formats", "layouts", "leaks", "markers", "readers"),
     ("convert", "sources"),
-    ("blank_parts", "sizes"),
-    ("interrupts",),
+    ("blank_parts", "kept_rows", "sizes"),
+    ("interrupts", "row_progress"),
     # Layer 3: the model, the processor, the data.
     ("data", "modeling", "processor"),
     ("family_model", "family_processor"),

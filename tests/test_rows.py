@@ -15,7 +15,7 @@ from vlm_sft import load_recipe
 from vlm_sft.collator import MultimodalCollator
 from vlm_sft.configs import build_sft_config
 from vlm_sft.errors import UserError
-from vlm_sft.rows import describe_rows, load_rows, on_first_process
+from vlm_sft.rows import describe_rows, load_rows, on_first_process, one_process_first
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,12 @@ def test_a_sentence_names_the_loss_of_turns_only_where_there_is_one():
 
 
 def test_long_measurements_show_that_they_go_on(recipe_file, collator, monkeypatch):
-    monkeypatch.setattr("vlm_sft.rows.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("vlm_sft.row_progress.SECONDS_BETWEEN_LINES", 0.0)
     said = io.StringIO()
     recipe = load_recipe(recipe_file())
     load_rows(recipe, collator, build_sft_config(recipe), Console(file=said, width=120))
+    assert "train: captions: read 8 rows" in said.getvalue()
+    assert "train: looked for 8 of 8 images" in said.getvalue()
     assert "train: measured 8 of 8 rows" in said.getvalue()
 
 
@@ -91,6 +93,22 @@ def test_every_process_gets_what_the_first_found_and_its_error_too(monkeypatch):
 
     assert everywhere(lambda: {"rows": 3}) == [{"rows": 3}, {"rows": 3}]
     assert everywhere(refuse) == ["row 7 is bad.", "row 7 is bad."]
+
+
+def test_one_process_of_a_machine_goes_first_also_where_it_fails(monkeypatch):
+    state, order = Processes(monkeypatch), []
+    state.wait_for_everyone = lambda: order.append("meet")
+
+    def refuse():
+        order.append("work")
+        raise UserError("row 7 is bad.")
+
+    for state.is_local_main_process in (True, False):
+        order.append("process")
+        assert one_process_first(lambda: order.append("work") or 3) == 3
+        with pytest.raises(UserError, match="row 7"):
+            one_process_first(refuse)
+    assert order == ["process", "work", "meet", "work", "meet", "process", "meet", "work", "meet", "work"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the ledger

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .errors import UserError
+from .reach import look_for_hub
 
 # In the order in which transformers looks for them, so that both read the same file where a folder has several.
 WEIGHT_FILES = (
@@ -194,6 +195,8 @@ def fetch_file(pretrained: str, name: str, revision: str | None, key: str, requi
     Raises:
         UserError: The file, folder or repository cannot be had.
     """
+    if not Path(pretrained).exists():
+        look_for_hub()
     try:
         path = cached_file(
             pretrained,

@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 from .errors import RowError, UserError, raise_it
 from .image_refs import is_url
+from .kept_rows import LANGUAGE, keeper_of
 from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
 from .row_view import short
-from .sources import SourceLike, name_of, rows_with_language
+from .sources import SourceLike, check_source, name_of, rows_with_language
 
 # Stated, not inferred: the first rows may all lack an image, a path or bytes.
 FEATURES = Features(
@@ -39,6 +40,7 @@ FEATURES = Features(
     }
 )
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 2**28  # an Arrow chunk of `binary` may not pass 2 GiB
+_GROUP = 512  # files that a thread looks for at a time
 
 
 def load_source(source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it) -> Dataset:
@@ -80,8 +82,44 @@ def load_part(
     seed: int = 0,
     reject: Callable[[RowError], None] = raise_it,
     languages: bool = False,
+    tell: Callable[[int, int | None], None] = lambda done, of: None,
 ) -> Part:
-    """As `load_source`, with the language of each row if `languages`."""
+    """As `load_source`, with the language of each row if `languages`.
+
+    Args:
+        source: as `load_source`, like the others.
+        languages: whether the languages are looked for.
+        tell: told now and then how many rows were read, and of about how many; None where nobody knows.
+    """
+    check_source(source)
+    keeper = keeper_of(source, seed=seed, languages=languages)
+    kept = keeper.load() if keeper is not None else None
+    if kept is None:
+        rejected: list[RowError] = []
+        of = _fewer(None if keeper is None else keeper.about_rows(), source.max_rows)
+        table = _read(source, seed, languages, _both(rejected.append, reject), lambda done: tell(done, of))
+        kept = keeper.save(table, rejected) if keeper is not None else None
+    else:
+        for error in kept.rejected:
+            reject(error)
+    if kept is not None:
+        rows = kept.rows
+    else:
+        # Given here because the default hashes the whole table.
+        fingerprint = Hasher.hash([name_of(source), source.path, source.format, seed, len(table), table.nbytes])
+        rows = Dataset(table, fingerprint=fingerprint)
+    of_rows = rows.data.column(LANGUAGE).to_pylist() if languages else []
+    return Part(rows.remove_columns(LANGUAGE) if languages else rows, of_rows)
+
+
+def _read(
+    source: SourceLike,
+    seed: int,
+    languages: bool,
+    reject: Callable[[RowError], None],
+    tell: Callable[[int], None],
+) -> pa.Table:
+    """The rows of a source, with a column of their languages if `languages`."""
     found: list[str] = []
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -91,12 +129,22 @@ def load_part(
             yield row
 
     with _uncollected():
-        table = pa.Table.from_batches(list(_batches(rows())), schema=FEATURES.arrow_schema)
+        table = pa.Table.from_batches(list(_batches(rows(), tell)), schema=FEATURES.arrow_schema)
     if len(table) == 0:
         raise UserError(f"The source {source.path} holds no rows: add some or remove the source.")
-    # Given here because the default hashes the whole table.
-    fingerprint = Hasher.hash([name_of(source), source.path, source.format, seed, len(table), table.nbytes])
-    return Part(Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=fingerprint), found)
+    return table.append_column(LANGUAGE, pa.array(found, pa.string())) if languages else table
+
+
+def _fewer(one: int | None, other: int | None) -> int | None:
+    return min((count for count in (one, other) if count is not None), default=None)
+
+
+def _both(first: Callable[[RowError], None], second: Callable[[RowError], None]) -> Callable[[RowError], None]:
+    def tell_both(error: RowError) -> None:
+        first(error)
+        second(error)
+
+    return tell_both
 
 
 @contextmanager
@@ -230,8 +278,14 @@ def check_images(dataset: Dataset) -> None:
     )
 
 
-def missing_images(dataset: Dataset) -> tuple[int, dict[str, str]]:
+def missing_images(
+    dataset: Dataset, tick: Callable[[int, int], None] = lambda done, of: None
+) -> tuple[int, dict[str, str]]:
     """Look for every image file that a dataset names.
+
+    Args:
+        dataset: rows of the contract.
+        tick: told now and then how many files were looked for, and of how many.
 
     Returns:
         How many different files it names, and path to what is wrong with it, for those that are no file or empty.
@@ -240,9 +294,13 @@ def missing_images(dataset: Dataset) -> tuple[int, dict[str, str]]:
     for chunk in dataset.data.column("images").chunks:
         paths |= dict.fromkeys(_paths_without_bytes(chunk))
     todo = iter(paths)
-    groups = iter(lambda: list(islice(todo, 512)), [])
+    groups = iter(lambda: list(islice(todo, _GROUP)), [])
+    bad: dict[str, str] = {}
     with ThreadPoolExecutor(16) as pool:  # network file systems answer many at once
-        return len(paths), dict(problem for found in pool.map(_problems, groups) for problem in found)
+        for number, problems in enumerate(pool.map(_problems, groups), start=1):
+            bad.update(problems)
+            tick(min(number * _GROUP, len(paths)), len(paths))
+    return len(paths), bad
 
 
 def _paths_without_bytes(images: pa.Array) -> list[str]:
@@ -266,15 +324,18 @@ def _problem(path: str) -> str | None:
     return None if status.st_size else "is empty (0 bytes)"
 
 
-def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
+def _batches(rows: Iterator[dict[str, Any]], tell: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
     schema = FEATURES.arrow_schema
     chunk: list[dict[str, Any]] = []
-    size = 0
+    size = done = 0
     for row in rows:
         chunk.append(row)
         size += sum(len(image["bytes"] or b"") for image in row["images"])
         if len(chunk) >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
             yield pa.RecordBatch.from_pylist(chunk, schema=schema)
+            done += len(chunk)
+            tell(done)
             chunk, size = [], 0
     if chunk:
         yield pa.RecordBatch.from_pylist(chunk, schema=schema)
+    tell(done + len(chunk))

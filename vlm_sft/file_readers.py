@@ -10,6 +10,7 @@ import csv
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .tar_shards import read_tar
 Found = Iterator[tuple[str, Any]]
 """(place in words, row as it is written or the `RowError` that it is)."""
 
+HEAD = 2**20  # bytes that `about_rows` looks at
 BATCH = 256  # rows of a parquet file or dataset held as Python objects at a time
 
 
@@ -69,6 +71,37 @@ def no_such_file(path: Path) -> UserError:
     near = closest(path.name, names)
     hint = f"; did you mean {path.parent / near}" if near else ""
     return UserError(f"The data file {path} was not found{hint}: correct the path (relative to the working directory).")
+
+
+def about_rows(path: Path) -> int | None:
+    """About how many rows a text file holds, by the size of its first ones; None where that cannot be told.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        head = stream.read(HEAD)
+    text = head.removeprefix(BOM).decode("utf-8", "ignore").lstrip()
+    if text.startswith("["):  # a document
+        rows, seen = 0, 1
+        while (end := _end_of_value(text, seen)) is not None:
+            rows, seen = rows + 1, end
+        return round(rows * size / len(text[:seen].encode())) if rows else None
+    if path.suffix.lower() == ".json" and not is_json(text.partition("\n")[0]):
+        return None  # rows that lie deeper in a document
+    lines = head.count(b"\n")
+    return round(lines * size / (head.rindex(b"\n") + 1)) if lines else None
+
+
+def _end_of_value(text: str, start: int) -> int | None:
+    """Where the comma or bracket behind the next JSON value of a list ends; None where that is not there."""
+    start += len(text[start : start + 100]) - len(text[start : start + 100].lstrip())
+    try:
+        _, end = JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    return end + 1 if end < len(text) else None
 
 
 def _read_jsonl(path: Path) -> Found:
@@ -204,3 +237,6 @@ FILE_READERS: dict[str, Callable[[Path], Found]] = {
     ".arrow": _damaged("an Arrow", _read_arrow),
     ".tar": read_tar,
 }
+
+TEXT_FILES = frozenset((".json", ".jsonl", ".ndjson", ".csv", ".tsv"))
+"""Of these, the endings of files that are text."""

@@ -21,6 +21,7 @@ from torch.nn import functional
 from .checkpoints import unreachable
 from .errors import UserError
 from .images import load_image
+from .reach import look_for_hub
 
 # What of a row is compared with its image.
 TEXTS: dict[str, tuple[str, ...]] = {"answers": ("assistant",), "all": ("user", "assistant")}
@@ -58,6 +59,8 @@ class Scorer:
     def __init__(self, path: str, device: str | torch.device | None = None) -> None:
         from transformers import AutoConfig, AutoModel, AutoProcessor, BlipForImageTextRetrieval
 
+        if not Path(path).exists():
+            look_for_hub()
         try:
             config = AutoConfig.from_pretrained(path)
             kind = config.model_type

@@ -23,6 +23,7 @@ from .bundle import RECIPE, read_manifest
 from .card import CARD, without_folders, write_card
 from .errors import TOKEN, UserError
 from .hub_errors import LOGIN, TRIES, one_sentence, patiently
+from .reach import look_for_hub
 from .run_folder import MANIFEST, nearest_bundle
 from .yaml_file import YamlFile, dump_yaml
 
@@ -172,6 +173,7 @@ def find_bundle(bundle: str | Path, revision: str | None = None) -> Path:
         return Path(bundle)  # a path that is not there, which is said where it is read
     near = nearest_bundle(repo_id)
     meant = f" (did you mean {near!r}?)" if near else ""
+    look_for_hub()
     with one_sentence(repo_id, before=f"{repo_id!r} is no folder here{meant}. "):
         wanted = revision or at or None
         return Path(patiently(lambda: snapshot_download(repo_id, revision=wanted, allow_patterns=list(SHARED))))

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from .errors import UserError
+from .reach import hub_is_away
 
 Result = TypeVar("Result")
 TRIES, LONGEST_WAIT = 3, 60.0
@@ -79,6 +80,9 @@ def one_sentence(repo_id: str, before: str = "", after: str = "") -> Iterator[No
 
 def _sentence(error: BaseException, repo_id: str) -> str | None:
     if _first(error, OfflineModeIsEnabled) or (constants.is_offline_mode() and _first(error, EntryNotFoundError)):
+        if hub_is_away():
+            here = f"{repo_id!r} is not whole in the cache"
+            return f"The Hub at {constants.ENDPOINT} cannot be reached, and {here}; check the network"
         return f"HF_HUB_OFFLINE=1 forbids asking the Hub for {repo_id!r}; unset it"
     if _first(error, LocalTokenNotFoundError):
         return f"The Hub wants to know who you are, and there is no token; {LOGIN}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoImageProcessor, AutoTokenizer, BlipImageProcessorPil
@@ -11,6 +12,7 @@ from .checkpoints import unreachable
 from .configuration import VLMConfig, image_size_of
 from .errors import UserError
 from .processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
+from .reach import look_for_hub
 from .safety import check_picture
 from .sizes import is_foreign
 
@@ -48,6 +50,8 @@ def _load_qformer_tokenizer(spec: Any) -> Any:
     options = {"revision": spec.revision, "subfolder": QFORMER_TOKENIZER}
     if spec.tokenizer:
         options = {"revision": None, "subfolder": ""}
+        if not Path(spec.tokenizer).exists():
+            look_for_hub()
     try:
         return load_qformer_tokenizer(spec.tokenizer or spec.pretrained, **options)
     except (OSError, ValueError) as error:

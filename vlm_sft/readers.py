@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import RowError, UserError
-from .file_readers import BATCH, FILE_READERS, no_such_file, read_file
+from .file_readers import BATCH, FILE_READERS, TEXT_FILES, no_such_file, read_file
+from .reach import look_for_hub
 
 
 class Row(NamedTuple):
@@ -107,6 +108,20 @@ def list_files(path: str) -> list[Path]:
     return [Path(file) for file in files]
 
 
+def text_files(path: str, split: str = "train") -> list[Path] | None:
+    """The files that `read_rows` reads where each is text (JSON, CSV and their kin); None for anything else.
+
+    Raises:
+        UserError: as `read_rows`, of a pattern or a folder.
+    """
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        files = _files_of(Path(path), split)
+    else:
+        files = list_files(path) if os.path.lexists(path) or _is_pattern(path) else []
+    return files if files and all(file.suffix.lower() in TEXT_FILES for file in files) else None
+
+
 def _is_pattern(path: str) -> bool:
     return any(mark in path for mark in "*?[")
 
@@ -120,12 +135,17 @@ def _file_rows(path: Path) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------------- folders
 
 
-def _read_folder(folder: Path, split: str) -> Iterator[Row]:
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder; none where it is a saved dataset."""
     try:
         names = {entry.name for entry in folder.iterdir()}
-        files = _data_files(folder, split) if not names & {"state.json", "dataset_dict.json"} else []
+        return _data_files(folder, split) if not names & {"state.json", "dataset_dict.json"} else []
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be read ({error.strerror}): check it.") from None
+
+
+def _read_folder(folder: Path, split: str) -> Iterator[Row]:
+    files = _files_of(folder, split)
     if not files:
         yield from _read_saved(folder, split)
     for file in files:
@@ -202,6 +222,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[Row]:
 def _read_hub(name: str, split: str, revision: str | None, stream: bool) -> Iterator[Row]:
     import datasets
 
+    look_for_hub()
     try:
         data = datasets.load_dataset(name, split=split, revision=revision, streaming=stream)
     except Exception as error:  # connection, authorisation, unknown id, split or revision: each has its own class

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,9 +18,11 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from .collator import MultimodalCollator
+    from .data import Part
     from .recipe import Data, Recipe, Source
 
-SECONDS_BETWEEN_LINES = 5.0
+Found = TypeVar("Found")
+
 FIRST_ROWS = 1000  # of each source of a stream, looked over before the first step
 
 
@@ -134,16 +135,26 @@ def _load_set(
 ) -> tuple[Dataset, dict[str, Any]]:
     """Reads, looks over and mixes the sources of a set; a rejected row is left out before the mixture is drawn."""
     from .data import load_part, mix
+    from .kept_rows import worth_waiting_for
+    from .row_progress import RowProgress
     from .sources import name_of
 
-    names, parts = [name_of(source) for source in sources], []
-    for source in sources:
-        try:
-            reject = ledger.rejecter(name_of(source))
-            parts.append(load_part(source, seed=seed, reject=reject, languages=bool(languages)))
-        except UserError:
-            ledger.check(console, name)  # no row is left of a source that had some
-            raise
+    names = [name_of(source) for source in sources]
+
+    def read() -> list[Part]:
+        parts = []
+        with RowProgress(console, name) as progress:
+            for source in sources:
+                tell = partial(progress.tell, f"{name_of(source)}: read", about=True)
+                reject = ledger.rejecter(name_of(source))
+                parts.append(load_part(source, seed=seed, reject=reject, languages=bool(languages), tell=tell))
+        return parts
+
+    try:
+        parts = one_process_first(read) if any(worth_waiting_for(source) for source in sources) else read()
+    except UserError:
+        ledger.check(console, name)  # no row is left of a source that had some
+        raise
     findings = on_first_process(partial(look, name, [part.rows for part in parts], seed=seed))
     for source_name, found in zip(names, findings, strict=True):
         found.write_to(ledger.source(source_name))
@@ -172,26 +183,16 @@ def _look_over(
     console: Console,
 ) -> list[Findings]:
     """Looks over the rows of each source, saying how far it is."""
-    # The spinner stands on a terminal; elsewhere there are lines.
-    with console.status(f"{name}: looking for the images of {sum(map(len, parts)):,} rows") as status:
-        said = time.monotonic()
+    from .row_progress import RowProgress
 
-        def tick(done: int, of: int) -> None:
-            nonlocal said
-            line = f"{name}: measured {done:,} of {of:,} rows"
-            if console.is_terminal:
-                status.update(line)
-            elif time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                console.print(line, highlight=False)
-                said = time.monotonic()
-
+    with RowProgress(console, name) as progress:
         return [
             look_over(
                 part,
                 collator,
                 seed=seed,
                 workers=workers,
-                tick=tick,
+                tick=progress.tell,
                 measure=data.measure_rows,
                 decode=data.decode_rows,
             )
@@ -210,6 +211,29 @@ def describe_rows(counts: dict[str, Any]) -> str:
         f"{rows}, {counts['mean_length']:g} tokens in the mean, {counts['longest']:,} at most"
         f"{lost if counts['turns_lost'] else ''}."
     )
+
+
+def one_process_first(work: Callable[[], Found]) -> Found:
+    """Does something in every process: on each machine in one first, so that the others find what it left there.
+
+    Raises:
+        UserError: As `work`, in every process.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return work()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+        return work()
+    try:
+        done = work()
+    except UserError:
+        state.wait_for_everyone()  # the others meet the same error
+        raise
+    state.wait_for_everyone()
+    return done
 
 
 def on_first_process(work: Callable[[], Any]) -> Any:
