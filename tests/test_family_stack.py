@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -95,6 +96,16 @@ def test_it_trains_reloads_and_answers(name, model_recipe, seen):
     assert together == [answer(model, processor, [row], max_new_tokens=4)[0] for row in rows]
     streamed = "".join(stream_answer(model, processor, [QUESTION], rows[0]["images"], max_new_tokens=4))
     assert streamed == together[0]
+
+
+def test_what_an_earlier_stage_trained_stays_in_the_bundle(model_recipe, seen, tmp_path):
+    one = train(model_recipe("llava", f"sft.output_dir={tmp_path}/one", lora=None, train={"projector": 1e-2}))
+    two = train(model_recipe("llava", f"sft.output_dir={tmp_path}/two", f"init_from={one}", train={}))
+    shutil.rmtree(one)
+    manifest = json.loads((two / "bundle.json").read_text())
+    assert manifest["held"] == ["projector"] and manifest["trained"] == [] and manifest["adapter"]
+    model, _ = load(two)
+    assert torch.allclose(probe_logits(model, seen["batch"]), seen["logits"], atol=1e-5)
 
 
 @pytest.mark.slow

@@ -134,7 +134,8 @@ def held_parts(plan: FreezePlan, pieces: dict[str, dict[str, Any]]) -> set[str]:
     no base piece, also where only LoRA is trained.
     """
     new = () if "model" in pieces else ("projector",)
-    return {*plan.train, *new, *(part for part, piece in pieces.items() if "init_from" in piece)}
+    brought = {part for part, piece in pieces.items() if "init_from" in piece} - {"model"}
+    return {*plan.train, *new, *brought, *pieces.get("model", {}).get("held", ())}
 
 
 def held_tensors(

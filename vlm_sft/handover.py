@@ -61,8 +61,10 @@ def hand_over(stack: Stack, folder: str | Path) -> list[str]:
     load_trained(folder, stack.model, FreezePlan({}))
     for part in manifest["held"]:
         # The new stage's bundle must hold it too: its base piece is not like it any more.
-        if part in stack.pieces:
-            stack.pieces[part]["init_from"] = str(folder)
+        if (piece := stack.pieces.get(part) or stack.pieces.get("model")) is not None:
+            piece["init_from"] = str(folder)
+    if "model" in stack.pieces:
+        stack.pieces["model"]["held"] = list(manifest["held"])
     return list(manifest["held"])
 
 
