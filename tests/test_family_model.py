@@ -111,6 +111,24 @@ def test_accumulated_micro_batches_weigh_every_token_alike(name, tmp_path):
     torch.testing.assert_close(*moved, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["llava", "kosmos-2"])
+def test_the_use_of_images_is_measured_where_each_takes_as_many_tokens(name, tmp_path):
+    held_out = rows((40, 30), None, (30, 40))
+    trainer = make_trainer(name, tmp_path, rows(None), per_device_eval_batch_size=3)
+    found = trainer.evaluate(Dataset.from_list(held_out))
+    assert found["eval_image_use"] != 0
+    model, batch = trainer.model.eval(), trainer.data_collator(held_out)
+    with torch.no_grad():
+        losses = [model(**each, supervised_only=True).token_losses.split(_lengths(batch))
+                  for each in (batch, {**batch, "pixel_values": batch["pixel_values"].flip(0)})]  # fmt: skip
+    own, other = (torch.cat([row[0], row[2]]).mean() for row in losses)
+    assert found["eval_image_use"] == pytest.approx(float(other - own), abs=1e-5)
+
+
+def _lengths(batch: dict) -> list[int]:
+    return (batch["labels"] != -100).sum(1).tolist()
+
+
 def test_weight_decay_spares_norms_whatever_they_are_called(tmp_path):
     trainer = make_trainer("qwen2_5_vl", tmp_path, rows(None), weight_decay=0.1)
     decayed = set(trainer.get_decay_parameter_names(trainer.model))

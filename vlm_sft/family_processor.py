@@ -208,6 +208,11 @@ class Kosmos2Processor(FamilyProcessor):
         """(N, 3, H, W) `pixel_values` of RGB images."""
         return dict(self.image_processor(list(images), return_tensors="pt")) if images else {}
 
+    @property
+    def ids_per_image(self) -> int:
+        """The frame has one; the features stand at other ids."""
+        return 1
+
     def _placeholder(self) -> str:
         return self.native.boi_token
 

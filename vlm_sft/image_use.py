@@ -14,8 +14,8 @@ def with_other_images(
 
     Args:
         inputs: A batch: (B, S) `input_ids` and, where it has images, (N, 3, H, W) `pixel_values`.
-        image_token_id: Id of the places of image features.
-        per_image: How many places every image has.
+        image_token_id: Id that stands for images.
+        per_image: How many of it every image has.
         spare: (M, 3, H, W) images of an earlier batch, or None.
 
     Returns:

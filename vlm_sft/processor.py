@@ -261,6 +261,11 @@ class VLMProcessor(ProcessorMixin):
         """Ids that stand for image features."""
         return [self.image_token_id]
 
+    @property
+    def ids_per_image(self) -> int:
+        """How many `image_token_id` every image has; 0 where that depends on its size."""
+        return self.num_image_tokens
+
     def batch(self, rows: Sequence[EncodedChat], side: str = "right", multiple_of: int | None = None) -> BatchFeature:
         """Pads rows to (B, S) `input_ids`, `attention_mask` and `labels`.
 

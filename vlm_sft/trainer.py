@@ -187,7 +187,7 @@ class VLMSFTTrainer(WatchedTrainer):
         """Adds the losses of the rows whose images could all be exchanged, with own and with other images."""
         images, processor = inputs.get("pixel_values"), self.processing_class
         inputs, complete = with_other_images(
-            inputs, processor.image_token_id, processor.num_image_tokens, self._last_images
+            inputs, processor.image_token_id, processor.ids_per_image, self._last_images
         )
         self._last_images = self._last_images if images is None else images
         # Where weights are sharded, a forward pass takes every process, also those that have nothing to measure.
