@@ -286,3 +286,33 @@ def bundle_recipe(recipe_file, pieces):
         return load_recipe(recipe_file(name, stack=stack, **changes))
 
     return make
+
+
+@pytest.fixture
+def save_llm(tmp_path):
+    """Writes the folder of a LLaMA; its tokenizer is only there to be found."""
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def save(config, state=None):
+        config = LlamaConfig(**config)
+        state = state or LlamaForCausalLM(config).state_dict()
+        save_checkpoint(tmp_path / "llm", config, {n: t for n, t in state.items() if "inv_freq" not in n})
+        make_tokenizer().save_pretrained(tmp_path / "llm")
+        return {"pretrained": str(tmp_path / "llm")}
+
+    return save
+
+
+@pytest.fixture
+def golden_stack(recipe_file):
+    """A stack for evaluation, by the parts of its recipe; `empty` has no weights."""
+    from vlm_sft import load_recipe
+    from vlm_sft.stack import build_empty_stack, build_stack
+
+    def make(name="recipe", *, empty=False, **stack):
+        built = (build_empty_stack if empty else build_stack)(load_recipe(recipe_file(name, stack=stack)))
+        built.model.eval().requires_grad_(False)
+        return built
+
+    return make

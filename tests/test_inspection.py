@@ -60,13 +60,13 @@ def test_lengths_are_those_before_the_cut(collator, photos):
 
 def test_a_sample_is_what_the_collator_makes(collator, photos):
     shown = show(make_row(turn("这是什么？", "一只猫", images=1), photos), collator)
-    assert shown.tokens == len([i for piece in shown.pieces for i in piece.ids])
-    assert shown.learned == sum(len(piece.ids) for piece in shown.pieces if piece.learned) > 3
+    assert shown.tokens == len([i for group in shown.groups for i in group.ids])
+    assert shown.learned == sum(len(group.ids) for group in shown.groups if group.learned) > 3
     header, data = shown.data_uris[0].split(",")
     assert header == "data:image/jpeg;base64"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (40, 30)
     broken = show(make_row(turn("q", "a", images=1), ["none.png"]), collator)
-    assert "none.png" in broken.problem and broken.pieces == []
+    assert "none.png" in broken.problem and broken.groups == []
 
 
 def test_thumbnails_are_small():

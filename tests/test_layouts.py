@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDENS, make_tokenizer, save_checkpoint
+from conftest import make_tokenizer, save_checkpoint
+from golden import Golden, assert_close, save_pth, small_llama, strip
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import (
     BertTokenizerFast,
     Blip2Config,
@@ -19,7 +19,6 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from vlm_sft import load_recipe
@@ -27,67 +26,7 @@ from vlm_sft.bundle import Provenance, save_bundle
 from vlm_sft.errors import UserError
 from vlm_sft.layouts import LAYOUTS, detect, join_qkv_bias
 from vlm_sft.loading import load
-from vlm_sft.positions import resize_positions
-from vlm_sft.qwen_vl import sincos_positions
-from vlm_sft.stack import Stack, build_empty_stack, build_stack
-from vlm_sft.train import train
-
-ATOL = 1e-5
-
-
-class Golden:
-    """One folder of references; every size comes from its `meta.json`."""
-
-    def __init__(self, name):
-        self.folder = GOLDENS / name
-        self.config = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))["config"]
-        self.inputs, self.outputs = self.tensors("inputs"), self.tensors("outputs")
-
-    def tensors(self, name="weights"):
-        return load_file(self.folder / f"{name}.safetensors")
-
-
-def save_pth(state, path):
-    """As LAVIS and MiniGPT-4 write it."""
-    torch.save({"model": state, "epoch": 0}, path)
-    return str(path)
-
-
-def strip(state, prefix):
-    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-
-
-def assert_close(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=ATOL)
-
-
-@pytest.fixture
-def save_llm(tmp_path):
-    """Writes the folder of a LLaMA; its tokenizer is only there to be found."""
-
-    def save(config, state=None):
-        config = LlamaConfig(**config)
-        state = state or LlamaForCausalLM(config).state_dict()
-        save_checkpoint(tmp_path / "llm", config, {n: t for n, t in state.items() if "inv_freq" not in n})
-        make_tokenizer().save_pretrained(tmp_path / "llm")
-        return {"pretrained": str(tmp_path / "llm")}
-
-    return save
-
-
-@pytest.fixture
-def build(recipe_file):
-    def make(name="recipe", *, empty=False, **stack) -> Stack:
-        built = (build_empty_stack if empty else build_stack)(load_recipe(recipe_file(name, stack=stack)))
-        built.model.eval().requires_grad_(False)
-        return built
-
-    return make
-
-
-def small_llama(width):
-    return {"vocab_size": 300, "hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 1,
-            "num_attention_heads": 1}  # fmt: skip
+from vlm_sft.stack import build_stack
 
 
 def lavis_parts(config, tower, qformer, projector, kind="qformer"):
@@ -102,11 +41,11 @@ def lavis_parts(config, tower, qformer, projector, kind="qformer"):
 # -- LAVIS and MiniGPT-4 -----------------------------------------------------------------------------------------------
 
 
-def test_blip2_of_lavis(build, save_llm, tmp_path):
+def test_blip2_of_lavis(golden_stack, save_llm, tmp_path):
     golden = Golden("blip2_lavis")
     path = save_pth(golden.tensors(), tmp_path / "blip2.pth")
     llm = save_llm(small_llama(golden.config["llm_dim"]))
-    model = build(**lavis_parts(golden.config, {"pretrained": path}, path, path), language_model=llm).model.model
+    model = golden_stack(**lavis_parts(golden.config, {"pretrained": path}, path, path), language_model=llm).model.model
     tower = model.vision_tower
     assert tower.config.num_hidden_layers == golden.config["vit_depth"]
     image_embeds = tower(golden.inputs["pixel_values"]).last_hidden_state
@@ -115,13 +54,13 @@ def test_blip2_of_lavis(build, save_llm, tmp_path):
     assert_close(model.get_image_features(golden.inputs["pixel_values"]), golden.outputs["projected"])
 
 
-def test_the_norm_after_the_tower_has_an_epsilon_of_its_own(build, save_llm, tmp_path):
+def test_the_norm_after_the_tower_has_an_epsilon_of_its_own(golden_stack, save_llm, tmp_path):
     """Also where the tower is made from the configuration that a bundle or a checkpoint keeps."""
     golden = Golden("blip2_lavis")
     path = save_pth(golden.tensors(), tmp_path / "blip2.pth")
     llm = save_llm(small_llama(golden.config["llm_dim"]))
     stack = lavis_parts(golden.config, {"pretrained": path}, path, path)
-    built = build(empty=True, **stack, language_model=llm)
+    built = golden_stack(empty=True, **stack, language_model=llm)
     built.model.config.save_pretrained(tmp_path / "saved")
     reread = type(built.model.config).from_pretrained(tmp_path / "saved")
     for model in (built.model, type(built.model)(reread)):
@@ -145,10 +84,10 @@ def minigpt4_llm(golden):
     return sizes, strip(golden.tensors(), "llama_model.")
 
 
-def test_minigpt4_from_its_three_files(build, save_llm, tmp_path):
+def test_minigpt4_from_its_three_files(golden_stack, save_llm, tmp_path):
     golden = Golden("minigpt4")
     inputs, wanted = golden.inputs, golden.outputs
-    built = build(**minigpt4_stack(golden, tmp_path), language_model=save_llm(*minigpt4_llm(golden)))
+    built = golden_stack(**minigpt4_stack(golden, tmp_path), language_model=save_llm(*minigpt4_llm(golden)))
     model = built.model
     image_embeds = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state
     assert_close(image_embeds, wanted["image_embeds"])
@@ -174,19 +113,19 @@ def test_minigpt4_from_its_three_files(build, save_llm, tmp_path):
     assert_close(output.loss, wanted["loss"])
 
 
-def test_the_norm_that_another_file_holds_is_asked_for(build, save_llm, tmp_path):
+def test_the_norm_that_another_file_holds_is_asked_for(golden_stack, save_llm, tmp_path):
     golden = Golden("minigpt4")
     stack = minigpt4_stack(golden, tmp_path)
     stack["vision_tower"].pop("more")
     llm = save_llm(*minigpt4_llm(golden))
     with pytest.raises(UserError, match=r"does not hold this part: 2 of \d+ tensors are missing, .*'ln_vision"):
-        build(**stack, language_model=llm)
+        golden_stack(**stack, language_model=llm)
     stack["vision_tower"]["more"] = ["nowhere.pth"]
     with pytest.raises(UserError, match=r"the weight file 'nowhere\.pth' \(named under `more`\) does not exist"):
-        build(**stack, language_model=llm)
+        golden_stack(**stack, language_model=llm)
 
 
-def test_heads_that_cannot_be_told_are_asked_for(build, save_llm, tmp_path):
+def test_heads_that_cannot_be_told_are_asked_for(golden_stack, save_llm, tmp_path):
     golden = Golden("blip2_lavis")
     path = save_pth(golden.tensors(), tmp_path / "blip2.pth")
     llm = save_llm(small_llama(golden.config["llm_dim"]))
@@ -194,7 +133,7 @@ def test_heads_that_cannot_be_told_are_asked_for(build, save_llm, tmp_path):
         stack = lavis_parts(golden.config, {"pretrained": path}, path, path)
         stack[part].pop("config")
         with pytest.raises(UserError, match=rf"state stack\.{part}\.config: \{{num_attention_heads: …\}}"):
-            build(part, empty=True, **stack, language_model=llm)
+            golden_stack(part, empty=True, **stack, language_model=llm)
 
 
 def test_a_bundle_finds_all_files_again_from_another_folder(recipe_file, save_llm, tmp_path, monkeypatch):
@@ -250,13 +189,13 @@ def words(tmp_path):
     return str(tmp_path / "bert")
 
 
-def test_instructblip_of_lavis(build, save_llm, words, tmp_path):
+def test_instructblip_of_lavis(golden_stack, save_llm, words, tmp_path):
     golden = Golden("instructblip_lavis")
     inputs, wanted = golden.inputs, golden.outputs
     path = save_pth(golden.tensors(), tmp_path / "instructblip.pth")
     stack = lavis_parts(golden.config, {"pretrained": path}, path, path, "instruct_qformer")
     stack["resampler"]["tokenizer"] = words
-    model = build(**stack, language_model=save_llm(small_llama(golden.config["llm_dim"]))).model
+    model = golden_stack(**stack, language_model=save_llm(small_llama(golden.config["llm_dim"]))).model
     instruction = {name: inputs[name] for name in ("qformer_input_ids", "qformer_attention_mask")}
     image_embeds = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state
     assert_close(image_embeds, wanted["image_embeds"])
@@ -264,16 +203,16 @@ def test_instructblip_of_lavis(build, save_llm, words, tmp_path):
     assert_close(model.get_image_features(inputs["pixel_values"], **instruction), wanted["projected"])
 
 
-def test_an_instruct_qformer_without_a_tokenizer_says_which_to_name(build, save_llm, words, tmp_path):
+def test_an_instruct_qformer_without_a_tokenizer_says_which_to_name(golden_stack, save_llm, words, tmp_path):
     golden = Golden("instructblip_lavis")
     path = save_pth(golden.tensors(), tmp_path / "instructblip.pth")
     stack = lavis_parts(golden.config, {"pretrained": path}, path, path, "instruct_qformer")
     stack["language_model"] = save_llm(small_llama(golden.config["llm_dim"]))
     with pytest.raises(UserError, match=r"name one under stack\.resampler\.tokenizer \(published: google-bert/"):
-        build(empty=True, **stack)
+        golden_stack(empty=True, **stack)
     stack["resampler"]["tokenizer"] = stack["language_model"]["pretrained"]
     with pytest.raises(UserError, match=r"it has \d+ tokens, but the Q-Former knows \d+"):
-        build(empty=True, **stack)
+        golden_stack(empty=True, **stack)
 
 
 # -- LLaVA -------------------------------------------------------------------------------------------------------------
@@ -315,11 +254,11 @@ def expand(ids, labels, image_index, tokens, image_id):
 
 @pytest.mark.parametrize("form", ["whole", "mm_projector.bin"])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_llava_as_its_own_code_saves_it(form, side, build, tmp_path):
+def test_llava_as_its_own_code_saves_it(form, side, golden_stack, tmp_path):
     golden = Golden("llava_original")
     c, inputs = golden.config, golden.inputs
     wanted = golden.outputs if side == "right" else strip(golden.outputs, "left_")
-    model = build(**llava_stack(golden, tmp_path, form)).model
+    model = golden_stack(**llava_stack(golden, tmp_path, form)).model
     images = inputs["images"]
     assert_close(model.get_image_features(images), golden.outputs["image_features"])
     rows, slots, slot = [], [], 0
@@ -352,7 +291,7 @@ def test_llava_as_its_own_code_saves_it(form, side, build, tmp_path):
 # -- Ziya-BLIP2 --------------------------------------------------------------------------------------------------------
 
 
-def test_ziya_blip2_with_its_language_model_elsewhere(build, save_llm, tmp_path):
+def test_ziya_blip2_with_its_language_model_elsewhere(golden_stack, save_llm, tmp_path):
     golden = Golden("ziya_blip2")
     c, inputs, wanted = golden.config, golden.inputs, golden.outputs
     vision, qformer = Blip2VisionConfig(**c["vision"]), Blip2QFormerConfig(**c["qformer"])
@@ -362,7 +301,7 @@ def test_ziya_blip2_with_its_language_model_elsewhere(build, save_llm, tmp_path)
     side = c["vision"]["image_size"]
     BlipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
     pretrained = str(folder)
-    model = build(
+    model = golden_stack(
         vision_tower={"pretrained": pretrained},
         resampler={"type": "qformer", "pretrained": pretrained},
         projector={"type": "linear", "pretrained": pretrained},
@@ -382,124 +321,3 @@ def test_ziya_blip2_with_its_language_model_elsewhere(build, save_llm, tmp_path)
         output = model(input_ids=ids, labels=labels, pixel_values=pixels)
         assert_close(output.logits, wanted[f"logits_{i}"])
         assert_close(output.loss, wanted[f"loss_{i}"])
-
-
-# -- mPLUG-Owl and Qwen-VL ---------------------------------------------------------------------------------------------
-
-
-def save_shards(folder, state, config):
-    """Two `.bin` shards with an index, and a configuration that transformers has no class for."""
-    folder.mkdir()
-    names = sorted(state)
-    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
-    for file, held in shards.items():
-        torch.save({n: state[n] for n in held}, folder / file)
-    index = {"metadata": {}, "weight_map": {n: file for file, held in shards.items() for n in held}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def owl_stack(golden, folder):
-    c = golden.config
-    text = {**c["text_config"], "rms_norm_eps": c["text_rms_norm_eps"]}
-    pretrained = save_shards(folder, golden.tensors(), {"model_type": "mplug-owl", "text_config": text})
-    vision, resampler = c["vision_config"], c["visual_abstractor_config"]
-    return {
-        "vision_tower": {"pretrained": pretrained, "config": {"num_attention_heads": vision["num_attention_heads"]}},
-        "resampler": {"type": "abstractor", "pretrained": pretrained,
-                      "config": {"num_attention_heads": resampler["num_attention_heads"]}},
-        "projector": {"type": "linear_end", "pretrained": pretrained},
-        "language_model": {"pretrained": pretrained},
-    }  # fmt: skip
-
-
-def test_mplug_owl_with_all_parts_from_one_checkpoint(build, tmp_path):
-    golden = Golden("mplug_owl")
-    c, inputs, wanted = golden.config, golden.inputs, golden.outputs
-    built = build(**owl_stack(golden, tmp_path / "owl"))
-    model = built.model
-    assert model.config.num_image_tokens == built.processor.num_image_tokens == c["tokens_per_image"]
-    vision_last = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state
-    assert_close(vision_last, wanted["vision_last"])
-    assert_close(model.model.resampler(vision_last), wanted["abstractor_hidden"])
-    assert_close(model.get_image_features(inputs["pixel_values"]), wanted["image_tokens"])
-    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == c["media_token_id"], model.config.image_token_id)
-    assert_close(model.model.embed(ids, inputs["pixel_values"]), wanted["inputs_embeds"])
-    masks = inputs["non_padding_mask"] * inputs["non_media_mask"] * inputs["prompt_mask"]
-    labels = torch.cat([ids[:, :1], ids[:, 1:].masked_fill(masks == 0, -100)], dim=1)
-    assert torch.equal(labels, wanted["labels"])
-    output = model(
-        input_ids=ids, attention_mask=inputs["attention_mask"], labels=labels, pixel_values=inputs["pixel_values"]
-    )
-    real = inputs["attention_mask"].bool()
-    assert_close(output.logits[real], wanted["logits"][real])
-    assert_close(output.loss, wanted["loss"])
-
-
-def qwen_stack(golden, folder, llm):
-    c = golden.config
-    state = {c["key_prefix_in_full_model"] + n: t for n, t in golden.tensors().items()}
-    state |= {"transformer.wte.weight": torch.zeros(4, 4), "lm_head.weight": torch.zeros(4, 4)}
-    pretrained = save_shards(folder, state, {"model_type": "qwen", "visual": {}})
-    return {
-        "vision_tower": {"pretrained": pretrained, "config": {"num_attention_heads": c["heads"],
-                                                              "image_size": c["image_size"]}},
-        "resampler": {"type": "cross_attention", "pretrained": pretrained,
-                      "config": {"num_attention_heads": c["resampler_heads"]}},
-        "projector": {"type": "linear_no_bias", "pretrained": pretrained},
-        "language_model": llm,
-    }  # fmt: skip
-
-
-def test_qwen_vl_visual_before_another_language_model(build, save_llm, tmp_path):
-    golden = Golden("qwen_vl_visual")
-    c, pixels, wanted = golden.config, golden.inputs["pixel_values"], golden.outputs
-    built = build(**qwen_stack(golden, tmp_path / "qwen", save_llm(small_llama(c["output_dim"]))))
-    model = built.model.model
-    assert built.processor.num_image_tokens == c["n_queries"]
-    patches = (c["image_size"] // c["patch_size"]) ** 2
-    assert_close(resize_positions(model.vision_tower.positional_embedding, patches), wanted["vit_pos_interpolated"])
-    assert_close(resize_positions(model.resampler.pos_embed, patches), wanted["pos_embed_interpolated"])
-    vit_out = model.vision_tower(pixels).last_hidden_state
-    assert_close(vit_out, wanted["vit_out"])
-    assert_close(model.resampler.pool(vit_out), wanted["resampler_out"])
-    assert_close(model.get_image_features(pixels), wanted["features"])
-
-
-def test_positions_are_made_as_the_checkpoint_has_them():
-    golden = Golden("qwen_vl_visual")
-    table = golden.tensors()["attn_pool.pos_embed"]
-    assert_close(sincos_positions(golden.config["output_dim"], golden.config["n_queries"]), table)
-
-
-@pytest.mark.parametrize("system", ["owl", "qwen"])
-def test_foreign_parts_learn_and_come_back_from_a_bundle(system, recipe_file, save_llm, tmp_path, in_process_parity):
-    """Every trained tensor moves, the bundle reloads with equal logits (`train` checks it)."""
-    if system == "owl":
-        stack = owl_stack(Golden("mplug_owl"), tmp_path / "owl")
-        stack["language_model"] = save_llm(small_llama(40))
-        stack["projector"].pop("pretrained")
-    else:
-        golden = Golden("qwen_vl_visual")
-        stack = qwen_stack(golden, tmp_path / "qwen", save_llm(small_llama(golden.config["output_dim"])))
-    recipe = load_recipe(recipe_file(stack=stack, train={"vision_tower": 1e-3, "resampler": 1e-3, "projector": 1e-3}))
-    before = {n: t.clone() for n, t in build_stack(recipe).model.named_parameters()}
-    train(recipe)
-    model, _ = load(recipe.sft["output_dir"], device="cpu")
-    still = [n for n, p in model.named_parameters() if torch.equal(p, before[n]) and "language_model" not in n]
-    # A bias on the keys shifts all scores of a query alike; Adam may still move it by rounding.
-    assert [n for n in still if n != "lm_head.weight" and "key.bias" not in n] == []
-
-
-def test_published_sizes_of_mplug_owl_and_qwen_vl_need_no_statement():
-    qwen = {"conv1.weight": (1664, 3, 14, 14), "attn_pool.query": (256, 4096), "attn_pool.kv_proj.weight": (4096, 1664)}
-    qwen |= {f"transformer.resblocks.{i}.mlp.c_fc.weight": (8192, 1664) for i in range(48)}
-    vision = LAYOUTS["qwen_vl_vision"].configure(qwen, {})
-    assert (vision.num_hidden_layers, vision.num_attention_heads, vision.image_size) == (48, 16, 448)
-    assert LAYOUTS["qwen_vl_resampler"].configure(qwen, {}).num_attention_heads == 32
-    owl = {"embeddings.position_embedding": (1, 257, 1024), "embeddings.patch_embed.weight": (1024, 3, 14, 14)}
-    owl |= {f"encoder.layers.{i}.mlp.fc1.weight": (4096, 1024) for i in range(24)}
-    vision = LAYOUTS["mplug_owl_vision"].configure(owl, {})
-    assert (vision.num_hidden_layers, vision.num_attention_heads, vision.image_size) == (24, 16, 224)

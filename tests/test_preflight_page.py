@@ -19,7 +19,7 @@ from vlm_sft.inspection import Share, Shown, thumbnail
 from vlm_sft.ledger import Ledger, SourceLedger
 from vlm_sft.preflight_page import BARS, WIDTH, Report, histogram, render_page
 from vlm_sft.proof import Proof
-from vlm_sft.token_view import Piece
+from vlm_sft.token_view import TokenGroup
 
 EVIL = """<script>document.title='pwned'</script>"><img src=x onerror="document.title='pwned'">'&lt;猫 {{ 7*7 }}"""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -30,18 +30,18 @@ def full_report(text=EVIL) -> Report:
     ledger = Ledger(0, {text: SourceLedger(read=3, used=2, rejected={text: 1}, examples={text: [text]})})
     coverage = {"zh": Coverage(2, 10, 21, 0, 9)}
     proof = Proof(2, [2.5, 2.25], ["projector"], {text: text}, [text], 10, [text], 4, 100.0, 0.5, text)
-    pieces = [
-        Piece("", "image", False, (9, 9), 0),
-        Piece(text, "user", False, (1,), 2),
-        Piece("\n", "template", False, (2,), 3),
-        Piece(text, "assistant", True, (3, 4), 4),
+    groups = [
+        TokenGroup("", "image", False, (9, 9), 0),
+        TokenGroup(text, "user", False, (1,), 2),
+        TokenGroup("\n", "template", False, (2,), 3),
+        TokenGroup(text, "assistant", True, (3, 4), 4),
     ]
     plan = [PartRow("projector", text, 10, 10, 0, {"float32"}, 1e-3)]
     picture = thumbnail(Image.new("RGB", (40, 30), "red"))
     return Report(
         text, text, [Finding(ERROR, text, text, [text]), Finding(WARNING, text)],
         Evidence({"train": ledger}, coverage=coverage, proof=proof), [5, 50, 500], 100,
-        [Shown(text, text, 6, 2, 1, [picture], pieces), Shown(text, text, problem=text)],
+        [Shown(text, text, 6, 2, 1, [picture], groups), Shown(text, text, problem=text)],
         [Share(text, 0.5, 0.25, 1)], [Share("zh", None, 1.0, 4)], plan,
         None, [text], [text],
     )  # fmt: skip

@@ -17,6 +17,7 @@ from PIL import Image
 from .chat_template import RenderedChat
 from .errors import RowError, UserError
 from .images import image_size, load_image, needed_side
+from .losses import IGNORED
 from .processor import EncodedChat, VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
@@ -147,7 +148,7 @@ class MultimodalCollator:
             sizes = [image_size(image, where=where, fetch=self.fetch) for image in images]
         chat, kept = self._fit(messages, where, sizes)
         images = images[: chat.num_images]
-        if not any(label != -100 for label in chat.labels):
+        if not any(label != IGNORED for label in chat.labels):
             sentence = f"{where}: no token would be in the loss; give the row an answer from the assistant."
             raise RowError(sentence, where=where, reason="no answer")
         decoded = [self.decode(image, where) for image in images] if with_images else []

@@ -17,6 +17,7 @@ from .collator import MultimodalCollator
 from .data import load_mixture
 from .errors import UserError
 from .loading import load
+from .losses import IGNORED
 from .recipe import Recipe, load_recipe
 from .run_folder import checkpoints, find_records, flaw_of, step_of
 
@@ -98,7 +99,7 @@ def examine(model: nn.Module, collator: MultimodalCollator, row: dict[str, Any])
         str(row["id"]),
         f"{loss:.4g}",
         str(int(inputs["attention_mask"].sum())),
-        str(int((inputs["labels"] != -100).sum())),
+        str(int((inputs["labels"] != IGNORED).sum())),
         (", ".join(f"{width} × {height}" for width, height in sizes) or "none") + values,
         "yes" if finite else "no",
     )

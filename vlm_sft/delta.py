@@ -82,17 +82,7 @@ def apply_delta(
     kinds = match(old, new)
     tables = tables or tell_tables(old, new, kinds)
     whole = {n for n, (_, kind) in kinds.items() if not kind.is_floating_point or (tables == "whole" and is_table(n))}
-    report: dict[str, Any] = {
-        "base": {"pretrained": base, "fingerprint": old.fingerprint()},
-        "delta": {"pretrained": delta, "fingerprint": new.fingerprint()},
-        "tables": tables,
-        "tensors": len(kinds),
-        "summed": len(kinds) - len(whole),
-        "whole": sorted(whole),
-        "rows_added": _rows_added(old, kinds),
-        "left_out": len(new.files) - len(kinds),
-        "bytes": sum(_bytes(kind) for kind in kinds.values()),
-    }
+    report = _report(old, new, kinds, tables, whole)
     shards = plan_shards(kinds, new.files, shard_bytes)
     with _written_whole(out) as folder:
         _check_room(folder, report["bytes"])
@@ -104,6 +94,21 @@ def apply_delta(
         places = {name: file for file, names in shards.items() for name in names}
         _write_json(folder / INDEX, {"metadata": {"total_size": report["bytes"]}, "weight_map": places})
     return {**report, "shards": len(shards)}
+
+
+def _report(old: Checkpoint, new: Checkpoint, kinds: Kinds, tables: str, whole: set[str]) -> dict[str, Any]:
+    """What will be done, as `apply_delta` returns it, without the shards."""
+    return {
+        "base": {"pretrained": old.pretrained, "fingerprint": old.fingerprint()},
+        "delta": {"pretrained": new.pretrained, "fingerprint": new.fingerprint()},
+        "tables": tables,
+        "tensors": len(kinds),
+        "summed": len(kinds) - len(whole),
+        "whole": sorted(whole),
+        "rows_added": _rows_added(old, kinds),
+        "left_out": len(new.files) - len(kinds),
+        "bytes": sum(_bytes(kind) for kind in kinds.values()),
+    }
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from .coverage import coverage_of
 from .errors import RowError
 from .languages import language_of
 from .leaks import shared_images
+from .losses import IGNORED
 from .mixture import SHARES
 from .streaming import first_rows
-from .token_view import Piece, pieces_of
+from .token_view import TokenGroup, token_groups
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,7 +48,7 @@ class Shown:
         learned: How many of them are in the loss.
         turns_lost: Turns it lost to fit.
         images: JPEG files.
-        pieces: Its tokens.
+        groups: Its tokens, as they are shown.
         problem: Why it cannot be trained on, or "".
     """
 
@@ -57,7 +58,7 @@ class Shown:
     learned: int = 0
     turns_lost: int = 0
     images: list[bytes] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
+    groups: list[TokenGroup] = field(default_factory=list)
     problem: str = ""
 
     @property
@@ -178,10 +179,10 @@ def show(row: dict[str, Any], collator: MultimodalCollator) -> Shown:
         row["id"],
         row["source"],
         tokens=len(labels),
-        learned=sum(label != -100 for label in labels),
+        learned=sum(label != IGNORED for label in labels),
         turns_lost=sample.turns_lost,
         images=[thumbnail(image) for image in sample.images],
-        pieces=pieces_of(sample, row["messages"], collator.processor),
+        groups=token_groups(sample, row["messages"], collator.processor),
     )
 
 

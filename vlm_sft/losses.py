@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Positions scored at a time: bounds the logits in memory to this many rows of the vocabulary.
 CHUNK = 1024
+# The label of a position where nothing is learned, as torch and transformers have it.
+IGNORED = -100
 Score = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -48,7 +50,7 @@ def supervised_losses(
         For the supervised positions, in reading order: losses, whether the label is the most likely token, weights.
     """
     labels = labels.to(hidden.device)[:, 1:]
-    mask = labels != -100
+    mask = labels != IGNORED
     picked, targets = hidden[:, :-1][mask], labels[mask]
     weights = torch.ones_like(targets, dtype=torch.float32) if loss_weights is None else loss_weights[:, 1:][mask]
     if not targets.numel():  # keeps the graph: every parameter still gets its (zero) gradient

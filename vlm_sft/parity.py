@@ -22,6 +22,7 @@ from .bundle import update_manifest
 from .errors import UserError, exit_on_user_error
 from .freeze import part_of
 from .loading import load
+from .losses import IGNORED
 
 # Same weights, same code, another process: equal on a CPU up to the order of threads, on a GPU up to kernel choice.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -39,7 +40,7 @@ def probe_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     logits = model(**inputs).logits
     model.train(was_training)
     mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
-    mask[:, :-1] = batch["labels"][:, 1:] != -100
+    mask[:, :-1] = batch["labels"][:, 1:] != IGNORED
     return logits[mask.to(device)][:MAX_POSITIONS].float().cpu()
 
 

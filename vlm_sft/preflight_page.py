@@ -16,7 +16,7 @@ from .memory import Estimate, gib
 
 BARS = 40
 WIDTH, HEIGHT = 640, 160  # of the histogram, in its own units
-LONGEST_SHOWN = 1500  # pieces of a sample that are shown
+LONGEST_SHOWN = 1500  # groups of tokens of a sample that are shown
 
 
 @dataclass

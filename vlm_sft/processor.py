@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from .chat_template import IMAGE_TOKEN, RenderedChat, end_of_answer, owns_bos, render
 from .errors import UserError
+from .losses import IGNORED
 
-IGNORED = -100
 PAD = "<pad>"  # added where a tokenizer has no pad token
 # Where transformers' InstructBLIP, and a bundle, keep the tokenizer of the Q-Former; the tokens that LAVIS gives it.
 QFORMER_TOKENIZER = "qformer_tokenizer"

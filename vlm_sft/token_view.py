@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .losses import IGNORED
+
 if TYPE_CHECKING:
     from .collator import Sample
 
@@ -14,7 +16,7 @@ UNREADABLE = "\ufffd"
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenGroup:
     """Some tokens that are shown as one: a token, the bytes of a character, or the span of an image.
 
     Attributes:
@@ -32,7 +34,7 @@ class Piece:
     position: int
 
 
-def pieces_of(sample: Sample, messages: Sequence[dict[str, Any]], processor: Any) -> list[Piece]:
+def token_groups(sample: Sample, messages: Sequence[dict[str, Any]], processor: Any) -> list[TokenGroup]:
     """The tokens of a sample in order, as the collator made them: what a subclass changed is shown changed.
 
     Args:
@@ -43,7 +45,7 @@ def pieces_of(sample: Sample, messages: Sequence[dict[str, Any]], processor: Any
     groups = list(_groups(sample.chat.input_ids, sample.chat.labels, processor))
     roles = _roles(groups, messages)
     return [
-        Piece(text, "image" if text == "" and image else role, learned, ids, position)
+        TokenGroup(text, "image" if text == "" and image else role, learned, ids, position)
         for (text, learned, ids, position, image), role in zip(groups, roles, strict=True)
     ]
 
@@ -54,7 +56,7 @@ _Group = tuple[str, bool, tuple[int, ...], int, bool]  # text, learned, ids, pos
 def _groups(ids: Sequence[int], labels: Sequence[int], processor: Any) -> Iterator[_Group]:
     images, at = set(processor.image_token_ids), 0
     while at < len(ids):
-        end, learned = at + 1, labels[at] != -100
+        end, learned = at + 1, labels[at] != IGNORED
         if ids[at] in images:
             while end < len(ids) and ids[end] in images:
                 end += 1
@@ -62,7 +64,7 @@ def _groups(ids: Sequence[int], labels: Sequence[int], processor: Any) -> Iterat
         else:
             text = _say(ids[at:end], processor.tokenizer)
             while UNREADABLE in text and end < min(len(ids), at + LONGEST_CHARACTER) and ids[end] not in images:
-                if (labels[end] != -100) != learned:
+                if (labels[end] != IGNORED) != learned:
                     break
                 end += 1
                 text = _say(ids[at:end], processor.tokenizer)
