@@ -147,15 +147,7 @@ def run_case(
 def estimate_of(size: str, plan: str, checkpointing: bool) -> Estimate:
     """What the dry run says."""
     model = build(size, plan, "meta")
-    shape = SIZES[size]
-    side = shape["tower"]["image_size"]
-    step = Step(
-        shape["rows"],
-        shape["length"],
-        (side, side),
-        autocast=torch.bfloat16,
-        checkpointing={} if checkpointing else None,
-    )
+    step = Step(batch_of(size, "cpu"), autocast=torch.bfloat16, checkpointing={} if checkpointing else None)
     fixed = estimate(model, None, Launch(), computes=torch.bfloat16)
     return Estimate(fixed.parts, count_step(model, step), fixed.gathered, fixed.launch)
 

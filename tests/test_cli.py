@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import vlm_sft
 from vlm_sft import cli
 from vlm_sft.errors import UserError, exit_on_user_error
 
@@ -59,6 +61,13 @@ def test_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     printed = capsys.readouterr().out
     for command in ("train", "chat", "generate", "evaluate", "recipes"):
         assert f"\n  {command} " in printed
+
+
+def test_python_m_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["vlm-sft", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("vlm_sft", run_name="__main__")
+    assert not ended.value.code and vlm_sft.__version__ in capsys.readouterr().out
 
 
 def test_train_hands_on_recipe_overrides_and_dry_run(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:

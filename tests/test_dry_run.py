@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
+from tiny_families import processor_of, tiny
 
 from vlm_sft import load_recipe
 from vlm_sft.assets import accelerate_config_path
-from vlm_sft.dry_run import step_of
+from vlm_sft.dry_run import FullStep, full_step
 from vlm_sft.recipe import build_sft_config
 from vlm_sft.stack import build_empty_stack
 from vlm_sft.train import main
@@ -51,17 +53,41 @@ def test_an_optimizer_that_is_not_known_is_named(recipe_file, capsys):
 
 
 def test_the_shapes_are_those_of_the_recipe(recipe_file):
-    options = ["sft.gradient_accumulation_steps=2", "sft.activation_checkpointing=true", "sft.max_length=null"]
-    recipe = load_recipe(recipe_file(), options)
-    step = step_of(recipe, build_empty_stack(recipe), build_sft_config(recipe))
-    assert (step.rows, step.length, step.image, step.accumulated) == (4, 2048, (28, 28), True)
-    assert step.checkpointing is not None
+    recipe = load_recipe(recipe_file(), ["sft.max_length=null"])
+    processor = build_empty_stack(recipe).processor
+    step = full_step(build_sft_config(recipe), processor)
+    assert step == FullStep(4, 2048, (64, 64), any_size=True)
+    batch = FullStep(3, 20, (64, 64), any_size=True).batch(processor)
+    places = batch["input_ids"] == processor.image_token_id
+    assert batch["pixel_values"].shape == (3, 3, 28, 28) and places.sum(1).tolist() == [4, 4, 4]
+    assert batch["attention_mask"].sum(1).tolist() == [20, 20, 19], "unequal rows need a mask"
+    scored = batch["labels"] != -100
+    assert scored.sum(1).tolist() == [15, 15, 14] and not (scored & places).any(), "all but the image and what begins"
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "smolvlm"])
+def test_a_step_of_an_existing_model_is_counted_too(name, recipe_file, capsys):
+    changes = {"stack": None, "chat_template": None, "model": {"pretrained": str(tiny(name))}, "lora": {"r": 2}}
+    main([str(recipe_file(**changes)), "sft.max_length=300", "sft.gradient_accumulation_steps=2", "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "A step: 4 rows of 300 tokens, an image of 1280×960 pixels in each" in shown
+    assert "larger images take more." in shown and "peak of the passes" in shown
+
+
+def test_the_largest_image_that_fits_is_counted():
+    processor = processor_of("qwen2_5_vl")
+    sizes = {}
+    for length in (2048, 60, 20):
+        args = SimpleNamespace(max_length=length, per_device_train_batch_size=1)
+        sizes[length] = full_step(args, processor).size
+        assert processor.count_image_tokens(sizes[length]) < length
+    assert sizes[2048] == (1280, 960)
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["sft.max_length=3", "--dry-run"], "sft.max_length is 3, but an image alone takes 4 tokens; raise it."),
+        (["sft.max_length=3", "--dry-run"], "sft.max_length is 3, but an image makes a row of 5 tokens; raise it."),
         (["--dry-run", "--accelerate-config", "no.yaml"], "--accelerate-config no.yaml: it cannot be read"),
         (["--accelerate-config", "no.yaml"], "--accelerate-config belongs to --dry-run; to train, use: accelerate"),
     ],

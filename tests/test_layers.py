@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe_stack",),
     ("recipe",),
     # Layer 2: small things that know one subject each.
-    ("reach", "sharded"),
+    ("reach", "sharded", "weightless"),
     ("checkpoints", "configuration", "fetch", "freeze", "image_refs", "json_text", "languages", "losses", "mixture"),
     ("launch", "ledger", "quantization", "resumption", "run_folder", "hub_errors", "safety", "template_limits"),
     ("image_use", "images", "mplug_owl", "positions", "row_view", "tar_shards", "template_sandbox"),
@@ -67,6 +67,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("chat", "data_cli", "evaluate", "recipes_cli", "train"),
     ("preflight",),
     ("cli",),
+    ("__main__",),
 )
 ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 
@@ -86,6 +87,7 @@ LIGHT = {module for row in LAYERS[:5] for module in row} | {
     "train",
     "preflight",
     "cli",
+    "__main__",
     "recipes_cli",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UserError
@@ -11,7 +11,7 @@ from .launch import Launch
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .activations import Step
+    from .chat_template import RenderedChat
     from .memory import Estimate
     from .processor import VLMProcessor
     from .recipe import Recipe
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # What a row is taken to be long where `sft.max_length` sets no limit.
 WITHOUT_LIMIT = 2048
+# Images, in pixels, of which a full step has the first that fits into a row.
+SIZES = ((1280, 960), (640, 480), (320, 240), (64, 64))
 
 
 def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
@@ -46,13 +48,7 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
     console.print(weighed.estimate.table())
     if not known_optimizer(weighed.optimizer):
         say(f"What sft.optim={weighed.optimizer} keeps is not known here; it is counted as AdamW.")
-    if weighed.step is None:
-        say("What a step of an existing model takes is not counted: activations come on top.\nNo weight was read.")
-        return
-    say(
-        f"A step: {weighed.step.rows} rows of {weighed.step.length} tokens, an image in each; shorter rows and rows "
-        f"without an image take less.\nNo weight was read."
-    )
+    say(f"{weighed.step}\nNo weight was read.")
 
 
 class Weighed(NamedTuple):
@@ -62,14 +58,14 @@ class Weighed(NamedTuple):
         stack: The stack, without weights.
         model: Its model with adapters, freeze plan applied.
         estimate: Bytes on each device.
-        step: The shapes of a step that were counted; None for an existing model, of which none is.
+        step: The step that was counted.
         optimizer: As `sft.optim` names it.
     """
 
     stack: Stack
     model: Any
     estimate: Estimate
-    step: Step | None
+    step: FullStep
     optimizer: str
 
 
@@ -82,7 +78,7 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
     """
     import torch
 
-    from .activations import count_step
+    from .activations import Step, count_step
     from .adapters import add_adapter, lora_config
     from .configs import computes_in
     from .memory import estimate
@@ -97,10 +93,15 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
     args = build_sft_config(on_any_machine(recipe))
     computes = getattr(torch, computes_in(recipe))
     found = estimate(model, None, launch, args.optim.value, computes)
-    step = step_of(recipe, stack, args) if recipe.stack else None
-    if step is not None:
-        found = replace(found, step=count_step(model, step))
-    return Weighed(stack, model, found, step, args.optim.value)
+    full = full_step(args, stack.processor)
+    step = Step(
+        full.batch(stack.processor),
+        computes,
+        (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None,
+        accumulated=args.gradient_accumulation_steps > 1,
+    )
+    found = replace(found, step=count_step(model, step))
+    return Weighed(stack, model, found, full, args.optim.value)
 
 
 def on_any_machine(recipe: Recipe) -> Recipe:
@@ -113,34 +114,72 @@ def describe_image(processor: VLMProcessor) -> str:
     if not processor.reads_sizes:
         tokens = processor.num_image_tokens
         return f"An image becomes {tokens} {'token' if tokens == 1 else 'tokens'}."
-    sizes = ((640, 480), (1280, 960))
+    sizes = SIZES[1::-1]
     counts = " and ".join(f"{processor.count_image_tokens(size):,} for {size[0]}×{size[1]} pixels" for size in sizes)
     return f"How many tokens an image becomes depends on its size: {counts}."
 
 
-def step_of(recipe: Recipe, stack: Stack, args: Any) -> Step:
-    """The shapes of a step of a recipe: full batches of rows as long as `sft.max_length` lets them be.
+@dataclass(frozen=True)
+class FullStep:
+    """A step with as much in it as a recipe lets there be.
+
+    Attributes:
+        rows: Rows of a batch, each with an image.
+        length: Tokens of a row, those of its image included.
+        size: (width, height) of each image in pixels.
+        any_size: Whether an image of any size becomes the same.
+    """
+
+    rows: int
+    length: int
+    size: tuple[int, int]
+    any_size: bool
+
+    def __str__(self) -> str:
+        image, larger = "an image", ""
+        if not self.any_size:
+            image, larger = f"an image of {self.size[0]}×{self.size[1]} pixels", "; larger images take more"
+        rows = f"{self.rows} row" if self.rows == 1 else f"{self.rows} rows"
+        less = "shorter rows and rows without an image take less"
+        return f"A step: {rows} of {self.length} tokens, {image} in each; {less}{larger}."
+
+    def batch(self, processor: VLMProcessor) -> dict[str, Any]:
+        """What the collator makes of such rows: every token but the image's is scored, and the last row is shorter."""
+        from PIL import Image
+
+        (word, *_) = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
+        encoded = []
+        for number in range(self.rows):
+            row = processor.encode_rendered(_image_alone(processor), [self.size])
+            shorter = self.rows > 1 and number == self.rows - 1
+            for _ in range(self.length - shorter - len(row.input_ids)):
+                row.append(word, learned=True)
+            encoded.append(row)
+        images = [Image.new("RGB", self.size)] * self.rows
+        instructions = ["a " * self.length] * self.rows
+        return {**processor.batch(encoded), **processor.image_inputs(images, instructions)}
+
+
+def full_step(args: Any, processor: VLMProcessor) -> FullStep:
+    """The fullest step of a recipe: batches of rows as long as `sft.max_length` lets them be.
+
+    Args:
+        args: The trainer's arguments.
+        processor: Says how many tokens an image becomes.
 
     Raises:
-        UserError: An image does not fit into `sft.max_length`.
+        UserError: Not even a small image fits into `sft.max_length`.
     """
-    import torch
-    from PIL import Image
+    length, tokens = args.max_length or WITHOUT_LIMIT, 0
+    for size in SIZES if processor.reads_sizes else SIZES[-1:]:
+        # With a token of text behind it, and one more in all rows but the last.
+        tokens = len(processor.encode_rendered(_image_alone(processor), [size]).input_ids)
+        if tokens + 2 <= length:
+            return FullStep(args.per_device_train_batch_size, length, size, not processor.reads_sizes)
+    raise UserError(f"sft.max_length is {length}, but an image makes a row of {tokens} tokens; raise it.")
 
-    from .activations import Step
-    from .configs import computes_in
 
-    length = args.max_length or WITHOUT_LIMIT
-    tokens = stack.processor.num_image_tokens
-    if length <= tokens:
-        raise UserError(f"sft.max_length is {length}, but an image alone takes {tokens} tokens; raise it.")
-    pixels = stack.processor.encode_images([Image.new("RGB", (64, 64))])
-    assert pixels is not None
-    return Step(
-        rows=args.per_device_train_batch_size,
-        length=length,
-        image=(pixels.shape[-2], pixels.shape[-1]),
-        autocast=getattr(torch, computes_in(recipe)),
-        checkpointing=(args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None,
-        accumulated=args.gradient_accumulation_steps > 1,
-    )
+def _image_alone(processor: VLMProcessor) -> RenderedChat:
+    from .chat_template import RenderedChat
+
+    return RenderedChat(processor.image_token, [], [(0, len(processor.image_token))])

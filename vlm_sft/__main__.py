@@ -1,0 +1,8 @@
+"""`python -m vlm_sft`: the command `vlm-sft`."""
+
+from __future__ import annotations
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()
