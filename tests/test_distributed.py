@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_family_model import encoded
+from tiny_families import tiny
 
 from vlm_sft import load_recipe
 from vlm_sft.assets import accelerate_config_path
@@ -59,6 +61,33 @@ def write(recipe_file, chats, tmp_path):
     return write_one
 
 
+@pytest.fixture
+def pictures(tmp_path) -> str:
+    """Rows with an image of another shape each, or with none, in turn; then text for both processes."""
+    rows = []
+    for i, size in enumerate([(40, 30), None, (300, 60), None, None, None, None, (60, 200)]):
+        if size:
+            (tmp_path / f"{i}.png").write_bytes(encoded(size))
+        ask = [*([{"type": "image"}] if size else []), {"type": "text", "text": "What is this?"}]
+        messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": "a red 3 and a blue 7"[: 5 + i]}]
+        rows.append({"images": [f"{i}.png"] if size else [], "messages": messages})
+    (tmp_path / "pictures.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return str(tmp_path / "pictures.jsonl")
+
+
+@pytest.fixture
+def write_model(write, pictures):
+    """Writes a recipe that starts from an existing VLM."""
+
+    def write_one(name: str, batch: int, family: str, **changes) -> Path:
+        source = {"path": pictures, "format": "messages"}
+        model = {"model": {"pretrained": str(tiny(family))}, "stack": None, "chat_template": None, "lora": None}
+        data = {"train": [source], "eval": [source]}
+        return write(name, batch, {"max_length": 1024, "max_steps": 4}, **{**model, "data": data, **changes})
+
+    return write_one
+
+
 def launch(config: Path, program: list[str], **environment: str) -> subprocess.CompletedProcess:
     """`accelerate launch` with two processes; the address is free, and nothing is asked of a network."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
@@ -78,7 +107,8 @@ def on_cpu(name: str, folder: Path) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {**load_file(folder / "trained.safetensors"), **load_file(folder / "adapter_model.safetensors")}
+    files = [folder / name for name in ("trained.safetensors", "adapter_model.safetensors")]
+    return {name: tensor for file in files if file.is_file() for name, tensor in load_file(file).items()}
 
 
 def history(folder: Path, key: str) -> list[float]:
@@ -96,15 +126,24 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 @pytest.fixture
-def alone(write, monkeypatch) -> Path:
-    """What one process makes of the same global batches."""
+def unchecked(monkeypatch) -> None:
+    """No fresh process for the bundles of one process."""
     monkeypatch.setattr("vlm_sft.parity.check_parity", lambda *args: {"positions": 0, "max_difference": 0.0})
+
+
+@pytest.fixture
+def alone(write, unchecked) -> Path:
+    """What one process makes of the same global batches."""
     return train(load_recipe(write("alone", 2)))
 
 
 @pytest.mark.slow
-def test_fsdp2_makes_what_one_process_makes(write, alone, tmp_path):
+def test_fsdp2_makes_what_one_process_makes(write, write_model, alone, tmp_path):
+    # Qwen: a frozen language model without LoRA, through which a gradient comes back only for the image path's sake.
+    # Idefics3: as many crops as an image is large.
+    kinds = {"qwen2_5_vl": {"train": {"projector": 1e-2}}, "idefics3": {"train": {"projector": 1e-2}, "lora": {"r": 4}}}
     recipes = [
+        *(write_model(f"{kind}_two", 1, kind, **changes) for kind, changes in kinds.items()),
         write("fsdp2", 1, {"save_strategy": "steps", "save_steps": 3}),
         # Nothing of the image path is trained, but the process with text must still lend its share of the tower.
         write("adapter", 1, {"max_steps": 2}, train={}),
@@ -113,6 +152,9 @@ def test_fsdp2_makes_what_one_process_makes(write, alone, tmp_path):
     done = launch(on_cpu("fsdp2", tmp_path), [str(DRIVER), *map(str, recipes)])
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, tmp_path / "fsdp2")
+    for kind, changes in kinds.items():
+        one = train(load_recipe(write_model(f"{kind}_one", 2, kind, **changes)))
+        assert_same_run(one, tmp_path / f"{kind}_two")
     assert len(history(tmp_path / "adapter", "loss")) == 2
     # Shares and optimizer state are put back: the run that went on ends where the other did, and loads anywhere.
     assert_same_run(tmp_path / "fsdp2", tmp_path / "resumed")
@@ -122,14 +164,17 @@ def test_fsdp2_makes_what_one_process_makes(write, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_ddp_makes_what_one_process_makes_and_uneven_rows_end(write, alone, tmp_path):
+def test_ddp_makes_what_one_process_makes_and_uneven_rows_end(write, write_model, alone, tmp_path):
+    llava = {"family": "llava", "train": {"projector": 1e-2}, "lora": {"r": 4}}
     recipes = [
+        write_model("llava", 1, **llava),
         write("uneven", 1, {"max_steps": -1, "num_train_epochs": 2}, rows=7),
         write("ddp", 1),
     ]
     done = launch(accelerate_config_path("cpu_2"), [str(DRIVER), *map(str, recipes)])
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, tmp_path / "ddp")
+    assert_same_run(train(load_recipe(write_model("llava_alone", 2, **llava))), tmp_path / "llava")
     # Seven rows are four steps of two: the last batch is filled up from the start, and nobody waits.
     assert len(history(tmp_path / "uneven", "loss")) == 8
     # Images are exchanged with those of earlier batches, also where one process has none in this one.

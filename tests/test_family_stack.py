@@ -20,6 +20,7 @@ from vlm_sft.cli import app
 from vlm_sft.dry_run import dry_run as show
 from vlm_sft.errors import UserError
 from vlm_sft.export import export
+from vlm_sft.family_stack import compose_family
 from vlm_sft.freeze import FreezePlan, is_adapter, part_modules, part_of
 from vlm_sft.generation import answer, stream_answer
 from vlm_sft.launch import read_launch
@@ -82,8 +83,13 @@ def seen(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_it_trains_reloads_and_answers(name, model_recipe, seen):
-    folder = train(model_recipe(name))
+def test_it_trains_reloads_and_answers(name, model_recipe, rows_file, seen):
+    source = {"path": rows_file, "format": "messages"}
+    recipe = model_recipe(name, data={"train": [source], "eval": [source]})
+    folder = train(recipe)
+    said = {key for row in json.loads((folder / "metrics.json").read_text()) for key in row}
+    # Images can be exchanged where each takes as many tokens as any other.
+    assert "eval_loss" in said and ("eval_image_use" in said) == bool(compose_family(recipe)[1].num_image_tokens)
     manifest = json.loads((folder / "bundle.json").read_text())
     assert manifest["held"] == manifest["trained"] == ["projector"] and set(manifest["pieces"]) == {"model"}
     adapter = load_file(folder / "adapter_model.safetensors")
@@ -106,6 +112,14 @@ def test_what_an_earlier_stage_trained_stays_in_the_bundle(model_recipe, seen, t
     assert manifest["held"] == ["projector"] and manifest["trained"] == [] and manifest["adapter"]
     model, _ = load(two)
     assert torch.allclose(probe_logits(model, seen["batch"]), seen["logits"], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_image_use_is_measured_where_a_model_has_all_images_in_one_row(model_recipe, rows_file, seen):
+    source = {"path": rows_file, "format": "messages"}
+    model = {"pretrained": str(tiny("smolvlm")), "processor": {"do_image_splitting": False}}
+    folder = train(model_recipe("smolvlm", model=model, data={"train": [source], "eval": [source]}))
+    assert any("eval_image_use" in row for row in json.loads((folder / "metrics.json").read_text()))
 
 
 @pytest.mark.slow

@@ -39,6 +39,14 @@ def test_a_row_counts_when_all_its_images_were_exchanged():
     assert not (swapped["pixel_values"] == inputs["pixel_values"]).flatten(1).any(1).any()
 
 
+def test_images_of_a_whole_batch_in_one_row_are_exchanged_alike():
+    inputs = batch(1, 0, 2)
+    swapped, complete = with_other_images(inputs, PLACE, PER_IMAGE, None)
+    images = inputs["pixel_values"][None]
+    same, alike = with_other_images({**inputs, "pixel_values": images}, PLACE, PER_IMAGE, None)
+    assert torch.equal(same["pixel_values"], swapped["pixel_values"][None]) and torch.equal(alike, complete)
+
+
 def test_a_row_that_keeps_one_of_its_images_does_not_count():
     inputs = batch(2, 1)
     inputs["pixel_values"] = inputs["pixel_values"].clone()

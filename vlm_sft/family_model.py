@@ -6,7 +6,7 @@ The class that is made is a subclass of the model's own and has its name, its pa
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwr
 from .losses import scaled_logits, supervised_losses
 from .modeling import VLMOutput
 from .positions import ExactRotations
+from .sharded import others_wait_for
 
 # What of the image path's output goes to the language model; Fuyu's has only a last hidden state.
 FEATURES = ("pooler_output", "deepstack_features")
@@ -52,8 +53,6 @@ class FamilyModel(ExactRotations, PreTrainedModel):
             **inputs: What the model's own forward takes.
         """
         hidden = self.last_hidden_state(**inputs)
-        if inputs.get("pixel_values") is None and self.training:
-            hidden = hidden + self.idle_image_path().to(hidden.dtype)
         config, head = self.config.get_text_config(), self.get_output_embeddings()
         score = functools.partial(scaled_logits, head, config)
         losses, hits, weights = supervised_losses(score, hidden, labels, loss_weights)
@@ -67,13 +66,28 @@ class FamilyModel(ExactRotations, PreTrainedModel):
 
     def last_hidden_state(self, **inputs: Any) -> torch.Tensor:
         """(B, S, D) what the head reads."""
-        return self.base_model(**inputs).last_hidden_state
+        if inputs.get("pixel_values") is not None or not others_wait_for(self._image_path(), self.training):
+            return self.base_model(**inputs).last_hidden_state
+        # Where and when the image features would come in: processes that share weights must ask for the same ones in
+        # the same order, on the way back too, which a frozen language model has only behind what is trained.
+        hook = self.get_input_embeddings().register_forward_hook(self._add_idle_image_path)
+        try:
+            return self.base_model(**inputs).last_hidden_state
+        finally:
+            hook.remove()
 
     def idle_image_path(self) -> torch.Tensor:
         """Zero, as a function of every parameter of the image path."""
         output = self.base_model.get_image_features(**self._blank_inputs())
         features = [output.get(name) for name in FEATURES if output.get(name) is not None]
-        return sum(tensor.float().sum() for tensor in _tensors(features or output.last_hidden_state)) * 0.0
+        zero = torch.zeros((), device=self.device)
+        return sum((tensor.float().sum() for tensor in _tensors(features or output.last_hidden_state)), zero) * 0.0
+
+    def _add_idle_image_path(self, table: nn.Module, args: Any, embeds: torch.Tensor) -> torch.Tensor:
+        return embeds + self.idle_image_path().to(embeds.dtype)
+
+    def _image_path(self) -> Iterator[nn.Parameter]:
+        return (p for name, p in self.named_parameters() if part_of(name) != "language_model")
 
     def _blank_inputs(self) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.device) for name, tensor in self.blank.items()}
@@ -97,6 +111,7 @@ class Kosmos2(FamilyModel):
         if inputs.get("image_embeds") is not None:
             return inputs
         pixels = inputs.get("pixel_values")
+        # None of a blank image's: the image path is run all the same, as on processes that have images.
         features = self._features(**self._blank_inputs())[:0] if pixels is None else self._features(pixels)
         return {**{name: value for name, value in inputs.items() if name != "pixel_values"}, "image_embeds": features}
 
@@ -114,10 +129,6 @@ class Kosmos2(FamilyModel):
         super().enable_input_require_grads()
         copy = self.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.clone())
         self._require_grads_hooks.append(copy)
-
-    def idle_image_path(self) -> torch.Tensor:
-        """Zero, as a function of every parameter of the image path."""
-        return self._features(**self._blank_inputs()).float().sum() * 0.0
 
     def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # As in Kosmos2ForConditionalGeneration.forward.

@@ -13,10 +13,11 @@ def with_other_images(
     """Exchanges each image of a batch for another row's.
 
     Args:
-        inputs: A batch: (B, S) `input_ids` and, where it has images, (N, 3, H, W) `pixel_values`.
+        inputs: A batch: (B, S) `input_ids` and, where it has images, `pixel_values`: (N, 3, H, W), or
+            (1, N, 3, H, W) as Idefics3 has them.
         image_token_id: Id that stands for images.
         per_image: How many of it every image has.
-        spare: (M, 3, H, W) images of an earlier batch, or None.
+        spare: `pixel_values` of an earlier batch, or None.
 
     Returns:
         The batch with exchanged images, and (B,) the rows of which all images were exchanged.
@@ -26,10 +27,14 @@ def with_other_images(
     if images is None:
         return inputs, torch.zeros_like(counts, dtype=torch.bool)
     owners = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    swapped, exchanged = exchange_images(images, owners, spare)
+    swapped, exchanged = exchange_images(_flat(images), owners, None if spare is None else _flat(spare))
     left = torch.zeros_like(counts, dtype=torch.bool)
     left[owners[~exchanged]] = True
-    return {**inputs, "pixel_values": swapped}, (counts > 0) & ~left
+    return {**inputs, "pixel_values": swapped.view_as(images)}, (counts > 0) & ~left
+
+
+def _flat(images: torch.Tensor) -> torch.Tensor:
+    return images.flatten(0, -4)
 
 
 def exchange_images(

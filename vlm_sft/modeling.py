@@ -26,7 +26,7 @@ from .blank_parts import Parts, mark_initialised, parts_from_config
 from .configuration import VLMConfig, count_patches, image_size_of
 from .losses import scaled_logits, supervised_losses
 from .positions import ExactRotations
-from .sharded import is_sharded
+from .sharded import others_wait_for
 
 # What a batch holds beside `pixel_values` for a resampler that reads the instruction: (N, L) each, one row an image.
 INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
@@ -198,9 +198,7 @@ class VLMModel(VLMPreTrainedModel):
     ) -> torch.Tensor:
         """(B, S) ids and (N, 3, H, W) images → (B, S, D) embeddings with the image features in place.
 
-        A training batch without images still runs the image path once, with weight zero, so that every trained
-        parameter has a gradient on every rank (DeepSpeed#7170: without it ZeRO and DDP wait for ever). So does every
-        batch without images where the image path is sharded, frozen or not: other ranks need this one's share.
+        A batch without images still runs the image path once, with weight zero, where other processes wait for it.
         """
         table = self.get_input_embeddings()
         image_mask = input_ids == self.config.image_token_id
@@ -209,17 +207,15 @@ class VLMModel(VLMPreTrainedModel):
         embeds = table(known)
         if pixel_values is None:
             self._check_image_count(int(image_mask.sum()), 0)
-            return embeds + self._zero_from_image_path(embeds) if self._image_path_must_run() else embeds
+            path = (p for part in self._image_path() for p in part.parameters())
+            return embeds + self._zero_from_image_path(embeds) if others_wait_for(path, self.training) else embeds
         features = self.get_image_features(pixel_values, **instruction)
         self._check_image_count(int(image_mask.sum()), features.shape[0] * features.shape[1])
         features = features.to(embeds.device, embeds.dtype).flatten(0, 1)
         return embeds.masked_scatter(image_mask.unsqueeze(-1), features)
 
-    def _image_path_must_run(self) -> bool:
-        """Whether other processes may wait for this one: for gradients, or for its share of the weights."""
-        path = (self.vision_tower, self.resampler, self.projector)
-        weights = [p for part in path if part is not None for p in part.parameters()]
-        return (self.training and any(p.requires_grad for p in weights)) or is_sharded(weights)
+    def _image_path(self) -> list[nn.Module]:
+        return [part for part in (self.vision_tower, self.resampler, self.projector) if part is not None]
 
     def _zero_from_image_path(self, like: torch.Tensor) -> torch.Tensor:
         height, width = image_size_of(self.config.vision_config)

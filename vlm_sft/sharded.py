@@ -18,6 +18,16 @@ def is_sharded(parameters: Iterable[torch.Tensor]) -> bool:
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters)
 
 
+def others_wait_for(parameters: Iterable[torch.Tensor], training: bool) -> bool:
+    """Whether other processes wait for this one to use these, although its batch does not need them.
+
+    They wait for its gradients (DeepSpeed#7170: ZeRO and DDP without end), or for its share of the weights; for that
+    also where nothing is trained, and in an evaluation.
+    """
+    weights = list(parameters)
+    return (training and any(p.requires_grad for p in weights)) or is_sharded(weights)
+
+
 def repeated_layers(model: nn.Module) -> list[str]:
     """Names of the classes of which a model is a stack: what FSDP gathers, uses and gives back one after the other.
 
