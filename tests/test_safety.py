@@ -150,6 +150,18 @@ def test_a_repository_names_no_path_of_this_machine(bundle, tmp_path):
         load(fetched)
 
 
+def test_a_repository_may_name_a_folder_below_the_one_you_are_in(bundle, pieces, tmp_path, monkeypatch):
+    fetched = tmp_path / "models--me--it" / "snapshots" / ("0" * 40)
+    fetched.parent.mkdir(parents=True)
+    bundle.rename(fetched)
+    here = Path(pieces["llama"]).parents[2]
+    monkeypatch.chdir(here)
+    for name in ("recipe.yaml", "bundle.json"):
+        text = (fetched / name).read_text(encoding="utf-8")
+        (fetched / name).write_text(text.replace(f"{here}/", ""), encoding="utf-8")
+    load(fetched)
+
+
 STRANGE_PIECES = {
     "another part": {"language_model.trust_remote_code=true #": {"pretrained": "a", "fingerprint": "b"}},
     "no mapping": ["a"],

@@ -114,11 +114,16 @@ def _refuse_paths(recipe: Recipe, where: str) -> None:
     for key, piece in pieces_in(recipe).items():
         given = [getattr(piece, name, None) for name in ("pretrained", "tokenizer")]
         named = [*filter(None, given), *(getattr(piece, "more", None) or [])]
-        if wrong := [name for name in named if not is_name(name)]:
+        if wrong := [name for name in named if not is_name(name) and not _is_below(name)]:
             raise UserError(
                 f"{where!r} names a folder of the machine that it was trained on ({wrong[0]!r}, {key}); fetch "
                 f"it with `hf download` and write your path into its {RECIPE}."
             )
+
+
+def _is_below(name: str) -> bool:
+    """Whether a path leads to a place below the folder that one is in."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _load_processor(folder: Path, recipe: Recipe, config: Any) -> VLMProcessor:
