@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from .answer_file import ignores_text, open_bundle
 from .answer_options import check_options
@@ -20,6 +21,7 @@ from .assets import closest
 from .errors import UserError
 from .generation import PromptTooLongError, stream_answer
 from .images import load_image
+from .processor import VLMProcessor
 
 COMMANDS = {
     "/image": "/image PATH   add an image to the next question    给下一个问题加图片",
@@ -76,7 +78,9 @@ class Conversation:
         waiting: Images of the next question.
     """
 
-    def __init__(self, model: Any, processor: Any, options: dict[str, Any], waiting: list[Image.Image]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processor: VLMProcessor, options: dict[str, Any], waiting: list[Image.Image]
+    ) -> None:
         self.model, self.processor, self.options = model, processor, options
         self.waiting = waiting
         self.captions_only = ignores_text(processor)

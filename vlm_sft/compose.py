@@ -19,7 +19,7 @@ from .processors import build_processor
 from .sizes import language_model_config, resampler_config, vision_tower_config
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .recipe import Recipe, Resampler
 
 PROJECTOR_OPTIONS = {"mlp": ("depth", "activation"), "pixel_shuffle": ("scale_factor",)}
 
@@ -94,7 +94,7 @@ def check_image_size(config: VLMConfig, processor: VLMProcessor, name: str) -> t
     return height, width
 
 
-def _add_resampler(config: VLMConfig, spec: Any, vision_config: PreTrainedConfig) -> None:
+def _add_resampler(config: VLMConfig, spec: Resampler, vision_config: PreTrainedConfig) -> None:
     qformer, num_query_tokens = resampler_config(spec)
     if qformer.encoder_hidden_size != vision_config.hidden_size:
         raise UserError(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from .collator import MultimodalCollator
     from .ledger import Ledger
+    from .processor import VLMProcessor
     from .recipe_data import Data
 
 LOOKED_AT = 20_000  # rows whose text is read
@@ -111,7 +112,7 @@ def look_at(evidence: Evidence, collator: MultimodalCollator, train: Any, held_o
         evidence.leaks = shared_images(every, others)
 
 
-def read_texts(evidence: Evidence, processor: Any, rows: list[dict[str, Any]]) -> None:
+def read_texts(evidence: Evidence, processor: VLMProcessor, rows: list[dict[str, Any]]) -> None:
     """Fills in what the texts of some rows tell.
 
     Args:
@@ -127,7 +128,7 @@ def read_texts(evidence: Evidence, processor: Any, rows: list[dict[str, Any]]) -
     evidence.coverage = coverage_of(answers, processor.tokenizer)
 
 
-def glance(train: Any, processor: Any) -> list[Finding]:
+def glance(train: Any, processor: VLMProcessor) -> list[Finding]:
     """What the texts of a few rows tell: the part of preflight that every training begins with.
 
     Args:

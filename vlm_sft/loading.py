@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .adapters import add_adapter
 from .bundle import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED, parameters_of, read_manifest
@@ -126,7 +127,7 @@ def _is_below(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def _load_processor(folder: Path, recipe: Recipe, config: Any) -> VLMProcessor:
+def _load_processor(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> VLMProcessor:
     if recipe.model is None:
         return VLMProcessor.from_pretrained(str(folder), trust_remote_code=False)
     spec = recipe.model.model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})

@@ -16,6 +16,7 @@ from .terminal import make_console, say
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from trl import SFTConfig
 
     from .checks import Evidence
     from .collator import MultimodalCollator
@@ -172,7 +173,7 @@ def _folder() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _time(proof: Proof, args: Any, launch: Launch, rows: Any) -> list[str]:
+def _time(proof: Proof, args: SFTConfig, launch: Launch, rows: Any) -> list[str]:
     """How long the run would take at the speed of the last real step."""
     batch = args.train_batch_size * args.gradient_accumulation_steps * launch.processes
     if args.max_steps > 0:

@@ -17,7 +17,7 @@ from .safety import check_picture
 from .sizes import is_foreign
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .recipe import Recipe, Resampler, VisionTower
 
 
 def build_processor(recipe: Recipe, config: VLMConfig) -> VLMProcessor:
@@ -45,18 +45,18 @@ def build_processor(recipe: Recipe, config: VLMConfig) -> VLMProcessor:
     return processor
 
 
-def _load_qformer_tokenizer(spec: Any) -> Any:
+def _load_qformer_tokenizer(spec: Resampler) -> Any:
     """The tokenizer that the recipe names, at the top of its folder, or the one that lies in the checkpoint."""
-    options = {"revision": spec.revision, "subfolder": QFORMER_TOKENIZER}
-    if spec.tokenizer:
-        options = {"revision": None, "subfolder": ""}
-        if not Path(spec.tokenizer).exists():
-            look_for_hub()
+    source = spec.tokenizer or spec.pretrained
+    assert source is not None, "a rule of the recipe: a resampler is pretrained"
+    revision, subfolder = (None, "") if spec.tokenizer else (spec.revision, QFORMER_TOKENIZER)
+    if spec.tokenizer and not Path(spec.tokenizer).exists():
+        look_for_hub()
     try:
-        return load_qformer_tokenizer(spec.tokenizer or spec.pretrained, **options)
+        return load_qformer_tokenizer(source, subfolder, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"stack.resampler: {spec.tokenizer or spec.pretrained!r} has no tokenizer for the instruction that the "
+            f"stack.resampler: {source!r} has no tokenizer for the instruction that the "
             f"Q-Former reads; name one under stack.resampler.tokenizer (published: google-bert/bert-base-uncased)."
         ) from error
 
@@ -70,7 +70,7 @@ def _check_vocabulary(size: int, config: VLMConfig) -> None:
         )
 
 
-def _load_image_processor(tower: Any, config: VLMConfig) -> Any:
+def _load_image_processor(tower: VisionTower, config: VLMConfig) -> Any:
     """The tower's own; for layouts without one: bicubic to a square, OpenAI's mean and std (LAVIS, Owl and Qwen-VL)."""
     if is_foreign(tower, "stack.vision_tower.pretrained"):
         height, width = image_size_of(config.vision_config)

@@ -10,6 +10,7 @@ from .losses import IGNORED
 
 if TYPE_CHECKING:
     from .collator import Sample
+    from .processor import VLMProcessor
 
 LONGEST_CHARACTER = 8  # tokens that one character may take before it is shown as what cannot be read
 UNREADABLE = "\ufffd"
@@ -34,7 +35,7 @@ class TokenGroup:
     position: int
 
 
-def token_groups(sample: Sample, messages: Sequence[dict[str, Any]], processor: Any) -> list[TokenGroup]:
+def token_groups(sample: Sample, messages: Sequence[dict[str, Any]], processor: VLMProcessor) -> list[TokenGroup]:
     """The tokens of a sample in order, as the collator made them: what a subclass changed is shown changed.
 
     Args:
@@ -53,7 +54,7 @@ def token_groups(sample: Sample, messages: Sequence[dict[str, Any]], processor: 
 _Group = tuple[str, bool, tuple[int, ...], int, bool]  # text, learned, ids, position, whether it is an image
 
 
-def _groups(ids: Sequence[int], labels: Sequence[int], processor: Any) -> Iterator[_Group]:
+def _groups(ids: Sequence[int], labels: Sequence[int], processor: VLMProcessor) -> Iterator[_Group]:
     images, at = set(processor.image_token_ids), 0
     while at < len(ids):
         end, learned = at + 1, labels[at] != IGNORED

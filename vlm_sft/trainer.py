@@ -27,6 +27,7 @@ from .freeze import FreezePlan, is_adapter, is_quantised, part_of
 from .image_use import with_other_images
 from .ledger import Ledger
 from .loading import load_trained
+from .losses import IGNORED
 from .modeling import VLMForConditionalGeneration
 from .sharded import gather, repeated_layers
 from .watch import WatchedTrainer
@@ -194,7 +195,7 @@ class VLMSFTTrainer(WatchedTrainer):
         if not self._on_any_process(bool(complete.any())):
             return
         other = model(**inputs, supervised_only=True, use_cache=False).token_losses
-        rows = (inputs["labels"][:, 1:] != -100).nonzero()[:, 0]
+        rows = (inputs["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
         chosen = complete[rows]
         sums = self._sums["eval"]
         sums["own_loss"] += float(own[chosen].sum())
