@@ -7,9 +7,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    LlamaConfig,
+    OPTConfig,
+    RecurrentGemmaConfig,
+)
 
 from vlm_sft import losses
-from vlm_sft.losses import supervised_losses
+from vlm_sft.losses import scales_as_its_class, supervised_losses
 
 
 def make(batch=2, length=6, width=4, vocabulary=9, seed=0):
@@ -64,3 +74,26 @@ def test_nothing_to_learn_still_reaches_the_graph():
     assert not found.numel() and not hits.numel()
     found.sum().backward()
     assert hidden.grad is not None and not hidden.grad.any()
+
+
+SIZES = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+SCALED = [
+    (LlamaConfig(**SIZES), True),
+    (CohereConfig(**SIZES, logit_scale=0.25), True),
+    (GraniteConfig(**SIZES, logits_scaling=5.0), True),
+    (Gemma2Config(**SIZES, final_logit_softcapping=0.5), True),
+    (OPTConfig(**SIZES, ffn_dim=16, word_embed_proj_dim=16), True),  # reaches below its inner model
+    (HyperCLOVAXConfig(**SIZES, logits_scaling=5.0), False),  # times, where Granite divides by it
+    (RecurrentGemmaConfig(**SIZES, lru_width=16, logits_soft_cap=0.5), False),
+]
+
+
+@pytest.mark.parametrize(("config", "known"), SCALED, ids=lambda value: getattr(value, "model_type", ""))
+def test_what_a_class_does_after_its_head_is_known_or_noticed(config, known):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_()
+    assert scales_as_its_class(model) == known
+    assert model(input_ids=torch.tensor([[1, 2]]), use_cache=False).logits.shape == (1, 2, 20), "it is as it was"

@@ -32,6 +32,8 @@ from published_checkpoints import (
 from safetensors.torch import load_file, save_file
 from transformers import (
     Blip2ForConditionalGeneration,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
     LlamaForCausalLM,
     T5Config,
 )
@@ -312,6 +314,14 @@ def test_a_language_model_that_is_not_causal_is_named(pieces, tmp_path):
     folder, _ = instructblip(pieces, tmp_path, text=t5)
     with pytest.raises(UserError, match=rf"^{LM}: a 't5' checkpoint is no causal language model\.$"):
         load_language_model(spec(folder), torch.float32)
+
+
+def test_a_language_model_whose_logits_would_be_wrong_is_refused(tmp_path):
+    config = HyperCLOVAXConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                               num_attention_heads=2, num_key_value_heads=2, logits_scaling=5.0)  # fmt: skip
+    HyperCLOVAXForCausalLM(config).save_pretrained(tmp_path / "hyper")
+    with pytest.raises(UserError, match=rf"^{LM}: hyperclovax models change their logits after the head in a way"):
+        load_language_model(spec(tmp_path / "hyper"), torch.float32)
 
 
 def test_an_encoder_is_no_language_model(pieces, tmp_path):

@@ -239,6 +239,17 @@ def test_match_embeddings_gives_the_output_the_size_of_the_embeddings(projector,
     assert all(p.requires_grad for p in model.model.projector.parameters())
 
 
+def test_match_embeddings_matches_what_is_read_from_the_table(recipe):
+    """Gemma 3 scales it by the square root of its width."""
+    model = build_stack(recipe("clip", projector="linear", **PATCH)).model.eval()
+    table = model.get_input_embeddings()
+    table.register_forward_hook(lambda module, given, rows: rows * 4)
+    pixels = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    match_embeddings(model, pixels)
+    size = model.get_image_features(pixels).pow(2).mean().sqrt()
+    torch.testing.assert_close(size, table.weight.pow(2).mean().sqrt() * 4, rtol=1e-4, atol=0)
+
+
 def test_a_model_without_weights_is_told_apart_from_one_with(recipe, more_pieces):
     """The composed model has the very weights of its language model, head included."""
     model = build_stack(recipe("clip", lm="gpt2")).model.eval()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # Positions scored at a time: bounds the logits in memory to this many rows of the vocabulary.
 CHUNK = 1024
@@ -33,6 +35,46 @@ def scaled_logits(head: nn.Module, config: Any, hidden: torch.Tensor) -> torch.T
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+class _Given(BaseModelOutputWithPast):
+    """An output that has every attribute a class may ask for."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@torch.no_grad()
+def scales_as_its_class(causal_lm: PreTrainedModel) -> bool:
+    """Whether `scaled_logits` gives what the class of a language model makes of the same last hidden state.
+
+    Only the head computes: what stands below it returns one random state. A class that does not run so (OPT reaches
+    below its own inner model) passes.
+
+    Args:
+        causal_lm: A causal language model with its weights.
+    """
+    base, head = causal_lm.base_model, causal_lm.get_output_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(1, 1, head.weight.shape[-1], generator=generator).to(head.weight)
+    own = vars(base).get("forward")
+    base.forward = lambda *args, **kwargs: _Given(last_hidden_state=state)
+    below = causal_lm.get_input_embeddings().register_forward_pre_hook(_refuse)
+    try:
+        theirs = causal_lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=state.device), use_cache=False).logits
+    except Exception:  # whatever a class needs beside a last hidden state
+        return True
+    finally:
+        below.remove()
+        del base.forward
+        if own is not None:  # accelerate's, which moves inputs to a device
+            base.forward = own
+    ours = scaled_logits(head, causal_lm.config.get_text_config(), state)
+    return torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-3)
+
+
+def _refuse(module: nn.Module, args: Any) -> None:
+    raise RuntimeError("nothing below the head is to compute")
 
 
 def supervised_losses(

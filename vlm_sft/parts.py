@@ -22,6 +22,7 @@ from .configuration import count_patches, image_size_of
 from .connectors import PROJECTORS, build_resampler
 from .errors import UserError
 from .layouts import Origin, detect
+from .losses import scales_as_its_class
 from .positions import INTERPOLATING, TABLES, fit_positions
 from .quantization import HEADS, leave_out, settle
 from .safety import check_weights
@@ -117,6 +118,9 @@ def load_language_model(spec: Any, dtype: torch.dtype, **options: Any) -> PreTra
         spec: Has `pretrained`, `revision`, `trust_remote_code`, `attn_implementation`.
         dtype: Type of the weights in memory.
         **options: Passed on to `from_pretrained` (for instance `quantization_config`).
+
+    Raises:
+        UserError: It cannot be had, or makes its logits in a way that the loss does not know.
     """
     key = "stack.language_model.pretrained"
     config, names = language_model_config(spec)
@@ -129,6 +133,11 @@ def load_language_model(spec: Any, dtype: torch.dtype, **options: Any) -> PreTra
         check_size(AutoModelForCausalLM.from_config, config, open_checkpoint(spec, "language_model"))
     options.update(dtype=dtype, attn_implementation=spec.attn_implementation)
     model = from_pretrained(AutoModelForCausalLM, spec, key, **options)
+    if not scales_as_its_class(model):
+        raise UserError(
+            f"{key}: {config.model_type} models change their logits after the head in a way that is not known here, so "
+            f"the loss would be that of another model; use another language model."
+        )
     if quantised is not None:
         settle(model)
     return model

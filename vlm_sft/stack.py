@@ -186,8 +186,9 @@ def match_embeddings(
     Returns:
         The factor that was applied.
     """
-    table = model.get_input_embeddings().weight.detach().float()
-    target = table.pow(2).mean().sqrt()
+    table = model.get_input_embeddings()
+    rows = torch.arange(table.num_embeddings, device=table.weight.device)
+    target = table(rows).float().pow(2).mean().sqrt()  # Gemma 3 scales what it reads from its table
     was_training = model.training
     model.eval()
     measured = model.get_image_features(pixel_values, **instruction).float().pow(2).mean().sqrt()
