@@ -316,3 +316,35 @@ def golden_stack(recipe_file):
         return built
 
     return make
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs `python -m vlm_sft.train` with these arguments in this process; returns the one sentence it ends with."""
+
+    from vlm_sft.train import main
+
+    def run(*arguments) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and "Traceback" not in said
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and said.splitlines()[-1] == errors[0], said
+        return errors[0]
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path, photos):
+    """Writes rows as JSONL and returns a recipe's `data`; the image `photo.png` lies beside them."""
+
+    def write(*rows, kind="messages", **source) -> dict:
+        shutil.copy(photos[1], tmp_path / "photo.png")
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return {"train": [{"path": str(path), "format": kind, **source}]}
+
+    return write

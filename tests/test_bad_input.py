@@ -8,55 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from bad_input import command
+from conftest import tiny_stack
 
-from vlm_sft import load_recipe
 from vlm_sft import train as train_module
 from vlm_sft.assets import accelerate_config_path
-from vlm_sft.bundle import Provenance, save_bundle
-from vlm_sft.stack import build_stack
 from vlm_sft.terminal import make_console
 from vlm_sft.train import main
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def refused(capsys):
-    """Runs `python -m vlm_sft.train` with these arguments in this process; returns the one sentence it ends with."""
-
-    def run(*arguments) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        said = capsys.readouterr().err
-        assert ended.value.code == 2 and "Traceback" not in said
-        errors = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and said.splitlines()[-1] == errors[0], said
-        return errors[0]
-
-    return run
-
-
-@pytest.fixture
-def data(tmp_path, photos):
-    """Writes rows as JSONL and returns a recipe's `data`; the image `photo.png` lies beside them."""
-
-    def write(*rows, kind="messages", **source) -> dict:
-        shutil.copy(photos[1], tmp_path / "photo.png")
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        return {"train": [{"path": str(path), "format": kind, **source}]}
-
-    return write
-
-
-def chat(question, answer, **more):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
 
 
 # ------------------------------------------------------------------------------------------------------------ recipe
@@ -154,113 +117,6 @@ def test_chat_template_without_generation_markers(refused, recipe_file, tmp_path
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- rows
-
-
-def broken_image(path: Path, kind: str) -> None:
-    if kind == "truncated":
-        Image.effect_noise((200, 200), 50).convert("RGB").save(path)
-        path.write_bytes(path.read_bytes()[:3000])
-    elif kind == "zero bytes":
-        path.write_bytes(b"")
-    elif kind == "a web page":
-        path.write_text("<!DOCTYPE html><html>404</html>")
-
-
-IMAGES = {
-    "missing": "row rows/9: the image bad.png was not found in the folder {folder}: correct the path in the data or "
-    "the source's `images` folder.",
-    "zero bytes": "row rows/9: the image {path} is empty (0 bytes): download it again or remove the row.",
-    "truncated": "row rows/9: the image {path} is truncated or damaged (image file is truncated): download it again or "
-    "remove the row.",
-    "a web page": "row rows/9: the image {path} is not an image (it looks like HTML: a web page was saved in its "
-    "place).",
-}
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("kind", IMAGES)
-def test_broken_image(refused, recipe_file, data, tmp_path, kind, workers):
-    broken_image(tmp_path / "bad.png", kind)
-    rows = [{"image": "photo.png", "caption": "a"}] * 8 + [{"image": "bad.png", "caption": "b"}]
-    # What only decoding shows comes out of a data-loader worker, which torch wraps in a traceback.
-    path = recipe_file(data=data(*rows, kind="caption"))
-    said = refused(path, f"sft.dataloader_num_workers={workers}", "sft.max_steps=3")
-    assert said == f"error: {IMAGES[kind].format(path=tmp_path / 'bad.png', folder=tmp_path)}"
-
-
-def test_broken_image_of_an_evaluation(refused, recipe_file, data, tmp_path, caption_file):
-    broken_image(tmp_path / "bad.png", "truncated")
-    evaluated = data({"image": "bad.png", "caption": "b"}, kind="caption")["train"]
-    path = recipe_file(data={"train": [{"path": caption_file, "format": "caption"}], "eval": evaluated})
-    assert refused(path).startswith(f"error: row rows/1: the image {tmp_path}/bad.png is truncated or damaged")
-
-
-@pytest.mark.parametrize(
-    ("kind", "row"),
-    [
-        ("llava", {"image": "photo.png", "conversations": [{"from": "human", "value": "<image>\n<image>两只？"},
-                                                           {"from": "gpt", "value": "是"}]}),
-        ("messages", chat([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "q"}], "a",
-                          images=["photo.png"])),
-        ("vqa", {"image": "photo.png", "question": "<image> and <image>?", "answer": "a"}),
-    ],
-)  # fmt: skip
-def test_more_marks_than_images(refused, recipe_file, data, tmp_path, kind, row):
-    good = {"messages": chat("q", "a"), "llava": {**row, "image": ["photo.png"] * 2}, "vqa": {**row, "question": "q"}}
-    said = refused(recipe_file(data=data(good[kind], row, kind=kind)))
-    assert said.startswith(f"error: {tmp_path}/rows.jsonl, line 2: 2 image marks (")
-    assert said.endswith("but 1 image: give every mark its image, in order.")
-
-
-EMPTY = {
-    "messages": chat("q", "  "),
-    "llava": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]},
-    "vqa": {"image": "photo.png", "question": "q", "answer": " "},
-    "caption": {"image": "photo.png", "caption": ""},
-}
-
-
-@pytest.mark.parametrize("kind", EMPTY)
-def test_answer_empty(refused, recipe_file, data, tmp_path, kind):
-    said = refused(recipe_file(data=data(EMPTY[kind], kind=kind)))
-    assert said.startswith(f"error: {tmp_path}/rows.jsonl, line 1: ")
-    wanted = {
-        "vqa": '"answer" is empty: write an answer or remove the row.',
-        "caption": '"caption" is empty: write a caption or remove the row.',
-    }
-    assert said.endswith(wanted.get(kind, "message 1 is an empty answer; drop the turn or give the answer some text."))
-
-
-def test_no_answer_at_all(refused, recipe_file, data, tmp_path):
-    row = {"messages": [{"role": "user", "content": "hello"}]}
-    assert refused(recipe_file(data=data(chat("q", "a"), row))) == (
-        f"error: {tmp_path}/rows.jsonl, line 2: there is no answer to learn from: add an assistant's message or remove "
-        f"the row."
-    )
-
-
-def test_no_supervised_token(refused, recipe_file, data, tmp_path):
-    template = tmp_path / "mine.jinja"
-    template.write_text(
-        "{% for m in messages %}{% for p in m.content %}{% if p.type == 'image' %}{{ image_token }}{% else %}"
-        "{% if m.role == 'assistant' and p.text != 'skip' %}{% generation %}{{ p.text }}{% endgeneration %}"
-        "{% else %}{{ p.text }}{% endif %}{% endif %}{% endfor %}{% endfor %}"
-    )
-    path = recipe_file(chat_template=str(template), data=data(chat("q", "a"), chat("q", "skip")))
-    assert refused(path) == (
-        "error: row rows/2: no token would be in the loss; give the row an answer from the assistant."
-    )
-
-
-def test_a_row_longer_than_max_length(refused, recipe_file):
-    said = refused(recipe_file(), "sft.max_length=4")
-    assert said.startswith(
-        'error: 8 of 8 rows of the source "captions" cannot be used, more than data.max_rejected (0)'
-    )
-    assert "the first: row captions/1: its first turn alone has " in said and "sft.max_length is 4" in said
-
-
 # ------------------------------------------------------------------------------------------------------------- stack
 
 
@@ -275,17 +131,8 @@ def wide(pieces, tmp_path) -> str:
     return str(folder)
 
 
-def stack_of(pieces, tower=None, resampler=None, lm=None, **projector):
-    return {
-        "vision_tower": {"pretrained": tower or pieces["blip2"]},
-        "resampler": {"type": "qformer", "pretrained": resampler or pieces["blip2"]},
-        "projector": {"type": "linear", **projector},
-        "language_model": {"pretrained": lm or pieces["llama"]},
-    }
-
-
 def test_widths_that_do_not_fit(refused, recipe_file, pieces, wide):
-    assert refused(recipe_file(stack=stack_of(pieces, tower=wide))) == (
+    assert refused(recipe_file(stack=tiny_stack(pieces, tower=wide))) == (
         f"error: The vision tower gives features of width 48 but the resampler of {pieces['blip2']!r} reads width 24; "
         f"take both from the same checkpoint, or leave the resampler out and use an mlp projector."
     )
@@ -296,14 +143,14 @@ def test_a_pretrained_projector_of_another_width(refused, recipe_file, pieces, t
 
     path = tmp_path / "projector.safetensors"
     save_file({"language_projection.weight": torch.zeros(32, 40), "language_projection.bias": torch.zeros(32)}, path)
-    assert refused(recipe_file(stack=stack_of(pieces, pretrained=str(path)))) == (
+    assert refused(recipe_file(stack=tiny_stack(pieces, projector={"type": "linear", "pretrained": str(path)}))) == (
         f"error: stack.projector.pretrained: '{path}': tensor 'linear.weight' has the shape (32, 40), but (32, 16) is "
         f"needed; name a checkpoint that was made for this stack."
     )
 
 
 def test_a_piece_that_is_not_there(refused, recipe_file, pieces):
-    said = refused(recipe_file(stack=stack_of(pieces, lm="models/ziya")))
+    said = refused(recipe_file(stack=tiny_stack(pieces, lm="models/ziya")))
     assert said.startswith(
         "error: stack.language_model.pretrained: 'models/ziya' is no folder here and could not be had"
     )
@@ -312,7 +159,7 @@ def test_a_piece_that_is_not_there(refused, recipe_file, pieces):
 def test_a_language_model_without_a_tokenizer(refused, recipe_file, pieces, tmp_path):
     folder = tmp_path / "llama"
     shutil.copytree(pieces["llama"], folder, ignore=shutil.ignore_patterns("tokenizer*"))
-    assert refused(recipe_file(stack=stack_of(pieces, lm=str(folder)))) == (
+    assert refused(recipe_file(stack=tiny_stack(pieces, lm=str(folder)))) == (
         f"error: stack.language_model.pretrained: the folder '{folder}' has no tokenizer that transformers can read."
     )
 
@@ -325,154 +172,7 @@ def test_a_tokenizer_without_image_and_pad_token_is_no_error(recipe_file, capsys
         assert f"had no {token} token: it was added (no embedding is)." in said
 
 
-# ----------------------------------------------------------------------------------------------------------- folders
-
-
-def test_output_folder_not_empty_without_resume(refused, recipe_file):
-    path = recipe_file()
-    folder = Path(load_recipe(path).sft["output_dir"])
-    folder.mkdir(parents=True)
-    (folder / "notes.txt").write_text("mine")
-    assert refused(path) == (
-        f"error: sft.output_dir '{folder}' is not empty; choose another, remove it, or go on with the run in it: "
-        f"--resume."
-    )
-    assert refused(path, "sft.resume_from_checkpoint=true") == (
-        f"error: sft.resume_from_checkpoint is set, but '{folder}' has no checkpoint; leave it out to start, "
-        f"or use --resume, which does both."
-    )
-    assert refused(path, "sft.resume_from_checkpoint=nowhere") == (
-        "error: sft.resume_from_checkpoint: there is no folder 'nowhere'."
-    )
-    assert refused(path, f"sft.output_dir={folder}/notes.txt") == (
-        f"error: sft.output_dir '{folder}/notes.txt' is a file; choose another."
-    )
-
-
-def test_an_output_folder_that_cannot_be_made(refused, recipe_file):
-    assert refused(recipe_file(), "sft.output_dir=/proc/nothing/out") == (
-        "error: sft.output_dir '/proc/nothing/out' cannot be written: '/proc' takes no folder (No such file or "
-        "directory); choose another, or change its permissions."
-    )
-
-
-@pytest.fixture
-def bundle(recipe_file, tmp_path, pieces) -> Path:
-    """An untrained bundle on a language model of its own."""
-    own = tmp_path / "llama"
-    shutil.copytree(pieces["llama"], own)
-    recipe = load_recipe(recipe_file("first", stack=stack_of(pieces, lm=str(own))))
-    stack = build_stack(recipe)
-    save_bundle(tmp_path / "first", stack.model, stack.processor, stack.plan, Provenance(recipe, stack.pieces))
-    return tmp_path / "first"
-
-
-def test_bundle_of_another_base_to_start_from(refused, recipe_file, pieces, bundle):
-    said = refused(recipe_file("second", init_from=str(bundle), stack=stack_of(pieces, lm=pieces["opt"])))
-    assert said.startswith(f"error: init_from '{bundle}': the bundle was trained on the language_model of '")
-    assert f"but '{pieces['opt']}' gives" in said and said.endswith("use the same base.")
-
-
-def test_bundle_of_a_base_that_changed(bundle, tmp_path, capsys, monkeypatch):
-    from safetensors.torch import load_file, save_file
-
-    weights = tmp_path / "llama" / "model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    line = command(monkeypatch, capsys, "chat", bundle, "hello")
-    assert line.startswith(f"error: {bundle}: the bundle was trained on the language_model of '{tmp_path}/llama'")
-
-
-def test_a_run_does_not_go_on_with_another_recipe_or_base(refused, recipe_file, pieces, tmp_path, monkeypatch):
-    from safetensors.torch import load_file, save_file
-
-    monkeypatch.setattr("vlm_sft.parity.check_parity", lambda *args: {"positions": 1, "max_difference": 0.0})
-    own = tmp_path / "llama"
-    shutil.copytree(pieces["llama"], own)
-    path = recipe_file(stack=stack_of(pieces, lm=str(own)))
-    main([str(path), "sft.max_steps=1", "sft.save_strategy=steps", "sft.save_steps=1"])
-    checkpoint = Path(load_recipe(path).sft["output_dir"]) / "checkpoint-1"
-    assert refused(path, "--resume", "train.projector=1") == (
-        f"error: override \"train.projector=1\": the run of '{checkpoint}' was begun with train.projector: 0.01, which "
-        f"cannot become 1 on the way; use the recipe of that run, or start anew in another sft.output_dir."
-    )
-    weights = own / "model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    said = refused(path, "--resume")
-    assert said.startswith(f"error: {checkpoint}: the bundle was trained on the language_model of '{own}'")
-
-
-def test_folders_that_are_no_bundle(refused, recipe_file, tmp_path, capsys, monkeypatch):
-    sentence = f"error: '{tmp_path}/other' is no bundle: it has no bundle.json; give the output_dir of a finished run."
-    (tmp_path / "other").mkdir()
-    assert refused(recipe_file(init_from=str(tmp_path / "other"))) == sentence
-    assert command(monkeypatch, capsys, "evaluate", tmp_path / "other") == sentence
-
-
-VERBS = {"chat": ["hello"], "generate": ["questions.jsonl", "-o", "answers.jsonl"], "evaluate": [], "export": ["out"],
-         "push": ["me/mine"]}  # fmt: skip
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_says_what_a_folder_is_that_is_no_bundle(verb, tmp_path, monkeypatch, capsys):
-    """And says it without torch, which takes seconds to import."""
-    mine = tmp_path / "mine"
-    for folder in ("mine/stage1", "half/checkpoint-3", "exported"):
-        (tmp_path / folder).mkdir(parents=True)
-    (mine / "stage1" / "bundle.json").write_text("{}")
-    (tmp_path / "half" / "checkpoint-3" / "checkpoint.json").write_text('{"files": {}}')
-    (tmp_path / "exported" / "export.json").write_text("{}")
-    (tmp_path / "notes.txt").write_text("mine")
-    finished = "give the output_dir of a finished run."
-    monkeypatch.setitem(sys.modules, "vlm_sft.quiet", None)  # the first that a verb imports when it starts
-    for given, what in {
-        "notes.txt": f"it is a file; {finished}",
-        "mine": f"it has no bundle.json; give one of those in it: '{mine}/stage1'.",
-        "mine/stage2": f"there is no such folder; did you mean '{mine}/stage1'?",
-        "nothing/here": f"there is no such folder; {finished}",
-        "half": f"its run did not end; give a checkpoint, '{tmp_path}/half/checkpoint-3', or go on with the run: "
-        "--resume.",
-        "exported": "it is an export, which transformers loads by itself; give the bundle that it was made from.",
-    }.items():
-        said = command(monkeypatch, capsys, verb, tmp_path / given, *VERBS[verb])
-        assert said == f"error: '{tmp_path}/{given}' is no bundle: {what}"
-
-
-def test_debug_batch_says_what_to_give(tmp_path, monkeypatch, capsys):
-    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
-    for given, what in {
-        "run": "has no watch.jsonl: no step of this run went wrong, so there is none to show.",
-        "nothing": "is no run: there is no such folder; give the sft.output_dir of one.",
-        "run/checkpoint-3": "is no run: it has neither watch.jsonl nor a checkpoint; give the sft.output_dir of one.",
-    }.items():
-        said = command(monkeypatch, capsys, "debug-batch", tmp_path / given)
-        assert said == f"error: '{tmp_path}/{given}' {what}"
-
-
-def test_small_slips_on_the_command_line(bundle, tmp_path, monkeypatch, capsys):
-    assert command(monkeypatch, capsys, "chat", bundle, "hello", "--set", "max_new_tokens") == (
-        "error: --set max_new_tokens is not understood; write KEY=VALUE, like --set max_new_tokens=64."
-    )
-    monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, capsys, "chat", bundle, "hello", "--image", "cat.jpg") == (
-        "error: the image cat.jpg was not found in the folder .: correct the path."
-    )
-    (tmp_path / "notes.txt").write_text("mine")
-    assert command(monkeypatch, capsys, "recipes", "copy", "quickstart_stage1", "notes.txt") == (
-        "error: the folder notes.txt cannot be made (File exists); name another."
-    )
-
-
-def command(monkeypatch, capsys, *arguments) -> str:
-    """Runs the console command in this process; returns the one error that it ends with."""
-    from vlm_sft import cli
-
-    monkeypatch.setattr(sys, "argv", ["vlm-sft", *map(str, arguments)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and [line for line in said if line.startswith("error")] == said[-1:], said
-    return said[-1]
+# --------------------------------------------------------------------------------------------------------- processes
 
 
 def test_the_console_command_trains_and_refuses_alike(recipe_file, refused, capsys, monkeypatch):
@@ -480,9 +180,6 @@ def test_the_console_command_trains_and_refuses_alike(recipe_file, refused, caps
     assert command(monkeypatch, capsys, "train", path) == refused(path)
     path = recipe_file()
     assert command(monkeypatch, capsys, "train", path, "sft.max_length=4") == refused(path, "sft.max_length=4")
-
-
-# --------------------------------------------------------------------------------------------------------- processes
 
 
 def test_other_processes_say_which_they_are(recipe_file, capsys, monkeypatch):
