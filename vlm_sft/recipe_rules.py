@@ -29,6 +29,12 @@ RESERVED_SFT_KEYS = {
     "padding_free": "rows with images cannot be flattened into one by TRL",
     "assistant_only_loss": "the loss is already on the answers only, as the chat template's generation markers say",
     "completion_only_loss": "the loss is already on the answers only, as the chat template's generation markers say",
+    "label_smoothing_factor": "the loss is the plain cross entropy of the answers",
+    "loss_type": "the loss is the plain cross entropy of the answers",
+    "router_aux_loss_coef": "the loss is the plain cross entropy of the answers",
+    "truncation_mode": "a row that is too long loses whole turns from its end",
+    "bf16_full_eval": "an evaluation after the training would round the trained weights before they are saved",
+    "fp16_full_eval": "an evaluation after the training would round the trained weights before they are saved",
     "chat_template_path": "the template is the recipe's own key `chat_template`",
     "model_init_kwargs": "how the parts are loaded is said in `stack`",
     "dataset_kwargs": "rows are read by the sources in `data`",
@@ -38,6 +44,9 @@ RESERVED_SFT_KEYS = {
     "fsdp": "what the processes share out is told to `accelerate launch --config_file`, as in accelerate_configs/",
     "deepspeed": "what the processes share out is told to `accelerate launch --config_file`, as in accelerate_configs/",
 }
+
+# Values that say the same as nothing: what is off, and two defaults.
+UNSAID = (None, False, "", [], "nll", "keep_start")
 
 # Numbers of `trl.SFTConfig` that neither it nor the libraries below refuse in words, and what they must be.
 _ABOVE_ZERO: tuple[str, ...] = (
@@ -215,7 +224,7 @@ def _sft_fits(recipe: Recipe) -> Broken:
     if not isinstance(output, str) or not output:
         yield ("sft", "output_dir"), "`sft.output_dir` is missing: the folder that checkpoints and the bundle go to."
     for key, reason in RESERVED_SFT_KEYS.items():
-        if sft.get(key) not in (None, False, "", []):
+        if sft.get(key) not in UNSAID:
             yield ("sft", key), f"`sft.{key}` cannot be used: {reason}; remove it."
     yield from _numbers_that_train(sft)
     rate = sft.get("learning_rate")
