@@ -16,7 +16,7 @@ from vlm_sft.errors import UserError
 from vlm_sft.loading import load
 from vlm_sft.native import native_form
 from vlm_sft.parts import load_vision_tower
-from vlm_sft.positions import fit_positions
+from vlm_sft.positions import cast, fit_positions
 from vlm_sft.stack import build_empty_stack, build_stack
 
 
@@ -114,17 +114,20 @@ def test_what_does_not_fit_is_named(stack_recipe, tmp_path):
         stack_recipe("clip", vision={"image_size": "big"})
 
 
-@pytest.mark.parametrize("cast", [torch.nn.Module.half, lambda model: model.to(torch.bfloat16)])
-def test_rotations_stay_exact_whatever_the_weights_are_cast_to(cast, stack_recipe):
+@pytest.mark.parametrize("to_half", [torch.nn.Module.half, lambda model: model.to(torch.bfloat16)])
+def test_rotations_stay_exact_whatever_the_weights_are_cast_to(to_half, stack_recipe):
     """As under `load(dtype=…)` and DeepSpeed's bf16, which cast buffers too."""
     model = build_stack(stack_recipe("clip")).model.eval()
     ids = torch.arange(200).remainder(250)[None]
     exact = model.model.language_model.rotary_emb(torch.zeros(1), torch.tensor([[100, 1000]]))
-    cast(model)
+    to_half(model)
     assert {p.dtype for p in model.parameters()} <= {torch.float16, torch.bfloat16}
     rates = model.model.language_model.rotary_emb
     assert rates.inv_freq.dtype == rates.original_inv_freq.dtype == torch.float32
     for now, before in zip(rates(torch.zeros(1), torch.tensor([[100, 1000]])), exact, strict=True):
         assert torch.equal(now, before)
     assert model(input_ids=ids).logits.isfinite().all()
+    language_model = cast(build_stack(stack_recipe("clip")).model.model.language_model, torch.bfloat16)
+    assert next(language_model.parameters()).dtype == torch.bfloat16
+    assert torch.equal(language_model.rotary_emb.inv_freq, rates.inv_freq)
     assert model.to("meta").model.language_model.rotary_emb.inv_freq.is_meta

@@ -16,6 +16,7 @@ from .loading import recipe_of
 from .native import to_causal_lm
 from .parity import check_parity, probe_logits
 from .pieces import pieces_of
+from .positions import cast
 from .processor import VLMProcessor
 from .recipe import Recipe
 from .stack import dtype_of
@@ -46,7 +47,8 @@ def write_merged(bundle: Path, out: Path, model: Any, processor: VLMProcessor, d
         model = model.merge_and_unload(safe_merge=True)
     difference = float((probe_logits(model, batch) - before).abs().max())
     folder = out / LANGUAGE_MODEL
-    causal = to_causal_lm(model).to(dtype)
+    causal = to_causal_lm(model)
+    cast(causal, dtype)
     causal.config.dtype = dtype
     causal.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
@@ -58,7 +60,7 @@ def write_merged(bundle: Path, out: Path, model: Any, processor: VLMProcessor, d
     plan = FreezePlan({part: rate for part, rate in merged.train.items() if part in held})
     save_bundle(out, model, processor, plan, Provenance(merged, pieces, {"merged_from": str(bundle)}))
     for part in ("vision_tower", "language_model"):
-        getattr(model.model, part).to(dtype_of(merged, part))
+        cast(getattr(model.model, part), dtype_of(merged, part))
     result = {**check_parity(out, model, batch), "merge_difference": difference}
     write_card(out)
     return result

@@ -53,11 +53,27 @@ class ExactRotations(nn.Module):
     """
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        before = {name: buffer for name, buffer in self.named_buffers() if name.endswith("inv_freq")}
+        rates = _rates_of(self)
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            owner, _, leaf = name.rpartition(".")
-            now = getattr(self.get_submodule(owner), leaf)
-            if now.dtype != buffer.dtype:
-                setattr(self.get_submodule(owner), leaf, buffer.to(now.device))
+        _put_back(self, rates)
         return self
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module.to(dtype)` for a module that is no `ExactRotations`, with the same care."""
+    rates = _rates_of(module)
+    module.to(dtype)
+    _put_back(module, rates)
+    return module
+
+
+def _rates_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
+
+
+def _put_back(module: nn.Module, rates: dict[str, torch.Tensor]) -> None:
+    for name, buffer in rates.items():
+        owner, _, leaf = name.rpartition(".")
+        now = getattr(module.get_submodule(owner), leaf)
+        if now.dtype != buffer.dtype:
+            setattr(module.get_submodule(owner), leaf, buffer.to(now.device))

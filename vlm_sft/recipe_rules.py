@@ -46,7 +46,7 @@ RESERVED_SFT_KEYS = {
 }
 
 # Values that say the same as nothing: what is off, and two defaults.
-UNSAID = (None, False, "", [], "nll", "keep_start")
+UNSAID: tuple[Any, ...] = (None, False, "", [], "nll", "keep_start")
 
 # Numbers of `trl.SFTConfig` that neither it nor the libraries below refuse in words, and what they must be.
 _ABOVE_ZERO: tuple[str, ...] = (
