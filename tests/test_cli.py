@@ -32,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
     def recorder(name: str) -> Any:
         return lambda *args, **kwargs: noted.append((name, args, kwargs))
 
-    modules = {"train": ["main"], "chat": ["chat", "generate"], "evaluate": ["run"]}
+    modules = {"train": ["main"], "chat": ["chat"], "answer_file": ["generate"], "evaluate": ["run"]}
     for module, functions in modules.items():
         stand_in: Any = types.ModuleType(f"vlm_sft.{module}")
         for function in functions:
@@ -94,7 +94,7 @@ def test_generate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     )
     wanted = {"input": "q.jsonl", "output": "a.jsonl", "batch_size": 2, "images": "pics", "options": {}}
     wanted["trust_remote_code"] = False
-    assert calls == [("chat.generate", ("me/b",), wanted)]
+    assert calls == [("answer_file.generate", ("me/b",), wanted)]
 
 
 def test_evaluate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
