@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -31,6 +32,13 @@ def test_the_first_signal_is_remembered_and_a_second_ctrl_c_stops_at_once(capfd)
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
     assert capfd.readouterr().err == "\nCtrl-C: saving after this step, then stopping; Ctrl-C again stops at once.\n"
+
+
+def test_a_second_ctrl_c_that_a_launcher_passes_on_as_sigterm_stops_at_once():
+    with Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_sigterm_comes_several_times_and_counts_once(capfd):
@@ -86,24 +94,57 @@ def test_ctrl_c_twice_leaves_what_was_saved(forge, mixed_recipe):  # noqa: F811
     assert newest is not None and newest.name == "checkpoint-2", "the third step was not finished"
 
 
+@pytest.fixture
+def two(recipe_file):
+    """Two processes that train until Ctrl-C comes, so often, after so many steps → what they said, the folder."""
+
+    def run(presses: int, steps: int = 1, **sft):
+        folder = recipe_file().parent / "two"
+        path = recipe_file(sft={**FOREVER, "output_dir": str(folder), **sft})
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config_path("cpu_2")),
+             "--main_process_port", "0", "-m", "vlm_sft.train", str(path), "sft.use_cpu=true"],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert launcher.stderr is not None
+        said = ""
+        for words, times in [(": loss", steps), *[("Ctrl-C: saving", 1)] * (presses - 1)]:
+            while said.count(words) < times:
+                line = launcher.stderr.readline()
+                assert line, said
+                said += line
+            launcher.send_signal(signal.SIGINT)
+        said += launcher.communicate(timeout=120)[1]
+        assert launcher.returncode != 0
+        left = [file.parent for file in Path("/proc").glob("[0-9]*/cmdline") if str(path) in text_of(file)]
+        assert not left, "no process outlives the launcher"
+        return said, folder
+
+    return run
+
+
+def text_of(file: Path) -> str:
+    """A file's text, or nothing where the process is gone."""
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 @pytest.mark.slow
-def test_two_processes_stop_after_the_same_step(recipe_file):
-    path = recipe_file(sft={**FOREVER, "output_dir": str(recipe_file().parent / "two")})
-    run = subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config_path("cpu_2")),
-         "--main_process_port", "0", "-m", "vlm_sft.train", str(path), "sft.use_cpu=true"],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert run.stderr is not None
-    said = ""
-    while ": loss" not in said:  # it trains
-        line = run.stderr.readline()
-        assert line, said
-        said += line
-    run.send_signal(signal.SIGINT)
-    said += run.communicate(timeout=120)[1]
-    assert run.returncode != 0 and "Saved at step" in said
-    (checkpoint,) = run_folder.checkpoints(path.parent / "two")
+def test_two_processes_stop_after_the_same_step(two):
+    said, folder = two(1)
+    (checkpoint,) = run_folder.checkpoints(folder)
     assert run_folder.flaw_of(checkpoint) is None and f"Saved at step {run_folder.step_of(checkpoint):,};" in said
     assert {f"counters_{rank}.json" for rank in (0, 1)} <= {file.name for file in checkpoint.iterdir()}
     load(checkpoint)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_once(two):
+    # A step takes long, so that the second Ctrl-C comes before it is done.
+    said, folder = two(2, steps=2, gradient_accumulation_steps=40, save_strategy="steps", save_steps=1)
+    assert said.count("Stopped at once; what was saved before is whole: go on with --resume.") == 1, said
+    assert "Saved at step" not in said
+    kept = run_folder.checkpoints(folder)
+    assert kept and [run_folder.flaw_of(path) for path in kept] == [None] * len(kept)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -94,3 +96,62 @@ def test_not_even_an_error_that_nobody_thought_of_ends_the_run(asked):
     said = []
     assert PushCallback("me/x", said.append).finish("full") is None
     assert said[0].startswith("The bundle is whole but was not pushed. OSError: No space left on device Then: vlm-sft ")
+
+
+def test_after_a_signal_nothing_unfinished_is_pushed_unasked_but_the_command_is_said(asked):
+    said = []
+    PushCallback("me/x", said.append, revision="v1").stop("out/checkpoint-3", 3)
+    assert asked == []
+    assert said == [
+        "The run is not finished, so nothing was pushed; to push what is there: "
+        "vlm-sft push out/checkpoint-3 me/x --revision v1"
+    ]
+
+
+def test_after_a_signal_the_last_checkpoint_is_waited_for(asked):
+    said = []
+    callback = PushCallback("me/x", said.append, every_save=True)
+    save(callback, 3)
+    callback.stop(Path("out/checkpoint-3"), 3)
+    assert [folder for folder, *_ in asked] == ["out/checkpoint-3"]
+    assert said == ["Pushing step 3 for at most 15 seconds.", "Pushed: https://hub/me/x/commit/1"]
+
+
+def test_after_a_signal_a_checkpoint_that_failed_or_was_left_out_is_tried_again(asked):
+    said = []
+    asked.fails = ("out/checkpoint-2",)
+    callback = PushCallback("me/x", said.append, every_save=True, message="Tiny")
+    save(callback, 2)
+    callback.stop(Path("out/checkpoint-3"), 3)
+    assert [(folder, options["message"]) for folder, _, options in asked] == [
+        ("out/checkpoint-2", "Step 2: Tiny"),
+        ("out/checkpoint-3", "Step 3: Tiny"),
+    ]
+    assert said[1].startswith("A checkpoint was not pushed; it is tried once more. The Hub is in trouble (503)")
+    assert said[2:] == ["Pushed: https://hub/me/x/commit/2"]
+
+
+@pytest.mark.parametrize("running", ["out/checkpoint-2", "out/checkpoint-3"])
+def test_after_a_signal_a_slow_hub_is_left_in_time_with_the_command(asked, running):
+    said = []
+    callback = PushCallback("me/x", said.append, every_save=True)
+    asked.go_on.clear()
+    save(callback, int(running[-1]))
+    start = time.monotonic()
+    callback.stop(Path("out/checkpoint-3"), 3, seconds=0.1)
+    assert time.monotonic() - start < 5
+    assert said[1:] == [
+        "The checkpoint is whole but was not pushed. The Hub did not take it within 0.1 seconds. "
+        "Then: vlm-sft push out/checkpoint-3 me/x"
+    ]
+    asked.go_on.set()
+
+
+def test_after_a_signal_a_hub_that_refuses_is_said_with_the_command(asked):
+    said = []
+    asked.fails = ("out/checkpoint-3",)
+    PushCallback("me/x", said.append, every_save=True).stop(Path("out/checkpoint-3"), 3)
+    assert said[-1] == (
+        "The checkpoint is whole but was not pushed. The Hub is in trouble (503); try again later. "
+        "Then: vlm-sft push out/checkpoint-3 me/x"
+    )

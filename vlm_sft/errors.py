@@ -69,7 +69,7 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except UserError as error:
         sentence = sentence_of(error)
-        if _first_to_say(sentence):
+        if first_to_say(sentence):
             print(f"error{process}: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
@@ -81,7 +81,7 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def _first_to_say(sentence: str) -> bool:
+def first_to_say(sentence: str) -> bool:
     """Whether no other process of this launch, on this machine, has said it; without torch's launcher, always."""
     given = os.environ.get("TORCHELASTIC_ERROR_FILE")  # …/attempt_0/<local rank>/error.json
     if not given:

@@ -50,7 +50,8 @@ class Interrupts:
                 again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
                 # Not `print`: the signal may have come in the middle of one.
                 os.write(2, f"\n{_NAMES[self.signal]}: saving after this step, then stopping{again}.\n".encode())
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT or self.signal == signal.SIGINT:
+            # torch's launcher, told by a second Ctrl-C, tells its processes by a SIGTERM.
             raise KeyboardInterrupt
         # A second SIGTERM is the same one: Slurm sends it to every process, and the launcher passes it on.
 

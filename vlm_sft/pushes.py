@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .errors import UserError, without_tokens
 from .hub import push_bundle
+from .hub_errors import TRIES
+
+# How long a stopped run waits for the Hub: launchers and schedulers give it thirty seconds, and it has saved in them.
+AFTER_A_SIGNAL = 15.0
 
 
 class PushCallback(TrainerCallback):
@@ -40,8 +46,8 @@ class PushCallback(TrainerCallback):
         self.repo_id, self.say, self.every_save = repo_id, say, every_save
         self.options: dict[str, Any] = {"private": private, "revision": revision}
         self.message = message
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._running: Future[str] | None = None
+        self._folder: Path | None = None  # what it pushes
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Starts to push the checkpoint that was just written, on the first process."""
@@ -51,11 +57,37 @@ class PushCallback(TrainerCallback):
             self.say(f"Step {state.global_step} is not pushed: an earlier checkpoint is still on its way to the Hub.")
             return
         self._report()
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        message = f"Step {state.global_step}" + (f": {self.message}" if self.message else "")
-        self._running = self._worker.submit(
-            push_bundle, folder, self.repo_id, message=message, max_tries=1, **self.options
-        )
+        self._start(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", state.global_step)
+
+    def stop(self, checkpoint: Path, step: int, seconds: float = AFTER_A_SIGNAL) -> None:
+        """After a signal: gives the last checkpoint a bounded time to be pushed; if it is not, says what pushes it.
+
+        Args:
+            checkpoint: What the run saved before it stopped.
+            step: Its step.
+            seconds: How long to wait.
+        """
+        if not self.every_save:
+            self.say(
+                f"The run is not finished, so nothing was pushed; to push what is there: {self._command(checkpoint)}"
+            )
+            return
+        self.say(f"Pushing step {step} for at most {seconds:g} seconds.")
+        end = time.monotonic() + seconds
+        if self._ended(end):
+            own = self._folder == checkpoint
+            if self._report("it is tried once more.") and own:
+                return
+            self._start(checkpoint, step, TRIES)
+        why = f"The Hub did not take it within {seconds:g} seconds."
+        if self._folder == checkpoint and self._ended(end):
+            assert self._running is not None
+            try:
+                self.say(f"Pushed: {self._running.result()}")
+                return
+            except Exception as error:
+                why = _why(error)
+        self.say(f"The checkpoint is whole but was not pushed. {why} Then: {self._command(checkpoint)}")
 
     def finish(self, folder: str | Path) -> str | None:
         """Waits for what is on its way, then pushes the finished bundle.
@@ -67,30 +99,51 @@ class PushCallback(TrainerCallback):
             The address of the commit, or None when the Hub could not be had; why, and what to do, was said.
         """
         self._report()
-        self._worker.shutdown()
         try:
             address = push_bundle(folder, self.repo_id, message=self.message, **self.options)
         except Exception as error:  # whatever it is, hours of training must not end on it
-            again = shlex.join(["vlm-sft", "push", str(folder), self.repo_id, *self._flags()])
-            self.say(f"The bundle is whole but was not pushed. {_why(error)} Then: {again}")
+            self.say(f"The bundle is whole but was not pushed. {_why(error)} Then: {self._command(folder)}")
             return None
         self.say(f"Pushed: {address}")
         return address
 
-    def _report(self) -> None:
-        """Says how the push in the background went, waiting for its end."""
-        if self._running is None:
-            return
-        try:
-            self.say(f"Pushed: {self._running.result()}")
-        except Exception as error:
-            self.say(f"A checkpoint was not pushed; training goes on, and the end will try again. {_why(error)}")
-        self._running = None
+    def _start(self, folder: Path, step: int, max_tries: int = 1) -> None:
+        """Begins to push in the background."""
+        running: Future[str] = Future()
+        message = f"Step {step}" + (f": {self.message}" if self.message else "")
 
-    def _flags(self) -> list[str]:
-        private = self.options["private"]
-        shown = [] if private is None else ["--private" if private else "--public"]
-        return shown + (["--revision", self.options["revision"]] if self.options["revision"] else [])
+        def push() -> None:
+            try:
+                address = push_bundle(folder, self.repo_id, message=message, max_tries=max_tries, **self.options)
+                running.set_result(address)
+            except BaseException as error:
+                running.set_exception(error)
+
+        self._running, self._folder = running, folder
+        # A daemon: a run that is stopped at once does not wait for the Hub.
+        threading.Thread(target=push, name="push", daemon=True).start()
+
+    def _ended(self, end: float) -> bool:
+        """Waits, until a time, for the push in the background; says whether there is none any more."""
+        return self._running is None or bool(wait([self._running], max(end - time.monotonic(), 0)).done)
+
+    def _report(self, then: str = "training goes on, and the end will try again.") -> bool:
+        """Says how the push in the background went, waiting for its end; returns whether there was one and it did."""
+        running, self._running = self._running, None
+        if running is None:
+            return False
+        try:
+            self.say(f"Pushed: {running.result()}")
+        except Exception as error:
+            self.say(f"A checkpoint was not pushed; {then} {_why(error)}")
+            return False
+        return True
+
+    def _command(self, folder: str | Path) -> str:
+        private, revision = self.options["private"], self.options["revision"]
+        flags = [] if private is None else ["--private" if private else "--public"]
+        flags += ["--revision", revision] if revision else []
+        return shlex.join(["vlm-sft", "push", str(folder), self.repo_id, *flags])
 
 
 def _why(error: Exception) -> str:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .dry_run import dry_run
-from .errors import UserError, exit_on_user_error
+from .errors import UserError, exit_on_user_error, first_to_say
 from .interrupts import Interrupts
 from .launch import read_launch
 from .quiet import quiet_libraries
 from .resumption import check_resumption
 from .rows import load_rows, on_first_process
-from .run_folder import settle_resume, sweep
+from .run_folder import PREFIX, settle_resume, sweep
 from .terminal import make_console, say
 
 if TYPE_CHECKING:
@@ -81,15 +81,19 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     if pushes is not None:
         trainer.add_callback(pushes)
     with _progress(trainer, console):
-        fit(trainer)
+        fit(trainer, pushes)
     folder = finish(trainer, collator, console)
     if pushes is not None and trainer.is_world_process_zero():
         pushes.finish(folder)
     return folder
 
 
-def fit(trainer: VLMSFTTrainer) -> None:
+def fit(trainer: VLMSFTTrainer, pushes: PushCallback | None = None) -> None:
     """Trains, and evaluates at the end where nothing else asked for it.
+
+    Args:
+        trainer: What trains.
+        pushes: What pushes to the Hub, if anything does; after a signal it has a last, bounded attempt.
 
     Raises:
         SystemExit: After Ctrl-C (code 130) or SIGTERM (143); a checkpoint was saved.
@@ -97,9 +101,13 @@ def fit(trainer: VLMSFTTrainer) -> None:
     args = trainer.args
     with Interrupts() as trainer.interrupts:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
+        step = trainer.state.global_step
+        if trainer.interrupted and trainer.is_world_process_zero():
+            print(f"Saved at step {step:,}; go on with --resume.", file=sys.stderr)
+            if pushes is not None:
+                pushes.stop(Path(args.output_dir) / f"{PREFIX}{step}", step)
     if trainer.interrupted:
-        if trainer.is_world_process_zero():
-            print(f"Saved at step {trainer.state.global_step:,}; go on with --resume.", file=sys.stderr)
+        trainer.accelerator.wait_for_everyone()  # a process that ended first would make the launcher end the others
         _leave_process_group()
         raise SystemExit(trainer.interrupts.exit_code)
     if trainer.eval_dataset is not None and args.eval_strategy == "no":
@@ -178,7 +186,9 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 train(recipe, given.resume)
             except KeyboardInterrupt:
-                print("Stopped at once; what was saved before is whole: go on with --resume.", file=sys.stderr)
+                sentence = "Stopped at once; what was saved before is whole: go on with --resume."
+                if first_to_say(sentence):
+                    print(sentence, file=sys.stderr)
                 raise SystemExit(130) from None
             _leave_process_group()
 
