@@ -58,7 +58,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # Layer 5: what is done with them.
     ("filtering", "parity", "proof", "pushes", "progress", "rows", "scoring", "trainer"),
     ("answer_file", "checks", "native"),
-    ("inspection", "merged", "native_processors"),
+    ("inspection", "native_processors"),
+    ("export_forms",),
+    ("merged",),
     ("export", "preflight_page"),
     ("assemble",),
     ("debug_batch",),

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,21 @@ def held_parts(plan: FreezePlan, pieces: dict[str, dict[str, Any]]) -> set[str]:
     new = () if "model" in pieces else ("projector",)
     brought = {part for part, piece in pieces.items() if "init_from" in piece} - {"model"}
     return {*plan.train, *new, *brought, *pieces.get("model", {}).get("held", ())}
+
+
+def mark_taken(pieces: dict[str, dict[str, Any]], parts: Iterable[str], folder: str) -> None:
+    """Notes in a stack's pieces which parts came from another bundle: theirs is not like them any more.
+
+    Args:
+        pieces: `Stack.pieces`; an existing VLM is one piece of several parts.
+        parts: The parts.
+        folder: The bundle.
+    """
+    if "model" in pieces:
+        pieces["model"] |= {"init_from": folder, "held": sorted(parts)}
+        return
+    for part in set(parts) & set(pieces):
+        pieces[part]["init_from"] = folder
 
 
 def held_tensors(

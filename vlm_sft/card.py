@@ -7,12 +7,6 @@ from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
-# Form of an export → class of transformers.
-NATIVE_CLASSES = {
-    "llava": "LlavaForConditionalGeneration",
-    "blip-2": "Blip2ForConditionalGeneration",
-    "instructblip": "InstructBlipForConditionalGeneration",
-}
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
@@ -94,16 +88,15 @@ def write_export_card(out: str | Path, bundle: str | Path, result: dict[str, Any
     if bases:
         head |= {"base_model": bases, "base_model_relation": "finetune"}
     name = shown(out.resolve())
-    what = NATIVE_CLASSES[result["form"]]
     adapter = (out / "adapter").is_dir()
     lora = "its LoRA lies in `adapter/`, unmerged" if adapter else "LoRA merged" if manifest["adapter"] else "no LoRA"
     bits = " Training saw the base in fewer bits; here it is in full." if result["quantised_in_training"] else ""
     sections = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",
-        f"A `{what}` of transformers, exported from the bundle `{shown(Path(bundle).resolve())}` of `vlm_sft` "
-        f"({lora}; weights in {result['dtype']}; names as {result['to']} has them).{bits}",
-        _asking(result["form"], name, adapter),
+        f"A `{result['class']}` of transformers, exported from the bundle `{shown(Path(bundle).resolve())}` of "
+        f"`vlm_sft` ({lora}; weights in {result['dtype']}; names as {result['to']} has them).{bits}",
+        _asking(result, name, adapter),
         _pieces(manifest),
         f"## Parity\n\nLoaded by transformers alone in a fresh process, in fp32, the logits of {result['positions']} "
         f"positions differ from the bundle's, in fp32 with LoRA unmerged, by at most {result['max_difference']:.1e} "
@@ -115,24 +108,30 @@ def write_export_card(out: str | Path, bundle: str | Path, result: dict[str, Any
     return path
 
 
-def _asking(form: str, name: str, adapter: bool) -> str:
+def _asking(result: dict[str, Any], name: str, adapter: bool) -> str:
     """How to ask the export, by transformers alone."""
+    messages = (
+        'messages = [{"role": "user", "content": [{"type": "image", "path": "photo.jpg"},\n'
+        '                                         {"type": "text", "text": "What is this?"}]}]\n'
+    )
     peft = "from peft import PeftModel\n" if adapter else ""
     wrap = f'{{0}} = PeftModel.from_pretrained({{0}}, "{name}/adapter")\n' if adapter else ""
-    if form == "instructblip":  # whose processor knows no conversations
+    if not result["chats"]:  # the processor knows no conversations: InstructBLIP takes a question, KOSMOS-2 a prompt
+        text, messages = ('"What is this?"', "") if result["form"] == "instructblip" else ("prompt", messages)
+        prompt = "prompt = processor.tokenizer.apply_chat_template(messages, tokenize=False)\n" if messages else ""
         return (
             f"## Ask it\n\n```python\n{peft}from PIL import Image\n"
             "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
             f'processor = AutoProcessor.from_pretrained("{name}")\n'
             f'model = AutoModelForImageTextToText.from_pretrained("{name}")\n{wrap.format("model")}'
-            'inputs = processor(images=Image.open("photo.jpg"), text="What is this?", return_tensors="pt")\n'
+            f"{messages}{prompt}"
+            f'inputs = processor(images=Image.open("photo.jpg"), text={text}, return_tensors="pt")\n'
             "print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))\n```"
         )
     return (
         f"## Ask it\n\n```python\n{peft}from transformers import pipeline\n\n"
         f'asker = pipeline("image-text-to-text", model="{name}")\n{wrap.format("asker.model")}'
-        'messages = [{"role": "user", "content": [{"type": "image", "path": "photo.jpg"},\n'
-        '                                         {"type": "text", "text": "What is this?"}]}]\n'
+        f"{messages}"
         'print(asker(messages, return_full_text=False)[0]["generated_text"])\n```'
     )
 

@@ -14,31 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .bundle import read_manifest
 from .card import write_export_card
 from .errors import UserError
-from .export_check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, QUESTION, noise_picture
+from .export_check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
+from .export_forms import Form, form_of, renamed
 from .hub import find_bundle
 from .loading import load, recipe_of
 from .merged import write_merged
-from .native import native_form, native_model, to_causal_lm
-from .native_processors import native_processor
 from .parity import TOLERANCE, environment
-from .processor import VLMProcessor
 
 TARGETS = ("transformers", "vllm", "bundle-merged")
 MANIFEST = "export.json"
-# Names in memory → the names that llava-hf publishes and vLLM reads.
-VLLM_NAMES = {
-    "model.vision_tower.": "vision_tower.vision_model.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-}
 
 
 def export(
@@ -55,13 +46,14 @@ def export(
     Args:
         bundle: Folder of the bundle, or `name/repository` on the Hub.
         out: Folder to write; must be empty or not there.
-        to: `transformers` (the native class), `vllm` (its published key names) or `bundle-merged`.
+        to: `transformers` (the native class; an existing VLM's own), `vllm` (its published key names) or
+            `bundle-merged`.
         keep_adapter: Leaves LoRA unmerged, in the subfolder `adapter`.
         dtype: Type of the weights: `float32`, `bfloat16` or `float16`; default that of the bundle's language model.
         trust_remote_code: See `loading.load`.
 
     Returns:
-        What was written (`to`, `form`, `dtype`) and `max_difference`, `tolerance`, `positions`.
+        What was written (`to`, `form`, `class`, `dtype`) and `max_difference`, `tolerance`, `positions`.
 
     Raises:
         UserError: The bundle has no such form, the folder is not empty, or the logits differ.
@@ -73,13 +65,8 @@ def export(
     if keep_adapter and not manifest["adapter"]:
         raise UserError(f"{str(bundle)!r} has no adapter to keep; leave --keep-adapter out.")
     recipe = recipe_of(bundle, manifest)
-    if recipe.model is not None:
-        raise UserError(
-            f"{str(bundle)!r} was trained from an existing model ({recipe.model.pretrained}), which has its own class "
-            f"already; load its adapter with peft on top of that, or the bundle with vlm_sft.load."
-        )
     model, processor = load(bundle, device="cpu", trust_remote_code=trust_remote_code, unquantised=True)
-    core = model.get_base_model() if manifest["adapter"] else model
+    core: Any = model.get_base_model() if manifest["adapter"] else model
     saved = getattr(torch, dtype) if dtype else core.get_input_embeddings().weight.dtype
     model.float()  # merged and compared in fp32, whatever is written
     result: dict[str, Any] = {
@@ -89,24 +76,30 @@ def export(
     }
     if to == "bundle-merged":
         return {**result, **write_merged(bundle, out, model, processor, saved)}
-    result["form"] = native_form(core)
+    form = form_of(core, processor, recipe)
     if to == "vllm":
-        _fits_vllm(result["form"], processor)
-    with tempfile.TemporaryDirectory() as folder:
-        _write_probe(Path(folder), model, processor, result["form"])
-        out.mkdir(parents=True, exist_ok=True)
-        if keep_adapter:
-            _keep_adapter(model, result["form"], out / ADAPTER_FOLDER)
-            core = model.unload()
-        elif manifest["adapter"]:
-            core = model.merge_and_unload(safe_merge=True)
-        native_processor(core, processor).save_pretrained(out)
-        processor.image_processor.save_pretrained(out)  # what earlier releases of transformers read
-        _save(native_model(core, processor, recipe.generation), out, saved, to)
-        result |= _compare(out, Path(folder), saved)
+        form.check_vllm()
+    result |= {"form": form.name, **_write(out, to, model, form, saved, keep_adapter)}
     (out / MANIFEST).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_export_card(out, bundle, result)
     return result
+
+
+def _write(out: Path, to: str, model: Any, form: Form, dtype: torch.dtype, keep_adapter: bool) -> dict[str, Any]:
+    """Writes everything but the card; returns the name of the class and what the comparison found."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_probe(Path(folder), model, form)
+        out.mkdir(parents=True, exist_ok=True)
+        if keep_adapter:
+            _keep_adapter(model, form, out / ADAPTER_FOLDER)
+            model.unload()
+        elif isinstance(model, PeftModel):
+            model.merge_and_unload(safe_merge=True)
+        form.write_processor(out)
+        native = form.native().to(dtype)
+        native.config.dtype = dtype
+        form.save(native, out, to)
+        return {"class": type(native).__name__, **_compare(out, Path(folder), dtype)}
 
 
 def _check_request(out: Path, to: str, keep_adapter: bool) -> None:
@@ -119,72 +112,31 @@ def _check_request(out: Path, to: str, keep_adapter: bool) -> None:
         raise UserError(f"{str(out)!r} is there already and not empty; name another folder.")
 
 
-def _fits_vllm(form: str, processor: VLMProcessor) -> None:
-    if form == "instructblip":
-        raise UserError("vLLM has no class for InstructBLIP; use --to transformers.")
-    text = processor.render(QUESTION[:1], True).text
-    if form == "blip-2" and not text.startswith(processor.image_token):
-        raise UserError(
-            "vLLM puts the images of a BLIP-2 in front of the whole prompt, but this bundle's chat template has words "
-            "before them; use --to transformers, or train with a template that begins with the image (blip2_vqa)."
-        )
-
-
 @torch.inference_mode()
-def _write_probe(folder: Path, model: nn.Module, processor: VLMProcessor, form: str) -> None:
-    """A conversation (of InstructBLIP: a question), a picture that is not square, and what the bundle makes of them."""
-    picture = noise_picture()
+def _write_probe(folder: Path, model: nn.Module, form: Form) -> None:
+    """A conversation, a picture that is not square, and what the bundle makes of them."""
+    picture, processor = noise_picture(), form.processor
     picture.save(folder / PICTURE)
-    messages = QUESTION[:1] if form == "instructblip" else QUESTION
-    (folder / CONVERSATION).write_text(json.dumps(messages, ensure_ascii=False), encoding="utf-8")
-    encoded = processor.encode_chat(messages, add_generation_prompt=form == "instructblip")
-    inputs = {"input_ids": torch.tensor([encoded.input_ids])}
-    inputs |= processor.image_inputs([picture], processor.instructions(messages))
+    (folder / CONVERSATION).write_text(json.dumps(form.probe, ensure_ascii=False), encoding="utf-8")
+    encoded = processor.encode_chat(form.probe, is_prompt(form.probe), [picture.size])
+    inputs = {name: tensor for name, tensor in processor.batch([encoded]).items() if name != "labels"}
+    inputs |= processor.image_inputs([picture], processor.instructions(form.probe))
     save_file({**inputs, "logits": model.eval()(**inputs).logits}, folder / PROBE)
 
 
-def _keep_adapter(model: Any, form: str, folder: Path) -> None:
+def _keep_adapter(model: Any, form: Form, folder: Path) -> None:
     """PEFT's own files, with the names that the layers have in the native class."""
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = None
-    if form != "llava":
-        base = model.get_base_model()
-        inner = base.model.language_model
-        prefix = next(n for n, m in to_causal_lm(base).named_modules() if m is inner)
-        names = {
-            "base_model.model.model.language_model.": f"base_model.model.language_model.{prefix}.",
-            "base_model.model.model.vision_tower.": "base_model.model.vision_model.",
-            "base_model.model.model.resampler.": "base_model.model.",
-        }
+    if names := form.adapter_names():
         state = load_file(folder / "adapter_model.safetensors")
-        renamed = {_rename(name, names): tensor for name, tensor in state.items()}
-        save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        modules = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in renamed})
+        moved = {renamed(name, names): tensor for name, tensor in state.items()}
+        save_file(moved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        modules = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in moved})
         config["target_modules"] = modules
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _rename(name: str, names: dict[str, str]) -> str:
-    for old, new in names.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
-def _save(native: Any, out: Path, dtype: torch.dtype, to: str) -> None:
-    native.to(dtype)
-    native.config.dtype = dtype
-    if to == "transformers":
-        native.save_pretrained(out)
-        return
-    native.config.save_pretrained(out)
-    native.generation_config.save_pretrained(out)
-    names = VLLM_NAMES if native.config.model_type == "llava" else {}
-    tied = set(getattr(native, "all_tied_weights_keys", {})) if native.config.tie_word_embeddings else set()
-    state = {_rename(n, names): p.detach() for n, p in native.state_dict().items() if n not in tied}
-    save_torch_state_dict(state, out, max_shard_size="5GB", metadata={"format": "pt"})
 
 
 def _compare(out: Path, probe: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -211,4 +163,4 @@ def _compare(out: Path, probe: Path, dtype: torch.dtype) -> dict[str, Any]:
             f"The export {str(out)!r} loads, but its logits differ from the bundle's by {found['max_difference']:.2g} "
             f"(allowed {found['tolerance']:.2g}) and its pixels by {found['pixels']:.2g}; do not use it, report this."
         )
-    return {key: found[key] for key in ("max_difference", "tolerance", "positions", "pixels")}
+    return {key: found[key] for key in ("max_difference", "tolerance", "positions", "pixels", "chats")}

@@ -18,12 +18,19 @@ class Family:
         column: A further column of a batch that the model reads, or "".
         counts: What is 1 in that column: `images` (places of image features) or `answer` (all from the first
             supervised token on).
+        prompt: Of a model made for one turn, whose own processor writes a part of the prompt itself: what is left for
+            a template to write, as a Jinja expression on our render (`rendered`).
+        vllm: Whether vLLM has a class for it.
+        no_export: Why it is not exported to its own class, or "".
     """
 
     processor: str
     template: dict[str, str]
     column: str = ""
     counts: str = "images"
+    prompt: str = ""
+    vllm: bool = True
+    no_export: str = ""
 
 
 # By `model_type`. Which parameters are which part is said in `freeze.PART_NAMES`.
@@ -36,12 +43,15 @@ FAMILIES: dict[str, Family] = {
     "idefics3": Family("Idefics3Processor", {"": "smolvlm"}),
     "smolvlm": Family("SmolVLMProcessor", {"": "smolvlm"}),
     # PaliGemma reads its prompt in both directions and writes its answer in one.
-    "paligemma": Family("PaliGemmaProcessor", {"": "paligemma"}, "token_type_ids", "answer"),
+    "paligemma": Family("PaliGemmaProcessor", {"": "paligemma"}, "token_type_ids", "answer",
+                        prompt="rendered.replace(bos_token, '', 1).removesuffix('\\n')"),
     "internvl": Family("InternVLProcessor", {"": "internvl"}),
     "gemma3": Family("Gemma3Processor", {"": "gemma3"}, "token_type_ids"),
-    "kosmos-2": Family("Kosmos2Processor", {"": "kosmos2"}, "image_embeds_position_mask"),
-    "fuyu": Family("FuyuProcessor", {"": "fuyu"}),
-}
+    "kosmos-2": Family("Kosmos2Processor", {"": "kosmos2"}, "image_embeds_position_mask", vllm=False,
+                       prompt="rendered.removeprefix(bos_token ~ image_token ~ ' ')"),
+    "fuyu": Family("FuyuProcessor", {"": "fuyu"},
+                   no_export="its own processor cannot cut images without torchvision"),
+}  # fmt: skip
 
 
 def family_of(model_type: str, pretrained: str) -> Family:

@@ -173,6 +173,22 @@ def set_dtypes(model: FamilyModel, trained: Collection[str], dtype: torch.dtype)
         trained: Parts that are trained whole.
         dtype: Type of the others.
     """
+    cast_parts(model, trained, dtype)
+    for name, module in model.named_modules():
+        if PART_NAMES.get(unwrapped(name)) in ("vision_tower", "projector"):
+            # Of a list of projectors (Qwen3-VL), each is called by itself.
+            for each in module if isinstance(module, nn.ModuleList) else [module]:
+                each.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+
+
+def cast_parts(model: FamilyModel, trained: Collection[str], dtype: torch.dtype) -> None:
+    """Puts trained parts into fp32 and the others into a type; quantised weights stay.
+
+    Args:
+        model: The model.
+        trained: Parts that are trained whole.
+        dtype: Type of the others.
+    """
     for name, parameter in model.named_parameters():
         if is_quantised_weight(parameter):
             continue
@@ -180,11 +196,6 @@ def set_dtypes(model: FamilyModel, trained: Collection[str], dtype: torch.dtype)
     for name, buffer in model.named_buffers():
         if name.endswith(model.followers) and model.followers:
             buffer.data = buffer.data.to(dtype)
-    for name, module in model.named_modules():
-        if PART_NAMES.get(unwrapped(name)) in ("vision_tower", "projector"):
-            # Of a list of projectors (Qwen3-VL), each is called by itself.
-            for each in module if isinstance(module, nn.ModuleList) else [module]:
-                each.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
 
 def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

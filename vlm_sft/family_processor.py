@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -222,11 +223,6 @@ class Kosmos2Processor(FamilyProcessor):
         return (self.tokenizer.unk_token_id + position, True) if inside else (token, False)
 
 
-def _round_up(length: Any, step: int, limit: int) -> int:
-    """To whole patches, within the image."""
-    return min(limit, -(-int(length) // step) * step)
-
-
 def without_videos(native: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A model's own processor class without its processor of videos, which cannot be had without torchvision."""
     attributes = [name for name in native.get_attributes() if name != "video_processor"]
@@ -236,7 +232,11 @@ def without_videos(native: type[ProcessorMixin]) -> type[ProcessorMixin]:
     def read(cls: Any, args: list[Any], options: dict[str, Any], **kwargs: Any) -> Any:
         return super(own, cls).from_args_and_dict([*args, None], options, **kwargs)
 
-    further = {"get_attributes": classmethod(lambda cls: attributes), "from_args_and_dict": classmethod(read)}
+    further = {
+        "get_attributes": classmethod(lambda cls: attributes),
+        "from_args_and_dict": classmethod(read),
+        "video_processor": SimpleNamespace(num_frames=None, fps=None),  # SmolVLM's asks for these at every template
+    }
     own: Any = type(native.__name__, (native,), further)  # its own name is written into what it saves
     return own
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .bundle import read_manifest
+from .bundle import mark_taken, read_manifest
 from .errors import UserError
 from .freeze import FreezePlan, is_quantised
 from .loading import load_trained
@@ -56,15 +56,10 @@ def hand_over(stack: Stack, folder: str | Path) -> list[str]:
     if "language_model" in manifest["held"] and is_quantised(stack.model):
         raise UserError(
             f"init_from {str(folder)!r} holds a trained language model, which cannot be put into a quantised one; "
-            f"remove quantization, or export that bundle and name its language model in stack.language_model."
+            f"remove quantization, or export that bundle (--to bundle-merged) and start from what is written."
         )
     load_trained(folder, stack.model, FreezePlan({}))
-    for part in manifest["held"]:
-        # The new stage's bundle must hold it too: its base piece is not like it any more.
-        if (piece := stack.pieces.get(part) or stack.pieces.get("model")) is not None:
-            piece["init_from"] = str(folder)
-    if "model" in stack.pieces:
-        stack.pieces["model"]["held"] = list(manifest["held"])
+    mark_taken(stack.pieces, manifest["held"], str(folder))  # the new stage's bundle must hold them too
     return list(manifest["held"])
 
 

@@ -5,6 +5,7 @@ A stack has a native form only where the class computes the same; what it cannot
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -224,10 +225,8 @@ def _as_blip(model: VLMForConditionalGeneration, processor: VLMProcessor, form: 
     return native
 
 
-def native_generation(
-    model: VLMForConditionalGeneration, processor: VLMProcessor, options: dict[str, Any]
-) -> GenerationConfig:
-    """The recipe's generation settings, with the ids at which an answer ends."""
+def native_generation(model: PreTrainedModel, processor: VLMProcessor, options: dict[str, Any]) -> GenerationConfig:
+    """The recipe's generation settings over the model's own, with the ids at which an answer ends."""
     settings = generation_options(model, processor, options)
     tokenizer = processor.tokenizer
     ends = set(settings.pop("eos_token_id") or [])
@@ -235,4 +234,6 @@ def native_generation(
     for text in settings.pop("stop_strings", None) or []:  # which `generate` only takes together with a tokenizer
         if len(ids := tokenizer(text, add_special_tokens=False).input_ids) == 1:
             ends.add(ids[0])
-    return GenerationConfig(**settings, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id)
+    config = copy.deepcopy(model.generation_config)  # which may say more, for instance a penalty
+    config.update(**settings, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id)
+    return config

@@ -10,6 +10,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from .chat_template import owns_bos
 from .configuration import image_size_of
+from .family_processor import FamilyProcessor
 from .modeling import VLMForConditionalGeneration
 from .native import llava_features, native_form
 from .processor import VLMProcessor
@@ -28,6 +29,17 @@ def native_template(processor: VLMProcessor) -> str:
     if not owns_bos(template) and processor._adds_bos(""):
         before += "{{- bos_token -}}"
     return before + template
+
+
+def family_template(processor: FamilyProcessor) -> str:
+    """The same for an existing VLM: the placeholder by its name, and only what its own processor leaves to a template.
+
+    transformers gives a template the tokenizer's image token, where a processor may look for another (Gemma 3).
+    """
+    template, prompt = native_template(processor), processor.family.prompt
+    if prompt:
+        template = "{%- set rendered -%}" + template + "{%- endset -%}{{- " + prompt + " -}}"
+    return "{%- set image_token = " + repr(processor.image_token) + " -%}" + template
 
 
 def native_processor(

@@ -12,7 +12,14 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from .freeze import PART_NAMES, unwrapped
 
 # What a model says of itself once any of its layers is quantised; see `settle`.
-MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
+MARKS = (
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "quantization_method",
+    "hf_quantizer",
+    "hf_device_map",
+)
 # As the classes of language models call their heads.
 HEADS = ("lm_head", "embed_out")
 
