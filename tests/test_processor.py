@@ -131,13 +131,19 @@ def test_a_typed_pad_token_is_text_for_it_may_have_no_embedding():
     assert "<pad> fills rows" in processor.tokenizer.decode([n for n in chat.labels if n != -100])
 
 
-def test_a_typed_placeholder_is_text():
-    processor = make_processor()
+@pytest.mark.parametrize("special", [True, False, None])
+def test_a_typed_placeholder_is_text(special):
+    """Also where the tokenizer has it already, special to it or not."""
+    tokenizer = make_tokenizer()
+    if special is not None:
+        tokenizer.add_tokens(["<image>"], special_tokens=special)
+    processor = make_processor(tokenizer=tokenizer)
     content = [{"type": "text", "text": "what does <image> mean?"}, {"type": "image"}]
     chat = processor.encode_chat(
         [{"role": "user", "content": content}, {"role": "assistant", "content": "<image> is a mark"}]
     )
     assert chat.input_ids.count(processor.image_token_id) == TOKENS
+    assert processor.image_token_id not in chat.labels
     text = processor.tokenizer.decode([n for n in chat.labels if n != -100])
     assert "<image> is a mark" in text
 

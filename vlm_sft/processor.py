@@ -174,7 +174,12 @@ class VLMProcessor(ProcessorMixin):
         return [token for piece, start in pieces for token in self._tokenize(piece, supervised, start)]
 
     def _as_plain_text(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        """Ids of a placeholder that somebody typed, none of them its own."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        if len(ids) > 1 or len(text) < 2:
+            return ids
+        # Added to the tokenizer, but not as a special token: only its letters are text.
+        return [i for part in (text[:1], text[1:]) for i in self.tokenizer(part, add_special_tokens=False).input_ids]
 
     def _adds_bos(self, text: str) -> bool:
         """BOS comes first where the tokenizer puts one, unless the template writes it (BLIP-2: after the images)."""
