@@ -188,3 +188,9 @@ def test_wrapper_leaves_mistakes_of_the_program_alone() -> None:
 
 
 # Recipes
+
+
+def test_the_help_tells_every_command_in_full_at_80_columns(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(monkeypatch, "--help") == 0
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]

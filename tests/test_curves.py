@@ -38,6 +38,29 @@ def test_every_history_gives_a_picture(tmp_path, name):
         assert picture.format == "PNG" and picture.width > 1000
 
 
+def test_no_marker_is_cut_and_steps_are_whole_numbers(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    draw_curves([step(3, loss=4.0)], tmp_path / "curves.png")
+    loss, *_, throughput, _ = figures[0].axes
+    assert loss.get_ylim()[1] > 4.0 and throughput.get_ylim()[1] > 9e3
+    assert all(place == int(place) for place in loss.xaxis.get_major_locator().tick_values(2.85, 3.15))
+
+
+def test_a_chinese_title_is_written_in_a_chinese_font_where_there_is_one(monkeypatch, tmp_path):
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+
+    families = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, fontfamily, **kwargs: families.append(fontfamily))
+    for there in (["DejaVu Sans"], ["DejaVu Sans", "Noto Sans CJK SC", "SimHei"]):
+        monkeypatch.setattr(font_manager.fontManager, "get_font_names", lambda there=there: there)
+        draw_curves([], tmp_path / "curves.png", title="阶段一")
+    assert families == [["DejaVu Sans"], ["DejaVu Sans", "Noto Sans CJK SC", "SimHei"]]
+
+
 def test_learning_rates_are_told_apart_by_part_where_they_are_logged():
     assert learning_rates(HISTORIES["few"]) == [("learning_rate", "")]
     assert learning_rates([]) == [("learning_rate", "")]

@@ -54,3 +54,13 @@ def test_copy_to_a_file_and_never_over_one(
     capsys.readouterr()
     assert call(monkeypatch, "recipes", "copy", "ziya_stage1", str(goal)) == 2
     assert capsys.readouterr().err == f"error: {goal} exists already; name another destination or remove it.\n"
+
+
+def test_a_list_in_a_terminal_breaks_between_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert call(monkeypatch, "recipes", "list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60 and any(line.startswith(" " * 20) for line in lines)

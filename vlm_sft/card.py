@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
+# What the numbers of `train_rows` and `eval_rows` count, where their keys do not say it.
+COUNTS = {"longest": "tokens of the longest row", "mean_length": "tokens of a row, in the mean"}
+COUNTS |= {"read": "read from the sources", "decoded": "with images decoded"}
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
@@ -184,7 +187,11 @@ def _data(manifest: dict[str, Any]) -> str:
     sets = {key.removesuffix("_rows"): counts for key, counts in manifest.items() if key.endswith("_rows")}
     sections = []
     for name, counts in sets.items():
-        rows = [f"| {key.replace('_', ' ')} | {value:,} |" for key, value in counts.items() if _is_number(value)]
+        rows = [
+            f"| {COUNTS.get(key, key.replace('_', ' '))} | {value:,} |"
+            for key, value in counts.items()
+            if _is_number(value)
+        ]
         sections.append(f"| {name} rows | number |\n|---|---|\n" + "\n".join(rows))
     for name, ledger in manifest.get("ledger", {}).items():
         rows = [_source(source, counts) for source, counts in ledger["sources"].items()]

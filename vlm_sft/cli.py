@@ -76,7 +76,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit()
 
 
-@app.command()
+@app.command(short_help="Train one stage, as a recipe describes it.")
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -100,7 +100,7 @@ def train(
     train_main([recipe, *(overrides or []), *flags])
 
 
-@app.command()
+@app.command(short_help="Look at data and model before the GPU hour; write a page.")
 def preflight(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -200,7 +200,7 @@ def evaluate(
     )
 
 
-@app.command("debug-batch")
+@app.command("debug-batch", short_help="Show the rows of a step that went wrong, one by one.")
 def debug_batch(
     folder: Annotated[
         str, typer.Argument(metavar="FOLDER", callback=_run, help="A run's output_dir.", show_default=False)
@@ -218,7 +218,7 @@ def debug_batch(
     run(folder, step=step, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
 
 
-@app.command()
+@app.command(short_help="Write a bundle for transformers or vLLM, LoRA merged.")
 def export(
     bundle: Bundle,
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
@@ -242,7 +242,7 @@ def export(
     )
 
 
-@app.command("apply-delta")
+@app.command("apply-delta", short_help="Make a language model from a published delta.")
 def apply_delta(
     base: Annotated[str, typer.Argument(metavar="BASE", help="What the delta was made from.", show_default=False)],
     delta: Annotated[str, typer.Argument(metavar="DELTA", help="What is published.", show_default=False)],

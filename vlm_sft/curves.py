@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ CURVES = "curves.png"
 LEARNING_RATE = "learning_rate"
 # A loss that falls by this factor shows nothing of its end on a linear axis.
 WIDE = 8.0
+# Of Linux, Windows and macOS, in this order.
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei",
+                 "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC")  # fmt: skip
 MANY_POINTS = 80  # from here on a running mean is drawn over the single values
 
 Series = tuple[str, str]  # key in the log, name in the legend
@@ -50,12 +54,19 @@ def draw_curves(history: list[dict[str, float]], path: str | Path, title: str = 
         _draw_panel(axis, name, series, history)
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, fontfamily=["DejaVu Sans", *_chinese_fonts()])
     path = Path(path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a Chinese title is shown as boxes
+        warnings.filterwarnings("ignore", message="Glyph")  # without a Chinese font, boxes
         figure.savefig(path, dpi=110)
     return path
+
+
+def _chinese_fonts() -> list[str]:
+    """The fonts with Chinese characters that this machine has; matplotlib brings none."""
+    from matplotlib.font_manager import fontManager
+
+    return [name for name in CHINESE_FONTS if name in fontManager.get_font_names()]
 
 
 def learning_rates(history: list[dict[str, float]]) -> list[Series]:
@@ -77,7 +88,7 @@ def _draw_panel(axis: Axes, name: str, series: Sequence[Series], history: list[d
     axis.set_title(name, loc="left", fontsize=10)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10], min_n_ticks=1))
     if not drawn:
         axis.set_yticks([])
         axis.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axis.transAxes)
@@ -85,7 +96,8 @@ def _draw_panel(axis: Axes, name: str, series: Sequence[Series], history: list[d
     if name == "loss" and min(drawn) > 0 and max(drawn) > WIDE * min(drawn):
         _use_log_scale(axis)
     else:
-        axis.set_ylim(bottom=0, top=1.02 if name == "token accuracy" else None)
+        top = 1.02 if name == "token accuracy" else 1.08 * max((v for v in drawn if math.isfinite(v)), default=0.0)
+        axis.set_ylim(bottom=0, top=top if top > 0 else None)  # a marker at the top is not cut in half
     if name == "learning rate":
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
     if name == "tokens per second":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +21,12 @@ def list_() -> None:
     from .assets import list_recipes, recipe_path
 
     names = list_recipes()
+    indent = max(map(len, names)) + 2
+    # A pipe gets one line a recipe, a terminal lines that are not broken within a word.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
     for name in names:
-        typer.echo(f"{name:<{max(map(len, names))}}  {_title(recipe_path(name))}")
+        line = f"{name:<{indent}}{_title(recipe_path(name))}"
+        typer.echo(textwrap.fill(line, max(width, indent + 20), subsequent_indent=" " * indent))
 
 
 @recipes_app.command()
