@@ -213,38 +213,40 @@ class ThreeRows(data_cli._Rows):
 
 
 @pytest.fixture
-def check_vlm_sft(monkeypatch, tmp_path):
+def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
+    """What is called of the modules that need a model, in whose places others stand: name, arguments, keywords."""
+    found: list[tuple[str, tuple, dict]] = []
+
+    def stand_in(module: str, function: str, result=None) -> None:
+        def called(*args, **kwargs):
+            found.append((function, args, kwargs))
+            return result
+
+        made = types.ModuleType(f"vlm_sft.{module}")
+        setattr(made, function, called)
+        monkeypatch.setitem(sys.modules, f"vlm_sft.{module}", made)
+        monkeypatch.setattr(vlm_sft, module, made, raising=False)
+
+    stand_in("train", "main")
+    stand_in("chat", "chat")
+    stand_in("answer_file", "generate")
+    stand_in("evaluate", "run")
+    stand_in("preflight", "run_preflight")
+    stand_in("debug_batch", "run")
+    counts = dict.fromkeys(("tensors", "summed", "left_out", "bytes", "shards"), 1)
+    stand_in("delta", "apply_delta", {"tables": "sum", "rows_added": {}, **counts})
+    stand_in("hub", "push_bundle", "https://huggingface.co/my-name/mine/commit/1")
+    stand_in("export", "export", {"positions": 1, "max_difference": 0.0, "tolerance": 1e-4})
+    return found
+
+
+@pytest.fixture
+def check_vlm_sft(monkeypatch, tmp_path, calls):
     """Runs a command for real, with stand-ins for what needs a model."""
-    calls: list[tuple[str, tuple, dict]] = []
-    for module, functions in {
-        "train": ["main"],
-        "chat": ["chat"],
-        "answer_file": ["generate"],
-        "evaluate": ["run"],
-        "preflight": ["run_preflight"],
-        "debug_batch": ["run"],
-    }.items():
-        stand_in = types.ModuleType(f"vlm_sft.{module}")
-        for function in functions:
-            note = lambda *args, _name=function, **kwargs: calls.append((_name, args, kwargs))  # noqa: E731
-            setattr(stand_in, function, note)
-        monkeypatch.setitem(sys.modules, f"vlm_sft.{module}", stand_in)
-        monkeypatch.setattr(vlm_sft, module, stand_in, raising=False)
     monkeypatch.setattr(data_cli, "_Rows", ThreeRows)
     monkeypatch.setattr(filtering, "Scorer", lambda path: lambda images, texts: [0.5] * len(images))
-    stand_in = types.ModuleType("vlm_sft.delta")
-    done = {"tables": "sum", "rows_added": {}, **dict.fromkeys(("tensors", "summed", "left_out", "bytes", "shards"), 1)}
-    stand_in.apply_delta = lambda *args, **kwargs: done
-    monkeypatch.setitem(sys.modules, "vlm_sft.delta", stand_in)
-    stand_in = types.ModuleType("vlm_sft.hub")
-    stand_in.push_bundle = lambda *args, **kwargs: "https://huggingface.co/my-name/mine/commit/1"
-    monkeypatch.setitem(sys.modules, "vlm_sft.hub", stand_in)
-    stand_in = types.ModuleType("vlm_sft.export")
     for look in ("find_manifest", "find_records"):  # the folders are the reader's
         monkeypatch.setattr(run_folder, look, lambda folder: folder)
-    stand_in.export = lambda *args, **kwargs: {"positions": 1, "max_difference": 0.0, "tolerance": 1e-4}
-    monkeypatch.setitem(sys.modules, "vlm_sft.export", stand_in)
-    monkeypatch.setattr(vlm_sft, "export", stand_in, raising=False)
 
     def check(page: str, words: list[str]) -> None:
         from vlm_sft.answer_options import check_options

@@ -16,8 +16,8 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
+from .conversation import IMAGE_MARK
 from .errors import UserError, row_error
-from .formats import IMAGE_MARK
 from .image_refs import is_url
 
 ROWS_PER_SHARD = 1000

@@ -31,8 +31,8 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
         launch: The processes that would train it.
         console: Where to.
     """
+    from .configs import validate_libraries
     from .memory import known_optimizer
-    from .recipe import validate_libraries
     from .stack import precision_warning
 
     def say(message: str) -> None:
@@ -80,9 +80,8 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
 
     from .activations import Step, count_step
     from .adapters import add_adapter, lora_config
-    from .configs import computes_in
+    from .configs import build_sft_config, computes_in
     from .memory import estimate
-    from .recipe import build_sft_config
     from .stack import build_empty_stack
 
     stack = build_empty_stack(recipe)

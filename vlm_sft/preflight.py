@@ -47,10 +47,10 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     from .assemble import build_collator
     from .checks import Evidence, check
     from .compose import compose
+    from .configs import build_sft_config, validate_libraries
     from .dry_run import on_any_machine
     from .inspection import look_at, shares_of_languages, shares_of_sources, show_samples
     from .preflight_page import Report, render_page
-    from .recipe import build_sft_config, validate_libraries
 
     _check_output(output)
     validate_libraries(recipe)
@@ -142,10 +142,10 @@ def _take_steps(
     from datasets import Dataset
 
     from .assemble import build_trainer
+    from .configs import build_sft_config
     from .data import FEATURES
     from .proof import MOST, SETTINGS, prove
     from .quiet import quiet_libraries
-    from .recipe import build_sft_config
 
     with _folder() as folder, console.status("Loading the pieces and taking real steps"):
         settings = {name: value for name, value in recipe.sft.items() if name != "warmup_ratio"}

@@ -52,9 +52,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .assemble import build_collator, build_trainer
     from .bundle import read_manifest
     from .compose import compose
+    from .configs import build_sft_config, validate_libraries
     from .hub import check_access
     from .inspection import glance
-    from .recipe import build_sft_config, validate_libraries
 
     console = make_console()
     validate_libraries(recipe)
