@@ -19,6 +19,7 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
     LlavaForConditionalGeneration,
+    pipeline,
 )
 
 from vlm_sft import answer, load
@@ -97,8 +98,6 @@ def test_the_native_class_gives_the_bundles_logits_and_answers(case, bundle, pho
 @pytest.mark.slow
 @pytest.mark.parametrize("stack", [LLAVA, BLIP2], ids=["LLaVA", "BLIP-2"])
 def test_the_pipeline_of_transformers_answers_a_question_about_an_image(stack, bundle, photos, tmp_path):
-    from transformers import pipeline
-
     out = tmp_path / "export"
     export(bundle(**stack), out)
     asker = pipeline("image-text-to-text", model=str(out))
@@ -141,6 +140,18 @@ def instruct_bundle(recipe_file, instructblip, tmp_path):  # noqa: F811
     return make
 
 
+def ask_instructblip(asker, out, photo, text):
+    """By pipeline, plainly and as a conversation with the template of the export. Returns both answers."""
+    options = {"return_full_text": False, "generate_kwargs": {"max_new_tokens": 6, "do_sample": False}}
+    image = {"type": "image", "path": photo}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+    template = (out / "chat_template.jinja").read_text()
+    plain, talked = asker(images=photo, text=text, **options), asker(messages, chat_template=template, **options)
+    with pytest.raises(Exception, match="InstructBLIP is asked one question"):
+        asker([{"role": "system", "content": "Be short."}, *messages], chat_template=template, **options)
+    return plain[0]["generated_text"], talked[0]["generated_text"]
+
+
 @pytest.mark.slow
 def test_instructblip_is_a_native_class_that_reads_the_question(instruct_bundle, photos, tmp_path):
     folder, out = instruct_bundle("instructblip"), tmp_path / "export"
@@ -153,6 +164,8 @@ def test_instructblip_is_a_native_class_that_reads_the_question(instruct_bundle,
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this ?"}]}]
     (wanted,) = answer(*load(folder), [{"messages": question, "images": [photos[0]]}], max_new_tokens=6)
     assert wanted.strip() in processor.batch_decode(ids, skip_special_tokens=True)[0]
+    asker = pipeline("image-text-to-text", model=str(out))
+    assert [said.strip() for said in ask_instructblip(asker, out, photos[0], "what is this ?")] == [wanted.strip()] * 2
     other = processor(images=Image.open(photos[0]), text="describe a cat", return_tensors="pt")
     with torch.no_grad():
         one, two = (
@@ -196,7 +209,10 @@ def test_vllm_gets_a_blip2_whose_prompt_begins_with_the_image(bundle, tmp_path):
     folder = bundle(**{**BLIP2, "chat_template": "blip2_vqa", "lm": "opt"})
     assert export(folder, tmp_path / "export", "vllm")["max_difference"] <= 1e-4
     assert saved_shapes(tmp_path / "export") == published_names.blip2(tokens=302)
-    with pytest.raises(UserError, match="vLLM puts the images of a BLIP-2 in front of the whole prompt"):
+    template = (tmp_path / "export" / "chat_template.jinja").read_text()
+    assert template.startswith("{%- set image_token = '' -%}"), "vLLM adds the placeholders to what a template prints"
+    assert "vllm serve export" in (tmp_path / "export" / "README.md").read_text()
+    with pytest.raises(UserError, match="vLLM puts the image of a BLIP-2 in front of the whole prompt"):
         export(bundle("other", **BLIP2), tmp_path / "no", "vllm")
     assert not (tmp_path / "no").exists()
 

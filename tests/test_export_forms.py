@@ -21,8 +21,9 @@ from vlm_sft.bundle import Provenance, save_bundle
 from vlm_sft.errors import UserError
 from vlm_sft.export import export
 from vlm_sft.export_check import compare, noise_picture, prepare, read_processor
-from vlm_sft.export_forms import FamilyForm, renamed
+from vlm_sft.export_forms import FamilyForm
 from vlm_sft.handover import hand_over
+from vlm_sft.native import renamed
 from vlm_sft.parity import probe_logits
 
 EXPORTED = [name for name in TINY if name != "fuyu"]

@@ -59,6 +59,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("filtering", "parity", "proof", "pushes", "progress", "rows", "scoring", "trainer"),
     ("answer_file", "checks", "native"),
     ("inspection", "native_processors"),
+    ("vllm_form",),
     ("export_forms",),
     ("merged",),
     ("export", "preflight_page"),

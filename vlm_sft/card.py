@@ -112,30 +112,36 @@ def write_export_card(out: str | Path, bundle: str | Path, result: dict[str, Any
 
 
 def _asking(result: dict[str, Any], name: str, adapter: bool) -> str:
-    """How to ask the export, by transformers alone."""
+    """How to ask the export, by its target alone."""
+    if result["to"] == "vllm":
+        return (
+            f"## Ask it\n\n```\nvllm serve {name}\n```\n\nOpenAI's clients know it as `{name}`; an image is a "
+            "part `image_url` of the user's message."
+        )
     messages = (
         'messages = [{"role": "user", "content": [{"type": "image", "path": "photo.jpg"},\n'
         '                                         {"type": "text", "text": "What is this?"}]}]\n'
     )
     peft = "from peft import PeftModel\n" if adapter else ""
     wrap = f'{{0}} = PeftModel.from_pretrained({{0}}, "{name}/adapter")\n' if adapter else ""
-    if not result["chats"]:  # the processor knows no conversations: InstructBLIP takes a question, KOSMOS-2 a prompt
-        text, messages = ('"What is this?"', "") if result["form"] == "instructblip" else ("prompt", messages)
-        prompt = "prompt = processor.tokenizer.apply_chat_template(messages, tokenize=False)\n" if messages else ""
+    if not result["chats"] and result["form"] != "instructblip":  # KOSMOS-2, whose tokenizer alone has a template
         return (
             f"## Ask it\n\n```python\n{peft}from PIL import Image\n"
             "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
             f'processor = AutoProcessor.from_pretrained("{name}")\n'
             f'model = AutoModelForImageTextToText.from_pretrained("{name}")\n{wrap.format("model")}'
-            f"{messages}{prompt}"
-            f'inputs = processor(images=Image.open("photo.jpg"), text={text}, return_tensors="pt")\n'
+            f"{messages}prompt = processor.tokenizer.apply_chat_template(messages, tokenize=False)\n"
+            'inputs = processor(images=Image.open("photo.jpg"), text=prompt, return_tensors="pt")\n'
             "print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))\n```"
         )
+    asked = "messages"
+    if result["form"] == "instructblip":  # whose processor takes a question
+        messages, asked = "", 'images="photo.jpg", text="What is this?"'
     return (
         f"## Ask it\n\n```python\n{peft}from transformers import pipeline\n\n"
         f'asker = pipeline("image-text-to-text", model="{name}")\n{wrap.format("asker.model")}'
         f"{messages}"
-        'print(asker(messages, return_full_text=False)[0]["generated_text"])\n```'
+        f'print(asker({asked}, return_full_text=False)[0]["generated_text"])\n```'
     )
 
 

@@ -22,10 +22,11 @@ from .bundle import read_manifest
 from .card import write_export_card
 from .errors import UserError
 from .export_check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
-from .export_forms import Form, form_of, renamed
+from .export_forms import Form, form_of
 from .hub import find_bundle
 from .loading import load, recipe_of
 from .merged import write_merged
+from .native import renamed
 from .parity import TOLERANCE, environment
 
 TARGETS = ("transformers", "vllm", "bundle-merged")
@@ -99,7 +100,9 @@ def _write(out: Path, to: str, model: Any, form: Form, dtype: torch.dtype, keep_
         native = form.native().to(dtype)
         native.config.dtype = dtype
         form.save(native, out, to)
-        return {"class": type(native).__name__, **_compare(out, Path(folder), dtype)}
+        found = {"class": type(native).__name__, **_compare(out, Path(folder), dtype)}
+        form.finish(out, to)
+        return found
 
 
 def _check_request(out: Path, to: str, keep_adapter: bool) -> None:

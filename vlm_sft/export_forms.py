@@ -15,16 +15,11 @@ from .errors import UserError
 from .export_check import QUESTION
 from .family_model import FamilyModel
 from .native import NO_FORM, native_form, native_generation, native_model, to_causal_lm
-from .native_processors import family_template, native_processor
+from .native_processors import family_template, native_processor, question_template
 from .safety import read_json
+from .vllm_form import check_stack, named_tensors, without_images
 
-# Names in memory → the names that llava-hf publishes and vLLM reads.
-VLLM_NAMES = {
-    "model.vision_tower.": "vision_tower.vision_model.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-}
+TEMPLATE = "chat_template.jinja"
 VIDEOS = "video_preprocessor_config.json"
 
 
@@ -70,6 +65,10 @@ class Form(ABC):
         """Writes the weights and configurations of what `native` gave, under the names that the target reads."""
         native.save_pretrained(out)
 
+    def finish(self, out: Path, to: str) -> None:
+        """Writes what the target reads otherwise than transformers, after the comparison."""
+        return
+
 
 class StackForm(Form):
     """A composed stack, as the class that computes the same."""
@@ -82,20 +81,14 @@ class StackForm(Form):
 
     def check_vllm(self) -> None:
         """See `Form`."""
-        if self.name == "instructblip":
-            raise UserError("vLLM has no class for InstructBLIP; use --to transformers.")
-        text = self.processor.render(QUESTION[:1], True).text
-        if self.name == "blip-2" and not text.startswith(self.processor.image_token):
-            raise UserError(
-                "vLLM puts the images of a BLIP-2 in front of the whole prompt, but this bundle's chat template has "
-                "words before them; use --to transformers, or train with a template that begins with the image "
-                "(blip2_vqa)."
-            )
+        check_stack(self.name, self.model, self.processor)
 
     def write_processor(self, out: Path) -> None:
         """See `Form`."""
         native_processor(self.model, self.processor).save_pretrained(out)
         self.processor.image_processor.save_pretrained(out)  # what earlier releases of transformers read
+        if self.name == "instructblip":  # its class has no place for a template; one is given with each question
+            (out / TEMPLATE).write_text(question_template(self.processor), encoding="utf-8")
 
     def native(self) -> PreTrainedModel:
         """See `Form`."""
@@ -120,10 +113,13 @@ class StackForm(Form):
             return
         native.config.save_pretrained(out)
         native.generation_config.save_pretrained(out)
-        names = VLLM_NAMES if self.name == "llava" else {}
-        tied = set(getattr(native, "all_tied_weights_keys", {})) if native.config.tie_word_embeddings else set()
-        state = {renamed(n, names): p.detach() for n, p in native.state_dict().items() if n not in tied}
-        save_torch_state_dict(state, out, max_shard_size="5GB", metadata={"format": "pt"})
+        save_torch_state_dict(named_tensors(native), out, max_shard_size="5GB", metadata={"format": "pt"})
+
+    def finish(self, out: Path, to: str) -> None:
+        """See `Form`."""
+        if to == "vllm" and self.name == "blip-2":
+            path = out / TEMPLATE
+            path.write_text(without_images(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 class FamilyForm(Form):
@@ -186,11 +182,3 @@ def form_of(model: Any, processor: Any, recipe: Any) -> Form:
     if reason := processor.family.no_export:
         raise UserError(NO_FORM.format(reason))
     return FamilyForm(model, processor, recipe)
-
-
-def renamed(name: str, names: dict[str, str]) -> str:
-    """A name with another beginning, where it has one of those given."""
-    for old, new in names.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name

@@ -237,3 +237,11 @@ def native_generation(model: PreTrainedModel, processor: VLMProcessor, options: 
     config = copy.deepcopy(model.generation_config)  # which may say more, for instance a penalty
     config.update(**settings, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id)
     return config
+
+
+def renamed(name: str, names: dict[str, str]) -> str:
+    """A name with another beginning, where it has one of those given."""
+    for old, new in names.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name

@@ -31,6 +31,15 @@ def native_template(processor: VLMProcessor) -> str:
     return before + template
 
 
+def question_template(processor: VLMProcessor) -> str:
+    """What InstructBLIP's processor is to be given: the question alone, to which it adds the image and BOS itself."""
+    return (
+        "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
+        "{{- raise_exception('InstructBLIP is asked one question: one message of the user, and no system text.') -}}"
+        "{%- endif -%}{%- set image_token = '' -%}{%- set bos_token = '' -%}" + native_template(processor)
+    )
+
+
 def family_template(processor: FamilyProcessor) -> str:
     """The same for an existing VLM: the placeholder by its name, and only what its own processor leaves to a template.
 
