@@ -201,3 +201,13 @@ def test_the_hub_is_asked_for_the_revision(monkeypatch, state, tmp_path):
     monkeypatch.setattr(checkpoints, "cached_file", cached_file)
     Checkpoint("someone/model", "v1.1").fingerprint()
     assert set(asked) == {("someone/model", "v1.1")}
+
+
+def test_a_file_that_may_not_be_read_is_said_as_that(pieces, monkeypatch):
+    def refuse(path, framework):
+        raise FileNotFoundError(f"No such file or directory: {path}")  # as safetensors says it
+
+    monkeypatch.setattr("vlm_sft.checkpoints.safe_open", refuse)
+    monkeypatch.setattr("vlm_sft.checkpoints.os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"model\.safetensors' may not be read by this user; change its permissions"):
+        Checkpoint(pieces["llama"], None, "stack.language_model").fingerprint()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import runpy
 import subprocess
 import sys
@@ -180,6 +181,27 @@ def test_a_process_that_lost_its_peer_leaves_the_message_to_it(
     assert capsys.readouterr().err == "process 0 stops: another process ended, and its own message says why.\n"
     with pytest.raises(RuntimeError, match="out of memory"), exit_on_user_error():
         raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/a"), "'out/a' cannot be written (No space left on "
+         "device): make room, or choose another place; then begin again."),
+        (PermissionError(errno.EACCES, "Permission denied", "out/a"), "'out/a' cannot be used (Permission denied): "
+         "change its permissions, or choose another place; then begin again."),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "A file cannot be written "
+         "(File too large): make room, or choose another place; then begin again."),
+    ],
+)  # fmt: skip
+def test_a_disk_that_is_full_or_closed_is_one_sentence_whoever_meets_it(
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        raise error
+    assert ended.value.code == 2 and capsys.readouterr().err == f"error: {sentence}\n"
+    with pytest.raises(FileNotFoundError), exit_on_user_error():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")
 
 
 def test_wrapper_leaves_mistakes_of_the_program_alone() -> None:

@@ -163,6 +163,10 @@ def _open(path: str, key: str) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        if os.path.exists(path) and not os.access(path, os.R_OK):  # safetensors says that it is not there
+            raise UserError(
+                f"{key}: the file {path!r} may not be read by this user; change its permissions."
+            ) from error
         raise UserError(f"{key}: the file {path!r} is no whole safetensors file ({error}); fetch it again.") from error
 
 

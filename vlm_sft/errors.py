@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -72,8 +73,12 @@ def exit_on_user_error() -> Iterator[None]:
         if first_to_say(sentence):
             print(f"error{process}: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
-    except RuntimeError as error:
-        if not any(words in str(error) for words in PEER_IS_GONE):
+    except Exception as error:
+        if trouble := _of_the_disk(error):
+            if first_to_say(trouble):
+                print(f"error{process}: {trouble}", file=sys.stderr)
+            raise SystemExit(2) from None
+        if not (isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_IS_GONE)):
             raise
         print(f"process {rank} stops: another process ended, and its own message says why.", file=sys.stderr)
         # The launcher ends this process once it has seen the other fail first, and reports that one as the cause.
@@ -93,6 +98,18 @@ def first_to_say(sentence: str) -> bool:
     except OSError:
         return True
     return True
+
+
+def _of_the_disk(error: Exception) -> str | None:
+    """The sentence for a disk that is full or a place that may not be written, whichever library met it; else None."""
+    found = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors and tokenizers say it
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if number is None or not (full or number in (errno.EROFS, errno.EACCES, errno.EPERM)):
+        return None
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy, the second
+    what = f"{repr(str(name)) if name else 'A file'} cannot be {'written' if full else 'used'} ({os.strerror(number)})"
+    return f"{what}: {'make room' if full else 'change its permissions'}, or choose another place; then begin again."
 
 
 def sentence_of(error: UserError) -> str:
