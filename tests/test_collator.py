@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -198,3 +200,14 @@ def test_a_users_class_is_found_by_name():
     ):
         with pytest.raises(UserError, match=sentence):
             load_collator_class(path)
+
+
+def test_the_benchmark_of_the_loader_measures_both_stacks(tmp_path):
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "data_loader.py"))
+    (photo, *_) = photos = benchmark["write_photos"](tmp_path, 2)
+    assert Image.open(photo).size == (640, 480)
+    for stack, turns, steps in (("llava", 3, 5), ("blip2", 1, 5)):
+        rows = [benchmark["make_row"](path, turns, 1) for path in photos]
+        found = benchmark["measure"](rows, benchmark[stack](), 0)
+        assert found["rows_per_second"] > 0 and len(found["shares"]) == steps
+        assert 0.5 < sum(found["shares"].values()) <= 1.01

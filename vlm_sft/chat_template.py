@@ -288,11 +288,10 @@ def _resolve(template: str | Path) -> tuple[str, str]:
 
 def _unused_characters(count: int, *texts: str) -> list[str]:
     """Characters that occur in none of `texts` (from a private-use plane, so that hardly any is ever skipped)."""
-    used = set().union(*texts)
     found: list[str] = []
     code = 0xF0000
     while len(found) < count:
-        if chr(code) not in used:
+        if not any(chr(code) in text for text in texts):
             found.append(chr(code))
         code += 1
     return found

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .errors import UserError
-from .reach import look_for_hub
+from .reach import hub_is_away, look_for_hub
 
 # In the order in which transformers looks for them, so that both read the same file where a folder has several.
 WEIGHT_FILES = (
@@ -229,6 +229,6 @@ def unreachable(pretrained: str, key: str, lacks: str = "config.json") -> UserEr
     if Path(pretrained).exists():
         return UserError(f"{key}: the folder {pretrained!r} has no {lacks} that transformers can read.")
     mend = "check the name, the revision, the network, and (for a gated model) your token"
-    if constants.is_offline_mode():
+    if constants.is_offline_mode() and not hub_is_away():
         mend = "HF_HUB_OFFLINE=1 forbids asking it: unset that, or name a folder"
     return UserError(f"{key}: {pretrained!r} is no folder here and could not be had from the Hub; {mend}.")

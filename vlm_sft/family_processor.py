@@ -112,7 +112,7 @@ class FamilyProcessor(VLMProcessor):
         supervised = supervised_characters(chat)
         starts = [start for start, _ in chat.image_spans]
         seen = [0] * len(starts)
-        for token, start, end in self._tokenize(chat.text, supervised):
+        for token, (start, end) in zip(*self._tokenize(chat.text, supervised), strict=True):
             learned = end > start and bool(supervised[start])
             image = bisect_right(starts, start) - 1
             if image >= 0 and start < chat.image_spans[image][1]:

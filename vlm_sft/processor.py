@@ -48,6 +48,12 @@ class EncodedChat:
         self.labels.append(token if learned else IGNORED)
         self.places.append(int(place))
 
+    def extend(self, tokens: Sequence[int], labels: Sequence[int] | None = None, place: bool = False) -> None:
+        """Adds tokens with their labels; without labels they are not learned."""
+        self.input_ids += tokens
+        self.labels += [IGNORED] * len(tokens) if labels is None else labels
+        self.places += [int(place)] * len(tokens)
+
 
 class VLMProcessor(ProcessorMixin):
     """Image processor, tokenizer and chat template of a composed stack.
@@ -142,36 +148,41 @@ class VLMProcessor(ProcessorMixin):
             encoded.append(self.tokenizer.bos_token_id)
         # Neither may have a row among the embeddings; no template prints a pad token of this name.
         marks = {self.image_token_id, *([self.tokenizer.pad_token_id] if self.tokenizer.pad_token == PAD else [])}
-        for token, start, end in self._tokenize(chat.text, supervised):
-            learned = end > start and bool(supervised[start])
+        ids, borders = self._tokenize(chat.text, supervised)
+        labels = [
+            token if end > start and supervised[start] else IGNORED
+            for token, (start, end) in zip(ids, borders, strict=True)
+        ]
+        done = 0  # all at once between one mark and the next: rows have thousands of tokens and a mark or two
+        for place in [place for place, token in enumerate(ids) if token in marks]:
+            encoded.extend(ids[done:place], labels[done:place])
+            token, (start, end) = ids[place], borders[place]
             if token == self.image_token_id and start in images:
-                for _ in range(self.num_image_tokens):
-                    encoded.append(token, place=True)
-            elif token not in marks:
-                encoded.append(token, learned)
+                encoded.extend([token] * self.num_image_tokens, place=True)
             else:  # somebody typed it: it is text
-                for piece in self._as_plain_text(chat.text[start:end]):
-                    encoded.append(piece, learned)
+                pieces = self._as_plain_text(chat.text[start:end])
+                encoded.extend(pieces, None if labels[place] == IGNORED else pieces)
+            done = place + 1
+        encoded.extend(ids[done:], labels[done:])
         return encoded
 
-    def _tokenize(self, text: str, supervised: bytearray, offset: int = 0) -> list[tuple[int, int, int]]:
-        """(id, start, end) of every token; no token lies across the border of an answer.
+    def _tokenize(self, text: str, supervised: bytearray, offset: int = 0) -> tuple[list[int], list[tuple[int, int]]]:
+        """The id of every token, and its (start, end); no token lies across the border of an answer.
 
         At inference the answer follows a prompt that was tokenised by itself, so a token that joins the last character
         of a prompt with the first of an answer would never be seen there: the text is cut at such borders.
         """
         output = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens = [
-            (i, s + offset, e + offset) for i, (s, e) in zip(output.input_ids, output.offset_mapping, strict=True)
-        ]
-        cuts: set[int] = set()
-        for _, start, end in tokens:
-            cuts.update(i for i in range(start + 1, end) if supervised[i] != supervised[i - 1])
-        if not cuts:
-            return tokens
-        borders = [offset, *sorted(cuts), offset + len(text)]
-        pieces = [(text[a - offset : b - offset], a) for a, b in pairwise(borders)]
-        return [token for piece, start in pieces for token in self._tokenize(piece, supervised, start)]
+        ids, borders = output.input_ids, output.offset_mapping
+        if offset:
+            borders = [(start + offset, end + offset) for start, end in borders]
+        crossing = [(s, e) for s, e in borders if e - s > 1 and supervised.count(supervised[s], s, e) < e - s]
+        if not crossing:
+            return ids, borders
+        cuts = {i for s, e in crossing for i in range(s + 1, e) if supervised[i] != supervised[i - 1]}
+        pieces = pairwise([offset, *sorted(cuts), offset + len(text)])
+        done = [self._tokenize(text[a - offset : b - offset], supervised, a) for a, b in pieces]
+        return [i for ids, _ in done for i in ids], [border for _, borders in done for border in borders]
 
     def _as_plain_text(self, text: str) -> list[int]:
         """Ids of a placeholder that somebody typed, none of them its own."""
