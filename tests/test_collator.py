@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_processor import SAID, TOKENS, make_processor
+from transformers import CLIPImageProcessorPil
 
 from vlm_sft.collator import REJECTED, MultimodalCollator, load_collator_class
 from vlm_sft.errors import RowError, UserError
@@ -211,3 +212,17 @@ def test_the_benchmark_of_the_loader_measures_both_stacks(tmp_path):
         found = benchmark["measure"](rows, benchmark[stack](), 0)
         assert found["rows_per_second"] > 0 and len(found["shares"]) == steps
         assert 0.5 < sum(found["shares"].values()) <= 1.01
+
+
+@pytest.mark.parametrize(("square", "size", "grown"), [(0, (1, 3000), "28 x 84,000"), (1, (3, 3000), "3,000 x 3,000")])
+def test_an_image_so_thin_that_resizing_would_fill_the_memory_is_named(tmp_path, square, size, grown):
+    processor = make_processor("vicuna_v1")
+    processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor.pad_to_square = square
+    Image.new("RGB", size).save(tmp_path / "thin.png")
+    row = make_row(turn("a", "b", images=1), [str(tmp_path / "thin.png")])
+    with pytest.raises(
+        RowError, match=rf"row s/0: the image .*thin.png has {size[0]} x 3,000 .* {grown}, more than the 1,000,000"
+    ):
+        MultimodalCollator(processor, max_pixels=1_000_000)([row])
+    assert MultimodalCollator(processor, max_pixels=100_000_000)([row])["pixel_values"].shape == (1, 3, 28, 28)

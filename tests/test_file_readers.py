@@ -212,3 +212,25 @@ def test_about_how_many_rows_a_file_has(tmp_path, monkeypatch, indent):
     for name, text in {"deep.json": '{"data": [\n{"a": 1},\n{"a": 2}]}', "none.jsonl": "", "empty.json": "[]"}.items():
         (tmp_path / name).write_text(text)
         assert about_rows(tmp_path / name) is None, name
+
+
+TWICE = '{"image": "1.png", "caption": "a", "x": [{"b": 1, "b": 2}]}'
+
+
+def test_a_key_that_stands_twice_is_a_wrong_row_not_the_last_value(tmp_path):
+    lines = write(tmp_path / "a.jsonl", f"{LINES}\n{TWICE}\n{LINES}")
+    document = write(tmp_path / "a.json", "[" + ",".join([*LINES.splitlines(), TWICE, *LINES.splitlines()]) + "]")
+    for path, place in ((lines, "line 3"), (document, "row 3")):
+        found = [values for _, values in read_file(path)]
+        assert [*found[:2], *found[3:]] == ROWS * 2 and isinstance(found[2], RowError)
+        assert str(found[2]).endswith(
+            f"{path.name}, {place}: the key 'b' stands twice in one object, with a value each: keep one of them."
+        )
+
+
+def test_two_columns_of_one_name(tmp_path):
+    path = write(tmp_path / "a.csv", "image,caption,caption,,\n1.png,a,b,,\n")
+    assert "a.csv, line 1: two columns are called 'caption'" in refused(path)
+    assert values(write(tmp_path / "b.csv", "image,caption,,\n1.png,a,,\n")) == [
+        {"image": "1.png", "caption": "a", "": ""}
+    ]

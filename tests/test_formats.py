@@ -421,3 +421,11 @@ def test_any_row_is_an_example_or_a_sentence(row, format_name):
     for example in examples:
         parts = [part for turn in example.messages for part in turn["content"]]
         assert sum(part["type"] == "image" for part in parts) == len(example.images)
+
+
+def test_image_and_images_that_differ_are_no_guess():
+    turns = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]
+    for image, images in (("1.png", ["1.png"]), ("1.png", []), ("", ["1.png"]), (None, ["1.png"])):
+        assert one({"messages": turns, "image": image, "images": images}, "messages").images == ["1.png"]
+    said = refused({"messages": turns, "image": "1.png", "images": ["2.png"]}, "messages")
+    assert 'the row has both "images" and "image", and they differ: keep one of them' in said

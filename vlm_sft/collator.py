@@ -16,7 +16,7 @@ from PIL import Image
 
 from .chat_template import RenderedChat
 from .errors import RowError, UserError
-from .images import image_size, load_image, needed_side
+from .images import grown_size, image_size, load_image, needed_side, too_long
 from .losses import IGNORED
 from .processor import EncodedChat, VLMProcessor
 
@@ -163,12 +163,16 @@ class MultimodalCollator:
             where: The row in words, for errors.
 
         Raises:
-            RowError: As `load_image`.
+            RowError: As `load_image`, or it is so long and thin that resizing would fill the memory.
         """
         key = image.get("path") if image.get("bytes") is None else image["bytes"]
         if self._decoded is not None and key in self._decoded:
             return self._decoded[key]
         loaded = load_image(image, where=where, max_pixels=self.max_pixels, side=self.side, fetch=self.fetch)
+        if type(self.processor) is VLMProcessor:
+            grown = grown_size(loaded.size, self.processor.image_processor, self.processor.pad_to_square)
+            if grown[0] * grown[1] > self.max_pixels:
+                raise too_long(where, str(image.get("path") or "in the row"), loaded, grown, self.max_pixels)
         if self._decoded is not None:
             self._decoded[key] = loaded
         return loaded

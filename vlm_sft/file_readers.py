@@ -16,7 +16,8 @@ from typing import Any
 
 from .assets import closest
 from .errors import RowError, UserError, row_error
-from .json_text import BOM, is_json, lines_of, parse_document, parse_json, read_text
+from .json_text import BOM, is_json, key_twice, lines_of, parse_json, parse_rows, read_text
+from .row_view import short
 from .tar_shards import read_tar
 
 Found = Iterator[tuple[str, Any]]
@@ -127,14 +128,16 @@ def _read_json(path: Path) -> Found:
     if text.lstrip()[:1] == "{" and text.strip() != first_line.strip() and is_json(first_line):
         yield from _read_jsonl(path)  # JSON lines under the name .json, as many datasets are published
         return
-    rows = parse_document(text, path)
+    rows, doubled = parse_rows(text, path)
     if isinstance(rows, dict):
         rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
     if not isinstance(rows, list):
         raise UserError(f"{path}: the top level is neither a list nor an object: write a list of rows.")
     del text
     for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
+        where = f"{path}, row {number}"
+        wrong = key_twice(row) if doubled else None
+        yield where, row if wrong is None else row_error(where, wrong, "keep one of them", "key twice")
 
 
 def _read_table(path: Path) -> Found:
@@ -170,7 +173,12 @@ def _read_table(path: Path) -> Found:
 
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
-    """Excel writes semicolons in many countries, and a table under the wrong name has one column, with all of it."""
+    """Excel writes semicolons in many countries, and a table under the wrong name has one column, with all of it.
+
+    Of two columns of one name the last would be taken.
+    """
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise UserError(f"{path}, line 1: two columns are called {short(twice[0])!r}: give each its own name.")
     name = header[0]
     other = next((mark for mark in (";", "\t", ",", "，", "|") if mark in name), None)
     if len(header) == 1 and other is not None:

@@ -234,6 +234,23 @@ def needed_side(image_processor: Any) -> int | None:
     return max(size.values()) if fixed and getattr(image_processor, "do_resize", False) else None
 
 
+def grown_size(size: tuple[int, int], image_processor: Any, square: bool = False) -> tuple[int, int]:
+    """(width, height) of the largest picture on the way of an image through padding and resizing.
+
+    An image processor that resizes by the shorter side makes 336 x 3,360,000 pixels of 1 x 10,000 before it cuts them.
+
+    Args:
+        size: (width, height) of the image.
+        image_processor: of transformers, for pictures of one size.
+        square: whether the image is padded to a square first.
+    """
+    width, height = (max(size),) * 2 if square else size
+    scale = 1.0
+    if dict(getattr(image_processor, "size", None) or {}).get("shortest_edge"):
+        scale = max(1.0, (needed_side(image_processor) or 0) / min(width, height))
+    return round(width * scale), round(height * scale)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -266,6 +283,15 @@ def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
 def _too_large(what: str, size: tuple[int, int] | None, max_pixels: int) -> str:
     measure = f"has {size[0]} x {size[1]} pixels" if size else "has more pixels than PIL allows"
     return f"{what} {measure}, more than the {max_pixels:,} allowed: scale it down or remove the row."
+
+
+def too_long(where: str, name: str, image: Image.Image, grown: tuple[int, int], max_pixels: int) -> RowError:
+    """The error of an image of which `grown_size` has more than `max_pixels`."""
+    sentence = (
+        f"{where}: the image {name} has {image.width:,} x {image.height:,} pixels, of which the image processor would "
+        f"make {grown[0]:,} x {grown[1]:,}, more than the {max_pixels:,} allowed: cut it or remove the row."
+    )
+    return RowError(sentence, where=where, reason="image too large")
 
 
 def _damaged(what: str, error: Exception) -> str:

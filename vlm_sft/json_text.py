@@ -36,13 +36,15 @@ def parse_json(text: str | bytes, where: str, mend: str = "correct the file", on
     """The value of a JSON text.
 
     Raises:
-        RowError: it is not JSON. Of a whole file `whole_file` makes a `UserError` of it.
+        RowError: it is not JSON, or an object in it has a key twice, of which Python would keep the last one.
     """
     try:
-        return json.loads(text)
+        return _STRICT.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except json.JSONDecodeError as error:
         line = "" if one_line else f"line {error.lineno}, "
         what = f"not JSON at {line}column {error.colno} ({error.msg})"
+    except _KeyTwiceError as error:
+        raise row_error(where, str(error), "keep one of them", "key twice") from None
     except UnicodeDecodeError as error:
         what = f"not JSON (byte 0x{error.object[error.start]:02x} is not UTF-8)"
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets thousands deep
@@ -55,16 +57,71 @@ def read_text(path: Path) -> str:
     return _decode(path.read_bytes().removeprefix(BOM), path)
 
 
+class _KeyTwiceError(ValueError):
+    """An object has a key twice."""
+
+
+class _Doubled(dict[str, Any]):
+    """An object that has `key` twice; its last value is there."""
+
+    key = ""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise _KeyTwiceError(_twice(_first_twice(pairs)))
+    return values
+
+
+def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        values = _Doubled(values)
+        values.key = _first_twice(pairs)
+    return values
+
+
+def _first_twice(pairs: list[tuple[str, Any]]) -> str:
+    names = [name for name, _ in pairs]
+    return next(name for name in names if names.count(name) > 1)
+
+
+def _twice(key: str) -> str:
+    return f"the key {key[:40]!a} stands twice in one object, with a value each"
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def key_twice(value: Any) -> str | None:
+    """What is wrong with a value out of `parse_rows` that has a key twice somewhere; None where nothing is."""
+    if isinstance(value, _Doubled):
+        return _twice(value.key)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for each in inner if (found := key_twice(each)) is not None), None)
+
+
 def parse_document(text: str, path: Path) -> Any:
     """The value of a file that is one JSON text.
 
     Raises:
-        UserError: it is not JSON, which no single row can be blamed for.
+        UserError: it is not JSON, or has a key twice.
     """
     try:
         return parse_json(text, str(path))
     except RowError as error:
         raise UserError(str(error)) from None
+
+
+def parse_rows(text: str, path: Path) -> tuple[Any, bool]:
+    """As `parse_document`, and whether a key stands twice somewhere, for which `key_twice` finds the row to blame."""
+    try:
+        return parse_json(text, str(path)), False
+    except RowError as error:
+        if error.reason != "key twice":
+            raise UserError(str(error)) from None
+    return json.loads(text, object_pairs_hook=_marked), True
 
 
 def is_json(line: str) -> bool:

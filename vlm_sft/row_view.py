@@ -56,14 +56,22 @@ class RowView:
 
     def images(self, *keys: str) -> list[Any]:
         """The row's images: no key, null, empty text and an empty list mean none."""
-        value = self.get(*keys)
-        found = list(value) if isinstance(value, list | tuple) else [value]
+        given = [(key, value) for key in keys if (value := self.values.get(key)) not in (None, "", [])]
+        if len(given) > 1 and _listed(given[0][1]) != _listed(given[1][1]):
+            what = f'the row has both "{given[0][0]}" and "{given[1][0]}", and they differ'
+            raise self.error(what, "keep one of them", "marks differ")
+        value = given[0][1] if given else None
+        found = _listed(value)
         if isinstance(value, list | tuple) and any(image is None or image == "" for image in found):
             raise self.error(f'"{keys[0]}" has an empty entry', "give every image a path or bytes", "no image")
         return [image for image in found if image is not None and image != ""]
 
     def error(self, what: str, mend: str, reason: str = "wrong type") -> RowError:
         return row_error(self.where, what, mend, reason)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def short(text: str) -> str:
