@@ -38,6 +38,12 @@ def test_dry_run_says_which_piece_cannot_be_had(capsys):
     assert line.startswith("error: stack.vision_tower.pretrained: 'Salesforce/blip2-opt-2.7b' is no folder here and")
 
 
+def test_it_shows_quantised_weights_as_what_they_are(recipe_file, capsys):
+    main([str(recipe_file(chat_template="ziya", lora={"r": 2}, quantization={"load_in_4bit": True})), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "nf4" in shown[shown.index("What is frozen") : shown.index("Memory of a device")]
+
+
 def test_it_says_what_a_device_of_many_takes(recipe_file, capsys):
     path = str(recipe_file(chat_template="ziya", lora={"r": 2}))
     main([path, "--dry-run"])

@@ -184,6 +184,9 @@ def test_a_dry_run_reads_no_weights(model_recipe, capsys, tmp_path, monkeypatch)
     assert "How many tokens an image becomes depends on its size: " in said
     dry_run(model_recipe("llava"))
     assert "An image becomes 4 tokens." in capsys.readouterr().out
+    dry_run(model_recipe("qwen2_5_vl", quantization={"load_in_4bit": True}))
+    said = capsys.readouterr().out
+    assert "nf4" in said and "peak of the passes" in said and "No weight was read." in said
 
 
 @pytest.mark.parametrize(

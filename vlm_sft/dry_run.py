@@ -10,8 +10,10 @@ from .launch import Launch
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from .chat_template import RenderedChat
+    from .freeze import PartRow
     from .memory import Estimate
     from .processor import VLMProcessor
     from .recipe import Recipe
@@ -43,7 +45,7 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
     weighed = weigh(recipe, launch)
     if warning := precision_warning(recipe, weighed.stack.model.config):
         say(warning)
-    console.print(weighed.stack.plan.table(weighed.model))
+    console.print(weighed.table)
     say(describe_image(weighed.stack.processor))
     console.print(weighed.estimate.table())
     if not known_optimizer(weighed.optimizer):
@@ -55,15 +57,17 @@ class Weighed(NamedTuple):
     """A model on the meta device and what it takes.
 
     Attributes:
-        stack: The stack, without weights.
-        model: Its model with adapters, freeze plan applied.
+        stack: The stack; its model was used up by counting a step.
+        rows: The freeze plan, part by part, with adapters.
+        table: The same for the terminal.
         estimate: Bytes on each device.
         step: The step that was counted.
         optimizer: As `sft.optim` names it.
     """
 
     stack: Stack
-    model: Any
+    rows: list[PartRow]
+    table: Table
     estimate: Estimate
     step: FullStep
     optimizer: str
@@ -92,6 +96,7 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
     args = build_sft_config(on_any_machine(recipe))
     computes = getattr(torch, computes_in(recipe))
     found = estimate(model, None, launch, args.optim.value, computes)
+    rows, table = stack.plan.rows(model), stack.plan.table(model)
     full = full_step(args, stack.processor)
     step = Step(
         full.batch(stack.processor),
@@ -100,7 +105,7 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
         accumulated=args.gradient_accumulation_steps > 1,
     )
     found = replace(found, step=count_step(model, step))
-    return Weighed(stack, model, found, full, args.optim.value)
+    return Weighed(stack, rows, table, found, full, args.optim.value)
 
 
 def on_any_machine(recipe: Recipe) -> Recipe:

@@ -130,7 +130,7 @@ def _weigh(recipe: Recipe, launch: Launch, report: Report) -> None:
     from .dry_run import weigh
 
     weighed = weigh(recipe, launch)
-    report.plan, report.memory = weighed.stack.plan.rows(weighed.model), weighed.estimate
+    report.plan, report.memory = weighed.rows, weighed.estimate
     if torch.cuda.is_available():
         report.evidence.memory = (weighed.estimate.total, torch.cuda.get_device_properties(0).total_memory)
 
