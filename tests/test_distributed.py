@@ -164,17 +164,29 @@ def test_fsdp2_makes_what_one_process_makes(write, write_model, alone, tmp_path)
 
 
 @pytest.mark.slow
-def test_ddp_makes_what_one_process_makes_and_uneven_rows_end(write, write_model, alone, tmp_path):
+def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_streams_are_dealt(
+    write, write_model, alone, chats, tmp_path
+):
     llava = {"family": "llava", "train": {"projector": 1e-2}, "lora": {"r": 4}}
+    source = {"path": chats, "format": "messages"}
+    stream = {"data": {"train": [source], "streaming": True, "shuffle_buffer": 1},
+              "collator": "distributed_driver:NotesIds"}  # fmt: skip
+    saves = {"train_sampling_strategy": "random", "save_strategy": "steps", "save_steps": 3}
     recipes = [
+        write("stream", 1, saves, **stream),
+        write("went_on", 1, {**saves, "resume_from_checkpoint": str(tmp_path / "stream" / "checkpoint-3")}, **stream),
         write_model("llava", 1, **llava),
         write("uneven", 1, {"max_steps": -1, "num_train_epochs": 2}, rows=7),
         write("ddp", 1),
     ]
-    done = launch(accelerate_config_path("cpu_2"), [str(DRIVER), *map(str, recipes)])
+    done = launch(accelerate_config_path("cpu_2"), [str(DRIVER), *map(str, recipes)], IDS=str(tmp_path / "ids"))
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, tmp_path / "ddp")
     assert_same_run(train(load_recipe(write_model("llava_alone", 2, **llava))), tmp_path / "llava")
+    # Eight rows are four steps of two: each comes once before any comes again, and goes on where a checkpoint stopped.
+    given = [(tmp_path / f"ids-{rank}").read_text().splitlines()[:6] for rank in (0, 1)]
+    assert len({row for rows in given for row in rows[:4]}) == 8 and all(rows[:2] == rows[4:] for rows in given)
+    assert_same_run(tmp_path / "stream", tmp_path / "went_on")
     # Seven rows are four steps of two: the last batch is filled up from the start, and nobody waits.
     assert len(history(tmp_path / "uneven", "loss")) == 8
     # Images are exchanged with those of earlier batches, also where one process has none in this one.
