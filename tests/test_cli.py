@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import runpy
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 
 import vlm_sft
 from vlm_sft import cli
-from vlm_sft.errors import UserError, exit_on_user_error
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -144,72 +142,6 @@ def test_train_program_fails_in_one_line_without_traceback(tmp_path: Path) -> No
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: the recipe {tmp_path}/none.yaml does not exist; these ship: ")
         assert done.stderr.count("\n") == 1
-
-
-def test_wrapper_names_the_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("RANK", "3")
-    with pytest.raises(SystemExit) as ended, exit_on_user_error():
-        raise UserError("row 7 has no image.")
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "error (process 3): row 7 has no image.\n"
-
-
-def test_processes_of_one_launch_say_the_same_thing_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    for rank, said in (("1", "a.png is missing."), ("0", "a.png is missing."), ("0", "b.png is missing.")):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
-        with pytest.raises(SystemExit) as ended, exit_on_user_error():
-            raise UserError(said)
-        assert ended.value.code == 2
-    assert capsys.readouterr().err == "error (process 1): a.png is missing.\nerror: b.png is missing.\n"
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "1" / "error.json"))
-    with pytest.raises(SystemExit), exit_on_user_error():
-        raise UserError("c.png is missing.")
-    assert "c.png" in capsys.readouterr().err, "said twice rather than never"
-
-
-def test_a_process_that_lost_its_peer_leaves_the_message_to_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr("vlm_sft.errors.time.sleep", waited.append)
-    with pytest.raises(SystemExit) as ended, exit_on_user_error():
-        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:39117.")
-    assert ended.value.code == 1 and len(waited) == 1
-    assert capsys.readouterr().err == "process 0 stops: another process ended, and its own message says why.\n"
-    with pytest.raises(RuntimeError, match="out of memory"), exit_on_user_error():
-        raise RuntimeError("out of memory")
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device", "out/a"), "'out/a' cannot be written (No space left on "
-         "device): make room, or choose another place; then begin again."),
-        (PermissionError(errno.EACCES, "Permission denied", "out/a"), "'out/a' cannot be used (Permission denied): "
-         "change its permissions, or choose another place; then begin again."),
-        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "A file cannot be written "
-         "(File too large): make room, or choose another place; then begin again."),
-    ],
-)  # fmt: skip
-def test_a_disk_that_is_full_or_closed_is_one_sentence_whoever_meets_it(
-    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended, exit_on_user_error():
-        raise error
-    assert ended.value.code == 2 and capsys.readouterr().err == f"error: {sentence}\n"
-    with pytest.raises(FileNotFoundError), exit_on_user_error():
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")
-
-
-def test_wrapper_leaves_mistakes_of_the_program_alone() -> None:
-    with pytest.raises(AssertionError), exit_on_user_error():
-        raise AssertionError
-
-
-# Recipes
 
 
 def test_the_help_tells_every_command_in_full_at_80_columns(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -170,18 +170,3 @@ def test_two_processes_train_speak_once_and_write_one_bundle(recipe_file):
     assert history(load_recipe(path).sft["output_dir"])[-1]["epoch"] == 2
     _, processor = load(load_recipe(path).sft["output_dir"])
     assert processor.num_image_tokens == 4
-
-
-def test_urls_are_fetched_only_where_a_source_allows_it(recipe_file, caption_file, tmp_path):
-    from test_processor import make_processor
-
-    from vlm_sft.assemble import build_collator
-    from vlm_sft.configs import build_sft_config
-
-    def fetch_of(**source):
-        data = {"train": [{"path": caption_file, "format": "caption", **source}], "url_cache": str(tmp_path / "kept")}
-        recipe = load_recipe(recipe_file(data=data))
-        return build_collator(recipe, make_processor("plain"), build_sft_config(recipe)).fetch
-
-    assert fetch_of() is None
-    assert fetch_of(allow_urls=True).folder == tmp_path / "kept"
