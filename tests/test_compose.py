@@ -8,8 +8,9 @@ import shutil
 import pytest
 from PIL import Image
 
-from vlm_sft.compose import compose
+from vlm_sft.compose import compose, count_image_tokens
 from vlm_sft.errors import UserError
+from vlm_sft.qwen_vl import QwenVLResamplerConfig
 from vlm_sft.stack import build_stack
 
 PATCH = {"vision": {"feature_select": "patch"}}
@@ -53,6 +54,16 @@ def test_what_cannot_be_folded_says_how_to_mend_it(recipe):
         compose(recipe("clip", projector="pixel_shuffle"))
     with pytest.raises(UserError, match="side can be divided by scale_factor 3, but the vision tower gives 16 tokens"):
         compose(recipe("clip", projector="pixel_shuffle", projector_options={"scale_factor": 3}, **PATCH))
+
+
+def test_a_class_token_has_no_place_in_the_square_of_cross_attention(recipe):
+    config, _ = compose(recipe("clip"))
+    config.resampler_type, config.num_query_tokens = "cross_attention", 4
+    config.resampler_config = QwenVLResamplerConfig(hidden_size=16, num_attention_heads=2, encoder_hidden_size=16)
+    with pytest.raises(UserError, match=r"gives 17 features an image; set stack\.vision_tower\.feature_select: patch"):
+        count_image_tokens(config)
+    config.vision_feature_select = "patch"
+    assert count_image_tokens(config) == 4
 
 
 def test_images_of_another_size_than_the_towers_are_an_error(recipe, more_pieces, tmp_path):

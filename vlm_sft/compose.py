@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,17 +115,29 @@ def count_image_tokens(config: VLMConfig, size: tuple[int, int] | None = None) -
         size: (height, width) of the image in pixels; default what the tower was made for.
 
     Raises:
-        UserError: The projector cannot fold this number of patches.
+        UserError: The resampler or the projector cannot take this number of patches.
     """
     height, width = size or image_size_of(config.vision_config)
     with torch.device("meta"):
-        if config.resampler_type:
-            tokens = config.num_query_tokens
-        else:
-            tower = build_vision_tower(config.vision_config)
-            tokens = tower(torch.empty(1, 3, height, width)).last_hidden_state.shape[1]
-            if config.vision_feature_select == "patch":
-                tokens = count_patches(config.vision_config, height, width)
+        if config.resampler_type == "cross_attention":
+            _check_square(_count_features(config, height, width))
+        tokens = config.num_query_tokens if config.resampler_type else _count_features(config, height, width)
         in_width, out_width = config.projector_widths
         projector = build_projector(config.projector_type, in_width, out_width, **(config.projector_options or {}))
         return projector(torch.empty(1, tokens, in_width)).shape[1]
+
+
+def _count_features(config: VLMConfig, height: int, width: int) -> int:
+    """Features of an image behind the vision tower."""
+    if config.vision_feature_select == "patch":
+        return count_patches(config.vision_config, height, width)
+    tower = build_vision_tower(config.vision_config)
+    return tower(torch.empty(1, 3, height, width)).last_hidden_state.shape[1]
+
+
+def _check_square(features: int) -> None:
+    if math.isqrt(features) ** 2 != features:
+        raise UserError(
+            f"stack.resampler: cross_attention gives each feature a place in a square, but the vision tower gives "
+            f"{features} features an image; set stack.vision_tower.feature_select: patch, which drops a class token."
+        )
