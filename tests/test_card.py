@@ -83,6 +83,13 @@ def test_paths_as_a_card_names_them(tmp_path, monkeypatch):
     assert shown("Salesforce/blip2-opt-2.7b") == "Salesforce/blip2-opt-2.7b"
 
 
+def test_the_template_is_named_also_where_the_recipe_leaves_it_to_the_model(bundle):
+    assert "Chat template: `ziya`." in head_of(write_card(bundle()))[1]
+    pieces = {"model": {"pretrained": "HuggingFaceTB/SmolVLM-Instruct", **PIECE}}
+    body = head_of(write_card(bundle(recipe={"chat_template": None}, pieces=pieces)))[1]
+    assert "Chat template: that of the model, in `chat_template.jinja`." in body
+
+
 def test_results_are_on_it_and_what_was_not_measured_is_not(bundle):
     results = {
         "caption_exact_match": None, "answer_accuracy": 0.951, "answer_accuracy_blank_image": 0.23,

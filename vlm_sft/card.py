@@ -165,9 +165,11 @@ def without_folders(value: Any) -> Any:
 def _sentence(manifest: dict[str, Any], recipe: dict[str, Any]) -> str:
     trained = [*manifest["trained"], *(["LoRA on the language model"] if manifest["adapter"] else [])]
     start = f" It starts from `{shown(recipe['init_from'])}`." if recipe.get("init_from") else ""
+    named = recipe["chat_template"]  # an existing VLM has one of its own where the recipe names none
+    template = f"`{Path(named).stem}`" if named else "that of the model, in `chat_template.jinja`"
     return (
         f"One stage of vision-language tuning with `vlm_sft`. Trained: {' and '.join(trained)}; everything else is "
-        f"frozen and not in this folder. Chat template: `{Path(str(recipe['chat_template'])).stem}`.{start}"
+        f"frozen and not in this folder. Chat template: {template}.{start}"
     )
 
 
