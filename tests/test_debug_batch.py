@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from vlm_sft import load_recipe
 from vlm_sft.cli import app
-from vlm_sft.debug_batch import find_record, run
+from vlm_sft.debug_batch import find_record, find_rows, run
 from vlm_sft.errors import UserError
 from vlm_sft.train import train
 
@@ -50,6 +51,16 @@ def test_what_cannot_be_looked_at_is_said(finished, tmp_path):
     )
     with pytest.raises(UserError, match=r"The row 'gone/1' is no longer in data\.train"):
         run(str(finished))
+
+
+def test_rows_are_found_whatever_the_mixture_drew_and_rejected(recipe_file, caption_file, tmp_path):
+    lines = Path(caption_file).read_text(encoding="utf-8").splitlines()
+    (tmp_path / "more.jsonl").write_text("\n".join([lines[0], '{"image": "no caption"}', *lines[1:]]), encoding="utf-8")
+    sources = [{"path": path, "format": "caption"} for path in (caption_file, str(tmp_path / "more.jsonl"))]
+    few = {"train": [{**sources[0], "weight": 99.0}, {**sources[1], "weight": 1.0}], "sampling": "weights"}
+    recipe = load_recipe(recipe_file(data={**few, "max_rejected": 0.5}))
+    ids = ["more/9", "captions/1", *(f"more/{number}" for number in (1, 3, 4, 5, 6, 7, 8)), "captions/8"]
+    assert [row["id"] for row in find_rows(recipe, ids)] == ids
 
 
 def test_the_command_is_there():

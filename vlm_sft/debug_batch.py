@@ -14,7 +14,7 @@ from torch import nn
 
 from .bundle import RECIPE
 from .collator import MultimodalCollator
-from .data import load_mixture
+from .data import load_source
 from .errors import UserError
 from .loading import load
 from .losses import IGNORED
@@ -72,13 +72,16 @@ def checkpoint_before(folder: Path, step: int) -> Path:
 
 def find_rows(recipe: Recipe, ids: list[str]) -> list[dict[str, Any]]:
     """The training rows with these ids, read anew from the recipe's sources, in this order."""
-    data = recipe.data
-    rows = load_mixture(data.train, data.sampling, seed=recipe.sft.get("data_seed") or recipe.sft.get("seed", 42))
-    places = {name: place for place, name in enumerate(rows["id"])}
-    missing = [name for name in ids if name not in places]
+    seed = recipe.sft.get("data_seed") or recipe.sft.get("seed", 42)
+    found: dict[str, dict[str, Any]] = {}
+    for source in recipe.data.train:  # unmixed: which rows a mixture draws depends on the rows that were rejected
+        rows = load_source(source, seed=seed, reject=lambda error: None)
+        places = {name: place for place, name in enumerate(rows["id"])}
+        found |= {name: rows[places[name]] for name in ids if name in places}
+    missing = [name for name in ids if name not in found]
     if missing:
         raise UserError(f"The row {missing[0]!r} is no longer in data.train; the data has changed since the run.")
-    return [rows[places[name]] for name in ids]
+    return [found[name] for name in ids]
 
 
 def examine(model: nn.Module, collator: MultimodalCollator, row: dict[str, Any]) -> tuple[str, ...]:
