@@ -104,6 +104,8 @@ def test_the_pipeline_of_transformers_answers_a_question_about_an_image(stack, b
     said = asker(with_image(photos[1]), return_full_text=False, generate_kwargs={"max_new_tokens": 5})
     assert isinstance(said[0]["generated_text"], str)
     card = (out / "README.md").read_text()
+    assert ("max_new_tokens" in card) == (stack is BLIP2), "whose class does not read its generation config"
+    assert not json.loads((out / "generation_config.json").read_text())["_from_model_config"]
     assert "differ from the bundle's" in card and "LoRA merged" in card and str(tmp_path) not in card
 
 

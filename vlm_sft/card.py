@@ -137,11 +137,13 @@ def _asking(result: dict[str, Any], name: str, adapter: bool) -> str:
     asked = "messages"
     if result["form"] == "instructblip":  # whose processor takes a question
         messages, asked = "", 'images="photo.jpg", text="What is this?"'
+    # BLIP's classes generate by their language model, which has not read the export's generation config.
+    limit = ", max_new_tokens=64" if result["form"] in ("blip-2", "instructblip") else ""
     return (
         f"## Ask it\n\n```python\n{peft}from transformers import pipeline\n\n"
         f'asker = pipeline("image-text-to-text", model="{name}")\n{wrap.format("asker.model")}'
         f"{messages}"
-        f'print(asker({asked}, return_full_text=False)[0]["generated_text"])\n```'
+        f'print(asker({asked}, return_full_text=False{limit})[0]["generated_text"])\n```'
     )
 
 

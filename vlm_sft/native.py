@@ -236,6 +236,7 @@ def native_generation(model: PreTrainedModel, processor: VLMProcessor, options: 
             ends.add(ids[0])
     config = copy.deepcopy(model.generation_config)  # which may say more, for instance a penalty
     config.update(**settings, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id)
+    config._from_model_config = False  # where it is true, transformers may take the model's configuration instead
     return config
 
 
