@@ -149,6 +149,7 @@ def test_huge_text_is_read(tmp_path):
     assert row["caption"] == huge
     message = refused(write(tmp_path / "a.csv", f'caption\n"{huge}"\n'))
     assert "a.csv, line 2: the row is not valid CSV (field larger than field limit" in message
+    assert "close the quotation mark that opens in this row" in message
 
 
 def test_unreadable_and_cyclic(tmp_path, monkeypatch):

@@ -156,6 +156,8 @@ def _read_table(path: Path) -> Found:
                 values = next(table, None) if header else None
             except csv.Error as error:
                 mend = 'put text that contains the delimiter or " in quotation marks and write " as ""'
+                if "field limit" in str(error):  # most often a quotation mark that nothing closes
+                    mend = "close the quotation mark that opens in this row, or bring so long a text as JSON lines"
                 kind = path.suffix[1:].upper()
                 raise UserError(f"{path}, line {line}: the row is not valid {kind} ({error}): {mend}.") from None
             if values is None:
