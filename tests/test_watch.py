@@ -87,6 +87,8 @@ def test_the_limit_follows_the_rule():
     assert losses.limit() == pytest.approx(1.5), "a spread of at least a twentieth of the median"
     losses.recent.extend([0.8, 1.2] * 25)
     assert losses.limit() == pytest.approx(1.0 + 10 * 1.4826 * 0.2)
+    losses.recent.extend([0.0001, 0.0002] * 25)
+    assert losses.limit() == pytest.approx(0.1, abs=0.001), "of a model that knows its rows, no jump is worth a word"
     assert Losses(None).limit() == math.inf
 
 

@@ -32,6 +32,7 @@ from .run_folder import RECORDS, newest
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 ROW_IDS = "row_ids"
 RECENT, ENOUGH = 50, 20  # steps that a jump is measured against, and how many there must be
+LEAST_SPREAD = 0.01  # in nats a token: below it, losses of a model that knows its rows go up and down tenfold
 
 
 class WatchedCollator:
@@ -96,8 +97,8 @@ class Losses:
     """The losses of the last steps, and whether a new one jumps out of them.
 
     A step jumps when its loss is above the median of the last 50 by more than `jump` times their spread. The spread is
-    1.4826 times the median distance from the median (a standard deviation, were they normal), and at least a twentieth
-    of the median, so that losses that hardly move do not raise alarms.
+    1.4826 times the median distance from the median (a standard deviation, were they normal), and at least 0.01 and
+    a twentieth of the median, so that losses that hardly move, or are next to nothing, do not raise alarms.
     """
 
     def __init__(self, jump: float | None) -> None:
@@ -110,7 +111,7 @@ class Losses:
             return math.inf
         middle = statistics.median(self.recent)
         spread = 1.4826 * statistics.median(abs(loss - middle) for loss in self.recent)
-        return middle + self.jump * max(spread, abs(middle) / 20)
+        return middle + self.jump * max(spread, abs(middle) / 20, LEAST_SPREAD)
 
 
 class WatchedTrainer(ResumableTrainer):
@@ -229,7 +230,7 @@ class WatchedTrainer(ResumableTrainer):
             self._say(f"the {what}: the step is skipped", parts)
 
     def _say(self, what: str, parts: list[tuple[list[str], float]]) -> None:
-        print(f"step {self.state.global_step + 1:,}: {what}; rows {_names(parts)}", file=sys.stderr)
+        print(f"step {self.state.global_step + 1:,}: {what}; rows {_names(parts, most=3)}", file=sys.stderr)
 
     def _record(self, why: str, parts: list[tuple[list[str], float]], loss: float) -> None:
         """Appends a line to `watch.jsonl`."""
