@@ -13,7 +13,9 @@ from shrink import shrink
 
 from vlm_sft import load, load_recipe
 from vlm_sft.assets import list_recipes
+from vlm_sft.dry_run import weigh
 from vlm_sft.freeze import is_adapter, part_of
+from vlm_sft.launch import read_launch
 from vlm_sft.train import train
 from vlm_sft.trainer import VLMSFTTrainer
 
@@ -91,6 +93,19 @@ def test_its_bundle_loads_and_gives_the_same_logits(name, run):
     loaded = dict(model.named_parameters())
     for name, wanted in done.after.items():
         assert torch.equal(loaded[name], wanted), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_recipes())
+def test_its_dry_run_counts_what_the_run_trains(name, run):
+    done = run(name)
+    weighed = weigh(done.recipe, read_launch(None))
+    learned: dict[str, int] = dict.fromkeys(weighed.estimate.parts, 0)
+    for n, p in done.after.items():
+        if done.plan.rate_of(n) is not None:
+            learned[part_of(n)] += p.numel() * p.element_size()
+    assert {part: held.gradients for part, held in weighed.estimate.parts.items()} == learned
+    assert weighed.estimate.step.peak > weighed.estimate.step.kept > 0
 
 
 def has_no_gradient(name: str, done: Run) -> bool:
