@@ -189,6 +189,21 @@ def test_an_instructblip_whose_prompt_is_more_than_the_question_has_no_native_pr
     assert not (tmp_path / "export").exists()
 
 
+@pytest.mark.slow
+def test_a_merged_instructblip_still_reads_the_question(instruct_bundle, photos, tmp_path, in_process_parity):
+    folder, out = instruct_bundle("instructblip"), tmp_path / "merged"
+    assert export(folder, out, "bundle-merged")["merge_difference"] <= 1e-4
+    rows = [
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+         "images": [photos[photo]]}
+        for text in ("What is this?", "Describe the cat.") for photo in (0, 1)
+    ]  # fmt: skip
+    model, processor = load(out)
+    assert not hasattr(model, "peft_config") and processor.qformer_tokenizer is not None
+    wanted = answer(*load(folder), rows, max_new_tokens=6)
+    assert answer(model, processor, rows, max_new_tokens=6) == wanted and len(set(wanted)) > 1
+
+
 def saved_shapes(out):
     return {name: tuple(tensor.shape) for name, tensor in load_file(out / "model.safetensors").items()}
 
