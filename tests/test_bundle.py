@@ -15,7 +15,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from vlm_sft import bundle, load, load_recipe
-from vlm_sft.adapters import lora_config
+from vlm_sft.adapters import add_adapter, lora_config
 from vlm_sft.bundle import Provenance, save_bundle, update_manifest
 from vlm_sft.errors import UserError
 from vlm_sft.freeze import FreezePlan, part_of
@@ -37,7 +37,7 @@ def trained(made, folder, state_dict=False):
         hand_over(stack, made.init_from)
     model = stack.model
     if (lora := lora_config(made, model)) is not None:
-        model = get_peft_model(model, lora)
+        model = add_adapter(model, lora)
     stack.plan.apply(model)
     move(model)
     state = {n: t.clone() for n, t in model.state_dict().items()} if state_dict else None

@@ -11,18 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_bundle import move
+from test_bundle import trained
 from tiny_families import TINY, tiny
 from transformers import AutoModelForImageTextToText, pipeline
 
-from vlm_sft import answer, build_stack, load, load_recipe, lora_config
-from vlm_sft.adapters import add_adapter
-from vlm_sft.bundle import Provenance, save_bundle
+from vlm_sft import answer, load, load_recipe
 from vlm_sft.errors import UserError
 from vlm_sft.export import export
 from vlm_sft.export_check import compare, noise_picture, prepare, read_processor
 from vlm_sft.export_forms import FamilyForm
-from vlm_sft.handover import hand_over
 from vlm_sft.native import renamed
 from vlm_sft.parity import probe_logits
 
@@ -38,15 +35,7 @@ def save(recipe_file, tmp_path):
     def make(name, base=None, label="bundle", **changes):
         plain = {"stack": None, "chat_template": None, "model": {"pretrained": str(base or tiny(name))}}
         recipe = load_recipe(recipe_file(label, **{**plain, "lora": {"r": 2}, **changes}))
-        stack = build_stack(recipe)
-        if recipe.init_from:
-            hand_over(stack, recipe.init_from)
-        model = stack.model
-        if (lora := lora_config(recipe, model)) is not None:
-            model = add_adapter(model, lora)
-        stack.plan.apply(model)
-        move(model)
-        save_bundle(tmp_path / label, model, stack.processor, stack.plan, Provenance(recipe, stack.pieces))
+        trained(recipe, tmp_path / label)
         return tmp_path / label
 
     return make

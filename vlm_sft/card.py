@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .run_folder import MANIFEST
+
 CARD = "README.md"
 # What the numbers of `train_rows` and `eval_rows` count, where their keys do not say it.
 COUNTS = {"longest": "tokens of the longest row", "mean_length": "tokens of a row, in the mean"}
@@ -25,7 +27,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     import yaml
 
     folder = Path(folder)
-    manifest = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     sections = [
@@ -85,7 +87,7 @@ def write_export_card(out: str | Path, bundle: str | Path, result: dict[str, Any
     import yaml
 
     out = Path(out)
-    manifest = json.loads((Path(bundle) / "bundle.json").read_text(encoding="utf-8"))
+    manifest = json.loads((Path(bundle) / MANIFEST).read_text(encoding="utf-8"))
     head: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["vlm_sft"]}
     bases = sorted({piece["pretrained"] for piece in manifest["pieces"].values() if "path" not in piece})
     if bases:

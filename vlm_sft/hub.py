@@ -29,7 +29,7 @@ from .yaml_file import YamlFile, dump_yaml
 
 # What a bundle consists of. Anything else in its folder stays where it is: optimizer states, checkpoints, logs.
 SHARED = (
-    *("bundle.json", "recipe.yaml", "trained.safetensors", "adapter_config.json", "adapter_model.safetensors"),
+    *(MANIFEST, "recipe.yaml", "trained.safetensors", "adapter_config.json", "adapter_model.safetensors"),
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template.jinja", "qformer_tokenizer/*", "metrics.json", "eval.json", "curves.png", "README.md"),
