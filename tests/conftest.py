@@ -1,14 +1,10 @@
-"""Tiny pieces, written to disk in the layouts of the real ones, and rows to train on. Nothing is downloaded."""
+"""Fixtures: tiny pieces and rows on disk, recipes of them, and what is made with those. Nothing is downloaded."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,41 +13,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+from support.forge import Forge
+from support.tiny_pieces import (
+    VISION,
+    make_tokenizer,
+    save_checkpoint,
+    tiny_recipe,
+    tiny_stack,
+    write_blip2,
+    write_clip,
+)
+
 # These files take minutes: begun last, one of them would run alone while the other worker has nothing left to do.
 LONGEST = ("test_learning", "test_resumable", "test_distributed", "test_family_stack", "test_recipe_runs")
-VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-          "image_size": 28, "patch_size": 7}  # fmt: skip
-GOLDENS = Path(os.environ.get("VLM_SFT_GOLDENS", ROOT / "tests" / "goldens"))
-
-TEXT = [
-    "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: What is this?",
-    "<human>:这是什么？\n<bot>:这是一只猫。", "a red 3 at the top left and a blue 7 at the bottom right",
-    "左上角是红色的3，右下角是蓝色的7", "###Human: <Img></Img> describe the image ###Assistant: two dogs###",
-    "Question: how many cats are there? Short answer: two", "[INST] What colour is the bus? [/INST] It is yellow.",
-]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
-
-
-def make_tokenizer():
-    """A byte-level BPE of 300 pieces with <s>, </s> and <unk>, but neither a pad nor an image token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(TEXT, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture(scope="session")
@@ -89,47 +71,6 @@ def pieces(tmp_path_factory, tokenizer_files) -> dict[str, str]:
     return {folder.name: str(folder) for folder in root.iterdir()}
 
 
-def write_blip2(folder: Path, text_config) -> None:
-    """Tower, Q-Former, queries and projector of a BLIP-2, without its language model."""
-    from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, BlipImageProcessorPil
-    from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2VisionModel
-
-    vision = Blip2VisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                               image_size=28, patch_size=7, initializer_range=0.1)  # fmt: skip
-    qformer = Blip2QFormerConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                 intermediate_size=32, max_position_embeddings=16, encoder_hidden_size=24,
-                                 initializer_range=0.1)  # fmt: skip
-    config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text_config, num_query_tokens=4)
-    state = {f"vision_model.{n}": t for n, t in Blip2VisionModel(vision).state_dict().items()}
-    state |= {f"qformer.{n}": t for n, t in Blip2QFormerModel(qformer).state_dict().items()}
-    state |= {"query_tokens": torch.randn(1, 4, 16) * 0.1, "language_projection.weight": torch.randn(32, 16),
-              "language_projection.bias": torch.randn(32)}  # fmt: skip
-    save_checkpoint(folder, config, state)
-    BlipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder)
-
-
-def write_clip(folder: Path) -> None:
-    """A whole CLIP, text side and all, as published."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-    clip = CLIPConfig(
-        vision_config={**VISION, "projection_dim": 16},
-        text_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                     "vocab_size": 50, "projection_dim": 16}, projection_dim=16,
-    )  # fmt: skip
-    save_checkpoint(folder, clip, CLIPModel(clip).state_dict())
-    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-
-
-def save_checkpoint(folder: Path, config, state: dict[str, torch.Tensor]) -> None:
-    """Writes a checkpoint as the Hub has it: config.json and model.safetensors."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    save_file({n: t.contiguous() for n, t in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> list[str]:
     """Eight small PNG files, each of one colour."""
@@ -152,73 +93,18 @@ def caption_file(tmp_path_factory, photos) -> str:
     return str(path)
 
 
-@contextlib.contextmanager
-def parity_in_this_process() -> Iterator[None]:
-    """The parity gate without its fresh process, whose imports take longer than a tiny run.
-
-    The same program loads the same files and compares the same logits, but here. That a fresh process does so is what
-    test_parity, test_train, test_quantization, test_family_stack and test_recipe_runs prove.
-    """
-    from vlm_sft import parity
-
-    real = subprocess.run
-
-    def run(command, **options):
-        if "vlm_sft.parity" not in command:
-            return real(command, **options)
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            parity.main(command[command.index("vlm_sft.parity") + 1 :])
-        return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "run", run)
-        yield
-
-
 @pytest.fixture
 def in_process_parity():
     """See `parity_in_this_process`."""
+    from support.bundles import parity_in_this_process
+
     with parity_in_this_process():
         yield
-
-
-def tiny_stack(
-    pieces, tower="blip2", resampler="blip2", lm="llama", projector=None, vision=None, language=None
-) -> dict:
-    """The `stack:` of a recipe by the names of its pieces, or by their paths."""
-
-    def of(piece):
-        return {"pretrained": pieces.get(piece, piece)}
-
-    return {
-        "vision_tower": {**of(tower), **(vision or {})},
-        **({"resampler": {"type": "qformer", **of(resampler)}} if resampler else {}),
-        "projector": projector or {"type": "linear"},
-        "language_model": {**of(lm), **(language or {})},
-    }
-
-
-def tiny_recipe(pieces, caption_file, output_dir, **changes) -> dict:
-    """A recipe of tiny pieces that trains two steps on a CPU; keyword arguments replace top-level keys."""
-    return {
-        "stack": tiny_stack(pieces),
-        "chat_template": "plain",
-        "train": {"projector": 1.0e-2},
-        "data": {"train": [{"path": caption_file, "format": "caption"}]},
-        "sft": {
-            "output_dir": str(output_dir), "max_steps": 2, "per_device_train_batch_size": 4,
-            "learning_rate": 1.0e-3, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
-            "logging_steps": 1, "save_strategy": "no", "max_length": 128, "dataloader_num_workers": 0,
-        },
-        **changes,
-    }  # fmt: skip
 
 
 @pytest.fixture
 def recipe_file(tmp_path, pieces, caption_file):
     """Writes a recipe of tiny pieces; keyword arguments replace top-level keys. Returns its path."""
-    import yaml
 
     def write(name: str = "recipe", **changes) -> Path:
         recipe = tiny_recipe(pieces, caption_file, tmp_path / "out" / name, **changes)
@@ -346,5 +232,85 @@ def data(tmp_path, photos):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         return {"train": [{"path": str(path), "format": kind, **source}]}
+
+    return write
+
+
+@pytest.fixture
+def make_trainer(recipe_file, photos):
+    """A trainer of a recipe of tiny pieces, on its rows or on these."""
+    from datasets import Dataset
+
+    from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load_recipe, lora_config
+    from vlm_sft.data import load_mixture
+    from vlm_sft.recipe import build_sft_config
+
+    def make(rows=None, eval_rows=None, sft=None, **changes):
+        recipe = load_recipe(recipe_file(**changes), [f"sft.{k}={v}" for k, v in (sft or {}).items()])
+        stack = build_stack(recipe)
+        rows = load_mixture(recipe.data.train) if rows is None else Dataset.from_list(rows)
+        return VLMSFTTrainer(
+            stack.model, build_sft_config(recipe), MultimodalCollator(stack.processor), rows, stack.processor,
+            lora_config(recipe, stack.model), plan=stack.plan,
+            eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def instructblip(tmp_path_factory, pieces):
+    """InstructBLIP as Salesforce publishes it: one folder, the Q-Former's tokenizer in a folder of its own."""
+    from support.shrink import write_instructblip
+
+    return write_instructblip(pieces, tmp_path_factory.mktemp("instructblip"))
+
+
+@pytest.fixture
+def instruct_bundle(recipe_file, instructblip, tmp_path):
+    """A bundle of an InstructBLIP whose Q-Former, projector and LoRA have moved."""
+    from support.bundles import trained
+    from vlm_sft import load_recipe
+
+    def make(template):
+        piece = {"pretrained": instructblip}
+        stack = {"vision_tower": piece, "resampler": {"type": "instruct_qformer", **piece},
+                 "projector": {"type": "linear", **piece}, "language_model": piece}  # fmt: skip
+        rates = {"projector": 1e-3, "resampler": 1e-4}
+        recipe = load_recipe(recipe_file(stack=stack, chat_template=template, train=rates, lora={"r": 2}))
+        trained(recipe, tmp_path / template)
+        return tmp_path / template
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def forge(tmp_path_factory):
+    forge = Forge(tmp_path_factory.mktemp("forge"))
+    yield forge
+    forge.close()
+
+
+@pytest.fixture
+def mixed_recipe(recipe_file, caption_file, tmp_path):
+    """Two sources, two micro-batches a step, LoRA with dropout, a log and an evaluation out of step with the saves.
+
+    13 rows of 2 in 7 micro-batches are 4 steps an epoch, the last of one micro-batch.
+    """
+    few = {"path": caption_file, "format": "caption", "name": "few", "max_rows": 5}
+    data = {"train": [{"path": caption_file, "format": "caption"}, few], "eval": [few], "sampling": "proportional"}
+    path = recipe_file(data=data, chat_template="ziya", lora={"r": 2, "lora_dropout": 0.2})
+    recipe = yaml.safe_load(path.read_text())
+    recipe["sft"] |= {
+        "max_steps": 11, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 3,
+        "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine",
+        "save_total_limit": 2,
+    }  # fmt: skip
+
+    def write(name, **sft):
+        out = tmp_path / "runs" / name
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**recipe, "sft": {**recipe["sft"], "output_dir": str(out), **sft}}))
+        return file, out
 
     return write

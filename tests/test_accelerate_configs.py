@@ -13,7 +13,8 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
+
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 NAMES = "cpu cpu_2 ddp fsdp2 fsdp2_qlora multi_node_fsdp2 multi_node_zero3 single_gpu zero2 zero3".split()
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
-from test_family_model import rows
-from tiny_families import TINY, processor_of, tiny
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig
 
+from support.tiny_families import TINY, processor_of, rows, tiny
 from vlm_sft import MultimodalCollator, build_stack, lora_config
 from vlm_sft.activations import Step, count_step
 from vlm_sft.adapters import add_adapter

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_processor import make_processor
 
+from support.conversations import make_processor
 from vlm_sft import MultimodalCollator, load_recipe
 from vlm_sft.assemble import build_collator
 from vlm_sft.configs import build_sft_config

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from support.paths import ROOT
 from vlm_sft import assets
 from vlm_sft.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_lists_are_what_the_folders_hold() -> None:

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input import command
-from conftest import tiny_stack
 
+from support.bad_input import command
+from support.tiny_pieces import tiny_stack
 from vlm_sft import load_recipe
 from vlm_sft.bundle import Provenance, save_bundle
 from vlm_sft.stack import build_stack

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
-from bad_input import command
-from conftest import tiny_stack
 
+from support.bad_input import command
+from support.tiny_pieces import tiny_stack
 from vlm_sft import train as train_module
 from vlm_sft.assets import accelerate_config_path
 from vlm_sft.terminal import make_console

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from support.bundles import altered, bump, logits, move, trained
+from support.paths import ROOT
 from vlm_sft import bundle, load, load_recipe
-from vlm_sft.adapters import add_adapter, lora_config
+from vlm_sft.adapters import lora_config
 from vlm_sft.bundle import Provenance, save_bundle, update_manifest
 from vlm_sft.errors import UserError
 from vlm_sft.freeze import FreezePlan, part_of
-from vlm_sft.handover import hand_over
 from vlm_sft.stack import build_stack
 
 CLIP = {"projector": {"type": "mlp"}}
@@ -28,37 +29,6 @@ CLIP = {"projector": {"type": "mlp"}}
 @pytest.fixture
 def recipe(bundle_recipe):
     return bundle_recipe
-
-
-def trained(made, folder, state_dict=False):
-    """A bundle of a model whose trained parameters have moved; gives the model that was saved."""
-    stack = build_stack(made)
-    if made.init_from:
-        hand_over(stack, made.init_from)
-    model = stack.model
-    if (lora := lora_config(made, model)) is not None:
-        model = add_adapter(model, lora)
-    stack.plan.apply(model)
-    move(model)
-    state = {n: t.clone() for n, t in model.state_dict().items()} if state_dict else None
-    save_bundle(folder, model, stack.processor, stack.plan, Provenance(made, stack.pieces), state_dict=state)
-    return model.eval()
-
-
-def move(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-
-
-def logits(model, processor):
-    tokens = [processor.image_token_id] * processor.num_image_tokens
-    ids = torch.tensor([[1, *tokens, 40, 41, *tokens, 42], [1, 50, *tokens, *tokens, 51, 52]])
-    pixels = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return model(input_ids=ids, pixel_values=pixels).logits
 
 
 ROUND_TRIPS = {
@@ -136,34 +106,8 @@ def test_a_projector_that_came_from_elsewhere_is_in_the_bundle(recipe, pieces, t
     assert torch.equal(logits(again, processor), logits(model, processor))
 
 
-# -- another base ------------------------------------------------------------------------------------------------------
-
-
-def altered(folder, target, change):
-    """A copy of a checkpoint whose tensors were changed by `change(state)`."""
-    shutil.copytree(folder, target)
-    state = load_file(target / "model.safetensors")
-    change(state)
-    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-    return str(target)
-
-
-def bump(name):
-    def change(state):
-        state[name] = state[name] + 1
-
-    return change
-
-
-ALTERED = {
-    "vision_tower": ("tower", "blip2", "vision_model.post_layernorm.weight"),
-    "resampler": ("resampler", "blip2", "query_tokens"),
-    "language_model": ("lm", "llama", "model.norm.weight"),
-}
-
-
 def test_a_template_of_ones_own_comes_from_the_bundle(recipe, tmp_path):
-    source = (Path(__file__).parent.parent / "chat_templates" / "vicuna_v1.jinja").read_text()
+    source = (ROOT / "chat_templates" / "vicuna_v1.jinja").read_text()
     mine = tmp_path / "mine.jinja"
     mine.write_text(source.replace("USER", "用户"))
     trained(recipe(chat_template=str(mine)), tmp_path / "bundle")

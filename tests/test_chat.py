@@ -15,14 +15,15 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import parity_in_this_process, tiny_recipe
 from PIL import Image
 
+from support.bundles import parity_in_this_process
+from support.paths import ROOT
+from support.tiny_pieces import tiny_recipe
 from vlm_sft import answer, load, load_recipe
 from vlm_sft import chat as chat_module
 from vlm_sft.chat import chat, split_paths
@@ -31,7 +32,6 @@ from vlm_sft.cli import main
 from vlm_sft.errors import UserError
 from vlm_sft.train import train
 
-ROOT = Path(__file__).parent.parent
 CLI = [sys.executable, "-m", "vlm_sft.cli"]
 
 

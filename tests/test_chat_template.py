@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import string
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.paths import GOLDENS, ROOT
+from support.template_texts import CHINESE, ENGLISH, IMAGE, assistant, refusal, text, user
 from vlm_sft.assets import list_templates, template_path
 from vlm_sft.chat_template import (
     IMAGE_TOKEN,
@@ -46,24 +47,7 @@ AROUND = {
     "smolvlm": (" ", "<end_of_utterance>"),
     "ziya": ("", "</s>"),
 }
-IMAGE = {"type": "image"}
-DOCS = Path(__file__).parent.parent / "docs" / "chat_templates.md"
-
-
-def text(words: str) -> dict[str, str]:
-    return {"type": "text", "text": words}
-
-
-def user(*parts: dict[str, str] | str) -> dict:
-    return {"role": "user", "content": [text(part) if isinstance(part, str) else part for part in parts]}
-
-
-def assistant(words: str) -> dict:
-    return {"role": "assistant", "content": words}
-
-
-ENGLISH = [user(IMAGE, "What animal is this?"), assistant("A cat."), user("What colour?"), assistant("Black.")]
-CHINESE = [user(IMAGE, "这是什么动物？"), assistant("一只猫。"), user("什么颜色？"), assistant("黑色。")]
+DOCS = ROOT / "docs" / "chat_templates.md"
 
 
 def test_every_template_that_ships_is_tested() -> None:
@@ -72,8 +56,7 @@ def test_every_template_that_ships_is_tested() -> None:
 
 # -- goldens: LLaVA's own renders and spans ----------------------------------------------------------------------------
 
-GOLDENS = Path(os.environ.get("VLM_SFT_GOLDENS", Path(__file__).parent / "goldens")) / "llava_templates"
-CASES = json.loads((GOLDENS / "cases.json").read_text(encoding="utf-8"))
+CASES = json.loads((GOLDENS / "llava_templates" / "cases.json").read_text(encoding="utf-8"))
 # Upstream's key → our template, and the system text it has where ours has another.
 UPSTREAM = {
     "v1": ("vicuna_v1", None),
@@ -354,13 +337,6 @@ def test_own_template_from_source_and_from_a_file(tmp_path: Path) -> None:
     assert end_of_answer(OWN.replace(" + eos_token", "")) == ""
 
 
-def refusal(template, messages=None, **options) -> str:
-    """The message of the refusal by `load_template`, or by `render` where messages are given."""
-    with pytest.raises(UserError) as caught:
-        load_template(template) if messages is None else render(messages, template, **options)
-    return str(caught.value)
-
-
 def test_unknown_template_names_the_closest() -> None:
     assert refusal("vicuna") == 'there is no chat template "vicuna"; the closest that ships is "vicuna_v1".'
     assert "no/such/ziya.jinja" in refusal("no/such/ziya.jinja")
@@ -475,4 +451,4 @@ def test_the_pages_own_template_works() -> None:
 
 def test_no_torch_is_needed() -> None:
     check = "import sys, vlm_sft.chat_template as c; c.load_template('ziya'); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_collator import make_row, turn
 
+from support.conversations import make_row, turn
 from vlm_sft.chat_template import load_template
 from vlm_sft.checks import CHECKS, ERROR, NOTE, WARNING, Evidence, check
 from vlm_sft.coverage import Coverage

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_processor import SAID, TOKENS, make_processor
 from transformers import CLIPImageProcessorPil
 
+from support.conversations import SAID, TOKENS, make_processor, make_row, turn
+from support.paths import ROOT
 from vlm_sft.collator import REJECTED, MultimodalCollator, load_collator_class
 from vlm_sft.errors import RowError, UserError
 from vlm_sft.images import load_image
@@ -22,17 +22,6 @@ from vlm_sft.images import load_image
 @pytest.fixture(scope="module")
 def processor():
     return make_processor("vicuna_v1")
-
-
-def turn(question, answer, images=0):
-    content = [{"type": "image", "text": None}] * images + [{"type": "text", "text": question}]
-    return [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-
-
-def make_row(messages, photos, number=0):
-    marks = sum(p["type"] == "image" for m in messages for p in m["content"])
-    images = [{"path": photos[i], "bytes": None} for i in range(marks)]
-    return {"messages": messages, "images": images, "source": "s", "id": f"s/{number}"}
 
 
 def test_a_batch_of_mixed_rows(processor, photos):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipe_texts import TEXT, problem, write
 
+from support.recipe_texts import TEXT, problem, write
 from vlm_sft.configs import build_lora_config, build_sft_config, validate_libraries
 from vlm_sft.errors import UserError
 from vlm_sft.recipe import load_recipe

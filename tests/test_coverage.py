@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from support.tiny_pieces import make_tokenizer
 from vlm_sft.coverage import Coverage, coverage_of
 
 

@@ -20,15 +20,16 @@ import yaml
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_files import captions, refused, write
 from torch.utils.data import DataLoader
 
+from support.paths import ROOT
+from support.source_files import captions, refused, write
 from vlm_sft.data import FEATURES, check_images, load_mixture, load_source
 from vlm_sft.errors import UserError
 from vlm_sft.formats import FORMATS
 from vlm_sft.recipe import Source
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 
 # -------------------------------------------------------------------------------------------------------- the contract

@@ -10,11 +10,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_checkpoints import write_bin, write_bin_shards, write_old_bin, write_shards, write_single
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from support.paths import ROOT
+from support.tiny_pieces import make_tokenizer
+from support.weight_files import write_bin, write_bin_shards, write_old_bin, write_shards, write_single
 from vlm_sft import delta as module
 from vlm_sft.checkpoints import Checkpoint
 from vlm_sft.delta import apply_delta, plan_shards

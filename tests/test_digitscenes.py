@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "digitscenes"
+from support.paths import ROOT
+
+FOLDER = ROOT / "examples" / "digitscenes"
 sys.path.insert(0, str(FOLDER))
 
 import digitscenes as world  # noqa: E402

@@ -12,15 +12,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_family_model import encoded
-from tiny_families import tiny
 
+from support.paths import ROOT
+from support.tiny_families import encoded, tiny
 from vlm_sft import load_recipe
 from vlm_sft.assets import accelerate_config_path
 from vlm_sft.train import train
 
-ROOT = Path(__file__).resolve().parent.parent
-DRIVER = ROOT / "tests" / "distributed_driver.py"
+DRIVER = ROOT / "tests" / "support" / "distributed_driver.py"
 
 # fp32 on a CPU: sums are added up in another order by two processes, and Adam's division makes the most of it.
 WEIGHTS = {"atol": 1e-6, "rtol": 0.0}

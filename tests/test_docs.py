@@ -19,12 +19,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 from PIL import Image
-from test_collator import make_row, turn
-from test_processor import make_processor
 
 import vlm_sft
+from support.conversations import make_processor, make_row, turn
+from support.paths import ROOT
 from vlm_sft import cli, data_cli, filtering, run_folder
 from vlm_sft.assets import list_recipes
 from vlm_sft.recipe import load_recipe, validate_libraries

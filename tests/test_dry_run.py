@@ -6,8 +6,8 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from tiny_families import processor_of, tiny
 
+from support.tiny_families import processor_of, tiny
 from vlm_sft import load_recipe
 from vlm_sft.assets import accelerate_config_path
 from vlm_sft.dry_run import FullStep, full_step

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
+from support.paths import ROOT
 from vlm_sft import Sample, UserError, VLMProcessor, load_recipe
 from vlm_sft.assemble import build_collator
 from vlm_sft.compose import compose

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 
-import published_names
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_bundle import trained
-from test_instruct_qformer import checkpoint as instructblip  # noqa: F401, a fixture
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -22,6 +19,8 @@ from transformers import (
     pipeline,
 )
 
+from support import published_names
+from support.bundles import BLIP2, LLAVA, MESSAGES, trained
 from vlm_sft import answer, load
 from vlm_sft.errors import UserError
 from vlm_sft.export import export
@@ -29,11 +28,6 @@ from vlm_sft.handover import hand_over
 from vlm_sft.native import grow_vocabulary, native_form
 from vlm_sft.native_processors import native_template
 from vlm_sft.stack import build_stack
-
-LLAVA = {"tower": "clip", "resampler": None, "projector": {"type": "mlp"}, "chat_template": "vicuna_v1",
-         "vision": {"feature_layer": -2, "feature_select": "patch"}, "lora": {"r": 2}}  # fmt: skip
-BLIP2 = {"chat_template": "ziya", "lora": {"r": 2}}
-MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "这是什么？ What?"}]}]
 
 
 @pytest.fixture
@@ -122,24 +116,6 @@ def test_the_adapter_can_be_kept_beside(stack, bundle, tmp_path):
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == sum("lora_" in n for n, _ in model.named_parameters())
     assert "adapter/" in (out / "README.md").read_text()
-
-
-@pytest.fixture
-def instruct_bundle(recipe_file, instructblip, tmp_path):  # noqa: F811
-    """A bundle of an InstructBLIP whose Q-Former, projector and LoRA have moved."""
-
-    def make(template):
-        from vlm_sft import load_recipe
-
-        piece = {"pretrained": instructblip}
-        stack = {"vision_tower": piece, "resampler": {"type": "instruct_qformer", **piece},
-                 "projector": {"type": "linear", **piece}, "language_model": piece}  # fmt: skip
-        rates = {"projector": 1e-3, "resampler": 1e-4}
-        recipe = load_recipe(recipe_file(stack=stack, chat_template=template, train=rates, lora={"r": 2}))
-        trained(recipe, tmp_path / template)
-        return tmp_path / template
-
-    return make
 
 
 def ask_instructblip(asker, out, photo, text):

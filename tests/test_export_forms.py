@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_bundle import trained
-from tiny_families import TINY, tiny
 from transformers import AutoModelForImageTextToText, pipeline
 
+from support.bundles import trained
+from support.tiny_families import TINY, tiny
 from vlm_sft import answer, load, load_recipe
 from vlm_sft.errors import UserError
 from vlm_sft.export import export

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import transformers
-from tiny_families import TINY
 from transformers import CONFIG_MAPPING, LlamaConfig, LlavaConfig, LlavaNextConfig, Qwen2Config
 
+from support.tiny_families import TINY
 from vlm_sft.assets import list_templates
 from vlm_sft.errors import UserError
 from vlm_sft.families import FAMILIES, default_template, family_of

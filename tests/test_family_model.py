@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from tiny_families import TINY, processor_of, tiny
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 from trl import SFTConfig
 
+from support.tiny_families import TINY, processor_of, rows, tiny
 from vlm_sft.collator import MultimodalCollator
 from vlm_sft.family_model import model_class, set_dtypes
 from vlm_sft.freeze import FreezePlan, part_modules, part_of
 from vlm_sft.trainer import VLMSFTTrainer
 
 PARTS = ("vision_tower", "projector", "language_model")
-
-
-def encoded(size: tuple[int, int]) -> bytes:
-    """A PNG of noise."""
-    stream = io.BytesIO()
-    Image.effect_noise(size, 90).convert("RGB").save(stream, "PNG")
-    return stream.getvalue()
-
-
-def rows(*images: tuple[int, int] | None) -> list[dict]:
-    """One row an argument: with an image of that size, or of text alone."""
-    made = []
-    for number, size in enumerate(images):
-        parts = [{"type": "image"}] * (size is not None) + [{"type": "text", "text": "What is this?"}]
-        answer = [{"type": "text", "text": f"number {number}"}]
-        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
-        picture = [{"path": None, "bytes": encoded(size)}] if size else []
-        made.append({"id": str(number), "messages": messages, "images": picture, "source": "x"})
-    return made
 
 
 def build(name: str):

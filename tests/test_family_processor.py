@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from tiny_families import TINY, processor_of
 
+from support.tiny_families import TINY, processor_of
 from vlm_sft.chat_template import RenderedChat
 from vlm_sft.errors import UserError
 from vlm_sft.family_processor import expand

@@ -9,11 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from test_family_model import encoded
-from tiny_families import TINY, tiny
 from torch import nn
 from typer.testing import CliRunner
 
+from support.tiny_families import TINY, encoded, tiny
 from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load, load_mixture, load_recipe, lora_config
 from vlm_sft.bundle import Provenance
 from vlm_sft.cli import app

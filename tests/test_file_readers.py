@@ -10,10 +10,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_files import LINES, ROWS, check_rows_or_sentence, refused, values, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.data_files import LINES, ROWS, check_rows_or_sentence, refused, values, write
 from vlm_sft import file_readers
 from vlm_sft.errors import RowError
 from vlm_sft.file_readers import about_rows, read_file

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.paths import GOLDENS
 from vlm_sft.errors import UserError
 from vlm_sft.formats import FORMATS, convert
 
-GOLDENS = Path(os.environ.get("VLM_SFT_GOLDENS", Path(__file__).parent / "goldens"))
 IMAGE = {"type": "image", "text": None}
 ANSWER = {"role": "assistant", "content": "是猫。"}
 

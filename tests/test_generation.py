@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_stack
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import BlipImageProcessorPil
 
+from support.tiny_pieces import tiny_stack
 from vlm_sft import build_stack, load_recipe
 from vlm_sft.answer_options import generation_options
 from vlm_sft.chat_template import load_template

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from test_bundle import ALTERED, altered, bump, logits, trained
 
+from support.bundles import ALTERED, altered, bump, logits, trained
 from vlm_sft import load, save_bundle
 from vlm_sft.errors import UserError
 from vlm_sft.handover import hand_over

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
-from hub_server import TOKEN, HubServer
 from huggingface_hub.utils import disable_progress_bars
 
+from support.hub_server import TOKEN, HubServer
+from support.paths import ROOT
 from vlm_sft.errors import UserError
 from vlm_sft.hub import check_access, find_bundle, is_fetched, push_bundle
 

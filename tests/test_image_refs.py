@@ -8,8 +8,8 @@ from pathlib import Path
 import datasets
 import pytest
 from PIL import Image
-from source_files import refused, write
 
+from support.source_files import refused, write
 from vlm_sft.data import check_images, load_source
 from vlm_sft.images import load_image
 from vlm_sft.recipe import Source

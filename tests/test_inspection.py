@@ -8,9 +8,8 @@ import io
 import pytest
 from datasets import Dataset
 from PIL import Image
-from test_collator import make_row, turn
-from test_processor import TOKENS, make_processor
 
+from support.conversations import TOKENS, make_processor, make_row, turn
 from vlm_sft import inspection
 from vlm_sft.checks import Evidence
 from vlm_sft.collator import MultimodalCollator

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 from PIL import Image
-from shrink import WORDS, write_instructblip
 from transformers import InstructBlipForConditionalGeneration
 
+from support.shrink import WORDS
 from vlm_sft import load_recipe
 from vlm_sft.collator import MultimodalCollator
 from vlm_sft.errors import UserError
@@ -19,19 +19,13 @@ from vlm_sft.stack import build_stack
 from vlm_sft.train import train
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, pieces):
-    """InstructBLIP as Salesforce publishes it: one folder, the Q-Former's tokenizer in a folder of its own."""
-    return write_instructblip(pieces, tmp_path_factory.mktemp("instructblip"))
-
-
 @pytest.fixture
-def recipe(recipe_file, checkpoint, tmp_path, photos):
+def recipe(recipe_file, instructblip, tmp_path, photos):
     """Rows with a question, one of them in Chinese, all four parts out of the one checkpoint."""
     rows = [{"id": i, "image": photos[i], "question": q, "answer": "a cat"} for i, q in enumerate(QUESTIONS)]
     path = tmp_path / "vqa.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    piece = {"pretrained": checkpoint}
+    piece = {"pretrained": instructblip}
     stack = {
         "vision_tower": piece,
         "resampler": {"type": "instruct_qformer", **piece},
@@ -52,8 +46,8 @@ def conversation(text, photo, *turns):
     return {"messages": [user, *turns], "images": [{"path": photo, "bytes": None}], "id": text}
 
 
-def test_logits_equal_those_of_the_native_class(recipe, checkpoint, photos):
-    native = InstructBlipForConditionalGeneration.from_pretrained(checkpoint).eval()
+def test_logits_equal_those_of_the_native_class(recipe, instructblip, photos):
+    native = InstructBlipForConditionalGeneration.from_pretrained(instructblip).eval()
     stack = build_stack(recipe)
     model = stack.model.eval()
     batch = prepare(stack.processor, [conversation(q, p) for q, p in zip(QUESTIONS[:3], photos, strict=False)])
@@ -133,8 +127,8 @@ def test_it_trains_saves_and_answers(recipe, photos, in_process_parity):
     assert len(answer(model, processor, rows[:2], max_new_tokens=4, num_beams=2)) == 2
 
 
-def test_the_kind_must_be_that_of_the_checkpoint(recipe_file, checkpoint, pieces):
-    wrong = ((checkpoint, "qformer", "instruct_qformer"), (pieces["blip2"], "instruct_qformer", "qformer"))
+def test_the_kind_must_be_that_of_the_checkpoint(recipe_file, instructblip, pieces):
+    wrong = ((instructblip, "qformer", "instruct_qformer"), (pieces["blip2"], "instruct_qformer", "qformer"))
     for source, kind, other in wrong:
         piece = {"pretrained": source}
         stack = {"vision_tower": piece, "resampler": {"type": kind, **piece}, "projector": {"type": "linear"},

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_resumable import assert_same, forge, mixed_recipe  # noqa: F401
 
+from support.bundles import assert_same
+from support.paths import ROOT
 from vlm_sft import load, run_folder
 from vlm_sft.assets import accelerate_config_path
 from vlm_sft.interrupts import Interrupts, shield_worker
@@ -71,7 +71,7 @@ def test_a_worker_ignores_ctrl_c_and_the_first_sigterm():
 
 
 @pytest.mark.slow
-def test_a_stopped_run_saves_and_goes_on_to_the_same_end(forge, mixed_recipe):  # noqa: F811
+def test_a_stopped_run_saves_and_goes_on_to_the_same_end(forge, mixed_recipe):
     whole, calm = mixed_recipe("whole", save_strategy="no", max_steps=6)
     assert forge.run(whole) == 0, forge.said()
     # Of seven micro-batches an epoch: in the middle of an epoch, in its last step, and in the last step of all.
@@ -85,7 +85,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(forge, mixed_recipe):  
 
 
 @pytest.mark.slow
-def test_ctrl_c_twice_leaves_what_was_saved(forge, mixed_recipe):  # noqa: F811
+def test_ctrl_c_twice_leaves_what_was_saved(forge, mixed_recipe):
     path, out = mixed_recipe("twice", max_steps=6)
     assert forge.run(path, send=[5, signal.SIGINT, 2]) == 130, forge.said()
     said = forge.said()

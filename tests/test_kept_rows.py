@@ -10,8 +10,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from source_files import captions, write
 
+from support.source_files import captions, write
 from vlm_sft import data, kept_rows
 from vlm_sft.data import load_part, load_source
 from vlm_sft.errors import RowError, UserError

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
+from support.paths import ROOT
 from vlm_sft.assets import recipe_path
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "examples" / "launch"
 SLURM = LAUNCH / "slurm.sh"
 

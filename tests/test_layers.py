@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "vlm_sft"
+from support.paths import ROOT
+
+PACKAGE = ROOT / "vlm_sft"
 
 # A module may import modules of the rows above its own, never of its own row or below.
 LAYERS: tuple[tuple[str, ...], ...] = (

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, save_checkpoint
-from golden import Golden, assert_close, save_pth, small_llama, strip
 from PIL import Image
 from transformers import (
     BertTokenizerFast,
@@ -21,6 +19,8 @@ from transformers import (
     LlamaConfig,
 )
 
+from support.golden import Golden, assert_close, save_pth, small_llama, strip
+from support.tiny_pieces import make_tokenizer, save_checkpoint
 from vlm_sft import load_recipe
 from vlm_sft.bundle import Provenance, save_bundle
 from vlm_sft.errors import UserError

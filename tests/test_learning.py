@@ -10,7 +10,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+
+from support.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_bundle import ALTERED, altered, bump, trained
 
+from support.bundles import ALTERED, altered, bump, trained
 from vlm_sft import load
 from vlm_sft.bundle import update_manifest
 from vlm_sft.errors import UserError

@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_files import captions
-from test_collator import make_row, turn
-from test_processor import make_processor
 
+from support.conversations import make_processor, make_row, turn
+from support.source_files import captions
 from vlm_sft.collator import MultimodalCollator
 from vlm_sft.data import FEATURES, load_source
 from vlm_sft.ledger import SourceLedger

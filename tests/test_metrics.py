@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.paths import GOLDENS
 from vlm_sft.metrics import exact_match, gqa_exact_match, normalise_answer, vqa_accuracy
-
-GOLDENS = Path(os.environ.get("VLM_SFT_GOLDENS", Path(__file__).parent / "goldens")) / "metrics"
 
 
 def golden(name: str):
-    return json.loads((GOLDENS / name).read_text(encoding="utf-8"))
+    return json.loads((GOLDENS / "metrics" / name).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from conftest import ROOT
+
+from support.paths import ROOT
 
 
 @pytest.mark.slow

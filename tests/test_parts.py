@@ -8,7 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from published_checkpoints import (
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Blip2ForConditionalGeneration,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
+    LlamaForCausalLM,
+    T5Config,
+)
+
+from support.published_checkpoints import (
     blip2,
     blip2_opt,
     clip,
@@ -29,15 +38,6 @@ from published_checkpoints import (
     siglip_tower,
     vit_classifier,
 )
-from safetensors.torch import load_file, save_file
-from transformers import (
-    Blip2ForConditionalGeneration,
-    HyperCLOVAXConfig,
-    HyperCLOVAXForCausalLM,
-    LlamaForCausalLM,
-    T5Config,
-)
-
 from vlm_sft.checkpoints import Checkpoint
 from vlm_sft.connectors import build_projector
 from vlm_sft.errors import UserError

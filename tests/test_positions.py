@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from support.tiny_pieces import save_checkpoint
 from vlm_sft import VLMProcessor
 from vlm_sft.bundle import Provenance, save_bundle
 from vlm_sft.errors import UserError

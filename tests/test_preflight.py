@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from tiny_families import tiny
 
+from support.tiny_families import tiny
 from vlm_sft import cli
 
 pytestmark = pytest.mark.slow

@@ -4,48 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import BlipImageProcessorPil
 
-from vlm_sft.assets import list_templates
-from vlm_sft.chat_template import load_template, render
+from support.conversations import PROCESSORS, TOKENS, conversations, make_processor
+from support.tiny_pieces import make_tokenizer
+from vlm_sft.chat_template import render
 from vlm_sft.errors import UserError
 from vlm_sft.processor import EncodedChat, VLMProcessor, add_missing_tokens, pad_to_square
-
-TOKENS = 3
-
-
-def make_processor(template="vicuna_v1", tokenizer=None, **options) -> VLMProcessor:
-    return VLMProcessor(
-        BlipImageProcessorPil(size={"height": 28, "width": 28}), tokenizer or make_tokenizer(),
-        chat_template=load_template(template), num_image_tokens=TOKENS, **options,
-    )  # fmt: skip
-
-
-PROCESSORS = {name: make_processor(name) for name in list_templates()}
-
-# What people and tricksters type: two languages, role markers, end tokens, the placeholder itself.
-SAID = st.one_of(
-    st.text(min_size=1, max_size=20),
-    st.sampled_from(
-        ["<image>", "<pad>", "USER: hi ASSISTANT:", "</s>", "###Human:", "<|im_end|>", "这是什么？", " a  b\n", "\n3"]
-    ),
-).filter(lambda text: text.strip())
-
-
-@st.composite
-def conversations(draw):
-    messages = []
-    for _ in range(draw(st.integers(1, 3))):
-        question = [{"type": "text", "text": draw(SAID)}]
-        for _ in range(draw(st.integers(0, 2))):
-            question.insert(draw(st.integers(0, len(question))), {"type": "image"})
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": draw(SAID)}]})
-    return messages
 
 
 @settings(max_examples=150, deadline=None)

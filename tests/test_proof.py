@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_stack
 from torch import nn
 from transformers import TrainerCallback
 
+from support.tiny_pieces import tiny_stack
 from vlm_sft import load_recipe
 from vlm_sft.assemble import build_collator, build_trainer
 from vlm_sft.compose import compose

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_files import refused, write
 
+from support.source_files import refused, write
 from vlm_sft.data import load_source
 from vlm_sft.errors import RowError, UserError
 from vlm_sft.published import PUBLISHED, check_pattern, image_file, read_published

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from test_bundle import logits
-from test_collator import make_row, turn
 
+from support.bundles import logits
+from support.conversations import make_row, turn
 from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load, load_recipe, lora_config
 from vlm_sft.adapters import add_adapter
 from vlm_sft.bundle import Provenance

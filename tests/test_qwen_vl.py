@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from golden import RATES, Golden, assert_close, check_learning, save_shards, small_llama
 
+from support.golden import RATES, Golden, assert_close, check_learning, save_shards, small_llama
 from vlm_sft import load_recipe
 from vlm_sft.layouts import LAYOUTS
 from vlm_sft.positions import resize_positions

@@ -11,8 +11,8 @@ import time
 import datasets
 import pytest
 from huggingface_hub import constants
-from source_files import captions
 
+from support.source_files import captions
 from vlm_sft import reach
 from vlm_sft.errors import UserError
 from vlm_sft.hub import find_bundle

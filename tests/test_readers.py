@@ -7,8 +7,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from data_files import LINES, refused, values, write
 
+from support.data_files import LINES, refused, values, write
 from vlm_sft.readers import list_files, read_rows
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from recipe_texts import TEXT, problem, write
 
+from support.recipe_texts import TEXT, problem, write
 from vlm_sft.assets import list_recipes, recipe_path
 from vlm_sft.recipe import load_recipe, recipe_schema
 from vlm_sft.yaml_file import YamlFile

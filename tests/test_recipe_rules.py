@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from recipe_texts import TEXT, problem, write
 
+from support.recipe_texts import TEXT, problem, write
 from vlm_sft.errors import UserError
 from vlm_sft.recipe import Recipe, load_recipe
 

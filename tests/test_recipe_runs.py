@@ -8,9 +8,9 @@ import re
 
 import pytest
 import torch
-from conftest import parity_in_this_process
-from shrink import shrink
 
+from support.bundles import parity_in_this_process
+from support.shrink import shrink
 from vlm_sft import load, load_recipe
 from vlm_sft.assets import list_recipes
 from vlm_sft.dry_run import weigh

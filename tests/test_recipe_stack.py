@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from recipe_texts import TEXT, problem, write
 
+from support.recipe_texts import TEXT, problem, write
 from vlm_sft.connectors import PROJECTORS, RESAMPLERS
 from vlm_sft.recipe_rules import PARTS
 from vlm_sft.recipe_stack import Projector, Resampler, Stack

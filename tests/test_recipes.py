@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from support.paths import ROOT
 from vlm_sft.assets import assets_root
 from vlm_sft.configs import build_quantization_config
 from vlm_sft.recipe import Recipe, Stack, build_lora_config, build_sft_config, load_recipe, validate_libraries
@@ -195,7 +196,7 @@ def test_quickstart_trains_on_no_held_out_row() -> None:
 
 
 def test_the_page_on_recipes_is_true() -> None:
-    page = (Path(__file__).resolve().parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     for name in (path.stem for path in RECIPES):
         assert f"`{name}`" in page
     for model in (Recipe, *(type(getattr(recipe("ziya_stage2").stack, part)) for part in Stack.model_fields)):

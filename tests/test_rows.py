@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from source_files import write
-from test_processor import make_processor
 
+from support.conversations import make_processor
+from support.source_files import write
 from vlm_sft import load_recipe
 from vlm_sft.collator import MultimodalCollator
 from vlm_sft.configs import build_sft_config

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_bundle import trained
 from transformers import AutoConfig
 
+from support.bundles import trained
 from vlm_sft import load, load_recipe
 from vlm_sft.errors import UserError
 from vlm_sft.family_stack import load_processor

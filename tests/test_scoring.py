@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_collator import turn
-from test_processor import make_processor
 
+from support.conversations import make_processor, turn
 from vlm_sft import scoring
 from vlm_sft.errors import UserError
 from vlm_sft.recipe import Source

@@ -16,10 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bundle import trained
-from test_export import BLIP2, LLAVA, instruct_bundle  # noqa: F401, a fixture
-from test_instruct_qformer import checkpoint as instructblip  # noqa: F401, a fixture
 
+from support.bundles import BLIP2, LLAVA, trained
 from vlm_sft import answer, load
 from vlm_sft.export import export
 
@@ -56,7 +54,7 @@ def server(folder: Path):
 
 
 @pytest.fixture
-def exports(bundle_recipe, instruct_bundle, tmp_path, photos):  # noqa: F811
+def exports(bundle_recipe, instruct_bundle, tmp_path, photos):
     """Folders `llava`, `blip2` and `instructblip` beside each other, and what their bundles answer to the question."""
     wanted = {}
     torch.manual_seed(0)  # what a random model says must not depend on the tests before

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from source_files import refused, write
 
+from support.source_files import refused, write
 from vlm_sft.errors import RowError
 from vlm_sft.recipe import Source
 from vlm_sft.sources import source_rows

@@ -8,12 +8,12 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
-from source_files import write
 from torch.utils.data import DataLoader
 
+from support.paths import ROOT
+from support.source_files import write
 from vlm_sft import load_recipe
 from vlm_sft.errors import RowError, UserError
 from vlm_sft.recipe import Source

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_chat_template import ENGLISH, refusal
 
+from support.template_texts import ENGLISH, refusal
 from vlm_sft.chat_template import load_template
 
 

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
-from test_collator import make_row, turn
-from test_processor import PROCESSORS, TOKENS, conversations
 
+from support.conversations import PROCESSORS, TOKENS, conversations, make_row, turn
 from vlm_sft.assets import list_templates
 from vlm_sft.collator import MultimodalCollator
 from vlm_sft.token_view import token_groups

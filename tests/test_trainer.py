@@ -8,37 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from test_collator import make_row, turn
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
-from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load_recipe, lora_config
+from support.bundles import snapshot
+from support.conversations import make_row, turn
 from vlm_sft.bundle import Provenance
-from vlm_sft.data import load_mixture
 from vlm_sft.errors import UserError
 from vlm_sft.freeze import is_adapter, part_of
 from vlm_sft.ledger import Ledger, SourceLedger
-from vlm_sft.recipe import build_sft_config
-
-
-@pytest.fixture
-def make_trainer(recipe_file, photos):
-    def make(rows=None, eval_rows=None, sft=None, **changes) -> VLMSFTTrainer:
-        recipe = load_recipe(recipe_file(**changes), [f"sft.{k}={v}" for k, v in (sft or {}).items()])
-        stack = build_stack(recipe)
-        rows = load_mixture(recipe.data.train) if rows is None else Dataset.from_list(rows)
-        return VLMSFTTrainer(
-            stack.model, build_sft_config(recipe), MultimodalCollator(stack.processor), rows, stack.processor,
-            lora_config(recipe, stack.model), plan=stack.plan,
-            eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
-        )  # fmt: skip
-
-    return make
-
-
-def snapshot(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def test_each_trained_tensor_moves_and_each_frozen_one_is_bit_identical(make_trainer):

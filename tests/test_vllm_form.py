@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
-from test_export import BLIP2, LLAVA, MESSAGES
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from support.bundles import BLIP2, LLAVA, MESSAGES
+from support.paths import ROOT
 from vlm_sft.errors import UserError
 from vlm_sft.native import native_form, native_model
 from vlm_sft.native_processors import native_template
@@ -18,7 +18,7 @@ from vlm_sft.vllm_form import check_stack, named_tensors, without_images
 
 # Names of exported tensors, numbers of layers left out, with which vLLM 0.33.0's classes built themselves from the
 # exported config.json and filled all of their parameters.
-LOADED = json.loads(Path(__file__).with_name("vllm_names.json").read_text(encoding="utf-8"))
+LOADED = json.loads((ROOT / "tests" / "vllm_names.json").read_text(encoding="utf-8"))
 VQA = {**BLIP2, "chat_template": "blip2_vqa"}
 STACKS = {
     "LLaVA: CLIP, LLaMA": LLAVA,

@@ -9,8 +9,8 @@ import signal
 
 import pytest
 import torch
-from test_trainer import make_trainer, snapshot  # noqa: F401
 
+from support.bundles import snapshot
 from vlm_sft.errors import UserError
 from vlm_sft.watch import ROW_IDS, Losses, WatchedCollator, dead_worker
 
@@ -32,7 +32,7 @@ def records(trainer):
     return [json.loads(line) for line in open(f"{trainer.args.output_dir}/watch.jsonl", encoding="utf-8")]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer):  # noqa: F811
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer):
     trainer = make_trainer(sft=STEPS)
     spoil(trainer, 2)
     with pytest.raises(UserError, match=r"Step 2: the loss is nan; its rows are captions/\d, captions/\d \(all "):
@@ -45,7 +45,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer)
     assert trainer.state.global_step == 1
 
 
-def test_a_skipped_step_leaves_weights_and_moments_as_they_are(make_trainer, capsys):  # noqa: F811
+def test_a_skipped_step_leaves_weights_and_moments_as_they_are(make_trainer, capsys):
     trainer = make_trainer(sft={**STEPS, "weight_decay": 0.1})
     trainer.nonfinite = "skip"
     spoil(trainer, 3, math.inf)
@@ -69,7 +69,7 @@ def _after_each_step(act):
     return Spy()
 
 
-def test_a_jump_is_logged_with_its_rows_and_training_goes_on(make_trainer, capsys):  # noqa: F811
+def test_a_jump_is_logged_with_its_rows_and_training_goes_on(make_trainer, capsys):
     trainer = make_trainer(sft={**STEPS, "learning_rate": 1e-8})
     trainer.losses.recent.extend([5.0, 6.0] * 10)
     spoil(trainer, 2, 100.0)
@@ -141,7 +141,7 @@ class Deadly:
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_names_its_rows(make_trainer):  # noqa: F811
+def test_a_worker_that_is_killed_names_its_rows(make_trainer):
     trainer = make_trainer(sft={"dataloader_num_workers": 1, "per_device_train_batch_size": 1, "max_steps": 8})
     trainer.data_collator = Deadly(trainer.data_collator)
     with pytest.raises(UserError, match=r"died in a batch of row captions/5 \(.*4\.png\); if memory ran out"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from recipe_texts import problem, write
 
+from support.recipe_texts import problem, write
 from vlm_sft.yaml_file import YamlFile, dump_yaml
 
 

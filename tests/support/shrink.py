@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_tokenizer
-from tiny_families import tiny
 
+from support.tiny_families import tiny
+from support.tiny_pieces import make_tokenizer
 from vlm_sft import load_recipe
 from vlm_sft.recipe import Source
 

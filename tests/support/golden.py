@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import torch
-from conftest import GOLDENS, make_tokenizer
 from safetensors.torch import load_file
 
+from support.paths import GOLDENS
+from support.tiny_pieces import make_tokenizer
 from vlm_sft.loading import load
 from vlm_sft.stack import build_stack
 from vlm_sft.train import train

@@ -17,6 +17,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from support.paths import ROOT
+
 TOUCHES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "step"}
 
 
@@ -25,7 +27,8 @@ class Forge:
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / "forge.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+        paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(self.log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=environment,

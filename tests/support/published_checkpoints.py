@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 
 import torch
-from conftest import save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import (
     Blip2Config,
@@ -34,6 +33,8 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
+
+from support.tiny_pieces import save_checkpoint
 
 SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**SMALL, "image_size": 28, "patch_size": 7}

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import source_files
 
+from support import source_files
 from vlm_sft.errors import UserError
 from vlm_sft.readers import read_rows
 

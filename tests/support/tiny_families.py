@@ -1,9 +1,10 @@
-"""Tiny random VLMs of every family, written to disk with their own processors as transformers publishes them."""
+"""Tiny random VLMs of every family, written to disk with their own processors as transformers publishes them; rows."""
 
 from __future__ import annotations
 
 import atexit
 import functools
+import io
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from conftest import make_tokenizer
+from PIL import Image
 
+from support.tiny_pieces import make_tokenizer
 from vlm_sft.family_processor import without_videos
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -264,3 +266,22 @@ def processor_of(name: str, folder: Path | None = None) -> Any:
     config = AutoConfig.from_pretrained(tiny(name))
     spec = SimpleNamespace(pretrained=str(folder or tiny(name)), revision=None, processor={})
     return load_processor(spec, config, load_template(default_template(config, name)), None)
+
+
+def encoded(size: tuple[int, int]) -> bytes:
+    """A PNG of noise."""
+    stream = io.BytesIO()
+    Image.effect_noise(size, 90).convert("RGB").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def rows(*images: tuple[int, int] | None) -> list[dict]:
+    """One row an argument: with an image of that size, or of text alone."""
+    made = []
+    for number, size in enumerate(images):
+        parts = [{"type": "image"}] * (size is not None) + [{"type": "text", "text": "What is this?"}]
+        answer = [{"type": "text", "text": f"number {number}"}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+        picture = [{"path": None, "bytes": encoded(size)}] if size else []
+        made.append({"id": str(number), "messages": messages, "images": picture, "source": "x"})
+    return made

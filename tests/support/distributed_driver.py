@@ -1,4 +1,4 @@
-"""Several runs in one launch: `accelerate launch --config_file … tests/distributed_driver.py RECIPE [RECIPE …]`.
+"""Several runs in a launch: `accelerate launch --config_file … tests/support/distributed_driver.py RECIPE [RECIPE …]`.
 
 accelerate enters FSDP only where there are accelerators. This program opens that one door; all behind it, in
 accelerate, transformers and torch, runs as on GPUs, on a mesh of gloo processes.

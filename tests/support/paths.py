@@ -1,0 +1,9 @@
+"""Where the checkout and the references lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDENS = Path(os.environ.get("VLM_SFT_GOLDENS", ROOT / "tests" / "goldens"))

@@ -1,0 +1,33 @@
+"""Conversations as chat templates are given them, and the sentence with which a template is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlm_sft.chat_template import load_template, render
+from vlm_sft.errors import UserError
+
+IMAGE = {"type": "image"}
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def user(*parts: dict[str, str] | str) -> dict:
+    return {"role": "user", "content": [text(part) if isinstance(part, str) else part for part in parts]}
+
+
+def assistant(words: str) -> dict:
+    return {"role": "assistant", "content": words}
+
+
+ENGLISH = [user(IMAGE, "What animal is this?"), assistant("A cat."), user("What colour?"), assistant("Black.")]
+CHINESE = [user(IMAGE, "这是什么动物？"), assistant("一只猫。"), user("什么颜色？"), assistant("黑色。")]
+
+
+def refusal(template, messages=None, **options) -> str:
+    """The message of the refusal by `load_template`, or by `render` where messages are given."""
+    with pytest.raises(UserError) as caught:
+        load_template(template) if messages is None else render(messages, template, **options)
+    return str(caught.value)
