@@ -53,7 +53,7 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 schema: setup
-	$(BIN)/python -m vlm_sft.recipe > recipes/recipe.schema.json
+	$(BIN)/python -m vlm_sft.recipe.schema > recipes/recipe.schema.json
 
 build: setup
 	$(BIN)/python -m build --no-isolation

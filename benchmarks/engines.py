@@ -5,7 +5,7 @@
 
 Both runs train stage 2 of the quickstart (a projector and LoRA beside a frozen tower, resampler and language model) on
 the same global batches, in fp32. `--cpu` is for DeepSpeed, which has a CPU accelerator (extra `deepspeed`, and a C++
-compiler); accelerate enters FSDP on GPUs alone, and tests/test_distributed.py does it on CPUs.
+compiler); accelerate enters FSDP on GPUs alone, and tests/end_to_end/test_distributed.py does it on CPUs.
 """
 
 from __future__ import annotations

@@ -31,13 +31,13 @@ from rich.table import Table
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from vlm_sft.activations import Step, count_step
-from vlm_sft.adapters import add_adapter
-from vlm_sft.configuration import VLMConfig
-from vlm_sft.freeze import FreezePlan, part_of
-from vlm_sft.launch import Launch
-from vlm_sft.memory import Estimate, estimate, gib
-from vlm_sft.modeling import VLMForConditionalGeneration
+from vlm_sft.model.configuration import VLMConfig
+from vlm_sft.model.freeze import FreezePlan, part_of
+from vlm_sft.model.modeling import VLMForConditionalGeneration
+from vlm_sft.preflight.launch import Launch
+from vlm_sft.preflight.memory import Estimate, estimate, gib
+from vlm_sft.preflight.step_memory import Step, count_step
+from vlm_sft.stack.lora import add_adapter
 
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
           "image_size": 336, "patch_size": 14}  # fmt: skip

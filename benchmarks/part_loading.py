@@ -102,7 +102,7 @@ def write_shards(folder: Path, given: argparse.Namespace) -> tuple[Path, dict[st
 
 def write_pth(folder: Path, given: argparse.Namespace) -> tuple[Path, dict[str, float]]:
     """A file as LAVIS writes it: its names, under `model`, beside other things."""
-    from vlm_sft.layouts import LAYOUTS as KNOWN
+    from vlm_sft.pieces.layouts import LAYOUTS as KNOWN
 
     tower, others = make_tower(given), rest(given)
     state = dict(others)
@@ -136,7 +136,7 @@ def measure(what: str, path: str) -> float:
     Every value is used once, so that pages of a file that is mapped count as soon as they are needed.
     """
     if what == "part":
-        from vlm_sft.parts import load_vision_tower
+        from vlm_sft.pieces.load_parts import load_vision_tower
 
         before = memory("VmRSS")
         spec = SimpleNamespace(pretrained=path, revision=None, trust_remote_code=False, config={}, more=[])

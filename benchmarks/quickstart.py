@@ -85,7 +85,7 @@ def evaluate(bundle: Path, split: str) -> dict[str, Any]:
     recipe = bundle.with_name(f"{bundle.name}_{split}.yaml")
     recipe.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
     output = bundle.with_name(f"{bundle.name}_{split}.json")
-    command = [sys.executable, "-m", "vlm_sft.cli", "evaluate", str(bundle), "--recipe", str(recipe)]
+    command = [sys.executable, "-m", "vlm_sft", "evaluate", str(bundle), "--recipe", str(recipe)]
     command += ["--output", str(output)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
     return json.loads(output.read_text(encoding="utf-8"))

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlm_sft import MultimodalCollator, Sample, UserError, VLMProcessor
-from vlm_sft.chat_template import RenderedChat
+from vlm_sft import MultimodalCollator, RenderedChat, Sample, UserError, VLMProcessor
 
 
 class ShortAnswerCollator(MultimodalCollator):

@@ -14,9 +14,6 @@ import sys
 from pathlib import Path
 
 import vlm_sft
-from vlm_sft.bundle import Provenance
-from vlm_sft.recipe import build_sft_config
-from vlm_sft.stack import match_embeddings
 
 
 def main(
@@ -58,17 +55,17 @@ def main(
     stack = vlm_sft.build_stack(recipe, say=print)
     rows = vlm_sft.load_mixture(recipe.data.train, recipe.data.sampling)
     collator = vlm_sft.MultimodalCollator(stack.processor, max_length=128)
-    match_embeddings(stack.model, collator(rows.select(range(8)).to_list())["pixel_values"])
+    vlm_sft.match_embeddings(stack.model, collator(rows.select(range(8)).to_list())["pixel_values"])
 
     trainer = vlm_sft.VLMSFTTrainer(
         stack.model,
-        build_sft_config(recipe),
+        vlm_sft.build_sft_config(recipe),
         collator,
         rows,
         stack.processor,
         vlm_sft.lora_config(recipe, stack.model),  # None here: this recipe has no `lora`
         plan=stack.plan,
-        provenance=Provenance(recipe, stack.pieces),
+        provenance=vlm_sft.Provenance(recipe, stack.pieces),
     )
     trainer.train()
     trainer.save_model()  # writes a bundle

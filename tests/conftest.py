@@ -194,7 +194,7 @@ def save_llm(tmp_path):
 def golden_stack(recipe_file):
     """A stack for evaluation, by the parts of its recipe; `empty` has no weights."""
     from vlm_sft import load_recipe
-    from vlm_sft.stack import build_empty_stack, build_stack
+    from vlm_sft.stack.build_stack import build_empty_stack, build_stack
 
     def make(name="recipe", *, empty=False, **stack):
         built = (build_empty_stack if empty else build_stack)(load_recipe(recipe_file(name, stack=stack)))
@@ -242,8 +242,8 @@ def make_trainer(recipe_file, photos):
     from datasets import Dataset
 
     from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load_recipe, lora_config
-    from vlm_sft.data import load_mixture
-    from vlm_sft.recipe import build_sft_config
+    from vlm_sft.data.dataset import load_mixture
+    from vlm_sft.recipe.schema import build_sft_config
 
     def make(rows=None, eval_rows=None, sft=None, **changes):
         recipe = load_recipe(recipe_file(**changes), [f"sft.{k}={v}" for k, v in (sft or {}).items()])

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from vlm_sft import load, load_recipe
-from vlm_sft.assets import accelerate_config_path
-from vlm_sft.errors import UserError
+from vlm_sft.base.assets import accelerate_config_path
+from vlm_sft.base.errors import UserError
 from vlm_sft.train import train
 
 FAKE_PARITY = {"positions": 1, "max_difference": 0.0, "tolerance": 1e-4, "equal": True}
@@ -27,7 +27,7 @@ def run(path, *overrides):
 @pytest.fixture
 def no_parity(monkeypatch):
     """Leaves out the fresh process, which takes most of a short run's time and is tested once."""
-    monkeypatch.setattr("vlm_sft.parity.check_parity", lambda *args: FAKE_PARITY)
+    monkeypatch.setattr("vlm_sft.bundle.parity.check_parity", lambda *args: FAKE_PARITY)
 
 
 def test_a_stage_trains_and_writes_a_bundle_that_gives_the_same_logits(recipe_file, capsys):
@@ -130,7 +130,7 @@ def test_rows_for_evaluation_are_used_once_at_the_end_without_a_strategy(recipe_
 
 
 def test_rows_are_looked_at_before_any_weight(recipe_file, monkeypatch):
-    monkeypatch.setattr("vlm_sft.assemble.build_stack", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("vlm_sft.training.build_trainer.build_stack", lambda *args: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=r"row captions/1: .*sft\.max_length is 5; raise max_length"):
         run(recipe_file(), "sft.max_length=5")
 
@@ -143,8 +143,8 @@ def test_libraries_are_asked_first(recipe_file):
 
 def test_an_error_takes_the_bar_away(recipe_file, no_parity, monkeypatch):
     closed = []
-    monkeypatch.setattr("vlm_sft.progress.RichProgress.close", lambda self: closed.append(True))
-    monkeypatch.setattr("vlm_sft.trainer.VLMSFTTrainer.training_step", lambda *args: 1 / 0)
+    monkeypatch.setattr("vlm_sft.training.progress.RichProgress.close", lambda self: closed.append(True))
+    monkeypatch.setattr("vlm_sft.training.trainer.VLMSFTTrainer.training_step", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(recipe_file())
     assert closed

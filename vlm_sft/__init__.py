@@ -10,54 +10,69 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import lora_config
-    from .bundle import save_bundle
-    from .chat_template import render_chat
-    from .collator import MultimodalCollator, Sample
-    from .configuration import VLMConfig
-    from .data import load_mixture, load_source
-    from .errors import UserError
-    from .freeze import FreezePlan
-    from .generation import answer, stream_answer
-    from .handover import hand_over
-    from .loading import load
-    from .modeling import VLMForConditionalGeneration, VLMModel
-    from .processor import VLMProcessor
-    from .recipe import Recipe, load_recipe
-    from .stack import Stack, build_stack, match_embeddings
-    from .trainer import VLMSFTTrainer
+    from .base.errors import UserError
+    from .batch.collator import MultimodalCollator, Sample
+    from .batch.processor import VLMProcessor
+    from .bundle.handover import hand_over
+    from .bundle.load import load
+    from .bundle.save import Provenance, save_bundle
+    from .data.dataset import ROW_FEATURES, load_mixture, load_source
+    from .inference.generation import answer, stream_answer
+    from .model.configuration import VLMConfig
+    from .model.freeze import FreezePlan
+    from .model.modeling import VLMForConditionalGeneration, VLMModel
+    from .reading.images import load_image
+    from .recipe.libraries import build_sft_config
+    from .recipe.recipe_data import Source
+    from .recipe.schema import Recipe, load_recipe
+    from .stack.build_stack import Stack, build_stack, match_embeddings
+    from .stack.lora import lora_config
+    from .templates.template import RenderedChat, end_of_answer, render, render_chat
+    from .training.trainer import VLMSFTTrainer
 
 _HOMES = {
-    "answer": "generation",
-    "build_stack": "stack",
-    "FreezePlan": "freeze",
-    "hand_over": "handover",
-    "load": "loading",
-    "load_mixture": "data",
-    "load_recipe": "recipe",
-    "load_source": "data",
-    "lora_config": "adapters",
-    "match_embeddings": "stack",
-    "MultimodalCollator": "collator",
-    "Recipe": "recipe",
-    "render_chat": "chat_template",
-    "Sample": "collator",
-    "save_bundle": "bundle",
-    "Stack": "stack",
-    "stream_answer": "generation",
-    "UserError": "errors",
-    "VLMConfig": "configuration",
-    "VLMForConditionalGeneration": "modeling",
-    "VLMModel": "modeling",
-    "VLMProcessor": "processor",
-    "VLMSFTTrainer": "trainer",
+    "answer": "inference.generation",
+    "build_sft_config": "recipe.libraries",
+    "build_stack": "stack.build_stack",
+    "end_of_answer": "templates.template",
+    "FreezePlan": "model.freeze",
+    "hand_over": "bundle.handover",
+    "load": "bundle.load",
+    "load_image": "reading.images",
+    "load_mixture": "data.dataset",
+    "load_recipe": "recipe.schema",
+    "load_source": "data.dataset",
+    "lora_config": "stack.lora",
+    "match_embeddings": "stack.build_stack",
+    "MultimodalCollator": "batch.collator",
+    "Provenance": "bundle.save",
+    "Recipe": "recipe.schema",
+    "render": "templates.template",
+    "render_chat": "templates.template",
+    "RenderedChat": "templates.template",
+    "ROW_FEATURES": "data.dataset",
+    "Sample": "batch.collator",
+    "save_bundle": "bundle.save",
+    "Source": "recipe.recipe_data",
+    "Stack": "stack.build_stack",
+    "stream_answer": "inference.generation",
+    "UserError": "base.errors",
+    "VLMConfig": "model.configuration",
+    "VLMForConditionalGeneration": "model.modeling",
+    "VLMModel": "model.modeling",
+    "VLMProcessor": "batch.processor",
+    "VLMSFTTrainer": "training.trainer",
 }
 
 __all__ = [
+    "ROW_FEATURES",
     "FreezePlan",
     "MultimodalCollator",
+    "Provenance",
     "Recipe",
+    "RenderedChat",
     "Sample",
+    "Source",
     "Stack",
     "UserError",
     "VLMConfig",
@@ -66,14 +81,18 @@ __all__ = [
     "VLMProcessor",
     "VLMSFTTrainer",
     "answer",
+    "build_sft_config",
     "build_stack",
+    "end_of_answer",
     "hand_over",
     "load",
+    "load_image",
     "load_mixture",
     "load_recipe",
     "load_source",
     "lora_config",
     "match_embeddings",
+    "render",
     "render_chat",
     "save_bundle",
     "stream_answer",

@@ -12,24 +12,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .dry_run import dry_run
-from .errors import UserError, exit_on_user_error, first_to_say
-from .interrupts import Interrupts
-from .launch import read_launch
-from .quiet import quiet_libraries
-from .resumption import check_resumption
-from .rows import load_rows, on_first_process
-from .run_folder import PREFIX, settle_resume, sweep
-from .terminal import make_console, say
+from .base.console import make_console, say
+from .base.errors import UserError, exit_on_user_error, first_to_say
+from .base.quiet import quiet_libraries
+from .bundle.run_folder import PREFIX, settle_resume, sweep
+from .preflight.dry_run import dry_run
+from .preflight.launch import read_launch
+from .training.interrupts import Interrupts
+from .training.resume_check import check_resumption
+from .training.run_rows import load_rows, on_first_process
 
 if TYPE_CHECKING:
     from rich.console import Console
     from trl import SFTConfig
 
-    from .collator import MultimodalCollator
-    from .pushes import PushCallback
-    from .recipe import Recipe
-    from .trainer import VLMSFTTrainer
+    from .batch.collator import MultimodalCollator
+    from .recipe.schema import Recipe
+    from .training.pushes import PushCallback
+    from .training.trainer import VLMSFTTrainer
 
 METRICS = "metrics.json"
 
@@ -49,12 +49,12 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         UserError: Anything a user can mend.
     """
-    from .assemble import build_collator, build_trainer
-    from .bundle import read_manifest
-    from .compose import compose
-    from .configs import build_sft_config, validate_libraries
-    from .hub import check_access
-    from .inspection import glance
+    from .bundle.hub import check_access
+    from .bundle.save import read_manifest
+    from .preflight.samples import glance
+    from .recipe.libraries import build_sft_config, validate_libraries
+    from .stack.compose import compose
+    from .training.build_trainer import build_collator, build_trainer
 
     console = make_console()
     validate_libraries(recipe)
@@ -116,9 +116,9 @@ def fit(trainer: VLMSFTTrainer, pushes: PushCallback | None = None) -> None:
 
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
     """Writes bundle, metrics and curves, then proves in a fresh process that the bundle gives the same logits."""
-    from .card import write_card
-    from .curves import CURVES, draw_curves
-    from .parity import check_parity, probe_logits
+    from .bundle.card import write_card
+    from .bundle.curves import CURVES, draw_curves
+    from .bundle.parity import check_parity, probe_logits
 
     folder = Path(trainer.args.output_dir)
     trainer.save_model(str(folder))
@@ -170,8 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="let base pieces run code, as the recipe says")
     given = parser.parse_intermixed_args(argv)  # overrides may follow a flag
     with exit_on_user_error():
-        from .recipe import load_recipe
-        from .safety import refuse_code, refuse_revisions
+        from .recipe.safety import refuse_code, refuse_revisions
+        from .recipe.schema import load_recipe
 
         if given.accelerate_config and not given.dry_run:
             raise UserError("--accelerate-config belongs to --dry-run; to train, use: accelerate launch --config_file.")
@@ -201,8 +201,8 @@ def _say_precision(recipe: Recipe, args: SFTConfig, console: Console) -> None:
 
 def _first_batch(trainer: VLMSFTTrainer, collator: MultimodalCollator) -> dict[str, Any]:
     """A batch of the first training rows, to compare logits on."""
-    from .collator import REJECTED, SEEN
-    from .streaming import first_rows
+    from .batch.collator import REJECTED, SEEN
+    from .data.streaming import first_rows
 
     batch = collator(first_rows(trainer.train_dataset, 4))
     return {name: value for name, value in batch.items() if name not in (REJECTED, SEEN)}
@@ -212,7 +212,7 @@ def _pushes(recipe: Recipe, console: Console) -> PushCallback | None:
     """What pushes to the Hub, where the recipe asks for it."""
     if recipe.hub is None:
         return None
-    from .pushes import PushCallback
+    from .training.pushes import PushCallback
 
     options = recipe.hub.model_dump(include={"every_save", "private", "revision", "message"})
     return PushCallback(recipe.hub.repo_id, partial(say, console), **options)
@@ -223,7 +223,7 @@ def _progress(trainer: VLMSFTTrainer, console: Console) -> Iterator[None]:
     """Our progress bar in place of transformers'; an error leaves the terminal as it was."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from .progress import RichProgress
+    from .training.progress import RichProgress
 
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

@@ -9,7 +9,7 @@ import pytest
 
 def command(monkeypatch, capsys, *arguments) -> str:
     """Runs the console command in this process; returns the one error that it ends with."""
-    from vlm_sft import cli
+    from vlm_sft.cli import main as cli
 
     monkeypatch.setattr(sys, "argv", ["vlm-sft", *map(str, arguments)])
     capsys.readouterr()

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlm_sft.adapters import add_adapter, lora_config
-from vlm_sft.bundle import Provenance, save_bundle
-from vlm_sft.handover import hand_over
-from vlm_sft.stack import build_stack
+from vlm_sft.bundle.handover import hand_over
+from vlm_sft.bundle.save import Provenance, save_bundle
+from vlm_sft.stack.build_stack import build_stack
+from vlm_sft.stack.lora import add_adapter, lora_config
 
 LLAVA = {"tower": "clip", "resampler": None, "projector": {"type": "mlp"}, "chat_template": "vicuna_v1",
          "vision": {"feature_layer": -2, "feature_select": "patch"}, "lora": {"r": 2}}  # fmt: skip
@@ -110,16 +110,16 @@ def parity_in_this_process() -> Iterator[None]:
     The same program loads the same files and compares the same logits, but here. That a fresh process does so is what
     test_parity, test_train, test_quantization, test_family_stack and test_recipe_runs prove.
     """
-    from vlm_sft import parity
+    from vlm_sft.bundle import parity
 
     real = subprocess.run
 
     def run(command, **options):
-        if "vlm_sft.parity" not in command:
+        if "vlm_sft.bundle.parity" not in command:
             return real(command, **options)
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            parity.main(command[command.index("vlm_sft.parity") + 1 :])
+            parity.main(command[command.index("vlm_sft.bundle.parity") + 1 :])
         return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
 
     with pytest.MonkeyPatch.context() as patch:

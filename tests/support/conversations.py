@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from transformers import BlipImageProcessorPil
 
 from support.tiny_pieces import make_tokenizer
-from vlm_sft.assets import list_templates
-from vlm_sft.chat_template import load_template
-from vlm_sft.processor import VLMProcessor
+from vlm_sft.base.assets import list_templates
+from vlm_sft.batch.processor import VLMProcessor
+from vlm_sft.templates.template import load_template
 
 TOKENS = 3
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from support import source_files
-from vlm_sft.errors import UserError
-from vlm_sft.readers import read_rows
+from vlm_sft.base.errors import UserError
+from vlm_sft.reading.locations import read_rows
 
 ROWS = [{"image": "1.png", "caption": "a red 3"}, {"image": "2.png", "caption": "左上角是红色的3"}]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)

@@ -62,8 +62,8 @@ class Forge:
 
 def serve(log: str) -> None:
     """Imports everything, then forks a run for each line that comes."""
-    import vlm_sft.handover
-    import vlm_sft.trainer  # noqa: F401
+    import vlm_sft.bundle.handover
+    import vlm_sft.training.trainer  # noqa: F401
 
     for line in sys.stdin:
         order = json.loads(line)
@@ -98,14 +98,14 @@ def train(order: dict[str, Any]) -> int:
     """Runs the program, less the fresh process and the picture at the end, which take most of the time."""
     import resource
 
-    import vlm_sft.curves
-    import vlm_sft.parity
-    from vlm_sft.recipe import load_recipe
+    import vlm_sft.bundle.curves
+    import vlm_sft.bundle.parity
+    from vlm_sft.recipe.schema import load_recipe
     from vlm_sft.train import main
-    from vlm_sft.trainer import VLMSFTTrainer
+    from vlm_sft.training.trainer import VLMSFTTrainer
 
-    vlm_sft.parity.check_parity = lambda *args: {"positions": 1, "max_difference": 0.0, "equal": True}
-    vlm_sft.curves.draw_curves = lambda history, path, **kwargs: path
+    vlm_sft.bundle.parity.check_parity = lambda *args: {"positions": 1, "max_difference": 0.0, "equal": True}
+    vlm_sft.bundle.curves.draw_curves = lambda history, path, **kwargs: path
     step = VLMSFTTrainer.training_step
 
     def counted_step(self, *args, **kwargs):

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from support.paths import GOLDENS
 from support.tiny_pieces import make_tokenizer
-from vlm_sft.loading import load
-from vlm_sft.stack import build_stack
+from vlm_sft.bundle.load import load
+from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.train import train
 
 ATOL = 1e-5

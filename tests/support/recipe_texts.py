@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.errors import UserError
-from vlm_sft.recipe import load_recipe, validate_libraries
+from vlm_sft.base.errors import UserError
+from vlm_sft.recipe.schema import load_recipe, validate_libraries
 
 TEXT = """\
 # a comment

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vlm_sft.chat_template import load_template, render
-from vlm_sft.errors import UserError
+from vlm_sft.base.errors import UserError
+from vlm_sft.templates.template import load_template, render
 
 IMAGE = {"type": "image"}
 

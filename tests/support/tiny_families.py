@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from support.tiny_pieces import make_tokenizer
-from vlm_sft.family_processor import without_videos
+from vlm_sft.families.processor import without_videos
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 14, "num_channels": 3}  # fmt: skip
@@ -259,9 +259,9 @@ def processor_of(name: str, folder: Path | None = None) -> Any:
     """Our processor of a family's tiny model."""
     from transformers import AutoConfig
 
-    from vlm_sft.chat_template import load_template
-    from vlm_sft.families import default_template
-    from vlm_sft.family_stack import load_processor
+    from vlm_sft.families.build_family import load_processor
+    from vlm_sft.families.table import default_template
+    from vlm_sft.templates.template import load_template
 
     config = AutoConfig.from_pretrained(tiny(name))
     spec = SimpleNamespace(pretrained=str(folder or tiny(name)), revision=None, processor={})

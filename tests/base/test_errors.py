@@ -1,0 +1,100 @@
+"""A mistake of the user ends in one sentence, said once, without traceback and without tokens."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader
+
+from vlm_sft.base.errors import RowError, UserError, exit_on_user_error, row_error, sentence_of, without_tokens
+
+
+def test_wrapper_names_the_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        raise UserError("row 7 has no image.")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error (process 3): row 7 has no image.\n"
+
+
+def test_processes_of_one_launch_say_the_same_thing_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for rank, said in (("1", "a.png is missing."), ("0", "a.png is missing."), ("0", "b.png is missing.")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        with pytest.raises(SystemExit) as ended, exit_on_user_error():
+            raise UserError(said)
+        assert ended.value.code == 2
+    assert capsys.readouterr().err == "error (process 1): a.png is missing.\nerror: b.png is missing.\n"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "1" / "error.json"))
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise UserError("c.png is missing.")
+    assert "c.png" in capsys.readouterr().err, "said twice rather than never"
+
+
+def test_a_process_that_lost_its_peer_leaves_the_message_to_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("vlm_sft.base.errors.time.sleep", waited.append)
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:39117.")
+    assert ended.value.code == 1 and len(waited) == 1
+    assert capsys.readouterr().err == "process 0 stops: another process ended, and its own message says why.\n"
+    with pytest.raises(RuntimeError, match="out of memory"), exit_on_user_error():
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/a"), "'out/a' cannot be written (No space left on "
+         "device): make room, or choose another place; then begin again."),
+        (PermissionError(errno.EACCES, "Permission denied", "out/a"), "'out/a' cannot be used (Permission denied): "
+         "change its permissions, or choose another place; then begin again."),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "A file cannot be written "
+         "(File too large): make room, or choose another place; then begin again."),
+    ],
+)  # fmt: skip
+def test_a_disk_that_is_full_or_closed_is_one_sentence_whoever_meets_it(
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        raise error
+    assert ended.value.code == 2 and capsys.readouterr().err == f"error: {sentence}\n"
+    with pytest.raises(FileNotFoundError), exit_on_user_error():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")
+
+
+def test_wrapper_leaves_mistakes_of_the_program_alone() -> None:
+    with pytest.raises(AssertionError), exit_on_user_error():
+        raise AssertionError
+
+
+class Broken(list):
+    """A dataset whose rows cannot be read."""
+
+    def __getitem__(self, number: int) -> None:
+        raise row_error(f"rows.jsonl, line {number + 1}", "the row has no image", "name one", "no image")
+
+
+def test_an_error_of_a_data_loader_worker_is_the_same_sentence() -> None:
+    with pytest.raises(RowError) as caught:
+        list(DataLoader(Broken([0]), num_workers=1))
+    assert "Traceback" in str(caught.value), "torch wraps it"
+    assert sentence_of(caught.value) == "rows.jsonl, line 1: the row has no image: name one."
+
+
+def test_a_row_error_knows_its_place_and_the_words_to_count_it_by() -> None:
+    error = row_error("a.jsonl, line 3", "the row has no image", "name one", "no image")
+    assert isinstance(error, UserError) and str(error) == "a.jsonl, line 3: the row has no image: name one."
+    assert (error.where, error.reason) == ("a.jsonl, line 3", "no image")
+
+
+def test_tokens_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "not-like-a-token")
+    assert without_tokens("hub.token=hf_abcdefgh12 or not-like-a-token") == "hub.token=hf_… or hf_…"
+    assert sentence_of(UserError("hf_abcdefgh12 is refused.")) == "hf_… is refused."

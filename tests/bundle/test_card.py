@@ -1,0 +1,114 @@
+"""The card of a bundle: a head the Hub can read, the numbers, and nothing of this machine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from vlm_sft.bundle.card import shown, write_card
+
+PIECE = {"revision": None, "fingerprint": "abc"}
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """Writes what a card is made of; keyword arguments replace entries of the manifest. Returns the folder."""
+
+    def write(recipe=None, results=None, **manifest):
+        folder = tmp_path / "ziya_stage2"
+        folder.mkdir(exist_ok=True)
+        (folder / "recipe.yaml").write_text(
+            yaml.safe_dump({"chat_template": "/home/me/chat_templates/ziya.jinja", "init_from": None, **(recipe or {})})
+        )
+        entries = {
+            "pieces": {
+                "vision_tower": {"pretrained": "Salesforce/blip2-opt-2.7b", **PIECE},
+                "resampler": {"pretrained": "Salesforce/blip2-opt-2.7b", **PIECE},
+                "language_model": {"pretrained": "/home/me/ziya-13b", "path": "/home/me/ziya-13b", **PIECE},
+            },
+            "trained": ["projector"],
+            "adapter": True,
+            "versions": {"torch": "2.13.0"},
+            "parity": {"positions": 90, "max_difference": 0.0, "tolerance": 1e-4, "equal": True},
+            **manifest,
+        }
+        (folder / "bundle.json").write_text(json.dumps(entries))
+        if results:
+            (folder / "eval.json").write_text(json.dumps(results))
+        return folder
+
+    return write
+
+
+def head_of(path):
+    text = path.read_text(encoding="utf-8")
+    _, head, body = text.split("---\n", 2)
+    assert ModelCard(text).data.to_dict(), "the Hub's own reader reads it"
+    return yaml.safe_load(head), body
+
+
+def test_the_head_names_task_library_and_bases_of_the_hub_alone(bundle):
+    head, _ = head_of(write_card(bundle()))
+    assert head == {
+        "pipeline_tag": "image-text-to-text",
+        "library_name": "vlm_sft",
+        "tags": ["vlm_sft", "trl", "lora"],
+        "base_model": ["Salesforce/blip2-opt-2.7b"],
+        "base_model_relation": "adapter",
+    }
+
+
+@pytest.mark.parametrize("path", ["/home/me/eye", "examples/eye", "eye"])
+def test_no_base_where_every_piece_lay_in_a_folder(bundle, path):
+    piece = {"pretrained": path, "path": f"/home/me/{path}", **PIECE}
+    head, body = head_of(write_card(bundle(pieces={"vision_tower": piece}, adapter=False)))
+    assert "base_model" not in head and head["tags"] == ["vlm_sft", "trl"]
+    assert f"| vision_tower | `{path.removeprefix('/home/me/')}` |" in body
+
+
+def test_nothing_of_this_machine_is_on_it(bundle, tmp_path):
+    text = write_card(bundle(recipe={"init_from": "/home/me/outputs/ziya_stage1"})).read_text(encoding="utf-8")
+    assert "/home/me" not in text and str(tmp_path) not in text
+    assert "It starts from `ziya_stage1`." in text and 'vlm_sft.load("ziya_stage2")' in text
+    assert "Chat template: `ziya`" in text
+
+
+def test_paths_as_a_card_names_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shown("outputs/ziya_stage1") == shown(tmp_path / "outputs/ziya_stage1") == "outputs/ziya_stage1"
+    assert shown("/somewhere/else/ziya_stage1") == "ziya_stage1"
+    assert shown("Salesforce/blip2-opt-2.7b") == "Salesforce/blip2-opt-2.7b"
+
+
+def test_the_template_is_named_also_where_the_recipe_leaves_it_to_the_model(bundle):
+    assert "Chat template: `ziya`." in head_of(write_card(bundle()))[1]
+    pieces = {"model": {"pretrained": "HuggingFaceTB/SmolVLM-Instruct", **PIECE}}
+    body = head_of(write_card(bundle(recipe={"chat_template": None}, pieces=pieces)))[1]
+    assert "Chat template: that of the model, in `chat_template.jinja`." in body
+
+
+def test_results_are_on_it_and_what_was_not_measured_is_not(bundle):
+    results = {
+        "caption_exact_match": None, "answer_accuracy": 0.951, "answer_accuracy_blank_image": 0.23,
+        "answer_accuracy_by_kind": {"digit": 0.96, "颜色": 0.94}, "train_seconds": 43.2, "split": "test",
+    }  # fmt: skip
+    folder = bundle()
+    assert "## Results" not in write_card(folder).read_text(encoding="utf-8")
+    text = write_card(bundle(results=results)).read_text(encoding="utf-8")
+    assert "## Results on the test set" in text
+    for row in ("| answers exactly right | 95.1% |", "| the same with the image blanked | 23.0% |",
+                "| answers: 颜色 | 94.0% |", "| seconds of training | 43.2 |"):  # fmt: skip
+        assert row in text
+    assert "captions exactly right" not in text
+
+
+def test_curves_and_parity_are_shown_where_they_are(bundle):
+    folder = bundle(parity=None)
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "curves.png" not in text and "## Parity" not in text
+    (folder / "curves.png").write_bytes(b"")
+    text = write_card(bundle()).read_text(encoding="utf-8")
+    assert "](curves.png)" in text and "the logits of 90 positions" in text

@@ -1,0 +1,127 @@
+"""The parity gate, with its real fresh process: what is equal, what was changed since, what does not load."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+
+from vlm_sft import load_recipe
+from vlm_sft.base.errors import UserError
+from vlm_sft.bundle.parity import MAX_POSITIONS, check_parity, main, probe_logits
+from vlm_sft.bundle.save import Provenance, save_bundle
+from vlm_sft.stack.build_stack import build_stack
+from vlm_sft.stack.lora import lora_config
+
+
+def make_batch(processor, rows=2, answer=5):
+    tokens = [processor.image_token_id] * processor.num_image_tokens
+    ids = torch.tensor([[1, *tokens, 40 + i, *range(60, 60 + answer), 2] for i in range(rows)])
+    labels = ids.clone()
+    labels[:, : len(tokens) + 2] = -100
+    pixels = torch.randn(rows, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+
+
+@pytest.fixture
+def saved(recipe_file, tmp_path):
+    """A model with LoRA, a batch, and the bundle that was saved of it."""
+    recipe = load_recipe(recipe_file(lora={"r": 2}))
+    stack = build_stack(recipe)
+    model = get_peft_model(stack.model, lora_config(recipe, stack.model))
+    stack.plan.apply(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    folder = tmp_path / "bundle"
+    save_bundle(folder, model, stack.processor, stack.plan, Provenance(recipe, stack.pieces))
+    return folder, model, make_batch(stack.processor)
+
+
+def tamper(folder, file="trained.safetensors"):
+    state = load_file(folder / file)
+    name = sorted(state)[-1]
+    state[name] = state[name] * 1.5
+    save_file(state, folder / file, metadata={"format": "pt"})
+
+
+def manifest(folder):
+    return json.loads((folder / "bundle.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_good_bundle_is_equal_in_a_fresh_process_and_its_manifest_says_so(saved):
+    folder, model, batch = saved
+    model.train()
+    result = check_parity(folder, model, batch)
+    assert result["equal"] and result["max_difference"] <= 1e-5 and result["positions"] == 12
+    assert manifest(folder)["parity"] == result
+    assert model.training, "the model is as it was"
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["trained.safetensors", "adapter_model.safetensors"])
+def test_a_bundle_that_is_not_the_model_is_refused(file, saved):
+    folder, model, batch = saved
+    tamper(folder, file)
+    with pytest.raises(UserError, match=r"loads, but its logits differ from the trainer's by .* \(allowed 0\.0001\)"):
+        check_parity(folder, model, batch)
+    assert manifest(folder)["parity"]["equal"] is False
+
+
+@pytest.mark.slow
+def test_a_bundle_that_does_not_load_gives_its_last_line(saved):
+    folder, model, batch = saved
+    state = load_file(folder / "trained.safetensors")
+    state.pop("model.projector.linear.bias")
+    save_file(state, folder / "trained.safetensors")
+    sentence = r"saved but does not load in a fresh process: '.*trained\.safetensors' lacks 1 trained tensors"
+    with pytest.raises(UserError, match=sentence) as error:
+        check_parity(folder, model, batch)
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+    assert "parity" not in manifest(folder)
+
+
+def in_this_process(saved, tmp_path, capsys):
+    folder, model, batch = saved
+    probe = {**batch, "logits": probe_logits(model, batch).contiguous()}
+    save_file(probe, tmp_path / "probe.safetensors")
+    main([str(folder), str(tmp_path / "probe.safetensors"), "cpu"])
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])["max_difference"]
+
+
+def test_the_fresh_process_measures_the_difference(saved, tmp_path, capsys):
+    assert in_this_process(saved, tmp_path, capsys) <= 1e-6
+    tamper(saved[0])
+    assert in_this_process(saved, tmp_path, capsys) > 1e-2
+
+
+def test_weights_that_are_not_numbers_are_not_equal(saved, tmp_path, capsys):
+    state = load_file(saved[0] / "trained.safetensors")
+    state["model.projector.linear.bias"][0] = float("nan")
+    save_file(state, saved[0] / "trained.safetensors")
+    difference = in_this_process(saved, tmp_path, capsys)
+    assert not difference <= 1e-4
+
+
+def test_only_supervised_positions_are_compared_and_at_most_so_many(saved):
+    _, model, batch = saved
+    logits = probe_logits(model, batch)
+    assert logits.shape == (12, 300) and logits.dtype == torch.float32
+    whole = model.eval()(**{n: batch[n] for n in ("input_ids", "attention_mask", "pixel_values")}).logits
+    mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    mask[:, :-1] = batch["labels"][:, 1:] != -100
+    torch.testing.assert_close(logits, whole[mask], atol=1e-6, rtol=0)
+    long = {name: torch.cat([tensor] * 30) for name, tensor in batch.items()}
+    assert len(probe_logits(model, long)) == MAX_POSITIONS == 256
+
+
+def test_a_batch_without_images_is_compared_too(saved):
+    _, model, batch = saved
+    text = {n: t[:, 5:] for n, t in batch.items() if n != "pixel_values"}
+    assert len(probe_logits(model, text)) == 12

@@ -1,0 +1,144 @@
+"""Rows of large text files: read once, mapped at the next start, never taken for those of other files or settings."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+from pathlib import Path
+
+import datasets
+import pytest
+
+from support.source_files import captions, write
+from vlm_sft.base.errors import RowError, UserError
+from vlm_sft.data import dataset as data
+from vlm_sft.data import row_cache as kept_rows
+from vlm_sft.data.dataset import load_part, load_source
+from vlm_sft.recipe.schema import Source
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """The cache, in which so few rows as a test has are kept."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(kept_rows, "FEWEST", 3)
+    return tmp_path / "cache" / "vlm_sft"
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[str]:
+    """The paths of the sources that were read through."""
+    read, seen = data.rows_with_language, []
+    monkeypatch.setattr(
+        data, "rows_with_language", lambda source, **given: seen.append(source.path) or read(source, **given)
+    )
+    return seen
+
+
+def test_the_second_start_does_not_read_and_finds_the_same(tmp_path, passes, folder):
+    source = captions(tmp_path, "c", 9)
+    first, second = load_part(source, languages=True), load_part(source, languages=True)
+    assert passes == [source.path] and [file.suffix for file in folder.iterdir()] == [".arrow"]
+    assert (
+        second.rows[:] == first.rows[:] == load_source(source)[:] and first.languages == second.languages == ["zh"] * 9
+    )
+    assert second.rows.features == datasets.Features(data.ROW_FEATURES)
+    assert pickle.loads(pickle.dumps(second.rows))[:] == first.rows[:]
+
+
+def test_other_bytes_are_read_anew_also_with_the_same_size_and_time(tmp_path, passes, folder):
+    source = captions(tmp_path, "c", 9)
+    load_source(source)
+    before, text = os.stat(source.path), Path(source.path).read_text()
+    Path(source.path).write_text(text.replace("第3张", "第7张"))
+    os.utime(source.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_source(source)[3]["messages"][1]["content"][0]["text"] == "c 第7张"
+    Path(source.path).write_text(text + "\nbroken")
+    with pytest.raises(UserError, match="line 10: not JSON"):
+        load_source(source)
+    assert len(passes) == 3 and len(list(folder.iterdir())) == 1, "a changed file takes the place of the old one"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"images": "photos"}, {"name": "d"}, {"max_rows": 5}, {"prompts": ["What?"]}, {"columns": {"caption": "image"}}],
+)
+def test_other_settings_are_read_anew_but_not_another_weight(tmp_path, passes, monkeypatch, change):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = captions(tmp_path, "c", 9)
+    load_source(source)
+    changed = source.model_copy(update=change)
+    kept, read = load_source(changed)[:], len(passes)
+    datasets.disable_caching()
+    try:
+        assert kept == load_source(changed)[:] != load_source(source)[:]
+    finally:
+        datasets.enable_caching()
+    assert read == 2
+    load_source(source.model_copy(update={"weight": 7.0, "repeat": 2}))
+    assert len(passes) == read + 2, "only the two without a cache"
+
+
+def test_prompts_are_drawn_by_the_seed(tmp_path, passes):
+    source = captions(tmp_path, "c", 30).model_copy(update={"prompts": ["A?", "B?"]})
+    drawn = [[row["messages"][0]["content"][1]["text"] for row in load_source(source, seed=seed)] for seed in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1] and len(passes) == 2
+
+
+def test_rejected_rows_are_told_again(tmp_path, passes):
+    rows = [{"image": "a.png", "caption": text} for text in ("one", " ", "two", "three", "")]
+    source = Source(path=write(tmp_path / "c.jsonl", rows), format="caption")
+    told: list[list[tuple[str, str, str]]] = [[], []]
+    for sentences in told:
+        load_source(source, reject=lambda error, to=sentences: to.append((str(error), error.where, error.reason)))
+    assert told[0] == told[1] and [reason for _, _, reason in told[1]] == ["no answer"] * 2 and len(passes) == 1
+    with pytest.raises(RowError, match="line 2: "):
+        load_source(source)
+
+
+def test_what_is_never_kept(tmp_path, passes, folder, monkeypatch):
+    rows = [{"image": {"bytes": b"png", "path": None}, "text": "x"}] * 9
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    uri = "data:image/png;base64," + base64.b64encode(b"png").decode()
+    embedded = write(tmp_path / "u.jsonl", [{"image": uri, "text": "x"}] * 9)
+    for path in (str(tmp_path / "p.parquet"), embedded, captions(tmp_path, "few", 2).path):
+        load_source(Source(path=path, format="caption"))
+    assert not folder.exists()
+
+
+def test_a_damaged_file_is_written_again_and_a_full_disk_is_no_error(tmp_path, passes, folder, monkeypatch):
+    source = captions(tmp_path, "c", 9)
+    rows = load_source(source)[:]
+    (kept,) = folder.iterdir()
+    whole = kept.read_bytes()
+    for damaged in (b"", b"no Arrow", whole[: len(whole) // 2]):
+        kept.write_bytes(damaged)
+        assert load_source(source)[:] == rows
+        assert kept.read_bytes() == whole
+    assert len(passes) == 4
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    kept.unlink()
+    monkeypatch.setattr("os.replace", full)
+    assert load_source(source)[:] == rows and list(folder.iterdir()) == []
+
+
+def test_documents_and_their_annotations(tmp_path, passes):
+    questions = {
+        "data_subtype": "x",
+        "questions": [{"image_id": i, "question": "?", "question_id": i} for i in range(9)],
+    }
+    paths = []
+    for answer in ("yes", "no"):
+        records = [{"question_id": i, "answers": [{"answer": answer}]} for i in range(9)]
+        write(tmp_path / "a.json", json.dumps({"annotations": records}))
+        path = write(tmp_path / "q.json", json.dumps(questions))
+        source = Source(path=path, format="vqav2", annotations=str(tmp_path / "a.json"))
+        load_source(source)
+        paths.append(load_source(source)[0]["messages"][1]["content"][0]["text"])
+    assert paths == ["yes", "no"] and len(passes) == 2

@@ -1,0 +1,115 @@
+"""Every recipe that ships trains three steps at tiny size, by the code that a user runs; see shrink.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+
+import pytest
+import torch
+
+from support.bundles import parity_in_this_process
+from support.shrink import shrink
+from vlm_sft import load, load_recipe
+from vlm_sft.base.assets import list_recipes
+from vlm_sft.model.freeze import is_adapter, part_of
+from vlm_sft.preflight.dry_run import weigh
+from vlm_sft.preflight.launch import read_launch
+from vlm_sft.train import train
+from vlm_sft.training.trainer import VLMSFTTrainer
+
+# A process takes longer than such a run: one recipe with a resampler and LoRA and one without either reload in a fresh
+# one (a quantised model does in test_quantization), the others in this one.
+IN_A_FRESH_PROCESS = {"ziya_stage2", "llava15_stage2"}
+
+
+class Run:
+    """What one run left: the bundle, and the parameters before and after it (on the same model, in memory)."""
+
+    def __init__(self, recipe):
+        self.recipe = recipe
+        self.before, self.after, self.plan = {}, {}, None
+
+    def watch(self, trainer, original, *args, **kwargs):
+        names = dict(trainer.model.named_parameters())
+        self.before = {n: p.detach().clone() for n, p in names.items()}
+        done = original(trainer, *args, **kwargs)
+        self.after = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        self.plan = trainer.plan
+        return done
+
+
+@pytest.fixture(scope="module")
+def run(pieces, photos, tmp_path_factory):
+    """Trains a recipe by its name, once; an earlier stage that it starts from is trained first."""
+    done: dict[str, Run] = {}
+
+    def once(name: str) -> Run:
+        if name in done:
+            return done[name]
+        folder = tmp_path_factory.mktemp(name)
+        first = load_recipe(name).init_from
+        start = once(first.removeprefix("outputs/")).folder if first else None
+        this = Run(load_recipe(name, shrink(name, folder, pieces, photos, start)))
+        with pytest.MonkeyPatch.context() as patch:
+            original = VLMSFTTrainer.train
+            patch.setattr(
+                VLMSFTTrainer, "train", lambda *args, **kwargs: this.watch(args[0], original, *args[1:], **kwargs)
+            )
+            with contextlib.nullcontext() if name in IN_A_FRESH_PROCESS else parity_in_this_process():
+                this.folder = train(this.recipe)
+        done[name] = this
+        return this
+
+    return once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_recipes())
+def test_three_steps_move_what_the_recipe_trains_and_nothing_else(name, run):
+    done = run(name)
+    learns = {n for n in done.before if done.plan.rate_of(n) is not None}
+    moved = {n for n in done.before if not torch.equal(done.before[n], done.after[n])}
+    assert moved - learns == set(), "frozen weights are bit-identical"
+    still = {n for n in learns - moved if not has_no_gradient(n, done)}
+    assert still == set(), "every trained tensor has moved"
+    assert {part_of(n) for n in learns if not is_adapter(n)} == set(done.recipe.train)
+    assert any(map(is_adapter, learns)) == (done.recipe.lora is not None)
+    history = json.loads((done.folder / "metrics.json").read_text())
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert len(losses) == 3 and all(0 < loss < 20 for loss in losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_recipes())
+def test_its_bundle_loads_and_gives_the_same_logits(name, run):
+    done = run(name)
+    manifest = json.loads((done.folder / "bundle.json").read_text())
+    assert manifest["parity"]["equal"] and manifest["parity"]["positions"] > 0
+    assert set(manifest["trained"]) == set(done.recipe.train)
+    model, processor = load(done.folder)
+    assert processor.chat_template
+    loaded = dict(model.named_parameters())
+    for name, wanted in done.after.items():
+        assert torch.equal(loaded[name], wanted), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_recipes())
+def test_its_dry_run_counts_what_the_run_trains(name, run):
+    done = run(name)
+    weighed = weigh(done.recipe, read_launch(None))
+    learned: dict[str, int] = dict.fromkeys(weighed.estimate.parts, 0)
+    for n, p in done.after.items():
+        if done.plan.rate_of(n) is not None:
+            learned[part_of(n)] += p.numel() * p.element_size()
+    assert {part: held.gradients for part, held in weighed.estimate.parts.items()} == learned
+    assert weighed.estimate.step.peak > weighed.estimate.step.kept > 0
+
+
+def has_no_gradient(name: str, done: Run) -> bool:
+    """A bias of the keys, which softmax cancels; the last layer of InstructBLIP's text, of which only queries go on."""
+    resampler = done.recipe.stack and done.recipe.stack.resampler
+    last = resampler is not None and resampler.type == "instruct_qformer"
+    return re.search(r"key\.bias$" + (r"|layer\.1\.(intermediate|output)\." if last else ""), name) is not None

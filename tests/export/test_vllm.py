@@ -1,0 +1,75 @@
+"""What vLLM takes of a composed stack, as its own classes and loader took it; the rest is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from support.bundles import BLIP2, LLAVA, MESSAGES
+from support.paths import ROOT
+from vlm_sft.base.errors import UserError
+from vlm_sft.export.native_model import native_form, native_model
+from vlm_sft.export.native_processor import native_template
+from vlm_sft.export.vllm import check_stack, named_tensors, without_images
+from vlm_sft.stack.build_stack import build_stack
+
+# Names of exported tensors, numbers of layers left out, with which vLLM 0.33.0's classes built themselves from the
+# exported config.json and filled all of their parameters.
+LOADED = json.loads((ROOT / "tests" / "vllm_names.json").read_text(encoding="utf-8"))
+VQA = {**BLIP2, "chat_template": "blip2_vqa"}
+STACKS = {
+    "LLaVA: CLIP, LLaMA": LLAVA,
+    "LLaVA: SigLIP, LLaMA": {**LLAVA, "tower": "siglip", "vision": {"feature_layer": -2}},
+    "LLaVA: CLIP, OPT": {**LLAVA, "lm": "opt"},
+    "BLIP-2: OPT": {**VQA, "lm": "opt"},
+    "BLIP-2: LLaMA": VQA,
+}
+REFUSED = {
+    "tower": ({**LLAVA, "tower": "dino"}, "vLLM cannot take this bundle: its LLaVA has a CLIP or a SigLIP .* 'dinov2'"),
+    "language model": ({**LLAVA, "lm": "gpt2"}, "GPT2LMHeadModel has them in a `transformer`; use --to transformers"),
+    "language model of a BLIP-2": ({**VQA, "lm": "gpt2"}, "it looks for layers in a `model`, and GPT2LMHeadModel"),
+    "activation": ({**LLAVA, "projector": {"type": "mlp", "activation": "mish"}}, "no activation 'mish' for the proj"),
+    "words before the image": (BLIP2, "vLLM puts the image of a BLIP-2 in front of the whole prompt"),
+    "BOS before the image": ({**BLIP2, "chat_template": "plain"}, "do not begin with {{ image_token }}; use --to"),
+}
+
+
+@pytest.fixture
+def build(bundle_recipe, more_pieces):
+    """A stack by the names of its pieces, without LoRA."""
+
+    def make(**stack):
+        named = {key: more_pieces.get(stack[key], stack[key]) for key in ("tower", "lm") if key in stack}
+        return build_stack(bundle_recipe(**{**stack, **named, "lora": None, "train": {"projector": 1e-3}}))
+
+    return make
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_tensors_have_the_names_that_vllm_loaded(case, build):
+    stack = build(**STACKS[case])
+    check_stack(native_form(stack.model), stack.model, stack.processor)
+    native = native_model(stack.model, stack.processor)
+    assert sorted({re.sub(r"\.\d+\.", ".*.", name) for name in named_tensors(native)}) == LOADED[case]
+    assert native.config.text_config.architectures and native.config.image_token_index is not None
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_vllm_cannot_take_is_refused_in_one_sentence(case, build):
+    pieces, sentence = REFUSED[case]
+    stack = build(**pieces)
+    with pytest.raises(UserError, match=sentence):
+        check_stack(native_form(stack.model), stack.model, stack.processor)
+
+
+@pytest.mark.parametrize("template", ["blip2_vqa", "blip2_caption"])
+def test_a_blip2s_prompt_leaves_the_placeholders_to_vllm(template, build):
+    processor = build(**{**BLIP2, "chat_template": template}).processor
+    (text,), _ = render_jinja_template(
+        [MESSAGES], chat_template=without_images(native_template(processor)), add_generation_prompt=True,
+        bos_token="<s>", eos_token="</s>", image_token="<image>",
+    )  # fmt: skip
+    assert "<image>" not in text and "<image>" + text == processor.render(MESSAGES, True).text

@@ -1,0 +1,90 @@
+"""Exact match in two languages, and the metrics of GQA and VQA-v2 against their upstream values."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.paths import GOLDENS
+from vlm_sft.inference.metrics import exact_match, gqa_exact_match, normalise_answer, vqa_accuracy
+
+
+def golden(name: str):
+    return json.loads((GOLDENS / "metrics" / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        (" A  red\n3. ", "a red 3"),
+        ("红色。", "红色"),
+        ("左上角是红色的３，右下角是蓝色的７。", "左上角是红色的3,右下角是蓝色的7"),
+        ("Ｙｅｓ！", "yes!"),
+        ("3.5", "3.5"),
+        ("“stop”", '"stop"'),
+        ("yes .", "yes"),
+        ("", ""),
+    ],
+)
+def test_normalise_answer(text, normal):
+    assert normalise_answer(text) == normal
+
+
+@given(st.text())
+def test_normalising_twice_changes_nothing(text):
+    assert normalise_answer(normalise_answer(text)) == normalise_answer(text)
+
+
+def test_exact_match_takes_any_reference():
+    assert exact_match("红色的3。", ["a red 3", "红色的3"])
+    assert exact_match("Yes", "yes")
+    assert not exact_match("a red 3", ["a red 8", "红色的8"])
+    assert not exact_match("", "yes")
+    with pytest.raises(ValueError, match="at least one reference"):
+        exact_match("yes", [])
+
+
+def test_gqa_exact_match_equals_lmms_eval():
+    for case in golden("gqa_exact_match.json"):
+        assert gqa_exact_match(case["prediction"], case["answer"]) == bool(case["exact_match"]), case
+
+
+def test_vqa_accuracy_equals_the_official_script():
+    cases = golden("vqa_accuracy.json")
+    scores = [vqa_accuracy(case["answer"], case["human_answers"]) for case in cases["cases"]]
+    for case, score in zip(cases["cases"], scores, strict=True):
+        assert round(100 * score, 2) == pytest.approx(case["accuracy"]), case
+    assert round(100 * sum(scores) / len(scores), 2) == pytest.approx(cases["overall"])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "official", "evalai"),
+    [
+        ("t-shirt", ["t-shirt"] * 10, 0.0, 1.0),  # the official script keeps the mark on the unanimous side only
+        ("yes", ["Yes"] * 10, 0.0, 1.0),
+        ("dont know", ["dont know"] * 10, 0.0, 1.0),
+        ("couldntve", ["couldn't've"] * 10, 0.0, 0.0),
+        ("couldn'tve", ["couldn't've"] * 10, 1.0, 1.0),
+        ("two", ["2"] * 3 + ["3"] * 7, 0.9, 0.9),
+        ("猫", ["猫"] * 10, 1.0, 1.0),
+    ],
+)
+def test_the_two_vqa_accuracies_by_name(prediction, answers, official, evalai):
+    assert vqa_accuracy(prediction, answers) == pytest.approx(official)
+    assert vqa_accuracy(prediction, answers, "evalai") == pytest.approx(evalai)
+
+
+def test_vqa_accuracy_refuses_what_it_cannot_score():
+    with pytest.raises(ValueError, match="at least one human answer"):
+        vqa_accuracy("yes", [])
+    with pytest.raises(ValueError, match='"official" or "evalai"'):
+        vqa_accuracy("yes", ["yes"], "other")  # type: ignore[arg-type]
+
+
+@given(st.text(), st.lists(st.text(), min_size=1, max_size=10))
+def test_vqa_accuracy_is_a_share(prediction, answers):
+    assert 0.0 <= vqa_accuracy(prediction, answers) <= 1.0
+    assert 0.0 <= vqa_accuracy(prediction, answers, "evalai") <= 1.0

@@ -1,0 +1,67 @@
+"""Rows of a file of questions as conversations; whole files are answered in test_answer_file.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlm_sft.base.errors import UserError
+from vlm_sft.inference.questions import Question, conversation, read_questions
+from vlm_sft.reading.locations import Row
+
+
+def ask(values: dict, folder=None) -> Question:
+    return Question(values.get("id", 1), Row("q.jsonl, line 1", folder, values))
+
+
+def parts(question: Question) -> list[str]:
+    """The parts of the last message: texts, and None for images."""
+    return [part.get("text") for part in conversation(question, None)["messages"][-1]["content"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"question": "这是什么？"}, ["这是什么？"]),
+        ({"question": " what? ", "image": 0}, [None, "what?"]),
+        ({"question": "what?", "images": [0, 1], "image": None}, [None, None, "what?"]),
+        ({"question": "is <image> like <image>?", "images": [0, 1]}, ["is ", None, " like ", None, "?"]),
+        ({"question": 3, "image": ""}, ["3"]),
+        ({"messages": [{"role": "user", "content": "什么颜色？"}], "image": 0}, [None, "什么颜色？"]),
+    ],
+)
+def test_images_stand_where_they_are_marked_else_in_front(values, wanted, photos):
+    for key in ("image", "images"):
+        if isinstance(values.get(key), int):
+            values = {**values, key: photos[values[key]]}
+        elif isinstance(values.get(key), list):
+            values = {**values, key: [photos[number] for number in values[key]]}
+    assert parts(ask(values)) == wanted
+    images = conversation(ask(values), None)["images"]
+    assert len(images) == wanted.count(None) and all(image.mode == "RGB" for image in images)
+
+
+def test_the_rows_own_answer_and_error_keep_their_values_under_other_names():
+    kept = ask({"answer": "猫", "reference": 1, "error": None, "id": "a"}).kept()
+    assert kept == {"id": "a", "_reference": "猫", "reference": 1, "row_error": None} and next(iter(kept)) == "id"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({}, 'line 1: "question" is missing, and so are messages: write a question'),
+        ({"question": " "}, '"question" is empty'),
+        ({"question": ["a"]}, '"question" is not text'),
+        ({"question": "<image>"}, "1 image mark .* but 0 images"),
+        ({"question": "a", "image": "https://x.org/a.png"}, "is a URL and no URL is fetched"),
+        ({"question": "a", "image": 3}, "neither a path nor bytes"),
+    ],
+)
+def test_bad_rows_are_named(values, says):
+    with pytest.raises(UserError, match=says):
+        conversation(ask(values), None)
+
+
+def test_rows_without_an_id_have_their_number(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "a"}\n{"id": "b", "question": "b"}\n{"id": null, "question": "c"}\n')
+    assert [question.id for question in read_questions(str(path))] == [1, "b", 3]

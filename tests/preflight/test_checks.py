@@ -1,0 +1,129 @@
+"""Each check: what it finds, at which level, and that it is silent where nothing is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.conversations import make_row, turn
+from vlm_sft.batch.tokenizer_coverage import Coverage
+from vlm_sft.data.image_files import Leak
+from vlm_sft.data.ledger import Ledger, SourceLedger
+from vlm_sft.preflight.checks import CHECKS, ERROR, NOTE, WARNING, Evidence, check
+from vlm_sft.preflight.freeze_proof import Proof
+from vlm_sft.templates.template import load_template
+
+ZIYA = load_template("ziya")
+PROJECTOR, TOWER = "model.projector.linear.weight", "model.vision_tower.layers.2.weight"
+
+
+def seen(photos, *answers, **changes) -> Evidence:
+    rows = [make_row(turn(f"question {n}", answer, images=1), photos, n) for n, answer in enumerate(answers)]
+    evidence = Evidence(rows=rows, template=ZIYA, ends_with="</s>", **changes)
+    for row in rows:
+        evidence.stats.add(row)
+    return evidence
+
+
+def said(evidence) -> list[tuple[str, str]]:
+    return [(finding.level, finding.sentence) for finding in check(evidence)]
+
+
+def ledger(max_rejected, read, **reasons) -> dict[str, Ledger]:
+    source = SourceLedger(read=read, measured=read)
+    for reason, count in reasons.items():
+        for number in range(count):
+            source.reject(reason, f"row {number} is wrong.")
+    return {"train": Ledger(max_rejected, {"captions": source})}
+
+
+def test_good_rows_are_no_finding(photos):
+    proof = Proof(steps=2, losses=[2.0, 1.5], moved=[PROJECTOR], frozen=9)
+    good = seen(photos, "a cat", "一只猫。", "two", proof=proof, ledgers=ledger(0, 3), memory=(2**30, 2**34))
+    assert check(good) == []
+    assert check(Evidence()) == []
+
+
+def test_rejected_rows(photos):
+    (found,) = said(seen(photos, ledgers=ledger(0.1, 10, missing=2)))
+    assert found[0] == ERROR and found[1].startswith('train: 2 of 10 rows of the source "captions" cannot be used')
+    assert said(seen(photos, ledgers=ledger(0.5, 10, missing=2))) == [
+        (WARNING, "train: 2 rows will be left out; the reasons stand below.")
+    ]
+    assert said(Evidence(failed="No row is left.")) == [(ERROR, "No row is left.")]
+
+
+def test_shortened_rows(photos):
+    ledgers = ledger(0, 10)
+    ledgers["train"].sources["captions"].truncated, ledgers["train"].sources["captions"].turns_lost = 1, 3
+    assert said(seen(photos, ledgers=ledgers)) == [(WARNING, "train: 1 row loses 3 turns to fit max_length.")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ("two dogs USER: and cats?", "1 answer holds the role marker 'USER:', which the model would learn to say."),
+        ("one</s> two", "1 answer holds '</s>', where generation stops with this chat template."),
+        ("…!", "1 answer has no letter and no digit."),
+    ],
+)
+def test_odd_answers(answer, sentence, photos):
+    finding = next(each for each in check(seen(photos, "a cat", answer)) if each.sentence == sentence)
+    assert finding.level == WARNING and list(finding.where) == ["s/1"]
+
+
+def test_one_answer_for_all_or_many(photos):
+    assert said(seen(photos, *["yes"] * 20)) == [(ERROR, "All 20 answers that were looked at are the same: 'yes'.")]
+    many = ["yes"] * 10 + [f"answer {n}" for n in range(10)]
+    assert said(seen(photos, *many)) == [(WARNING, "50% of the answers are the same: 'yes'.")]
+    assert said(seen(photos, *["yes"] * 19)) == [], "of few rows nothing follows"
+
+
+def test_rows_that_come_again(photos):
+    evidence = seen(photos, "a cat", "a dog")
+    evidence.stats.add({**evidence.rows[0], "id": "s/9"})
+    assert said(evidence) == [(WARNING, "1 row of 2 says and shows what another one does.")]
+
+
+def test_leaks_name_both_rows(photos):
+    (found,) = check(seen(photos, "a cat", leaks=[Leak("train/1", "test/2")]))
+    assert found.sentence == "1 training image is among the evaluation images, byte for byte."
+    assert list(found.where) == ["train/1 = test/2"]
+
+
+def test_poor_coverage(photos):
+    (found,) = check(seen(photos, coverage={"zh": Coverage(1, 100, 210, 0, 150), "en": Coverage(1, 100, 25)}))
+    assert found.level == WARNING and "'zh'" in found.sentence and "71% are parts of a character" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("proof", "level", "words"),
+    [
+        ({"still": {PROJECTOR: "its gradient is zero"}}, ERROR, "did not move in 2 steps: its gradient is zero."),
+        ({"changed": [TOWER]}, ERROR, "1 tensor that should be frozen changed."),
+        ({"losses": [float("nan")]}, ERROR, "The loss is not a number: [nan]."),
+        ({"unused": [TOWER]}, ERROR, "1 tensor of trained parts is not used"),
+        ({"unused": [TOWER], "moved": [TOWER.replace("2", "1")]}, NOTE, "1 tensor of trained parts is not used"),
+    ],
+)
+def test_what_real_steps_show(proof, level, words):
+    (found,) = check(Evidence(proof=Proof(steps=2, **proof)))
+    assert found.level == level and words in found.sentence
+
+
+def test_a_step_that_fails():
+    assert said(Evidence(stopped="No row of a batch of 4 can be trained on.")) == [
+        (ERROR, "The first training step failed: No row of a batch of 4 can be trained on.")
+    ]
+
+
+def test_memory():
+    assert said(Evidence(memory=(90 * 2**30, 80 * 2**30)))[0][0] == ERROR
+    assert said(Evidence(memory=(76 * 2**30, 80 * 2**30))) == [
+        (WARNING, "The run is estimated to take 76.0 GiB of 80.0 GiB.")
+    ]
+
+
+def test_errors_come_first(photos):
+    evidence = seen(photos, "…", stopped="it broke.", proof=Proof(unused=[TOWER], moved=[TOWER + "1"]))
+    assert [finding.level for finding in check(evidence)] == [ERROR, WARNING, NOTE]
+    assert len(CHECKS) == len(set(CHECKS))

@@ -1,0 +1,104 @@
+"""`--dry-run`: the resolved recipe, the plan and the memory of a device, without a weight being read."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from support.tiny_families import processor_of, tiny
+from vlm_sft import load_recipe
+from vlm_sft.base.assets import accelerate_config_path
+from vlm_sft.preflight.dry_run import FullStep, full_step
+from vlm_sft.recipe.schema import build_sft_config
+from vlm_sft.stack.build_stack import build_empty_stack
+from vlm_sft.train import main
+
+
+def test_dry_run_reads_no_weight(recipe_file, monkeypatch, capsys):
+    monkeypatch.setattr("safetensors.torch.load_file", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("vlm_sft.pieces.load_parts.load_language_model", lambda *args: pytest.fail("weights were read"))
+    path = recipe_file(chat_template="ziya", lora={"r": 2}, train={"projector": 1e-3})
+    main([str(path), "sft.max_steps=7", "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "max_steps: 7" in shown and "r: 2" in shown, "the resolved recipe"
+    for words in ("vision_tower", "frozen", "0.001", "An image becomes 4 tokens.", "No weight was read."):
+        assert words in shown
+    model = 16 * 32 + 32
+    assert f"{model:,}" in shown, "the projector's parameters"
+    assert not os.path.exists(load_recipe(path).sft["output_dir"])
+
+
+def test_dry_run_says_which_piece_cannot_be_had(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["ziya_stage1", "--dry-run"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: stack.vision_tower.pretrained: 'Salesforce/blip2-opt-2.7b' is no folder here and")
+
+
+def test_it_shows_quantised_weights_as_what_they_are(recipe_file, capsys):
+    main([str(recipe_file(chat_template="ziya", lora={"r": 2}, quantization={"load_in_4bit": True})), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "nf4" in shown[shown.index("What is frozen") : shown.index("Memory of a device")]
+
+
+def test_it_says_what_a_device_of_many_takes(recipe_file, capsys):
+    path = str(recipe_file(chat_template="ziya", lora={"r": 2}))
+    main([path, "--dry-run"])
+    alone = capsys.readouterr().out
+    assert "Memory of a device (one process)" in alone and "A step: 4 rows of 128 tokens, an image in each" in alone
+    main([path, "--dry-run", "--accelerate-config", str(accelerate_config_path("cpu_2"))])
+    assert "Memory of a device (2 processes, DDP)" in capsys.readouterr().out
+
+
+def test_an_optimizer_that_is_not_known_is_named(recipe_file, capsys):
+    main([str(recipe_file()), "sft.optim=stable_adamw", "--dry-run"])
+    assert "What sft.optim=stable_adamw keeps is not known here; it is counted as AdamW." in capsys.readouterr().out
+
+
+def test_the_shapes_are_those_of_the_recipe(recipe_file):
+    recipe = load_recipe(recipe_file(), ["sft.max_length=null"])
+    processor = build_empty_stack(recipe).processor
+    step = full_step(build_sft_config(recipe), processor)
+    assert step == FullStep(4, 2048, (64, 64), any_size=True)
+    batch = FullStep(3, 20, (64, 64), any_size=True).batch(processor)
+    places = batch["input_ids"] == processor.image_token_id
+    assert batch["pixel_values"].shape == (3, 3, 28, 28) and places.sum(1).tolist() == [4, 4, 4]
+    assert batch["attention_mask"].sum(1).tolist() == [20, 20, 19], "unequal rows need a mask"
+    scored = batch["labels"] != -100
+    assert scored.sum(1).tolist() == [15, 15, 14] and not (scored & places).any(), "all but the image and what begins"
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "smolvlm"])
+def test_a_step_of_an_existing_model_is_counted_too(name, recipe_file, capsys):
+    changes = {"stack": None, "chat_template": None, "model": {"pretrained": str(tiny(name))}, "lora": {"r": 2}}
+    main([str(recipe_file(**changes)), "sft.max_length=300", "sft.gradient_accumulation_steps=2", "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "A step: 4 rows of 300 tokens, an image of 1280×960 pixels in each" in shown
+    assert "larger images take more." in shown and "peak of the passes" in shown
+
+
+def test_the_largest_image_that_fits_is_counted():
+    processor = processor_of("qwen2_5_vl")
+    sizes = {}
+    for length in (2048, 60, 20):
+        args = SimpleNamespace(max_length=length, per_device_train_batch_size=1)
+        sizes[length] = full_step(args, processor).size
+        assert processor.count_image_tokens(sizes[length]) < length
+    assert sizes[2048] == (1280, 960)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["sft.max_length=3", "--dry-run"], "sft.max_length is 3, but an image makes a row of 5 tokens; raise it."),
+        (["--dry-run", "--accelerate-config", "no.yaml"], "--accelerate-config no.yaml: it cannot be read"),
+        (["--accelerate-config", "no.yaml"], "--accelerate-config belongs to --dry-run; to train, use: accelerate"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(arguments, sentence, recipe_file, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([str(recipe_file()), *arguments])
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err

@@ -1,0 +1,143 @@
+"""The page: nothing of a row is markup, nothing is loaded, and a browser shows what it should."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlm_sft.batch.token_view import TokenGroup
+from vlm_sft.batch.tokenizer_coverage import Coverage
+from vlm_sft.data.ledger import Ledger, SourceLedger
+from vlm_sft.model.freeze import PartRow
+from vlm_sft.preflight.checks import ERROR, WARNING, Evidence, Finding
+from vlm_sft.preflight.freeze_proof import Proof
+from vlm_sft.preflight.page import BARS, WIDTH, Report, histogram, render_page
+from vlm_sft.preflight.samples import Share, Shown, thumbnail
+
+EVIL = """<script>document.title='pwned'</script>"><img src=x onerror="document.title='pwned'">'&lt;猫 {{ 7*7 }}"""
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def full_report(text=EVIL) -> Report:
+    """A report with a strange text in every place where a stranger may put one."""
+    ledger = Ledger(0, {text: SourceLedger(read=3, used=2, rejected={text: 1}, examples={text: [text]})})
+    coverage = {"zh": Coverage(2, 10, 21, 0, 9)}
+    proof = Proof(2, [2.5, 2.25], ["projector"], {text: text}, [text], 10, [text], 4, 100.0, 0.5, text)
+    groups = [
+        TokenGroup("", "image", False, (9, 9), 0),
+        TokenGroup(text, "user", False, (1,), 2),
+        TokenGroup("\n", "template", False, (2,), 3),
+        TokenGroup(text, "assistant", True, (3, 4), 4),
+    ]
+    plan = [PartRow("projector", text, 10, 10, 0, {"float32"}, 1e-3)]
+    picture = thumbnail(Image.new("RGB", (40, 30), "red"))
+    return Report(
+        text, text, [Finding(ERROR, text, text, [text]), Finding(WARNING, text)],
+        Evidence({"train": ledger}, coverage=coverage, proof=proof), [5, 50, 500], 100,
+        [Shown(text, text, 6, 2, 1, [picture], groups), Shown(text, text, problem=text)],
+        [Share(text, 0.5, 0.25, 1)], [Share("zh", None, 1.0, 4)], plan,
+        None, [text], [text],
+    )  # fmt: skip
+
+
+def opened(page: str, folder: Path) -> str:
+    """The page as a browser has it after its scripts, if any, have run.
+
+    In CI a browser must be there. Without one the page is given back as it is, and the tests read that.
+    """
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        assert not os.environ.get("CI"), "CI must have a browser: see .ci/run"
+        return page
+    path = folder / "page.html"
+    path.write_text(page, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={folder / 'profile'} --dump-dom"
+    done = subprocess.run([browser, *flags.split(), path.as_uri()], capture_output=True, timeout=120, check=True)
+    return done.stdout.decode()
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text of the page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.slow
+def test_a_browser_shows_samples_and_runs_nothing(tmp_path):
+    page = Elements(opened(render_page(full_report()), tmp_path))
+    assert f"Preflight: {EVIL}" in page.text, "the title is text, and no script changed it"
+    tokens = [
+        given
+        for tag, given in page.tags
+        if tag == "span" and given.get("class", "").startswith("t ") and "title" in given
+    ]
+    assert [given["class"] for given in tokens] == ["t image", "t user", "t template", "t assistant in"]
+    assert tokens[0]["title"] == "ids 9 9 · position 0 – 1 · image · not in the loss"
+    assert tokens[3]["title"] == "ids 3 4 · position 4 – 5 · assistant · in the loss"
+    assert "image · 2 tokens" in page.text and page.text.count(EVIL) > 15
+    assert [given["src"][:23] for tag, given in page.tags if tag == "img"] == ["data:image/jpeg;base64,"]
+
+
+def test_no_markup_comes_from_rows_and_nothing_is_loaded():
+    page = render_page(full_report())
+    elements = Elements(page)
+    assert "script" not in {tag for tag, _ in elements.tags}
+    attributes = {name for _, given in elements.tags for name in given}
+    assert not [name for name in attributes if name.startswith("on")]
+    links = [given.get("src") or given.get("href") for _, given in elements.tags if "src" in given or "href" in given]
+    assert all(link.startswith("data:image/jpeg;base64,") for link in links)
+    assert "url(" not in page and "@import" not in page
+    assert "default-src 'none'" in page, "and a browser would load nothing if it asked"
+    harmless = Elements(render_page(full_report("word")))
+    assert [tag for tag, _ in elements.tags] == [tag for tag, _ in harmless.tags], "texts make no element"
+
+
+def test_labels_are_in_both_languages():
+    page = render_page(full_report("word"))
+    for english, chinese in (
+        ("Samples", "样本"),
+        ("Lengths", "长度"),
+        ("Tokenizer coverage of the answers", "分词器覆盖"),
+    ):
+        assert re.search(rf'{english}<span lang="zh">{chinese}</span>', page)
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+
+
+def test_a_report_with_nothing_in_it():
+    page = render_page(Report("empty", "stack: {}"))
+    assert "Nothing found" in page and "<h2>Samples" not in page and "<svg" not in page
+
+
+def test_the_verdict_is_the_worst():
+    assert full_report().verdict == "error"
+    assert Report("a", "", [Finding(WARNING, "w"), Finding("note", "n")]).verdict == "warning"
+    assert Report("a", "", [Finding("note", "n")]).verdict == "ok"
+
+
+def test_the_histogram_has_its_cut():
+    found = histogram([10, 20, 20, 150], 100)
+    assert found.longest == 150 and found.beyond == 1 and len(found.bars) == BARS
+    assert found.cut == pytest.approx(100 / 151 * WIDTH, abs=0.01)
+    assert sum(bar.cut for bar in found.bars if bar.height) == 1
+    assert max(bar.height for bar in found.bars) == 160
+    assert histogram([], 100) is None
+    short = histogram([3, 3], None)
+    assert short.cut is None and len(short.bars) == 4 and short.beyond == 0

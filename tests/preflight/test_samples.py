@@ -1,0 +1,123 @@
+"""Rows before training: which are looked at, and what is told of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from support.conversations import TOKENS, make_processor, make_row, turn
+from vlm_sft.batch.collator import MultimodalCollator
+from vlm_sft.data.dataset import ROW_FEATURES
+from vlm_sft.data.ledger import Ledger, SourceLedger
+from vlm_sft.preflight import samples as inspection
+from vlm_sft.preflight.checks import Evidence
+from vlm_sft.preflight.samples import (
+    Share,
+    glance,
+    look_at,
+    sample_rows,
+    shares_of_languages,
+    shares_of_sources,
+    show,
+    show_samples,
+    whole_lengths,
+)
+from vlm_sft.recipe.recipe_data import Data
+
+
+@pytest.fixture(scope="module")
+def collator():
+    return MultimodalCollator(make_processor("ziya"), max_length=60)
+
+
+def rows_of(photos, *answers, source="s"):
+    rows = [make_row(turn(f"q{n}", answer, images=1), photos, n) for n, answer in enumerate(answers)]
+    return [{**row, "source": source, "id": f"{source}/{n}"} for n, row in enumerate(rows)]
+
+
+def dataset(rows):
+    return Dataset.from_list(rows, features=ROW_FEATURES)
+
+
+def test_rows_are_spread_evenly_and_repeats_are_left_out(photos):
+    rows = dataset(rows_of(photos, *map(str, range(9))))
+    assert [row["id"] for row in sample_rows(rows, 3)] == ["s/0", "s/4", "s/8"]
+    assert len(sample_rows(rows, 100)) == 9
+    assert [row["id"] for row in sample_rows(rows.select([0, 1, 0, 1, 2]))] == ["s/0", "s/1", "s/2"]
+
+
+def test_lengths_are_those_before_the_cut(collator, photos):
+    long = make_row(turn("q", "word " * 8, images=1) + turn("again", "word " * 40), photos)
+    assert collator.encode(long).turns_lost == 1
+    (length,) = whole_lengths([long], collator)
+    assert length > 60 and collator.max_length == 60
+
+
+def test_a_sample_is_what_the_collator_makes(collator, photos):
+    shown = show(make_row(turn("这是什么？", "一只猫", images=1), photos), collator)
+    assert shown.tokens == len([i for group in shown.groups for i in group.ids])
+    assert shown.learned == sum(len(group.ids) for group in shown.groups if group.learned) > 3
+    header, data = shown.data_uris[0].split(",")
+    assert header == "data:image/jpeg;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (40, 30)
+    broken = show(make_row(turn("q", "a", images=1), ["none.png"]), collator)
+    assert "none.png" in broken.problem and broken.groups == []
+
+
+def test_thumbnails_are_small():
+    large = inspection.thumbnail(Image.effect_noise((3000, 1500), 90).convert("RGB"))
+    assert Image.open(io.BytesIO(large)).size == (288, 144) and len(large) < 40_000
+
+
+def test_samples_are_of_every_source(collator, photos):
+    rows = rows_of(photos, *"abcdefgh", source="one") + rows_of(photos, "i", source="two")
+    shown = show_samples(rows, collator, 4)
+    assert {sample.source for sample in shown} == {"one", "two"} and len(shown) <= 4
+
+
+def test_evidence_is_filled(collator, photos):
+    evidence = Evidence()
+    look_at(
+        evidence, collator, dataset(rows_of(photos, "a cat", "一只猫")), [dataset(rows_of(photos, "b", source="e"))]
+    )
+    assert len(evidence.rows) == 2 and evidence.stats.answers.total() == 2
+    assert set(evidence.coverage) == {"en", "zh"} and evidence.ends_with == "</s>"
+    assert [leak.held_out for leak in evidence.leaks] == ["e/0"]
+    assert collator.processor.num_image_tokens == TOKENS
+
+
+def test_a_glance_reads_texts_alone(collator, photos):
+    (found,) = glance(dataset(rows_of(photos, "a cat", "two USER: dogs")), collator.processor)
+    assert str(found).startswith("warning: 1 answer holds the role marker 'USER:'") and str(found).endswith("(s/1)")
+    assert glance(iter(()), collator.processor) == [], "a stream is not read twice"
+
+
+def data(**changes):
+    one, two = ({"path": name, "format": "caption"} for name in ("one.jsonl", "two.jsonl"))
+    return Data(train=[{**one, "weight": 3}, two], **changes)
+
+
+def test_shares_are_planned_and_drawn():
+    sources = {
+        "one": SourceLedger(read=110, used=60, repeated=15, rejected={"missing": 10}),
+        "two": SourceLedger(read=100, used=25),
+    }
+    shares = shares_of_sources(data(sampling="weights"), Ledger(0.5, sources), [])
+    assert shares == [Share("one", 0.75, 0.75, 75), Share("two", 0.25, 0.25, 25)]
+
+
+def test_shares_of_a_stream_are_drawn_from_what_came(photos):
+    rows = rows_of(photos, "a", "b", "c", source="one") + rows_of(photos, "d", source="two")
+    shares = shares_of_sources(data(streaming=True), Ledger(), rows)
+    assert shares == [Share("one", 0.75, 0.75, 3), Share("two", 0.25, 0.25, 1)]
+
+
+def test_languages_are_planned_where_the_recipe_says_so(photos):
+    rows = rows_of(photos, "a cat", "一只猫", "二只狗", "三")
+    assert shares_of_languages(data(), rows) == [Share("en", None, 0.25, 1), Share("zh", None, 0.75, 3)]
+    assert [share.planned for share in shares_of_languages(data(languages={"zh": 1, "en": 1}), rows)] == [0.5, 0.5]
+    assert shares_of_sources(data(languages={"zh": 1, "en": 1}), Ledger(), rows)[0].planned is None

@@ -1,0 +1,130 @@
+"""What a step without weights counts, against real steps on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig
+
+from support.tiny_families import TINY, processor_of, rows, tiny
+from vlm_sft import MultimodalCollator, build_stack, lora_config
+from vlm_sft.families.model import model_class, set_dtypes
+from vlm_sft.model.freeze import FreezePlan
+from vlm_sft.preflight.dry_run import FullStep
+from vlm_sft.preflight.step_memory import Step, count_step
+from vlm_sft.preflight.weightless import StorageCounter
+from vlm_sft.stack.build_stack import build_empty_stack
+from vlm_sft.stack.lora import add_adapter
+
+# Frozen or not, before and behind what learns, with LoRA, with checkpointing.
+CASES = {
+    "projector": ("clip", None, {"train": {"projector": 1e-3}}),
+    "qformer and projector": ("blip2", "blip2", {"train": {"resampler": 1e-3, "projector": 1e-3}}),
+    "tower": ("clip", None, {"train": {"vision_tower": 1e-3}}),
+    "language model": ("clip", None, {"train": {"language_model": 1e-3}}),
+    "lora": ("clip", None, {"train": {"projector": 1e-3}, "lora": {"r": 2, "lora_dropout": 0.1}}),
+    "four bits": ("clip", None, {"lora": {"r": 2, "lora_dropout": 0.1}, "quantization": {"load_in_4bit": True}}),
+}
+FULL = FullStep(rows=3, length=60, size=(64, 64), any_size=True)
+
+
+def prepared(recipe, build):
+    stack = build(recipe)
+    model = stack.model
+    if (config := lora_config(recipe, model)) is not None:
+        model = add_adapter(model, config)
+        stack.plan.apply(model)
+    return model.train(), stack.processor
+
+
+def really(model, batch, autocast=torch.float32, checkpointing=None):
+    """(kept, peak) of a step that is taken."""
+    if checkpointing is not None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    with StorageCounter((*model.parameters(), *model.buffers(), *batch.values())) as counter:
+        with torch.autocast("cpu", autocast, enabled=autocast != torch.float32):
+            loss = model(**batch, supervised_only=True, use_cache=False).loss
+        kept = counter.alive
+        loss.backward()
+    return kept, counter.peak
+
+
+# Every case in one way each, and LoRA in four.
+WAYS = [
+    ("projector", torch.bfloat16, None),
+    ("qformer and projector", torch.float32, {}),
+    ("tower", torch.float32, None),
+    ("language model", torch.bfloat16, {}),
+    ("lora", torch.float32, None),
+    ("lora", torch.bfloat16, {}),
+    ("four bits", torch.float32, None),
+]
+
+
+@pytest.mark.parametrize(("case", "autocast", "checkpointing"), WAYS)
+def test_a_real_step_holds_what_was_counted(case, autocast, checkpointing, stack_recipe):
+    tower, resampler, changes = CASES[case]
+    recipe = stack_recipe(tower, resampler=resampler, **changes)
+    empty, processor = prepared(recipe, build_empty_stack)
+    batch = FULL.batch(processor)
+    counted = count_step(empty, Step(batch, autocast, checkpointing))
+    kept, peak = really(prepared(recipe, build_stack)[0], batch, autocast, checkpointing)
+    assert counted.kept == kept
+    assert counted.peak == pytest.approx(peak, rel=0.01 if case == "four bits" else 0), "bitsandbytes has small tables"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_step_of_an_existing_model_holds_what_was_counted(name):
+    """Models that look at numbers: sizes of images, blank tiles, places of features."""
+    config = AutoConfig.from_pretrained(tiny(name))
+    own = model_class(config)
+    with torch.device("meta"):
+        empty = own._from_config(config)
+    models = []
+    for model in (empty, own.from_pretrained(tiny(name))):
+        set_dtypes(model, ["projector"], torch.bfloat16)
+        targets = r".*(language_model|text_model).*(q_proj|query_key_value)"
+        model = add_adapter(model, LoraConfig(r=2, target_modules=targets))
+        FreezePlan({"projector": 1e-3}, 1e-3).apply(model)
+        models.append(model.train())
+    batch = dict(MultimodalCollator(processor_of(name))(rows((40, 30), None, (300, 60))))
+    for checkpointing in (None, {}):
+        kept, peak = really(models[1], batch, torch.bfloat16, checkpointing)
+        counted = count_step(models[0], Step(batch, torch.bfloat16, checkpointing))
+        assert (counted.kept, counted.peak) == (kept, peak)
+        for parameter in (p for model in models for p in model.parameters()):
+            parameter.grad = None
+
+
+@pytest.mark.parametrize("case", ["qformer and projector", "lora"])
+def test_autograd_itself_says_the_same(case, stack_recipe):
+    """A count of another kind: what autograd asks to keep."""
+    tower, resampler, changes = CASES[case]
+    recipe = stack_recipe(tower, resampler=resampler, **changes)
+    model, processor = prepared(recipe, build_stack)
+    batch = FULL.batch(processor)
+    counted = count_step(prepared(recipe, build_empty_stack)[0], Step(batch))
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    there = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *batch.values())}
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch, supervised_only=True, use_cache=False).loss
+    size = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in there)
+    assert loss.requires_grad and counted.kept == pytest.approx(size, rel=0.05)
+
+
+def test_gradients_that_are_there_already_are_not_made_again(stack_recipe):
+    recipe = stack_recipe(**CASES["language model"][2])
+    peaks = []
+    for before in (False, True):
+        model, processor = prepared(recipe, build_empty_stack)
+        batch = FullStep(1, 20, (64, 64), any_size=True).batch(processor)
+        peaks.append(count_step(model, Step(batch, accumulated=before)).peak)
+    assert peaks[1] < peaks[0]

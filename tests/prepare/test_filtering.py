@@ -1,0 +1,196 @@
+"""Scores are the models' own, a rerun goes on where it was, and what is kept is what the threshold says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from vlm_sft.base.errors import UserError
+from vlm_sft.prepare.filtering import Score, Scorer, draw_histogram, kept_rows, score_rows, text_of, threshold_of_share
+
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 7}  # fmt: skip
+TEXT = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 20, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 2}  # fmt: skip
+WORDS = ["a red 3", "这是一只猫", "two dogs " * 30]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tokenizer_files):
+    """Folders `clip`, `siglip` and `itm`: tiny random models with their processors; `captioner` has no such head."""
+    from transformers import (
+        AutoTokenizer,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipForImageTextRetrieval,
+        CLIPConfig,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        SiglipConfig,
+        SiglipModel,
+    )
+
+    root = tmp_path_factory.mktemp("matchers")
+    torch.manual_seed(0)
+    blip = BlipConfig(text_config={**TEXT, "encoder_hidden_size": 16}, vision_config=VISION,
+                      image_text_hidden_size=8)  # fmt: skip
+    made = {
+        "clip": CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)),
+        "siglip": SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)),
+        "itm": BlipForImageTextRetrieval(blip),
+        "captioner": BlipForConditionalGeneration(blip),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_files)
+    tokenizer.pad_token = "</s>"
+    for name, model in made.items():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(root / name)
+        processor_of(name, CLIPImageProcessorPil, tokenizer).save_pretrained(root / name)
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+def processor_of(name, image_processor, tokenizer):
+    from transformers import BlipProcessor, CLIPProcessor, SiglipProcessor
+
+    kind = {"clip": CLIPProcessor, "siglip": SiglipProcessor}.get(name, BlipProcessor)
+    return kind(image_processor(size={"height": 28, "width": 28}, do_center_crop=False), tokenizer)
+
+
+def pictures(count: int) -> list[Image.Image]:
+    return [Image.new("RGB", (40, 30), (80 * i, 255 - 80 * i, 90)) for i in range(count)]
+
+
+def test_clip_gives_the_cosine_that_its_logits_are_made_of(models):
+    scorer = Scorer(str(models["clip"]))
+    images = pictures(3)
+    outputs = scorer.model(**scorer.pixels(images), **scorer.tokens(WORDS, padding=True))
+    expected = outputs.logits_per_image.diag() / scorer.model.logit_scale.exp()
+    assert torch.allclose(torch.tensor(scorer(images, WORDS)), expected, atol=1e-5)
+
+
+def test_siglip_gives_the_cosine_that_its_logits_are_made_of(models):
+    scorer = Scorer(str(models["siglip"]))
+    images = pictures(3)
+    tokens = scorer.tokens(WORDS, padding="max_length")
+    outputs = scorer.model(**scorer.pixels(images), **tokens)
+    expected = (outputs.logits_per_image.diag() - scorer.model.logit_bias) / scorer.model.logit_scale.exp()
+    assert torch.allclose(torch.tensor(scorer(images, WORDS)), expected, atol=1e-5)
+
+
+def test_blip_gives_the_probability_of_its_matching_head(models):
+    scorer = Scorer(str(models["itm"]))
+    images = pictures(3)
+    logits = scorer.model(**scorer.pixels(images), **scorer.tokens(WORDS, padding=True)).itm_score
+    assert torch.allclose(torch.tensor(scorer(images, WORDS)), logits.softmax(-1)[:, 1], atol=1e-5)
+
+
+def test_a_pair_has_the_same_score_in_any_batch(models):
+    scorer = Scorer(str(models["itm"]))
+    together = scorer(pictures(3), WORDS)
+    alone = [scorer([image], [words])[0] for image, words in zip(pictures(3), WORDS, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_other_models_are_refused_by_name(models, pieces, tmp_path):
+    with pytest.raises(UserError, match="is a 'llama' model: give one that matches images and texts"):
+        Scorer(pieces["llama"])
+    with pytest.raises(UserError, match="has no matching head: give a BLIP-ITM model"):
+        Scorer(str(models["captioner"]))
+    with pytest.raises(UserError, match=r"--model .* cannot be loaded"):
+        Scorer(str(tmp_path))
+    shutil.copytree(models["clip"], tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Scorer(str(tmp_path / "pickled"))
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+
+
+def row(number: int, *images: str, answer: str = "a cat") -> dict:
+    messages = [
+        {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": "\nwhat?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    return {"id": f"s/{number}", "source": "s", "messages": messages,
+            "images": [{"path": path, "bytes": None} for path in images]}  # fmt: skip
+
+
+class Redness:
+    """Scores by the first pixel, and counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, images, texts):
+        self.asked += len(images)
+        assert set(texts) <= {"a cat"}
+        return [image.getpixel((0, 0))[0] / 255 for image in images]
+
+
+ABOUT = {"model": "redness", "sources": []}
+
+
+def test_scores_are_means_over_images_and_errors_are_kept_beside(photos, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"<html>")
+    rows = [row(1, photos[0]), row(2, photos[0], photos[4]), row(3), row(4, str(tmp_path / "broken.png"))]
+    found = score_rows(rows, Redness(), tmp_path / "scores.jsonl", ABOUT, batch_size=3)
+    assert [score.score for score in found] == [0.0, pytest.approx(60 / 255), None, None]
+    assert [score.error is None for score in found] == [True, True, True, False] and "HTML" in found[3].error
+    assert [r["id"] for r in kept_rows(rows, found, 0.1)] == ["s/2", "s/3"]
+
+
+def test_a_rerun_goes_on_where_it_was(photos, tmp_path):
+    """Also after a kill in the middle of a line."""
+    rows, path = [row(i, photos[i]) for i in range(8)], tmp_path / "scores.jsonl"
+    whole = score_rows(rows, Redness(), path, ABOUT, batch_size=2)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:6]) + lines[6][:9])
+    scorer = Redness()
+    assert score_rows(rows, scorer, path, ABOUT, batch_size=2) == whole
+    assert scorer.asked == 3 and path.read_bytes() == b"".join(lines)
+    assert score_rows(rows, scorer, path, ABOUT) == whole and scorer.asked == 3
+
+
+def test_scores_of_something_else_are_refused(photos, tmp_path):
+    rows, path = [row(i, photos[i]) for i in range(3)], tmp_path / "scores.jsonl"
+    score_rows(rows, Redness(), path, ABOUT)
+    with pytest.raises(UserError, match=r"belongs to .*redness.* not to .*other"):
+        score_rows(rows, Redness(), path, {**ABOUT, "model": "other"})
+    with pytest.raises(UserError, match="has 's/0' where the rows have 's/2': give another file"):
+        score_rows(rows[::-1], Redness(), path, ABOUT)
+    with pytest.raises(UserError, match="has 's/2' where the rows have 'no row'"):
+        score_rows(rows[:2], Redness(), path, ABOUT)
+    path.write_text(json.dumps({"id": 1, "answer": "x"}) + "\n" + json.dumps({"id": 2}) + "\n")
+    with pytest.raises(UserError, match="is not a file of scores"):
+        score_rows(rows, Redness(), path, ABOUT)
+
+
+def test_what_is_compared():
+    both = row(1, "a.png", answer="a  cat\nsits")
+    assert text_of(both, ("assistant",)) == "a cat sits" and text_of(both, ("user", "assistant")) == "what? a cat sits"
+
+
+# ------------------------------------------------------------------------------------------------------------- choice
+
+
+def test_a_share_becomes_the_threshold_that_keeps_it():
+    scores = [Score(str(i), i / 10, None) for i in range(10)] + [Score("text", None, None), Score("bad", None, "no")]
+    for keep in (0.1, 0.3, 0.5, 1.0):
+        limit = threshold_of_share(scores, keep)
+        kept = sum(score.score is not None and score.score >= limit for score in scores)
+        assert keep * 10 <= kept <= keep * 10 + 1
+    with pytest.raises(UserError, match="No row has a score"):
+        threshold_of_share(scores[-2:], 0.5)
+
+
+def test_the_histogram_is_a_picture(tmp_path):
+    scores = [Score(str(i), (i % 17) / 17, None) for i in range(100)]
+    with Image.open(draw_histogram(scores, tmp_path / "h.png", 0.4, "clip")) as picture:
+        assert picture.size[0] > 600 and len(set(picture.convert("L").getdata())) > 20

@@ -1,0 +1,70 @@
+"""The numbers of a source are those that one can count by hand."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+from rich.console import Console
+
+from vlm_sft.prepare.stats import DataStats, spread, stats_table
+
+
+def row(question: str, answers: list[str], images: list[dict], row_id: str, source: str = "s") -> dict:
+    messages = []
+    for answer in answers:
+        messages += [{"role": "user", "content": [{"type": "text", "text": question}]},
+                     {"role": "assistant", "content": [{"type": "text", "text": answer}]}]  # fmt: skip
+    return {"messages": messages, "images": images, "source": source, "id": row_id}
+
+
+def picture(path, size) -> dict:
+    Image.new("RGB", size).save(path)
+    return {"path": str(path), "bytes": None}
+
+
+def counted(tmp_path) -> DataStats:
+    stream = io.BytesIO()
+    Image.new("L", (10, 30)).save(stream, "PNG")
+    wide, embedded = picture(tmp_path / "a.png", (40, 20)), {"path": None, "bytes": stream.getvalue()}
+    (tmp_path / "b.png").write_bytes(b"<html>")
+    found = DataStats()
+    for each in (
+        row("?", ["a cat", "两只猫"], [wide], "s/1"),
+        row("?", ["a cat"], [wide, embedded], "s/2"),
+        row("?", ["a cat"], [wide, embedded], "s/3"),
+        row("?", ["yes"], [], "t/1", source="t"),
+        row("?", ["no"], [{"path": str(tmp_path / "b.png"), "bytes": None}], "t/2", source="t"),
+    ):
+        found.add(each)
+    return found
+
+
+def test_everything_is_counted(tmp_path):
+    found = counted(tmp_path).as_dict()
+    assert found["rows"] == 5 and found["rows_by_source"] == {"s": 3, "t": 2}
+    assert found["text_only"] == 1 and found["repeated_rows"] == 1
+    assert found["images"] == 6 and found["different_images"] == 3 and found["images_in_a_row"] == {
+        "0": 1, "1": 2, "2": 2,
+    }  # fmt: skip
+    assert found["image_width"] == {"min": 10, "median": 25, "p95": 38.5, "max": 40}
+    assert found["images_opened"] == 3 and found["unreadable"] == ["t/2"]
+    assert found["answers"] == 6 and found["different_answers"] == 4 and found["languages"] == {"en": 5, "zh": 1}
+    assert found["answer_length"]["min"] == 2 and found["answer_length"]["max"] == 5
+    assert next(iter(found["commonest_answers"].items())) == ("a cat", 3)
+
+
+def test_the_table_says_it_in_words_and_takes_brackets_as_text(tmp_path):
+    found = counted(tmp_path)
+    found.add(row("?", ["[red]x[/blue]"] * 9, [], "s/[9]"))
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(stats_table(found.as_dict()))
+    shown = console.export_text()
+    assert "from s" in shown and "4 (66.7%)" in shown
+    assert "1, the first in t/2" in shown and "[red]x[/blue]" in shown
+
+
+def test_of_nothing_there_is_no_spread():
+    assert spread([]) == {} and DataStats().as_dict()["answers"] == 0
+    Console(file=io.StringIO()).print(stats_table({**DataStats().as_dict(), "answers_in_a_row": spread([0]),
+                                                   "answer_length": spread([0])}))  # fmt: skip

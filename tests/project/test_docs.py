@@ -1,0 +1,429 @@
+"""What the pages say is there: links, paths, commands, recipes and Python code, in both languages."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import io
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import tomllib
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import vlm_sft
+from support.conversations import make_processor, make_row, turn
+from support.paths import ROOT
+from vlm_sft.base.assets import list_recipes
+from vlm_sft.bundle import run_folder
+from vlm_sft.cli import data as data_cli
+from vlm_sft.cli import main as cli
+from vlm_sft.prepare import filtering
+from vlm_sft.recipe.schema import load_recipe, validate_libraries
+
+PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")
+VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta", "data"} | {
+    "debug-batch"
+}
+# What a user has and the checkout has not.
+TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str, *languages: str) -> list[Block]:
+    text = read(page)
+    return [
+        Block(page, text[: found.start()].count("\n") + 1, found["language"], textwrap.dedent(found["text"]))
+        for found in FENCE.finditer(text)
+        if found["language"] in languages
+    ]
+
+
+def prose(page: str) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", read(page))
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of every command in the blocks of a page, comments and variables in front left out."""
+    found = []
+    for block in blocks(page, "", "bash", "sh"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if not re.match(r"\s*(?:[A-Z_]+=\S+ +)*(?:" + "|".join(PROGRAMS) + r")(?: |$)", line):
+                continue
+            words = shlex.split(line, comments=True)
+            while "=" in words[0]:
+                words.pop(0)
+            found.append(words)
+    return found
+
+
+COMMANDS = [pytest.param(page, words, id=f"{page}: {shlex.join(words)}") for page in PAGES for words in commands(page)]
+PYTHON = [block for page in PAGES for block in blocks(page, "python")]
+RECIPES = [b for page in PAGES for b in blocks(page, "yaml") if {"stack", "sft"} <= set(yaml.safe_load(b.text) or ())]
+
+
+def test_there_is_something_to_test():
+    assert len(COMMANDS) > 30 and len(PYTHON) > 10 and len(RECIPES) >= 6
+
+
+# Links and paths
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    text = re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", ""))
+    return text.replace(" ", "-")
+
+
+def headings(page: str) -> list[tuple[int, str]]:
+    return [(len(marks), title) for marks, title in re.findall(r"^(#+) (.+)$", prose(page), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.exists(), target
+        if anchor:
+            titles = [slug(title) for _, title in headings(str(there.resolve().relative_to(ROOT)))]
+            assert anchor in titles, target
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_paths_in_the_text_exist(page):
+    for code in re.findall(r"`([^`\n]+)`", prose(page)):
+        if re.fullmatch(rf"(?:{TOP})/[\w./-]*", code):
+            assert (ROOT / code).exists(), code
+        if found := re.fullmatch(r"make ([a-z-]+)\b.*", code):
+            assert found[1] in make_targets(), code
+        if found := re.fullmatch(r"vlm-sft ([a-z][a-z-]*).*", code):
+            assert found[1] in VERBS, code
+
+
+# Commands
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+
+
+def check_make(words: list[str]) -> None:
+    for word in words:
+        name, setting, _ = word.partition("=")
+        if setting:
+            assert re.search(rf"^{name}\s*\?=", read("Makefile"), re.MULTILINE), word
+        else:
+            assert name in make_targets(), word
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[0] == "install"
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    for word in words[1:]:
+        found = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", word)
+        assert found or word in ("-e", "-c", "constraints.txt"), word
+        assert not found or not found[1] or set(found[1].split(",")) <= set(extras)
+
+
+def check_training(page: str, words: list[str], folder: Path) -> None:
+    """RECIPE [key.path=value …] [--resume] [--dry-run]: the recipe is shipped, or the page shows it; overrides fit."""
+    words = [word for word in words if word not in ("--dry-run", "--resume")]
+    if "--accelerate-config" in words:
+        at = words.index("--accelerate-config")
+        assert (ROOT / words[at + 1]).is_file(), words[at + 1]
+        del words[at : at + 2]
+    recipe, *overrides = words
+    shown = {b.text.split("\n", 1)[0].removeprefix("# ").split(":")[0]: b.text for b in RECIPES if b.page == page}
+    if recipe in shown:
+        (folder / recipe).write_text(shown[recipe], encoding="utf-8")
+        recipe = str(folder / recipe)
+    elif recipe not in list_recipes():
+        recipe = str(ROOT / recipe)
+    load_recipe(recipe, overrides)
+
+
+def check_python(page: str, words: list[str], folder: Path) -> None:
+    if words[0] == "-m":
+        name, *rooms = words[1].split(".")
+        module = ROOT.joinpath("vlm_sft", *rooms).with_suffix(".py")
+        assert name == "pytest" or (name == "vlm_sft" and module.is_file()), words
+        if words[1] == "vlm_sft.train":
+            check_training(page, words[2:], folder)
+        return
+    source = (ROOT / words[0]).read_text(encoding="utf-8")
+    for option in (word for word in words if word.startswith("--")):
+        assert f'"{option}"' in source, option
+
+
+def check_accelerate(page: str, words: list[str], folder: Path) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch"
+    given = launch_command_parser().parse_args(words[1:])
+    assert given.module and given.training_script == "vlm_sft.train"
+    assert given.config_file is None or (ROOT / given.config_file).is_file(), given.config_file
+    check_training(page, given.training_script_args, folder)
+
+
+class ThreeRows(data_cli._Rows):
+    """Rows in place of those of a file that the reader has and the checkout has not."""
+
+    def __iter__(self):
+        red = io.BytesIO()
+        Image.new("RGB", (8, 8), "red").save(red, "PNG")
+        for number in range(3):
+            yield {
+                "messages": turn("什么颜色？", "红色", images=1),
+                "images": [{"path": None, "bytes": red.getvalue()}],
+                "source": "s",
+                "id": f"s/{number}",
+            }
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
+    """What is called of the modules that need a model, in whose places others stand: name, arguments, keywords."""
+    found: list[tuple[str, tuple, dict]] = []
+
+    def stand_in(module: str, function: str, result=None) -> None:
+        def called(*args, **kwargs):
+            found.append((function, args, kwargs))
+            return result
+
+        made = types.ModuleType(f"vlm_sft.{module}")
+        setattr(made, function, called)
+        monkeypatch.setitem(sys.modules, f"vlm_sft.{module}", made)
+
+    stand_in("train", "main")
+    stand_in("inference.chat", "chat")
+    stand_in("inference.answer_file", "generate")
+    stand_in("inference.evaluate", "run")
+    stand_in("preflight.preflight", "run_preflight")
+    stand_in("training.debug_batch", "run")
+    counts = dict.fromkeys(("tensors", "summed", "left_out", "bytes", "shards"), 1)
+    stand_in("pieces.delta", "apply_delta", {"tables": "sum", "rows_added": {}, **counts})
+    stand_in("bundle.hub", "push_bundle", "https://huggingface.co/my-name/mine/commit/1")
+    stand_in("export.export", "export", {"positions": 1, "max_difference": 0.0, "tolerance": 1e-4})
+    return found
+
+
+@pytest.fixture
+def check_vlm_sft(monkeypatch, tmp_path, calls):
+    """Runs a command for real, with stand-ins for what needs a model."""
+    monkeypatch.setattr(data_cli, "_Rows", ThreeRows)
+    monkeypatch.setattr(filtering, "Scorer", lambda path: lambda images, texts: [0.5] * len(images))
+    for look in ("find_manifest", "find_records"):  # the folders are the reader's
+        monkeypatch.setattr(run_folder, look, lambda folder: folder)
+
+    def check(page: str, words: list[str]) -> None:
+        from vlm_sft.inference.settings import check_options
+
+        monkeypatch.setattr(sys, "argv", ["vlm-sft", *words])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        for name, args, kwargs in calls:
+            if name == "main":
+                check_training(page, args[0], tmp_path)
+            if name == "run_preflight":
+                check_training(page, [args[0], *args[1]], tmp_path)
+            check_options(kwargs.get("options") or {})
+
+    return check
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS)
+def test_commands_are_understood(page, words, check_vlm_sft, tmp_path):
+    program, *rest = words
+    if program == "vlm-sft":
+        check_vlm_sft(page, rest)
+    elif program == "accelerate":
+        check_accelerate(page, rest, tmp_path)
+    elif program == "python":
+        check_python(page, rest, tmp_path)
+    elif program == "make":
+        check_make(rest)
+    elif program == "pip":
+        check_pip(rest)
+    else:
+        assert all((ROOT / word).exists() for word in rest if "/" in word), rest
+
+
+# Recipes and Python
+
+
+@pytest.mark.parametrize("block", RECIPES, ids=str)
+def test_recipes_in_the_pages_are_right(block, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(block.text, encoding="utf-8")
+    validate_libraries(load_recipe(tmp_path / "recipe.yaml"))
+
+
+def ours(tree: ast.Module) -> dict[str, object]:
+    """What a block's imports from vlm_sft bind, by name; an import of what is not there fails."""
+    bound: dict[str, object] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vlm_sft":
+            module = importlib.import_module(node.module)
+            bound |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            bound |= {a.asname or a.name: vlm_sft for a in node.names if a.name == "vlm_sft"}
+    return bound
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_in_the_pages_is_right(block):
+    tree = ast.parse(block.text)
+    bound = ours(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and bound.get(node.value.id) is vlm_sft:
+            assert hasattr(vlm_sft, node.attr), f"vlm_sft.{node.attr}"
+        if not isinstance(node, ast.Call):
+            continue
+        function = None
+        if isinstance(node.func, ast.Name):
+            function = bound.get(node.func.id)
+        elif isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+            function = getattr(vlm_sft, node.func.attr) if bound.get(node.func.value.id) is vlm_sft else None
+        if function is None or not callable(function):
+            continue
+        parameters = inspect.signature(function).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            assert {k.arg for k in node.keywords if k.arg} <= set(parameters), ast.unparse(node)
+        needed = [p for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if not any(k.arg is None for k in node.keywords):
+            assert len(node.args) + len(node.keywords) >= len(needed), ast.unparse(node)
+
+
+@pytest.mark.slow
+def test_the_python_of_readme_and_python_page_runs(monkeypatch, tmp_path, capsys, in_process_parity):
+    """As it stands, after a small `make demo`, with fewer steps."""
+    from vlm_sft.train import train
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    world = [sys.executable, "examples/digitscenes/digitscenes.py", "--out", "data/digitscenes"]
+    subprocess.run([*world, "--scenes", "60", "8", "8"], check=True)
+
+    def shorter(path, overrides=()):
+        return load_recipe(path, [*overrides, "sft.max_steps=2", "sft.warmup_steps=1"])
+
+    monkeypatch.setattr(vlm_sft, "load_recipe", shorter, raising=False)
+    for stage in ("quickstart_stage1", "quickstart_stage2"):
+        train(shorter(stage))
+    for page in ("README.md", "docs/python_api.md", "docs/bundles.md"):
+        for block in blocks(page, "python"):
+            exec(compile(block.text, str(block), "exec"), {"__name__": str(block)})
+
+
+COLLATORS = [block for block in PYTHON if "(MultimodalCollator):" in block.text]
+
+
+@pytest.mark.parametrize("block", COLLATORS, ids=str)
+def test_collators_in_the_pages_work(block, photos):
+    namespace: dict[str, object] = {}
+    exec(compile(block.text, str(block), "exec"), namespace)
+    (kind,) = [v for v in namespace.values() if inspect.isclass(v) and v is not vlm_sft.MultimodalCollator]
+    arguments = {"trust": {"s": 0.3}} if kind.__name__ == "TrustedSources" else {}
+    rows = [make_row(turn("这是什么？", "一只猫", images=1) + turn("a", "b"), photos), make_row(turn("c", "d"), photos)]
+    processor = make_processor("vicuna_v1")
+    plain, batch = vlm_sft.MultimodalCollator(processor)(rows), kind(processor, max_length=512, **arguments)(rows)
+    assert set(batch) >= set(plain)
+    same = all((plain[name] == batch[name]).all() for name in plain)
+    assert not same or "loss_weights" in batch, "it changes nothing"
+
+
+# Both languages, all modules
+
+
+def without_comments(blocks_of_page: list[Block]) -> list[str]:
+    return [ast.dump(ast.parse(block.text)) for block in blocks_of_page]
+
+
+def test_both_readmes_say_the_same():
+    english, chinese = "README.md", "README_zh.md"
+    assert commands(english) == commands(chinese)
+    assert without_comments(blocks(english, "python")) == without_comments(blocks(chinese, "python"))
+    assert [level for level, _ in headings(english)] == [level for level, _ in headings(chinese)]
+    targets = [set(re.findall(r"\]\(((?:docs|examples)/[^)]+)\)", read(page))) for page in (english, chinese)]
+    assert targets[0] == targets[1]
+    rows = [len(re.findall(r"^\|", read(page), re.MULTILINE)) for page in (english, chinese)]
+    assert rows[0] == rows[1]
+    for left, right in zip(blocks(english, "yaml"), blocks(chinese, "yaml"), strict=True):
+        recipes = [yaml.safe_load(block.text) for block in (left, right)]
+        for recipe in recipes:  # prompts are in the page's language
+            for source in recipe["data"]["train"]:
+                source.pop("prompts", None)
+        assert recipes[0] == recipes[1]
+    for page in (english, chinese):
+        assert re.search(r"[\u4e00-\u9fff]", "".join(block.text for block in blocks(page, "", "python")))
+
+
+@pytest.mark.skipif(not shutil.which("git") or not (ROOT / ".git").exists(), reason="needs the git checkout")
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_the_readmes_list_what_lies_at_the_top(page):
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for top in {f"{path.split('/')[0]}/" if "/" in path else path for path in files if path}:
+        assert f"`{top}`" in read(page) or top.startswith(".git"), top
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_the_freeze_plan_shown_is_the_one_printed(page, monkeypatch):
+    from peft import get_peft_model
+
+    from vlm_sft.stack.build_stack import build_empty_stack
+
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe("quickstart_stage2")
+    stack = build_empty_stack(recipe)
+    model = get_peft_model(stack.model, vlm_sft.lora_config(recipe, stack.model), autocast_adapter_dtype=False)
+    stack.plan.apply(model)  # PEFT froze all but its own
+    table = stack.plan.table(model)
+    header = "| " + " | ".join(str(column.header) for column in table.columns) + " |"
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    assert "\n".join([header, "|" + "---|" * len(table.columns), *lines]) in read(page)
+
+
+def test_the_python_page_names_every_public_name():
+    assert {name for name in vlm_sft.__all__ if f"`{name}`" not in read("docs/python_api.md")} == set()
+
+
+def test_every_page_is_linked_from_the_readme():
+    for page in PAGES:
+        assert page.startswith("README") or f"]({page})" in read("README.md"), page

@@ -1,0 +1,48 @@
+"""What a recipe can say of its parts is what there is to build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from support.recipe_texts import TEXT, problem, write
+from vlm_sft.model.connectors import PROJECTORS, RESAMPLERS
+from vlm_sft.recipe.rules import PARTS
+from vlm_sft.recipe.sections import Projector, Resampler, Stack
+
+
+def test_a_stack_has_the_four_parts_in_the_order_an_image_passes_them() -> None:
+    assert tuple(Stack.model_fields) == PARTS
+
+
+@pytest.mark.parametrize(("part", "kinds"), [(Projector, PROJECTORS), (Resampler, RESAMPLERS)])
+def test_every_kind_that_can_be_built_can_be_named(part: type, kinds: dict) -> None:
+    assert set(get_args(part.model_fields["type"].annotation)) == set(kinds)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "stack.vision_tower.image_size=0",
+            '.image_size" must be greater than or equal to 1, not 0.',
+        ),
+        ("stack.vision_tower.feature_select=all", "\"stack.vision_tower.feature_select\" must be 'full' or 'patch'"),
+        ("stack.vision_tower.revison=x", 'unknown key "stack.vision_tower.revison"; did you mean "revision"?'),
+        (
+            "stack.language_model.dtype=bf16",
+            "must be 'float32', 'bfloat16' or 'float16', not 'bf16'.",
+        ),
+        (
+            "stack.language_model.trust_remote_code=1",
+            '.trust_remote_code" must be a valid boolean',
+        ),
+        ("stack.projector.depth=65", '"stack.projector.depth" must be less than or equal to 64, not 65.'),
+        ("stack.vision_towr={}", 'unknown key "stack.vision_towr"; did you mean "vision_tower"?'),
+        ("model={pretrained: x, processr: {}}", 'unknown key "model.processr"; did you mean "processor"?'),
+    ],
+)
+def test_what_a_part_cannot_be(tmp_path: Path, override: str, message: str) -> None:
+    assert message in problem(write(tmp_path, TEXT), override)

@@ -1,0 +1,120 @@
+"""What is found out about the rows of one source before the first step."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.conversations import make_processor, make_row, turn
+from support.source_files import captions
+from vlm_sft.batch.collator import MultimodalCollator
+from vlm_sft.data.dataset import ROW_FEATURES, load_source
+from vlm_sft.data.ledger import SourceLedger
+from vlm_sft.training.row_check import CHUNK, Findings, _sample, look_over, summary
+
+
+@pytest.fixture(scope="module")
+def collator():
+    return MultimodalCollator(make_processor("vicuna_v1"), max_length=200)
+
+
+def dataset(rows):
+    import datasets
+
+    return datasets.Dataset.from_list(rows, features=ROW_FEATURES)
+
+
+def test_rows_are_counted_and_shortened_ones_too(collator, photos):
+    short, long = turn("a", "b"), turn("这是什么？", "一只猫", images=1) + 3 * turn("hello " * 20, "hi " * 20)
+    rows = dataset([make_row(short, photos), make_row(long, photos, 1), make_row(long, photos, 2)])
+    lengths = [len(collator.encode(row).chat.input_ids) for row in rows]
+    turns = collator.encode(rows[1]).turns_lost
+    assert turns > 0
+    found = look_over(rows, collator)
+    assert found == Findings(3, 3, 0, lengths, [0, turns, turns], [])
+    counts = summary([found, Findings(7)], 12)
+    histogram = counts.pop("histogram")
+    assert counts == {
+        "rows": 12,
+        "read": 10,
+        "measured": 3,
+        "decoded": 0,
+        "longest": max(lengths),
+        "mean_length": round(sum(lengths) / 3, 1),
+        "rows_shortened": 2,
+        "turns_lost": 2 * turns,
+    }
+    assert sum(histogram["counts"]) == 3 and len(histogram["edges"]) == len(histogram["counts"]) + 1
+    assert summary([Findings()], 0)["mean_length"] == 0.0
+
+
+def wrong_rows(photos, tmp_path):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"\x89PNG no more")
+    (tmp_path / "empty.png").touch()
+    rows = [make_row(turn("这是什么？", "猫", images=1), photos, i) for i in range(8)]
+    rows[1]["images"] = []
+    rows[2]["images"] = [{"path": str(tmp_path / "gone.png"), "bytes": None}]
+    rows[3]["messages"][1]["content"][0]["text"] = "word " * 200
+    rows[4]["images"] = [{"path": str(damaged), "bytes": None}]
+    rows[5]["images"] = [{"path": str(tmp_path / "empty.png"), "bytes": None}]
+    rows[6]["images"] = [{"path": "gone.png", "bytes": damaged.read_bytes()}]
+    return dataset(rows)
+
+
+def test_every_wrong_row_is_named_and_none_stops_the_others(collator, photos, tmp_path):
+    found = look_over(wrong_rows(photos, tmp_path), collator, decode=None)
+    assert [(row.number, row.reason) for row in found.rejected] == [
+        (1, "marks differ"), (2, "image missing"), (3, "too long"),
+        (4, "image damaged"), (5, "image empty"), (6, "image damaged"),
+    ]  # fmt: skip
+    assert all(row.sentence.startswith(f"row s/{row.number}: ") for row in found.rejected)
+    assert len(found.lengths) == 2
+    assert pickle.loads(pickle.dumps(found)) == found
+    not_decoded = look_over(wrong_rows(photos, tmp_path), collator)
+    assert [row.number for row in not_decoded.rejected] == [1, 2, 3, 5]
+
+
+def test_files_are_looked_for_in_all_rows_also_where_a_sample_is_measured(collator, photos, tmp_path):
+    found = look_over(wrong_rows(photos, tmp_path), collator, measure=1)
+    assert {2, 5} <= {row.number for row in found.rejected}
+    assert (found.rows, found.measured) == (8, 1)
+
+
+def test_of_many_rows_wrong_alike_the_first_have_sentences(collator, tmp_path):
+    rows = load_source(captions(tmp_path, "c", 6))
+    found = look_over(rows, collator)
+    assert [bool(row.sentence) for row in found.rejected] == [True] * 3 + [False] * 3
+    ledger = SourceLedger()
+    found.write_to(ledger)
+    assert ledger.rejected == {"image missing": 6} and len(ledger.examples["image missing"]) == 3
+    assert (ledger.read, ledger.measured, ledger.found) == (6, 6, 6)
+
+
+@given(st.integers(0, 3000), st.integers(0, 3000) | st.none(), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_sample_is_spread_over_all_rows_and_has_none_twice(size, count, seed):
+    picked = _sample(size, count, seed)
+    assert len(picked) == (size if count is None else min(size, count))
+    assert (np.diff(picked) > 0).all() and (len(picked) == 0 or 0 <= picked[0] <= picked[-1] < size)
+    assert np.array_equal(picked, _sample(size, count, seed))
+    if count and count < size:
+        assert np.diff(picked).max(initial=0) <= 2 * -(-size // count)
+
+
+def test_workers_find_the_same_and_the_global_generator_stays(collator, photos, monkeypatch):
+    monkeypatch.setattr("vlm_sft.training.row_check.WORTH_WORKERS", 1)
+    rows = [make_row(turn("q" * (1 + i % 50), "b", images=1), photos, i) for i in range(2 * CHUNK + 5)]
+    rows[CHUNK + 3]["images"] = []
+    before, told = torch.get_rng_state(), []
+    with_workers = look_over(dataset(rows), collator, workers=2, decode=9, tick=lambda *now: told.append(now))
+    assert with_workers == look_over(dataset(rows), collator, decode=9)
+    assert [row.number for row in with_workers.rejected] == [CHUNK + 3]
+    assert told[0] == ("looked for", 1, 1, "images")
+    assert told[1:] == [("measured", done, 517, "rows") for done in (CHUNK, 2 * CHUNK, 517)]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,175 @@
+"""What is found out about rows before the first step, by however many processes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from support.conversations import make_processor
+from support.source_files import write
+from vlm_sft import load_recipe
+from vlm_sft.base.errors import UserError
+from vlm_sft.batch.collator import MultimodalCollator
+from vlm_sft.recipe.libraries import build_sft_config
+from vlm_sft.training.run_rows import describe_rows, load_rows, on_first_process, one_process_first
+
+
+@pytest.fixture(scope="module")
+def collator():
+    return MultimodalCollator(make_processor("vicuna_v1"), max_length=200)
+
+
+def test_a_sentence_names_the_loss_of_turns_only_where_there_is_one():
+    counts = {
+        "rows": 16000,
+        "read": 16000,
+        "measured": 16000,
+        "longest": 1045,
+        "mean_length": 31.5,
+        "rows_shortened": 0,
+        "turns_lost": 0,
+    }
+    assert describe_rows(counts) == "16,000 rows, 31.5 tokens in the mean, 1,045 at most."
+    counts |= {"rows_shortened": 2, "turns_lost": 5}
+    assert describe_rows(counts).endswith("; 2 rows lost 5 turns to fit max_length.")
+    assert describe_rows(counts | {"measured": 500}).startswith("16,000 rows (measured: a sample of 500, see data.meas")
+
+
+def test_long_measurements_show_that_they_go_on(recipe_file, collator, monkeypatch):
+    monkeypatch.setattr("vlm_sft.base.progress.SECONDS_BETWEEN_LINES", 0.0)
+    said = io.StringIO()
+    recipe = load_recipe(recipe_file())
+    load_rows(recipe, collator, build_sft_config(recipe), Console(file=said, width=120))
+    assert "train: captions: read 8 rows" in said.getvalue()
+    assert "train: looked for 8 of 8 images" in said.getvalue()
+    assert "train: measured 8 of 8 rows" in said.getvalue()
+
+
+@pytest.mark.parametrize(("rows", "advice"), [(8, "8 rows but"), (1, "1 row but")])
+def test_more_processes_than_rows(recipe_file, caption_file, collator, monkeypatch, rows, advice):
+    data = {"train": [{"path": caption_file, "format": "caption", "max_rows": rows}]}
+    recipe = load_recipe(recipe_file(data=data))
+    args = build_sft_config(recipe)
+    monkeypatch.setattr(type(args), "world_size", 9)
+    with pytest.raises(UserError, match=rf"data\.train has {advice} .*9 processes.*--num_processes {rows} or fewer"):
+        load_rows(recipe, collator, args, Console(quiet=True))
+
+
+class Processes:
+    """Stands in for accelerate's state and its broadcast: what the first process sends, the second receives."""
+
+    num_processes = 2
+
+    def __init__(self, monkeypatch):
+        self.sent = None
+        monkeypatch.setattr("accelerate.PartialState", lambda: self)
+        monkeypatch.setattr("accelerate.utils.broadcast_object_list", self.broadcast)
+
+    def broadcast(self, outcome):
+        if self.is_main_process:
+            self.sent = list(outcome)
+        else:
+            outcome[:] = self.sent
+
+
+def test_every_process_gets_what_the_first_found_and_its_error_too(monkeypatch):
+    state = Processes(monkeypatch)
+
+    def everywhere(work):
+        got = []
+        for state.is_main_process in (True, False):
+            try:
+                got.append(on_first_process(work if state.is_main_process else pytest.fail))
+            except UserError as error:
+                got.append(str(error))
+        return got
+
+    def refuse():
+        raise UserError("row 7 is bad.")
+
+    assert everywhere(lambda: {"rows": 3}) == [{"rows": 3}, {"rows": 3}]
+    assert everywhere(refuse) == ["row 7 is bad.", "row 7 is bad."]
+
+
+def test_one_process_of_a_machine_goes_first_also_where_it_fails(monkeypatch):
+    state, order = Processes(monkeypatch), []
+    state.wait_for_everyone = lambda: order.append("meet")
+
+    def refuse():
+        order.append("work")
+        raise UserError("row 7 is bad.")
+
+    for state.is_local_main_process in (True, False):
+        order.append("process")
+        assert one_process_first(lambda: order.append("work") or 3) == 3
+        with pytest.raises(UserError, match="row 7"):
+            one_process_first(refuse)
+    assert order == ["process", "work", "meet", "work", "meet", "process", "meet", "work", "meet", "work"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the ledger
+
+
+def two_sources(tmp_path, photos, wrong):
+    """`a`: eight good captions and `wrong` bad rows of several kinds between them; `b`: three good captions."""
+    bad = [{"image": "gone.png", "caption": "x"}, {"caption": "no image"}, {"image": photos[0], "caption": " "}]
+    rows = [{"image": photo, "caption": "猫"} for photo in photos]
+    for k, row in enumerate(bad[:wrong]):
+        rows.insert(2 * k, row)
+    a = write(tmp_path / "a.jsonl", rows)
+    b = write(tmp_path / "b.jsonl", [{"image": photos[0], "caption": f"{i}"} for i in range(3)])
+    return [{"path": path, "format": "caption", "weight": weight} for path, weight in ((a, 1.0), (b, 3.0))]
+
+
+def loaded(recipe_file, collator, sources, **data):
+    recipe = load_recipe(recipe_file(data={"train": sources, "sampling": "weights", **data}))
+    console = Console(file=io.StringIO(), width=120)
+    try:
+        return load_rows(recipe, collator, build_sft_config(recipe), console), console.file.getvalue()
+    except UserError as error:
+        return str(error), console.file.getvalue()
+
+
+def test_rejected_rows_are_left_out_before_the_mixture_is_drawn(recipe_file, collator, tmp_path, photos):
+    sources = two_sources(tmp_path, photos, 3)
+    (rows, _, notes), said = loaded(recipe_file, collator, sources, max_rejected=0.3)
+    a, b = (notes["ledger"]["train"]["sources"][name] for name in "ab")
+    assert sum(a["rejected"].values()) == 3 and a["rejected"]["image missing"] == 1
+    assert (a["read"], b["read"], len(rows)) == (11, 3, 11), "the mixture has as many rows as are left"
+    drawn = list(rows["id"])
+    assert len(set(drawn)) == a["used"] + b["used"] and len(drawn) == len(rows)
+    assert (b["used"], b["repeated"]) == (3, drawn.count("b/1") + drawn.count("b/2") + drawn.count("b/3") - 3)
+    assert b["repeated"] > 0 and a["repeated"] == 0
+    assert "Rows by source" in said and "× image missing" in said
+    clean = [json.loads(line) for line in Path(sources[0]["path"]).read_text().splitlines()]
+    clean = [row for row in clean if row.get("image", "gone.png") != "gone.png" and row["caption"].strip()]
+    write(tmp_path / "a.jsonl", clean)
+    (alone, _, _), _ = loaded(recipe_file, collator, sources)
+    assert [(row["messages"], row["images"], row["source"]) for row in alone] == [
+        (row["messages"], row["images"], row["source"]) for row in rows
+    ], "as if the rejected rows had never been in the file"
+
+
+def test_by_default_one_rejected_row_stops_the_run_with_the_table(recipe_file, collator, tmp_path, photos):
+    error, said = loaded(recipe_file, collator, two_sources(tmp_path, photos, 1))
+    assert error.startswith("row a/1: the image gone.png was not found") and "a: 1 × image missing" in said
+    error, said = loaded(recipe_file, collator, two_sources(tmp_path, photos, 3), max_rejected=0.2)
+    assert error.startswith('3 of 11 rows of the source "a" cannot be used, more than data.max_rejected (0.2) allows')
+    assert "a.jsonl, line 3" in said.replace("\n", ""), "also what could not be read"
+
+
+def test_a_source_of_which_no_row_is_left(recipe_file, collator, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"image": "1.png"}] * 4)
+    error, said = loaded(recipe_file, collator, [{"path": path, "format": "caption", "weight": 1.0}], max_rejected=0.5)
+    assert error.startswith('4 of 4 rows of the source "a" cannot be used') and "4 ×" in said
+
+
+def test_a_sample_is_called_one(recipe_file, collator, tmp_path, photos):
+    (_, _, notes), said = loaded(recipe_file, collator, two_sources(tmp_path, photos, 0), measure_rows=2, decode_rows=1)
+    counts = notes["train_rows"]
+    assert (counts["rows"], counts["read"], counts["measured"], counts["decoded"]) == (11, 11, 4, 2)
+    assert "train: 11 rows (measured: a sample of 4, see data.measure_rows)" in said

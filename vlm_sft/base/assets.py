@@ -1,0 +1,95 @@
+"""Finds the files that ship beside the code: recipes, chat templates, accelerate configs, examples.
+
+In a checkout and in an editable install they are folders next to the package; in a wheel the build puts the same
+folders under `vlm_sft/_assets`. Everything else asks here, so that no other module knows the difference.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def assets_root() -> Path:
+    """Returns the folder that holds `recipes/`, `chat_templates/`, `accelerate_configs/` and `examples/`."""
+    packaged = _PACKAGE / "_assets"
+    return packaged if packaged.is_dir() else _PACKAGE.parent
+
+
+def list_recipes() -> list[str]:
+    """Returns the names of the recipes that ship, sorted; a name is the path below `recipes/` without `.yaml`."""
+    return _names("recipes", ".yaml")
+
+
+def list_templates() -> list[str]:
+    """Returns the names of the chat templates that ship, sorted."""
+    return _names("chat_templates", ".jinja")
+
+
+def recipe_path(name: str) -> Path:
+    """Returns the file of a recipe that ships.
+
+    Args:
+        name: as in `list_recipes()`, for example `quickstart_stage1`.
+
+    Raises:
+        UserError: no recipe of that name ships; the message names the closest one.
+    """
+    return _find("recipes", ".yaml", name, "recipe", list_recipes())
+
+
+def template_path(name: str) -> Path:
+    """Returns the file of a chat template: a name in `chat_templates/`, or a path to a `.jinja` file.
+
+    Args:
+        name: as in `list_templates()`, for example `ziya`, or a path.
+
+    Raises:
+        UserError: neither exists; the message names the closest template.
+    """
+    if name.endswith(".jinja") or "/" in name or "\\" in name:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        raise UserError(f'the chat template file "{name}" does not exist{_closest(path.stem, list_templates())}.')
+    return _find("chat_templates", ".jinja", name, "chat template", list_templates())
+
+
+def accelerate_config_path(name: str) -> Path:
+    """Returns the file of an accelerate config that ships (`cpu`, `cpu_2`, `single_gpu`, `ddp`).
+
+    Raises:
+        UserError: no config of that name ships; the message names the closest one.
+    """
+    names = _names("accelerate_configs", ".yaml")
+    return _find("accelerate_configs", ".yaml", name, "accelerate config", names)
+
+
+def closest(word: str, words: Iterable[str]) -> str | None:
+    """Returns the one of `words` that is most like `word`, or None when nothing is like it."""
+    # Below 0.6, difflib's default, `lr` already resembles half of SFTConfig: no hint is better than a wrong one.
+    matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def _names(folder: str, suffix: str) -> list[str]:
+    root = assets_root() / folder
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob(f"*{suffix}"))
+
+
+def _find(folder: str, suffix: str, name: str, kind: str, names: list[str]) -> Path:
+    if name in names:
+        return assets_root() / folder / f"{name}{suffix}"
+    raise UserError(f'there is no {kind} "{name}"{_closest(name, names)}.')
+
+
+def _closest(name: str, names: list[str]) -> str:
+    hint = closest(name, names)
+    if hint:
+        return f'; the closest that ships is "{hint}"'
+    return f"; these ship: {', '.join(names)}" if names else ""

@@ -1,0 +1,246 @@
+"""Rows → batches. The class to subclass when a batch must be something else.
+
+Three documented points, in the order a row passes them: `render`, `encode`, `collate`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..base.errors import RowError, UserError
+from ..model.losses import IGNORED
+from ..reading.images import grown_size, image_size, load_image, needed_side, too_long
+from ..templates.template import RenderedChat
+from .processor import EncodedChat, VLMProcessor
+
+REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
+SEEN = "seen_rows"  # and for how many rows of each source came, where that is not known before
+
+
+@dataclass
+class Sample:
+    """One row, ready to be batched.
+
+    Attributes:
+        chat: Ids and labels.
+        images: The row's RGB images, in reading order.
+        id: The row's id, for messages.
+        turns_lost: Turns dropped from the end to fit `max_length`.
+        loss_weights: S factors on the loss, or None for 1 everywhere.
+        instructions: What the user says beside each image, for a resampler that reads it.
+        extra: Anything a subclass wants to carry to `collate`.
+    """
+
+    chat: EncodedChat
+    images: list[Image.Image]
+    id: str
+    turns_lost: int = 0
+    loss_weights: list[float] | None = None
+    instructions: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class MultimodalCollator:
+    """Makes batches of rows `{"messages", "images", "source", "id"}`.
+
+    Override `render` to change the text, `encode` to change ids, labels or loss weights of a row, `collate` to change
+    the batch. Everything runs in the data-loader workers; images are decoded here and nowhere earlier.
+
+    Args:
+        processor: The stack's processor.
+        max_length: Longest row in tokens, image tokens included; None for no limit. A longer conversation loses whole
+            turns from its end; one that does not fit with a single turn is an error that names it.
+        pad_to_multiple_of: Rounds the padded length up.
+        max_pixels: Largest image, in pixels, that is decoded.
+        reduce: Decodes a JPEG smaller where it has far more pixels than the image processor needs; see `load_image`.
+
+    Attributes:
+        fetch: Gives the file of an image that is a URL; None refuses URLs.
+        drop_rejected: Leaves a row that cannot be trained on out of its batch and names it in the batch's
+            `rejected_rows`, instead of raising.
+        count_rows: Says in each batch's `seen_rows` how many rows of each source came.
+    """
+
+    fetch: Callable[[str], str] | None = None
+    drop_rejected: bool = False
+    count_rows: bool = False
+    _decoded: dict[Any, Image.Image] | None = None
+
+    def __init__(
+        self,
+        processor: VLMProcessor,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        max_pixels: int = 178_956_970,
+        reduce: bool = True,
+    ) -> None:
+        self.processor = processor
+        self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.max_pixels = max_pixels
+        # Other processors may cut a large image into tiles, and then need all of its pixels.
+        fixed = reduce and type(processor) is VLMProcessor
+        self.side = needed_side(processor.image_processor) if fixed else None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Batches rows: (B, S) `input_ids`, `attention_mask`, `labels`, and what `image_inputs` makes of images.
+
+        An image that several rows show is decoded once.
+
+        Raises:
+            RowError: A row cannot be trained on, and `drop_rejected` is off.
+            UserError: `drop_rejected` is on and no row of the batch is left.
+        """
+        samples, rejected = [], []
+        self._decoded = {}
+        try:
+            for row in rows:
+                try:
+                    if row.get("rejected"):  # a stream's row that could not be read
+                        wrong = row["rejected"]
+                        raise RowError(wrong["sentence"], where=row["id"], reason=wrong["reason"])
+                    samples.append(self.encode(row))
+                except RowError as error:
+                    if not self.drop_rejected:
+                        raise
+                    rejected.append((str(row.get("source", "")), str(row["id"]), error.reason, str(error)))
+        finally:
+            self._decoded = None
+        if not samples:
+            raise UserError(f"No row of a batch of {len(rows)} can be trained on; the last one: {rejected[-1][3]}")
+        batch = self.collate(samples)
+        seen = {SEEN: dict(Counter(str(row["source"]) for row in rows))} if self.count_rows else {}
+        return {**batch, **seen, REJECTED: rejected} if seen or rejected else batch
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> RenderedChat:
+        """Messages → text, the places of images in it, and the character spans in the loss. To override."""
+        return self.processor.render(messages)
+
+    def encode(self, row: dict[str, Any], with_images: bool = True) -> Sample:
+        """One row → ids, labels and decoded images. To override (call this first, then change the sample).
+
+        Args:
+            row: A row of the dataset.
+            with_images: False measures a row without opening its images.
+
+        Raises:
+            RowError: Marks and images differ in number, nothing is supervised, the row cannot fit, an image is broken.
+        """
+        where = f"row {row['id']}"
+        messages, images = row["messages"], row["images"]
+        marks = sum(part["type"] == "image" for m in messages for part in _parts(m))
+        if marks != len(images):
+            raise RowError(
+                f"{where}: its text has room for {marks} images (image marks) but it comes with {len(images)}; "
+                f"give each image one mark.",
+                where=where,
+                reason="marks differ",
+            )
+        sizes = []
+        if self.processor.reads_sizes:
+            sizes = [image_size(image, where=where, fetch=self.fetch) for image in images]
+        chat, kept = self._fit(messages, where, sizes)
+        images = images[: chat.num_images]
+        if not any(label != IGNORED for label in chat.labels):
+            sentence = f"{where}: no token would be in the loss; give the row an answer from the assistant."
+            raise RowError(sentence, where=where, reason="no answer")
+        decoded = [self.decode(image, where) for image in images] if with_images else []
+        lost, instructions = (len(messages) - kept + 1) // 2, self.processor.instructions(messages[:kept])
+        return Sample(chat, decoded, str(row["id"]), turns_lost=lost, instructions=instructions)
+
+    def decode(self, image: Mapping[str, Any], where: str) -> Image.Image:
+        """One image of a row as RGB; within a batch, the same picture for the same file or bytes.
+
+        Args:
+            image: `{"path", "bytes"}` as rows have it.
+            where: The row in words, for errors.
+
+        Raises:
+            RowError: As `load_image`, or it is so long and thin that resizing would fill the memory.
+        """
+        key = image.get("path") if image.get("bytes") is None else image["bytes"]
+        if self._decoded is not None and key in self._decoded:
+            return self._decoded[key]
+        loaded = load_image(image, where=where, max_pixels=self.max_pixels, side=self.side, fetch=self.fetch)
+        if type(self.processor) is VLMProcessor:
+            grown = grown_size(loaded.size, self.processor.image_processor, self.processor.pad_to_square)
+            if grown[0] * grown[1] > self.max_pixels:
+                raise too_long(where, str(image.get("path") or "in the row"), loaded, grown, self.max_pixels)
+        if self._decoded is not None:
+            self._decoded[key] = loaded
+        return loaded
+
+    def _fit(
+        self, messages: Sequence[dict[str, Any]], where: str, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[EncodedChat, int]:
+        """Encodes as many whole turns as fit; returns them and the number of messages kept."""
+        kept = len(messages)
+        while True:
+            try:
+                chat = self.processor.encode_rendered(self.render(messages[:kept]), sizes)
+            except UserError as error:
+                reason = error.reason if isinstance(error, RowError) else "bad conversation"
+                raise RowError(f"{where}: {error}", where=where, reason=reason) from error
+            if self.max_length is None or len(chat.input_ids) <= self.max_length:
+                return chat, kept
+            previous = kept - 1
+            while previous > 0 and messages[previous - 1]["role"] != "assistant":
+                previous -= 1
+            if previous <= 0:
+                raise RowError(
+                    f"{where}: its first turn alone has {len(chat.input_ids)} tokens "
+                    f"({sum(chat.places)} of them for images) but sft.max_length is "
+                    f"{self.max_length}; raise max_length or remove the row.",
+                    where=where,
+                    reason="too long",
+                )
+            kept = previous
+
+    def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Samples → one padded batch. To override."""
+        chats = [sample.chat for sample in samples]
+        batch = dict(self.processor.batch(chats, multiple_of=self.pad_to_multiple_of))
+        images = [image for sample in samples for image in sample.images]
+        instructions = [text for sample in samples for text in sample.instructions]
+        batch.update(self.processor.image_inputs(images, instructions))
+        if any(sample.loss_weights is not None for sample in samples):
+            batch["loss_weights"] = _pad_weights(samples, batch["input_ids"].shape[1])
+        return batch
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def _pad_weights(samples: Sequence[Sample], length: int) -> torch.Tensor:
+    rows = [s.loss_weights if s.loss_weights is not None else [1.0] * len(s.chat.input_ids) for s in samples]
+    return torch.tensor([row + [0.0] * (length - len(row)) for row in rows])
+
+
+def load_collator_class(path: str) -> type[MultimodalCollator]:
+    """Finds a user's own collator by `package.module:Class`.
+
+    Raises:
+        UserError: The module or the class is not there, or is no `MultimodalCollator`.
+    """
+    module_name, _, class_name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise UserError(
+            f"collator: the module of {path!r} cannot be imported ({error}); is it installed, or in the "
+            f"folder you start from?"
+        ) from error
+    except AttributeError as error:
+        raise UserError(f"collator: the module {module_name!r} has no {class_name!r}.") from error
+    if not (isinstance(found, type) and issubclass(found, MultimodalCollator)):
+        raise UserError(f"collator: {path!r} is not a subclass of vlm_sft.MultimodalCollator.")
+    return found

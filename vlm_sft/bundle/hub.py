@@ -1,0 +1,238 @@
+"""Bundles on the Hugging Face Hub: pushed whole but for what others published, fetched by name and revision.
+
+`huggingface_hub` does the talking. What is here decides which files go, says each failure in one sentence, and keeps
+tokens out of everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from ..base.errors import TOKEN, UserError
+from ..base.hub import LOGIN, TRIES, one_sentence, patiently
+from ..base.reach import look_for_hub
+from ..recipe.yaml_file import YamlFile, dump_yaml
+from .card import CARD, without_folders, write_card
+from .run_folder import MANIFEST, nearest_bundle
+from .save import RECIPE, read_manifest
+
+# What a bundle consists of. Anything else in its folder stays where it is: optimizer states, checkpoints, logs.
+SHARED = (
+    *(MANIFEST, "recipe.yaml", "trained.safetensors", "adapter_config.json", "adapter_model.safetensors"),
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template.jinja", "qformer_tokenizer/*", "metrics.json", "eval.json", "curves.png", "README.md"),
+)
+TEXTS = (".json", ".yaml", ".md", ".jinja", ".txt")
+
+
+# -- pushing -----------------------------------------------------------------------------------------------------------
+
+
+def push_bundle(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+    max_tries: int = TRIES,
+) -> str:
+    """Pushes a bundle, with a card for its new home. The folder is left as it is.
+
+    Args:
+        folder: The bundle.
+        repo_id: `name/repository`; made if it is not there.
+        private: Whether a new repository is private; default as the account has it.
+        revision: Branch to push to, made if it is not there; default `main`.
+        message: What the commit says.
+        max_tries: How often what may pass (too many requests, a server in trouble, a broken line) is tried.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: The folder is no bundle, a file holds a token, or the Hub refuses.
+    """
+    folder = Path(folder)
+    read_manifest(folder)
+    check_repo_id(repo_id)
+    api = HfApi(library_name="vlm_sft")
+    what = message or f"Push {folder.resolve().name} with vlm_sft"
+
+    def push(stage: Path) -> str:
+        full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(full, branch=revision, exist_ok=True)
+        done = api.upload_folder(repo_id=full, folder_path=stage, revision=revision, commit_message=what)
+        return done.commit_url
+
+    untouched = f"; the bundle in {str(folder)!r} is as it was"
+    with staged(folder, repo_id) as stage, one_sentence(repo_id, after=untouched):
+        return patiently(lambda: push(stage), max_tries)
+
+
+@contextmanager
+def staged(folder: Path, repo_id: str) -> Iterator[Path]:
+    """A folder beside the bundle with what goes to the Hub: links to its files, manifest and recipe without this
+    machine's folders, and a card that names the repository.
+
+    Raises:
+        UserError: A file holds a token.
+    """
+    with _beside(folder) as stage:
+        for path in shared_files(folder):
+            goal = stage / path.relative_to(folder)
+            goal.parent.mkdir(exist_ok=True)
+            _link(path, goal)
+        manifest = without_folders(without_rows(read_manifest(folder)))
+        recipe = without_folders(YamlFile.read(folder / RECIPE).data)
+        for name in (MANIFEST, RECIPE, CARD):
+            (stage / name).unlink(missing_ok=True)  # the link alone: what it leads to is the bundle's own
+        (stage / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (stage / RECIPE).write_text(dump_yaml(recipe), encoding="utf-8")
+        write_card(stage, repo_id)
+        refuse_tokens(stage)
+        yield stage
+
+
+def without_rows(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The same without what the ledger quotes: sentences on single rows, which may name files and what they hold."""
+    for ledger in manifest.get("ledger", {}).values():
+        for source in ledger["sources"].values():
+            source |= {"examples": {}, "met": {}}
+    return manifest
+
+
+def shared_files(folder: Path) -> list[Path]:
+    """The files of a bundle that are pushed."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in found if _is_shared(path.relative_to(folder))]
+
+
+def _is_shared(path: Path) -> bool:
+    return any(len(path.parts) == pattern.count("/") + 1 and fnmatch(path.as_posix(), pattern) for pattern in SHARED)
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder on the same disk, where links cost nothing; elsewhere if that cannot be written."""
+    parent = folder.resolve().parent
+    where = parent if os.access(parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".vlm-sft-push-", dir=where) as stage:
+        yield Path(stage)
+
+
+def _link(path: Path, goal: Path) -> None:
+    """A hard link survives when a checkpoint is deleted during its push; other disks get a symbolic one."""
+    try:
+        os.link(path.resolve(), goal)
+    except OSError:
+        goal.symlink_to(path.resolve())
+
+
+def refuse_tokens(folder: Path) -> None:
+    """Raises a UserError when a text file holds a token for the Hub; the token itself is not repeated."""
+    own = get_token()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in TEXTS and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if TOKEN.search(text) or (own and own in text):
+                raise UserError(f"{path.name} holds what looks like a token for the Hub; remove it there, then push.")
+
+
+# -- fetching ----------------------------------------------------------------------------------------------------------
+
+
+def find_bundle(bundle: str | Path, revision: str | None = None) -> Path:
+    """The folder of a bundle: itself, or where a repository of the Hub was fetched to.
+
+    Args:
+        bundle: A folder, `name/repository` or `name/repository@revision`.
+        revision: Branch, tag or commit of the repository.
+
+    Raises:
+        UserError: It is neither a folder nor to be had from the Hub.
+    """
+    if Path(bundle).exists():
+        if revision is not None:
+            raise UserError(f"{str(bundle)!r} is a folder and has no revisions; leave out the revision {revision!r}.")
+        return Path(bundle)
+    repo_id, _, at = str(bundle).partition("@")
+    if not is_repo_id(repo_id):
+        return Path(bundle)  # a path that is not there, which is said where it is read
+    near = nearest_bundle(repo_id)
+    meant = f" (did you mean {near!r}?)" if near else ""
+    look_for_hub()
+    with one_sentence(repo_id, before=f"{repo_id!r} is no folder here{meant}. "):
+        wanted = revision or at or None
+        return Path(patiently(lambda: snapshot_download(repo_id, revision=wanted, allow_patterns=list(SHARED))))
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether a text has the form `name/repository`."""
+    return is_name(text) and text.count("/") == 1
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a repository: `repository` (old ones) or `name/repository`."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_fetched(folder: Path) -> bool:
+    """Whether a folder is a repository in the cache of `huggingface_hub`."""
+    folder = folder.resolve()
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+
+
+# -- what can go wrong -------------------------------------------------------------------------------------------------
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises a UserError when a text cannot be the name of a repository."""
+    if not is_name(repo_id):
+        raise UserError(f"{repo_id!r} cannot be a repository of the Hub; write name/repository.")
+
+
+def check_access(repo_id: str) -> None:
+    """Asks the Hub, before training, whether the token at hand may push there.
+
+    Raises:
+        UserError: There is no network, no token, or no right to write; it says how to train without the Hub.
+    """
+    way_out = "; or remove `hub` from the recipe and push later with `vlm-sft push`"
+    check_repo_id(repo_id)
+    api = HfApi(library_name="vlm_sft")
+    with one_sentence(repo_id, after=way_out):
+        who = patiently(api.whoami)
+        try:
+            patiently(lambda: api.auth_check(repo_id, write=True))
+        except RepositoryNotFoundError:
+            _check_namespace(repo_id, who, way_out)
+
+
+def _check_namespace(repo_id: str, who: dict[str, Any], way_out: str) -> None:
+    """A repository that is not there yet can be made under one's own name or an organisation's."""
+    names = [who["name"], *(org["name"] for org in who.get("orgs", ()))]
+    role = (who.get("auth") or {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise UserError(f"The token of {who['name']!r} may only read; {LOGIN}{way_out}.")
+    if "/" in repo_id and repo_id.split("/")[0] not in names:
+        raise UserError(
+            f"hub.repo_id {repo_id!r} is not under a name of the token's owner ({', '.join(names)}); correct it"
+            f"{way_out}."
+        )

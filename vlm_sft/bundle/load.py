@@ -1,0 +1,221 @@
+"""Loads a bundle: base pieces by their ids, then what was trained, key by key. Nothing in it is unpickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..base.errors import UserError
+from ..batch.processor import VLMProcessor
+from ..families.build_family import load_processor
+from ..model.freeze import FreezePlan
+from ..model.sharding import fill
+from ..pieces.fingerprints import compare_pieces
+from ..recipe.safety import pieces_in, refuse_code
+from ..recipe.schema import Recipe, load_recipe
+from ..stack.build_stack import build_stack
+from ..stack.lora import add_adapter
+from .hub import find_bundle, is_fetched, is_name
+from .save import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED, parameters_of, read_manifest
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    *,
+    unquantised: bool = False,
+    revision: str | None = None,
+) -> tuple[nn.Module, VLMProcessor]:
+    """Loads a bundle: base pieces by their ids, then what was trained.
+
+    Args:
+        path: Folder of the bundle, or `name/repository` on the Hub (`name/repository@revision`).
+        device: Where to; default the first GPU if there is one, else the CPU.
+        dtype: Type of all weights; default as in training.
+        trust_remote_code: Lets base pieces run the Python code that they bring, where the bundle's recipe asks for
+            it. A bundle may come from a stranger, so its own word is not enough.
+        unquantised: Loads the language model of a QLoRA bundle in full; its logits differ by the error of the bits.
+        revision: Branch, tag or commit of a repository on the Hub.
+
+    Returns:
+        The model in evaluation mode and its processor.
+
+    Raises:
+        UserError: No bundle, another base, or a missing, extra or misshapen tensor; the message names it.
+    """
+    folder = find_bundle(path, revision)
+    manifest = read_manifest(folder)
+    recipe = recipe_of(folder, manifest)
+    if not trust_remote_code:
+        refuse_code(recipe, str(folder))
+    if unquantised:
+        recipe = recipe.model_copy(update={"quantization": None})
+    stack = build_stack(recipe)
+    compare_pieces(manifest["pieces"], stack.pieces, str(folder))
+    model: nn.Module = stack.model
+    if manifest["adapter"]:
+        model = _add_adapter(folder, model)
+    load_trained(folder, model, stack.plan)
+    model.requires_grad_(False)
+    try:
+        processor = _load_processor(folder, recipe, stack.model.config)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(folder)!r} is no whole bundle: its processor cannot be read ({error}).") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device) if dtype is None else model.to(device, dtype)
+    for name, value in recipe.generation.items():
+        if name.startswith("_") or callable(getattr(stack.model.generation_config, name, None)):
+            raise UserError(f"{str(folder)!r}: generation has no setting {name!r}; correct it in {RECIPE}.")
+        setattr(stack.model.generation_config, name, value)
+    return model.eval(), processor
+
+
+def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
+    """The recipe of a bundle, with what lies in the bundle put in place of what the recipe named.
+
+    The template and the projector are the bundle's own, and a base piece that was given as a relative path is looked
+    for where it was then.
+    """
+    if not (folder / RECIPE).is_file():
+        raise UserError(f"{str(folder)!r} cannot be loaded: it was saved without its recipe ({RECIPE}).")
+    overrides: dict[str, Any] = {
+        "chat_template": str((folder / TEMPLATE).resolve()),
+    }
+    if "model" not in manifest["pieces"]:
+        overrides |= {"stack.projector.pretrained": None, "stack.projector.init": "default"}
+    for part, piece in manifest["pieces"].items():
+        key = part if part == "model" else f"stack.{part}"
+        if not Path(piece["pretrained"]).exists() and Path(piece.get("path", "")).is_absolute():
+            overrides[f"{key}.pretrained"] = piece["path"]
+        elif piece.get("commit") and not Path(piece["pretrained"]).exists():
+            overrides[f"{key}.revision"] = piece["commit"]
+        if "more" in piece:
+            overrides[f"{key}.more"] = piece["more"]
+    assignments = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    if any("${" in text for text in [(folder / RECIPE).read_text(encoding="utf-8"), *assignments]):
+        raise UserError(f"{str(folder)!r}: its recipe holds ${{…}}, which no saved recipe does; it is refused.")
+    recipe = load_recipe(folder / RECIPE, assignments)
+    if is_fetched(folder):
+        _refuse_paths(recipe, str(folder))
+    return recipe
+
+
+def _refuse_paths(recipe: Recipe, where: str) -> None:
+    """A repository names its pieces as the Hub does, or by a folder below this one; never another place."""
+    for key, piece in pieces_in(recipe).items():
+        given = [getattr(piece, name, None) for name in ("pretrained", "tokenizer")]
+        named = [*filter(None, given), *(getattr(piece, "more", None) or [])]
+        if wrong := [name for name in named if not is_name(name) and not _is_below(name)]:
+            raise UserError(
+                f"{where!r} names a folder of the machine that it was trained on ({wrong[0]!r}, {key}); fetch "
+                f"it with `hf download` and write your path into its {RECIPE}."
+            )
+
+
+def _is_below(name: str) -> bool:
+    """Whether a path leads to a place below the folder that one is in."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _load_processor(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> VLMProcessor:
+    if recipe.model is None:
+        return VLMProcessor.from_pretrained(str(folder), trust_remote_code=False)
+    spec = recipe.model.model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})
+    return load_processor(spec, config, (folder / TEMPLATE).read_text(encoding="utf-8"), recipe.system)
+
+
+def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:
+    """Wraps the model as it was in training; weights come later, key by key."""
+    for name in (ADAPTER_CONFIG, ADAPTER):
+        if not (folder / name).is_file():
+            raise UserError(f"{str(folder)!r} has no {name}, but its model has an adapter; it is no whole bundle.")
+    config = PeftConfig.from_pretrained(str(folder))
+    _check_adapter(config, folder)
+    base, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns of any name but its own
+    config.init_lora_weights = True
+    wrapped = add_adapter(model, config)
+    config.base_model_name_or_path = base
+    return wrapped
+
+
+def _check_adapter(config: PeftConfig, folder: Path) -> None:
+    """Refuses what the file of an adapter can ask for beside LoRA, and ranks that its tensors do not have."""
+    where = repr(str(folder / ADAPTER_CONFIG))
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{where} is no LoRA adapter but {config.peft_type}; it is refused.")
+    for name in ("megatron_config", "layer_replication"):  # imports a module by name; makes layers many times
+        if getattr(config, name, None):
+            raise UserError(f"{where} asks for `{name}`, which no bundle has; it is refused.")
+    try:
+        with safe_open(folder / ADAPTER, framework="pt") as file:
+            sizes = [size for name in file.keys() for size in file.get_slice(name).get_shape()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(folder / ADAPTER)!r} is no whole safetensors file: {error}.") from error
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    if rank > max(sizes, default=0):
+        raise UserError(
+            f"{where} has the rank {rank:,}, but its tensors have no side longer than {max(sizes, default=0):,}."
+        )
+
+
+def load_trained(folder: Path, model: nn.Module, plan: FreezePlan) -> None:
+    """Puts what a bundle holds (and its adapter, where the model has one) into a model, key by key.
+
+    Args:
+        folder: The bundle.
+        model: The model to fill.
+        plan: What this run trains; the bundle must hold it.
+
+    Raises:
+        UserError: A key is missing, too many, or of another shape.
+    """
+    held = set(read_manifest(folder).get("held", ()))
+    saved = _read_tensors(folder / TRAINED)
+    wanted = parameters_of(model, held | set(plan.train))
+    check_keys(saved, wanted, folder / TRAINED)
+    for name, parameter in wanted.items():
+        fill(parameter, saved[name])
+    if isinstance(model, PeftModel):
+        adapter = _read_tensors(folder / ADAPTER)
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        check_keys(adapter, own, folder / ADAPTER)
+        for name, tensor in own.items():  # which shares its memory with the model's
+            fill(tensor, adapter[name])
+
+
+def check_keys(saved: dict[str, torch.Tensor], wanted: dict[str, Any], path: Path) -> None:
+    """Compares names and shapes of tensors in a file with those a model needs.
+
+    Raises:
+        UserError: One is missing, too many, or of another shape; the message names it.
+    """
+    if missing := sorted(set(wanted) - set(saved)):
+        raise UserError(f"{str(path)!r} lacks {len(missing)} trained tensors, for instance {missing[0]!r}.")
+    if extra := sorted(set(saved) - set(wanted)):
+        raise UserError(f"{str(path)!r} holds {len(extra)} tensors that this model has not, for instance {extra[0]!r}.")
+    for name, tensor in wanted.items():
+        if saved[name].shape != tensor.shape:
+            raise UserError(
+                f"{str(path)!r}: tensor {name!r} has the shape {tuple(saved[name].shape)}, but this model needs "
+                f"{tuple(tensor.shape)}."
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Safetensors alone: nothing in a bundle is ever unpickled."""
+    if not path.is_file():
+        raise UserError(f"{str(path.parent)!r} is no whole bundle: it has no {path.name}.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(path)!r} is no whole safetensors file: {error}.") from error

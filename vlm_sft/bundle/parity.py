@@ -1,0 +1,121 @@
+"""The parity gate: a saved bundle, loaded in a fresh process, must give the trainer's logits.
+
+`python -m vlm_sft.bundle.parity BUNDLE PROBE` is that process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..base.errors import UserError, exit_on_user_error
+from ..model.freeze import part_of
+from ..model.losses import IGNORED
+from .load import load
+from .save import update_manifest
+
+# Same weights, same code, another process: equal on a CPU up to the order of threads, on a GPU up to kernel choice.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+MAX_POSITIONS = 256
+NOT_INPUTS = ("labels", "loss_weights", "logits")
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(up to 256 supervised positions, vocabulary) logits of a batch, in fp32 on the CPU."""
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in _tensors(batch).items() if name not in NOT_INPUTS}
+    was_training = model.training
+    model.eval()
+    logits = model(**inputs).logits
+    model.train(was_training)
+    mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    mask[:, :-1] = batch["labels"][:, 1:] != IGNORED
+    return logits[mask.to(device)][:MAX_POSITIONS].float().cpu()
+
+
+def check_parity(
+    bundle: str | Path, model: nn.Module, batch: dict[str, torch.Tensor], logits: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """Loads a bundle in a fresh process and compares its logits with this model's.
+
+    Args:
+        bundle: Folder of the bundle.
+        model: The trained model.
+        batch: A batch of the collator.
+        logits: The model's `probe_logits` of the batch, where it took all processes to make them.
+
+    Returns:
+        `max_difference`, `tolerance`, `positions` and `equal`; also written into the bundle's manifest.
+
+    Raises:
+        UserError: The bundle does not load, or its logits differ.
+    """
+    wanted = probe_logits(model, batch) if logits is None else logits
+    language_model = (p for n, p in model.named_parameters() if part_of(n) == "language_model")
+    dtype = next(p.dtype for p in language_model if p.is_floating_point())
+    device = str(next(model.parameters()).device)
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.safetensors"
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in _tensors(batch).items()}
+        save_file({**tensors, "logits": wanted.contiguous()}, probe)
+        process = subprocess.run(
+            [sys.executable, "-m", "vlm_sft.bundle.parity", str(bundle), str(probe), device],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        raise UserError(f"The bundle {str(bundle)!r} was saved but does not load in a fresh process: {last}")
+    difference = float(json.loads(process.stdout.strip().splitlines()[-1])["max_difference"])
+    tolerance = TOLERANCE.get(dtype, 5e-2)
+    result = {
+        "max_difference": difference,
+        "tolerance": tolerance,
+        "positions": len(wanted),
+        "equal": difference <= tolerance,
+    }
+    update_manifest(bundle, {"parity": result})
+    if not result["equal"]:
+        raise UserError(
+            f"The bundle {str(bundle)!r} loads, but its logits differ from the trainer's by {difference:.2g} (allowed "
+            f"{tolerance:g}); do not use it, and report this."
+        )
+    return result
+
+
+def _tensors(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def environment() -> dict[str, str]:
+    """The fresh process finds this package also where it is not installed and the run was started elsewhere."""
+    found = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The fresh process: BUNDLE, PROBE and a device; prints the largest difference as JSON."""
+    bundle, probe, device = argv or sys.argv[1:]
+    tensors = load_file(probe)
+    # The run before this one executed the same code, as its recipe said.
+    model, _ = load(bundle, device=device, trust_remote_code=True)
+    difference = (probe_logits(model, tensors) - tensors["logits"]).abs().max()
+    print(json.dumps({"max_difference": float(difference)}))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,91 @@
+"""`vlm-sft recipes`: the recipes that ship, listed, shown and copied."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..base.errors import UserError
+
+recipes_app = typer.Typer(help="The recipes that ship: list, show, copy.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@recipes_app.command("list")
+def list_() -> None:
+    """Print the names of the recipes that ship, and what each is."""
+    from ..base.assets import list_recipes, recipe_path
+
+    names = list_recipes()
+    indent = max(map(len, names)) + 2
+    # A pipe gets one line a recipe, a terminal lines that are not broken within a word.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    for name in names:
+        line = f"{name:<{indent}}{_title(recipe_path(name))}"
+        typer.echo(textwrap.fill(line, max(width, indent + 20), subsequent_indent=" " * indent))
+
+
+@recipes_app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `recipes list` prints it.", show_default=False)],
+) -> None:
+    """Print a recipe."""
+    from ..base.assets import recipe_path
+
+    typer.echo(recipe_path(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `recipes list` prints it.", show_default=False)],
+    destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="Folder, or file ending in .yaml.")] = ".",
+) -> None:
+    """Copy a recipe to change it, with its schema and the bundled pieces that it names."""
+    from ..base.assets import assets_root, recipe_path
+    from ..recipe.schema import load_recipe
+
+    source, goal = recipe_path(name), Path(destination)
+    if goal.suffix != ".yaml":
+        goal = goal / f"{source.stem}.yaml"
+    if goal.exists():
+        raise UserError(f"{goal} exists already; name another destination or remove it.")
+    try:
+        goal.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {goal.parent} cannot be made ({error.strerror}); name another.") from error
+    shutil.copyfile(source, goal)
+    typer.echo(f"{goal}")
+    schema = goal.parent / "recipe.schema.json"
+    if not schema.exists():
+        shutil.copyfile(assets_root() / "recipes" / schema.name, schema)
+    # Relative paths in a recipe start from the working directory, so the pieces go there, not beside the recipe.
+    for folder in sorted(_bundled_examples(load_recipe(source).resolved())):
+        if not folder.exists():
+            shutil.copytree(assets_root() / folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
+            typer.echo(f"{folder}")
+
+
+def _bundled_examples(value: Any) -> set[Path]:
+    """The folders `examples/<name>` that ship and that some string of a recipe points into."""
+    from ..base.assets import assets_root
+
+    if isinstance(value, dict):
+        return set().union(*map(_bundled_examples, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(_bundled_examples, value))
+    if isinstance(value, str) and value.startswith("examples/"):
+        folder = Path(*Path(value).parts[:2])
+        return {folder} if (assets_root() / folder).is_dir() else set()
+    return set()
+
+
+def _title(recipe: Path) -> str:
+    """The first comment line of a recipe that is not for the editor."""
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and "$schema" not in line:
+            return line.removeprefix("# ")
+    return ""

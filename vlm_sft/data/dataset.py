@@ -1,0 +1,341 @@
+"""Sources → one dataset of rows ``{"messages", "images", "source", "id"}``, the contract of everything behind it.
+
+Rows know messages, not tokens, and images stay paths or encoded bytes until a data-loader worker decodes them.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import stat
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
+
+from ..base.errors import RowError, UserError, raise_it
+from ..reading.image_refs import is_url
+from ..reading.raw_row import short
+from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
+from .row_cache import LANGUAGE, keeper_of
+from .source import SourceLike, check_source, name_of, rows_with_language
+
+# Stated, not inferred: the first rows may all lack an image, a path or bytes.
+ROW_FEATURES = Features(
+    {
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+        "images": List({"path": Value("string"), "bytes": Value("binary")}),
+        "source": Value("string"),
+        "id": Value("string"),
+    }
+)
+_CHUNK_ROWS, _CHUNK_BYTES = 1000, 2**28  # an Arrow chunk of `binary` may not pass 2 GiB
+_GROUP = 512  # files that a thread looks for at a time
+
+
+def load_source(source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it) -> Dataset:
+    """Read one source into memory; its images are named or embedded, never decoded.
+
+    Args:
+        source: where the rows lie and what they mean; a `recipe.Source`.
+        seed: draws the prompts of captions. The draw of a row depends on seed, source name and row number only.
+        reject: told of every row that is wrong by itself, which is then left out; by default it stops the run.
+
+    Returns:
+        Rows in the order of the file with the columns ``messages`` (list of ``{"role", "content"}``, content a list of
+        ``{"type", "text"}``), ``images`` (list of ``{"path", "bytes"}``, paths absolute), ``source`` and ``id``
+        (``source/own id`` or ``source/row number``, with ``#k`` for the k-th caption of a row).
+
+    Raises:
+        UserError: the source or a row of it is not what the recipe says.
+    """
+    return load_part(source, seed=seed, reject=reject).rows
+
+
+class Part(NamedTuple):
+    """The rows of one source, and the language of each where it was asked for."""
+
+    rows: Dataset
+    languages: list[str]
+
+    def without(self, rejected: Collection[int]) -> Part:
+        """The part without the rows of these numbers."""
+        if not rejected:
+            return self
+        kept = [number for number in range(len(self.rows)) if number not in rejected]
+        return Part(self.rows.select(kept), [self.languages[number] for number in kept] if self.languages else [])
+
+
+def load_part(
+    source: SourceLike,
+    *,
+    seed: int = 0,
+    reject: Callable[[RowError], None] = raise_it,
+    languages: bool = False,
+    tell: Callable[[int, int | None], None] = lambda done, of: None,
+) -> Part:
+    """As `load_source`, with the language of each row if `languages`.
+
+    Args:
+        source: as `load_source`, like the others.
+        languages: whether the languages are looked for.
+        tell: told now and then how many rows were read, and of about how many; None where nobody knows.
+    """
+    check_source(source)
+    keeper = keeper_of(source, seed=seed, languages=languages)
+    kept = keeper.load() if keeper is not None else None
+    if kept is None:
+        rejected: list[RowError] = []
+        of = _fewer(None if keeper is None else keeper.about_rows(), source.max_rows)
+        table = _read(source, seed, languages, _both(rejected.append, reject), lambda done: tell(done, of))
+        kept = keeper.save(table, rejected) if keeper is not None else None
+    else:
+        for error in kept.rejected:
+            reject(error)
+    if kept is not None:
+        rows = kept.rows
+    else:
+        # Given here because the default hashes the whole table.
+        fingerprint = Hasher.hash([name_of(source), source.path, source.format, seed, len(table), table.nbytes])
+        rows = Dataset(table, fingerprint=fingerprint)
+    of_rows = rows.data.column(LANGUAGE).to_pylist() if languages else []
+    return Part(rows.remove_columns(LANGUAGE) if languages else rows, of_rows)
+
+
+def _read(
+    source: SourceLike,
+    seed: int,
+    languages: bool,
+    reject: Callable[[RowError], None],
+    tell: Callable[[int], None],
+) -> pa.Table:
+    """The rows of a source, with a column of their languages if `languages`."""
+    found: list[str] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row, language in rows_with_language(source, seed=seed, reject=reject, languages=languages):
+            if languages:
+                found.append(sys.intern(language))
+            yield row
+
+    with _uncollected():
+        table = pa.Table.from_batches(list(_batches(rows(), tell)), schema=ROW_FEATURES.arrow_schema)
+    if len(table) == 0:
+        raise UserError(f"The source {source.path} holds no rows: add some or remove the source.")
+    return table.append_column(LANGUAGE, pa.array(found, pa.string())) if languages else table
+
+
+def _fewer(one: int | None, other: int | None) -> int | None:
+    return min((count for count in (one, other) if count is not None), default=None)
+
+
+def _both(first: Callable[[RowError], None], second: Callable[[RowError], None]) -> Callable[[RowError], None]:
+    def tell_both(error: RowError) -> None:
+        first(error)
+        second(error)
+
+    return tell_both
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector: rows hold no cycles, and it would look at all of a document again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def load_mixture(
+    sources: Sequence[SourceLike],
+    sampling: str = "proportional",
+    *,
+    languages: Mapping[str, float] | None = None,
+    seed: int = 0,
+    reject: Callable[[RowError], None] = raise_it,
+) -> Dataset:
+    """Read several sources and mix them; what is drawn and in which order depends on the arguments alone.
+
+    Source d takes part with the probability p_d: ``proportional`` weight_d * S_d, ``sqrt`` weight_d * sqrt(S_d)
+    (InstructBLIP, arXiv:2305.06500), ``weights`` weight_d, each divided by the sum over all sources; S_d is the number
+    of rows times `repeat`. The mixture is as long as all S_d together. Where p_d asks for fewer rows than a source has,
+    each row is there at most once; where it asks for more, the source is repeated in whole passes and a part of one.
+
+    Args:
+        sources: recipe sources with names that differ.
+        sampling: ``proportional``, ``sqrt`` or ``weights``.
+        languages: language to its share of all rows; within each the sources are mixed as `sampling` says, S_d being
+            what they have in that language. Empty: languages are not looked at.
+        seed: decides what is drawn and in which order. Sources in proportion to their size are concatenated unshuffled:
+            shuffling is the trainer's.
+        reject: as `load_source`.
+
+    Raises:
+        UserError: as `load_source`; names that are not unique; a share so small that it gives no row; a language that
+            no row has, or rows in a language that has no share.
+    """
+    if sampling not in SHARES:
+        raise UserError(f'sampling is "{sampling}": it must be one of {", ".join(SHARES)}.')
+    if not sources:
+        raise UserError("A mixture needs at least one source: add one under `data`.")
+    names = [name_of(source) for source in sources]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise UserError(f'Two sources are called "{double}": give each its own `name`.')
+    parts = [load_part(source, seed=seed, reject=reject, languages=bool(languages)) for source in sources]
+    return mix(parts, sources, sampling, languages=languages, seed=seed)[0]
+
+
+def mix(
+    parts: Sequence[Part],
+    sources: Sequence[SourceLike],
+    sampling: str,
+    *,
+    languages: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> tuple[Dataset, np.ndarray]:
+    """Mixes the rows of several sources; the other arguments are those of `load_mixture`.
+
+    Args:
+        parts: rows of each source, maybe fewer than it has; with their languages where `languages` has shares.
+
+    Returns:
+        The mixture, and for each of its rows the number in the concatenation of `parts`.
+    """
+    together = concatenate_datasets([part.rows for part in parts]) if len(parts) > 1 else parts[0].rows
+    order = _order(sources, parts, sampling, dict(languages or {}), seed)
+    return (together, np.arange(len(together))) if order is None else (together.select(order), order)
+
+
+def _order(
+    sources: Sequence[SourceLike], loaded: Sequence[Part], sampling: str, languages: dict[str, float], seed: int
+) -> np.ndarray | None:
+    """Row numbers of the mixture in the concatenation of its sources; None for all of them as they are."""
+    weights, repeats = [source.weight for source in sources], [source.repeat for source in sources]
+    ends = np.cumsum([len(part.rows) for part in loaded])
+    ranges = np.split(np.arange(ends[-1]), ends[:-1])
+    if languages:
+        of_rows = np.array([language for part in loaded for language in part.languages])
+        _check_languages(set(of_rows.tolist()), languages)
+        cells = {language: [part[of_rows[part] == language] for part in ranges] for language in languages}
+        sizes = {name: [len(p) * r for p, r in zip(parts, repeats, strict=True)] for name, parts in cells.items()}
+        by_language = balanced_counts(sizes, weights, sampling, languages)
+        parts = [part for cell in cells.values() for part in cell]
+        counts = [count for cell in by_language.values() for count in cell]
+        _check_counts(sources, [sum(counts[d :: len(sources)]) for d in range(len(sources))])
+        return mixture_order(parts, counts, seed)
+    if len(sources) == 1 or (sampling == "proportional" and len(set(weights)) == 1):
+        plain = [np.tile(part, repeat) for part, repeat in zip(ranges, repeats, strict=True)]
+        return np.concatenate(plain) if max(repeats) > 1 else None
+    counts = mixture_counts([len(p) * r for p, r in zip(ranges, repeats, strict=True)], weights, sampling)
+    _check_counts(sources, counts)
+    return mixture_order(ranges, counts, seed)
+
+
+def _check_counts(sources: Sequence[SourceLike], counts: Sequence[int]) -> None:
+    for source, count in zip(sources, counts, strict=True):
+        if count == 0:
+            raise UserError(f'The source "{name_of(source)}" would get no row: raise its `weight` or remove it.')
+
+
+def _check_languages(there: set[str], languages: Mapping[str, float]) -> None:
+    for language in languages:
+        if language not in there:
+            known = ", ".join(map(short, sorted(there)))
+            raise UserError(f'`languages` gives a share to "{language}", but the rows are in {known}: remove it.')
+    for language in sorted(there - set(languages)):
+        mend = "add it, or map the column `language`"
+        raise UserError(f'Some rows are in "{short(language)}", which `languages` gives no share: {mend}.')
+
+
+def check_images(dataset: Dataset) -> None:
+    """Look for every image file that a dataset names, without opening any.
+
+    Raises:
+        UserError: some are missing, empty or folders; the message counts them and names the first and its row.
+    """
+    paths, bad = missing_images(dataset)
+    if not bad:
+        return
+    first = next(iter(bad))
+    users = (row["id"] for row in dataset if any(image["path"] == first for image in row["images"]))
+    raise UserError(
+        f"{len(bad):,} of {paths:,} images cannot be used; the first is {first} ({next(users, 'not drawn')}), "
+        f"which {bad[first]}: correct the paths or the source's `images` folder, or remove the rows."
+    )
+
+
+def missing_images(
+    dataset: Dataset, tick: Callable[[int, int], None] = lambda done, of: None
+) -> tuple[int, dict[str, str]]:
+    """Look for every image file that a dataset names.
+
+    Args:
+        dataset: rows of the contract.
+        tick: told now and then how many files were looked for, and of how many.
+
+    Returns:
+        How many different files it names, and path to what is wrong with it, for those that are no file or empty.
+    """
+    paths: dict[str, None] = {}  # a set in the order of the rows
+    for chunk in dataset.data.column("images").chunks:
+        paths |= dict.fromkeys(_paths_without_bytes(chunk))
+    todo = iter(paths)
+    groups = iter(lambda: list(islice(todo, _GROUP)), [])
+    bad: dict[str, str] = {}
+    with ThreadPoolExecutor(16) as pool:  # network file systems answer many at once
+        for number, problems in enumerate(pool.map(_problems, groups), start=1):
+            bad.update(problems)
+            tick(min(number * _GROUP, len(paths)), len(paths))
+    return len(paths), bad
+
+
+def _paths_without_bytes(images: pa.Array) -> list[str]:
+    flat = images.flatten()
+    path, encoded = pc.struct_field(flat, "path"), pc.struct_field(flat, "bytes")
+    named = path.filter(pc.and_(path.is_valid(), encoded.is_null())).to_pylist()
+    return [path for path in named if not is_url(path)]
+
+
+def _problems(paths: list[str]) -> list[tuple[str, str]]:
+    return [(path, problem) for path in paths if (problem := _problem(path))]
+
+
+def _problem(path: str) -> str | None:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be reached ({error.strerror})"
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a file"
+    return None if status.st_size else "is empty (0 bytes)"
+
+
+def _batches(rows: Iterator[dict[str, Any]], tell: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
+    schema = ROW_FEATURES.arrow_schema
+    chunk: list[dict[str, Any]] = []
+    size = done = 0
+    for row in rows:
+        chunk.append(row)
+        size += sum(len(image["bytes"] or b"") for image in row["images"])
+        if len(chunk) >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
+            yield pa.RecordBatch.from_pylist(chunk, schema=schema)
+            done += len(chunk)
+            tell(done)
+            chunk, size = [], 0
+    if chunk:
+        yield pa.RecordBatch.from_pylist(chunk, schema=schema)
+    tell(done + len(chunk))

@@ -1,0 +1,210 @@
+"""One source → its rows ``{"messages", "images", "source", "id"}``, one at a time, as plain Python objects."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..base.assets import closest
+from ..base.errors import RowError, UserError, raise_it
+from ..reading.image_refs import resolve_image
+from ..reading.locations import Row, list_files, read_rows
+from ..reading.published import PUBLISHED, check_pattern, read_published
+from ..reading.raw_row import short
+from ..templates.template import normalise_messages
+from .formats import FORMATS, QUESTION_MARK, convert, no_prompt
+
+
+class SourceLike(Protocol):
+    """What is read of a `recipe.Source`; any object with these attributes will do."""
+
+    path: str
+    format: Any
+    name: str | None
+    images: str | None
+    split: str
+    revision: str | None
+    columns: dict[str, str]
+    annotations: str | None
+    image_name: str | None
+    prompts: list[str] | dict[str, list[str]]
+    weight: float
+    max_rows: int | None
+    allow_urls: bool
+    repeat: int
+
+
+def name_of(source: SourceLike) -> str:
+    """The name of a source in ids and messages: its own, else the last part of its path without the suffix."""
+    return source.name or Path(source.path).stem
+
+
+def source_rows(
+    source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it, stream: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one source in the order of its files, each as it is used; nothing is held.
+
+    Args:
+        source: where the rows lie and what they mean; a `recipe.Source`. Its `max_rows` counts rows that are yielded.
+        seed: draws the prompts. The draw of a row depends on seed, source name and row number only.
+        reject: told of every row that is wrong by itself, which is then left out; by default it stops the run.
+        stream: read a Hub dataset as it is used, instead of downloading all of it first.
+
+    Raises:
+        UserError: the source is not what the recipe says. Raised while iterating.
+    """
+    return (row for row, _ in rows_with_language(source, seed=seed, reject=reject, stream=stream, languages=False))
+
+
+def rows_with_language(
+    source: SourceLike,
+    *,
+    seed: int = 0,
+    reject: Callable[[RowError], None] = raise_it,
+    stream: bool = False,
+    languages: bool = True,
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """As `source_rows`, each row with its language (`zh`, `en`, or what its own `language` says).
+
+    Args:
+        source: as `source_rows`, like the others.
+        languages: False: the language is not looked for where no prompt depends on it.
+    """
+    check_source(source)
+    return islice(_rows(source, seed, reject, stream, languages), source.max_rows)
+
+
+def check_source(source: SourceLike) -> None:
+    """Look that a source's keys fit its format, before any file is opened.
+
+    Raises:
+        UserError: they do not.
+    """
+    name = name_of(source)
+    if source.format not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UserError(f'The source "{name}" has the format "{source.format}": it must be one of {known}.')
+    _check_columns(source, name)
+    _check_prompts(source, name)
+    published = PUBLISHED.get(source.format)
+    if source.image_name is not None:
+        if published is None:
+            raise UserError(f'The source "{name}" has image_name, but its rows name their images: remove it.')
+        check_pattern(source.image_name, name)
+    wants = published is not None and published.has_annotations
+    if (source.annotations is not None) != wants:
+        what = "no `annotations`, which hold its answers: name their file" if wants else "annotations: remove them"
+        raise UserError(f'The source "{name}" of format {source.format} has {what}.')
+    if source.images is not None and not os.path.isdir(os.path.expanduser(source.images)):
+        raise UserError(f'The source "{name}" takes its images from {source.images}, which is no folder: correct it.')
+
+
+def _check_columns(source: SourceLike, name: str) -> None:
+    known = FORMATS[source.format].columns
+    for ours in source.columns:
+        if ours not in known:
+            hint = f'; did you mean "{near}"' if (near := closest(ours, known)) else ""
+            raise UserError(
+                f'The source "{name}" maps the column "{ours}", which the format {source.format} does not have{hint}: '
+                f"it has {', '.join(known)}."
+            )
+
+
+def _check_prompts(source: SourceLike, name: str) -> None:
+    kind = FORMATS[source.format].prompts
+    if source.prompts and kind is None:
+        takers = ", ".join(format_name for format_name, known in FORMATS.items() if known.prompts)
+        raise UserError(f'The source "{name}" has prompts, but only the formats {takers} take them: remove them.')
+    pools = source.prompts.values() if isinstance(source.prompts, dict) else [source.prompts]
+    for prompt in (prompt for pool in pools for prompt in pool):
+        if (QUESTION_MARK in prompt) != (kind == "question"):
+            verb = "lacks" if kind == "question" else "has"
+            mend = "write it where the question stands" if kind == "question" else "remove it"
+            raise UserError(
+                f'The source "{name}" has the prompt "{short(prompt)}", which {verb} {QUESTION_MARK}: {mend}.'
+            )
+
+
+def _rows(
+    source: SourceLike, seed: int, reject: Callable[[RowError], None], stream: bool, languages: bool
+) -> Iterator[tuple[dict[str, Any], str]]:
+    images_folder = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
+    unseen = set(source.columns.values())
+    of_file, folder = None, images_folder
+    for number, row in enumerate(_raw_rows(source, stream), start=1):
+        unseen -= row.values.keys()
+        if images_folder is None and row.folder is not of_file:
+            of_file, folder = row.folder, None if row.folder is None else os.path.abspath(row.folder)
+        try:
+            # All of a row before any of it: one wrong caption of five rejects the row, not a part of it.
+            yield from list(_examples(source, row, number, folder, seed, languages))
+        except RowError as error:
+            reject(error)
+    if unseen:
+        raise UserError(
+            f'No row of {source.path} has the column "{min(unseen)}" that `columns` maps: correct the name.'
+        )
+
+
+def _raw_rows(source: SourceLike, stream: bool) -> Iterator[Row]:
+    if source.format not in PUBLISHED:
+        yield from read_rows(source.path, split=source.split, revision=source.revision, keep_wrong=True, stream=stream)
+        return
+    answers = [] if source.annotations is None else list_files(source.annotations)
+    for path, where, found in read_published(source.format, list_files(source.path), source.image_name, answers):
+        yield Row.of(where, path.parent, found)
+
+
+def _examples(
+    source: SourceLike, row: Row, number: int, folder: str | None, seed: int, languages: bool
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The conversations of one row, each as a row of the contract with its language."""
+    if row.problem is not None:
+        raise row.problem
+    name = name_of(source)
+    draw = _prompts_of(source, f"{seed}/{name}/{number}", row.where) if source.prompts else no_prompt
+    found = convert(
+        row.values, source.format, where=row.where, columns=source.columns, draw_prompt=draw, languages=languages
+    )
+    examples = list(found)
+    for k, example in enumerate(examples, start=1):
+        ready = {
+            "messages": _checked(example.messages, row.where),
+            "images": [resolve_image(image, folder, row.where, source.allow_urls) for image in example.images],
+            "source": name,
+            "id": f"{name}/{example.id or number}" + (f"#{k}" if len(examples) > 1 else ""),
+        }
+        yield ready, example.language
+
+
+def _prompts_of(source: SourceLike, seed: str, where: str) -> Callable[[str], str]:
+    """Language → one of the source's instructions in it; drawn anew at every call."""
+    chance = random.Random(seed)
+
+    def draw(language: str) -> str:
+        prompts = source.prompts
+        if isinstance(prompts, list):
+            return chance.choice(prompts)
+        if language not in prompts:
+            raise UserError(
+                f'{where}: the row is in "{short(language)}" and the source has prompts for {", ".join(prompts)} only: '
+                "add prompts for it, or correct the column `language`."
+            )
+        return chance.choice(prompts[language])
+
+    return draw
+
+
+def _checked(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    try:
+        messages = normalise_messages(messages)
+    except UserError as error:
+        raise RowError(f"{where}: {error}", where=where, reason="messages wrong") from None
+    if not any(message["role"] == "assistant" for message in messages):
+        sentence = f"{where}: there is no answer to learn from: add an assistant's message or remove the row."
+        raise RowError(sentence, where=where, reason="no answer")
+    return messages

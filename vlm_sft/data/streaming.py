@@ -1,0 +1,117 @@
+"""Rows that are read while training: nothing is held but a shuffle buffer, and the first batch is there at once.
+
+The stream is endless; `sft.max_steps` ends the run. Processes and data-loader workers share the rows of every source
+between them: of K of them, the k-th takes every K-th row, in the order of the files, again and again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Features, IterableDataset, Value
+
+from ..base.errors import RowError, UserError
+from .dataset import ROW_FEATURES
+from .source import SourceLike, name_of, source_rows
+
+STREAM_FEATURES = Features({**ROW_FEATURES, "rejected": {"reason": Value("string"), "sentence": Value("string")}})
+
+
+def stream_mixture(
+    sources: Sequence[SourceLike],
+    *,
+    seed: int = 0,
+    buffer: int = 1000,
+    shards: int = 1,
+    keep_rejected: bool = False,
+) -> IterableDataset:
+    """An endless stream of the rows of several sources, mixed by their weights and shuffled within a buffer.
+
+    The order depends on the arguments, and on how many processes and workers share the shards; nothing else.
+
+    Args:
+        sources: recipe sources with names that differ; each row comes from one of them with the probability of its
+            weight by the sum of all.
+        seed: decides the order.
+        buffer: rows among which the next is drawn; 1 keeps the order of the files.
+        shards: into how many parts the rows of each source are dealt: processes times data-loader workers.
+        keep_rejected: a row that cannot be read comes through without messages, and `rejected` says why; else it is an
+            error.
+
+    Returns:
+        Rows ``{"messages", "images", "source", "id", "rejected"}``; `rejected` is None for a good row.
+    """
+    stream = _Stream(tuple(sources), seed, buffer, shards, keep_rejected)
+    return IterableDataset.from_generator(stream, STREAM_FEATURES, gen_kwargs={"shards": list(range(shards))})
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The generator of some of the shards."""
+
+    sources: tuple[SourceLike, ...]
+    seed: int
+    buffer: int
+    of: int
+    keep_rejected: bool
+
+    def __call__(self, shards: list[int]) -> Iterator[dict[str, Any]]:
+        chance = random.Random(f"{self.seed}/{self.of}/{shards}")
+        mixed = self._mixed(set(shards), chance)
+        held = [next(mixed) for _ in range(self.buffer)]
+        for row in mixed:
+            place = chance.randrange(self.buffer)
+            row, held[place] = held[place], row
+            yield row
+
+    def _mixed(self, shards: set[int], chance: random.Random) -> Iterator[dict[str, Any]]:
+        streams = [self._endless(source, shards) for source in self.sources]
+        weights = [source.weight for source in self.sources]
+        while True:
+            yield next(chance.choices(streams, weights)[0])
+
+    def _endless(self, source: SourceLike, shards: set[int]) -> Iterator[dict[str, Any]]:
+        while True:
+            mine = 0
+            for number, row in enumerate(self._rows(source)):
+                if number % self.of in shards:
+                    mine += 1
+                    yield row
+            if not mine:
+                raise UserError(
+                    f'The source "{name_of(source)}" has too few rows to be dealt to {self.of} processes and workers: '
+                    "start fewer, or set data.streaming to false."
+                )
+
+    def _rows(self, source: SourceLike) -> Iterator[dict[str, Any]]:
+        """One pass; a rejected row stands where the file has it."""
+        if not self.keep_rejected:
+            for row in source_rows(source, seed=self.seed, stream=True):
+                yield {**row, "rejected": None}
+            return
+        rejected: list[RowError] = []
+        for row in source_rows(source, seed=self.seed, reject=rejected.append, stream=True):
+            yield from self._marked(source, rejected)
+            yield {**row, "rejected": None}
+        yield from self._marked(source, rejected)
+
+    @staticmethod
+    def _marked(source: SourceLike, rejected: list[RowError]) -> Iterator[dict[str, Any]]:
+        while rejected:
+            error = rejected.pop(0)
+            why = {"reason": error.reason, "sentence": str(error)}
+            yield {"messages": [], "images": [], "source": name_of(source), "id": error.where, "rejected": why}
+
+
+def first_rows(rows: Any, count: int) -> list[dict[str, Any]]:
+    """The first good rows of a dataset or a stream."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        if len(found) == count:
+            break
+        if row.get("rejected") is None:
+            found.append(row)
+    return found

@@ -1,0 +1,169 @@
+"""`vlm-sft export`: a bundle as a checkpoint that needs no vlm_sft, or as a bundle whose LoRA is merged.
+
+Every export is loaded in a fresh process and compared with the bundle before anyone is told that it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..base.errors import UserError
+from ..bundle.card import write_export_card
+from ..bundle.hub import find_bundle
+from ..bundle.load import load, recipe_of
+from ..bundle.parity import TOLERANCE, environment
+from ..bundle.save import read_manifest
+from .check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
+from .forms import Form, form_of
+from .merged import write_merged
+from .native_model import renamed
+
+TARGETS = ("transformers", "vllm", "bundle-merged")
+MANIFEST = "export.json"
+
+
+def export(
+    bundle: str | Path,
+    out: str | Path,
+    to: str = "transformers",
+    *,
+    keep_adapter: bool = False,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Writes a bundle in another form and compares the logits of both in a fresh process.
+
+    Args:
+        bundle: Folder of the bundle, or `name/repository` on the Hub.
+        out: Folder to write; must be empty or not there.
+        to: `transformers` (the native class; an existing VLM's own), `vllm` (its published key names) or
+            `bundle-merged`.
+        keep_adapter: Leaves LoRA unmerged, in the subfolder `adapter`.
+        dtype: Type of the weights: `float32`, `bfloat16` or `float16`; default that of the bundle's language model.
+        trust_remote_code: See `loading.load`.
+
+    Returns:
+        What was written (`to`, `form`, `class`, `dtype`) and `max_difference`, `tolerance`, `positions`.
+
+    Raises:
+        UserError: The bundle has no such form, the folder is not empty, or the logits differ.
+    """
+    out = Path(out)
+    _check_request(out, to, keep_adapter)
+    bundle = find_bundle(bundle)
+    manifest = read_manifest(bundle)
+    if keep_adapter and not manifest["adapter"]:
+        raise UserError(f"{str(bundle)!r} has no adapter to keep; leave --keep-adapter out.")
+    recipe = recipe_of(bundle, manifest)
+    model, processor = load(bundle, device="cpu", trust_remote_code=trust_remote_code, unquantised=True)
+    core: Any = model.get_base_model() if manifest["adapter"] else model
+    saved = getattr(torch, dtype) if dtype else core.get_input_embeddings().weight.dtype
+    model.float()  # merged and compared in fp32, whatever is written
+    result: dict[str, Any] = {
+        "to": to,
+        "dtype": str(saved).removeprefix("torch."),
+        "quantised_in_training": bool(recipe.quantization),
+    }
+    if to == "bundle-merged":
+        return {**result, **write_merged(bundle, out, model, processor, saved)}
+    form = form_of(core, processor, recipe)
+    if to == "vllm":
+        form.check_vllm()
+    result |= {"form": form.name, **_write(out, to, model, form, saved, keep_adapter)}
+    (out / MANIFEST).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_export_card(out, bundle, result)
+    return result
+
+
+def _write(out: Path, to: str, model: Any, form: Form, dtype: torch.dtype, keep_adapter: bool) -> dict[str, Any]:
+    """Writes everything but the card; returns the name of the class and what the comparison found."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_probe(Path(folder), model, form)
+        out.mkdir(parents=True, exist_ok=True)
+        if keep_adapter:
+            _keep_adapter(model, form, out / ADAPTER_FOLDER)
+            model.unload()
+        elif isinstance(model, PeftModel):
+            model.merge_and_unload(safe_merge=True)
+        form.write_processor(out)
+        native = form.native().to(dtype)
+        native.config.dtype = dtype
+        form.save(native, out, to)
+        found = {"class": type(native).__name__, **_compare(out, Path(folder), dtype)}
+        form.finish(out, to)
+        return found
+
+
+def _check_request(out: Path, to: str, keep_adapter: bool) -> None:
+    """What can be refused before anything is read."""
+    if to not in TARGETS:
+        raise UserError(f"--to {to!r} is unknown; use one of {', '.join(TARGETS)}.")
+    if keep_adapter and to != "transformers":
+        raise UserError(f"--keep-adapter goes with --to transformers; {to} has LoRA merged.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{str(out)!r} is there already and not empty; name another folder.")
+
+
+@torch.inference_mode()
+def _write_probe(folder: Path, model: nn.Module, form: Form) -> None:
+    """A conversation, a picture that is not square, and what the bundle makes of them."""
+    picture, processor = noise_picture(), form.processor
+    picture.save(folder / PICTURE)
+    (folder / CONVERSATION).write_text(json.dumps(form.probe, ensure_ascii=False), encoding="utf-8")
+    encoded = processor.encode_chat(form.probe, is_prompt(form.probe), [picture.size])
+    inputs = {name: tensor for name, tensor in processor.batch([encoded]).items() if name != "labels"}
+    inputs |= processor.image_inputs([picture], processor.instructions(form.probe))
+    save_file({**inputs, "logits": model.eval()(**inputs).logits}, folder / PROBE)
+
+
+def _keep_adapter(model: Any, form: Form, folder: Path) -> None:
+    """PEFT's own files, with the names that the layers have in the native class."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = None
+    if names := form.adapter_names():
+        state = load_file(folder / "adapter_model.safetensors")
+        moved = {renamed(name, names): tensor for name, tensor in state.items()}
+        save_file(moved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        modules = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in moved})
+        config["target_modules"] = modules
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _compare(out: Path, probe: Path, dtype: torch.dtype) -> dict[str, Any]:
+    process = subprocess.run(
+        [sys.executable, "-m", "vlm_sft.export.check", str(out), str(probe)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"The export {str(out)!r} was written but does not load in a fresh process: {last}")
+    found = json.loads(process.stdout.strip().splitlines()[-1])
+    if not found["ids"]:
+        shutil.rmtree(out)
+        raise UserError(
+            f"transformers' own processor cuts this bundle's prompts into other tokens ({found['text'][:60]!r}…), so "
+            f"it has no native form; nothing was written."
+        )
+    found["tolerance"] = TOLERANCE[dtype] * max(1.0, found["scale"] if dtype != torch.float32 else 1.0)
+    if found["max_difference"] > found["tolerance"] or found["pixels"] > 1e-3:
+        raise UserError(
+            f"The export {str(out)!r} loads, but its logits differ from the bundle's by {found['max_difference']:.2g} "
+            f"(allowed {found['tolerance']:.2g}) and its pixels by {found['pixels']:.2g}; do not use it, report this."
+        )
+    return {key: found[key] for key in ("max_difference", "tolerance", "positions", "pixels", "chats")}

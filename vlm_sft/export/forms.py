@@ -1,0 +1,184 @@
+"""What a bundle becomes: of a composed stack a class that computes the same, of an existing VLM its own class again."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from transformers import PreTrainedModel
+
+from ..base.errors import UserError
+from ..families.model import FamilyModel
+from ..pieces.checkpoints import Checkpoint, fetch_file
+from ..recipe.safety import read_json
+from .check import QUESTION
+from .native_model import NO_FORM, native_form, native_generation, native_model, to_causal_lm
+from .native_processor import family_template, native_processor, question_template
+from .vllm import check_stack, named_tensors, without_images
+
+TEMPLATE = "chat_template.jinja"
+VIDEOS = "video_preprocessor_config.json"
+
+
+class Form(ABC):
+    """How bundles of one kind are written for others.
+
+    Args:
+        model: The model of the bundle without PEFT's wrapper; its adapters may be in it.
+        processor: Its processor.
+        recipe: The bundle's recipe.
+
+    Attributes:
+        name: Model type of what is written.
+        probe: The conversation that bundle and export are compared on; one that ends with the user is a prompt.
+
+    Raises:
+        UserError: There is no native class that computes the same.
+    """
+
+    name: str
+    probe: list[dict[str, Any]]
+
+    def __init__(self, model: Any, processor: Any, recipe: Any) -> None:
+        self.model, self.processor, self.recipe = model, processor, recipe
+
+    @abstractmethod
+    def check_vllm(self) -> None:
+        """Raises a UserError where vLLM has no class for it, or reads its prompts otherwise."""
+
+    @abstractmethod
+    def write_processor(self, out: Path) -> None:
+        """Writes the processor of transformers that makes the same tokens and pixels."""
+
+    @abstractmethod
+    def native(self) -> PreTrainedModel:
+        """The model as its native class, adapters merged; the weights are shared, so the bundle's model is used up."""
+
+    def adapter_names(self) -> dict[str, str]:
+        """Beginnings of names in PEFT's files → the same in the native class, where they differ."""
+        return {}
+
+    def save(self, native: PreTrainedModel, out: Path, to: str) -> None:
+        """Writes the weights and configurations of what `native` gave, under the names that the target reads."""
+        native.save_pretrained(out)
+
+    def finish(self, out: Path, to: str) -> None:
+        """Writes what the target reads otherwise than transformers, after the comparison."""
+        return
+
+
+class StackForm(Form):
+    """A composed stack, as the class that computes the same."""
+
+    def __init__(self, model: Any, processor: Any, recipe: Any) -> None:
+        super().__init__(model, processor, recipe)
+        self.name = native_form(model)
+        # InstructBLIP's processor knows no conversations.
+        self.probe = QUESTION[:1] if self.name == "instructblip" else QUESTION
+
+    def check_vllm(self) -> None:
+        """See `Form`."""
+        check_stack(self.name, self.model, self.processor)
+
+    def write_processor(self, out: Path) -> None:
+        """See `Form`."""
+        native_processor(self.model, self.processor).save_pretrained(out)
+        self.processor.image_processor.save_pretrained(out)  # what earlier releases of transformers read
+        if self.name == "instructblip":  # its class has no place for a template; one is given with each question
+            (out / TEMPLATE).write_text(question_template(self.processor), encoding="utf-8")
+
+    def native(self) -> PreTrainedModel:
+        """See `Form`."""
+        return native_model(self.model, self.processor, self.recipe.generation)
+
+    def adapter_names(self) -> dict[str, str]:
+        """See `Form`."""
+        if self.name == "llava":
+            return {}
+        inner = self.model.model.language_model
+        prefix = next(n for n, m in to_causal_lm(self.model).named_modules() if m is inner)
+        return {
+            "base_model.model.model.language_model.": f"base_model.model.language_model.{prefix}.",
+            "base_model.model.model.vision_tower.": "base_model.model.vision_model.",
+            "base_model.model.model.resampler.": "base_model.model.",
+        }
+
+    def save(self, native: PreTrainedModel, out: Path, to: str) -> None:
+        """See `Form`."""
+        if to != "vllm":
+            super().save(native, out, to)
+            return
+        native.config.save_pretrained(out)
+        native.generation_config.save_pretrained(out)
+        save_torch_state_dict(named_tensors(native), out, max_shard_size="5GB", metadata={"format": "pt"})
+
+    def finish(self, out: Path, to: str) -> None:
+        """See `Form`."""
+        if to == "vllm" and self.name == "blip-2":
+            path = out / TEMPLATE
+            path.write_text(without_images(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+class FamilyForm(Form):
+    """An existing VLM, as the class that it is."""
+
+    def __init__(self, model: Any, processor: Any, recipe: Any) -> None:
+        super().__init__(model, processor, recipe)
+        self.name = model.config.model_type
+        self.probe = QUESTION[:1] if processor.family.prompt else QUESTION
+
+    def check_vllm(self) -> None:
+        """See `Form`."""
+        if not self.processor.family.vllm:
+            raise UserError(f"vLLM has no class for {type(self.model).__name__}; use --to transformers.")
+
+    def write_processor(self, out: Path) -> None:
+        """See `Form`; what the base says of videos goes along unread."""
+        native = self.processor.native
+        native.chat_template, self.processor.tokenizer.chat_template = family_template(self.processor), None
+        native.save_pretrained(out)
+        self.processor.image_processor.save_pretrained(out)  # what earlier releases of transformers read
+        if (videos := self._videos()) is not None:
+            (out / VIDEOS).write_text(json.dumps(videos, indent=2) + "\n", encoding="utf-8")
+
+    def _videos(self) -> dict[str, Any] | None:
+        """The settings of the base's processor of videos, where it has any."""
+        spec = self.recipe.model
+        for name, key in (("processor_config.json", "video_processor"), (VIDEOS, None)):
+            path = fetch_file(spec.pretrained, name, spec.revision, "model.pretrained", required=False)
+            found = read_json(Path(path)) if path else {}
+            if videos := found.get(key) if key else found:
+                return videos
+        return None
+
+    def native(self) -> PreTrainedModel:
+        """See `Form`."""
+        self.model.generation_config = native_generation(self.model, self.processor, self.recipe.generation)
+        return self.model.eval()
+
+    def save(self, native: PreTrainedModel, out: Path, to: str) -> None:
+        """See `Form`: transformers gives the tensors the names that they had in the base."""
+        super().save(native, out, to)
+        spec = self.recipe.model
+        published = Checkpoint(spec.pretrained, spec.revision, "model.pretrained").files
+        if to == "vllm" and (other := sorted(set(Checkpoint(str(out), None, "--out").files) - set(published))):
+            raise UserError(
+                f"The export {str(out)!r} was written, but {spec.pretrained!r} has no tensor named like {other[0]!r}, "
+                f"so vLLM may not find it; use --to transformers, and report this."
+            )
+
+
+def form_of(model: Any, processor: Any, recipe: Any) -> Form:
+    """The form for a bundle's model (without PEFT's wrapper), its processor and its recipe.
+
+    Raises:
+        UserError: It has none.
+    """
+    if not isinstance(model, FamilyModel):
+        return StackForm(model, processor, recipe)
+    if reason := processor.family.no_export:
+        raise UserError(NO_FORM.format(reason))
+    return FamilyForm(model, processor, recipe)

@@ -1,0 +1,248 @@
+"""The native class of transformers that a composed stack equals: what `export` writes.
+
+A stack has a native form only where the class computes the same; what it cannot express is refused in one sentence.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    GenerationConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from ..base.errors import UserError
+from ..batch.processor import VLMProcessor
+from ..inference.settings import generation_options
+from ..model.configuration import count_patches, image_size_of
+from ..model.modeling import VLMForConditionalGeneration
+
+NO_FORM = "This bundle has no native form in transformers: {}; use --to bundle-merged, or load it with vlm_sft."
+# Resampler → model type, name, and the towers that its class holds (the two ViTs compute the same).
+BLIP_FORMS = {
+    "qformer": ("blip-2", "BLIP-2", ("blip_2_vision_model",)),
+    "instruct_qformer": ("instructblip", "InstructBLIP", ("instructblip_vision_model", "blip_2_vision_model")),
+}
+# What some language models put after their head, which LLaVA's class leaves out.
+SCALINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+
+
+def native_form(model: VLMForConditionalGeneration) -> str:
+    """`llava`, `blip-2` or `instructblip`: the model type that a stack can be exported as.
+
+    Raises:
+        UserError: There is none; the message says what stands in the way.
+    """
+    config: Any = model.config
+    if config.projector_type == "pixel_shuffle":
+        raise UserError(NO_FORM.format("no class has a pixel_shuffle projector in front of any language model"))
+    if config.resampler_type:
+        if config.resampler_type not in BLIP_FORMS:
+            raise UserError(NO_FORM.format(f"no class has a resampler of the type {config.resampler_type}"))
+        form, name, towers = BLIP_FORMS[config.resampler_type]
+        _refuse_blip(model, name, towers)
+        return form
+    if config.projector_type != "mlp" or config.projector_options["depth"] != 2:
+        raise UserError(NO_FORM.format("without a resampler, LLaVA's projector is an mlp of depth 2, and this is not"))
+    if type(config.vision_config) not in AutoModel._model_mapping:
+        raise UserError(
+            NO_FORM.format(f"LLaVA's class cannot hold a {config.vision_config.model_type!r} as its vision tower")
+        )
+    text, head = model.model.language_model.config, model.lm_head
+    if any(getattr(text, name, None) for name in SCALINGS) or getattr(head, "bias", None) is not None:
+        raise UserError(NO_FORM.format(f"LLaVA's class leaves out what {text.model_type!r} does after its head"))
+    if model.get_input_embeddings().embedding_dim != text.hidden_size:
+        raise UserError(NO_FORM.format("its language model embeds narrower than it computes"))
+    llava_features(model)
+    return "llava"
+
+
+def _refuse_blip(model: VLMForConditionalGeneration, name: str, towers: tuple[str, ...]) -> None:
+    config: Any = model.config
+    if (tower := config.vision_config.model_type) not in towers:
+        raise UserError(NO_FORM.format(f"a Q-Former behind a {tower!r}, where {name}'s class has its own ViT"))
+    if config.projector_type != "linear":
+        raise UserError(NO_FORM.format(f"{name}'s projector is linear, this one is {config.projector_type}"))
+    if (config.vision_feature_layer, config.vision_feature_select) != (-1, "full"):
+        raise UserError(NO_FORM.format(f"{name}'s class reads every token after the ViT's last norm, this does not"))
+    # LAVIS has another epsilon in the last norm than in the layers; these classes have one for all.
+    wanted = config.vision_config.layer_norm_eps
+    for place, module in model.model.vision_tower.named_modules():
+        if isinstance(module, nn.LayerNorm) and module.eps != wanted:
+            raise UserError(
+                NO_FORM.format(
+                    f"{place} of its ViT has the epsilon {module.eps:g}, {name}'s class {wanted:g} throughout"
+                )
+            )
+
+
+@torch.no_grad()
+def llava_features(model: VLMForConditionalGeneration) -> tuple[str, int]:
+    """LLaVA's `vision_feature_select_strategy` and how many tokens stand before the patches."""
+    config: Any = model.config
+    tower, layer = model.model.vision_tower, config.vision_feature_layer
+    height, width = image_size_of(config.vision_config)
+    pixels = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(tower.device, tower.dtype)
+    output = tower(pixels, output_hidden_states=True)
+    if layer == -1 and not torch.equal(output.hidden_states[-1], output.last_hidden_state):
+        raise UserError(
+            NO_FORM.format(
+                "feature_layer -1 is read after the tower's last norm here, and before it by LLaVA's class (train with "
+                "feature_layer -2, as LLaVA does, to have one)"
+            )
+        )
+    extra = output.hidden_states[layer].shape[1] - count_patches(config.vision_config, height, width)
+    if config.vision_feature_select == "patch" and extra > 1:
+        raise UserError(NO_FORM.format(f"LLaVA's class drops one token before the patches, this tower has {extra}"))
+    return ("default" if config.vision_feature_select == "patch" and extra == 1 else "full"), extra
+
+
+def to_causal_lm(model: VLMForConditionalGeneration) -> PreTrainedModel:
+    """The language model of a stack with its head, as the class it was loaded from; the weights are shared."""
+    base = model.model.language_model
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(base.config)
+    setattr(causal, causal.base_model_prefix, base)
+    causal.set_output_embeddings(model.lm_head)
+    causal.generation_config = model.generation_config
+    return causal
+
+
+@torch.no_grad()
+def grow_vocabulary(model: VLMForConditionalGeneration, rows: int) -> None:
+    """Gives embeddings and head at least so many rows, because native classes look the placeholder up.
+
+    A new row is the mean of the others, so its logit is the mean of theirs and never the highest.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is table.weight
+    old = table.num_embeddings
+    config: Any = model.model.language_model.config
+    if rows <= old:
+        return
+    for module, names in ((table, ("weight",)), (head, ("weight", "bias"))):
+        for name in names:
+            if getattr(module, name, None) is None or (tied and module is head and name == "weight"):
+                continue
+            weight = getattr(module, name).data
+            mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+            setattr(module, name, nn.Parameter(torch.cat([weight, mean.expand(rows - old, *weight.shape[1:])])))
+    if tied:
+        head.weight = table.weight
+    table.num_embeddings = head.out_features = config.vocab_size = rows
+
+
+def native_model(
+    model: VLMForConditionalGeneration, processor: VLMProcessor, generation: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """A stack as a native class of transformers; the weights are shared, so the stack is used up.
+
+    Args:
+        model: The stack, adapters merged.
+        processor: Its processor.
+        generation: The recipe's `generation`.
+
+    Raises:
+        UserError: It has no native form.
+    """
+    form = native_form(model)
+    features = llava_features(model) if form == "llava" else None
+    ends = native_generation(model, processor, generation or {})
+    grow_vocabulary(model, len(processor.tokenizer))
+    text = model.model.language_model.config
+    # BLIP's classes generate by its language model, which only knows its own configuration.
+    text.eos_token_id, text.pad_token_id = ends.eos_token_id, processor.tokenizer.pad_token_id
+    text.architectures = [type(to_causal_lm(model)).__name__]  # vLLM asks for it
+    native = _as_llava(model, processor, features[0]) if features else _as_blip(model, processor, form)
+    native.generation_config = ends
+    native.config.architectures = [type(native).__name__]
+    return native.eval()
+
+
+def _as_llava(model: VLMForConditionalGeneration, processor: VLMProcessor, strategy: str) -> PreTrainedModel:
+    config: Any = model.config
+    text: Any = model.model.language_model.config
+    if text.tie_word_embeddings and not hasattr(model.model.language_model, "embed_tokens"):
+        # LLaVA's class looks for the tied embeddings there; OPT and GPT-2 have them elsewhere.
+        text.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.clone())
+    made = LlavaConfig(
+        vision_config=config.vision_config,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=processor.num_image_tokens,
+        projector_hidden_act=config.projector_options["activation"],
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=strategy,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    with torch.device("meta"):
+        native = LlavaForConditionalGeneration(made)
+    native.model.vision_tower = model.model.vision_tower
+    native.model.language_model = model.model.language_model
+    native.model.multi_modal_projector.linear_1 = model.model.projector.layers[0]
+    native.model.multi_modal_projector.linear_2 = model.model.projector.layers[1]
+    native.lm_head = model.lm_head
+    return native
+
+
+def _as_blip(model: VLMForConditionalGeneration, processor: VLMProcessor, form: str) -> PreTrainedModel:
+    config: Any = model.config
+    shared = {
+        "qformer_config": config.resampler_config,
+        "text_config": model.model.language_model.config,
+        "num_query_tokens": config.num_query_tokens,
+        "image_token_index": processor.image_token_id,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    with torch.device("meta"):
+        if form == "blip-2":
+            native = Blip2ForConditionalGeneration(Blip2Config(vision_config=config.vision_config, **shared))
+        else:
+            vision = {
+                k: v for k, v in config.vision_config.to_dict().items() if k not in ("model_type", "architectures")
+            }
+            made = InstructBlipConfig(vision_config=InstructBlipVisionConfig(**vision), **shared)
+            native = InstructBlipForConditionalGeneration(made)
+    native.vision_model = model.model.vision_tower
+    resampler: Any = model.model.resampler
+    native.query_tokens, native.qformer = resampler.query_tokens, resampler.qformer
+    native.language_projection = model.model.projector.linear
+    native.language_model = to_causal_lm(model)
+    return native
+
+
+def native_generation(model: PreTrainedModel, processor: VLMProcessor, options: dict[str, Any]) -> GenerationConfig:
+    """The recipe's generation settings over the model's own, with the ids at which an answer ends."""
+    settings = generation_options(model, processor, options)
+    tokenizer = processor.tokenizer
+    ends = set(settings.pop("eos_token_id") or [])
+    settings.pop("tokenizer", None)
+    for text in settings.pop("stop_strings", None) or []:  # which `generate` only takes together with a tokenizer
+        if len(ids := tokenizer(text, add_special_tokens=False).input_ids) == 1:
+            ends.add(ids[0])
+    config = copy.deepcopy(model.generation_config)  # which may say more, for instance a penalty
+    config.update(**settings, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id)
+    config._from_model_config = False  # where it is true, transformers may take the model's configuration instead
+    return config
+
+
+def renamed(name: str, names: dict[str, str]) -> str:
+    """A name with another beginning, where it has one of those given."""
+    for old, new in names.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name

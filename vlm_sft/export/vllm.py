@@ -1,0 +1,87 @@
+"""What vLLM takes of a composed stack: names of tensors, pieces and prompts, as its release 0.33.0 has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..base.errors import UserError
+from ..batch.processor import VLMProcessor
+from ..model.modeling import VLMForConditionalGeneration
+from .check import QUESTION
+from .native_model import renamed, to_causal_lm
+from .native_processor import native_template
+
+# Names in memory → the names that llava-hf publishes and vLLM reads.
+NAMES = {
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
+# Model types of the towers that its `init_vision_tower_for_llava` builds, and the activations of its `get_act_fn`.
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+ACTIVATIONS = (
+    *("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu"),
+    *("relu", "relu2", "sigmoid", "silu", "swish", "tanh"),
+)
+REFUSED = "vLLM cannot take this bundle: {}; use --to transformers."
+
+
+def check_stack(form: str, model: VLMForConditionalGeneration, processor: VLMProcessor) -> None:
+    """Refuses what vLLM's class for a native form cannot hold or would prompt otherwise.
+
+    Args:
+        form: What `native_form` gave.
+        model: The stack; its adapters may be in it.
+        processor: Its processor.
+
+    Raises:
+        UserError: vLLM cannot take it; the message says what stands in the way.
+    """
+    if form == "instructblip":
+        raise UserError("vLLM has no class for InstructBLIP; use --to transformers.")
+    causal = to_causal_lm(model)
+    if (prefix := causal.base_model_prefix) != "model":
+        name = type(causal).__name__
+        raise UserError(REFUSED.format(f"it looks for layers in a `model`, and {name} has them in a `{prefix}`"))
+    if form == "blip-2":
+        _check_prompt(processor)
+        return
+    config: Any = model.config
+    if (tower := config.vision_config.model_type) not in TOWERS:
+        raise UserError(REFUSED.format(f"its LLaVA has a CLIP or a SigLIP as its vision tower, this is a {tower!r}"))
+    if (activation := config.projector_options["activation"]) not in ACTIVATIONS:
+        raise UserError(REFUSED.format(f"it has no activation {activation!r} for the projector"))
+
+
+def _check_prompt(processor: VLMProcessor) -> None:
+    template = native_template(processor)
+    whole, bare = (_prompt(source, processor.tokenizer) for source in (template, without_images(template)))
+    if whole != processor.image_token + bare:
+        raise UserError(
+            "vLLM puts the image of a BLIP-2 in front of the whole prompt, and this bundle's prompts do not begin with "
+            "{{ image_token }}; use --to transformers, or train with a template that begins with the image (blip2_vqa)."
+        )
+
+
+def _prompt(template: str, tokenizer: Any) -> str:
+    """The probe's question as servers render it."""
+    tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    (text,), _ = render_jinja_template([QUESTION[:1]], chat_template=template, add_generation_prompt=True, **tokens)
+    return str(text)
+
+
+def without_images(template: str) -> str:
+    """A chat template that prints no placeholder: vLLM adds those of a BLIP-2 to whatever a template prints."""
+    return "{%- set image_token = '' -%}" + template
+
+
+def named_tensors(native: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of a native LLaVA or BLIP-2 under the names that vLLM's loader reads; tied ones once."""
+    names = NAMES if native.config.model_type == "llava" else {}
+    tied = set(getattr(native, "all_tied_weights_keys", {})) if native.config.tie_word_embeddings else set()
+    return {renamed(name, names): p.detach() for name, p in native.state_dict().items() if name not in tied}

@@ -1,0 +1,215 @@
+"""Existing VLMs of transformers, as the trainer needs them: the same loss and the same care for every gradient.
+
+The class that is made is a subclass of the model's own and has its name, its parameters' names and its `generate`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
+from ..model.losses import scaled_logits, supervised_losses
+from ..model.modeling import VLMOutput
+from ..model.positions import ExactRotations
+from ..model.sharding import others_wait_for
+
+# What of the image path's output goes to the language model; Fuyu's has only a last hidden state.
+FEATURES = ("pooler_output", "deepstack_features")
+
+
+class FamilyModel(ExactRotations, PreTrainedModel):
+    """What is put over the class of an existing VLM.
+
+    Attributes:
+        followers: Ends of the names of buffers that are kept in the type of the frozen weights.
+        blank: What the image path is run on, with weight zero, where a batch has no image: a blank image's inputs.
+    """
+
+    blank: dict[str, torch.Tensor]
+    followers: tuple[str, ...] = ()
+    # Some models say False of their own loss; transformers would give ours no token count then, and a step would be the
+    # mean of its micro-batches' means.
+    accepts_loss_kwargs = True
+
+    def supervised_forward(
+        self,
+        labels: torch.Tensor,
+        loss_weights: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **inputs: Any,
+    ) -> VLMOutput:
+        """Scores only the positions with a label, a chunk at a time; see `VLMForConditionalGeneration.forward`.
+
+        Args:
+            labels: (B, S), -100 where nothing is learned; position s is scored by the output at s - 1.
+            loss_weights: (B, S) factors on the loss of each label; default 1.
+            num_items_in_batch: What the summed loss is divided by; default the number of labels here.
+            **inputs: What the model's own forward takes.
+        """
+        hidden = self.last_hidden_state(**inputs)
+        config, head = self.config.get_text_config(), self.get_output_embeddings()
+        score = functools.partial(scaled_logits, head, config)
+        losses, hits, weights = supervised_losses(score, hidden, labels, loss_weights)
+        divisor = losses.numel() if num_items_in_batch is None else num_items_in_batch
+        loss = (losses * weights).sum() / torch.as_tensor(divisor, device=losses.device).clamp(min=1)
+        return VLMOutput(loss=loss, token_losses=losses.detach(), token_hits=hits)
+
+    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model's own forward takes, with what it needs for a batch of text alone."""
+        return inputs
+
+    def last_hidden_state(self, **inputs: Any) -> torch.Tensor:
+        """(B, S, D) what the head reads."""
+        if inputs.get("pixel_values") is not None or not others_wait_for(self._image_path(), self.training):
+            return self.base_model(**inputs).last_hidden_state
+        # Where and when the image features would come in: processes that share weights must ask for the same ones in
+        # the same order, on the way back too, which a frozen language model has only behind what is trained.
+        hook = self.get_input_embeddings().register_forward_hook(self._add_idle_image_path)
+        try:
+            return self.base_model(**inputs).last_hidden_state
+        finally:
+            hook.remove()
+
+    def idle_image_path(self) -> torch.Tensor:
+        """Zero, as a function of every parameter of the image path."""
+        output = self.base_model.get_image_features(**self._blank_inputs())
+        features = [output.get(name) for name in FEATURES if output.get(name) is not None]
+        zero = torch.zeros((), device=self.device)
+        return sum((tensor.float().sum() for tensor in _tensors(features or output.last_hidden_state)), zero) * 0.0
+
+    def _add_idle_image_path(self, table: nn.Module, args: Any, embeds: torch.Tensor) -> torch.Tensor:
+        return embeds + self.idle_image_path().to(embeds.dtype)
+
+    def _image_path(self) -> Iterator[nn.Parameter]:
+        return (p for name, p in self.named_parameters() if part_of(name) != "language_model")
+
+    def _blank_inputs(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in self.blank.items()}
+
+    def train(self, mode: bool = True) -> FamilyModel:
+        """Training mode for what is trained; a frozen vision tower stays in evaluation mode."""
+        super().train(mode)
+        for part, (_, module) in part_modules(self).items():
+            if part == "vision_tower" and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        return self
+
+
+class Kosmos2(FamilyModel):
+    """KOSMOS-2, which has no inner module below its head, and takes no batch of text alone."""
+
+    followers = ("embed_positions.weights",)
+
+    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Features of the images in place of the images, of none where there is none."""
+        if inputs.get("image_embeds") is not None:
+            return inputs
+        pixels = inputs.get("pixel_values")
+        # None of a blank image's: the image path is run all the same, as on processes that have images.
+        features = self._features(**self._blank_inputs())[:0] if pixels is None else self._features(pixels)
+        return {**{name: value for name, value in inputs.items() if name != "pixel_values"}, "image_embeds": features}
+
+    def last_hidden_state(self, **inputs: Any) -> torch.Tensor:
+        """(B, S, D) what the head reads."""
+        return self.text_model.model(**self.complete(inputs)).last_hidden_state
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **inputs: Any) -> Any:
+        """As the model's own, also for text alone."""
+        return super().generate(*args, **self.complete(inputs))
+
+    def enable_input_require_grads(self) -> None:
+        """As the model's own; images are written into the embeddings in place, which a leaf of the graph refuses."""
+        super().enable_input_require_grads()
+        copy = self.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.clone())
+        self._require_grads_hooks.append(copy)
+
+    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        # As in Kosmos2ForConditionalGeneration.forward.
+        hidden = self.vision_model(pixel_values.to(self.vision_model.dtype))[0]
+        hidden = nn.functional.normalize(self.vision_model.model.post_layernorm(hidden), dim=-1)
+        return self.image_to_text_projection(hidden)[0].to(self.get_input_embeddings().weight.dtype)
+
+
+# Models whose class needs more than the others'.
+KINDS: dict[str, type[FamilyModel]] = {"kosmos-2": Kosmos2}
+
+
+def model_class(config: PreTrainedConfig) -> type[FamilyModel]:
+    """The class for a configuration: the model's own, with a forward that can score supervised positions alone."""
+    return _derive(config.model_type)
+
+
+@functools.cache
+def _derive(model_type: str) -> type[FamilyModel]:
+    base: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[CONFIG_MAPPING[model_type]]
+    kind = KINDS.get(model_type, FamilyModel)
+
+    # wraps: `generate` looks at the signature for what it may pass on.
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, supervised_only: bool = False, **kwargs: Any) -> Any:
+        if supervised_only:
+            assert not args, "give a batch by name"
+            return self.supervised_forward(**kwargs)
+        return base.forward(self, *args, **self.complete(kwargs))
+
+    # transformers looks into the file of a model's class for what it can do.
+    return type(base.__name__, (kind, base), {"__module__": base.__module__, "forward": forward})
+
+
+def set_dtypes(model: FamilyModel, trained: Collection[str], dtype: torch.dtype) -> None:
+    """Keeps trained parts in fp32 and the others in a type, and casts what enters a part to its type.
+
+    Outside autocast nothing else would let parts of different types follow each other.
+
+    Args:
+        model: The model.
+        trained: Parts that are trained whole.
+        dtype: Type of the others.
+    """
+    cast_parts(model, trained, dtype)
+    for name, module in model.named_modules():
+        if PART_NAMES.get(unwrapped(name)) in ("vision_tower", "projector"):
+            # Of a list of projectors (Qwen3-VL), each is called by itself.
+            for each in module if isinstance(module, nn.ModuleList) else [module]:
+                each.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+
+
+def cast_parts(model: FamilyModel, trained: Collection[str], dtype: torch.dtype) -> None:
+    """Puts trained parts into fp32 and the others into a type; quantised weights stay.
+
+    Args:
+        model: The model.
+        trained: Parts that are trained whole.
+        dtype: Type of the others.
+    """
+    for name, parameter in model.named_parameters():
+        if is_quantised_weight(parameter):
+            continue
+        parameter.data = parameter.data.to(torch.float32 if part_of(name) in trained else dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith(model.followers) and model.followers:
+            buffer.data = buffer.data.to(dtype)
+
+
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """Every tensor that needs a gradient in what a model returns."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.requires_grad else []
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for value in values for tensor in _tensors(value)]

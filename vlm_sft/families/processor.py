@@ -1,0 +1,273 @@
+"""The processor of an existing VLM, behind the interface of ours: its own image processor says what an image becomes.
+
+The chat template makes text and mask; then each image's placeholder is replaced by what the model's own processor puts
+there for an image of that size, and the spans of the mask move along.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+from ..base.errors import UserError
+from ..batch.processor import IGNORED, EncodedChat, VLMProcessor, supervised_characters
+from ..templates.template import RenderedChat
+from .table import Family
+
+# What image processors give for their own processors, and no model takes.
+ONLY_COUNTS = ("rows", "cols", "num_patches", "num_crops")
+# Two shapes, and one that a processor that cuts images into tiles would cut.
+SHAPES = ((96, 64), (64, 96), (1600, 400))
+
+
+class FamilyProcessor(VLMProcessor):
+    """Processor of a model of `families.FAMILIES`.
+
+    Args:
+        image_processor: The model's own.
+        tokenizer: The model's own.
+        chat_template: Jinja source with `{% generation %}` markers.
+        native: The model's own processor, which holds both.
+        family: What the model needs beside it.
+        place_id: Id of the token that an image feature replaces.
+        system: System text for conversations that bring none; None leaves the template's own.
+
+    Attributes:
+        num_image_tokens: Tokens of an image, or 0 where they depend on its size.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        native: Any = None,
+        family: Family | None = None,
+        place_id: int = 0,
+        system: str | None = None,
+    ) -> None:
+        assert family is not None
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"model.pretrained: the tokenizer {type(tokenizer).__name__} is a slow one and cannot say where its "
+                f"tokens lie in the text, so no mask can be made; save it as a fast tokenizer (tokenizer.json)."
+            )
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        if tokenizer.pad_token is None:  # a token of our own would have no row among the embeddings
+            tokenizer.pad_token = tokenizer.eos_token
+        self.native, self.family, self.system = native, family, system
+        self.image_token, self.image_token_id = self._placeholder(), place_id
+        self.pad_to_square, self.qformer_tokenizer, self.added_tokens = False, None, []
+        self._expansions: dict[tuple[int, int], str] = {}
+        counts = {self.count_image_tokens(shape) for shape in SHAPES}
+        self.num_image_tokens = counts.pop() if len(counts) == 1 else 0
+        self.reads_sizes = not self.num_image_tokens
+
+    # -- text -----------------------------------------------------------------------------------------------------
+
+    def expansion(self, size: tuple[int, int]) -> str:
+        """What the model's own processor writes in place of an image's placeholder.
+
+        Args:
+            size: (width, height) in pixels: no processor looks at more. A blank image of that size is asked about.
+        """
+        if size not in self._expansions:
+            self._expansions[size] = self._read([Image.new("RGB", size)])[1][0]
+        return self._expansions[size]
+
+    def count_image_tokens(self, size: tuple[int, int]) -> int:
+        """Places for features that an image of (width, height) pixels has."""
+        chat = RenderedChat(self.image_token, [], [(0, len(self.image_token))])
+        return sum(self._encode(chat, [self.expansion(size)]).places)
+
+    def encode_rendered(self, chat: RenderedChat, sizes: Sequence[tuple[int, int]] = ()) -> EncodedChat:
+        """Ids and labels of a rendered conversation; see `VLMProcessor.encode_rendered`.
+
+        Raises:
+            UserError: The number of an image's tokens depends on its size, and there are fewer sizes than images.
+        """
+        images = len(chat.image_spans)
+        if not self.reads_sizes:
+            sizes = [SHAPES[0]] * images
+        if len(sizes) < images:
+            raise UserError(
+                f"the conversation has places for {images} images, but the sizes of {len(sizes)} are given: how many "
+                f"tokens an image becomes depends on its size here, so give encode_rendered the size of each."
+            )
+        return self._encode(chat, [self.expansion(size) for size in sizes[:images]])
+
+    def _encode(self, chat: RenderedChat, expansions: Sequence[str]) -> EncodedChat:
+        chat = expand(chat, expansions)
+        encoded = EncodedChat([], [], len(chat.image_spans))
+        if self._adds_bos(chat.text):
+            encoded.append(self.tokenizer.bos_token_id)
+        supervised = supervised_characters(chat)
+        starts = [start for start, _ in chat.image_spans]
+        seen = [0] * len(starts)
+        for token, (start, end) in zip(*self._tokenize(chat.text, supervised), strict=True):
+            learned = end > start and bool(supervised[start])
+            image = bisect_right(starts, start) - 1
+            if image >= 0 and start < chat.image_spans[image][1]:
+                token, place = self._image_token(token, seen[image])
+                seen[image] += 1
+                encoded.append(token, place=place)
+            elif token == self.image_token_id:  # somebody typed it: it is text, not an image
+                for piece in self._as_plain_text(chat.text[start:end]):
+                    encoded.append(piece, learned)
+            else:
+                encoded.append(token, learned)
+        return encoded
+
+    # -- images ---------------------------------------------------------------------------------------------------
+
+    def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """What the model takes for RGB images, as its own processor names it."""
+        if not images:
+            return {}
+        inputs, _ = self._read(images)
+        unused = {*ONLY_COUNTS, *self.native.unused_input_names}
+        return {name: torch.as_tensor(value) for name, value in inputs.items() if name not in unused}
+
+    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor | None:
+        """The pixel values of RGB images, in the shape that the model takes, or None for none."""
+        return self.image_inputs(images).get("pixel_values")
+
+    def batch(self, rows: Sequence[EncodedChat], side: str = "right", multiple_of: int | None = None) -> BatchFeature:
+        """Pads rows, and adds the column that the model reads; see `VLMProcessor.batch`."""
+        batch = super().batch(rows, side, multiple_of)
+        if self.family.column:
+            columns = [_column(row, self.family.counts) for row in rows]
+            length = batch["input_ids"].shape[1]
+            padded = [c + [0] * (length - len(c)) if side == "right" else [0] * (length - len(c)) + c for c in columns]
+            batch[self.family.column] = torch.tensor(padded)
+        return batch
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Writes the model's own processor, with our template."""
+        self.native.chat_template = self.chat_template
+        return self.native.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    # -- what differs between models --------------------------------------------------------------------------------
+
+    def _placeholder(self) -> str:
+        return self.native.image_token
+
+    def _read(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[str]]:
+        """Tensors of images, and what stands for each in the text."""
+        return self.native._process_images(list(images), **self._image_options())
+
+    def _image_options(self) -> dict[str, Any]:
+        return self.native._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, return_tensors="pt")[
+            "images_kwargs"
+        ]
+
+    def _image_token(self, token: int, position: int) -> tuple[int, bool]:
+        """(id, whether a feature goes there) of a token of an image's expansion, counted from its start."""
+        return token, token == self.image_token_id
+
+
+class FuyuProcessor(FamilyProcessor):
+    """Fuyu, whose own processor cuts images into patches with torch where its image processor of PIL uses numpy."""
+
+    def _read(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[str]]:
+        # As in transformers, models/fuyu/processing_fuyu.py, _process_images.
+        given = self.image_processor(list(images), **self._image_options())
+        size = self.image_processor.patch_size
+        patches, texts = [], []
+        for number, image in enumerate(given["images"]):
+            height, width = (
+                min(full, -(-int(given[f"image_unpadded_{side}s"][number]) // step) * step)
+                for full, side, step in zip(
+                    image.shape[-2:], ("height", "width"), (size.height, size.width), strict=True
+                )
+            )
+            cut = self.image_processor.patchify_image(np.asarray(image)[..., :height, :width], size)
+            patches.append(torch.from_numpy(np.ascontiguousarray(cut)))
+            numbers = {"num_patches": len(cut), "row_width": width // size.width}
+            texts.append(self.native.replace_image_token(given, number, **numbers))
+        return {"pixel_values": torch.cat(patches)}, texts
+
+
+class Kosmos2Processor(FamilyProcessor):
+    """KOSMOS-2, whose own processor takes one image at the head of a text: features in a frame of two tokens."""
+
+    def expansion(self, size: tuple[int, int]) -> str:
+        """The frame, and as many placeholders in it as there are latent queries."""
+        return self.image_token * (1 + self.native.num_image_tokens) + self.native.eoi_token
+
+    def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """(N, 3, H, W) `pixel_values` of RGB images."""
+        return dict(self.image_processor(list(images), return_tensors="pt")) if images else {}
+
+    @property
+    def ids_per_image(self) -> int:
+        """The frame has one; the features stand at other ids."""
+        return 1
+
+    def _placeholder(self) -> str:
+        return self.native.boi_token
+
+    def _image_token(self, token: int, position: int) -> tuple[int, bool]:
+        # As upstream: the features stand at the first ids after <unk>.
+        inside = 1 <= position <= self.native.num_image_tokens
+        return (self.tokenizer.unk_token_id + position, True) if inside else (token, False)
+
+
+def without_videos(native: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """A model's own processor class without its processor of videos, which cannot be had without torchvision."""
+    attributes = [name for name in native.get_attributes() if name != "video_processor"]
+    if attributes == native.get_attributes():
+        return native
+
+    def read(cls: Any, args: list[Any], options: dict[str, Any], **kwargs: Any) -> Any:
+        return super(own, cls).from_args_and_dict([*args, None], options, **kwargs)
+
+    further = {
+        "get_attributes": classmethod(lambda cls: attributes),
+        "from_args_and_dict": classmethod(read),
+        "video_processor": SimpleNamespace(num_frames=None, fps=None),  # SmolVLM's asks for these at every template
+    }
+    own: Any = type(native.__name__, (native,), further)  # its own name is written into what it saves
+    return own
+
+
+def expand(chat: RenderedChat, expansions: Sequence[str]) -> RenderedChat:
+    """Puts each image's expansion where its placeholder stands, and moves all spans along.
+
+    Args:
+        chat: A rendered conversation.
+        expansions: One text for each of its image spans.
+    """
+    pieces, images, last, length = [], [], 0, 0
+    borders: list[tuple[int, int]] = []  # (position in the old text, how far what follows has moved)
+    for (start, end), text in zip(chat.image_spans, expansions, strict=True):
+        pieces += [chat.text[last:start], text]
+        length += start - last
+        images.append((length, length + len(text)))
+        length, last = length + len(text), end
+        borders.append((end, length - end))
+
+    def moved(position: int) -> int:
+        before = bisect_right(borders, (position, len(chat.text) + length)) - 1
+        return position + (borders[before][1] if before >= 0 else 0)
+
+    spans = [(moved(start), moved(end)) for start, end in chat.spans]
+    return RenderedChat("".join([*pieces, chat.text[last:]]), spans, images)
+
+
+def _column(row: EncodedChat, counts: str) -> list[int]:
+    """The family's column for one row."""
+    if counts == "images":
+        return list(row.places)
+    first = next((i for i, label in enumerate(row.labels) if label != IGNORED), len(row.labels))
+    return [int(i >= first) for i in range(len(row.labels))]

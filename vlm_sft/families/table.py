@@ -1,0 +1,83 @@
+"""The existing VLMs that a recipe can start from (`model:`), as data: what each needs beside its own classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..base.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What transformers' own classes of a model do not say.
+
+    Attributes:
+        processor: Name of the model's own processor in transformers.
+        template: Chat template that ships for it, by the `model_type` of its language model; `""` for any.
+        column: A further column of a batch that the model reads, or "".
+        counts: What is 1 in that column: `images` (places of image features) or `answer` (all from the first
+            supervised token on).
+        prompt: Of a model made for one turn, whose own processor writes a part of the prompt itself: what is left for
+            a template to write, as a Jinja expression on our render (`rendered`).
+        vllm: Whether vLLM has a class for it.
+        no_export: Why it is not exported to its own class, or "".
+    """
+
+    processor: str
+    template: dict[str, str]
+    column: str = ""
+    counts: str = "images"
+    prompt: str = ""
+    vllm: bool = True
+    no_export: str = ""
+
+
+# By `model_type`. Which parameters are which part is said in `freeze.PART_NAMES`.
+FAMILIES: dict[str, Family] = {
+    # A Llama-3 in LLaVA-1.6 has another template than Vicuna, and the model type does not tell them apart.
+    "llava": Family("LlavaProcessor", {"llama": "vicuna_v1"}),
+    "llava_next": Family("LlavaNextProcessor", {"mistral": "mistral"}),
+    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", {"": "qwen2_5_vl"}, "mm_token_type_ids"),
+    "qwen3_vl": Family("Qwen3VLProcessor", {"": "qwen3_vl"}, "mm_token_type_ids"),
+    "idefics3": Family("Idefics3Processor", {"": "smolvlm"}),
+    "smolvlm": Family("SmolVLMProcessor", {"": "smolvlm"}),
+    # PaliGemma reads its prompt in both directions and writes its answer in one.
+    "paligemma": Family("PaliGemmaProcessor", {"": "paligemma"}, "token_type_ids", "answer",
+                        prompt="rendered.replace(bos_token, '', 1).removesuffix('\\n')"),
+    "internvl": Family("InternVLProcessor", {"": "internvl"}),
+    "gemma3": Family("Gemma3Processor", {"": "gemma3"}, "token_type_ids"),
+    "kosmos-2": Family("Kosmos2Processor", {"": "kosmos2"}, "image_embeds_position_mask", vllm=False,
+                       prompt="rendered.removeprefix(bos_token ~ image_token ~ ' ')"),
+    "fuyu": Family("FuyuProcessor", {"": "fuyu"},
+                   no_export="its own processor cannot cut images without torchvision"),
+}  # fmt: skip
+
+
+def family_of(model_type: str, pretrained: str) -> Family:
+    """The family of a model.
+
+    Raises:
+        UserError: It is none that a recipe can start from.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model.pretrained: a {model_type!r} model ({pretrained!r}) is none of those that a recipe can start from "
+            f"({', '.join(FAMILIES)}); compose it from its parts under `stack`."
+        )
+    return FAMILIES[model_type]
+
+
+def default_template(config: Any, pretrained: str) -> str:
+    """Name of the chat template for a model whose recipe names none.
+
+    Raises:
+        UserError: None is known for it.
+    """
+    template, text = family_of(config.model_type, pretrained).template, config.get_text_config().model_type
+    if name := template.get(text) or template.get(""):
+        return name
+    raise UserError(
+        f"chat_template: none is known for the {config.model_type} model {pretrained!r} with a {text} language model; "
+        f"name one, or give the path of a .jinja file with generation markers."
+    )

@@ -1,0 +1,306 @@
+"""`vlm-sft generate`: answers a file of questions in batches into a JSONL file that a rerun resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..base.errors import UserError
+from ..batch.processor import VLMProcessor
+from ..bundle.hub import find_bundle
+from ..bundle.load import load
+from ..bundle.save import RECIPE
+from .generation import answer, check_length, encode_question
+from .questions import Question, conversation, read_questions
+from .settings import check_options
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+
+
+def generate(
+    bundle: str,
+    input: str,  # noqa: A002
+    output: str,
+    batch_size: int = 8,
+    images: str | None = None,
+    options: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Answers a file of questions.
+
+    Args:
+        bundle: Folder of a trained model.
+        input: Anything `readers.read_rows` reads. A row has a `question` (maybe with `<image>` marks) and `image` or
+            `images`, or `messages` as in training; and maybe an `id`.
+        output: JSONL file. Each row of the input becomes one line, in the same order: its columns and `answer` or
+            `error`. What it holds already is kept and not asked again.
+        batch_size: Rows answered at a time.
+        images: Folder that relative image paths start from; default the folder of the input.
+        options: For transformers' `generate`, over the recipe's `generation`.
+        trust_remote_code: See `loading.load`.
+
+    Raises:
+        UserError: A file is wrong, or some rows could not be answered (after all others were).
+    """
+    check_options(options or {})
+    if images is not None and not os.path.isdir(os.path.expanduser(images)):
+        raise UserError(f"--images {images} is no folder: correct it.")
+    target = Path(output).expanduser()
+    if target.exists() and os.path.exists(input) and target.samefile(input):
+        raise UserError(f"--output {output} is the input itself: give another file.")
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    earlier, size = read_answers(target)
+    order = check_questions(input, earlier, target)
+    done = {key: line.get("error") for key, line in earlier.items()}  # whole lines would fill the memory
+    todo = (question for question in read_questions(input) if str(question.id) not in done)
+    left = len(order) - len(done)
+    if left:
+        if done:
+            console.print(f"{len(done):,} of {len(order):,} rows are in {target} already.")
+        model, processor, settings = open_bundle(bundle, options or {}, trust_remote_code)
+        if ignores_text(processor):
+            console.print("This bundle's template shows the model images only: what the questions say is ignored.")
+    with _append(target, size) as write, _progress(console, left) as advance:
+        while batch := list(islice(todo, batch_size)):
+            lines = answer_rows(model, processor, batch, images, settings)
+            write(lines)
+            done |= {str(line["id"]): line.get("error") for line in lines}
+            advance(len(lines), sum("error" in line for line in lines))
+    _finish(target, order, done, console)
+
+
+def open_bundle(
+    bundle: str, options: dict[str, Any], trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, VLMProcessor, dict[str, Any]]:
+    """Model, processor and the settings of the bundle's recipe with `options` over them.
+
+    Raises:
+        UserError: As `loading.load`.
+    """
+    logging.disable_progress_bar()  # one bar for each file of weights would stand between the lines
+    folder = find_bundle(bundle)
+    model, processor = load(folder, trust_remote_code=trust_remote_code)
+    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    return model, processor, {**(recipe.get("generation") or {}), **options}  # type: ignore[return-value]
+
+
+def ignores_text(processor: VLMProcessor) -> bool:
+    """Whether the chat template shows the model a question's images but not its words (`plain`)."""
+
+    def prompt(text: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return processor.render([{"role": "user", "content": content}], add_generation_prompt=True).text
+
+    try:
+        return prompt("one") == prompt("two")
+    except UserError:  # it wants another kind of conversation
+        return False
+
+
+def check_questions(path: str, done: dict[str, dict[str, Any]], target: Path) -> list[str]:
+    """Ids of all questions, in order, checked against each other and against the answers there are.
+
+    Raises:
+        UserError: An id comes twice, or an answer belongs to no question or to another one.
+    """
+    seen: dict[str, str] = {}
+    for question in read_questions(path):
+        key = str(question.id)
+        if key in seen:
+            raise UserError(
+                f'{question.row.where}: the id "{key}" is that of {seen[key]} too (a row without an id has its number '
+                "for one): give every row its own."
+            )
+        seen[key] = question.row.where
+        there = done.get(key)
+        if there is not None and _dump(_without_result(there)) != _dump(question.kept()):
+            raise UserError(
+                f'{target} has an answer to "{key}", but to another version of {question.row.where}: give another '
+                "--output, or remove that line to ask again."
+            )
+    if not seen:
+        raise UserError(f"{path} holds no rows: add some.")
+    if strangers := [key for key in done if key not in seen]:
+        raise UserError(
+            f'{target} holds answers to other questions ({len(strangers)}, for instance the id "{strangers[0]}"): '
+            "give another --output."
+        )
+    return list(seen)
+
+
+def answer_rows(
+    model: PreTrainedModel,
+    processor: VLMProcessor,
+    batch: Iterable[Question],
+    images: str | None,
+    options: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """One line a row: its columns and `answer`, or `error` where the row cannot be asked.
+
+    Raises:
+        UserError: The GPU's memory does not hold the batch.
+    """
+    lines, asked = [], []
+    for question in batch:
+        line = question.kept()
+        lines.append(line)
+        try:
+            row = conversation(question, images)
+            # Each by itself first, so that one bad row does not take the others with it.
+            check_length(model, len(encode_question(processor, row).input_ids))
+            asked.append((line, row))
+        except UserError as error:
+            line["error"] = str(error)
+    try:
+        answers = answer(model, processor, [row for _, row in asked], **options)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"The GPU's memory does not hold {len(asked)} rows at a time: run again with a smaller --batch-size (the "
+            "answers so far are kept)."
+        ) from None
+    for (line, _), text in zip(asked, answers, strict=True):
+        line["answer"] = text
+    return lines
+
+
+def read_answers(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Lines of an earlier run by id, and the size of the file without a half-written last line.
+
+    Raises:
+        UserError: The file cannot be read, or holds a line that is not one of ours.
+    """
+    try:
+        data = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be read ({error.strerror or error}): give another file.") from None
+    found: dict[str, dict[str, Any]] = {}
+    size = 0
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        parsed = _parse(line)
+        if parsed is not None and str(parsed["id"]) not in found:
+            found[str(parsed["id"])] = parsed
+        elif parsed is None and _is_half(line):
+            break
+        elif line.strip():
+            problem = "is not an answer of ours" if parsed is None else f'has the id "{parsed["id"]}" again'
+            raise UserError(f"--output {path}: line {number} {problem}: give another file, or remove the line.")
+        size += len(line)
+    return found, size
+
+
+def _is_half(line: bytes) -> bool:
+    """Whether a line is the beginning of one of ours: a foreign file must not lose its end."""
+    start = b'{"id":'
+    return not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line) or not line.strip(b"\0"))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and "id" in value and ("answer" in value or "error" in value) else None
+
+
+def _without_result(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in ("answer", "error")}
+
+
+def _dump(line: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(line, ensure_ascii=False, default=_as_json) + "\n").encode()
+    except UnicodeEncodeError:  # half a character, which JSON can only escape
+        return (json.dumps(line, default=_as_json) + "\n").encode()
+
+
+def _as_json(value: Any) -> Any:
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+
+
+@contextmanager
+def _append(path: Path, size: int) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """Gives a function that adds lines after the first `size` bytes; when it returns, they are on the disk."""
+
+    def failed(error: OSError) -> UserError:
+        return UserError(f"--output {path} cannot be written ({error.strerror or error}): correct it or make room.")
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("ab+")
+        stream.truncate(size)
+        stream.seek(max(size - 1, 0))
+        if size and stream.read(1) != b"\n":
+            stream.write(b"\n")
+    except OSError as error:
+        raise failed(error) from None
+
+    def write(lines: list[dict[str, Any]]) -> None:
+        try:
+            stream.write(b"".join(map(_dump, lines)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError as error:
+            raise failed(error) from None
+
+    with stream:
+        yield write
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function that is told of rows and errors among them: a bar at a terminal, else lines now and then."""
+    start, told, rows, errors = time.monotonic(), 0.0, 0, 0
+    bar = Progress(
+        TextColumn("answering"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal or not total,
+    )
+    task = bar.add_task("", total=total, note="")
+
+    def advance(new_rows: int, new_errors: int) -> None:
+        nonlocal told, rows, errors
+        rows, errors, now = rows + new_rows, errors + new_errors, time.monotonic()
+        note = f"{errors:,} with errors" if errors else ""
+        bar.update(task, completed=rows, note=note)
+        if not console.is_terminal and (rows == total or now - told >= SECONDS_BETWEEN_LINES):
+            told = now
+            rate = rows / max(now - start, 1e-9)
+            console.print(f"{rows:,} of {total:,} rows, {rate:.2g} rows/s{note and ', ' + note}")
+
+    with bar:
+        yield advance
+
+
+def _finish(target: Path, order: list[str], done: dict[str, str | None], console: Console) -> None:
+    """Puts the lines into the order of the input where they are not, and says how it went."""
+    if list(done) != order:  # lines were removed to be asked again, and their new answers stand at the end
+        lines, _ = read_answers(target)
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.write_bytes(b"".join(_dump(lines[key]) for key in order))
+        os.replace(temporary, target)
+    failed = [key for key in order if done[key] is not None]
+    if failed:
+        raise UserError(
+            f'{len(failed):,} of {len(order):,} rows could not be answered, the first is "{failed[0]}" '
+            f"({str(done[failed[0]]).rstrip('.')}): mend them, remove their lines from {target} and run again."
+        )
+    console.print(f"{len(order):,} rows are answered: {target}")

@@ -1,0 +1,309 @@
+"""`vlm-sft chat`: a conversation about images at the terminal, or one question and its answer."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import shlex
+import sys
+from contextlib import closing
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from ..base.assets import closest
+from ..base.errors import UserError
+from ..batch.processor import VLMProcessor
+from ..reading.images import load_image
+from .answer_file import ignores_text, open_bundle
+from .generation import PromptTooLongError, stream_answer
+from .settings import check_options
+
+COMMANDS = {
+    "/image": "/image PATH   add an image to the next question    给下一个问题加图片",
+    "/reset": "/reset        forget the conversation              清空对话",
+    "/help": "/help         show this                            显示帮助",
+    "/quit": "/quit         leave; Ctrl-D does too               退出",
+}
+CAPTIONS_ONLY = "This bundle's template shows the model images only: words are ignored, and Enter asks for a caption."
+
+
+def chat(
+    bundle: str,
+    images: list[str],
+    question: str | None = None,
+    options: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Talks about images.
+
+    Args:
+        bundle: Folder of a trained model.
+        images: Image files that belong to the first question.
+        question: Asked once, and only the answer is printed; without it a conversation is held over standard input.
+        options: For transformers' `generate`, over the recipe's `generation`.
+        trust_remote_code: See `loading.load`.
+
+    Raises:
+        UserError: The bundle, an image or an option is wrong; within a conversation errors are said and it goes on.
+    """
+    check_options(options or {})
+    waiting = [load_image(os.path.expanduser(path)) for path in images]
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding must not end the conversation
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    with console.status(f"Loading {bundle}"):
+        talk = Conversation(*open_bundle(bundle, options or {}, trust_remote_code), waiting)
+    if question is None:
+        Prompt(talk, console).run()
+        return
+    if talk.captions_only and question:
+        console.print(CAPTIONS_ONLY)
+    if not _write_answer(talk.ask(question)):
+        print()
+
+
+class Conversation:
+    """What was said, and the images of it.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        options: For `generate`.
+        waiting: Images of the next question.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, processor: VLMProcessor, options: dict[str, Any], waiting: list[Image.Image]
+    ) -> None:
+        self.model, self.processor, self.options = model, processor, options
+        self.waiting = waiting
+        self.captions_only = ignores_text(processor)
+        self.reset(keep_waiting=True)
+
+    def reset(self, keep_waiting: bool = False) -> None:
+        """Forgets everything."""
+        self.messages: list[dict[str, Any]] = []
+        self.images: list[Image.Image] = []
+        self.waiting = self.waiting if keep_waiting else []
+
+    def ask(self, text: str) -> Answer:
+        """Begins to answer; what is said becomes part of the conversation when the answer is closed.
+
+        Raises:
+            UserError: There is nothing to ask.
+        """
+        if self.captions_only:  # was trained on one caption each, so every caption stands for itself
+            self.waiting = self.waiting or self.images
+            self.messages, self.images = [], []
+            if not self.waiting:
+                raise UserError("There is no image to describe: give one.")
+        elif not text.strip():
+            raise UserError("The question is empty: write one.")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError("The question is not UTF-8 text: set the terminal to UTF-8 (LANG=zh_CN.UTF-8).") from None
+        content: list[dict[str, str]] = [{"type": "image"} for _ in self.waiting]
+        content += [{"type": "text", "text": text}] if text.strip() else []
+        return Answer(self, {"role": "user", "content": content})
+
+
+class Answer:
+    """An answer as it is written: iterate over its pieces, then close it."""
+
+    def __init__(self, talk: Conversation, question: dict[str, Any]) -> None:
+        self._talk, self._question = talk, question
+        self._said = ""
+        self._pieces = stream_answer(
+            talk.model, talk.processor, [*talk.messages, question], [*talk.images, *talk.waiting], **talk.options
+        )
+
+    def __iter__(self) -> Answer:
+        return self
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self._said += piece
+        return piece
+
+    def close(self) -> None:
+        """Stops the model. A question without an answer was never asked: its images wait for the next one."""
+        self._pieces.close()  # type: ignore[attr-defined]
+        if self._said.strip():
+            talk = self._talk
+            answer = {"role": "assistant", "content": [{"type": "text", "text": self._said}]}
+            talk.messages += [self._question, answer]
+            talk.images += talk.waiting
+            talk.waiting = []
+
+
+class Prompt:
+    """Reads lines, obeys commands, writes answers.
+
+    Answers go to standard output, everything else to standard error.
+
+    Args:
+        talk: The conversation.
+        console: Standard error.
+    """
+
+    def __init__(self, talk: Conversation, console: Console) -> None:
+        self.talk, self.console = talk, console
+        self.at_terminal = sys.stdin.isatty()
+        if self.at_terminal:
+            _use_readline()
+
+    def run(self) -> None:
+        """Holds the conversation until it is left."""
+        if self.at_terminal:
+            self.console.print("Ask about images; /help lists the commands.  输入问题，/help 显示命令。")
+        if self.talk.captions_only:
+            self.console.print(CAPTIONS_ONLY)
+        while True:
+            try:
+                line = self.read().strip()
+            except EOFError:
+                if self.at_terminal:
+                    self.console.print()
+                return
+            except KeyboardInterrupt:
+                self.console.print("\nTo leave, type /quit or press Ctrl-D.")
+                continue
+            if line.startswith("／"):  # as Chinese input methods write it
+                line = "/" + line[1:]
+            if line == "/quit":
+                return
+            self.obey(line)
+
+    def read(self) -> str:
+        """One line of standard input, edited with readline at a terminal."""
+        if not self.at_terminal:
+            return input()
+        count = len(self.talk.waiting)
+        prompt = f"[{count} image{'s' if count > 1 else ''}] > " if count else "> "
+        if not sys.stdout.isatty():  # `input` would write the prompt among the answers
+            print(prompt, end="", file=sys.stderr, flush=True)
+            prompt = ""
+        return input(prompt)
+
+    def obey(self, line: str) -> None:
+        """Does what a line says: a command or a question; an error is said, not raised."""
+        try:
+            if line.startswith("/"):
+                self.command(line)
+            elif line or (self.talk.captions_only and (self.talk.waiting or self.talk.images)):
+                self.answer(line)
+        except KeyboardInterrupt:
+            self.console.print("(stopped)")
+        except PromptTooLongError as error:
+            self.console.print(
+                f"The conversation takes {error.length:,} tokens with its images, but the language model reads at most "
+                f"{error.limit:,}: type /reset to start anew."
+            )
+        except UserError as error:
+            self.console.print(str(error)[:1].upper() + str(error)[1:])
+        except torch.OutOfMemoryError:
+            self.console.print("The GPU's memory does not hold the conversation: type /reset to start anew.")
+
+    def command(self, line: str) -> None:
+        """Does what a line beginning with a slash says.
+
+        Raises:
+            UserError: There is no such command, or an image cannot be read.
+        """
+        word, *rest = line.split(maxsplit=1)  # also at the wide space of Chinese input methods
+        if word == "/image":
+            self.add_images(*rest)
+        elif word == "/reset":
+            self.talk.reset()
+            self.console.print("The conversation and its images are forgotten.")
+        elif word == "/help":
+            self.console.print("\n".join(COMMANDS.values()))
+        elif os.path.exists(line):
+            raise UserError(f"To add an image, type /image {line}")
+        else:
+            near = closest(word, COMMANDS)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}."
+            raise UserError(f"There is no command {word}; {hint}")
+
+    def answer(self, question: str) -> None:
+        """Asks the model."""
+        if not _write_answer(self.talk.ask(question)):
+            self.console.print("The model gave no answer; the question is forgotten.")
+
+    def add_images(self, given: str = "") -> None:
+        """Adds images to the next question.
+
+        Raises:
+            UserError: No path is given, or an image cannot be read; then none of them is added.
+        """
+        if not given:
+            raise UserError("Say which image: /image PATH.")
+        images = [load_image(path) for path in split_paths(given)]
+        self.talk.waiting += images
+        if not self.at_terminal:
+            return
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        self.console.print(f"Added ({sizes}); now ask about it.")
+
+
+def split_paths(given: str) -> list[str]:
+    """Paths as people type or drop them: with spaces, in quotes, with backslashes, several in a row.
+
+    What is a file as it stands is one path. Else quotes and backslashes are read as a shell reads them; if none of the
+    words found is a file, the whole was meant as one path (which an error can name).
+    """
+    whole = os.path.expanduser(given)
+    if os.path.exists(whole):
+        return [whole]
+    try:
+        words = [os.path.expanduser(word) for word in shlex.split(given)]
+    except ValueError:  # a quotation mark that is not closed
+        return [whole]
+    return words if len(words) == 1 or any(map(os.path.exists, words)) else [whole]
+
+
+def _write_answer(answer: Answer) -> bool:
+    """Writes an answer to standard output as it comes; says whether there was one."""
+    at_terminal, wrote = sys.stdout.isatty(), False
+    try:
+        with closing(answer):
+            for piece in answer:
+                print(_harmless(piece) if at_terminal else piece, end="", flush=True)
+                wrote = True
+    finally:
+        if wrote:
+            print(flush=True)
+    return wrote
+
+
+def _harmless(text: str) -> str:
+    """Without control characters, with which a model could move the cursor or change the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t\u3000" else "\ufffd" for c in text)
+
+
+def _use_readline() -> None:
+    """History and editing for `input`, and completion of commands and of the path after /image."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        return
+    readline.set_completer_delims("")
+    readline.set_completer(_complete)
+    readline.parse_and_bind("tab: complete")
+
+
+def _complete(line: str, state: int) -> str | None:
+    if line.startswith("/image "):
+        start = line.removeprefix("/image ")
+        paths = glob.glob(glob.escape(os.path.expanduser(start)) + "*")
+        found = [f"/image {path}{'/' if os.path.isdir(path) else ''}" for path in sorted(paths)]
+    else:
+        found = [command + " " for command in COMMANDS if line and command.startswith(line)]
+    return found[state] if state < len(found) else None

@@ -1,0 +1,135 @@
+"""Measures a bundle on held-out rows: captions and answers exactly right, and how much of that needs the image."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base.console import say
+from ..base.errors import UserError
+from ..base.quiet import quiet_libraries
+from .scoring import collect, score
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe, Source
+
+RESULTS = "eval.json"
+
+
+def run(
+    bundle: str,
+    split: str = "test",
+    batch_size: int = 32,
+    output: str | None = None,
+    max_rows: int | None = None,
+    recipe: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Evaluates a bundle, prints a table, writes `eval.json` and the bundle's card.
+
+    Args:
+        bundle: Folder of the bundle, or `name/repository` on the Hub.
+        split: `test` or `eval`: which sources of the recipe's `data`.
+        batch_size: Questions answered at a time.
+        output: Where the results go; default `eval.json` in the bundle, or `NAME-eval.json` here for one on the Hub.
+        max_rows: Only the first so many rows of each source.
+        trust_remote_code: See `loading.load`.
+        recipe: A recipe whose `data` is used in place of the bundle's own.
+
+    Returns:
+        What `scoring.measure` gives, and `train_seconds`, `split`, `evaluate_seconds`.
+
+    Raises:
+        UserError: No bundle, no such split, no rows, or a row that cannot be read.
+    """
+    quiet_libraries()
+
+    from transformers import set_seed
+
+    from ..bundle.card import write_card
+    from ..bundle.hub import find_bundle, is_fetched
+    from ..bundle.load import load, recipe_of
+    from ..bundle.save import read_manifest
+    from ..recipe.schema import load_recipe
+
+    folder = find_bundle(bundle)
+    own = recipe_of(folder, read_manifest(folder))
+    sources = sources_of(load_recipe(recipe) if recipe else own, split)
+    fetched = is_fetched(folder)
+    # What lies in the Hub's cache is not ours to change.
+    default = Path(f"{bundle.partition('@')[0].rpartition('/')[2]}-{RESULTS}") if fetched else folder / RESULTS
+    target = Path(output) if output else default
+    if target.is_dir():
+        raise UserError(f"--output {str(target)!r} is a folder; name a file.")
+    questions = collect(sources, max_rows)
+    model, processor = load(folder, trust_remote_code=trust_remote_code)
+    start = time.perf_counter()
+    set_seed(int(own.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
+    results = score(model, processor, questions, batch_size, dict(own.generation))
+    results |= {
+        "train_seconds": train_seconds(folder),
+        "split": split,
+        "evaluate_seconds": round(time.perf_counter() - start, 1),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not output and not fetched:
+        write_card(folder)
+    _print(results, target)
+    return results
+
+
+def sources_of(recipe: Recipe, split: str) -> list[Source]:
+    """The sources of a split.
+
+    Raises:
+        UserError: The split is not `test` or `eval`, or the recipe names no source for it.
+    """
+    if split not in ("test", "eval"):
+        raise UserError(f"--split must be test or eval, not {split!r}.")
+    sources = getattr(recipe.data, split)
+    if not sources:
+        raise UserError(
+            f"{recipe.path or 'the recipe'} has no data.{split}; add sources there, or name another recipe with "
+            f"--recipe."
+        )
+    return list(sources)
+
+
+def train_seconds(folder: Path) -> float | None:
+    """Seconds that the bundle's stage was trained for, or None where that was not written down."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return None
+    runtimes = [row["train_runtime"] for row in json.loads(path.read_text(encoding="utf-8")) if "train_runtime" in row]
+    return round(sum(runtimes), 1) if runtimes else None
+
+
+def _print(results: dict[str, Any], target: Path) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"Exactly right on the {results['split']} set", title_justify="left", box=SIMPLE_HEAD, show_edge=False
+    )
+    table.add_column("what")
+    table.add_column("share", justify="right")
+    table.add_column("questions", justify="right")
+    counts = results["questions"]
+    lines = [("captions", results["caption_exact_match"], counts["captions"])]
+    by_kind = results["answer_accuracy_by_kind"]
+    lines += [(f"answers: {kind}", share, counts["answers"][kind]) for kind, share in by_kind.items()]
+    answers = sum(counts["answers"].values())
+    lines += [
+        ("answers", results["answer_accuracy"], answers),
+        ("answers, image blanked", results["answer_accuracy_blank_image"], answers),
+    ]
+    for name, share, count in lines:
+        if share is not None:
+            table.add_row(name, f"{share:.1%}", f"{count:,}")
+    console = Console()
+    console.print(table)
+    say(console, f"Written to {target}.")

@@ -1,0 +1,306 @@
+"""Asks a model: batches of conversations, or one answer as it is written."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from ..base.errors import UserError
+from ..batch.processor import EncodedChat, VLMProcessor
+from ..families.model import FamilyModel
+from ..model.modeling import INSTRUCTION
+from ..reading.images import image_size, load_image
+from .settings import generation_options
+
+
+class PromptTooLongError(UserError):
+    """A conversation that the language model has no positions for.
+
+    Attributes:
+        length: Tokens of the conversation, images included.
+        limit: Positions of the language model.
+    """
+
+    def __init__(self, length: int, limit: int, where: str = "") -> None:
+        self.length, self.limit = length, limit
+        super().__init__(
+            f"{where and where + ': '}the conversation takes {length:,} tokens with its images, but the language model "
+            f"reads at most {limit:,} with the answer: shorten it or give fewer images."
+        )
+
+
+def prepare(
+    processor: VLMProcessor, conversations: Sequence[dict[str, Any]], device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Conversations → (B, S) left-padded prompts and (N, 3, H, W) images, on the device.
+
+    Args:
+        processor: The model's processor.
+        conversations: Each `{"messages", "images"}`, maybe with an `id` for errors; a last message of the assistant is
+            left out (it is the answer), and so are images beyond the placeholders (they belong to later messages).
+        device: Where the model is.
+
+    Raises:
+        UserError: A conversation is malformed, has too few images or an image cannot be read.
+    """
+    encoded, images, instructions = [], [], []
+    for number, row in enumerate(conversations):
+        where = _where(row, number, len(conversations))
+        chat = encode_question(processor, row, where)
+        encoded.append(chat)
+        images += [load_image(image, where=where) for image in row["images"][: chat.num_images]]
+        instructions += processor.instructions(row["messages"])[: chat.num_images]
+    batch = processor.batch(encoded, side="left")
+    batch.pop("labels")
+    batch.update(processor.image_inputs(images, instructions))
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "") -> EncodedChat:
+    """Ids of one conversation up to where the answer begins; see `prepare`."""
+    messages, place = row["messages"], f"{where}: " if where else ""
+    sizes = [image_size(image, where=where) for image in row["images"]] if processor.reads_sizes else []
+    messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    try:
+        chat = processor.encode_chat(messages, add_generation_prompt=True, sizes=sizes)
+    except UserError as error:
+        raise UserError(f"{place}{error}") from None
+    if not chat.input_ids:
+        raise UserError(f"{place}the prompt is empty: give an image.")
+    if len(row["images"]) < chat.num_images:
+        raise UserError(
+            f"{place}the messages have places for {chat.num_images} images, but {len(row['images'])} are given: give "
+            "every place its image, in order."
+        )
+    return chat
+
+
+def _where(row: dict[str, Any], number: int, rows: int) -> str:
+    return f"row {row.get('id', number)}" if rows > 1 or "id" in row else ""
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the language model was made for; None where nothing limits them (ALiBi)."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Only these two kinds of scaling leave the original length in max_position_embeddings (Vicuna 16k).
+    stretched = isinstance(limit, int) and rope.get("rope_type") in ("linear", "dynamic")
+    return int(limit * rope.get("factor", 1)) if stretched else limit
+
+
+def check_length(model: PreTrainedModel, length: int, where: str = "") -> None:
+    """Checks that a prompt of so many tokens leaves the language model room for an answer.
+
+    Raises:
+        PromptTooLongError: It does not.
+    """
+    limit = position_limit(model)
+    if limit is not None and length >= limit:
+        raise PromptTooLongError(length, limit, where)
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[dict[str, Any]], **options: Any
+) -> list[str]:
+    """Answers a batch of conversations.
+
+    Args:
+        model: The model, on its device, in evaluation mode.
+        processor: Its processor.
+        conversations: Each `{"messages", "images"}`, as `prepare` takes them.
+        **options: For transformers' `generate` (default: greedy, at most 128 new tokens). Near the end of the language
+            model's positions an answer becomes shorter than `max_new_tokens`.
+
+    Returns:
+        One text a conversation, without the end mark and surrounding white space.
+
+    Raises:
+        UserError: As `prepare`; a conversation is longer than the language model can read (`PromptTooLongError`).
+    """
+    if not conversations:
+        return []
+    batch = prepare(processor, conversations, model.device)
+    settings = generation_options(model, processor, options)
+    for number, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        check_length(model, length, _where(conversations[number], number, len(conversations)))
+    if not _fit(model, batch, settings) and len(conversations) > 1:
+        # The room of a short conversation must not depend on a long one beside it.
+        return [text for row in conversations for text in answer(model, processor, [row], **options)]
+    output = _generate(model, batch, settings)
+    return [cut_at(_decode(processor, ids), processor.end_of_answer) for ids in output.tolist()]
+
+
+def _fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> bool:
+    """Whether the longest answer fits behind the longest prompt; where not, `max_new_tokens` is lowered to fit."""
+    limit, wanted = position_limit(model), settings.get("max_new_tokens")
+    room = None if limit is None else limit - batch["attention_mask"].shape[1]
+    if room is None or wanted is None or wanted <= room:
+        return True
+    settings["max_new_tokens"] = room
+    return False
+
+
+def _generate(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any], **more: Any
+) -> torch.Tensor:
+    """Calls `generate`; returns new tokens alone.
+
+    A stack is given embeddings in place of ids and images, because a placeholder's id may lie beyond the vocabulary,
+    where a repetition penalty would look it up and fail. An existing VLM takes both as its own class does.
+    """
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    known = vars(GenerationConfig())
+    config = GenerationConfig(**{name: value for name, value in settings.items() if name in known})
+    more |= {name: value for name, value in settings.items() if name not in known}
+    if isinstance(core, FamilyModel):
+        _refuse_beams(core, config, batch)
+        return model.generate(**batch, generation_config=config, **more)[:, batch["input_ids"].shape[1] :]
+    instruction = {name: batch.get(name) for name in INSTRUCTION}
+    embeds = core.model.embed(batch["input_ids"], batch.get("pixel_values"), **instruction)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*with `inputs_embeds` and without `input_ids`")
+        output: torch.Tensor = model.generate(
+            inputs_embeds=embeds, attention_mask=batch["attention_mask"], generation_config=config, **more
+        )
+    return output
+
+
+def _refuse_beams(core: PreTrainedModel, config: GenerationConfig, batch: dict[str, torch.Tensor]) -> None:
+    """transformers repeats the images of a batch one by one for the beams, not row by row."""
+    beams = config.num_beams or core.generation_config.num_beams or 1
+    if beams > 1 and batch.get("pixel_values") is not None:
+        raise UserError("num_beams must be 1 with images in an existing model: transformers mixes up images and beams.")
+
+
+def _decode(processor: VLMProcessor, ids: list[int]) -> str:
+    # Cleaning up would take back spaces that a stream has shown already.
+    text: str = processor.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def cut_at(text: str, end: str) -> str:
+    """Text before the end mark, stripped."""
+    mark = end.strip(" ")
+    return (text.split(mark, 1)[0] if mark else text).strip()
+
+
+def stream_answer(
+    model: PreTrainedModel,
+    processor: VLMProcessor,
+    messages: Sequence[dict[str, Any]],
+    images: Sequence[Any],
+    **options: Any,
+) -> Iterator[str]:
+    """Yields an answer piece by piece as the model writes it; the pieces joined are what `answer` returns.
+
+    Closing the iterator stops the model after the token it is at. With several beams, which only the end decides
+    between, the answer comes in one piece.
+
+    Args and Raises: see `answer`.
+    """
+    row = {"messages": list(messages), "images": list(images)}
+    settings = generation_options(model, processor, options)
+    if (settings.get("num_beams") or model.generation_config.num_beams or 1) > 1:
+        yield from (text for text in answer(model, processor, [row], **options) if text)
+        return
+    batch = prepare(processor, [row], model.device)
+    check_length(model, batch["input_ids"].shape[1])
+    _fit(model, batch, settings)
+    writer = _Writer(model, processor, batch, settings)
+    with closing(writer):
+        yield from hold_back(writer.pieces(), processor.end_of_answer.strip(" "))
+
+
+class _Writer(BaseStreamer, StoppingCriteria):
+    """Generates in a thread of its own; the text comes out of a queue as soon as it can no longer change."""
+
+    def __init__(
+        self, model: PreTrainedModel, processor: VLMProcessor, batch: dict[str, torch.Tensor], settings: dict[str, Any]
+    ) -> None:
+        self._processor = processor
+        self._ids: list[int] = []
+        self._shown = 0
+        self._started = False
+        # A piece of text, an exception, or None at the end.
+        self._queue: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(model, batch, settings), daemon=True)
+        self._thread.start()
+
+    def _run(self, model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+        last: BaseException | None = None
+        stop = StoppingCriteriaList([self, *(settings.pop("stopping_criteria", None) or [])])
+        try:
+            with torch.inference_mode():
+                _generate(model, batch, settings, streamer=self, stopping_criteria=stop)
+        except BaseException as error:
+            last = error
+        self._queue.put(last)
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes new ids (called by `generate`; the first time with the prompt, which is no answer)."""
+        if not self._started:
+            self._started = True
+            return
+        self._ids += value.flatten().tolist()
+        # The character at the end may be a half one.
+        self._show(_decode(self._processor, self._ids).rstrip("\ufffd"))
+
+    def end(self) -> None:
+        """Gives out the rest (called by `generate`)."""
+        self._show(_decode(self._processor, self._ids))
+
+    def _show(self, text: str) -> None:
+        if len(text) > self._shown:
+            self._queue.put(text[self._shown :])
+            self._shown = len(text)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Whether to stop, a row (called by `generate` after each token)."""
+        return torch.full((len(input_ids),), self._stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+    def pieces(self) -> Iterator[str]:
+        """Text as it comes; raises here what was raised in the thread."""
+        while (piece := self._queue.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+    def close(self) -> None:
+        """Stops the model and waits for it."""
+        self._stop.set()
+        self._thread.join()
+
+
+def hold_back(pieces: Iterable[str], mark: str) -> Iterator[str]:
+    """Passes pieces on, but never the mark, what may be its beginning, or anything after it.
+
+    Surrounding white space is dropped, so the pieces joined are `cut_at` of the whole text.
+    """
+    pending, started = "", False
+    for piece in pieces:
+        pending += piece
+        if mark and mark in pending:
+            pending = pending.split(mark, 1)[0]
+            break
+        keep = max((n for n in range(1, len(mark)) if pending.endswith(mark[:n])), default=0)
+        ready = pending[: len(pending) - keep].rstrip()
+        pending = pending[len(ready) :]
+        ready = ready if started else ready.lstrip()
+        if ready:
+            started = True
+            yield ready
+    rest = pending.rstrip() if started else pending.strip()
+    if rest:
+        yield rest

@@ -1,0 +1,117 @@
+"""How an answer is generated: our defaults, what a user asks for, and where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import (
+    GenerationConfig,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from ..base.assets import closest
+from ..base.errors import UserError
+from ..batch.processor import VLMProcessor
+
+DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": None}
+"""Settings that mean sampling, and the values that mean nothing."""
+COUNTS = {"max_new_tokens", "max_length", "num_beams"}
+PROCESSORS: dict[str, Any] = {
+    "temperature": TemperatureLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+}
+"""Each refuses, in words, what it cannot work with."""
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuses generation settings that transformers does not have or does not take.
+
+    Raises:
+        UserError: It names the setting, and the closest one there is or what is wrong with its value.
+    """
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    for name in options:
+        if name not in known:
+            hint = closest(name, known)
+            raise UserError(
+                f'There is no generation setting "{name}"; '
+                + (f'did you mean "{hint}"?' if hint else "see transformers.GenerationConfig for those there are.")
+            )
+    options = _tidy(options)
+    for name in COUNTS.intersection(options):
+        value = options[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f'The generation setting "{name}" must be a whole number from 1, not {value!r}.')
+    for name, value in options.items():
+        try:
+            GenerationConfig(**{"do_sample": True, name: value})
+            if name in PROCESSORS and value is not None and (name, value) != ("top_k", 0):  # 0 turns it off
+                PROCESSORS[name](value)
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f'The generation setting "{name}" cannot be {value!r}: {reason}') from None
+
+
+def _tidy(options: dict[str, Any]) -> dict[str, Any]:
+    """`temperature=0` means greedy to most programs, and 2 is as good as 2.0; transformers refuses both."""
+    whole = {name for name, value in options.items() if isinstance(value, int) and not isinstance(value, bool)}
+    options = {n: float(v) if n in PROCESSORS and n in whole and n != "top_k" else v for n, v in options.items()}
+    if options.get("temperature") == 0:
+        options = {**{name: value for name, value in options.items() if name not in SAMPLING}, "do_sample": False}
+    return options
+
+
+def generation_options(model: PreTrainedModel, processor: VLMProcessor, options: dict[str, Any]) -> dict[str, Any]:
+    """Options for `generate`: what was asked for over our defaults, and where an answer ends.
+
+    An answer ends with the tokenizer's end token or with what the chat template puts after an answer (`###`, a line
+    break, `<|im_end|>`), the same that was in the loss.
+
+    Raises:
+        UserError: Several answers to one question were asked for.
+    """
+    tokenizer, own = processor.tokenizer, model.generation_config
+    if options.get("num_return_sequences", own.num_return_sequences) not in (None, 1):
+        raise UserError("num_return_sequences must be 1: every question gets one answer.")
+    options = _tidy(options)
+    defaults = {**DEFAULTS, "max_new_tokens": own.max_new_tokens or DEFAULTS["max_new_tokens"]}
+    if "max_length" in options:
+        del defaults["max_new_tokens"]
+    # Sampling knobs mean that the user wants sampling.
+    if any(name in options for name in SAMPLING):
+        defaults["do_sample"] = True
+    merged = {**defaults, **options, "pad_token_id": tokenizer.pad_token_id}
+    if not merged["do_sample"]:  # the language model's own may be set, and transformers would warn of them
+        merged = {**SAMPLING, **merged}
+    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    end = processor.end_of_answer.strip(" ")
+    end_id = tokenizer.convert_tokens_to_ids(end) if end in tokenizer.get_vocab() else None
+    if end_id is not None and end_id in tokenizer.added_tokens_decoder:
+        ends.append(end_id)
+    elif end:
+        merged.update(stop_strings=[*_listed(options.get("stop_strings")), end])
+    if merged.get("stop_strings"):
+        merged["tokenizer"] = tokenizer
+    merged["eos_token_id"] = sorted(set(ends)) or None
+    if processor.image_token_id < model.config.get_text_config().vocab_size:  # written, it would be an image to read
+        merged["suppress_tokens"] = [
+            *(options.get("suppress_tokens") or own.suppress_tokens or []),
+            processor.image_token_id,
+        ]
+    return merged
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

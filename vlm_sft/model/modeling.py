@@ -1,0 +1,368 @@
+"""The composed model: vision tower → resampler → projector → language model, as one `PreTrainedModel`.
+
+Legend of shapes: B rows, S tokens a row, N images of the whole batch (rows share one flat list, in reading order),
+T image tokens an image, D width of the language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from .configuration import VLMConfig, count_patches, image_size_of
+from .losses import scaled_logits, supervised_losses
+from .parts import Parts, mark_initialised, parts_from_config
+from .positions import ExactRotations
+from .sharding import others_wait_for
+
+# What a batch holds beside `pixel_values` for a resampler that reads the instruction: (N, L) each, one row an image.
+INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
+
+
+@dataclass
+class VLMOutput(ModelOutput):
+    """Output of `VLMForConditionalGeneration`.
+
+    Attributes:
+        loss: Scalar, when labels were given.
+        logits: (B, S or logits_to_keep, vocabulary), unless only supervised positions were scored.
+        past_key_values: Cache of the language model.
+        hidden_states: Per layer (B, S, D), when asked for.
+        attentions: Per layer, when asked for.
+        token_losses: (supervised positions,) negative log-likelihoods, when `supervised_only`.
+        token_hits: (supervised positions,) whether the label is the most likely token, when `supervised_only`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    token_losses: torch.Tensor | None = None
+    token_hits: torch.Tensor | None = None
+
+
+class VLMPreTrainedModel(ExactRotations, PreTrainedModel):
+    """Common base: names, abilities, and an initialisation that leaves the pieces alone."""
+
+    config_class = VLMConfig
+    config: VLMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["resampler"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only the learned queries: projectors keep torch's own initialisation, the pieces have theirs."""
+        if (queries := getattr(module, "query_tokens", None)) is not None:
+            nn.init.normal_(queries, std=0.02)
+
+
+class VLMModel(VLMPreTrainedModel):
+    """The composed model without its head.
+
+    Args:
+        config: Configuration.
+        parts: Loaded parts; None makes all of them from the configuration, with random weights.
+    """
+
+    def __init__(self, config: VLMConfig, parts: Parts | None = None) -> None:
+        super().__init__(config)
+        parts = parts or parts_from_config(config)
+        self.vision_tower = parts.vision_tower
+        self.resampler = parts.resampler
+        self.projector = parts.projector
+        self.language_model = parts.causal_lm.base_model
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings of the language model."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embeddings of the language model."""
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> VLMModel:
+        """Training mode for what is trained; the frozen image path stays in evaluation mode.
+
+        A frozen Q-Former would otherwise drop 10 % of its activations at random (MiniGPT-4 and LAVIS set it to
+        evaluation mode for the same reason).
+        """
+        super().train(mode)
+        for part in (self.vision_tower, self.resampler):
+            if part is not None and not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+        return self
+
+    def encode_images(self, pixel_values: torch.Tensor, **instruction: torch.Tensor | None) -> torch.Tensor:
+        """Vision tower and resampler: (N, 3, H, W) → (N, T before a folding projector, V or R).
+
+        Args:
+            pixel_values: Images.
+            **instruction: `INSTRUCTION`, for a resampler that reads it; others ignore it.
+
+        Raises:
+            ValueError: The resampler reads the instruction and there is none, or not one for each image.
+        """
+        tower, layer = self.vision_tower, self.config.vision_feature_layer
+        pixel_values = pixel_values.to(tower.dtype)
+        output = tower(pixel_values, output_hidden_states=layer != -1)
+        features = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        if self.config.vision_feature_select == "patch":
+            features = features[:, -count_patches(self.config.vision_config, *pixel_values.shape[-2:]) :]
+        if self.resampler is None:
+            return features
+        if getattr(self.resampler, "reads_instruction", False):
+            ids = instruction.get("qformer_input_ids")
+            if ids is None or len(ids) != len(features):
+                raise ValueError(
+                    f"The resampler reads the instruction of each image: give qformer_input_ids with {len(features)} "
+                    f"rows (got {'none' if ids is None else len(ids)}); the processor makes them."
+                )
+        else:
+            instruction = {}
+        # In the type of its own weights, fp32 by default, also under autocast: in fp16 a Q-Former is known to diverge
+        # (LAVIS#267), and it must give in training what it gives later.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.resampler(features, **instruction)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **instruction: torch.Tensor | None) -> torch.Tensor:
+        """The whole image path: (N, 3, H, W) → (N, T, D); see `encode_images` for the instruction."""
+        features = self.encode_images(pixel_values, **instruction)
+        return self.projector(features.to(next(self.projector.parameters()).dtype))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Puts the image features where the image tokens stand and runs the language model.
+
+        Args:
+            input_ids: (B, S) token ids; `config.image_token_id` marks the places of the image features.
+            pixel_values: (N, 3, H, W) images of all rows, in reading order; None for text alone.
+            attention_mask: (B, S), 1 for tokens and 0 for padding.
+            position_ids: (B, S), or None.
+            past_key_values: Cache of earlier tokens.
+            inputs_embeds: (B, S, D) in place of `input_ids`; then images cannot be given.
+            qformer_input_ids: (N, L) the instruction of each image, where the resampler reads it.
+            qformer_attention_mask: (N, L), 1 for tokens and 0 for padding.
+            **kwargs: Passed on to the language model.
+
+        Raises:
+            ValueError: The number of image tokens is not the number of image features.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("Give input_ids or inputs_embeds.")
+            instruction = dict(zip(INSTRUCTION, (qformer_input_ids, qformer_attention_mask), strict=True))
+            inputs_embeds = self.embed(input_ids, pixel_values, **instruction)
+        elif pixel_values is not None:
+            raise ValueError("Give the images with input_ids: inputs_embeds leaves no place to put them.")
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def embed(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, **instruction: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(B, S) ids and (N, 3, H, W) images → (B, S, D) embeddings with the image features in place.
+
+        A batch without images still runs the image path once, with weight zero, where other processes wait for it.
+        """
+        table = self.get_input_embeddings()
+        image_mask = input_ids == self.config.image_token_id
+        # The placeholder and an added pad token may lie beyond the matrix; neither is ever looked at.
+        known = torch.where(image_mask | (input_ids >= table.num_embeddings), 0, input_ids)
+        embeds = table(known)
+        if pixel_values is None:
+            self._check_image_count(int(image_mask.sum()), 0)
+            path = (p for part in self._image_path() for p in part.parameters())
+            return embeds + self._zero_from_image_path(embeds) if others_wait_for(path, self.training) else embeds
+        features = self.get_image_features(pixel_values, **instruction)
+        self._check_image_count(int(image_mask.sum()), features.shape[0] * features.shape[1])
+        features = features.to(embeds.device, embeds.dtype).flatten(0, 1)
+        return embeds.masked_scatter(image_mask.unsqueeze(-1), features)
+
+    def _image_path(self) -> list[nn.Module]:
+        return [part for part in (self.vision_tower, self.resampler, self.projector) if part is not None]
+
+    def _zero_from_image_path(self, like: torch.Tensor) -> torch.Tensor:
+        height, width = image_size_of(self.config.vision_config)
+        blank = torch.zeros(1, 3, height, width, device=like.device)
+        features = self.get_image_features(blank, **self._blank_instruction(like.device))
+        return (features.float().sum() * 0.0).to(like.dtype)  # fp16 would not hold the sum, and infinity times 0 is NaN
+
+    def _blank_instruction(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        return {"qformer_input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}
+
+    def _check_image_count(self, tokens: int, features: int) -> None:
+        if tokens != features:
+            raise ValueError(
+                f"The batch has {tokens} image tokens but {features} image features "
+                f"({self.config.num_image_tokens} an image): each image needs its placeholder, and truncation must "
+                f"never cut an image span."
+            )
+
+
+class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
+    """The composed model with the language model's head: trains through `labels`, answers through `generate`.
+
+    Args:
+        config: Configuration.
+        parts: Loaded parts; None makes all of them from the configuration, with random weights.
+    """
+
+    def __init__(self, config: VLMConfig, parts: Parts | None = None) -> None:
+        super().__init__(config)
+        if parts is None:
+            parts = parts_from_config(config)
+        else:
+            for module in (parts.vision_tower, parts.resampler, parts.projector, parts.causal_lm):
+                mark_initialised(module)
+        self.model = VLMModel(config, parts)
+        self.lm_head = parts.causal_lm.get_output_embeddings()
+        if parts.causal_lm.generation_config is not None:
+            self.generation_config = parts.causal_lm.generation_config
+        self._tied_weights_keys = self._find_tied_head(parts.causal_lm)
+        self.post_init()
+
+    def _find_tied_head(self, causal_lm: PreTrainedModel) -> dict[str, str]:
+        if not causal_lm.config.get_text_config().tie_word_embeddings:
+            return {}
+        self.config.tie_word_embeddings = True
+        table = self.get_input_embeddings()
+        name = next(n for n, m in self.named_modules() if m is table)
+        return {"lm_head.weight": f"{name}.weight"}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings of the language model."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embeddings of the language model."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head of the language model."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replaces the head of the language model."""
+        self.lm_head = new_embeddings
+
+    def get_image_features(self, pixel_values: torch.Tensor, **instruction: torch.Tensor | None) -> torch.Tensor:
+        """The whole image path: (N, 3, H, W) → (N, T, D); see `VLMModel.encode_images` for the instruction."""
+        return self.model.get_image_features(pixel_values, **instruction)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        supervised_only: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> VLMOutput:
+        """Runs the model.
+
+        Args:
+            input_ids: See `VLMModel.forward`, also for the next five.
+            pixel_values: As above.
+            attention_mask: As above.
+            position_ids: As above.
+            past_key_values: As above.
+            inputs_embeds: As above.
+            labels: (B, S), -100 where nothing is learned; position s is scored by the output at s - 1.
+            loss_weights: (B, S) factors on the loss of each label; default 1.
+            supervised_only: Scores only the positions with a label, a chunk at a time: the loss needs no full logits.
+            num_items_in_batch: What the summed loss is divided by; default the number of labels here.
+            logits_to_keep: Number of last positions to score, or their indices; 0 for all.
+            **kwargs: Passed on to the language model; `INSTRUCTION` to the resampler.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        result = VLMOutput(
+            past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        if not supervised_only:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = self._score(hidden[:, keep, :])
+        if labels is not None:
+            losses, hits, weights = supervised_losses(self._score, hidden, labels, loss_weights)
+            divisor = losses.numel() if num_items_in_batch is None else num_items_in_batch
+            result.loss = (losses * weights).sum() / torch.as_tensor(divisor, device=losses.device).clamp(min=1)
+            if supervised_only:
+                result.token_losses, result.token_hits = losses.detach(), hits
+        return result
+
+    def _score(self, hidden: torch.Tensor) -> torch.Tensor:
+        return scaled_logits(self.lm_head, self.config.get_text_config(), hidden)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Repeats rows for beams; the images of a row are repeated together, not one by one."""
+        images = {n: model_kwargs.pop(n) for n in ("pixel_values", *INSTRUCTION) if model_kwargs.get(n) is not None}
+        if images and input_ids is not None and expand_size > 1:
+            counts = (input_ids == self.config.image_token_id).sum(1) // max(self.config.num_image_tokens, 1)
+            for name, tensor in images.items():
+                rows = tensor.split(counts.tolist())
+                images[name] = torch.cat([row for row in rows for _ in range(expand_size)])
+        ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return ids, {**kwargs, **images}
+
+
+AutoConfig.register("vlm_sft", VLMConfig)
+AutoModel.register(VLMConfig, VLMModel)
+AutoModelForImageTextToText.register(VLMConfig, VLMForConditionalGeneration)

@@ -1,0 +1,234 @@
+"""Reads checkpoints: lists their tensors, takes single ones, and knows two of them apart.
+
+Works on folders, on Hub repositories and on single weight files, on one file or shards, on safetensors or (weights
+only) `.bin`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from ..base.errors import UserError
+from ..base.reach import hub_is_away, look_for_hub
+
+# In the order in which transformers looks for them, so that both read the same file where a folder has several.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class Checkpoint:
+    """The tensors of a folder, Hub repository or weight file, listed without reading them.
+
+    Args:
+        pretrained: A folder, a Hub id, or a single file of weights.
+        revision: Branch, tag or commit on the Hub.
+        key: The recipe key this came from, for messages.
+        candidates: Names of weight files, the first that is there is taken.
+        more: Further weight files on this machine, for what the checkpoint lacks (MiniGPT-4's norm after the ViT).
+
+    Raises:
+        UserError: There are no weights, or they cannot be read.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        revision: str | None = None,
+        key: str = "",
+        candidates: Iterable[str] = WEIGHT_FILES,
+        more: Iterable[str] = (),
+    ) -> None:
+        self.pretrained, self.revision, self.key = pretrained, revision, key
+        self.files = self._list(tuple(candidates))
+        for path in more:
+            if not Path(path).is_file():
+                raise UserError(f"{key}: the weight file {path!r} (named under `more`) does not exist.")
+            self.files = self._of_file(path) | self.files
+
+    def _list(self, candidates: tuple[str, ...]) -> dict[str, str]:
+        """Tensor name → the file it is in: a name inside the checkpoint, or an absolute path."""
+        if Path(self.pretrained).is_file():
+            return self._of_file(self.pretrained)
+        for name in candidates:
+            if (path := fetch_file(self.pretrained, name, self.revision, self.key, required=False)) is None:
+                continue
+            if not name.endswith(".index.json"):
+                return dict.fromkeys(self._names(path), name)
+            try:
+                return dict(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{self.key}: {name} of {self.pretrained!r} is no index of weight files.") from error
+        if not Path(self.pretrained).exists():
+            raise unreachable(self.pretrained, self.key)
+        raise UserError(
+            f"{self.key}: {self.pretrained!r} has no weights that can be read here ({', '.join(candidates)}); check "
+            f"the folder or the Hub id."
+        )
+
+    def _of_file(self, path: str) -> dict[str, str]:
+        return dict.fromkeys(self._names(path), str(Path(path).resolve()))
+
+    def _names(self, path: str) -> list[str]:
+        if not path.endswith(".safetensors"):
+            return list(_load_bin(path, self.key))
+        with _open(path, self.key) as file:
+            return list(file.keys())
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        names = set(self.files.values())
+        paths = (n if Path(n).is_absolute() else fetch_file(self.pretrained, n, self.revision, self.key) for n in names)
+        return sum(os.path.getsize(path) for path in paths)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit on the Hub that these tensors are from; None for files on this machine."""
+        names = [name for name in self.files.values() if not Path(name).is_absolute()]
+        if not names or Path(self.pretrained).exists():
+            return None
+        return extract_commit_hash(fetch_file(self.pretrained, names[0], self.revision, self.key), None)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Reads these tensors and no others."""
+        return {name: tensor for name, _, tensor in self._walk(names, sample=False)}
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Shapes of these tensors."""
+        return {name: shape for name, (shape, _) in self.kinds(names).items()}
+
+    def kinds(self, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and types of these tensors."""
+        return {name: (shape, tensor.dtype) for name, shape, tensor in self._walk(names, sample=True)}
+
+    def fingerprint(self, names: Iterable[str] | None = None) -> str:
+        """Short hash of names, shapes, types and first values of these tensors (default: of all).
+
+        Two checkpoints that differ in training differ here, and one that was only cut into other shards does not;
+        reading takes seconds, also for 13B parameters.
+        """
+        lines = []
+        for name, shape, tensor in self._walk(names if names is not None else self.files, sample=True):
+            values = tensor.flatten()[:256].contiguous().view(torch.uint8).numpy().tobytes()
+            lines.append(f"{name}:{shape}:{tensor.dtype}:".encode() + values)
+        return hashlib.sha256(b"".join(sorted(lines))).hexdigest()[:16]
+
+    def _walk(self, names: Iterable[str], sample: bool) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+        """Name, whole shape, and tensor (when sampling: its first row), file by file."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        for file_name, wanted in sorted(by_file.items()):
+            is_path = Path(file_name).is_absolute()
+            path = file_name if is_path else fetch_file(self.pretrained, file_name, self.revision, self.key)
+            if path.endswith(".safetensors"):
+                with _open(path, self.key) as file:
+                    self._check_index(wanted, set(file.keys()), file_name)
+                    for name in wanted:
+                        piece = file.get_slice(name)
+                        shape = tuple(piece.get_shape())
+                        yield name, shape, piece[:1] if sample and len(shape) > 1 else file.get_tensor(name)
+            else:
+                tensors = _load_bin(path, self.key)
+                self._check_index(wanted, set(tensors), file_name)
+                for name in wanted:
+                    tensor = tensors[name]
+                    yield name, tuple(tensor.shape), tensor[:1] if sample and tensor.dim() > 1 else tensor
+
+    def _check_index(self, wanted: list[str], held: set[str], file_name: str) -> None:
+        if missing := [name for name in wanted if name not in held]:
+            raise UserError(
+                f"{self.key}: {file_name} of {self.pretrained!r} lacks {missing[0]!r}, which its index says it holds; "
+                f"fetch the checkpoint again."
+            )
+
+
+def _open(path: str, key: str) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        if os.path.exists(path) and not os.access(path, os.R_OK):  # safetensors says that it is not there
+            raise UserError(
+                f"{key}: the file {path!r} may not be read by this user; change its permissions."
+            ) from error
+        raise UserError(f"{key}: the file {path!r} is no whole safetensors file ({error}); fetch it again.") from error
+
+
+def _load_bin(path: str, key: str) -> dict[str, torch.Tensor]:
+    """Tensors of a file that `torch.save` wrote; never runs code that is in it."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):  # written before torch 1.6
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{key}: the file {path!r} holds more than weights, and reading it could run code: it is refused; use a "
+            f"checkpoint in safetensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{key}: the file {path!r} cannot be read as weights; fetch it again.") from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # LAVIS, MiniGPT-4
+        state = state["model"]
+    if not isinstance(state, dict):
+        raise UserError(f"{key}: the file {path!r} holds no tensors by name.")
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def fetch_file(pretrained: str, name: str, revision: str | None, key: str, required: bool = True) -> Any:
+    """Path of a file of a folder or Hub repository, downloaded if it must be.
+
+    Raises:
+        UserError: The file, folder or repository cannot be had.
+    """
+    if not Path(pretrained).exists():
+        look_for_hub()
+    try:
+        path = cached_file(
+            pretrained,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=required,
+        )
+    except (OSError, ValueError) as error:  # ValueError: what was given cannot be the name of a repository
+        raise unreachable(pretrained, key) from error
+    if path is None and required:
+        if not Path(pretrained).exists():
+            raise unreachable(pretrained, key)
+        raise UserError(f"{key}: {pretrained!r} has no file {name}.")
+    return path
+
+
+def unreachable(pretrained: str, key: str, lacks: str = "config.json") -> UserError:
+    """The one sentence for a piece that is neither a folder with what it needs nor to be had from the Hub.
+
+    Args:
+        pretrained: Hub id or folder.
+        key: The recipe's key.
+        lacks: What a folder has not.
+    """
+    if Path(pretrained).exists():
+        return UserError(f"{key}: the folder {pretrained!r} has no {lacks} that transformers can read.")
+    mend = "check the name, the revision, the network, and (for a gated model) your token"
+    if constants.is_offline_mode() and not hub_is_away():
+        mend = "HF_HUB_OFFLINE=1 forbids asking it: unset that, or name a folder"
+    return UserError(f"{key}: {pretrained!r} is no folder here and could not be had from the Hub; {mend}.")

@@ -1,0 +1,302 @@
+"""Loads one part by itself, from any checkpoint that contains it.
+
+A vision tower, a Q-Former or a projector is often published inside something larger. The tensors of a part are found by
+their names: the one prefix under which every tensor of the part stands, or a table of `layouts`. Only those are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..base.errors import UserError
+from ..model.configuration import count_patches, image_size_of
+from ..model.connectors import PROJECTORS, build_resampler
+from ..model.losses import scales_as_its_class
+from ..model.parts import VISION_MODELS, build_vision_tower, mark_initialised
+from ..model.positions import INTERPOLATING, TABLES, fit_positions
+from ..recipe.safety import check_weights
+from .checkpoints import WEIGHT_FILES, Checkpoint
+from .layouts import Origin, detect
+from .part_configs import (
+    is_foreign,
+    language_model_config,
+    load_config,
+    open_checkpoint,
+    resampler_config,
+    vision_tower_config,
+)
+from .quantization import HEADS, leave_out, settle
+
+# What publishers (and our own bundles) call the layers of a projector → what ours are called. LLaVA counts the
+# activations of its mlp as layers, so every second number is a linear layer.
+PROJECTOR_NAMES = {
+    "projector.linear": "linear",
+    "language_projection": "linear",
+    "mm_projector": "linear",
+    "llama_proj": "linear",
+    "opt_proj": "linear",
+    "llm_proj": "linear",
+    "t5_proj": "linear",
+    "multi_modal_projector.linear_1": "layers.0",
+    "multi_modal_projector.linear_2": "layers.1",
+    **{f"mm_projector.{2 * i}": f"layers.{i}" for i in range(8)},
+    **{f"projector.layers.{i}": f"layers.{i}" for i in range(8)},
+}
+# Files in which a projector is published alone, by LLaVA and by this package.
+PROJECTOR_FILES = (*WEIGHT_FILES, "mm_projector.bin", "trained.safetensors")
+# What follows the features that are used here; checkpoints of encoders with another head lack it.
+UNUSED = ("pooler.", "head.")
+
+
+def load_vision_tower(spec: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads the vision tower of a checkpoint that is one, or contains one.
+
+    Args:
+        spec: Has `pretrained`, `revision`, `trust_remote_code`, `config`, `more` and maybe `image_size`.
+        dtype: Type of the weights in memory.
+    """
+    key = "stack.vision_tower.pretrained"
+    config = vision_tower_config(spec)
+    resized = getattr(spec, "image_size", None) is not None and config.model_type not in INTERPOLATING
+    if not is_foreign(spec, key) and not spec.config and not resized:
+        whole = load_config(spec.pretrained, spec.revision, key, spec.trust_remote_code)
+        if whole.model_type == config.model_type and config.model_type not in VISION_MODELS:
+            if not spec.trust_remote_code:  # may be of a class that only its own code knows, and runs that code anyway
+                check_size(AutoModel.from_config, config, open_checkpoint(spec, "vision_tower"))
+            return from_pretrained(AutoModel, spec, key, dtype=dtype)
+    with torch.device("meta"):
+        tower = build_vision_tower(config)
+    patches = count_patches(config, *image_size_of(config)) if resized else None
+    load_module(tower, open_checkpoint(spec, "vision_tower"), dtype, "vision_tower", patches)
+    return tower
+
+
+def load_resampler(spec: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Loads a resampler, of a BLIP-2 checkpoint for instance its Q-Former and query tokens."""
+    config, num_query_tokens = resampler_config(spec)
+    with torch.device("meta"):
+        resampler = build_resampler(spec.type, config, num_query_tokens)
+    load_module(resampler, open_checkpoint(spec, "resampler"), dtype, spec.type)
+    return resampler
+
+
+def load_projector_weights(projector: nn.Module, pretrained: str, revision: str | None = None) -> None:
+    """Fills a projector from a checkpoint that holds one under the name its publisher gave it."""
+    key = "stack.projector.pretrained"
+    checkpoint = Checkpoint(pretrained, revision, key, PROJECTOR_FILES)
+    kind = next(kind for kind, made in PROJECTORS.items() if type(projector) is made)
+    if detect(kind, checkpoint.files):
+        load_module(projector, checkpoint, torch.float32, kind)
+        return
+    renamed: dict[str, str] = {}
+    for name in checkpoint.files:
+        stem, _, leaf = name.rpartition(".")
+        for theirs, ours in PROJECTOR_NAMES.items():
+            if stem == theirs or stem.endswith("." + theirs):
+                renamed[f"{ours}.{leaf}"] = name
+    wanted = projector.state_dict()
+    if missing := sorted(set(wanted) - set(renamed)):
+        raise UserError(f"{key}: {pretrained!r} holds no projector of this kind ({', '.join(missing)} not found).")
+    tensors = checkpoint.read(renamed[name] for name in wanted)
+    for name, tensor in wanted.items():
+        check_shape(name, tensors[renamed[name]].shape, tensor.shape, f"{key}: {pretrained!r}")
+        tensor.copy_(tensors[renamed[name]])  # into the parameter itself: a state dict shares its memory
+
+
+def load_language_model(spec: Any, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """Loads a causal language model with its head, also out of a checkpoint that contains one (LLaVA, BLIP-2).
+
+    Args:
+        spec: Has `pretrained`, `revision`, `trust_remote_code`, `attn_implementation`.
+        dtype: Type of the weights in memory.
+        **options: Passed on to `from_pretrained` (for instance `quantization_config`).
+
+    Raises:
+        UserError: It cannot be had, or makes its logits in a way that the loss does not know.
+    """
+    key = "stack.language_model.pretrained"
+    config, names = language_model_config(spec)
+    if names is not None:
+        options.update(config=config, key_mapping=names)
+    quantised = options.get("quantization_config")
+    if quantised is not None and quantised.llm_int8_skip_modules is not None:
+        leave_out(quantised, HEADS)  # transformers does it by itself only as long as nothing else is named
+    if not spec.trust_remote_code:
+        check_size(AutoModelForCausalLM.from_config, config, open_checkpoint(spec, "language_model"))
+    options.update(dtype=dtype, attn_implementation=spec.attn_implementation)
+    model = from_pretrained(AutoModelForCausalLM, spec, key, **options)
+    if not scales_as_its_class(model):
+        raise UserError(
+            f"{key}: {config.model_type} models change their logits after the head in a way that is not known here, so "
+            f"the loss would be that of another model; use another language model."
+        )
+    if quantised is not None:
+        settle(model)
+    return model
+
+
+def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
+    """transformers gives memory to what a checkpoint lacks or has in another shape, before it says so.
+
+    Args:
+        make: Makes the model of its configuration.
+        config: The configuration.
+        checkpoint: What is to fill it.
+
+    Returns:
+        The model on the meta device; None where there is no class for it, which `from_pretrained` says.
+
+    Raises:
+        UserError: The model is far larger than its files.
+    """
+    try:
+        with torch.device("meta"):
+            empty = make(copy.deepcopy(config))
+    except ValueError:
+        return None
+    except RuntimeError as error:  # more bytes than can be counted
+        where = f"{checkpoint.key}: {checkpoint.pretrained!r}"
+        raise UserError(f"{where}: no model can be made of its config.json ({error}).") from error
+    _check_filled(empty, checkpoint)
+    return empty
+
+
+def _check_filled(empty: nn.Module, checkpoint: Checkpoint) -> None:
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    check_weights(parameters, checkpoint.size, f"{checkpoint.key}: {checkpoint.pretrained!r}")
+
+
+def from_pretrained(auto_class: Any, spec: Any, key: str, **options: Any) -> PreTrainedModel:
+    """`from_pretrained`, but a tensor that the checkpoint lacks is an error: transformers would draw it at random."""
+    try:
+        model, found = auto_class.from_pretrained(
+            spec.pretrained,
+            revision=spec.revision,
+            trust_remote_code=getattr(spec, "trust_remote_code", False),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # what does not fit is named below, instead of in a log
+            **options,
+        )
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{key}: the weights of {spec.pretrained!r} hold more than weights, and reading them could run code: they "
+            f"are refused; use a checkpoint in safetensors."
+        ) from error
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(
+            f"{key}: transformers cannot load {spec.pretrained!r}: {' '.join(str(error).split())}"
+        ) from error
+    for name, got, wanted in found["mismatched_keys"]:
+        check_shape(name, got, wanted, f"{key}: {spec.pretrained!r}")
+    if missing := sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED)):
+        raise UserError(
+            f"{key}: {spec.pretrained!r} lacks {len(missing)} tensors of this model, for instance {missing[0]!r}; is "
+            f"it the right checkpoint, and whole?"
+        )
+    return model
+
+
+def load_module(
+    module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, kind: str = "", patches: int | None = None
+) -> None:
+    """Fills a module made on the meta device with the tensors of a larger checkpoint, reading those alone.
+
+    Args:
+        module: The module.
+        checkpoint: Where its tensors are.
+        dtype: Type of the weights in memory.
+        kind: `vision_tower` or the kind of a resampler, for checkpoints that are not in transformers' layout.
+        patches: Resizes a tower's table of positions to this many patches.
+
+    Raises:
+        UserError: The checkpoint lacks a tensor of the module, or has one of another shape.
+    """
+    _check_filled(module, checkpoint)
+    wanted = module.state_dict()
+    origins = find_tensors(wanted, checkpoint, kind)
+    tensors = checkpoint.read(sorted({name for origin in origins.values() for name in origin.names}))
+    state = {}
+    for name, empty in wanted.items():
+        if (origin := origins.get(name)) is None:
+            tensor = torch.zeros(empty.shape)  # one of UNUSED
+        else:
+            sources = [tensors[source] for source in origin.names]
+            tensor = origin.make(*sources) if origin.make else sources[0]
+            if patches and name in TABLES:
+                tensor = fit_positions(tensor, empty.shape, patches)
+            where = f"{checkpoint.key}: {checkpoint.pretrained!r}"
+            check_shape(origin.names[0], tensor.shape, empty.shape, where)
+        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    module.load_state_dict(state, strict=True, assign=True)
+    _materialise_buffers(module)
+
+
+def find_tensors(wanted: Iterable[str], checkpoint: Checkpoint, kind: str = "") -> dict[str, Origin]:
+    """Our name of each tensor of a module → where it is in a checkpoint; what no feature passes may be absent.
+
+    Raises:
+        UserError: A tensor is not there; the message names one.
+    """
+    wanted = list(wanted)
+    if (found := detect(kind, checkpoint.files)) is None:
+        prefix = find_prefix(wanted, checkpoint)
+        return {name: Origin((prefix + name,)) for name in wanted if prefix + name in checkpoint.files}
+    layout, prefix = found
+    origins = {name: layout.origin(name, prefix, checkpoint.files) for name in wanted}
+    _check_none_missing([n for o in origins.values() for n in o.names if n not in checkpoint.files], wanted, checkpoint)
+    return origins
+
+
+def find_prefix(wanted: Iterable[str], checkpoint: Checkpoint) -> str:
+    """The prefix under which a checkpoint holds every tensor of a module (`""`, `vision_model.`, …).
+
+    Raises:
+        UserError: There is none; the message names the closest one and what it lacks.
+    """
+    wanted = list(wanted)
+    probe = wanted[0]
+    prefixes = [n[: -len(probe)] for n in checkpoint.files if n == probe or n.endswith("." + probe)]
+    needed = [name for name in wanted if not name.startswith(UNUSED)]
+    lacks = {p: [n for n in needed if p + n not in checkpoint.files] for p in sorted(prefixes, key=len)}
+    for prefix, missing in lacks.items():
+        if not missing:
+            return prefix
+    _check_none_missing(min(lacks.values(), key=len, default=needed), needed, checkpoint)
+    raise AssertionError("a prefix that lacks nothing was returned")
+
+
+def _check_none_missing(missing: Sequence[str], needed: Sequence[str], checkpoint: Checkpoint) -> None:
+    if missing:
+        raise UserError(
+            f"{checkpoint.key}: {checkpoint.pretrained!r} does not hold this part: {len(missing)} of {len(needed)} "
+            f"tensors are missing, for instance {missing[0]!r}; is it the right checkpoint?"
+        )
+
+
+def check_shape(name: str, got: Sequence[int], wanted: Sequence[int], where: str) -> None:
+    """Raises a UserError that names the tensor and both shapes when they differ."""
+    if tuple(got) != tuple(wanted):
+        raise UserError(
+            f"{where}: tensor {name!r} has the shape {tuple(got)}, but {tuple(wanted)} is needed; name a checkpoint "
+            f"that was made for this stack."
+        )
+
+
+def _materialise_buffers(module: nn.Module) -> None:
+    """Buffers that no checkpoint stores (position ids) are made by the model's own initialisation."""
+    mark_initialised(module)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer(name.rpartition(".")[2], torch.empty_like(buffer, device="cpu"), persistent=False)
+            makers = [m for n, m in module.named_modules() if isinstance(m, PreTrainedModel) and name.startswith(n)]
+            assert makers, f"nobody knows how to make the buffer {name}"
+            makers[-1]._init_weights(owner)

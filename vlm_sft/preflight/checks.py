@@ -1,0 +1,250 @@
+"""What preflight looks for: each check is a function that yields findings, in one list."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..batch.tokenizer_coverage import Coverage
+from ..data.image_files import Leak
+from ..data.ledger import Ledger
+from ..model.freeze import part_of
+from ..prepare.stats import DataStats
+from ..templates.literals import find_markers, role_markers
+from .freeze_proof import Proof
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+EXAMPLES = 3
+# One answer to so large a share of at least so many rows is learnt without looking at the image.
+MOST_COMMON, FEWEST_ROWS = 0.3, 20
+MOST_REPEATED = 0.01  # share of rows that say and show what another row does
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or that a person should know.
+
+    Attributes:
+        level: `error` where training will fail or teach nothing, `warning`, or `note`.
+        sentence: What is wrong.
+        mend: How to mend it.
+        where: Ids of rows, or names of tensors: the first few.
+    """
+
+    level: str
+    sentence: str
+    mend: str = ""
+    where: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        where = f" ({', '.join(self.where)})" if self.where else ""
+        return f"{self.level}: {self.sentence} {self.mend}".rstrip() + where
+
+
+@dataclass
+class Evidence:
+    """What was found out; what was not looked at is None or empty.
+
+    Attributes:
+        ledgers: `train`, `eval` → the ledger.
+        failed: Why no rows could be mixed, or None.
+        rows: Training rows that were looked at, none twice.
+        template: The chat template's source.
+        ends_with: What the template puts after an answer.
+        coverage: Language → how well the tokenizer knows it.
+        leaks: Training images that are held-out ones.
+        proof: What real steps showed.
+        stopped: Why the real steps ended before their time, or None.
+        memory: Bytes that are estimated for a device, and that it has; or None.
+    """
+
+    ledgers: dict[str, Ledger] = field(default_factory=dict)
+    failed: str | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    template: str = ""
+    ends_with: str = ""
+    coverage: dict[str, Coverage] = field(default_factory=dict)
+    leaks: list[Leak] = field(default_factory=list)
+    proof: Proof | None = None
+    stopped: str | None = None
+    memory: tuple[int, int] | None = None
+    stats: DataStats = field(default_factory=DataStats)
+
+    def answers(self) -> list[tuple[str, str]]:
+        """(id of the row, text) of every answer that was looked at."""
+        return [(row["id"], text) for row in self.rows for text in answers_of(row)]
+
+
+def answers_of(row: dict[str, Any]) -> list[str]:
+    """The texts that a row's assistant says."""
+    said = [message for message in row["messages"] if message["role"] == "assistant"]
+    return ["".join(part.get("text") or "" for part in message["content"]) for message in said]
+
+
+def check(evidence: Evidence) -> list[Finding]:
+    """Runs every check; errors come first."""
+    found = [finding for each in CHECKS for finding in each(evidence)]
+    return sorted(found, key=lambda finding: (ERROR, WARNING, NOTE).index(finding.level))
+
+
+def rejected_rows(evidence: Evidence) -> Iterator[Finding]:
+    """Rows that cannot be trained on: an error above `data.max_rejected`, below it a warning."""
+    for name, ledger in evidence.ledgers.items():
+        if (problem := ledger.problem()) is not None:
+            yield Finding(ERROR, f"{name}: {problem}", "Mend the rows, or raise data.max_rejected to leave them out.")
+        elif lost := sum(source.lost for source in ledger.sources.values()):
+            yield Finding(WARNING, f"{name}: {_rows(lost)} will be left out; the reasons stand below.")
+    if evidence.failed and not any(ledger.problem() for ledger in evidence.ledgers.values()):
+        yield Finding(ERROR, evidence.failed)
+
+
+def shortened_rows(evidence: Evidence) -> Iterator[Finding]:
+    """Rows that lose turns to fit `sft.max_length`."""
+    for name, ledger in evidence.ledgers.items():
+        short = sum(source.truncated for source in ledger.sources.values())
+        if short:
+            turns = sum(source.turns_lost for source in ledger.sources.values())
+            sentence = f"{name}: {_rows(short)} {'loses' if short == 1 else 'lose'} {turns:,} turns to fit max_length."
+            yield Finding(WARNING, sentence, "Raise sft.max_length if the memory allows it.")
+
+
+def foreign_markers(evidence: Evidence) -> Iterator[Finding]:
+    """Answers that hold the role markers of a chat template: a conversation that was not split into its turns."""
+    answers = evidence.answers()
+    for marker, rows in find_markers(answers, role_markers(evidence.template)).items() if answers else ():
+        sentence = (
+            f"{_answers(len(rows))} {_hold(rows)} the role marker {marker!r}, which the model would learn to say."
+        )
+        yield Finding(WARNING, sentence, "Split the conversation into turns, or remove the marker.", rows[:EXAMPLES])
+
+
+def early_ends(evidence: Evidence) -> Iterator[Finding]:
+    """Answers that hold what ends an answer."""
+    if not (end := evidence.ends_with):
+        return
+    rows = [name for name, text in evidence.answers() if end in text.strip()]
+    if rows:
+        sentence = f"{_answers(len(rows))} {_hold(rows)} {end!r}, where generation stops with this chat template."
+        yield Finding(WARNING, sentence, "Use another template, or take it out of the answers.", rows[:EXAMPLES])
+
+
+def hollow_answers(evidence: Evidence) -> Iterator[Finding]:
+    """Answers without a letter or a digit."""
+    rows = [name for name, text in evidence.answers() if not re.search(r"[^\W_]", text)]
+    if rows:
+        sentence = f"{_answers(len(rows))} {'has' if len(rows) == 1 else 'have'} no letter and no digit."
+        yield Finding(WARNING, sentence, "Remove the rows.", rows[:EXAMPLES])
+
+
+def common_answers(evidence: Evidence) -> Iterator[Finding]:
+    """One answer for all, or for many."""
+    answers, total = evidence.stats.answers, evidence.stats.answers.total()
+    if total < FEWEST_ROWS:
+        return
+    text, count = answers.most_common(1)[0]
+    shown = text if len(text) <= 60 else f"{text[:59]}…"
+    if count == total:
+        sentence = f"All {total:,} answers that were looked at are the same: {shown!r}."
+        yield Finding(ERROR, sentence, "There is nothing to learn; is the right column mapped in `columns`?")
+    elif count > MOST_COMMON * total:
+        sentence = f"{count / total:.0%} of the answers are the same: {shown!r}."
+        yield Finding(WARNING, sentence, "The model learns to say it without looking; balance the rows.")
+
+
+def repeated_rows(evidence: Evidence) -> Iterator[Finding]:
+    """Rows that are the same, word for word and image for image, beside the repeats that the recipe asks for."""
+    again = evidence.stats.repeated_rows
+    if again > MOST_REPEATED * max(len(evidence.rows), 1):
+        sentence = f"{_rows(again)} of {len(evidence.rows):,} {_say(again)} and {_show(again)} what another one does."
+        yield Finding(WARNING, sentence, "Remove them, or ask for them with the source's `repeat`.")
+
+
+def leaked_images(evidence: Evidence) -> Iterator[Finding]:
+    """Training images that are held out for evaluation as well."""
+    if leaks := evidence.leaks:
+        one = len(leaks) == 1
+        sentence = (
+            f"{len(leaks):,} training {'image is' if one else 'images are'} among the evaluation images, byte for byte."
+        )
+        where = [f"{leak.train} = {leak.held_out}" for leak in leaks[:EXAMPLES]]
+        yield Finding(WARNING, sentence, "Evaluation would look better than it is: take them out of one.", where)
+
+
+def poor_coverage(evidence: Evidence) -> Iterator[Finding]:
+    """Languages that the tokenizer hardly knows."""
+    for language, found in evidence.coverage.items():
+        if problems := found.problems():
+            sentence = f"The tokenizer hardly knows the answers in {language!r}: {'; '.join(problems)}."
+            yield Finding(WARNING, sentence, "Take a language model with a vocabulary for it, or more max_length.")
+
+
+def unproven_tensors(evidence: Evidence) -> Iterator[Finding]:
+    """Trained tensors that did not move, frozen ones that did, a loss that is no number."""
+    if evidence.stopped:
+        yield Finding(ERROR, f"The first training step failed: {evidence.stopped}")
+    if (proof := evidence.proof) is None:
+        return
+    if not proof.finite:
+        yield Finding(ERROR, f"The loss is not a number: {proof.losses}.", "Lower the rate, or use bf16 for fp16.")
+    if proof.still:
+        first = next(iter(proof.still.values()))
+        sentence = f"{_tensors(len(proof.still))} that should learn did not move in {proof.steps} steps: {first}."
+        yield Finding(ERROR, sentence, "", list(proof.still)[:EXAMPLES])
+    if proof.changed:
+        sentence = f"{_tensors(len(proof.changed))} that should be frozen changed."
+        yield Finding(ERROR, sentence, "This is a mistake of vlm_sft or of a callback.", proof.changed[:EXAMPLES])
+    idle = {part_of(name) for name in proof.unused} - {part_of(name) for name in proof.moved}
+    if proof.unused:
+        level = ERROR if idle else NOTE
+        sentence = (
+            f"{_tensors(len(proof.unused))} of trained parts {'is' if len(proof.unused) == 1 else 'are'} not used."
+        )
+        yield Finding(
+            level, sentence, "Nothing flows through what lies behind `feature_layer`.", proof.unused[:EXAMPLES]
+        )
+
+
+def tight_memory(evidence: Evidence) -> Iterator[Finding]:
+    """More memory than the device has, or almost."""
+    if evidence.memory is None:
+        return
+    needs, has = evidence.memory
+    gib = f"{needs / 2**30:.1f} GiB of {has / 2**30:.1f} GiB"
+    mend = "Lower per_device_train_batch_size, use activation_checkpointing, or quantise; see docs/memory.md."
+    if needs > has:
+        yield Finding(ERROR, f"The run is estimated to take {gib}, which it does not have.", mend)
+    elif needs > 0.9 * has:
+        yield Finding(WARNING, f"The run is estimated to take {gib}.", mend)
+
+
+CHECKS = (
+    rejected_rows, shortened_rows, foreign_markers, early_ends, hollow_answers, common_answers, repeated_rows,
+    leaked_images, poor_coverage, unproven_tensors, tight_memory,
+)  # fmt: skip
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} {'row' if count == 1 else 'rows'}"
+
+
+def _answers(count: int) -> str:
+    return f"{count:,} {'answer' if count == 1 else 'answers'}"
+
+
+def _tensors(count: int) -> str:
+    return f"{count:,} {'tensor' if count == 1 else 'tensors'}"
+
+
+def _hold(rows: Sequence[str]) -> str:
+    return "holds" if len(rows) == 1 else "hold"
+
+
+def _say(count: int) -> str:
+    return "says" if count == 1 else "say"
+
+
+def _show(count: int) -> str:
+    return "shows" if count == 1 else "show"

@@ -1,0 +1,189 @@
+"""`--dry-run`: the resolved recipe, the freeze plan, and what the run takes on each device; no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..base.errors import UserError
+from .launch import Launch
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..batch.processor import VLMProcessor
+    from ..model.freeze import PartRow
+    from ..recipe.schema import Recipe
+    from ..stack.build_stack import Stack
+    from ..templates.template import RenderedChat
+    from .memory import Estimate
+
+# What a row is taken to be long where `sft.max_length` sets no limit.
+WITHOUT_LIMIT = 2048
+# Images, in pixels, of which a full step has the first that fits into a row.
+SIZES = ((1280, 960), (640, 480), (320, 240), (64, 64))
+
+
+def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
+    """Prints what a run of a recipe would be; reads configurations and tokenizers, but no weights.
+
+    Args:
+        recipe: A validated recipe.
+        launch: The processes that would train it.
+        console: Where to.
+    """
+    from ..recipe.libraries import validate_libraries
+    from ..stack.build_stack import precision_warning
+    from .memory import known_optimizer
+
+    def say(message: str) -> None:
+        console.print(message, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+    validate_libraries(recipe)
+    console.print(recipe.to_yaml(), markup=False, highlight=False)
+    weighed = weigh(recipe, launch)
+    if warning := precision_warning(recipe, weighed.stack.model.config):
+        say(warning)
+    console.print(weighed.table)
+    say(describe_image(weighed.stack.processor))
+    console.print(weighed.estimate.table())
+    if not known_optimizer(weighed.optimizer):
+        say(f"What sft.optim={weighed.optimizer} keeps is not known here; it is counted as AdamW.")
+    say(f"{weighed.step}\nNo weight was read.")
+
+
+class Weighed(NamedTuple):
+    """A model on the meta device and what it takes.
+
+    Attributes:
+        stack: The stack; its model was used up by counting a step.
+        rows: The freeze plan, part by part, with adapters.
+        table: The same for the terminal.
+        estimate: Bytes on each device.
+        step: The step that was counted.
+        optimizer: As `sft.optim` names it.
+    """
+
+    stack: Stack
+    rows: list[PartRow]
+    table: Table
+    estimate: Estimate
+    step: FullStep
+    optimizer: str
+
+
+def weigh(recipe: Recipe, launch: Launch) -> Weighed:
+    """Builds a recipe's model without weights and estimates what a run of it takes on each device.
+
+    Args:
+        recipe: A validated recipe.
+        launch: The processes that would train it.
+    """
+    import torch
+
+    from ..recipe.libraries import build_sft_config, computes_in
+    from ..stack.build_stack import build_empty_stack
+    from ..stack.lora import add_adapter, lora_config
+    from .memory import estimate
+    from .step_memory import Step, count_step
+
+    stack = build_empty_stack(recipe)
+    model: Any = stack.model
+    if (config := lora_config(recipe, model)) is not None:
+        model = add_adapter(model, config)
+        stack.plan.apply(model)
+    args = build_sft_config(on_any_machine(recipe))
+    computes = getattr(torch, computes_in(recipe))
+    found = estimate(model, None, launch, args.optim.value, computes)
+    rows, table = stack.plan.rows(model), stack.plan.table(model)
+    full = full_step(args, stack.processor)
+    step = Step(
+        full.batch(stack.processor),
+        computes,
+        (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None,
+        accumulated=args.gradient_accumulation_steps > 1,
+    )
+    found = replace(found, step=count_step(model, step))
+    return Weighed(stack, rows, table, found, full, args.optim.value)
+
+
+def on_any_machine(recipe: Recipe) -> Recipe:
+    """The recipe without the types that a machine without a GPU refuses, for what computes nothing."""
+    return recipe.model_copy(update={"sft": {**recipe.sft, "bf16": False, "fp16": False, "tf32": None}})
+
+
+def describe_image(processor: VLMProcessor) -> str:
+    """One sentence on how many tokens an image becomes."""
+    if not processor.reads_sizes:
+        tokens = processor.num_image_tokens
+        return f"An image becomes {tokens} {'token' if tokens == 1 else 'tokens'}."
+    sizes = SIZES[1::-1]
+    counts = " and ".join(f"{processor.count_image_tokens(size):,} for {size[0]}×{size[1]} pixels" for size in sizes)
+    return f"How many tokens an image becomes depends on its size: {counts}."
+
+
+@dataclass(frozen=True)
+class FullStep:
+    """A step with as much in it as a recipe lets there be.
+
+    Attributes:
+        rows: Rows of a batch, each with an image.
+        length: Tokens of a row, those of its image included.
+        size: (width, height) of each image in pixels.
+        any_size: Whether an image of any size becomes the same.
+    """
+
+    rows: int
+    length: int
+    size: tuple[int, int]
+    any_size: bool
+
+    def __str__(self) -> str:
+        image, larger = "an image", ""
+        if not self.any_size:
+            image, larger = f"an image of {self.size[0]}×{self.size[1]} pixels", "; larger images take more"
+        rows = f"{self.rows} row" if self.rows == 1 else f"{self.rows} rows"
+        less = "shorter rows and rows without an image take less"
+        return f"A step: {rows} of {self.length} tokens, {image} in each; {less}{larger}."
+
+    def batch(self, processor: VLMProcessor) -> dict[str, Any]:
+        """What the collator makes of such rows: every token but the image's is scored, and the last row is shorter."""
+        from PIL import Image
+
+        (word, *_) = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
+        encoded = []
+        for number in range(self.rows):
+            row = processor.encode_rendered(_image_alone(processor), [self.size])
+            shorter = self.rows > 1 and number == self.rows - 1
+            for _ in range(self.length - shorter - len(row.input_ids)):
+                row.append(word, learned=True)
+            encoded.append(row)
+        images = [Image.new("RGB", self.size)] * self.rows
+        instructions = ["a " * self.length] * self.rows
+        return {**processor.batch(encoded), **processor.image_inputs(images, instructions)}
+
+
+def full_step(args: Any, processor: VLMProcessor) -> FullStep:
+    """The fullest step of a recipe: batches of rows as long as `sft.max_length` lets them be.
+
+    Args:
+        args: The trainer's arguments.
+        processor: Says how many tokens an image becomes.
+
+    Raises:
+        UserError: Not even a small image fits into `sft.max_length`.
+    """
+    length, tokens = args.max_length or WITHOUT_LIMIT, 0
+    for size in SIZES if processor.reads_sizes else SIZES[-1:]:
+        # With a token of text behind it, and one more in all rows but the last.
+        tokens = len(processor.encode_rendered(_image_alone(processor), [size]).input_ids)
+        if tokens + 2 <= length:
+            return FullStep(args.per_device_train_batch_size, length, size, not processor.reads_sizes)
+    raise UserError(f"sft.max_length is {length}, but an image makes a row of {tokens} tokens; raise it.")
+
+
+def _image_alone(processor: VLMProcessor) -> RenderedChat:
+    from ..templates.template import RenderedChat
+
+    return RenderedChat(processor.image_token, [], [(0, len(processor.image_token))])

@@ -1,0 +1,132 @@
+"""What preflight found as one HTML page: no script, nothing loaded from anywhere, every text escaped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..model.freeze import PartRow, short_count
+from .checks import ERROR, WARNING, Evidence, Finding
+from .memory import Estimate, gib
+from .samples import Share, Shown
+
+BARS = 40
+WIDTH, HEIGHT = 640, 160  # of the histogram, in its own units
+LONGEST_SHOWN = 1500  # groups of tokens of a sample that are shown
+
+
+@dataclass
+class Report:
+    """All that the page shows.
+
+    Attributes:
+        name: Of the recipe.
+        recipe: Its YAML, resolved.
+        findings: Errors first.
+        evidence: What the findings are drawn from.
+        lengths: Tokens of rows, uncut.
+        max_length: Where they are cut, or None.
+        samples: Some rows.
+        sources: The mixture by source.
+        languages: The mixture by language.
+        plan: The freeze plan by part.
+        memory: The estimate for a device, or None.
+        time: Sentences on how long the run takes.
+        left_out: Sentences on what was not looked at.
+    """
+
+    name: str
+    recipe: str
+    findings: list[Finding] = field(default_factory=list)
+    evidence: Evidence = field(default_factory=Evidence)
+    lengths: list[int] = field(default_factory=list)
+    max_length: int | None = None
+    samples: list[Shown] = field(default_factory=list)
+    sources: list[Share] = field(default_factory=list)
+    languages: list[Share] = field(default_factory=list)
+    plan: list[PartRow] = field(default_factory=list)
+    memory: Estimate | None = None
+    time: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """The worst level there is, or `ok`."""
+        levels = {finding.level for finding in self.findings}
+        return next((level for level in (ERROR, WARNING) if level in levels), "ok")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of the histogram, in the units of the picture."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    cut: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Bars, where the cut is (or None), and the numbers at both ends of the axis."""
+
+    bars: list[Bar]
+    cut: float | None
+    longest: int
+    beyond: int
+
+
+def histogram(lengths: list[int], max_length: int | None) -> Histogram | None:
+    """The lengths of rows as bars; None without any."""
+    if not lengths:
+        return None
+    top = max([*lengths, max_length or 0]) + 1
+    counts, edges = np.histogram(lengths, bins=min(BARS, top), range=(0, top))
+    scale = HEIGHT / counts.max()
+    bars = [
+        Bar(
+            x=round(left / top * WIDTH, 2),
+            y=round(HEIGHT - count * scale, 2),
+            width=round((right - left) / top * WIDTH - 1, 2),
+            height=round(count * scale, 2),
+            cut=max_length is not None and left >= max_length,
+            title=f"{int(np.ceil(left)):,} – {int(np.ceil(right)) - 1:,} tokens: {count:,} rows",
+        )
+        for count, left, right in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+    ]
+    cut = None if max_length is None else round(max_length / top * WIDTH, 2)
+    return Histogram(bars, cut, top - 1, sum(length > (max_length or top) for length in lengths))
+
+
+def render_page(report: Report) -> str:
+    """The page as text."""
+    # Everything is escaped: rows are strangers' words.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(count=short_count, gib=gib, percent=_percent, number=lambda value: f"{value:,}")
+    page = environment.get_template("page.html.jinja")
+    context: dict[str, Any] = {
+        "report": report,
+        "evidence": report.evidence,
+        "proof": report.evidence.proof,
+        "histogram": histogram(report.lengths, report.max_length),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "longest_shown": LONGEST_SHOWN,
+    }
+    return page.render(context)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"

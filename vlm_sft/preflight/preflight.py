@@ -1,0 +1,266 @@
+"""`vlm-sft preflight RECIPE`: before any GPU hour, one page that shows what will be trained on, and a real step."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base.console import make_console, say
+from ..base.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from trl import SFTConfig
+
+    from ..batch.collator import MultimodalCollator
+    from ..recipe.schema import Recipe
+    from .checks import Evidence
+    from .freeze_proof import Proof
+    from .launch import Launch
+    from .page import Report
+
+PAGE = "preflight.html"
+
+
+def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path, with_model: bool = True) -> Report:
+    """Looks at rows and model of a recipe, and writes what it found.
+
+    Args:
+        recipe: A validated recipe. Nothing is written into its `sft.output_dir`.
+        launch: The processes that will train it, for time and memory; preflight itself is one process.
+        console: Told how far it is.
+        output: The page.
+        with_model: Reads the weights and takes real steps.
+
+    Returns:
+        What the page shows; its `verdict` is `error` where the training will go wrong.
+
+    Raises:
+        UserError: The recipe is wrong, a source or a piece cannot be had, or the page cannot be written.
+    """
+    from ..recipe.libraries import build_sft_config, validate_libraries
+    from ..stack.compose import compose
+    from ..training.build_trainer import build_collator
+    from .checks import Evidence, check
+    from .dry_run import on_any_machine
+    from .page import Report, render_page
+    from .samples import look_at, shares_of_languages, shares_of_sources, show_samples
+
+    _check_output(output)
+    validate_libraries(recipe)
+    # Wrong rows are left out here and judged by the recipe's own threshold, so that the page shows all of them.
+    tolerant = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_rejected": 1.0})})
+    args = build_sft_config(recipe if with_model else on_any_machine(recipe))
+    composed = compose(recipe)
+    collator = build_collator(tolerant, composed[1], args)
+    evidence = Evidence()
+    report = Report(_name(recipe), recipe.to_yaml(), evidence=evidence, max_length=args.max_length)
+    rows = _load(tolerant, recipe, collator, args, evidence, console)
+    if rows is not None:
+        train, held_out = rows[0], [*([rows[1]] if rows[1] else []), *_test_rows(recipe, args.seed)]
+        with console.status("Looking at texts and images"):
+            look_at(evidence, collator, train, held_out)
+            report.samples = show_samples(evidence.rows, collator)
+        report.sources = shares_of_sources(recipe.data, evidence.ledgers["train"], evidence.rows)
+        report.languages = shares_of_languages(recipe.data, evidence.rows)
+    report.lengths = _lengths(recipe, collator, args.seed)
+    _weigh(recipe, launch, report)
+    if rows is not None and with_model:
+        _take_steps(tolerant, collator, composed, evidence, console)
+        report.time = _time(evidence.proof, args, launch, rows[0]) if evidence.proof else []
+    report.left_out += _left_out(recipe, rows is not None, with_model)
+    report.findings = check(evidence)
+    output.write_text(render_page(report), encoding="utf-8")
+    return report
+
+
+def _load(
+    tolerant: Recipe, recipe: Recipe, collator: MultimodalCollator, args: Any, evidence: Evidence, console: Console
+) -> tuple[Any, Any, dict[str, Any]] | None:
+    """The rows, and the ledgers by the recipe's own threshold; None where no row of a source is left."""
+    from ..data.ledger import Ledger
+    from ..training.run_rows import load_rows
+
+    seen: dict[str, Ledger] = {}
+    rows = None
+    try:
+        rows = load_rows(tolerant, collator, args, console, seen)
+    except UserError as error:
+        if not any(source.lost for ledger in seen.values() for source in ledger.sources.values()):
+            raise
+        evidence.failed = str(error)
+    evidence.ledgers = {name: Ledger(recipe.data.max_rejected, ledger.sources) for name, ledger in seen.items()}
+    return rows
+
+
+def _lengths(recipe: Recipe, collator: MultimodalCollator, seed: int) -> list[int]:
+    """Uncut lengths of the first rows of each training source, also of rows that are too long to be used."""
+    from ..data.dataset import load_source
+    from .samples import MEASURED, whole_lengths
+
+    found: list[int] = []
+    for source in recipe.data.train:
+        first = source.model_copy(update={"max_rows": min(source.max_rows or MEASURED, MEASURED)})
+        try:
+            rows = load_source(first, seed=seed, reject=lambda error: None)
+        except UserError:
+            continue  # none of its first rows can be read, which the ledger says
+        found += whole_lengths(list(rows), collator)
+    return found
+
+
+def _test_rows(recipe: Recipe, seed: int) -> Iterator[Any]:
+    """The rows of `data.test`, which training never reads."""
+    from ..data.dataset import load_source
+
+    for source in recipe.data.test:
+        yield load_source(source, seed=seed, reject=lambda error: None)
+
+
+def _weigh(recipe: Recipe, launch: Launch, report: Report) -> None:
+    """Fills in freeze plan and memory, from sizes alone."""
+    import torch
+
+    from .dry_run import weigh
+
+    weighed = weigh(recipe, launch)
+    report.plan, report.memory = weighed.rows, weighed.estimate
+    if torch.cuda.is_available():
+        report.evidence.memory = (weighed.estimate.total, torch.cuda.get_device_properties(0).total_memory)
+
+
+def _take_steps(
+    recipe: Recipe, collator: MultimodalCollator, composed: Any, evidence: Evidence, console: Console
+) -> None:
+    """Trains some steps through the trainer of the recipe, into a folder that is removed."""
+    from datasets import Dataset
+
+    from ..base.quiet import quiet_libraries
+    from ..data.dataset import ROW_FEATURES
+    from ..recipe.libraries import build_sft_config
+    from ..training.build_trainer import build_trainer
+    from .freeze_proof import MOST, SETTINGS, prove
+
+    with _folder() as folder, console.status("Loading the pieces and taking real steps"):
+        settings = {name: value for name, value in recipe.sft.items() if name != "warmup_ratio"}
+        changed = recipe.model_copy(update={"sft": {**settings, **SETTINGS, "output_dir": folder}})
+        args = build_sft_config(changed)
+        quiet_libraries()
+        # Without an image nothing reaches the projector; a mixture has rows without, and any batch may be of these.
+        shown = [row for row in evidence.rows if row["images"]] or evidence.rows
+        count = MOST * args.train_batch_size
+        some = [shown[i * max(1, len(shown) // count) % len(shown)] for i in range(count)]
+        rows = Dataset.from_list([{key: row[key] for key in ROW_FEATURES} for row in some], features=ROW_FEATURES)
+        try:
+            trainer = build_trainer(changed, args, collator, (rows, None, {}), composed, partial(say, console))
+            evidence.proof = prove(trainer)
+        except UserError as error:
+            evidence.stopped = str(error)
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="vlm-sft-preflight-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _time(proof: Proof, args: SFTConfig, launch: Launch, rows: Any) -> list[str]:
+    """How long the run would take at the speed of the last real step."""
+    batch = args.train_batch_size * args.gradient_accumulation_steps * launch.processes
+    if args.max_steps > 0:
+        steps = args.max_steps
+    else:
+        steps = math.ceil(math.ceil(len(rows) / batch) * args.num_train_epochs)
+    seconds = steps * args.gradient_accumulation_steps * proof.seconds_per_step
+    return [
+        f"About {_duration(seconds)} for {steps:,} steps of {batch:,} rows on {launch}, if each process is as fast as "
+        f"this machine: a pass of {proof.rows} rows took {proof.seconds_per_step:.3g} s on {proof.device} "
+        f"({proof.tokens_per_second:,.0f} tokens a second), measured in step {proof.steps} of this preflight; "
+        f"evaluations, saves and the wait for other processes come on top."
+    ]
+
+
+def _duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h` or `2.1 days`."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _left_out(recipe: Recipe, has_rows: bool, with_model: bool) -> list[str]:
+    """Sentences on what was not looked at."""
+    found = []
+    if not has_rows:
+        found.append("No row was left to look at, so samples, lengths and real steps are left out.")
+    elif not with_model:
+        found.append("--no-model: no weight was read and no step was taken, so nothing is proven of the freeze plan.")
+    if has_rows and recipe.data.streaming:
+        found.append("data.streaming: only the first rows of the stream were looked at, also for shared images.")
+    if has_rows and recipe.data.eval + recipe.data.test:
+        found.append("Shared images are found where the files are the same byte for byte; a copy saved anew is not.")
+    return found
+
+
+def _name(recipe: Recipe) -> str:
+    return Path(recipe.path).stem if recipe.path else "recipe"
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file, such as {output / PAGE}.")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: the folder {output.parent} does not exist; make it first.")
+
+
+def run_preflight(
+    recipe: str,
+    overrides: list[str],
+    *,
+    output: str = PAGE,
+    with_model: bool = True,
+    accelerate_config: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Runs preflight and prints what it found.
+
+    Args:
+        recipe: A YAML file, or the name of a recipe that ships.
+        overrides: `key.path=value` each.
+        output: Where the page goes.
+        with_model: Reads the weights and takes real steps.
+        accelerate_config: The processes that will train.
+        trust_remote_code: Lets base pieces run the Python code that they bring, where the recipe asks for it.
+
+    Raises:
+        SystemExit: With code 1 where the training will go wrong.
+    """
+    from ..base.quiet import quiet_libraries
+    from ..recipe.safety import refuse_code, refuse_revisions
+    from ..recipe.schema import load_recipe
+    from .launch import read_launch
+
+    loaded = load_recipe(recipe, overrides)
+    if not trust_remote_code:
+        refuse_code(loaded, str(loaded.path))
+    refuse_revisions(loaded)
+    quiet_libraries()
+    console = make_console()
+    page = Path(output)
+    report = preflight(loaded, read_launch(accelerate_config), console, output=page, with_model=with_model)
+    for finding in report.findings:
+        say(console, str(finding))
+    for sentence in report.time:
+        say(console, sentence)
+    say(console, f"Page: {page}")
+    if report.verdict == "error":
+        raise SystemExit(1)

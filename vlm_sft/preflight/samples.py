@@ -1,0 +1,230 @@
+"""Rows before training: a part of the mixture, their lengths, what the tokenizer makes of them, some samples."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..base.errors import RowError
+from ..batch.token_view import TokenGroup, token_groups
+from ..batch.tokenizer_coverage import coverage_of
+from ..data.image_files import shared_images
+from ..data.languages import language_of
+from ..data.mixture import SHARES
+from ..data.streaming import first_rows
+from ..model.losses import IGNORED
+from .checks import Evidence, Finding, answers_of, check
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..batch.collator import MultimodalCollator
+    from ..batch.processor import VLMProcessor
+    from ..data.ledger import Ledger
+    from ..recipe.recipe_data import Data
+
+LOOKED_AT = 20_000  # rows whose text is read
+GLANCED_AT = 1_000  # rows whose text is read at the start of a training
+MEASURED = 2_000  # of these, rows whose whole length is counted, and answers given to the tokenizer
+SHOWN = 8  # samples
+THUMBNAIL = 288  # pixels of the longer side
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample as the page shows it.
+
+    Attributes:
+        id: The row's id.
+        source: Its source.
+        tokens: How many it has.
+        learned: How many of them are in the loss.
+        turns_lost: Turns it lost to fit.
+        images: JPEG files.
+        groups: Its tokens, as they are shown.
+        problem: Why it cannot be trained on, or "".
+    """
+
+    id: str
+    source: str
+    tokens: int = 0
+    learned: int = 0
+    turns_lost: int = 0
+    images: list[bytes] = field(default_factory=list)
+    groups: list[TokenGroup] = field(default_factory=list)
+    problem: str = ""
+
+    @property
+    def data_uris(self) -> list[str]:
+        """The images, to be put into a page."""
+        return [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in self.images]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A source or a language in the mixture: its share as planned and as drawn, and how many rows were drawn."""
+
+    name: str
+    planned: float | None
+    drawn: float
+    rows: int
+
+
+def sample_rows(rows: Any, count: int = LOOKED_AT) -> list[dict[str, Any]]:
+    """Different rows of a mixture, evenly spread; of a stream, the first ones.
+
+    Args:
+        rows: What `load_rows` gave; a row that the mixture repeats is there once.
+        count: How many at most.
+    """
+    if not hasattr(rows, "__len__"):
+        return _once(first_rows(rows, count))
+    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64))
+    return _once(rows.select(places))
+
+
+def _once(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({row["id"]: row for row in rows}.values())
+
+
+def look_at(evidence: Evidence, collator: MultimodalCollator, train: Any, held_out: Iterable[Any]) -> None:
+    """Fills in what rows tell: texts, coverage, leaks.
+
+    Args:
+        evidence: To be filled.
+        collator: For its processor.
+        train: Training rows.
+        held_out: Evaluation and test rows, each a dataset.
+    """
+    processor = collator.processor
+    read_texts(evidence, processor, sample_rows(train))
+    others = [row for rows in held_out for row in rows.select_columns(["images", "id"])]
+    if others:
+        every = train.select_columns(["images", "id"]) if hasattr(train, "__len__") else evidence.rows
+        evidence.leaks = shared_images(every, others)
+
+
+def read_texts(evidence: Evidence, processor: VLMProcessor, rows: list[dict[str, Any]]) -> None:
+    """Fills in what the texts of some rows tell.
+
+    Args:
+        evidence: To be filled.
+        processor: For its chat template and its tokenizer.
+        rows: Different rows.
+    """
+    evidence.template, evidence.ends_with = str(processor.chat_template), processor.end_of_answer.strip(" ")
+    evidence.rows = rows
+    for row in rows:
+        evidence.stats.add(row)
+    answers = (text for row in spread(rows, MEASURED) for text in answers_of(row))
+    evidence.coverage = coverage_of(answers, processor.tokenizer)
+
+
+def glance(train: Any, processor: VLMProcessor) -> list[Finding]:
+    """What the texts of a few rows tell: the part of preflight that every training begins with.
+
+    Args:
+        train: Training rows; of a stream nothing is read.
+        processor: A `VLMProcessor`.
+    """
+    evidence = Evidence()
+    if hasattr(train, "__len__"):
+        read_texts(evidence, processor, sample_rows(train, GLANCED_AT))
+    return check(evidence)
+
+
+def spread(rows: Sequence[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+    """So many rows, evenly spread."""
+    return islice(iter(rows[:: max(1, len(rows) // count)]), count)
+
+
+def whole_lengths(rows: Sequence[dict[str, Any]], collator: MultimodalCollator) -> list[int]:
+    """Tokens of rows as they would be if nothing were cut."""
+    whole = copy.copy(collator)
+    whole.max_length = None
+    lengths = []
+    for row in spread(rows, MEASURED):
+        try:
+            lengths.append(len(whole.encode(row, with_images=False).chat.input_ids))
+        except RowError:
+            continue  # the ledger has it
+    return lengths
+
+
+def show_samples(rows: Sequence[dict[str, Any]], collator: MultimodalCollator, count: int = SHOWN) -> list[Shown]:
+    """Some rows, of each source in turn, as the collator makes samples of them."""
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_source.setdefault(row["source"], []).append(row)
+    each = -(-count // max(len(by_source), 1))
+    picked = [row for own in by_source.values() for row in spread(own, each)]
+    return [show(row, collator) for row in picked[:count]]
+
+
+def show(row: dict[str, Any], collator: MultimodalCollator) -> Shown:
+    """One row as a sample, with its tokens and small images."""
+    try:
+        sample = collator.encode(row)
+    except RowError as error:
+        return Shown(row["id"], row["source"], problem=str(error))
+    labels = sample.chat.labels
+    return Shown(
+        row["id"],
+        row["source"],
+        tokens=len(labels),
+        learned=sum(label != IGNORED for label in labels),
+        turns_lost=sample.turns_lost,
+        images=[thumbnail(image) for image in sample.images],
+        groups=token_groups(sample, row["messages"], collator.processor),
+    )
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """A small JPEG of an RGB image."""
+    small, file = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file, "JPEG", quality=75)
+    return file.getvalue()
+
+
+def shares_of_sources(data: Data, ledger: Ledger, rows: Sequence[dict[str, Any]]) -> list[Share]:
+    """Each source as `data.sampling` plans it and as it was drawn.
+
+    Args:
+        data: The recipe's `data`; with `languages` a source's share follows from theirs, and nothing is planned.
+        ledger: Of the training rows.
+        rows: What was looked at: of a stream, what was drawn of it.
+    """
+    names = [str(source.name) for source in data.train]
+    if data.streaming:
+        drawn = Counter(row["source"] for row in rows)
+        weights = [source.weight for source in data.train]
+    else:
+        entries = {name: ledger.source(name) for name in names}
+        drawn = Counter({name: entry.used + entry.repeated for name, entry in entries.items()})
+        sizes = [(ledger.source(s.name or "").read - ledger.source(s.name or "").lost) * s.repeat for s in data.train]
+        f = SHARES[data.sampling]
+        weights = [source.weight * f(size) for source, size in zip(data.train, sizes, strict=True)]
+    planned = [None if data.languages else weight / max(sum(weights), 1e-9) for weight in weights]
+    return [
+        Share(name, share, drawn[name] / max(drawn.total(), 1), drawn[name])
+        for name, share in zip(names, planned, strict=True)
+    ]
+
+
+def shares_of_languages(data: Data, rows: Sequence[dict[str, Any]]) -> list[Share]:
+    """Each language as `data.languages` plans it and as the answers that were looked at have it."""
+    drawn = Counter(language_of("".join(answers_of(row))) for row in rows)
+    planned = {name: share / sum(data.languages.values()) for name, share in data.languages.items()}
+    return [
+        Share(name, planned.get(name), drawn[name] / max(drawn.total(), 1), drawn[name])
+        for name in sorted({*drawn, *planned})
+    ]

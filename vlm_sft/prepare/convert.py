@@ -1,0 +1,214 @@
+"""Rows → files that the readers read: `vlm-sft data convert`.
+
+A target is one function in `TARGETS`. Everything is written beside its goal and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import UserError, row_error
+from ..data.messages import IMAGE_MARK
+from ..reading.image_refs import is_url
+
+ROWS_PER_SHARD = 1000
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+_ENDINGS = {
+    b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*\0": "tif",
+    b"MM\0*": "tif",
+}  # fmt: skip
+
+
+class Images:
+    """Says how a written row names its images, and stores those that must lie beside OUT.
+
+    An image file below the folder of OUT is named relative to it, so that the folder can be moved; any other by its
+    absolute path. Embedded images are stored, each picture once.
+
+    Args:
+        out: The file that is written.
+        stage: Where images are stored until it is whole.
+        copy: Stores every image, not only embedded ones.
+    """
+
+    def __init__(self, out: Path, stage: Path, copy: bool) -> None:
+        self.home, self.stage, self.copy = out.parent.resolve(), stage, copy
+        self.folder = images_folder(out).name
+
+    def name(self, image: dict[str, Any], where: str) -> str:
+        """The path to write for an image of a row."""
+        path = image["path"]
+        if image["bytes"] is None and (is_url(path) or not self.copy):
+            below = not is_url(path) and Path(path).is_relative_to(self.home)
+            return os.path.relpath(path, self.home) if below else path
+        data = encoded(image, where)
+        self.stage.mkdir(exist_ok=True)
+        file = self.stage / f"{hashlib.sha256(data).hexdigest()[:24]}.{ending_of(data)}"
+        if not file.exists():
+            file.write_bytes(data)
+        return f"{self.folder}/{file.name}"
+
+
+def convert_rows(rows: Iterable[dict[str, Any]], to: str, out: str | Path, *, copy_images: bool = False) -> int:
+    """Writes rows `{"messages", "images", "source", "id"}` as files of another format, one row at a time.
+
+    Args:
+        rows: The rows.
+        to: A key of `TARGETS`.
+        out: File (`messages`: .jsonl, `llava`: .json) or folder (`webdataset`); must not exist.
+        copy_images: Takes image files along, into a folder beside OUT.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        UserError: OUT is there already, has another suffix or cannot be written; there is no row.
+        RowError: A row cannot be said in the format.
+    """
+    if to not in TARGETS:
+        raise UserError(f"--to {to} is not known: it must be one of {', '.join(TARGETS)}.")
+    write, suffix = TARGETS[to]
+    out = Path(os.path.expanduser(out))
+    if out.suffix != suffix:
+        wanted = f"a file that ends with {suffix}" if suffix else "a folder, whose name has no suffix"
+        raise UserError(f"OUT is {out}, but --to {to} writes {wanted}: give another name.")
+    for path in (out, images_folder(out)):
+        if path.exists():
+            raise UserError(f"{path} exists already: give another OUT or remove it.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unfinished-") as beside:
+            stage = Path(beside)
+            written = write(rows, stage / "out", Images(out, stage / "images", copy_images))
+            if not written:
+                raise UserError("There are no rows to write: look at the source.")
+            if (stage / "images").exists():  # first, so that a file never names images that are not there
+                os.replace(stage / "images", images_folder(out))
+            os.replace(stage / "out", out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}): correct it or make room.") from None
+    return written
+
+
+def images_folder(out: Path) -> Path:
+    """Where images that belong to OUT lie."""
+    return out.with_name(f"{out.stem}_images")
+
+
+def encoded(image: dict[str, Any], where: str) -> bytes:
+    """The encoded picture of a row, read from its file where it is not embedded.
+
+    Raises:
+        RowError: It is behind a URL, or its file cannot be read.
+    """
+    if image["bytes"] is not None:
+        return image["bytes"]
+    if is_url(image["path"]):
+        raise row_error(where, f"the image {image['path']} is a URL", "download it first", "image is a URL")
+    try:
+        return Path(image["path"]).read_bytes()
+    except OSError as error:
+        what = f"the image {image['path']} cannot be read ({error.strerror or error})"
+        raise row_error(where, what, "correct the path or remove the row", "image missing") from None
+
+
+def ending_of(data: bytes) -> str:
+    """The ending of a file name for an encoded picture, by its first bytes; readers look at the bytes, not at it."""
+    return next((ending for magic, ending in _ENDINGS.items() if data.startswith(magic)), "png")
+
+
+# ------------------------------------------------------------------------------------------------------------ targets
+
+
+def _messages(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
+    """Conversations as TRL has them, a line each, content as parts: nothing in a text can be taken for an image."""
+    written = 0
+    with out.open("w", encoding="utf-8") as file:
+        for row in rows:
+            named = [images.name(image, row["id"]) for image in row["images"]]
+            line = {"id": row["id"], "images": named, "messages": _plain(row["messages"])}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            written += 1
+    return written
+
+
+def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages without what says nothing, such as the empty text of an image."""
+    return [{"role": m["role"], "content": [_part(part) for part in m["content"]]} for m in messages]
+
+
+def _part(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
+
+
+def _llava(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
+    """LLaVA's JSON: a list of rows, images as marks at the front of a message."""
+    written = 0
+    with out.open("w", encoding="utf-8") as file:
+        for row in rows:
+            named = [images.name(image, row["id"]) for image in row["images"]]
+            line: dict[str, Any] = {"id": row["id"]}
+            if named:
+                line["image"] = named[0] if len(named) == 1 else named
+            line["conversations"] = [_turn(message, row["id"]) for message in row["messages"]]
+            file.write(("[\n" if written == 0 else ",\n") + json.dumps(line, ensure_ascii=False))
+            written += 1
+        file.write("\n]\n")
+    return written
+
+
+def _turn(message: dict[str, Any], where: str) -> dict[str, str]:
+    parts = message["content"]
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    if message["role"] == "user" and IMAGE_MARK in text:
+        what = f"its text holds {IMAGE_MARK}, which LLaVA's format takes for an image"
+        raise row_error(where, what, "write --to messages, or change the text", "mark in text")
+    marks = f"{IMAGE_MARK}\n" * sum(part["type"] == "image" for part in parts)
+    return {"from": _SPEAKERS[message["role"]], "value": marks + (text.lstrip("\n") if marks else text)}
+
+
+def _webdataset(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
+    """Tar shards of `ROWS_PER_SHARD` rows: `KEY.json` with the conversation and `KEY.N.jpg` with its images."""
+    out.mkdir()
+    numbered = enumerate(rows)
+    written = 0
+    for shard in count():
+        first = next(numbered, None)
+        if first is None:
+            break
+        with tarfile.open(out / f"{shard:06d}.tar", "w") as archive:
+            for number, row in chain([first], islice(numbered, ROWS_PER_SHARD - 1)):
+                _add_sample(archive, f"{number:09d}", row)
+                written = number + 1
+    return written
+
+
+def _add_sample(archive: tarfile.TarFile, key: str, row: dict[str, Any]) -> None:
+    document = {"id": row["id"], "messages": _plain(row["messages"])}
+    _add(archive, f"{key}.json", json.dumps(document, ensure_ascii=False).encode())
+    for number, image in enumerate(row["images"]):
+        data = encoded(image, row["id"])
+        _add(archive, f"{key}.{number}.{ending_of(data)}", data)
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+TARGETS: dict[str, tuple[Callable[[Iterable[dict[str, Any]], Path, Images], int], str]] = {
+    "messages": (_messages, ".jsonl"),
+    "llava": (_llava, ".json"),
+    "webdataset": (_webdataset, ""),
+}
+"""Format to the function that writes it and what OUT ends with; "" is a folder."""

@@ -1,0 +1,298 @@
+"""Keeps the rows whose text fits their image: `vlm-sft data filter`.
+
+A model that was trained to match images and texts scores every row; rows below a threshold are left out, as BLIP's
+CapFilt (arXiv:2201.12086, section 3.2) and the cleaning of Ziya's data do it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from ..base.errors import UserError
+from ..base.reach import look_for_hub
+from ..pieces.checkpoints import unreachable
+from ..reading.images import load_image
+
+# What of a row is compared with its image.
+TEXTS: dict[str, tuple[str, ...]] = {"answers": ("assistant",), "all": ("user", "assistant")}
+BINS = 40
+
+
+class Score(NamedTuple):
+    """What is known of a row.
+
+    Attributes:
+        id: The row's id.
+        score: Higher fits better; of several images the mean; None for a row without an image.
+        error: Why the row has no score, or None. It is never kept.
+    """
+
+    id: str
+    score: float | None
+    error: str | None
+
+
+class Scorer:
+    """Scores pairs of an image and a text with a model of transformers.
+
+    CLIP, SigLIP and their kin give the cosine of the two embeddings (-1 … 1), BLIP's matching head the probability that
+    they belong together (0 … 1). A text is cut to what the model reads.
+
+    Args:
+        path: Folder or Hub id of the model, with its processor.
+        device: Where it runs; default the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: There is no such model, or it does not match images and texts.
+    """
+
+    def __init__(self, path: str, device: str | torch.device | None = None) -> None:
+        from transformers import AutoConfig, AutoModel, AutoProcessor, BlipForImageTextRetrieval
+
+        if not Path(path).exists():
+            look_for_hub()
+        try:
+            config = AutoConfig.from_pretrained(path)
+            kind = config.model_type
+            if kind not in _SCORES:
+                raise UserError(
+                    f"--model {path} is a {kind!r} model: give one that matches images and texts, of the types "
+                    f"{', '.join(_SCORES)}."
+                )
+            if kind == "blip" and "BlipForImageTextRetrieval" not in (config.architectures or ()):
+                raise UserError(f"--model {path} has no matching head: give a BLIP-ITM model, like blip-itm-base-coco.")
+            model_class = BlipForImageTextRetrieval if kind == "blip" else AutoModel
+            self.model = model_class.from_pretrained(path, use_safetensors=True, dtype=torch.float32).eval()
+            self.processor = AutoProcessor.from_pretrained(path, use_fast=False)
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, UserError):
+                raise
+            if isinstance(error, OSError) and not Path(path).exists():
+                raise unreachable(str(path), "--model") from None
+            raise UserError(f"--model {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model.to(self.device)
+        self._score = _SCORES[kind]
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
+        """Scores of N pairs."""
+        return self._score(self, list(images), list(texts)).float().tolist() if images else []
+
+    def tokens(self, texts: list[str], **padding: Any) -> dict[str, torch.Tensor]:
+        """Texts as the model reads them: (N, L) ids and mask, cut where it ends."""
+        longest = self.model.config.text_config.max_position_embeddings
+        return self.processor(text=texts, return_tensors="pt", truncation=True, max_length=longest, **padding).to(
+            self.device
+        )
+
+    def pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """Images as the model sees them: (N, 3, H, W)."""
+        return self.processor.image_processor(images=images, return_tensors="pt").to(self.device)
+
+
+def _cosine(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+    # SigLIP was trained on texts padded to their full length, without a mask.
+    padding = "max_length" if scorer.model.config.model_type.startswith("siglip") else True
+    seen = scorer.model.get_image_features(**scorer.pixels(images)).pooler_output
+    read = scorer.model.get_text_features(**scorer.tokens(texts, padding=padding)).pooler_output
+    return functional.cosine_similarity(seen, read)
+
+
+def _matching(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+    """P(match) of BLIP's image-text matching head."""
+    model = scorer.model
+    seen = model.vision_model(**scorer.pixels(images)).last_hidden_state
+    everywhere = torch.ones(seen.shape[:-1], dtype=torch.long, device=seen.device)
+    read = model.text_encoder(
+        **scorer.tokens(texts, padding=True), encoder_hidden_states=seen, encoder_attention_mask=everywhere
+    ).last_hidden_state
+    return model.itm_head(read[:, 0]).softmax(-1)[:, 1]
+
+
+_SCORES: dict[str, Callable[[Scorer, list[Image.Image], list[str]], torch.Tensor]] = {
+    "clip": _cosine,
+    "siglip": _cosine,
+    "siglip2": _cosine,
+    "chinese_clip": _cosine,
+    "altclip": _cosine,
+    "blip": _matching,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+def score_rows(
+    rows: Iterable[dict[str, Any]],
+    scorer: Callable[[Sequence[Image.Image], Sequence[str]], list[float]],
+    path: str | Path,
+    about: dict[str, Any],
+    *,
+    text: str = "answers",
+    batch_size: int = 32,
+    tick: Callable[[int], None] = lambda done: None,
+) -> list[Score]:
+    """Scores rows in batches, a line of a file each; lines that are there from an earlier run are not made again.
+
+    Args:
+        rows: Rows `{"messages", "images", "source", "id"}`.
+        scorer: N images and N texts → N scores, as `Scorer`.
+        path: JSONL file of scores.
+        about: What the scores depend on (model, sources); its first line.
+        text: A key of `TEXTS`.
+        batch_size: Rows at a time.
+        tick: Told how many rows have a score.
+
+    Returns:
+        One score a row, in order.
+
+    Raises:
+        UserError: The file cannot be written, or holds scores of other rows or of another model.
+    """
+    path = Path(os.path.expanduser(path))
+    about = {**about, "text": text}
+    found, size = _read_scores(path, about)
+    todo = iter(rows)
+    for there in found:
+        row = next(todo, {"id": "no row"})
+        if there.id != row["id"]:
+            raise UserError(f"--scores {path} has {there.id!r} where the rows have {row['id']!r}: give another file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(size)
+            if not size:
+                file.write(_line(about))
+            while batch := list(islice(todo, batch_size)):
+                new = _scores_of(batch, scorer, TEXTS[text])
+                file.write(b"".join(_line(score._asdict()) for score in new))
+                file.flush()
+                found += new
+                tick(len(found))
+    except OSError as error:
+        raise UserError(f"--scores {path} cannot be written ({error.strerror or error}): make room.") from None
+    return found
+
+
+def _scores_of(batch: list[dict[str, Any]], scorer: Callable[..., list[float]], roles: Sequence[str]) -> list[Score]:
+    """Scores of a batch; one broken image does not take the others with it."""
+    images, texts, owners = [], [], []
+    errors: dict[int, str] = {}
+    for number, row in enumerate(batch):
+        try:
+            opened = [load_image(image, where=row["id"]) for image in row["images"]]
+        except UserError as error:
+            errors[number] = str(error)
+            continue
+        images += opened
+        texts += [text_of(row, roles)] * len(opened)
+        owners += [number] * len(opened)
+    values: dict[int, list[float]] = {}
+    for owner, value in zip(owners, scorer(images, texts), strict=True):
+        values.setdefault(owner, []).append(value)
+    means = {owner: sum(scores) / len(scores) for owner, scores in values.items()}
+    return [Score(row["id"], means.get(number), errors.get(number)) for number, row in enumerate(batch)]
+
+
+def text_of(row: dict[str, Any], roles: Sequence[str]) -> str:
+    """What some speakers of a row say, in one line."""
+    said = [p["text"] for m in row["messages"] if m["role"] in roles for p in m["content"] if p["type"] == "text"]
+    return " ".join(" ".join(said).split())
+
+
+def _read_scores(path: Path, about: dict[str, Any]) -> tuple[list[Score], int]:
+    """Scores of an earlier run, and the size of the file without a half-written last line.
+
+    Raises:
+        UserError: The file is about something else.
+    """
+    if not path.exists():
+        return [], 0
+    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        first, *lines = [json.loads(line) for line in whole] or [None]
+        scores = [Score(line["id"], line["score"], line["error"]) for line in lines]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--scores {path} is not a file of scores: give another name.") from None
+    if first is not None and first != about:
+        raise UserError(f"--scores {path} belongs to {first}, not to {about}: give another file.")
+    return scores, sum(map(len, whole)) if first is not None else 0
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+# -------------------------------------------------------------------------------------------------------------- choice
+
+
+def threshold_of_share(scores: Sequence[Score], keep: float) -> float:
+    """The threshold that keeps a share (0 … 1] of the rows with a score.
+
+    Raises:
+        UserError: No row has a score.
+    """
+    values = _values(scores)
+    return float(np.quantile(values, 1 - keep, method="lower"))
+
+
+def kept_rows(rows: Iterable[dict[str, Any]], scores: Sequence[Score], threshold: float) -> Iterator[dict[str, Any]]:
+    """The rows whose score is the threshold or more, and those without an image."""
+    for row, score in zip(rows, scores, strict=True):
+        if score.error is None and (score.score is None or score.score >= threshold):
+            yield row
+
+
+def draw_histogram(scores: Sequence[Score], path: str | Path, threshold: float | None = None, title: str = "") -> Path:
+    """Draws how the scores are spread, and the threshold among them.
+
+    Args:
+        scores: One a row.
+        path: PNG file to write.
+        threshold: A line, and what lies below it paler.
+        title: What was scored.
+
+    Returns:
+        `path`.
+
+    Raises:
+        UserError: No row has a score.
+    """
+    from matplotlib.figure import Figure
+
+    values = _values(scores)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    counts, edges = np.histogram(values, BINS)
+    bars = axis.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color="#3b6ea5")
+    axis.set_xlabel("score")
+    axis.set_ylabel("rows")
+    axis.spines[["top", "right"]].set_visible(False)
+    if threshold is not None:
+        for left, bar in zip(edges, bars, strict=False):
+            bar.set_alpha(0.3 if left < threshold else 1.0)
+        share = float((values >= threshold).mean())
+        axis.axvline(threshold, color="#c0392b", label=f"threshold {threshold:.4g} keeps {share:.1%}")
+        axis.legend(frameon=False)
+    axis.set_title(title, fontsize=11)
+    path = Path(path)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _values(scores: Sequence[Score]) -> np.ndarray:
+    values = np.array([score.score for score in scores if score.score is not None])
+    if not len(values):
+        raise UserError("No row has a score: none has an image that can be read.")
+    return values

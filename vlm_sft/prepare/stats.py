@@ -1,0 +1,159 @@
+"""What is in the rows of sources, in numbers: `vlm-sft data stats`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ..data.languages import language_of
+from ..reading.image_refs import is_url
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COMMONEST = 5
+OPENED = 2000  # images of which the size is looked up; reading headers of a million takes hours on a network disk
+
+
+@dataclass
+class DataStats:
+    """Counts over rows; `add` takes one at a time and keeps no text but answers, so memory grows by bytes a row.
+
+    Attributes:
+        rows: Rows by source.
+        text_only: Rows without an image.
+        images: Images, each time that one is used.
+        images_in_a_row: Number of images → rows.
+        languages: Language → answers, as `languages.language_of` tells it.
+        answers: Hash of an answer → how often it is given.
+        repeated_rows: Rows whose text and images came before.
+        sizes: (width, height) of the first `OPENED` different images.
+        unreadable: Ids of rows with an image among those that cannot be opened.
+    """
+
+    rows: Counter[str] = field(default_factory=Counter)
+    text_only: int = 0
+    images: int = 0
+    images_in_a_row: Counter[int] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    repeated_rows: int = 0
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    _lengths: array[int] = field(default_factory=lambda: array("l"))
+    _turns: array[int] = field(default_factory=lambda: array("l"))
+    _rows_seen: set[bytes] = field(default_factory=set)
+    _images_seen: set[bytes] = field(default_factory=set)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Counts a row `{"messages", "images", "source", "id"}`."""
+        self.rows[row["source"]] += 1
+        self.images_in_a_row[len(row["images"])] += 1
+        self.images += len(row["images"])
+        self.text_only += not row["images"]
+        texts = [(m["role"], "".join(p.get("text") or "" for p in m["content"])) for m in row["messages"]]
+        answers = [text for role, text in texts if role == "assistant"]
+        self._turns.append(len(answers))
+        for answer in answers:
+            self.languages[language_of(answer)] += 1
+            self.answers[answer] += 1
+            self._lengths.append(len(answer))
+        keys = [_key(image) for image in row["images"]]
+        whole = hashlib.blake2b(repr((texts, keys)).encode("utf-8", "replace"), digest_size=16).digest()
+        self.repeated_rows += whole in self._rows_seen
+        self._rows_seen.add(whole)
+        for key, image in zip(keys, row["images"], strict=True):
+            if key not in self._images_seen:
+                self._images_seen.add(key)
+                self._look_at(image, row["id"])
+
+    def _look_at(self, image: dict[str, Any], row: str) -> None:
+        if len(self.sizes) + len(self.unreadable) >= OPENED or (image["bytes"] is None and is_url(image["path"])):
+            return
+        try:
+            with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+                self.sizes.append(opened.size)
+        except (OSError, ValueError, Image.DecompressionBombError):
+            self.unreadable.append(row)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON."""
+        total = self.rows.total()
+        return {
+            "rows": total,
+            "rows_by_source": dict(self.rows),
+            "text_only": self.text_only,
+            "repeated_rows": self.repeated_rows,
+            "images": self.images,
+            "different_images": len(self._images_seen),
+            "images_in_a_row": {str(n): rows for n, rows in sorted(self.images_in_a_row.items())},
+            "image_width": spread([width for width, _ in self.sizes]),
+            "image_height": spread([height for _, height in self.sizes]),
+            "images_opened": len(self.sizes) + len(self.unreadable),
+            "unreadable": self.unreadable,
+            "answers": self.answers.total(),
+            "different_answers": len(self.answers),
+            "answers_in_a_row": spread(self._turns),
+            "answer_length": spread(self._lengths),
+            "languages": dict(self.languages.most_common()),
+            "commonest_answers": dict(self.answers.most_common(COMMONEST)),
+        }
+
+
+def spread(values: Sequence[int]) -> dict[str, float]:
+    """Smallest, median, 95 % and largest of numbers; nothing of none."""
+    if not len(values):
+        return {}
+    low, middle, high, top = np.percentile(np.asarray(values), (0, 50, 95, 100))
+    return {"min": float(low), "median": float(middle), "p95": float(high), "max": float(top)}
+
+
+def _key(image: dict[str, Any]) -> bytes:
+    data = image["bytes"] if image["bytes"] is not None else image["path"].encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def stats_table(found: dict[str, Any]) -> Table:
+    """`DataStats.as_dict()` for a person."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows, answers = found["rows"], found["answers"]
+    table = Table(title=f"{rows:,} rows", title_justify="left", show_header=False)
+    for source, count in found["rows_by_source"].items():
+        table.add_row(f"from {escape(source)}", _share(count, rows))
+    table.add_row("without an image", _share(found["text_only"], rows))
+    table.add_row("repeated, word for word", _share(found["repeated_rows"], rows))
+    table.add_row("images", f"{found['images']:,}, {found['different_images']:,} of them different")
+    table.add_row("images in a row", ", ".join(f"{n}: {_share(k, rows)}" for n, k in found["images_in_a_row"].items()))
+    if found["image_width"]:
+        looked = f"of {found['images_opened']:,} opened"
+        table.add_row(f"width in pixels, {looked}", _line(found["image_width"]))
+        table.add_row(f"height in pixels, {looked}", _line(found["image_height"]))
+    if found["unreadable"]:
+        first = escape(found["unreadable"][0])
+        table.add_row("images that cannot be opened", f"[red]{len(found['unreadable']):,}, the first in {first}[/red]")
+    table.add_row("answers", f"{answers:,}, {found['different_answers']:,} of them different")
+    table.add_row("answers in a row", _line(found["answers_in_a_row"]))
+    table.add_row("characters of an answer", _line(found["answer_length"]))
+    table.add_row("languages", ", ".join(f"{name}: {_share(n, answers)}" for name, n in found["languages"].items()))
+    for answer, count in found["commonest_answers"].items():
+        shown = answer if len(answer) <= 40 else f"{answer[:39]}…"
+        table.add_row(f"answer {escape(repr(shown))}", _share(count, answers))
+    return table
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({part / max(whole, 1):.1%})"
+
+
+def _line(values: dict[str, float]) -> str:
+    return f"{values['min']:g} – {values['max']:g}, median {values['median']:g}, 95 % up to {values['p95']:g}"

@@ -1,0 +1,72 @@
+"""What a row writes for an image → an absolute path or encoded bytes. No image is opened here."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..base.errors import UserError, row_error
+
+
+def is_url(path: str) -> bool:
+    """Whether an image's path is a URL and not the name of a file."""
+    return "://" in path[:12]
+
+
+def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool = False) -> dict[str, Any]:
+    """An image as the row names it → ``{"path": absolute, "bytes": None}`` or ``{"path": name, "bytes": ...}``.
+
+    Args:
+        image: a path, bytes, a data URI or ``{"path", "bytes"}``.
+        folder: absolute; where a relative path starts. None: there is no such folder.
+        where: the row's place in words.
+        allow_urls: keeps a URL as the path; the data-loader worker fetches it.
+
+    Raises:
+        RowError: it is none of these, or empty.
+        UserError: the path is relative and there is no folder, which is so in every row of the source.
+    """
+    name = None
+    if isinstance(image, Mapping):
+        name = image.get("path")
+        encoded = image.get("bytes")
+        image = name if encoded is None else encoded
+    if isinstance(image, bytes):
+        if not image:
+            raise row_error(
+                where, "an embedded image is empty (0 bytes)", "write it again or remove the row", "image empty"
+            )
+        return {"path": name if isinstance(name, str) else None, "bytes": image}
+    if not isinstance(image, str):
+        raise row_error(where, "an image is neither a path nor bytes", "write the path of a file", "wrong type")
+    if image.startswith("data:"):
+        return {"path": None, "bytes": _from_data_uri(image, where)}
+    if is_url(image):
+        if allow_urls:
+            return {"path": image, "bytes": None}
+        shown = " ".join(image[:200].split())
+        mend = "download it first, or set the source's `allow_urls: true`"
+        raise row_error(where, f"the image {shown} is a URL and no URL is fetched", mend, "image is a URL")
+    path = os.path.expanduser(image)
+    if "\0" in path or not path.strip() or path.encode("utf-8", "ignore").decode() != path:
+        raise row_error(where, f"the image path {path[:200]!a} is blank or no text", "correct it", "not text")
+    if not os.path.isabs(path) and folder is None:
+        raise UserError(
+            f"{where}: the image path {path} is relative, but rows of the Hub lie in no folder: set `images`."
+        )
+    return {"path": os.path.abspath(os.path.join(folder or "", path)), "bytes": None}
+
+
+def _from_data_uri(uri: str, where: str) -> bytes:
+    head, _, data = uri.partition(",")
+    try:
+        decoded = base64.b64decode(data, validate=True) if head.endswith(";base64") else b""
+    except (binascii.Error, ValueError):
+        decoded = b""
+    if not decoded:
+        what = f"the data URI {uri[:40]!a}... holds no base64 image"
+        raise row_error(where, what, "write it again or give a path", "image damaged")
+    return decoded

@@ -1,0 +1,316 @@
+"""One image, whatever it is on disk, as an upright RGB picture, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..base.errors import RowError
+from .image_refs import is_url
+
+MAX_PIXELS = 178_956_970  # where PIL itself calls an image a decompression bomb
+# A JPEG is decoded at a half, a quarter or an eighth of its size where that still has so many times the pixels needed
+# on each side. At 2 the result, once resized, is within a mean of TOLERANCE (of 255) of the full decode.
+ENOUGH, TOLERANCE = 2, 2.0
+
+# What photos and screenshots come in. PIL knows more, but some of those start programs (EPS: Ghostscript) or accept
+# nearly any bytes (TGA).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "MPO")
+
+_MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG": "PNG",
+    b"GIF8": "GIF",
+    b"RIFF": "WebP",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+_NOT_IMAGES = {
+    b"<!doctype html": "HTML: a web page was saved in its place",
+    b"<html": "HTML: a web page was saved in its place",
+    b"<svg": "SVG, a drawing: convert it to PNG",
+    b"<?xml": "XML or SVG: convert a drawing to PNG",
+    b"{": "JSON: perhaps a server's error message",
+    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+    b"%pdf": "PDF: convert its pages to PNG",
+    b"%!ps": "PostScript: convert it to PNG",
+    b"pk\x03\x04": "a zip archive: unpack it",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+}
+
+
+def load_image(
+    image: Mapping[str, Any] | str | Path | bytes | Image.Image,
+    *,
+    where: str = "",
+    max_pixels: int = MAX_PIXELS,
+    side: int | None = None,
+    fetch: Callable[[str], str] | None = None,
+) -> Image.Image:
+    """Decode one image to 8-bit RGB, upright.
+
+    The EXIF rotation is applied; transparent pixels lie over white; of an animation the first frame is taken; CMYK,
+    palette and grey become RGB; 16-bit grey is scaled to 8 bits, not clipped. Files are closed before returning.
+
+    Args:
+        image: a row's ``{"path": ..., "bytes": ...}`` (bytes win), a path, encoded bytes, or a PIL image.
+        where: put in front of every error, for instance ``captions/17``.
+        max_pixels: the largest width times height. It is compared before anything is decoded. PIL's own limit
+            (178,956,970 by default) holds as well.
+        side: pixels that are needed on each side. A JPEG of at least four times as many is decoded smaller, which is
+            several times faster; its sides never become shorter than ``ENOUGH * side``. None decodes all of it.
+        fetch: gives the file in which the image of a URL lies, `fetch.Fetcher`; None refuses URLs.
+
+    Returns:
+        A new PIL image of mode RGB with no reference to the file or to `image`.
+
+    Raises:
+        RowError: the image is missing, a folder, unreadable, empty, truncated, damaged, too large or not an image.
+    """
+    try:
+        return _load(image, f"{where}: " if where else "", _Limits(max_pixels, side), fetch)
+    except RowError as error:
+        error.where = where
+        raise
+
+
+class _Limits(NamedTuple):
+    max_pixels: int
+    side: int | None
+
+
+def _load(
+    image: Mapping[str, Any] | str | Path | bytes | Image.Image,
+    prefix: str,
+    limits: _Limits,
+    fetch: Callable[[str], str] | None,
+) -> Image.Image:
+    if isinstance(image, Mapping):
+        encoded, path = image.get("bytes"), image.get("path")
+        if encoded is not None:
+            name = f" {path}" if path else ""
+            return _from_stream(io.BytesIO(encoded), f"{prefix}the embedded image{name}", limits)
+        if not path:
+            raise RowError(f"{prefix}the image has neither a path nor bytes: give one of them.", reason="image missing")
+        image = str(path)
+    if isinstance(image, Image.Image):
+        return _decode(image, f"{prefix}the image", limits)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _from_stream(io.BytesIO(image), f"{prefix}the embedded image", limits)
+    if isinstance(image, str | Path):
+        path = str(image)
+        if not is_url(path):
+            return _from_file(path, prefix, limits)
+        if fetch is None:
+            raise RowError(
+                f"{prefix}the image {path} is a URL and no URL is fetched: download it first and give the path of the "
+                "file.",
+                reason="image is a URL",
+            )
+        return _from_file(_fetched(path, prefix, fetch), prefix, limits, f"{prefix}the image {path}")
+    raise RowError(
+        f"{prefix}the image is of type {type(image).__name__}: give a path, encoded bytes or a PIL image.",
+        reason="not an image",
+    )
+
+
+def _fetched(url: str, prefix: str, fetch: Callable[[str], str]) -> str:
+    try:
+        return fetch(url)
+    except RowError as error:
+        raise RowError(f"{prefix}{error}", reason=error.reason) from None
+
+
+def image_size(
+    image: Mapping[str, Any] | str | Path | bytes | Image.Image,
+    *,
+    where: str = "",
+    fetch: Callable[[str], str] | None = None,
+) -> tuple[int, int]:
+    """(width, height) in pixels that `load_image` will give, mostly from the head of the file alone.
+
+    Args and Raises: see `load_image`.
+    """
+    if isinstance(image, Image.Image):
+        return _upright_size(image)
+    source = image.get("bytes") or image.get("path") if isinstance(image, Mapping) else image
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as opened:
+            return _upright_size(opened)
+    except Exception:  # whatever it is, `load_image` says it in a sentence, or reads it in another way
+        return load_image(image, where=where, fetch=fetch).size
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # the orientations that lie on a side
+    return (image.height, image.width) if turned else image.size
+
+
+def _from_file(path: str, prefix: str, limits: _Limits, what: str = "") -> Image.Image:
+    what = what or f"{prefix}the image {path}"
+    try:
+        mode = os.stat(path).st_mode
+        # Opening a named pipe would wait for ever.
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise RowError(f"{what} is {kind}: give the path of one image file.", reason="image missing")
+        with open(path, "rb") as stream:
+            return _from_stream(stream, what, limits)
+    except (FileNotFoundError, NotADirectoryError):
+        raise RowError(f"{prefix}{_missing(path, of_row=bool(prefix))}", reason="image missing") from None
+    except PermissionError:
+        raise RowError(
+            f"{what} may not be read by this user: change its permissions.", reason="image unreadable"
+        ) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, RowError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise RowError(
+            f"{what} cannot be opened ({reason}): check the path and the disk.", reason="image unreadable"
+        ) from None
+
+
+def _missing(path: str, of_row: bool) -> str:
+    folder, name = os.path.split(path)
+    folder = folder or "."
+    if not os.path.isdir(folder):
+        return f"the image {name} was not found because the folder {folder} does not exist: correct the path."
+    stem = os.path.splitext(name)[0]
+    near = (stem + ending for ending in (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG"))
+    hint = next((f" (but {n} is there)" for n in near if os.path.exists(os.path.join(folder, n))), "")
+    mend = "correct the path in the data or the source's `images` folder" if of_row else "correct the path"
+    return f"the image {name} was not found in the folder {folder}{hint}: {mend}."
+
+
+def _from_stream(stream: IO[bytes], what: str, limits: _Limits) -> Image.Image:
+    head = stream.read(64)
+    stream.seek(0)
+    if not head:
+        raise RowError(f"{what} is empty (0 bytes): download it again or remove the row.", reason="image empty")
+    with warnings.catch_warnings():
+        # PIL warns about odd but readable files; what cannot be read is an error below.
+        warnings.simplefilter("ignore")
+        Image.init()
+        try:
+            image = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
+        except Image.DecompressionBombError:
+            raise RowError(_too_large(what, None, limits.max_pixels), reason="image too large") from None
+        except UnidentifiedImageError:
+            damaged = head.startswith(tuple(_MAGIC))
+            reason = "image damaged" if damaged else "not an image"
+            raise RowError(f"{what} {_unidentified(head)}.", reason=reason) from None
+        except Exception as error:  # the plugins let SyntaxError, struct.error, IndexError ... through
+            raise RowError(_damaged(what, error), reason="image damaged") from None
+        with image:
+            return _decode(image, what, limits)
+
+
+def _decode(image: Image.Image, what: str, limits: _Limits) -> Image.Image:
+    if image.width * image.height > limits.max_pixels:
+        raise RowError(_too_large(what, image.size, limits.max_pixels), reason="image too large")
+    try:
+        if limits.side is not None:
+            image.draft(None, (ENOUGH * limits.side,) * 2)  # only JPEG can; it keeps at least so many pixels
+        image.load()
+        return _to_rgb(_upright(image))
+    except Exception as error:  # as in _from_stream: decoders raise anything
+        raise RowError(_damaged(what, error), reason="image damaged") from None
+
+
+def needed_side(image_processor: Any) -> int | None:
+    """Pixels that an image processor needs on each side; None where it depends on the image, or nothing is resized."""
+    size = {key: value for key, value in dict(getattr(image_processor, "size", None) or {}).items() if value}
+    fixed = bool(size) and size.keys() <= {"height", "width", "shortest_edge"}
+    return max(size.values()) if fixed and getattr(image_processor, "do_resize", False) else None
+
+
+def grown_size(size: tuple[int, int], image_processor: Any, square: bool = False) -> tuple[int, int]:
+    """(width, height) of the largest picture on the way of an image through padding and resizing.
+
+    An image processor that resizes by the shorter side makes 336 x 3,360,000 pixels of 1 x 10,000 before it cuts them.
+
+    Args:
+        size: (width, height) of the image.
+        image_processor: of transformers, for pictures of one size.
+        square: whether the image is padded to a square first.
+    """
+    width, height = (max(size),) * 2 if square else size
+    scale = 1.0
+    if dict(getattr(image_processor, "size", None) or {}).get("shortest_edge"):
+        scale = max(1.0, (needed_side(image_processor) or 0) / min(width, height))
+    return round(width * scale), round(height * scale)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block says nothing about rotation, and the pixels are fine
+        return image.copy()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = {}  # EXIF and colour profiles would travel with every pickled batch
+    return image
+
+
+def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """Scale grey pixels of 16 bits, 32 bits or float to 0..255 by the range that the type stands for."""
+    if pixels.dtype.kind == "f":
+        pixels = np.nan_to_num(pixels.astype(np.float64), posinf=0.0, neginf=0.0).clip(min=0.0)
+        full = next((full for full in (1.0, 255.0, 65535.0) if pixels.max() <= full), pixels.max())
+    else:
+        pixels = pixels.astype(np.float64).clip(min=0.0)
+        full = max(65535.0, pixels.max())  # mode I holds 16-bit data in practice
+    return np.rint(pixels * (255.0 / full)).astype(np.uint8)
+
+
+def _too_large(what: str, size: tuple[int, int] | None, max_pixels: int) -> str:
+    measure = f"has {size[0]} x {size[1]} pixels" if size else "has more pixels than PIL allows"
+    return f"{what} {measure}, more than the {max_pixels:,} allowed: scale it down or remove the row."
+
+
+def too_long(where: str, name: str, image: Image.Image, grown: tuple[int, int], max_pixels: int) -> RowError:
+    """The error of an image of which `grown_size` has more than `max_pixels`."""
+    sentence = (
+        f"{where}: the image {name} has {image.width:,} x {image.height:,} pixels, of which the image processor would "
+        f"make {grown[0]:,} x {grown[1]:,}, more than the {max_pixels:,} allowed: cut it or remove the row."
+    )
+    return RowError(sentence, where=where, reason="image too large")
+
+
+def _damaged(what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return f"{what} is truncated or damaged ({reason}): download it again or remove the row."
+
+
+def _unidentified(head: bytes) -> str:
+    for magic, name in _MAGIC.items():
+        if head.startswith(magic):
+            return f"starts like a {name} but is truncated or damaged: download it again or remove the row"
+    if head[4:8] == b"ftyp":
+        return "is not an image that can be read (it looks like HEIC or a video): convert it to JPEG or PNG"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    looks = next((name for magic, name in _NOT_IMAGES.items() if text.startswith(magic)), None)
+    if looks is None and not head.strip(b"\0"):
+        looks = "only zero bytes, as after a broken download: download it again"
+    if looks is None and all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
+        looks = "text: download the image again or remove the row"
+    if looks is None:
+        return "is not an image in a format that can be read: convert it to JPEG or PNG"
+    return f"is not an image (it looks like {looks})"

@@ -1,0 +1,244 @@
+"""Builds the configs of the libraries that own them: `sft:` → trl.SFTConfig, `lora:` → peft.LoraConfig, `quantization:`
+→ transformers.BitsAndBytesConfig.
+
+The libraries are imported inside the functions, because reading a recipe must not import torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+from ..base.assets import closest
+from ..base.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig
+
+    from .schema import Recipe
+
+# Numeric types that a laptop without a GPU refuses; they say nothing about whether a recipe is right.
+_PRECISION = {"bf16": False, "fp16": False, "tf32": None, "bf16_full_eval": False, "fp16_full_eval": False}
+
+# BitsAndBytesConfig is no dataclass, and what it does not know it only notes in a log.
+_QUANTIZATION: dict[str, Any] = {
+    "load_in_4bit": bool,
+    "load_in_8bit": bool,
+    "bnb_4bit_quant_type": Literal["nf4", "fp4"],
+    "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16"] | None,
+    "bnb_4bit_use_double_quant": bool,
+    "bnb_4bit_quant_storage": Literal["uint8", "int8", "float16", "bfloat16", "float32"] | None,
+    "llm_int8_threshold": float,
+    "llm_int8_skip_modules": list[str] | None,
+    "llm_int8_enable_fp32_cpu_offload": bool,
+    "llm_int8_has_fp16_weight": bool,
+}
+
+
+def validate_libraries(recipe: Recipe) -> None:
+    """Checks `sft:`, `lora:`, `quantization:` and `generation:` against the installed libraries, on their real classes.
+
+    A recipe for GPUs passes on a machine that has none: the numeric types are then left out.
+
+    Raises:
+        UserError: an unknown key (with the closest valid one), a wrong type, or a value that the library refuses.
+    """
+    import torch
+
+    override = {} if torch.cuda.is_available() else _PRECISION
+    _build_sft(recipe, {**recipe.sft, **override})
+    build_lora_config(recipe)
+    build_quantization_config(recipe)
+    _check_generation(recipe)
+
+
+def build_sft_config(recipe: Recipe) -> SFTConfig:
+    """Builds `trl.SFTConfig` from `sft:`, with `remove_unused_columns=False`.
+
+    Raises:
+        UserError: as in `validate_libraries`, this machine cannot compute in the type that the recipe asks for, or a
+            package that `sft:` names is not installed.
+    """
+    args = _build_sft(recipe, settle_precision(recipe).sft)
+    _check_installed(recipe, args)
+    _check_schedule(recipe, args)
+    return args
+
+
+def settle_precision(recipe: Recipe) -> Recipe:
+    """The recipe with `sft.bf16` said: where it is silent, bf16 on a device that computes in it, else fp32.
+
+    `SFTConfig` would take bf16 everywhere then, and a CPU refuse it. A bundle keeps the settled recipe, so that it
+    loads in the types of its training on any machine.
+    """
+    if recipe.sft.get("bf16") is not None or recipe.sft.get("fp16"):
+        return recipe
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    able = not recipe.sft.get("use_cpu") and is_torch_bf16_gpu_available()
+    return recipe.model_copy(update={"sft": {**recipe.sft, "bf16": bool(able)}})
+
+
+def computes_in(recipe: Recipe) -> str:
+    """`bfloat16`, `float16` or `float32`: what a run of the recipe computes in on this machine."""
+    if recipe.sft.get("fp16"):
+        return "float16"
+    return "bfloat16" if settle_precision(recipe).sft.get("bf16") else "float32"
+
+
+def build_lora_config(recipe: Recipe) -> LoraConfig | None:
+    """Builds `peft.LoraConfig` from `lora:`; None when the recipe has no LoRA.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or a value that PEFT refuses.
+    """
+    from peft import LoraConfig
+
+    if recipe.lora is None:
+        return None
+    _check_fields(recipe, "lora", recipe.lora, LoraConfig)
+    try:
+        return LoraConfig(**recipe.lora)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{recipe.where(('lora',))}: peft.LoraConfig refuses `lora`: {_one_line(error)}") from error
+
+
+def build_quantization_config(recipe: Recipe, compute_dtype: str = "float32") -> BitsAndBytesConfig | None:
+    """Builds `transformers.BitsAndBytesConfig` from `quantization:`; None when the recipe has none.
+
+    Two defaults are ours: NF4 (the library's is FP4), and the type that 4-bit weights are computed in.
+
+    Args:
+        recipe: A validated recipe.
+        compute_dtype: What the run computes in, where the recipe has no `bnb_4bit_compute_dtype`.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or a value that the library refuses.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if recipe.quantization is None:
+        return None
+    _check_fields(recipe, "quantization", recipe.quantization, BitsAndBytesConfig, _QUANTIZATION)
+    try:
+        return BitsAndBytesConfig(
+            **{"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute_dtype, **recipe.quantization}
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        where = recipe.where(("quantization",))
+        raise UserError(f"{where}: BitsAndBytesConfig refuses `quantization`: {_one_line(error)}") from error
+
+
+def _build_sft(recipe: Recipe, arguments: dict[str, Any]) -> SFTConfig:
+    from trl import SFTConfig
+
+    _check_fields(recipe, "sft", recipe.sft, SFTConfig)
+    try:
+        return SFTConfig(**{**arguments, "remove_unused_columns": False})
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if "setup doesn't support bf16" in str(error):
+            where = recipe.where(("sft", "bf16"))
+            raise UserError(
+                f"{where}: this machine cannot compute in bf16 or tf32; set sft.bf16=false (or leave it out) and leave "
+                "tf32 out."
+            ) from error
+        raise UserError(f"{recipe.where(('sft',))}: trl.SFTConfig refuses `sft`: {_one_line(error)}") from error
+
+
+def _check_installed(recipe: Recipe, args: SFTConfig) -> None:
+    """transformers asks for these packages when the weights are read already."""
+    from transformers.integrations import integration_utils
+    from transformers.utils import is_liger_kernel_available
+
+    try:
+        integration_utils.get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise UserError(f"{recipe.where(('sft', 'report_to'))}: `sft.report_to`: {_one_line(error)}") from error
+    for tracker in args.report_to:
+        is_there = getattr(integration_utils, f"is_{tracker.removesuffix('_ml')}_available", lambda: True)
+        if not is_there():
+            where = recipe.where(("sft", "report_to"))
+            raise UserError(
+                f"{where}: `sft.report_to` names {tracker}, which is not installed; `pip install {tracker}`, or leave "
+                f"it out (sft.report_to=none)."
+            )
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        where = recipe.where(("sft", "use_liger_kernel"))
+        raise UserError(
+            f"{where}: `sft.use_liger_kernel` needs a package that is not installed; `pip install liger-kernel`, or "
+            f"leave it out."
+        )
+
+
+def _check_schedule(recipe: Recipe, args: SFTConfig) -> None:
+    """Makes the schedule for one number, because the trainer makes it when the weights are read already."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    kwargs = args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs))
+    except (ValueError, TypeError) as error:
+        where = recipe.where(("sft", "lr_scheduler_type"))
+        raise UserError(
+            f"{where}: the schedule {args.lr_scheduler_type.value} cannot be made with `sft.lr_scheduler_kwargs` "
+            f"{kwargs or 'left out'}: {_one_line(error)}"
+        ) from error
+
+
+def _check_fields(
+    recipe: Recipe, section: str, given: dict[str, Any], library_class: Any, hints: dict[str, Any] | None = None
+) -> None:
+    """Checks names and types; the libraries' dataclasses check no types, and fail late or not at all.
+
+    `hints` are names and types of the arguments of a class that is no dataclass.
+    """
+    if hints is None:
+        fields = {field.name for field in dataclasses.fields(library_class) if field.init}
+        hints = typing.get_type_hints(library_class)
+    else:
+        fields = set(hints)
+    for key, value in given.items():
+        where = recipe.where((section, key))
+        if key not in fields:
+            hint = closest(key, fields)
+            name = f"{library_class.__module__.split('.')[0]}.{library_class.__name__}"
+            raise UserError(f'{where}: unknown key "{section}.{key}"; {_advice(hint, name)}')
+        try:
+            adapter = TypeAdapter(hints[key], config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+        except PydanticUserError:
+            continue  # the field is itself a dataclass, which the library checks
+        if key == "resume_from_checkpoint" and value is True:
+            continue  # declared as a path, but `true` (the last checkpoint of output_dir) is what Trainer.train takes
+        try:
+            adapter.validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].replace("Input should be", "must be", 1)
+            raise UserError(f'{where}: "{section}.{key}" {reason}, not {value!r}.') from error
+
+
+def _check_generation(recipe: Recipe) -> None:
+    from transformers import GenerationConfig
+
+    valid = set(vars(GenerationConfig()))
+    for key in recipe.generation:
+        if key not in valid:
+            where = recipe.where(("generation", key))
+            hint = closest(key, valid)
+            raise UserError(
+                f'{where}: unknown key "generation.{key}"; {_advice(hint, "transformers.GenerationConfig")}'
+            )
+
+
+def _advice(hint: str | None, name: str) -> str:
+    return f'did you mean "{hint}"?' if hint else f"{name} has nothing like it."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

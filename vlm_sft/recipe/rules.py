@@ -1,0 +1,289 @@
+"""The rules of a recipe that concern more than one key, each a small function that yields what is broken.
+
+A rule gets the recipe after every key was checked by itself, and yields `(path of the key, sentence)`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from ..base.assets import closest, template_path
+from ..base.errors import UserError
+from .yaml_file import KeyPath
+
+if TYPE_CHECKING:
+    from .schema import Recipe
+
+PARTS = ("vision_tower", "resampler", "projector", "language_model")
+
+Broken = Iterator[tuple[KeyPath, str]]
+
+_COLLATOR = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
+
+# What each of these would do here; a value that is the same as leaving the key out is let through.
+RESERVED_SFT_KEYS = {
+    "packing": "rows with images cannot be packed by TRL",
+    "padding_free": "rows with images cannot be flattened into one by TRL",
+    "assistant_only_loss": "the loss is already on the answers only, as the chat template's generation markers say",
+    "completion_only_loss": "the loss is already on the answers only, as the chat template's generation markers say",
+    "label_smoothing_factor": "the loss is the plain cross entropy of the answers",
+    "loss_type": "the loss is the plain cross entropy of the answers",
+    "router_aux_loss_coef": "the loss is the plain cross entropy of the answers",
+    "truncation_mode": "a row that is too long loses whole turns from its end",
+    "bf16_full_eval": "an evaluation after the training would round the trained weights before they are saved",
+    "fp16_full_eval": "an evaluation after the training would round the trained weights before they are saved",
+    "chat_template_path": "the template is the recipe's own key `chat_template`",
+    "model_init_kwargs": "how the parts are loaded is said in `stack`",
+    "dataset_kwargs": "rows are read by the sources in `data`",
+    "push_to_hub": "the bundle is pushed by the recipe's own key `hub`",
+    "hub_token": "a token does not belong in a file that is saved and shared; set HF_TOKEN, or run `hf auth login`",
+    "remove_unused_columns": "the collator needs the columns `messages` and `images`",
+    "fsdp": "what the processes share out is told to `accelerate launch --config_file`, as in accelerate_configs/",
+    "deepspeed": "what the processes share out is told to `accelerate launch --config_file`, as in accelerate_configs/",
+}
+
+# Values that say the same as nothing: what is off, and two defaults.
+UNSAID: tuple[Any, ...] = (None, False, "", [], "nll", "keep_start")
+
+# Numbers of `trl.SFTConfig` that neither it nor the libraries below refuse in words, and what they must be.
+_ABOVE_ZERO: tuple[str, ...] = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+_ABOVE_ZERO += ("num_train_epochs", "max_length", "save_steps", "eval_steps", "adam_epsilon")
+_FROM_ZERO = ("weight_decay", "warmup_steps", "dataloader_num_workers", "seed", "data_seed")
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
+
+
+def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
+    """Returns the first broken rule as (path of the key, sentence), or None."""
+    for rule in _RULES:
+        for broken in rule(recipe):
+            return broken
+    return None
+
+
+def _stack_or_model(recipe: Recipe) -> Broken:
+    if recipe.stack is None and recipe.model is None:
+        yield ("stack",), 'the key "stack" is missing: the parts of the model (or `model`: an existing VLM).'
+    if recipe.stack is not None and recipe.model is not None:
+        yield ("model",), "`model` is an existing VLM and `stack` composes one; keep one of them."
+    if recipe.stack is not None and recipe.chat_template is None:
+        yield ("chat_template",), 'the key "chat_template" is missing.'
+
+
+def _something_is_trained(recipe: Recipe) -> Broken:
+    if not recipe.train and recipe.lora is None:
+        yield ("train",), "nothing would be trained; name a part under `train` (part: learning rate) or add `lora`."
+
+
+def _trained_parts_exist(recipe: Recipe) -> Broken:
+    for part, rate in recipe.train.items():
+        if part not in PARTS:
+            hint = closest(part, PARTS)
+            advice = f'did you mean "{hint}"?' if hint else f"the parts are {', '.join(PARTS)}."
+            yield ("train", part), f'unknown part "{part}" under `train`; {advice}'
+        if not (rate > 0 and math.isfinite(rate)):
+            yield (
+                ("train", part),
+                f"the learning rate of {part} must be above zero, not {rate:g}; left out, it is frozen.",
+            )
+    if "resampler" in recipe.train and (recipe.stack is None or recipe.stack.resampler is None):
+        yield ("train", "resampler"), "`train.resampler` is set but the stack has no resampler; remove it or add one."
+
+
+def _lora_or_full(recipe: Recipe) -> Broken:
+    if recipe.lora is None:
+        return
+    if "language_model" in recipe.train:
+        yield (
+            ("train", "language_model"),
+            "the language model cannot be trained whole and by LoRA at once; remove `train.language_model` or `lora`.",
+        )
+    rank = recipe.lora.get("r")
+    if rank is not None and _is_number(rank) and rank <= 0:
+        yield ("lora", "r"), f"the rank `lora.r` must be above zero, not {rank}; to do without LoRA, remove `lora`."
+    if _is_number(dropout := recipe.lora.get("lora_dropout")) and not 0 <= dropout < 1:
+        yield ("lora", "lora_dropout"), f"`lora.lora_dropout` must be zero or above and below one, not {dropout}."
+    # PEFT copies whole modules named there, and silently neither trains nor saves bare parameters such as query tokens.
+    for name in recipe.lora.get("modules_to_save") or []:
+        if name in PARTS:
+            yield (
+                ("lora", "modules_to_save"),
+                f"to train {name} beside LoRA, write `train: {{{name}: <learning rate>}}`.",
+            )
+
+
+def _quantised_is_frozen(recipe: Recipe) -> Broken:
+    if recipe.quantization is None:
+        return
+    if "language_model" in recipe.train:
+        yield (
+            ("train", "language_model"),
+            "a quantised language model cannot be trained whole; remove `train.language_model` (`lora` learns beside "
+            "it) or `quantization`.",
+        )
+    if recipe.lora is None:
+        yield (
+            ("quantization",),
+            "`quantization` needs `lora`, which learns beside the quantised weights; add `lora` or remove it.",
+        )
+    if [bool(recipe.quantization.get(key)) for key in ("load_in_4bit", "load_in_8bit")] in ([False] * 2, [True] * 2):
+        yield ("quantization",), "`quantization` needs one of `load_in_4bit: true` and `load_in_8bit: true`."
+
+
+def _pieces_fit_their_options(recipe: Recipe) -> Broken:
+    if recipe.stack is None:
+        return
+    resampler, projector = recipe.stack.resampler, recipe.stack.projector
+    if resampler is not None and resampler.pretrained is None:
+        yield (
+            ("stack", "resampler"),
+            f"a resampler of type {resampler.type} needs `pretrained`: the Hub id or folder of a checkpoint that "
+            f"contains one.",
+        )
+    if resampler is not None and resampler.tokenizer is not None and resampler.type != "instruct_qformer":
+        yield (
+            ("stack", "resampler", "tokenizer"),
+            f"a resampler of type {resampler.type} reads no text; remove `tokenizer`, or use type instruct_qformer.",
+        )
+    fields = type(projector).model_fields
+    for key, kind in (("depth", "mlp"), ("activation", "mlp"), ("scale_factor", "pixel_shuffle")):
+        # Compared with the default, so that a resolved recipe, which states every default, can be read again.
+        if projector.type != kind and getattr(projector, key) != fields[key].default:
+            yield ("stack", "projector", key), f"`{key}` belongs to a projector of type {kind}, not {projector.type}."
+    if projector.pretrained is not None and projector.init != "default":
+        yield (
+            ("stack", "projector", "init"),
+            "a pretrained projector is not initialised; remove `init` or `pretrained`.",
+        )
+
+
+def _template_exists(recipe: Recipe) -> Broken:
+    if recipe.chat_template is None:
+        return
+    try:
+        template_path(recipe.chat_template)
+    except UserError as error:
+        yield ("chat_template",), str(error)
+
+
+def _sources_are_told_apart(recipe: Recipe) -> Broken:
+    for group in ("train", "eval", "test"):
+        names: set[str | None] = set()
+        for index, source in enumerate(getattr(recipe.data, group)):
+            if source.name in names:
+                yield (
+                    ("data", group, index),
+                    f'two sources of data.{group} are called "{source.name}"; give one of them another `name`.',
+                )
+            names.add(source.name)
+    if recipe.data.sampling == "weights":
+        for index, source in enumerate(recipe.data.train):
+            if "weight" not in source.model_fields_set:
+                yield ("data", "train", index), f'`sampling: weights` needs a `weight` for source "{source.name}" too.'
+
+
+def _stream_has_an_end_and_weights(recipe: Recipe) -> Broken:
+    data = recipe.data
+    if not data.streaming:
+        if data.shuffle_buffer != type(data).model_fields["shuffle_buffer"].default:
+            yield ("data", "shuffle_buffer"), "`data.shuffle_buffer` belongs to `data.streaming: true`; remove it."
+        return
+    steps = recipe.sft.get("max_steps")
+    if steps is None or not _is_number(steps) or steps <= 0:
+        yield ("data", "streaming"), "`data.streaming` has no end of its own; say how long to train: `sft.max_steps`."
+    if len(data.train) > 1 and data.sampling != "weights":
+        yield (
+            ("data", "sampling"),
+            "`data.streaming` does not know the sizes of its sources; set `sampling: weights` and give each source a "
+            "`weight`, such as its number of rows.",
+        )
+    if data.languages:
+        yield ("data", "languages"), "`data.languages` needs to know all rows, which a stream does not; remove one."
+    for index, source in enumerate(data.train):
+        if source.repeat > 1:
+            yield (
+                ("data", "train", index, "repeat"),
+                "a stream repeats every source without end; give it a larger `weight` instead of `repeat`.",
+            )
+
+
+def _collator_is_a_class(recipe: Recipe) -> Broken:
+    if recipe.collator is not None and not _COLLATOR.match(recipe.collator):
+        yield ("collator",), f'`collator` must look like my_package.my_module:MyCollator, not "{recipe.collator}".'
+
+
+def _sft_fits(recipe: Recipe) -> Broken:
+    sft = recipe.sft
+    output = sft.get("output_dir")
+    if not isinstance(output, str) or not output:
+        yield ("sft", "output_dir"), "`sft.output_dir` is missing: the folder that checkpoints and the bundle go to."
+    for key, reason in RESERVED_SFT_KEYS.items():
+        if sft.get(key) not in UNSAID:
+            yield ("sft", key), f"`sft.{key}` cannot be used: {reason}; remove it."
+    yield from _numbers_that_train(sft)
+    rate = sft.get("learning_rate")
+    if rate is not None and not (_is_number(rate) and rate > 0 and math.isfinite(rate)):
+        yield ("sft", "learning_rate"), f"`sft.learning_rate` must be a number above zero, not {rate!r}."
+    if sft.get("bf16") and sft.get("fp16"):
+        yield ("sft", "fp16"), "`sft.bf16` and `sft.fp16` cannot both be true; keep one."
+    if sft.get("eval_strategy", "no") not in ("no", None) and not recipe.data.eval:
+        yield ("sft", "eval_strategy"), "`sft.eval_strategy` asks for evaluations but `data.eval` has no source."
+
+
+def _numbers_that_train(sft: dict[str, Any]) -> Broken:
+    for keys, least in ((_ABOVE_ZERO, "above zero"), (_FROM_ZERO, "zero or above")):
+        for key in keys:
+            value = sft.get(key)
+            if _is_number(value) and not (value > 0 or (value == 0 and keys is _FROM_ZERO)):
+                yield ("sft", key), f"`sft.{key}` must be {least}, not {value}."
+    for key in _BELOW_ONE:
+        if _is_number(value := sft.get(key)) and not 0 <= value < 1:
+            yield ("sft", key), f"`sft.{key}` must be zero or above and below one, not {value}."
+    steps = sft.get("max_steps")
+    if _is_number(steps) and (steps == 0 or steps < -1):
+        yield (
+            ("sft", "max_steps"),
+            f"`sft.max_steps` must be above zero, not {steps}; left out, `sft.num_train_epochs` says how long.",
+        )
+
+
+def _hub_can_be(recipe: Recipe) -> Broken:
+    if recipe.hub is None:
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(recipe.hub.repo_id)
+    except HFValidationError:
+        yield (
+            ("hub", "repo_id"),
+            f'"{recipe.hub.repo_id}" cannot be a repository of the Hub; write name/repository, of letters, digits, '
+            f'"-", "_" and ".".',
+        )
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_RULES = (
+    _stack_or_model,
+    _trained_parts_exist,
+    _something_is_trained,
+    _lora_or_full,
+    _quantised_is_frozen,
+    _pieces_fit_their_options,
+    _template_exists,
+    _sources_are_told_apart,
+    _stream_has_an_end_and_weights,
+    _collator_is_a_class,
+    _sft_fits,
+    _hub_can_be,
+)

@@ -1,0 +1,203 @@
+"""What is looked at before a stranger's file is used: where it lies, how large it is, and what it would make of it.
+
+No torch here. What is promised stands in docs/security.md, each promise with its test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base.errors import UserError
+from .rules import PARTS
+
+if TYPE_CHECKING:
+    from .schema import Recipe
+
+MEGABYTE = 2**20
+# Bytes; the largest published tokenizer.json has some 35 MB.
+LIMITS = {"recipe.yaml": MEGABYTE, "chat_template.jinja": MEGABYTE, "adapter_config.json": MEGABYTE}
+LIMITS |= {"bundle.json": 16 * MEGABYTE, "config.json": 16 * MEGABYTE}
+LARGEST_TEXT = 256 * MEGABYTE
+TEXTS = (".json", ".yaml", ".jinja", ".txt", ".md")
+# What a configuration may say: more than any published model has, and little enough to be built without weights.
+LARGEST_IMAGE, LARGEST_NUMBER = 10_000, 10**8
+MOST = {
+    re.compile(r"layers?$|^depths?$|^n_layer|blocks$"): 1000,
+    re.compile(r"^num_labels$"): 100_000,
+    re.compile(r"^image_size$"): LARGEST_IMAGE,
+    re.compile(r"rope|theta|position|length"): 10**12,  # no tensor need be so large
+}
+
+
+def check_folder(folder: Path) -> None:
+    """Looks at the files of a bundle before any is read.
+
+    Raises:
+        UserError: A link leads out of the folder, or a text is too large.
+    """
+    root = folder.resolve()
+    # In the cache of `huggingface_hub` every file is a link to a blob of the same repository.
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    for path in _files(folder):
+        real = path.resolve()
+        if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
+            raise UserError(f"{str(path)!r} leads out of its bundle; put the file itself there.")
+        if path.suffix in TEXTS and path.is_file():
+            check_length(path, LIMITS.get(path.name, LARGEST_TEXT))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files at the top, and those one folder below that belong to the bundle."""
+    for path in sorted(folder.iterdir()):
+        if path.name == "qformer_tokenizer":
+            yield from sorted(path.iterdir())
+        yield path
+
+
+def check_length(path: str | Path, limit: int) -> None:
+    """Raises a UserError when a file has more than so many bytes."""
+    if (size := os.path.getsize(path)) > limit:
+        raise UserError(f"{str(path)!r} has {size:,} bytes, more than the {limit:,} that such a file may have.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping in a JSON file of a bounded size.
+
+    Raises:
+        UserError: It is too large, cannot be read, or is no mapping.
+    """
+    try:
+        check_length(path, LIMITS.get(path.name, LARGEST_TEXT))
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error}; the bundle is not whole.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} holds no mapping; the bundle is not whole.")
+    return content
+
+
+def check_pieces(pieces: Any, where: str) -> None:
+    """Checks what a manifest says of its pieces, which becomes part of a recipe.
+
+    Raises:
+        UserError: A part or an entry is not what a bundle has.
+    """
+    for part, piece in pieces.items() if isinstance(pieces, dict) else [("pieces", None)]:
+        entries = piece if isinstance(piece, dict) else {}
+        must = all(isinstance(entries.get(key), str) for key in ("pretrained", "fingerprint"))
+        may = all(isinstance(entries.get(key), str | None) for key in ("revision", "commit", "path"))
+        if part not in (*PARTS, "model") or not must or not may:
+            raise UserError(f"{where!r}: what it says of {part!r} is not what a bundle has; the bundle is not whole.")
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Looks at the numbers of a `config.json` before a model is made of them.
+
+    Args:
+        config: What stands in the file.
+        where: Named in the message.
+
+    Raises:
+        UserError: A number is larger than that of any model.
+    """
+    for name, value in _numbers(config):
+        most = next((limit for pattern, limit in MOST.items() if pattern.search(name)), LARGEST_NUMBER)
+        if value > most:
+            raise UserError(f"{where}: its config.json says {name}: {value:,}; no model has more than {most:,}.")
+
+
+def check_picture(settings: Mapping[str, Any], where: str) -> None:
+    """The same for the sizes in a `preprocessor_config.json`.
+
+    Raises:
+        UserError: An image would become larger than any tower takes.
+    """
+    for name, value in _numbers({key: settings.get(key) for key in ("size", "crop_size", "pad_size")}):
+        if value > LARGEST_IMAGE:
+            raise UserError(
+                f"{where}: its preprocessor_config.json says {name}: {value:,}; no model has more than "
+                f"{LARGEST_IMAGE:,}."
+            )
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """(key, number) of every whole number in mappings and lists."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _numbers(entry, str(key))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _numbers(entry, name)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+
+
+def check_weights(parameters: int, size: int, where: str) -> None:
+    """Compares a model made without weights with the files that are to fill it.
+
+    Args:
+        parameters: How many it has.
+        size: Bytes of the files.
+        where: Named in the message.
+
+    Raises:
+        UserError: The files hold less than one bit for each parameter.
+    """
+    if parameters > 8 * size + MEGABYTE:
+        raise UserError(
+            f"{where}: its config.json describes {parameters:,} parameters, but its weights have {size:,} bytes; is it "
+            f"the right checkpoint, and whole?"
+        )
+
+
+def refuse_code(recipe: Recipe, where: str) -> None:
+    """Refuses what runs code of others because a recipe alone says so; an override typed by the user is his own word.
+
+    Args:
+        recipe: The recipe.
+        where: The bundle or file that it is from.
+
+    Raises:
+        UserError: It asks for `trust_remote_code`, or for an attention kernel from the Hub.
+    """
+    for key, piece in pieces_in(recipe).items():
+        path = tuple(key.split("."))
+        if getattr(piece, "trust_remote_code", False) and not recipe.is_typed((*path, "trust_remote_code")):
+            raise UserError(
+                f"{where!r} wants to run Python code that {piece.pretrained!r} brings along ({key}.trust_remote_code); "
+                f"read that code, then allow it with --trust-remote-code (trust_remote_code=True)."
+            )
+        kernel = getattr(piece, "attn_implementation", None) or ""
+        if "/" in kernel and not recipe.is_typed((*path, "attn_implementation")):
+            raise UserError(
+                f"{where!r} wants to run the kernel {kernel!r} from the Hub ({key}.attn_implementation); read its "
+                f"code, then allow it with --trust-remote-code (trust_remote_code=True)."
+            )
+
+
+def refuse_revisions(recipe: Recipe) -> None:
+    """Refuses a revision of a folder, which has none: another version than the one asked for would be trained on.
+
+    Raises:
+        UserError: A piece that is a folder here has a `revision`.
+    """
+    for key, piece in pieces_in(recipe).items():
+        named = getattr(piece, "pretrained", None)
+        if named and getattr(piece, "revision", None) and Path(named).exists():
+            raise UserError(
+                f"{recipe.where((*key.split('.'), 'revision'))}: {named!r} is a folder here and has no revisions; "
+                f"remove {key}.revision, or rename the folder to have the Hub's."
+            )
+
+
+def pieces_in(recipe: Recipe) -> dict[str, Any]:
+    """Key → what a recipe says of a base piece: the parts of its stack, or the model that it starts from."""
+    pieces = {f"stack.{part}": getattr(recipe.stack, part, None) for part in PARTS} | {"model": recipe.model}
+    return {key: piece for key, piece in pieces.items() if piece is not None}

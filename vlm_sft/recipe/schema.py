@@ -1,0 +1,246 @@
+"""A recipe: one YAML file that describes one training stage, read and checked before any weight is.
+
+Only what is ours has a model, here and in `recipe_stack` and `recipe_data`. `sft:`, `lora:` and `quantization:` are
+passed on to the libraries' own classes, which `configs` builds. The rules between keys live in `recipe_rules`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from ..base.assets import closest, list_recipes, recipe_path
+from ..base.errors import UserError
+from .libraries import build_lora_config, build_sft_config, validate_libraries
+from .recipe_data import Data, RecipeModel, Source
+from .rules import PARTS, first_broken_rule
+from .sections import LanguageModel, PretrainedModel, Projector, Resampler, Stack, VisionTower
+from .yaml_file import KeyPath, YamlFile, dump_yaml
+
+__all__ = [
+    "PARTS",
+    "Data",
+    "Hub",
+    "LanguageModel",
+    "PretrainedModel",
+    "Projector",
+    "Recipe",
+    "Resampler",
+    "Source",
+    "Stack",
+    "VisionTower",
+    "Watch",
+    "build_lora_config",
+    "build_sft_config",
+    "load_recipe",
+    "recipe_schema",
+    "validate_libraries",
+]
+
+
+class Hub(RecipeModel):
+    """Where the bundle is pushed to on the Hugging Face Hub."""
+
+    repo_id: str
+    """`name/repository`; made if it is not there."""
+    private: bool | None = None
+    """Whether a new repository is private. Unset: as the account has it."""
+    revision: str | None = None
+    """Branch to push to, made if it is not there. Unset: main."""
+    message: str | None = None
+    """What the commit says."""
+    every_save: bool = False
+    """Push every checkpoint too, in the background."""
+    license: str | None = None
+    """Licence on the card, as the Hub spells it, for example `apache-2.0`."""
+    language: list[str] = Field(default_factory=list)
+    """Languages on the card, for example `[zh, en]`."""
+
+
+class Watch(RecipeModel):
+    """What happens to steps that go wrong; see docs/long_runs.md."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: `stop`, or `skip` the step. Either way the rows are written down."""
+    jump: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+    """A loss above the median of the last 50 by more than so many spreads is logged with its rows; null for never."""
+
+
+_TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
+_SFT_SCHEMA: dict[str, Any] = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
+
+
+class Recipe(RecipeModel):
+    """One training stage. Relative paths are relative to the working directory."""
+
+    stack: Stack | None = None
+    """The four parts of the model, in the order an image passes them."""
+    model: PretrainedModel | None = None
+    """An existing VLM to start from, in place of `stack`."""
+    init_from: str | None = None
+    """Bundle of the earlier stage to start from. Its parts must be the same; what differs is named."""
+    chat_template: str | None = None
+    """Name of a chat template that ships, or path of a `.jinja` file with generation markers. With `model`, unset is
+    the model's own."""
+    system: str | None = None
+    """System prompt for conversations that have none. Unset: the template's own."""
+    train: dict[str, float] = Field(default_factory=dict, json_schema_extra=_TRAIN_SCHEMA)
+    """Part → peak learning rate. What is not named is frozen."""
+    lora: dict[str, Any] | None = None
+    """LoRA on the language model: arguments of `peft.LoraConfig`. Its learning rate is `sft.learning_rate`."""
+    quantization: dict[str, Any] | None = None
+    """QLoRA: the language model alone is loaded in 4 or 8 bits; arguments of `transformers.BitsAndBytesConfig`."""
+    data: Data
+    """Sources to train on, to evaluate on and to test on."""
+    collator: str | None = None
+    """Your own collator, `package.module:Class`. Unset: `MultimodalCollator`."""
+    collator_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the collator."""
+    sft: dict[str, Any] = Field(json_schema_extra=_SFT_SCHEMA)
+    """Arguments of `trl.SFTConfig`, passed on as they are. `output_dir` is required."""
+    watch: Watch = Field(default_factory=Watch)
+    """What happens to steps whose loss is not finite or jumps."""
+    generation: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of `transformers.GenerationConfig` for chat, generate and evaluate."""
+    hub: Hub | None = None
+    """Where the bundle is pushed to. A push that fails never stops training; see docs/hub.md."""
+
+    _file: YamlFile | None = PrivateAttr(default=None)
+    _path: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _keep_rules(self) -> Recipe:
+        broken = first_broken_rule(self)
+        if broken is not None:
+            path, sentence = broken
+            raise PydanticCustomError("rule", "{sentence}", {"sentence": sentence, "path": path})
+        return self
+
+    @property
+    def path(self) -> Path | None:
+        """The file that the recipe was read from, if it was."""
+        return self._path
+
+    @property
+    def parts(self) -> Stack:
+        """The stack, of a recipe that is known to have one."""
+        assert self.stack is not None, "the recipe starts from an existing model"
+        return self.stack
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns the recipe with overrides, interpolations and defaults filled in, as plain dicts and lists."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Returns `resolved()` as YAML that `load_recipe` reads back to an equal recipe."""
+        return dump_yaml(self.resolved())
+
+    def is_typed(self, path: KeyPath) -> bool:
+        """Whether an override set this key: the word of the user, not that of a file."""
+        return self._file is not None and self._file.is_overridden(path)
+
+    def where(self, path: KeyPath) -> str:
+        """Says where a key was set, for messages: `recipes/x.yaml, line 12` or `override "sft.max_steps=1"`."""
+        return self._file.where(path) if self._file is not None else "the recipe"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe, puts overrides on top, fills in `${...}` and checks all of it, without weights and without torch.
+
+    Args:
+        path: file of a recipe, or the bare name of one that ships, like `quickstart_stage1`.
+        overrides: `key.path=value` each; the value is YAML, an index of a list is a number
+            (`data.train.0.max_rows=10`), a mapping or a list replaces the old one.
+
+    Returns:
+        The checked recipe. Names inside `sft:`, `lora:` and `quantization:` are checked by `validate_libraries`.
+
+    Raises:
+        UserError: one sentence that says what is wrong and where: file and line, or the override.
+    """
+    found = _find_recipe(path)
+    file = YamlFile.read(found)
+    data = file.resolve(overrides)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_sentence(error, file)) from error
+    recipe._file = file
+    recipe._path = found
+    return recipe
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Returns the JSON schema of a recipe, with which editors complete and check recipes."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "vlm_sft recipe"}
+
+
+def _find_recipe(path: str | Path) -> Path:
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    if given.is_dir():
+        raise UserError(f"{path} is a folder; name the recipe's YAML file in it.")
+    shipped = list_recipes()
+    if str(path) in shipped:
+        return recipe_path(str(path))
+    beside = sorted(str(other) for other in given.parent.glob("*.yaml")) if given.parent.is_dir() else []
+    if hint := closest(str(given), beside):
+        raise UserError(f"the recipe {path} does not exist; did you mean {hint}?")
+    hint = closest(given.stem, shipped)
+    raise UserError(
+        f"the recipe {path} does not exist; "
+        + (f'"{hint}" ships with vlm_sft and can be named like that.' if hint else f"these ship: {', '.join(shipped)}.")
+    )
+
+
+def _sentence(error: ValidationError, file: YamlFile) -> str:
+    """Turns pydantic's report into one sentence about the first thing to mend."""
+    problems = error.errors(include_url=False)
+    # A misspelt required key is reported twice, as unknown and as missing: the first says how to mend it.
+    problem = min(problems, key=lambda each: each["type"] != "extra_forbidden")
+    if problem["type"] == "rule":
+        return f"{file.where(problem['ctx']['path'])}: {problem['ctx']['sentence']}"
+    path = tuple(part for part in problem["loc"] if part != "[key]")
+    dotted = ".".join(map(str, path))
+    where = file.where(path)
+    if problem["type"] == "extra_forbidden":
+        valid = _keys_at(path[:-1])
+        hint = closest(str(path[-1]), valid)
+        advice = f'did you mean "{hint}"?' if hint else f"these are valid here: {', '.join(valid)}."
+        return f'{where}: unknown key "{dotted}"; {advice}'
+    if problem["type"] == "missing":
+        return f'{where}: the key "{dotted}" is missing.'
+    if problem["type"] == "too_short":
+        return f'{where}: "{dotted}" must not be empty.'
+    return f'{where}: "{dotted}" {_expectation(problem["msg"])}, not {problem["input"]!r}.'
+
+
+def _expectation(message: str) -> str:
+    """`Input should be a valid integer` → `must be a valid integer`."""
+    if message.startswith("Input should"):
+        return "must" + message.removeprefix("Input should")
+    return f"is wrong ({message})"
+
+
+def _keys_at(path: KeyPath) -> list[str]:
+    """Returns the keys that a recipe may have at a place, by walking the JSON schema."""
+    schema = recipe_schema()
+    definitions = schema["$defs"]
+    here: dict[str, Any] = schema
+    for part in path:
+        here = here["items"] if isinstance(part, int) else here["properties"][part]
+        for choice in here.get("anyOf", [here]):
+            if "$ref" in choice:
+                here = definitions[choice["$ref"].rsplit("/", 1)[-1]]
+    return list(here["properties"])
+
+
+if __name__ == "__main__":
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))

@@ -1,0 +1,103 @@
+"""The processor of a recipe's stack: what its tower, its language model and its resampler bring along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, BlipImageProcessorPil
+
+from ..base.errors import UserError
+from ..base.reach import look_for_hub
+from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
+from ..model.configuration import VLMConfig, image_size_of
+from ..pieces.checkpoints import unreachable
+from ..pieces.part_configs import is_foreign
+from ..recipe.safety import check_picture
+from ..templates.template import load_template
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe, Resampler, VisionTower
+
+
+def build_processor(recipe: Recipe, config: VLMConfig) -> VLMProcessor:
+    """Image processor of the vision tower, tokenizer of the language model, the recipe's chat template."""
+    assert recipe.chat_template is not None
+    tower, lm = recipe.parts.vision_tower, recipe.parts.language_model
+    image_processor = _load_image_processor(tower, config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            lm.pretrained, revision=lm.revision, trust_remote_code=lm.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise unreachable(lm.pretrained, "stack.language_model.pretrained", "tokenizer") from error
+    processor = VLMProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        chat_template=load_template(recipe.chat_template),
+        num_image_tokens=config.num_image_tokens,
+        pad_to_square=tower.pad_to_square,
+        system=recipe.system,
+    )
+    if recipe.parts.resampler and recipe.parts.resampler.type == "instruct_qformer":
+        processor.qformer_tokenizer = _load_qformer_tokenizer(recipe.parts.resampler)
+        _check_vocabulary(len(processor.qformer_tokenizer), config)
+    return processor
+
+
+def _load_qformer_tokenizer(spec: Resampler) -> Any:
+    """The tokenizer that the recipe names, at the top of its folder, or the one that lies in the checkpoint."""
+    source = spec.tokenizer or spec.pretrained
+    assert source is not None, "a rule of the recipe: a resampler is pretrained"
+    revision, subfolder = (None, "") if spec.tokenizer else (spec.revision, QFORMER_TOKENIZER)
+    if spec.tokenizer and not Path(spec.tokenizer).exists():
+        look_for_hub()
+    try:
+        return load_qformer_tokenizer(source, subfolder, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"stack.resampler: {source!r} has no tokenizer for the instruction that the "
+            f"Q-Former reads; name one under stack.resampler.tokenizer (published: google-bert/bert-base-uncased)."
+        ) from error
+
+
+def _check_vocabulary(size: int, config: VLMConfig) -> None:
+    rows = getattr(config.resampler_config, "vocab_size", 0)
+    if size > rows:
+        raise UserError(
+            f"stack.resampler.tokenizer: it has {size} tokens, but the Q-Former knows {rows}; use the tokenizer that "
+            f"the Q-Former was trained with."
+        )
+
+
+def _load_image_processor(tower: VisionTower, config: VLMConfig) -> Any:
+    """The tower's own; for layouts without one: bicubic to a square, OpenAI's mean and std (LAVIS, Owl and Qwen-VL)."""
+    if is_foreign(tower, "stack.vision_tower.pretrained"):
+        height, width = image_size_of(config.vision_config)
+        return BlipImageProcessorPil(size={"height": height, "width": width})
+    try:
+        # The PIL backend everywhere: the torchvision one resizes slightly differently, and a bundle must give the
+        # same pixels on every machine.
+        images = AutoImageProcessor.from_pretrained(
+            tower.pretrained, revision=tower.revision, trust_remote_code=tower.trust_remote_code, backend="pil"
+        )
+        check_picture(images.to_dict(), f"stack.vision_tower.pretrained: {tower.pretrained!r}")
+        return images if tower.image_size is None else _at_image_size(images, tower.image_size)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"stack.vision_tower.pretrained: {tower.pretrained!r} has no image processor (preprocessor_config.json)."
+        ) from error
+
+
+def _at_image_size(images: Any, size: int) -> Any:
+    """The image processor for a square of `size` pixels; a margin that it cuts off keeps its share."""
+    settings = images.to_dict()
+    square = {"height": size, "width": size}
+    if (edge := settings["size"].get("shortest_edge")) is None:
+        return type(images).from_dict({**settings, "size": square})
+    cropped = settings.get("crop_size") or {"height": edge}
+    return type(images).from_dict(
+        {**settings, "size": {"shortest_edge": round(size * edge / cropped["height"])}, "crop_size": square}
+    )

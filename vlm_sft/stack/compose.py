@@ -1,0 +1,143 @@
+"""A recipe's model before any weight is read: its configuration and processor, every size checked against the next."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ..base.errors import UserError
+from ..batch.processor import VLMProcessor
+from ..families.build_family import compose_family
+from ..model.configuration import VLMConfig, count_patches, image_size_of
+from ..model.connectors import build_projector
+from ..model.parts import build_vision_tower
+from ..model.positions import INTERPOLATING
+from ..pieces.part_configs import language_model_config, resampler_config, vision_tower_config
+from .build_processor import build_processor
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe, Resampler
+
+PROJECTOR_OPTIONS = {"mlp": ("depth", "activation"), "pixel_shuffle": ("scale_factor",)}
+
+
+def compose(recipe: Recipe) -> tuple[Any, VLMProcessor]:
+    """Configuration and processor of a recipe's model, from small files alone; every width is checked here."""
+    if recipe.model is not None:
+        return compose_family(recipe)
+    stack = recipe.parts
+    tower = stack.vision_tower
+    vision_config = vision_tower_config(tower)
+    lm = stack.language_model
+    text_config = language_model_config(lm)[0]
+    if type(text_config) not in AutoModelForCausalLM._model_mapping and not lm.trust_remote_code:
+        raise UserError(
+            f"stack.language_model.pretrained: a {text_config.model_type!r} checkpoint is no causal language model."
+        )
+    options = PROJECTOR_OPTIONS.get(stack.projector.type, ())
+    config = VLMConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        projector_type=stack.projector.type,
+        projector_options={name: getattr(stack.projector, name) for name in options},
+        vision_feature_layer=tower.feature_layer,
+        vision_feature_select=tower.feature_select,
+    )
+    if stack.resampler:
+        _add_resampler(config, stack.resampler, vision_config)
+    _check_feature_layer(tower.feature_layer, vision_config)
+    processor = build_processor(recipe, config)
+    size = check_image_size(config, processor, tower.pretrained)
+    config.num_image_tokens = processor.num_image_tokens = count_image_tokens(config, size)
+    config.image_token_id = processor.image_token_id
+    return config, processor
+
+
+def _check_feature_layer(layer: int, vision_config: PreTrainedConfig) -> None:
+    """`hidden_states` has one entry before the first layer and one after each."""
+    layers = getattr(vision_config, "num_hidden_layers", None)
+    if layers is not None and not -layers - 1 <= layer <= layers:
+        raise UserError(
+            f"stack.vision_tower.feature_layer is {layer}, but the vision tower has {layers} layers: use -1 (after its "
+            f"final norm), or a number from {-layers - 1} to {layers}."
+        )
+
+
+def check_image_size(config: VLMConfig, processor: VLMProcessor, name: str) -> tuple[int, int]:
+    """(height, width) in pixels that the image processor gives, found by sending two blank images through it.
+
+    Raises:
+        UserError: The size depends on the image, or is not the one that the tower was made for. Some towers raise
+            nothing then and read wrong positions (BLIP-2's takes the first rows of its position table).
+    """
+    key = "stack.vision_tower.pretrained"
+    try:
+        pixels = [processor.encode_images([Image.new("RGB", shape)]) for shape in ((96, 64), (64, 96))]
+        sizes = {tuple(each.shape) for each in pixels if each is not None}
+        ((_, _, height, width),) = sizes  # one shape, of four dimensions
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{key}: the image processor of {name!r} does not turn each image into one picture of a fixed size; give "
+            f"it a fixed size in preprocessor_config.json."
+        ) from error
+    vision_config: Any = config.vision_config
+    wanted = image_size_of(vision_config)
+    if (height, width) != wanted and vision_config.model_type not in INTERPOLATING:
+        raise UserError(
+            f"{key}: the image processor of {name!r} gives images of {height}×{width} pixels but its vision tower was "
+            f"made for {wanted[0]}×{wanted[1]}; correct the size in preprocessor_config.json, "
+            f"or state stack.vision_tower.image_size, which resizes the table of positions."
+        )
+    return height, width
+
+
+def _add_resampler(config: VLMConfig, spec: Resampler, vision_config: PreTrainedConfig) -> None:
+    qformer, num_query_tokens = resampler_config(spec)
+    if qformer.encoder_hidden_size != vision_config.hidden_size:
+        raise UserError(
+            f"The vision tower gives features of width {vision_config.hidden_size} but the resampler of "
+            f"{spec.pretrained!r} reads width {qformer.encoder_hidden_size}; take both from the same checkpoint, or "
+            f"leave the resampler out and use an mlp projector."
+        )
+    config.resampler_config, config.resampler_type = qformer, spec.type
+    config.num_query_tokens = num_query_tokens
+
+
+def count_image_tokens(config: VLMConfig, size: tuple[int, int] | None = None) -> int:
+    """Tokens that an image becomes, found by sending an empty image through an empty image path.
+
+    Args:
+        config: Configuration of the stack.
+        size: (height, width) of the image in pixels; default what the tower was made for.
+
+    Raises:
+        UserError: The resampler or the projector cannot take this number of patches.
+    """
+    height, width = size or image_size_of(config.vision_config)
+    with torch.device("meta"):
+        if config.resampler_type == "cross_attention":
+            _check_square(_count_features(config, height, width))
+        tokens = config.num_query_tokens if config.resampler_type else _count_features(config, height, width)
+        in_width, out_width = config.projector_widths
+        projector = build_projector(config.projector_type, in_width, out_width, **(config.projector_options or {}))
+        return projector(torch.empty(1, tokens, in_width)).shape[1]
+
+
+def _count_features(config: VLMConfig, height: int, width: int) -> int:
+    """Features of an image behind the vision tower."""
+    if config.vision_feature_select == "patch":
+        return count_patches(config.vision_config, height, width)
+    tower = build_vision_tower(config.vision_config)
+    return tower(torch.empty(1, 3, height, width)).last_hidden_state.shape[1]
+
+
+def _check_square(features: int) -> None:
+    if math.isqrt(features) ** 2 != features:
+        raise UserError(
+            f"stack.resampler: cross_attention gives each feature a place in a square, but the vision tower gives "
+            f"{features} features an image; set stack.vision_tower.feature_select: patch, which drops a class token."
+        )

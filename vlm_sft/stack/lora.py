@@ -1,0 +1,124 @@
+"""LoRA where it belongs: a recipe's `lora:` as PEFT's configuration, its targets rooted at the language model."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from ..base.errors import UserError
+from ..model.freeze import part_modules
+from ..recipe.libraries import build_lora_config
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
+
+# Initialisations that also change the base weights, which a bundle does not hold.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")
+
+
+def lora_config(recipe: Recipe, model: nn.Module) -> LoraConfig | None:
+    """The recipe's `lora:` as PEFT's own configuration, with its targets rooted at the language model.
+
+    Without `target_modules`, every linear layer of the language model is adapted. Names given as a list are looked for
+    inside the language model; a regular expression (a string) is passed on as it is.
+
+    Raises:
+        UserError: A name or expression matches nothing, or an option cannot be kept in a bundle.
+    """
+    if build_lora_config(recipe) is None:  # says which key is wrong, and where
+        return None
+    options = dict(recipe.lora or {})
+    _refuse_what_is_not_lora(options)
+    targets = options.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":
+        _check_expression(model, targets)
+    else:
+        names = targets if isinstance(targets, list) else None
+        whole = options.get("layers_to_transform") is not None  # PEFT takes no expression then
+        options["target_modules"] = _root_targets(model, names, whole)
+    options.setdefault("task_type", "CAUSAL_LM")
+    return LoraConfig(**options)
+
+
+def add_adapter(model: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
+    """`get_peft_model` for a stack whose language model alone may be quantised.
+
+    PEFT asks the model, not the layer, whether it is quantised. Only while the adapter is put in may the model say yes:
+    TRL would cast every trained parameter to bf16, the fp32 projector among them, of a model that says so later.
+
+    Args:
+        model: The composed model.
+        config: PEFT's own configuration.
+        **options: Passed on to `get_peft_model`.
+    """
+    kinds = {type(module).__name__ for module in model.modules()}
+    marks = {"is_loaded_in_4bit": "Linear4bit" in kinds, "is_loaded_in_8bit": "Linear8bitLt" in kinds}
+    for name, value in marks.items():
+        setattr(model, name, value)
+    try:
+        return get_peft_model(model, config, **options)
+    finally:
+        for name in marks:
+            delattr(model, name)
+
+
+def _refuse_what_is_not_lora(options: dict[str, Any]) -> None:
+    """Only the freeze plan says what is trained beside LoRA: PEFT's own ways would be frozen again, without a word."""
+    if options.get("bias", "none") != "none":
+        raise UserError("lora.bias must be none: biases are trained with their part, by naming the part under `train`.")
+    for key in ("modules_to_save", "trainable_token_indices"):
+        if options.get(key):
+            raise UserError(f"lora.{key} cannot be used: what is trained beside LoRA is said under `train`; remove it.")
+    start = options.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise UserError(
+            f"lora.init_lora_weights: {start!r} also changes the base weights (or needs data before the first step), "
+            f"which a bundle does not keep; use true, gaussian or orthogonal."
+        )
+
+
+def _check_expression(model: nn.Module, pattern: str) -> None:
+    """A regular expression in `lora.target_modules` must match something, and nothing that TRL refuses."""
+    try:
+        matched = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise UserError(f"lora.target_modules: {pattern!r} is no regular expression ({error}).") from error
+    if not matched:
+        raise UserError(
+            f"lora.target_modules: the expression {pattern!r} matches no module of the model; it must match whole "
+            f"names like 'model.language_model.layers.0.self_attn.q_proj'. A list of last names needs no expression."
+        )
+    if "lm_head" in matched:
+        raise UserError(f"lora.target_modules: {pattern!r} matches lm_head, which cannot be adapted; exclude it.")
+
+
+def _root_targets(model: nn.Module, names: list[str] | None, whole: bool = False) -> str | list[str]:
+    """Names of linear layers → one expression that finds them in the language model alone (or their whole names)."""
+    whole_root = part_modules(model)["language_model"][0]
+    root, inside = whole_root.rsplit(".", 1)[-1], whole_root + "."
+    linears = [n.removeprefix(inside) for n, m in model.named_modules() if n.startswith(inside) and _is_linear(m)]
+    linears = [name for name in linears if name != "lm_head"]  # inside it in KOSMOS-2; TRL refuses LoRA on a head
+    known = sorted({linear.rsplit(".", 1)[-1] for linear in linears})
+    names = known if names is None else names
+    if not names:
+        raise UserError(
+            f"lora.target_modules names no layer; the language model has {', '.join(known) or 'no linear'}."
+        )
+    for name in names:
+        if not any(linear == name or linear.endswith("." + name) for linear in linears):
+            raise UserError(
+                f"lora.target_modules: {name!r} matches no linear layer of the language model ({', '.join(known)})."
+            )
+    if whole:
+        chosen = [n for n in linears if any(n == name or n.endswith("." + name) for name in names)]
+        return [f"{root}.{name}" for name in chosen]
+    pattern = "|".join(re.escape(name) for name in names)
+    return rf"(?:.*\.)?{root}\.(?:.*\.)?(?:{pattern})"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # GPT-2 calls its linear layers Conv1D.
+    return isinstance(module, nn.Linear) or type(module).__name__ in ("Linear4bit", "Linear8bitLt", "Conv1D")

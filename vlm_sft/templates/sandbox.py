@@ -1,0 +1,188 @@
+"""The sandbox that chat templates run in: what transformers gives them, and nothing to reach Python with.
+
+Templates come from strangers. The environment is jinja's immutable sandbox with limits and with the helpers that
+transformers offers, so that one file serves both; everything a template does wrong becomes one sentence with its line.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+from jinja2 import nodes
+from jinja2.sandbox import SecurityError
+
+from ..base.errors import UserError
+from .limits import LimitedSandbox, budget, limited
+
+MARKS = "generation_marks"  # render variable that carries the two border characters to the extension
+HOW_TO_MARK = (
+    "wrap what the assistant says in {% generation %} … {% endgeneration %} so that it is known what to train on"
+)
+MAX_SOURCE = 1_000_000  # the longest published chat template has some 20,000 characters
+_FILE = "<template>"  # what jinja calls a template made from a string, in tracebacks
+
+
+class RefusedError(UserError):
+    """The template itself called `raise_exception`."""
+
+
+def compile_template(source: str, label: str) -> jinja2.Template:
+    """Compiles a chat template.
+
+    Args:
+        source: Jinja source.
+        label: What to call the template in an error, for example "the chat template own.jinja".
+
+    Raises:
+        UserError: It is not jinja (the message names the line), or it has no `{% generation %}` markers.
+    """
+    return _compile(source, label)
+
+
+def run_template(compiled: jinja2.Template, label: str, **variables: Any) -> str:
+    """Renders a compiled template.
+
+    Args:
+        compiled: From `compile_template`.
+        label: What to call the template in an error.
+        **variables: What the template sees; `MARKS` must hold the two characters that border a generation block.
+
+    Raises:
+        RefusedError: The template called `raise_exception`.
+        UserError: It failed, or tried to leave the sandbox; the message names the line.
+    """
+    try:
+        with budget():
+            return compiled.render(**variables)
+    except Exception as error:  # whatever a template can be made to raise is a fault of the template
+        raise _runtime_error(error, label) from error
+
+
+@lru_cache(maxsize=64)  # asked for every row; parsing takes longer than rendering
+def variables_of(source: str) -> frozenset[str]:
+    """Names that a template's code (not its comments) expects from outside."""
+    return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(source)))
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}`: prints its body between the two border characters of this render.
+
+    transformers counts the characters printed so far instead, which goes wrong inside macros and `set` blocks.
+    """
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    @jinja2.pass_context
+    def _mark(self, context: jinja2.runtime.Context, caller: Any) -> str:
+        begin, end = context.resolve(MARKS)
+        return f"{begin}{caller()}{end}"
+
+
+class _Undefined(jinja2.Undefined):
+    """May be tested, as templates do with `tools`, but not printed: `{{ eos_tokn }}` would train without an end."""
+
+    def __str__(self) -> str:
+        self._fail_with_undefined_error()
+
+
+class _Sandbox(LimitedSandbox):
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        """Refuses at once, where jinja waits for the value to be used."""
+        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not safe")
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """A namespace without underscore names, as in transformers, so that nothing reaches Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _Namespace._check(name)
+        jinja2.utils.Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _Namespace._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace cannot hold {name!r}")
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise RefusedError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)  # a function, for the class would bring its attributes into the sandbox
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> _Sandbox:
+    """What transformers gives a chat template, so that one file serves both."""
+    environment = _Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=_Undefined,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = limited(_tojson)
+    environment.globals.update(
+        raise_exception=_raise_exception,
+        strftime_now=_strftime_now,
+        namespace=_Namespace,
+        dict=_dict,
+    )
+    return environment
+
+
+@lru_cache(maxsize=64)
+def _compile(source: str, label: str) -> jinja2.Template:
+    if len(source) > MAX_SOURCE:
+        raise UserError(f"{label} has more than {MAX_SOURCE:,} characters; do not use templates like it.")
+    environment = _environment()
+    try:
+        tree = environment.limit(environment.parse(source))
+        compiled = environment.from_string(tree)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{label}, line {error.lineno}: {_sentence(error)}; mend the jinja there.") from error
+    except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's own compiler: brackets in brackets in …
+        raise UserError(f"{label} is nested too deeply; do not use templates like it.") from error
+    if not any(attribute.name == "_mark" for attribute in tree.find_all(nodes.ExtensionAttribute)):
+        raise UserError(f"{label} has no generation markers; {HOW_TO_MARK}.")
+    return compiled
+
+
+def _runtime_error(error: Exception, label: str) -> UserError:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _FILE]
+    where = f"{label}, line {lines[-1]}" if lines else label
+    if isinstance(error, RefusedError):
+        return RefusedError(f"{where}: {_sentence(error)}.")
+    if isinstance(error, SecurityError):
+        return UserError(f"{where} tried to leave its sandbox ({_sentence(error)}); do not use templates like it.")
+    return UserError(f"{where} fails with {type(error).__name__}: {_sentence(error)}; mend the jinja there.")
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).strip().rstrip(".") or type(error).__name__

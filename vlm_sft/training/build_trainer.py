@@ -1,0 +1,111 @@
+"""The collator and the trainer of a recipe: weights read, an earlier stage taken over, plan and rows handed to it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from transformers import set_seed
+
+from ..base.errors import UserError
+from ..batch.collator import MultimodalCollator, load_collator_class
+from ..bundle.handover import hand_over
+from ..bundle.save import Provenance, read_manifest
+from ..model.modeling import INSTRUCTION
+from ..pieces.fingerprints import compare_pieces
+from ..reading.fetch import Fetcher
+from ..stack.build_stack import build_stack, match_embeddings
+from ..stack.lora import lora_config
+from .trainer import VLMSFTTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from ..batch.processor import VLMProcessor
+    from ..recipe.schema import Recipe
+    from ..stack.build_stack import Stack
+
+
+def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> MultimodalCollator:
+    """The recipe's collator, or ours, with the recipe's arguments.
+
+    Raises:
+        UserError: The class cannot be found or does not take these arguments.
+    """
+    kind = MultimodalCollator
+    if recipe.collator:
+        # `python -m` looks in the current folder, a console command does not; the user's module lies there.
+        sys.path.insert(0, os.getcwd()) if os.getcwd() not in sys.path else None
+        kind = load_collator_class(recipe.collator)
+    multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None
+    try:
+        collator = kind(processor, max_length=args.max_length, pad_to_multiple_of=multiple, **recipe.collator_args)
+    except TypeError as error:
+        raise UserError(f"collator_args: {kind.__name__} does not take them: {error}.") from error
+    if any(source.allow_urls for source in (*recipe.data.train, *recipe.data.eval)):
+        collator.fetch = Fetcher(recipe.data.url_cache)
+    collator.drop_rejected = recipe.data.max_rejected > 0
+    collator.count_rows = recipe.data.streaming
+    return collator
+
+
+def build_trainer(
+    recipe: Recipe,
+    args: SFTConfig,
+    collator: MultimodalCollator,
+    rows: tuple[Dataset, Dataset | None, dict[str, Any]],
+    composed: tuple[Any, Any],
+    say: Callable[[str], None],
+) -> VLMSFTTrainer:
+    """Reads the weights and puts a trainer around them.
+
+    Args:
+        recipe: A validated recipe.
+        args: Its `sft:`.
+        collator: Makes the batches.
+        rows: What `load_rows` returned: training rows, evaluation rows or None, notes on them.
+        composed: What `compose` returned: configuration and processor.
+        say: Told what is taken over, scaled or odd.
+
+    Raises:
+        UserError: A piece or the earlier stage does not fit.
+    """
+    train_rows, eval_rows, notes = rows
+    set_seed(args.seed)
+    stack = build_stack(recipe, say, composed)
+    if args.resume_from_checkpoint:
+        begun = read_manifest(args.resume_from_checkpoint)["pieces"]
+        compare_pieces(begun, stack.pieces, str(args.resume_from_checkpoint))
+    if recipe.init_from:
+        parts = ", ".join(hand_over(stack, recipe.init_from))
+        say(f"Starting from {recipe.init_from}: {parts} taken over; the frozen pieces are the same.")
+    elif recipe.stack and recipe.stack.projector.init == "match_embeddings":
+        factor = _match_embeddings(stack, collator, train_rows)
+        say(f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
+    return VLMSFTTrainer(
+        stack.model,
+        args,
+        collator,
+        train_rows,
+        stack.processor,
+        lora_config(recipe, stack.model),
+        plan=stack.plan,
+        eval_dataset=eval_rows,
+        provenance=Provenance(recipe, stack.pieces, notes),
+        **recipe.watch.model_dump(),
+    )
+
+
+def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset) -> float:
+    """Scales the projector by the first rows that have images."""
+    left = iter(islice(rows, None if hasattr(rows, "__len__") else 4096))  # a stream has no end
+    while some := list(islice(left, 8)):
+        batch = collator(some)
+        if "pixel_values" in batch:
+            images = {name: batch[name] for name in ("pixel_values", *INSTRUCTION) if name in batch}
+            return match_embeddings(stack.model, **images)
+    raise UserError("stack.projector.init is match_embeddings, but no row of data.train has an image.")

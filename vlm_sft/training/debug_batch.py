@@ -1,0 +1,108 @@
+"""`vlm-sft debug-batch`: the rows of a step that went wrong, one by one, through the checkpoint before it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..base.errors import UserError
+from ..batch.collator import MultimodalCollator
+from ..bundle.load import load
+from ..bundle.run_folder import checkpoints, find_records, flaw_of, step_of
+from ..bundle.save import RECIPE
+from ..data.dataset import load_source
+from ..model.losses import IGNORED
+from ..recipe.schema import Recipe, load_recipe
+
+
+def run(folder: str, step: int | None = None, checkpoint: str | None = None, trust_remote_code: bool = False) -> None:
+    """Prints, for each row of a recorded step: loss, tokens, images, and whether all of it is finite.
+
+    Args:
+        folder: The run's `output_dir`, with `watch.jsonl`.
+        step: Which step; default the last one recorded.
+        checkpoint: A bundle to look with; default the run's newest whole one before the step.
+        trust_remote_code: As for `vlm_sft.load`.
+
+    Raises:
+        UserError: Nothing was recorded, there is no checkpoint, or a row is no longer in the data.
+    """
+    record = find_record(Path(folder), step)
+    bundle = Path(checkpoint) if checkpoint else checkpoint_before(Path(folder), record["step"])
+    model, processor = load(bundle, trust_remote_code=trust_remote_code)
+    recipe = load_recipe(bundle / RECIPE)
+    rows = find_rows(recipe, [name for ids in record["rows"] for name in ids])
+    collator = MultimodalCollator(processor, max_length=recipe.sft.get("max_length"))
+    loss = record["loss"]
+    console = Console(soft_wrap=True)
+    console.print(f"Step {record['step']:,} ({record['why']}): loss {loss:g} in training. Looked at with {bundle}.")
+    table = Table("row", "loss", "tokens", "in the loss", "images (width × height, mean, spread)", "finite")
+    for row in rows:
+        table.add_row(*examine(model, collator, row))
+    console.print(table)
+
+
+def find_record(folder: Path, step: int | None) -> dict[str, Any]:
+    """The record of a step in `watch.jsonl`, or the last one."""
+    path = find_records(folder)
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    found = [record for record in records if step is None or record["step"] == step]
+    if not found:
+        steps = ", ".join(str(record["step"]) for record in records)
+        raise UserError(f"{str(path)!r} has no record of step {step}; it has: {steps or 'none'}.")
+    return found[-1]
+
+
+def checkpoint_before(folder: Path, step: int) -> Path:
+    """The newest whole checkpoint of a run before a step."""
+    for checkpoint in reversed(checkpoints(folder)):
+        if step_of(checkpoint) < step and flaw_of(checkpoint) is None:
+            return checkpoint
+    raise UserError(
+        f"{str(folder)!r} has no whole checkpoint before step {step}; name a bundle to look with: --checkpoint."
+    )
+
+
+def find_rows(recipe: Recipe, ids: list[str]) -> list[dict[str, Any]]:
+    """The training rows with these ids, read anew from the recipe's sources, in this order."""
+    seed = recipe.sft.get("data_seed") or recipe.sft.get("seed", 42)
+    found: dict[str, dict[str, Any]] = {}
+    for source in recipe.data.train:  # unmixed: which rows a mixture draws depends on the rows that were rejected
+        rows = load_source(source, seed=seed, reject=lambda error: None)
+        places = {name: place for place, name in enumerate(rows["id"])}
+        found |= {name: rows[places[name]] for name in ids if name in places}
+    missing = [name for name in ids if name not in found]
+    if missing:
+        raise UserError(f"The row {missing[0]!r} is no longer in data.train; the data has changed since the run.")
+    return [found[name] for name in ids]
+
+
+def examine(model: nn.Module, collator: MultimodalCollator, row: dict[str, Any]) -> tuple[str, ...]:
+    """One row of the table: what comes out when the row goes through the model alone."""
+    try:
+        batch = collator([row])
+    except UserError as error:
+        return str(row["id"]), "-", "-", "-", str(error), "no"
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    with torch.no_grad():
+        loss = float(model(**inputs, use_cache=False).loss)
+    pixels = inputs.get("pixel_values")
+    sizes = [collator.decode(image, f"row {row['id']}").size for image in row["images"]]
+    values = "" if pixels is None else f", {float(pixels.mean()):.2f}, {float(pixels.std()):.2f}"
+    finite = math.isfinite(loss) and (pixels is None or bool(pixels.isfinite().all()))
+    return (
+        str(row["id"]),
+        f"{loss:.4g}",
+        str(int(inputs["attention_mask"].sum())),
+        str(int((inputs["labels"] != IGNORED).sum())),
+        (", ".join(f"{width} × {height}" for width, height in sizes) or "none") + values,
+        "yes" if finite else "no",
+    )

@@ -1,0 +1,261 @@
+"""The rows of a run: read, looked over, mixed, and entered in the ledger, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from ..base.errors import UserError
+from ..data.ledger import Ledger, ledger_table
+from .row_check import Findings, look_over, summary
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from rich.console import Console
+    from trl import SFTConfig
+
+    from ..batch.collator import MultimodalCollator
+    from ..data.dataset import Part
+    from ..recipe.schema import Data, Recipe, Source
+
+Found = TypeVar("Found")
+
+FIRST_ROWS = 1000  # of each source of a stream, looked over before the first step
+
+
+def load_rows(
+    recipe: Recipe,
+    collator: MultimodalCollator,
+    args: SFTConfig,
+    console: Console,
+    seen: dict[str, Ledger] | None = None,
+) -> tuple[Dataset | IterableDataset, Dataset | None, dict[str, Any]]:
+    """Training rows, evaluation rows and the notes on them that go into the bundle.
+
+    Every image file is looked for, and rows are measured and images decoded as `data.measure_rows` and
+    `data.decode_rows` say, so that a long run does not end on a row that could have been named at once. Every process
+    reads the rows, the first one alone looks them over; what it finds wrong is left out, or raised, in all.
+
+    Args:
+        recipe: The recipe, for its `data`.
+        collator: Measures the rows; see `look_over`.
+        args: For its seeds, the number of processes and of data-loader workers.
+        console: Told how many rows there are and how long, and shown the ledger.
+        seen: Filled with the ledgers, of a stream with that of its first rows, also where an error is raised.
+
+    Returns:
+        Training rows, evaluation rows or None, and notes: `train_rows` and `eval_rows` as `summary` gives them, and
+        `ledger`, which has `train` and `eval` as `Ledger.as_dict` gives them.
+
+    Raises:
+        UserError: A source cannot be read, more rows are wrong than `data.max_rejected` allows, or there are fewer rows
+            than processes.
+    """
+    data = recipe.data
+    ledgers, notes = {"train": Ledger(data.max_rejected)}, {}
+    seen = {} if seen is None else seen
+    seen["train"] = Ledger(data.max_rejected) if data.streaming else ledgers["train"]
+    seed, workers = args.data_seed or args.seed, args.dataloader_num_workers
+    look = partial(_look_over, data=data, collator=collator, workers=workers, console=console)
+    if data.streaming:
+        shards = args.world_size * max(1, workers)
+        first, ledger = seen["train"], ledgers["train"]
+        train, notes["train_rows"] = _load_stream(data, first, ledger, look, console, seed=seed, shards=shards)
+    else:
+        train, notes["train_rows"] = _load_set(
+            "train", data.train, ledgers["train"], look, console, data.sampling, languages=data.languages, seed=seed
+        )
+        _check_count(len(train), args.world_size)
+    rows = None
+    if data.eval:
+        ledgers["eval"] = seen["eval"] = Ledger(data.max_rejected)
+        rows, notes["eval_rows"] = _load_set(
+            "eval", data.eval, ledgers["eval"], look, console, "proportional", seed=args.seed
+        )
+    console.print(ledger_table(ledgers))
+    return train, rows, {**notes, "ledger": {name: ledger.as_dict() for name, ledger in ledgers.items()}}
+
+
+def _check_count(rows: int, processes: int) -> None:
+    if rows < processes:
+        raise UserError(
+            f"data.train has {rows} {'row' if rows == 1 else 'rows'} but accelerate started {processes} processes, so "
+            f"some would have nothing to do; use --num_processes {rows} or fewer."
+        )
+
+
+def _load_stream(
+    data: Data,
+    first: Ledger,
+    ledger: Ledger,
+    look: Callable[..., list[Findings]],
+    console: Console,
+    *,
+    seed: int,
+    shards: int,
+) -> tuple[IterableDataset, dict[str, Any]]:
+    """Looks over the first rows of each source, into a ledger of their own; the others are met while training."""
+    from ..data.dataset import load_part
+    from ..data.ledger import SourceLedger
+    from ..data.source import name_of
+    from ..data.streaming import stream_mixture
+
+    beginnings = [source.model_copy(update={"max_rows": _fewer(source.max_rows, FIRST_ROWS)}) for source in data.train]
+    parts = [load_part(source, seed=seed, reject=first.rejecter(name_of(source))).rows for source in beginnings]
+    findings = on_first_process(partial(look, "train", parts, seed=seed))
+    for source, found in zip(data.train, findings, strict=True):
+        found.write_to(first.source(name_of(source)))
+        ledger.sources[name_of(source)] = SourceLedger(streamed=True)
+    first.check(console, "train")
+    rows = stream_mixture(
+        data.train, seed=seed, buffer=data.shuffle_buffer, shards=shards, keep_rejected=data.max_rejected > 0
+    )
+    counts = {**summary(findings, 0), "rows": None}
+    console.print(f"train: a stream, of which the first rows were measured: {describe_rows(counts)}", highlight=False)
+    return rows, counts
+
+
+def _fewer(given: int | None, limit: int) -> int:
+    return limit if given is None else min(given, limit)
+
+
+def _load_set(
+    name: str,
+    sources: Sequence[Source],
+    ledger: Ledger,
+    look: Callable[..., list[Findings]],
+    console: Console,
+    sampling: str,
+    *,
+    languages: dict[str, float] | None = None,
+    seed: int,
+) -> tuple[Dataset, dict[str, Any]]:
+    """Reads, looks over and mixes the sources of a set; a rejected row is left out before the mixture is drawn."""
+    from ..base.progress import RowProgress
+    from ..data.dataset import load_part, mix
+    from ..data.row_cache import worth_waiting_for
+    from ..data.source import name_of
+
+    names = [name_of(source) for source in sources]
+
+    def read() -> list[Part]:
+        parts = []
+        with RowProgress(console, name) as progress:
+            for source in sources:
+                tell = partial(progress.tell, f"{name_of(source)}: read", about=True)
+                reject = ledger.rejecter(name_of(source))
+                parts.append(load_part(source, seed=seed, reject=reject, languages=bool(languages), tell=tell))
+        return parts
+
+    try:
+        parts = one_process_first(read) if any(worth_waiting_for(source) for source in sources) else read()
+    except UserError:
+        ledger.check(console, name)  # no row is left of a source that had some
+        raise
+    findings = on_first_process(partial(look, name, [part.rows for part in parts], seed=seed))
+    for source_name, found in zip(names, findings, strict=True):
+        found.write_to(ledger.source(source_name))
+    ledger.check(console, name)
+    left = [part.without({row.number for row in found.rejected}) for part, found in zip(parts, findings, strict=True)]
+    rows, order = mix(left, sources, sampling, languages=languages, seed=seed)
+    ends = np.cumsum([len(part.rows) for part in left])
+    for source_name, end, part in zip(names, ends, left, strict=True):
+        drawn = order[(order >= end - len(part.rows)) & (order < end)]
+        entry = ledger.source(source_name)
+        entry.used = len(np.unique(drawn))
+        entry.repeated = len(drawn) - entry.used
+    counts = summary(findings, len(rows))
+    console.print(f"{name}: {describe_rows(counts)}", highlight=False)
+    return rows, counts
+
+
+def _look_over(
+    name: str,
+    parts: Sequence[Dataset],
+    *,
+    seed: int,
+    data: Data,
+    collator: MultimodalCollator,
+    workers: int,
+    console: Console,
+) -> list[Findings]:
+    """Looks over the rows of each source, saying how far it is."""
+    from ..base.progress import RowProgress
+
+    with RowProgress(console, name) as progress:
+        return [
+            look_over(
+                part,
+                collator,
+                seed=seed,
+                workers=workers,
+                tick=progress.tell,
+                measure=data.measure_rows,
+                decode=data.decode_rows,
+            )
+            for part in parts
+        ]
+
+
+def describe_rows(counts: dict[str, Any]) -> str:
+    """One sentence on the rows of a set."""
+    count = counts["read"] if counts["rows"] is None else counts["rows"]
+    rows = "1 row" if count == 1 else f"{count:,} rows"
+    if counts["measured"] < counts["read"]:
+        rows += f" (measured: a sample of {counts['measured']:,}, see data.measure_rows)"
+    lost = f"; {counts['rows_shortened']:,} rows lost {counts['turns_lost']:,} turns to fit max_length"
+    return (
+        f"{rows}, {counts['mean_length']:g} tokens in the mean, {counts['longest']:,} at most"
+        f"{lost if counts['turns_lost'] else ''}."
+    )
+
+
+def one_process_first(work: Callable[[], Found]) -> Found:
+    """Does something in every process: on each machine in one first, so that the others find what it left there.
+
+    Raises:
+        UserError: As `work`, in every process.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return work()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+        return work()
+    try:
+        done = work()
+    except UserError:
+        state.wait_for_everyone()  # the others meet the same error
+        raise
+    state.wait_for_everyone()
+    return done
+
+
+def on_first_process(work: Callable[[], Any]) -> Any:
+    """Does something on the first process alone and gives its result to all.
+
+    Raises:
+        UserError: In every process, where the first one raised it: none is left waiting for the others.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
+    outcome: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            outcome = [work()]
+        except UserError as error:
+            if state.num_processes == 1:
+                raise
+            outcome = [UserError(str(error))]
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
