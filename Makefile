@@ -17,7 +17,7 @@ help:
 	@echo 'make demo       both quickstart stages on bundled data, evaluation, reload, two questions'
 	@echo 'make test       lint, types and all tests'
 	@echo 'make test-fast  the tests that are not marked slow'
-	@echo 'make lint       ruff and mypy; make format mends what ruff can mend'
+	@echo 'make lint       ruff, mypy and the layers of imports; make format mends what ruff can mend'
 	@echo 'make schema     write recipes/recipe.schema.json anew'
 	@echo 'make build      wheel and sdist into dist/'
 	@echo 'make clean      remove caches, outputs/ and data/'
@@ -38,6 +38,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup
 	$(BIN)/ruff check --fix .

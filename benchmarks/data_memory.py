@@ -84,7 +84,7 @@ def measure(way: str, file: str, rows: int, points: int = POINTS) -> dict[str, A
     from vlm_sft.data.dataset import load_source
     from vlm_sft.data.streaming import stream_mixture
     from vlm_sft.reading.images import load_image
-    from vlm_sft.recipe.schema import Source
+    from vlm_sft.recipe.sections import Source
 
     source = Source(path=file, format="caption")
     start = time.perf_counter()

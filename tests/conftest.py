@@ -243,7 +243,7 @@ def make_trainer(recipe_file, photos):
 
     from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load_recipe, lora_config
     from vlm_sft.data.dataset import load_mixture
-    from vlm_sft.recipe.schema import build_sft_config
+    from vlm_sft.recipe.libraries import build_sft_config
 
     def make(rows=None, eval_rows=None, sft=None, **changes):
         recipe = load_recipe(recipe_file(**changes), [f"sft.{k}={v}" for k, v in (sft or {}).items()])

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .model.modeling import VLMForConditionalGeneration, VLMModel
     from .reading.images import load_image
     from .recipe.libraries import build_sft_config
-    from .recipe.recipe_data import Source
     from .recipe.schema import Recipe, load_recipe
+    from .recipe.sections import Source
     from .stack.build_stack import Stack, build_stack, match_embeddings
     from .stack.lora import lora_config
     from .templates.template import RenderedChat, end_of_answer, render, render_chat
@@ -53,7 +53,7 @@ _HOMES = {
     "ROW_FEATURES": "data.dataset",
     "Sample": "batch.collator",
     "save_bundle": "bundle.save",
-    "Source": "recipe.recipe_data",
+    "Source": "recipe.sections",
     "Stack": "stack.build_stack",
     "stream_answer": "inference.generation",
     "UserError": "base.errors",

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from .base.console import make_console, say
 from .base.errors import UserError, exit_on_user_error, first_to_say
+from .base.processes import on_first_process
 from .base.quiet import quiet_libraries
 from .bundle.run_folder import PREFIX, settle_resume, sweep
 from .preflight.dry_run import dry_run
 from .preflight.launch import read_launch
 from .training.interrupts import Interrupts
 from .training.resume_check import check_resumption
-from .training.run_rows import load_rows, on_first_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +55,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .recipe.libraries import build_sft_config, validate_libraries
     from .stack.compose import compose
     from .training.build_trainer import build_collator, build_trainer
+    from .training.run_rows import load_rows
 
     console = make_console()
     validate_libraries(recipe)

@@ -27,7 +27,7 @@ from support.source_files import captions, refused, write
 from vlm_sft.base.errors import UserError
 from vlm_sft.data.dataset import ROW_FEATURES, check_images, load_mixture, load_source
 from vlm_sft.data.formats import FORMATS
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 
 DOCS = ROOT / "docs"
 
@@ -222,7 +222,7 @@ def test_a_fresh_process_draws_the_same(tmp_path):
     program = """
 import json, sys
 from vlm_sft.data.dataset import load_mixture
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 sources = [Source(**keys) for keys in json.load(sys.stdin)]
 print(json.dumps(load_mixture(sources, "sqrt", languages={"zh": 2, "en": 1}, seed=9).to_list()))
 """

@@ -16,7 +16,7 @@ from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.data import dataset as data
 from vlm_sft.data import row_cache as kept_rows
 from vlm_sft.data.dataset import load_part, load_source
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 
 
 @pytest.fixture(autouse=True)

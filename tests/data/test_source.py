@@ -9,7 +9,7 @@ import pytest
 from support.source_files import refused, write
 from vlm_sft.base.errors import RowError
 from vlm_sft.data.source import source_rows
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 
 
 def test_wrong_rows_are_told_and_left_out(tmp_path):

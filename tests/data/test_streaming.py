@@ -17,7 +17,7 @@ from support.source_files import write
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.data.streaming import first_rows, stream_mixture
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 from vlm_sft.train import train
 
 

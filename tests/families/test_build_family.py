@@ -24,7 +24,7 @@ from vlm_sft.model.freeze import FreezePlan, is_adapter, part_modules, part_of
 from vlm_sft.preflight.dry_run import dry_run as show
 from vlm_sft.preflight.launch import read_launch
 from vlm_sft.preflight.memory import weight_bytes
-from vlm_sft.recipe.schema import build_sft_config
+from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.build_stack import build_empty_stack
 from vlm_sft.train import train
 

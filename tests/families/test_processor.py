@@ -8,7 +8,7 @@ from PIL import Image
 
 from support.tiny_families import TINY, processor_of
 from vlm_sft.base.errors import UserError
-from vlm_sft.batch.processor import IGNORED
+from vlm_sft.base.names import IGNORED
 from vlm_sft.families.processor import expand
 from vlm_sft.templates.template import RenderedChat
 

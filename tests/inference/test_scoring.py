@@ -10,7 +10,7 @@ from support.conversations import make_processor, turn
 from vlm_sft.base.errors import UserError
 from vlm_sft.inference import scoring
 from vlm_sft.inference.scoring import Question, collect, gather, measure, merge
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 
 
 @pytest.fixture(scope="module")

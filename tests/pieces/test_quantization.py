@@ -16,7 +16,7 @@ from vlm_sft.bundle.handover import hand_over
 from vlm_sft.bundle.parity import check_parity
 from vlm_sft.bundle.save import Provenance
 from vlm_sft.model.freeze import is_adapter, part_of
-from vlm_sft.recipe.schema import build_sft_config, validate_libraries
+from vlm_sft.recipe.libraries import build_sft_config, validate_libraries
 from vlm_sft.stack.build_stack import build_empty_stack
 from vlm_sft.stack.lora import add_adapter
 

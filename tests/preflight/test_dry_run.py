@@ -11,7 +11,7 @@ from support.tiny_families import processor_of, tiny
 from vlm_sft import load_recipe
 from vlm_sft.base.assets import accelerate_config_path
 from vlm_sft.preflight.dry_run import FullStep, full_step
-from vlm_sft.recipe.schema import build_sft_config
+from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.build_stack import build_empty_stack
 from vlm_sft.train import main
 

@@ -11,7 +11,7 @@ from support.tiny_pieces import tiny_stack
 from vlm_sft import load_recipe
 from vlm_sft.data.dataset import load_mixture
 from vlm_sft.preflight.freeze_proof import FEWEST, SETTINGS, Witness, fingerprint, prove
-from vlm_sft.recipe.schema import build_sft_config
+from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.compose import compose
 from vlm_sft.training.build_trainer import build_collator, build_trainer
 

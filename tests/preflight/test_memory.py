@@ -13,7 +13,7 @@ from vlm_sft.model.freeze import part_of
 from vlm_sft.preflight.launch import Launch
 from vlm_sft.preflight.memory import PartMemory, estimate, known_optimizer, optimizer_bytes, weight_bytes
 from vlm_sft.preflight.step_memory import Counted
-from vlm_sft.recipe.schema import build_sft_config
+from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.build_stack import build_empty_stack
 from vlm_sft.stack.lora import add_adapter
 

@@ -26,7 +26,7 @@ from vlm_sft.preflight.samples import (
     show_samples,
     whole_lengths,
 )
-from vlm_sft.recipe.recipe_data import Data
+from vlm_sft.recipe.sections import Data
 
 
 @pytest.fixture(scope="module")

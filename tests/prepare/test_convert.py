@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vlm_sft.base.errors import UserError
 from vlm_sft.data.source import source_rows
 from vlm_sft.prepare.convert import ROWS_PER_SHARD, TARGETS, convert_rows
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 
 PNG = bytes.fromhex("89504e470d0a1a0a") + b"not decoded here"
 

@@ -29,7 +29,8 @@ from vlm_sft.bundle import run_folder
 from vlm_sft.cli import data as data_cli
 from vlm_sft.cli import main as cli
 from vlm_sft.prepare import filtering
-from vlm_sft.recipe.schema import load_recipe, validate_libraries
+from vlm_sft.recipe.libraries import validate_libraries
+from vlm_sft.recipe.schema import load_recipe
 
 PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")

@@ -12,7 +12,7 @@ import torch
 
 from support.paths import ROOT
 from vlm_sft import Sample, UserError, VLMProcessor, load_recipe
-from vlm_sft.recipe.schema import build_sft_config
+from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.compose import compose
 from vlm_sft.train import train
 from vlm_sft.training.build_trainer import build_collator

@@ -11,8 +11,9 @@ import pytest
 
 from support.paths import ROOT
 from vlm_sft.base.assets import assets_root
-from vlm_sft.recipe.libraries import build_quantization_config
-from vlm_sft.recipe.schema import Recipe, Stack, build_lora_config, build_sft_config, load_recipe, validate_libraries
+from vlm_sft.recipe.libraries import build_lora_config, build_quantization_config, build_sft_config, validate_libraries
+from vlm_sft.recipe.schema import Recipe, load_recipe
+from vlm_sft.recipe.sections import Stack
 from vlm_sft.recipe.yaml_file import YamlFile
 
 FOLDER = assets_root() / "recipes"

@@ -12,7 +12,7 @@ from PIL import Image
 from support.source_files import refused, write
 from vlm_sft.data.dataset import check_images, load_source
 from vlm_sft.reading.images import load_image
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 
 
 def image_of(tmp_path: Path, image, **options) -> dict:

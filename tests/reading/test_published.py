@@ -14,7 +14,7 @@ from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.data.dataset import load_source
 from vlm_sft.data.source import source_rows
 from vlm_sft.reading.published import PUBLISHED, check_pattern, image_file, read_published
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 
 COCO = {
     "info": {"year": 2017},

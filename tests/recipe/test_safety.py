@@ -19,7 +19,7 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.families.build_family import load_processor
 from vlm_sft.preflight.preflight import run_preflight
 from vlm_sft.recipe.safety import check_config, check_folder, check_length, check_weights, read_json, refuse_code
-from vlm_sft.recipe.schema import PretrainedModel
+from vlm_sft.recipe.sections import PretrainedModel
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.train import main
 

@@ -1,4 +1,4 @@
-"""What a recipe can say of its parts is what there is to build."""
+"""What a recipe can say of its parts and its data is what there is to build and to read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
 from support.recipe_texts import TEXT, problem, write
+from vlm_sft.base.names import PARTS
+from vlm_sft.data.formats import FORMATS
+from vlm_sft.data.mixture import SHARES
 from vlm_sft.model.connectors import PROJECTORS, RESAMPLERS
-from vlm_sft.recipe.rules import PARTS
-from vlm_sft.recipe.sections import Projector, Resampler, Stack
+from vlm_sft.recipe.sections import Data, Projector, Resampler, Source, Stack
 
 
 def test_a_stack_has_the_four_parts_in_the_order_an_image_passes_them() -> None:
@@ -46,3 +49,45 @@ def test_every_kind_that_can_be_built_can_be_named(part: type, kinds: dict) -> N
 )
 def test_what_a_part_cannot_be(tmp_path: Path, override: str, message: str) -> None:
     assert message in problem(write(tmp_path, TEXT), override)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/captions.jsonl", "captions"),
+        ("data/a.b.json", "a.b"),
+        ("data/photos/", "photos"),
+        ("org/data", "data"),
+        ("shards/0000*.tar", "0000*"),
+    ],
+)
+def test_a_source_is_called_like_its_path(path, name):
+    assert Source(path=path, format="caption").name == name
+
+
+def test_formats_and_sampling_are_those_that_there_are():
+    assert get_args(Source.model_fields["format"].annotation) == tuple(FORMATS)
+    assert get_args(Data.model_fields["sampling"].annotation) == tuple(SHARES)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"repeat": 0},
+        {"repeat": 1.5},
+        {"max_rows": 0},
+        {"weight": 0.0},
+        {"prompts": "x"},
+        {"prompts": {"zh": []}},
+        {"n": 1},
+    ],
+)
+def test_values_that_a_source_cannot_have(wrong):
+    with pytest.raises(ValidationError):
+        Source(path="x", format="caption", **wrong)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, float("nan"), float("inf")])
+def test_shares_of_languages_are_above_zero(share):
+    with pytest.raises(ValidationError):
+        Data(train=[Source(path="x", format="caption")], languages={"zh": share})

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.base.errors import UserError
-from vlm_sft.recipe.schema import load_recipe, validate_libraries
+from vlm_sft.recipe.libraries import validate_libraries
+from vlm_sft.recipe.schema import load_recipe
 
 TEXT = """\
 # a comment

@@ -17,7 +17,7 @@ import torch
 from support.tiny_families import tiny
 from support.tiny_pieces import make_tokenizer
 from vlm_sft import load_recipe
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 
 # What a run of a few seconds on a CPU needs in place of a run of hours on GPUs. A warm-up of 1000 steps would begin at
 # rates that are too small to be added to a weight in fp32.

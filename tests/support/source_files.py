@@ -9,7 +9,7 @@ import pytest
 
 from vlm_sft.base.errors import UserError
 from vlm_sft.data.dataset import load_mixture, load_source
-from vlm_sft.recipe.schema import Source
+from vlm_sft.recipe.sections import Source
 
 
 def write(path: Path, content: list | str | bytes) -> str:

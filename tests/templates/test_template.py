@@ -16,15 +16,9 @@ from support.paths import GOLDENS, ROOT
 from support.template_texts import CHINESE, ENGLISH, IMAGE, assistant, refusal, text, user
 from vlm_sft.base.assets import list_templates, template_path
 from vlm_sft.base.errors import UserError
-from vlm_sft.templates.template import (
-    IMAGE_TOKEN,
-    end_of_answer,
-    load_template,
-    normalise_messages,
-    owns_bos,
-    render,
-    render_chat,
-)
+from vlm_sft.base.names import IMAGE_TOKEN
+from vlm_sft.data.messages import normalise_messages
+from vlm_sft.templates.template import end_of_answer, load_template, owns_bos, render, render_chat
 
 # What each template puts in the loss around an answer, with eos_token="</s>".
 AROUND = {

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..base.errors import RowError, UserError
-from ..model.losses import IGNORED
+from ..base.names import IGNORED
 from ..reading.images import grown_size, image_size, load_image, needed_side, too_long
 from ..templates.template import RenderedChat
 from .processor import EncodedChat, VLMProcessor

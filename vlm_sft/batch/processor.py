@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from ..base.errors import UserError
-from ..model.losses import IGNORED
-from ..templates.template import IMAGE_TOKEN, RenderedChat, end_of_answer, owns_bos, render
+from ..base.names import IGNORED, IMAGE_TOKEN
+from ..templates.template import RenderedChat, end_of_answer, owns_bos, render
 
 PAD = "<pad>"  # added where a tokenizer has no pad token
 # Where transformers' InstructBLIP, and a bundle, keep the tokenizer of the Q-Former; the tokens that LAVIS gives it.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..model.losses import IGNORED
+from ..base.names import IGNORED
 
 if TYPE_CHECKING:
     from .collator import Sample

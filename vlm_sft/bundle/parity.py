@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..base.errors import UserError, exit_on_user_error
+from ..base.names import IGNORED
 from ..model.freeze import part_of
-from ..model.losses import IGNORED
 from .load import load
 from .save import update_manifest
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..prepare.filtering import Score
-    from ..recipe.schema import Source
+    from ..recipe.sections import Source
 
 data_app = typer.Typer(help="Look at data and prepare it: convert, stats, filter.", no_args_is_help=True)
 
@@ -189,7 +189,8 @@ def _sources(src: str, kind: str | None, images: str | None, columns: list[str] 
     from pydantic import ValidationError
 
     from ..base.assets import list_recipes
-    from ..recipe.schema import Source, load_recipe
+    from ..recipe.schema import load_recipe
+    from ..recipe.sections import Source
 
     if src.endswith((".yaml", ".yml")) or (kind is None and src in list_recipes()):
         if kind or images or columns:

@@ -2,7 +2,7 @@
 
 A format turns one row into messages whose content is a list of parts, and the images as the row names them, in the
 order of the placeholders. Nothing is opened here. Only user messages can hold images: `<image>` in an answer or in a
-system message is text. The rules that hold for every conversation are `chat_template.normalise_messages`.
+system message is text. The rules that hold for every conversation are `messages.normalise_messages`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..base.names import IMAGE_TOKEN
 from ..reading.raw_row import RowView, kind, short
 from .languages import language_of
 from .messages import (
-    IMAGE_MARK,
     Example,
     Message,
     Part,
@@ -177,7 +177,7 @@ def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
         text = row.text(turn.get("value"), f"{key}.value")
         if not messages and role == "assistant":
             continue  # upstream skips an answer to nothing, which shared chats begin with now and then
-        count = text.count(IMAGE_MARK) if role == "user" else 0
+        count = text.count(IMAGE_TOKEN) if role == "user" else 0
         marks += count
         messages.append({"role": role, "content": _in_front(text, count) if count else [text_part(text)]})
     check_marks(row, marks, len(images))
@@ -185,7 +185,7 @@ def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
 
 
 def _in_front(text: str, count: int) -> list[Part]:
-    text = text.replace(IMAGE_MARK, "").strip()
+    text = text.replace(IMAGE_TOKEN, "").strip()
     return [image_part() for _ in range(count)] + ([text_part("\n" + text)] if text else [])
 
 
@@ -207,7 +207,7 @@ def _caption(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
 def _vqa(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     images = _some_images(row)
     question = row.text(row.need("question"), "question").strip()
-    if not question.replace(IMAGE_MARK, "").strip():
+    if not question.replace(IMAGE_TOKEN, "").strip():
         raise row.error('"question" is empty', "write a question or remove the row", "no question")
     key = "answer" if row.get("answer") is not None else "answers"
     answers = row.need("answer", "answers")
@@ -260,9 +260,9 @@ def _some_images(row: RowView) -> list[Any]:
 
 def _user(row: RowView, text: str, images: int) -> Message:
     """Images where the text marks them, else in front of it."""
-    if IMAGE_MARK not in text:
-        text = IMAGE_MARK * images + text
-    check_marks(row, text.count(IMAGE_MARK), images)
+    if IMAGE_TOKEN not in text:
+        text = IMAGE_TOKEN * images + text
+    check_marks(row, text.count(IMAGE_TOKEN), images)
     return {"role": "user", "content": split_marks(text)}
 
 

@@ -15,8 +15,8 @@ from ..reading.image_refs import resolve_image
 from ..reading.locations import Row, list_files, read_rows
 from ..reading.published import PUBLISHED, check_pattern, read_published
 from ..reading.raw_row import short
-from ..templates.template import normalise_messages
 from .formats import FORMATS, QUESTION_MARK, convert, no_prompt
+from .messages import normalise_messages
 
 
 class SourceLike(Protocol):

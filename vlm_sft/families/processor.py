@@ -18,7 +18,8 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from ..base.errors import UserError
-from ..batch.processor import IGNORED, EncodedChat, VLMProcessor, supervised_characters
+from ..base.names import IGNORED
+from ..batch.processor import EncodedChat, VLMProcessor, supervised_characters
 from ..templates.template import RenderedChat
 from .table import Family
 

@@ -13,7 +13,8 @@ from ..base.quiet import quiet_libraries
 from .scoring import collect, score
 
 if TYPE_CHECKING:
-    from ..recipe.schema import Recipe, Source
+    from ..recipe.schema import Recipe
+    from ..recipe.sections import Source
 
 RESULTS = "eval.json"
 
@@ -68,11 +69,8 @@ def run(
     start = time.perf_counter()
     set_seed(int(own.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
     results = score(model, processor, questions, batch_size, dict(own.generation))
-    results |= {
-        "train_seconds": train_seconds(folder),
-        "split": split,
-        "evaluate_seconds": round(time.perf_counter() - start, 1),
-    }
+    seconds = round(time.perf_counter() - start, 1)
+    results |= {"train_seconds": train_seconds(folder), "split": split, "evaluate_seconds": seconds}
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if not output and not fetched:

@@ -15,9 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from transformers.generation.streamers import BaseStreamer
 
 from ..base.errors import UserError
+from ..base.names import INSTRUCTION
 from ..batch.processor import EncodedChat, VLMProcessor
 from ..families.model import FamilyModel
-from ..model.modeling import INSTRUCTION
 from ..reading.images import image_size, load_image
 from .settings import generation_options
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..batch.processor import VLMProcessor
-    from ..recipe.schema import Source
+    from ..recipe.sections import Source
 
 
 @dataclass

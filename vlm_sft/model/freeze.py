@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
-from ..recipe.rules import PARTS
+from ..base.names import PARTS
 
 # First names of a parameter → its part; two names count before one. The composed model has the four words themselves,
 # transformers' own VLMs have others.

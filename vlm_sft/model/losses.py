@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..base.names import IGNORED
+
 # Positions scored at a time: bounds the logits in memory to this many rows of the vocabulary.
 CHUNK = 1024
-# The label of a position where nothing is learned, as torch and transformers have it.
-IGNORED = -100
+
 Score = Callable[[torch.Tensor], torch.Tensor]
 
 

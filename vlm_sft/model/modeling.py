@@ -22,14 +22,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
+from ..base.names import INSTRUCTION
 from .configuration import VLMConfig, count_patches, image_size_of
 from .losses import scaled_logits, supervised_losses
 from .parts import Parts, mark_initialised, parts_from_config
 from .positions import ExactRotations
 from .sharding import others_wait_for
-
-# What a batch holds beside `pixel_values` for a resampler that reads the instruction: (N, L) each, one row an image.
-INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
 
 
 @dataclass

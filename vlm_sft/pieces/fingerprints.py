@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
-from ..recipe.rules import PARTS
+from ..base.names import PARTS
 from .load_parts import find_tensors
 from .part_configs import open_checkpoint
 

@@ -10,8 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
+from ..base.names import PARTS
 from ..model.freeze import bytes_of, part_of
-from ..recipe.rules import PARTS
 from .launch import Launch
 from .step_memory import Counted
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.errors import RowError
+from ..base.names import IGNORED
 from ..batch.token_view import TokenGroup, token_groups
 from ..batch.tokenizer_coverage import coverage_of
 from ..data.image_files import shared_images
 from ..data.languages import language_of
 from ..data.mixture import SHARES
 from ..data.streaming import first_rows
-from ..model.losses import IGNORED
 from .checks import Evidence, Finding, answers_of, check
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..batch.collator import MultimodalCollator
     from ..batch.processor import VLMProcessor
     from ..data.ledger import Ledger
-    from ..recipe.recipe_data import Data
+    from ..recipe.sections import Data
 
 LOOKED_AT = 20_000  # rows whose text is read
 GLANCED_AT = 1_000  # rows whose text is read at the start of a training

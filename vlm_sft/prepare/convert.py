@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError, row_error
-from ..data.messages import IMAGE_MARK
+from ..base.names import IMAGE_TOKEN
 from ..reading.image_refs import is_url
 
 ROWS_PER_SHARD = 1000
@@ -169,10 +169,10 @@ def _llava(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
 def _turn(message: dict[str, Any], where: str) -> dict[str, str]:
     parts = message["content"]
     text = "".join(part["text"] for part in parts if part["type"] == "text")
-    if message["role"] == "user" and IMAGE_MARK in text:
-        what = f"its text holds {IMAGE_MARK}, which LLaVA's format takes for an image"
+    if message["role"] == "user" and IMAGE_TOKEN in text:
+        what = f"its text holds {IMAGE_TOKEN}, which LLaVA's format takes for an image"
         raise row_error(where, what, "write --to messages, or change the text", "mark in text")
-    marks = f"{IMAGE_MARK}\n" * sum(part["type"] == "image" for part in parts)
+    marks = f"{IMAGE_TOKEN}\n" * sum(part["type"] == "image" for part in parts)
     return {"from": _SPEAKERS[message["role"]], "value": marks + (text.lstrip("\n") if marks else text)}
 
 

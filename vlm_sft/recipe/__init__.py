@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .libraries import build_lora_config, build_sft_config, validate_libraries
-    from .recipe_data import Source
     from .schema import Recipe, load_recipe, recipe_schema
+    from .sections import Source
 
 _HOMES = {
     "Recipe": "schema",
-    "Source": "recipe_data",
+    "Source": "sections",
     "build_lora_config": "libraries",
     "build_sft_config": "libraries",
     "load_recipe": "schema",

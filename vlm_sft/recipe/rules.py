@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..base.assets import closest, template_path
 from ..base.errors import UserError
+from ..base.names import PARTS
 from .yaml_file import KeyPath
 
 if TYPE_CHECKING:
     from .schema import Recipe
-
-PARTS = ("vision_tower", "resampler", "projector", "language_model")
 
 Broken = Iterator[tuple[KeyPath, str]]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
-from .rules import PARTS
+from ..base.names import PARTS
 
 if TYPE_CHECKING:
     from .schema import Recipe

@@ -1,7 +1,7 @@
 """A recipe: one YAML file that describes one training stage, read and checked before any weight is.
 
-Only what is ours has a model, here and in `recipe_stack` and `recipe_data`. `sft:`, `lora:` and `quantization:` are
-passed on to the libraries' own classes, which `configs` builds. The rules between keys live in `recipe_rules`.
+Only what is ours has a model, here and in `sections`. `sft:`, `lora:` and `quantization:` are passed on to the
+libraries' own classes, which `libraries` builds. The rules between keys live in `rules`.
 """
 
 from __future__ import annotations
@@ -16,31 +16,10 @@ from pydantic_core import PydanticCustomError
 
 from ..base.assets import closest, list_recipes, recipe_path
 from ..base.errors import UserError
-from .libraries import build_lora_config, build_sft_config, validate_libraries
-from .recipe_data import Data, RecipeModel, Source
-from .rules import PARTS, first_broken_rule
-from .sections import LanguageModel, PretrainedModel, Projector, Resampler, Stack, VisionTower
+from ..base.names import PARTS
+from .rules import first_broken_rule
+from .sections import Data, PretrainedModel, RecipeModel, Stack
 from .yaml_file import KeyPath, YamlFile, dump_yaml
-
-__all__ = [
-    "PARTS",
-    "Data",
-    "Hub",
-    "LanguageModel",
-    "PretrainedModel",
-    "Projector",
-    "Recipe",
-    "Resampler",
-    "Source",
-    "Stack",
-    "VisionTower",
-    "Watch",
-    "build_lora_config",
-    "build_sft_config",
-    "load_recipe",
-    "recipe_schema",
-    "validate_libraries",
-]
 
 
 class Hub(RecipeModel):

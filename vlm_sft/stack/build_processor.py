@@ -17,7 +17,8 @@ from ..recipe.safety import check_picture
 from ..templates.template import load_template
 
 if TYPE_CHECKING:
-    from ..recipe.schema import Recipe, Resampler, VisionTower
+    from ..recipe.schema import Recipe
+    from ..recipe.sections import Resampler, VisionTower
 
 
 def build_processor(recipe: Recipe, config: VLMConfig) -> VLMProcessor:

@@ -20,7 +20,8 @@ from ..pieces.part_configs import language_model_config, resampler_config, visio
 from .build_processor import build_processor
 
 if TYPE_CHECKING:
-    from ..recipe.schema import Recipe, Resampler
+    from ..recipe.schema import Recipe
+    from ..recipe.sections import Resampler
 
 PROJECTOR_OPTIONS = {"mlp": ("depth", "activation"), "pixel_shuffle": ("scale_factor",)}
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from ..base.assets import template_path
 from ..base.errors import UserError
+from ..base.names import IMAGE_TOKEN
+from ..data.messages import normalise_messages
 from .sandbox import HOW_TO_MARK, MARKS, RefusedError, compile_template, run_template, variables_of
-
-IMAGE_TOKEN = "<image>"
 
 
 @dataclass(frozen=True)
@@ -180,77 +180,6 @@ def owns_bos(template: str | Path) -> bool:
     source, label = _resolve(template)
     compile_template(source, label)
     return "bos_token" in variables_of(source)
-
-
-def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Checks a conversation and returns a copy in which every content is a list of parts.
-
-    The rules: an optional system message first; then user and assistant in turn, the user first; content is a string
-    or a list of `{"type": "image"}` and `{"type": "text", "text": str}`; images stand in user messages only; a user
-    message has an image or some text; an answer has text that is more than white space. Parts without text are
-    dropped, and so are keys other than these. `<image>` typed in a text stays text.
-
-    Args:
-        messages: Mappings with `role` and `content`.
-
-    Raises:
-        UserError: A rule is broken; the message is named by its index.
-    """
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise UserError(f"messages must be a list of messages with role and content, not {type(messages).__name__}.")
-    chat = [_normalise(message, index) for index, message in enumerate(messages)]
-    offset = 1 if chat and chat[0]["role"] == "system" else 0
-    if len(chat) == offset:
-        raise UserError("the conversation has no user message; give it at least one.")
-    for index, message in enumerate(chat[offset:], start=offset):
-        expected = ("user", "assistant")[(index - offset) % 2]
-        if message["role"] != expected:
-            raise UserError(
-                f'message {index} has role "{message["role"]}" where "{expected}" must come; an optional system '
-                f"message comes first, then user and assistant in turn."
-            )
-    return chat
-
-
-def _normalise(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    if not _is_mapping(message) or "role" not in message or "content" not in message:
-        raise UserError(f"message {index} must have the keys role and content.")
-    role, content = message["role"], message["content"]
-    if role not in ("system", "user", "assistant"):
-        raise UserError(f"message {index} has role {role!r}; roles are system, user and assistant.")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, list) and (_is_mapping(content) or not isinstance(content, Sequence)):
-        raise UserError(f"message {index} ({role}): content must be a string or a list of parts, not {content!r}.")
-    parts = []
-    for number, part in enumerate(content):
-        normal = _normalise_part(part, index, role, number)
-        if normal["type"] == "image" and role != "user":
-            raise UserError(f"message {index} ({role}) holds an image; only user messages may, so move it there.")
-        if normal["type"] == "image" or normal["text"]:
-            parts.append(normal)
-    if role == "assistant" and not any(part["text"].strip() for part in parts):
-        raise UserError(f"message {index} is an empty answer; drop the turn or give the answer some text.")
-    if role == "user" and not parts:
-        raise UserError(f"message {index} (user) is empty; give it some text or an image.")
-    return {"role": role, "content": parts}
-
-
-def _normalise_part(part: Any, index: int, role: str, number: int) -> dict[str, str]:
-    kind = part.get("type") if _is_mapping(part) else None
-    if kind == "text" and isinstance(text := part.get("text"), str):
-        # A subclass could bring methods into the sandbox.
-        return {"type": "text", "text": text if type(text) is str else str.__str__(text)}
-    if kind == "image":
-        return {"type": "image"}
-    where = f"message {index} ({role}), part {number}"
-    if kind != "text":
-        raise UserError(f'{where} must be {{"type": "image"}} or {{"type": "text", "text": …}}, not {part!r}.')
-    raise UserError(f"{where} is of type text but its text is {part.get('text')!r}; give a string.")
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, (dict, Mapping))  # the first is found ten times faster
 
 
 def _probe() -> list[dict[str, Any]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base.errors import UserError
+from ..base.processes import on_first_process, one_process_first
 from ..data.ledger import Ledger, ledger_table
 from .row_check import Findings, look_over, summary
 
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
     from ..batch.collator import MultimodalCollator
     from ..data.dataset import Part
-    from ..recipe.schema import Data, Recipe, Source
+    from ..recipe.schema import Recipe
+    from ..recipe.sections import Data, Source
 
-Found = TypeVar("Found")
 
 FIRST_ROWS = 1000  # of each source of a stream, looked over before the first step
 
@@ -211,51 +212,3 @@ def describe_rows(counts: dict[str, Any]) -> str:
         f"{rows}, {counts['mean_length']:g} tokens in the mean, {counts['longest']:,} at most"
         f"{lost if counts['turns_lost'] else ''}."
     )
-
-
-def one_process_first(work: Callable[[], Found]) -> Found:
-    """Does something in every process: on each machine in one first, so that the others find what it left there.
-
-    Raises:
-        UserError: As `work`, in every process.
-    """
-    from accelerate import PartialState
-
-    state = PartialState()
-    if state.num_processes == 1:
-        return work()
-    if not state.is_local_main_process:
-        state.wait_for_everyone()
-        return work()
-    try:
-        done = work()
-    except UserError:
-        state.wait_for_everyone()  # the others meet the same error
-        raise
-    state.wait_for_everyone()
-    return done
-
-
-def on_first_process(work: Callable[[], Any]) -> Any:
-    """Does something on the first process alone and gives its result to all.
-
-    Raises:
-        UserError: In every process, where the first one raised it: none is left waiting for the others.
-    """
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    state = PartialState()
-    outcome: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            outcome = [work()]
-        except UserError as error:
-            if state.num_processes == 1:
-                raise
-            outcome = [UserError(str(error))]
-    if state.num_processes > 1:
-        broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]

@@ -20,13 +20,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.trainer import SCHEDULER_NAME
 from trl import SFTConfig
 
+from ..base.names import IGNORED
 from ..batch.collator import REJECTED, SEEN
 from ..batch.image_swap import with_other_images
 from ..bundle.load import load_trained
 from ..bundle.save import Provenance, held_parts, save_bundle
 from ..data.ledger import Ledger
 from ..model.freeze import FreezePlan, is_adapter, is_quantised, part_of
-from ..model.losses import IGNORED
 from ..model.modeling import VLMForConditionalGeneration
 from ..model.sharding import gather, repeated_layers
 from ..stack.lora import add_adapter
