@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.paths import accelerate_config
 from vlm_sft import load, load_recipe
-from vlm_sft.base.assets import accelerate_config_path
 from vlm_sft.base.errors import UserError
 from vlm_sft.train import train
 
@@ -159,7 +159,7 @@ def test_logs_are_no_reason_to_refuse_a_folder(recipe_file, no_parity, tmp_path)
 def test_two_processes_train_speak_once_and_write_one_bundle(recipe_file):
     path = recipe_file()
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config_path("cpu_2")),
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config("cpu_2")),
          "--main_process_port", "0", "-m", "vlm_sft.train", str(path), "sft.use_cpu=true"],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.paths import ROOT
+from support.paths import ROOT, accelerate_config
 from vlm_sft.base import assets
 from vlm_sft.base.errors import UserError
 
@@ -50,7 +50,6 @@ def test_template_may_be_a_path(tmp_path: Path) -> None:
             'the chat template file "mine/zia.jinja" does not exist; the closest that ships is "ziya".',
         ),
         (assets.template_path, "0000", 'there is no chat template "0000"; these ship: blip2_caption, blip2_vqa,'),
-        (assets.accelerate_config_path, "gpu", 'there is no accelerate config "gpu"; the closest that ships is "cpu".'),
     ],
 )
 def test_wrong_names(find, name: str, message: str) -> None:
@@ -66,13 +65,8 @@ def test_wrong_names(find, name: str, message: str) -> None:
 def test_accelerate_reads_its_configs(name: str, kind: str, processes: int) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    path = assets.accelerate_config_path(name)
+    path = accelerate_config(name)
     config = load_config_from_file(str(path))
     assert (str(config.distributed_type.value), config.num_processes) == (kind, processes)
     assert config.use_cpu is name.startswith("cpu")
     assert yaml.safe_load(path.read_text())["mixed_precision"] == "no", "the recipe decides"
-
-
-def test_closest() -> None:
-    assert assets.closest("max_step", ["max_steps", "min_steps"]) == "max_steps"
-    assert assets.closest("qqq", ["max_steps"]) is None

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from support.bad_input import command
+from support.paths import accelerate_config
 from support.tiny_pieces import tiny_stack
 from vlm_sft import train as train_module
-from vlm_sft.base.assets import accelerate_config_path
 from vlm_sft.base.console import make_console
 from vlm_sft.train import main
 
@@ -200,7 +200,7 @@ def said_once(output: str, sentence: str) -> bool:
 def launch_two(path, *overrides):
     """`accelerate launch` with the two processes of a config that ships."""
     return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config_path("cpu_2")),
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config("cpu_2")),
          "--main_process_port", "0", "-m", "vlm_sft.train", str(path), *overrides],
         capture_output=True, text=True, env=QUIET, timeout=240,
     )  # fmt: skip

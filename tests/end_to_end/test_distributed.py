@@ -13,10 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from support.paths import ROOT
+from support.paths import ROOT, accelerate_config
 from support.tiny_families import encoded, tiny
 from vlm_sft import load_recipe
-from vlm_sft.base.assets import accelerate_config_path
 from vlm_sft.train import train
 
 DRIVER = ROOT / "tests" / "support" / "distributed_driver.py"
@@ -99,7 +98,7 @@ def launch(config: Path, program: list[str], **environment: str) -> subprocess.C
 
 def on_cpu(name: str, folder: Path) -> Path:
     """A file that ships, with `use_cpu` in place of the GPUs."""
-    config = {**yaml.safe_load(accelerate_config_path(name).read_text(encoding="utf-8")), "use_cpu": True}
+    config = {**yaml.safe_load(accelerate_config(name).read_text(encoding="utf-8")), "use_cpu": True}
     path = folder / f"{name}_cpu.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
@@ -178,7 +177,7 @@ def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_streams_are_dealt(
         write("uneven", 1, {"max_steps": -1, "num_train_epochs": 2}, rows=7),
         write("ddp", 1),
     ]
-    done = launch(accelerate_config_path("cpu_2"), [str(DRIVER), *map(str, recipes)], IDS=str(tmp_path / "ids"))
+    done = launch(accelerate_config("cpu_2"), [str(DRIVER), *map(str, recipes)], IDS=str(tmp_path / "ids"))
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, tmp_path / "ddp")
     assert_same_run(train(load_recipe(write_model("llava_alone", 2, **llava))), tmp_path / "llava")
@@ -197,7 +196,7 @@ def test_a_process_that_fails_ends_the_run_with_its_sentence_said_once(write, tm
     recipe = write("failing", 1, collator="distributed_driver:FailsOnTheSecondProcess")
     tests = os.pathsep.join((str(ROOT), str(DRIVER.parent)))
     program = [str(DRIVER), str(recipe)]
-    done = launch(accelerate_config_path("cpu_2"), program, PYTHONPATH=tests)
+    done = launch(accelerate_config("cpu_2"), program, PYTHONPATH=tests)
     assert done.returncode != 0
     assert done.stderr.count("dogs.png has vanished.") == 1
     assert "error (process 1): dogs.png has vanished." in done.stderr

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from support.paths import accelerate_config
 from support.tiny_families import processor_of, tiny
 from vlm_sft import load_recipe
-from vlm_sft.base.assets import accelerate_config_path
 from vlm_sft.preflight.dry_run import FullStep, full_step
 from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.build_stack import build_empty_stack
@@ -49,7 +49,7 @@ def test_it_says_what_a_device_of_many_takes(recipe_file, capsys):
     main([path, "--dry-run"])
     alone = capsys.readouterr().out
     assert "Memory of a device (one process)" in alone and "A step: 4 rows of 128 tokens, an image in each" in alone
-    main([path, "--dry-run", "--accelerate-config", str(accelerate_config_path("cpu_2"))])
+    main([path, "--dry-run", "--accelerate-config", str(accelerate_config("cpu_2"))])
     assert "Memory of a device (2 processes, DDP)" in capsys.readouterr().out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from vlm_sft.base.assets import accelerate_config_path
+from support.paths import accelerate_config
 from vlm_sft.base.errors import UserError
 from vlm_sft.preflight.launch import Launch, read_launch
 
@@ -21,9 +21,9 @@ def config(tmp_path):
 
 
 def test_the_config_files_that_ship():
-    assert read_launch(str(accelerate_config_path("cpu"))) == Launch()
-    assert read_launch(str(accelerate_config_path("ddp"))) == Launch(8, "DDP")
-    assert read_launch(str(accelerate_config_path("fsdp2"))) == Launch(8, "FSDP", 3)
+    assert read_launch(str(accelerate_config("cpu"))) == Launch()
+    assert read_launch(str(accelerate_config("ddp"))) == Launch(8, "DDP")
+    assert read_launch(str(accelerate_config("fsdp2"))) == Launch(8, "FSDP", 3)
     assert str(Launch()) == "one process" and str(Launch(8, "DDP")) == "8 processes, DDP"
 
 

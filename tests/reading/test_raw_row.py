@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from vlm_sft.base.errors import RowError
-from vlm_sft.reading.raw_row import RowView, kind, short
+from vlm_sft.reading.raw_row import RowView
 
 
 def view(values: dict, **columns: str) -> RowView:
@@ -46,16 +46,3 @@ def test_text_and_images():
         row.images("images")
     assert view({"image": ""}).images("image", "images") == []
     assert view({"image": b"x"}).images("image", "images") == [b"x"]
-
-
-def test_words_for_values():
-    assert [kind(value) for value in (None, True, 1.5, "", [], {})] == [
-        "null",
-        "true or false",
-        "a number",
-        "text",
-        "a list",
-        "an object",
-    ]
-    assert kind(b"") == "of type bytes"
-    assert short("a\n b" + "c" * 99) == "a b" + "c" * 34 + "..."

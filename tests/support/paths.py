@@ -7,3 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = Path(os.environ.get("VLM_SFT_GOLDENS", ROOT / "tests" / "goldens"))
+
+
+def accelerate_config(name: str) -> Path:
+    """The file of an accelerate config that ships: `cpu`, `cpu_2`, `ddp`, …"""
+    return ROOT / "accelerate_configs" / f"{name}.yaml"

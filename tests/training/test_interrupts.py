@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from support.bundles import assert_same
-from support.paths import ROOT
+from support.paths import ROOT, accelerate_config
 from vlm_sft import load
-from vlm_sft.base.assets import accelerate_config_path
 from vlm_sft.bundle import run_folder
 from vlm_sft.training.interrupts import Interrupts, shield_worker
 
@@ -103,7 +102,7 @@ def two(recipe_file):
         folder = recipe_file().parent / "two"
         path = recipe_file(sft={**FOREVER, "output_dir": str(folder), **sft})
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config_path("cpu_2")),
+            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config("cpu_2")),
              "--main_process_port", "0", "-m", "vlm_sft.train", str(path), "sft.use_cpu=true"],
             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip

@@ -6,11 +6,10 @@ folders under `vlm_sft/_assets`. Everything else asks here, so that no other mod
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import UserError
+from .words import closest
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -58,23 +57,6 @@ def template_path(name: str) -> Path:
             return path
         raise UserError(f'the chat template file "{name}" does not exist{_closest(path.stem, list_templates())}.')
     return _find("chat_templates", ".jinja", name, "chat template", list_templates())
-
-
-def accelerate_config_path(name: str) -> Path:
-    """Returns the file of an accelerate config that ships (`cpu`, `cpu_2`, `single_gpu`, `ddp`).
-
-    Raises:
-        UserError: no config of that name ships; the message names the closest one.
-    """
-    names = _names("accelerate_configs", ".yaml")
-    return _find("accelerate_configs", ".yaml", name, "accelerate config", names)
-
-
-def closest(word: str, words: Iterable[str]) -> str | None:
-    """Returns the one of `words` that is most like `word`, or None when nothing is like it."""
-    # Below 0.6, difflib's default, `lr` already resembles half of SFTConfig: no hint is better than a wrong one.
-    matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return matches[0] if matches else None
 
 
 def _names(folder: str, suffix: str) -> list[str]:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base.assets import closest
 from ..base.errors import UserError
+from ..base.words import closest
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..base.errors import UserError
+from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan, is_adapter, part_of
 from ..recipe.libraries import settle_precision
@@ -110,8 +111,7 @@ def save_bundle(
                     shutil.rmtree(folder / path.name)
                 os.replace(path, folder / path.name)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"The bundle cannot be written to {str(folder)!r}: {reason}.") from error
+        raise UserError(f"The bundle cannot be written to {str(folder)!r}: {reason_of(error)}.") from error
 
 
 def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[dict[str, Any]]:

@@ -22,8 +22,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 from ..base.errors import RowError, UserError, raise_it
+from ..base.words import short
 from ..reading.image_refs import is_url
-from ..reading.raw_row import short
 from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
 from .row_cache import LANGUAGE, keeper_of
 from .source import SourceLike, check_source, name_of, rows_with_language

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..base.names import IMAGE_TOKEN
-from ..reading.raw_row import RowView, kind, short
+from ..base.words import kind, short
+from ..reading.raw_row import RowView
 from .languages import language_of
 from .messages import (
     Example,

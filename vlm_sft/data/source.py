@@ -9,12 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..base.assets import closest
 from ..base.errors import RowError, UserError, raise_it
+from ..base.words import closest, short
 from ..reading.image_refs import resolve_image
 from ..reading.locations import Row, list_files, read_rows
 from ..reading.published import PUBLISHED, check_pattern, read_published
-from ..reading.raw_row import short
 from .formats import FORMATS, QUESTION_MARK, convert, no_prompt
 from .messages import normalise_messages
 

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..base.errors import UserError
+from ..base.words import one_line
 from ..pieces.checkpoints import Checkpoint, unreachable
 from ..pieces.load_parts import check_size, from_pretrained
 from ..pieces.part_configs import raw_config
@@ -64,9 +65,7 @@ def load_processor(spec: Any, config: PreTrainedConfig, template: str, system: s
         options = {"revision": spec.revision, "backend": "pil", "trust_remote_code": False}
         native = kind.from_pretrained(spec.pretrained, **options, **spec.processor)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        raise UserError(
-            f"{KEY}: the processor of {spec.pretrained!r} cannot be read: {' '.join(str(error).split())}"
-        ) from error
+        raise UserError(f"{KEY}: the processor of {spec.pretrained!r} cannot be read: {one_line(error)}") from error
     place = getattr(config, "image_token_id", None)
     if place is None:  # KOSMOS-2: the frame's token, which no answer may write either
         place = native.tokenizer.convert_tokens_to_ids(native.boi_token)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..base.errors import UserError
+from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
 from ..bundle.hub import find_bundle
 from ..bundle.load import load
@@ -185,7 +186,7 @@ def read_answers(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     try:
         data = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise UserError(f"--output {path} cannot be read ({error.strerror or error}): give another file.") from None
+        raise UserError(f"--output {path} cannot be read ({reason_of(error)}): give another file.") from None
     found: dict[str, dict[str, Any]] = {}
     size = 0
     for number, line in enumerate(data.splitlines(keepends=True), start=1):
@@ -235,7 +236,7 @@ def _append(path: Path, size: int) -> Iterator[Callable[[list[dict[str, Any]]], 
     """Gives a function that adds lines after the first `size` bytes; when it returns, they are on the disk."""
 
     def failed(error: OSError) -> UserError:
-        return UserError(f"--output {path} cannot be written ({error.strerror or error}): correct it or make room.")
+        return UserError(f"--output {path} cannot be written ({reason_of(error)}): correct it or make room.")
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ from PIL import Image
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from ..base.assets import closest
 from ..base.errors import UserError
+from ..base.words import closest
 from ..batch.processor import VLMProcessor
 from ..reading.images import load_image
 from .answer_file import ignores_text, open_bundle

@@ -16,8 +16,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from ..base.assets import closest
 from ..base.errors import UserError
+from ..base.words import closest, one_line
 from ..batch.processor import VLMProcessor
 
 DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
@@ -60,8 +60,7 @@ def check_options(options: dict[str, Any]) -> None:
             if name in PROCESSORS and value is not None and (name, value) != ("top_k", 0):  # 0 turns it off
                 PROCESSORS[name](value)
         except (ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f'The generation setting "{name}" cannot be {value!r}: {reason}') from None
+            raise UserError(f'The generation setting "{name}" cannot be {value!r}: {one_line(error)}') from None
 
 
 def _tidy(options: dict[str, Any]) -> dict[str, Any]:

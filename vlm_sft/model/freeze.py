@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from ..base.names import PARTS
+from ..base.words import short_count
 
 # First names of a parameter → its part; two names count before one. The composed model has the four words themselves,
 # transformers' own VLMs have others.
@@ -195,15 +196,6 @@ class FreezePlan:
                 style="bold" if learns else "dim",
             )
         return table
-
-
-def short_count(number: int) -> str:
-    """`934,528`, `13.0M`, `6.74B`: exact below a million, else three digits."""
-    if number < 10**6:
-        return f"{number:,}"
-    size, letter = (10**9, "B") if number >= 999_500_000 else (10**6, "M")
-    share = number / size
-    return f"{share:,.{(share < 9.995) + (share < 99.95)}f}{letter}"
 
 
 def _size(parameter: nn.Parameter) -> int:

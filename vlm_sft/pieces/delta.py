@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..base.errors import UserError
+from ..base.words import reason_of
 from .checkpoints import Checkpoint, fetch_file
 
 REPORT, INDEX = "apply_delta.json", "model.safetensors.index.json"
@@ -121,8 +122,7 @@ def _written_whole(out: Path) -> Iterator[Path]:
         yield unfinished
         os.replace(unfinished, out)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{str(out)!r} cannot be written: {reason}; nothing was left there.") from error
+        raise UserError(f"{str(out)!r} cannot be written: {reason_of(error)}; nothing was left there.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..base.errors import UserError
+from ..base.words import one_line
 from ..model.configuration import count_patches, image_size_of
 from ..model.connectors import PROJECTORS, build_resampler
 from ..model.losses import scales_as_its_class
@@ -191,9 +192,7 @@ def from_pretrained(auto_class: Any, spec: Any, key: str, **options: Any) -> Pre
             f"are refused; use a checkpoint in safetensors."
         ) from error
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(
-            f"{key}: transformers cannot load {spec.pretrained!r}: {' '.join(str(error).split())}"
-        ) from error
+        raise UserError(f"{key}: transformers cannot load {spec.pretrained!r}: {one_line(error)}") from error
     for name, got, wanted in found["mismatched_keys"]:
         check_shape(name, got, wanted, f"{key}: {spec.pretrained!r}")
     if missing := sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED)):

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..base.errors import UserError
+from ..base.words import one_line
 from ..model.positions import INTERPOLATING
 from ..recipe.safety import LIMITS, check_config, check_length
 from .checkpoints import Checkpoint, fetch_file, unreachable
@@ -30,8 +31,9 @@ def load_config(pretrained: str, revision: str | None, key: str, trust_remote_co
     except OSError as error:
         raise unreachable(pretrained, key) from error
     except (ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{key}: transformers cannot read the config.json of {pretrained!r}: {reason}") from error
+        raise UserError(
+            f"{key}: transformers cannot read the config.json of {pretrained!r}: {one_line(error)}"
+        ) from error
 
 
 # LLaVA's own checkpoints are those of a language model with a projector beside it, under another model type.

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..base.errors import UserError
+from ..base.words import one_line
 
 # What is shared out at each stage of ZeRO (arXiv 1910.02054); FSDP does what stage 3 does, or stage 2.
 SHARED = {
@@ -81,7 +82,7 @@ def _from_file(path: Path) -> Launch:
     except OSError as error:
         raise UserError(f"--accelerate-config {path}: it cannot be read ({error.strerror}).") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--accelerate-config {path}: it cannot be read ({' '.join(str(error).split())}).") from error
+        raise UserError(f"--accelerate-config {path}: it cannot be read ({one_line(error)}).") from error
     if not isinstance(config, dict) or "distributed_type" not in config:
         raise UserError(
             f"--accelerate-config {path}: it has no distributed_type; `accelerate config` writes such files."

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from ..base.names import PARTS
+from ..base.words import gib
 from ..model.freeze import bytes_of, part_of
 from .launch import Launch
 from .step_memory import Counted
@@ -193,8 +194,3 @@ def _largest_layer(model: nn.Module) -> int:
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def gib(size: int) -> str:
-    """`12.3 GiB`, or MiB below a quarter of one."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..model.freeze import PartRow, short_count
+from ..base.words import gib, short_count
+from ..model.freeze import PartRow
 from .checks import ERROR, WARNING, Evidence, Finding
-from .memory import Estimate, gib
+from .memory import Estimate
 from .samples import Share, Shown
 
 BARS = 40

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..base.errors import UserError, row_error
 from ..base.names import IMAGE_TOKEN
+from ..base.words import reason_of
 from ..reading.image_refs import is_url
 
 ROWS_PER_SHARD = 1000
@@ -95,7 +96,7 @@ def convert_rows(rows: Iterable[dict[str, Any]], to: str, out: str | Path, *, co
                 os.replace(stage / "images", images_folder(out))
             os.replace(stage / "out", out)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}): correct it or make room.") from None
+        raise UserError(f"{out} cannot be written ({reason_of(error)}): correct it or make room.") from None
     return written
 
 
@@ -117,7 +118,7 @@ def encoded(image: dict[str, Any], where: str) -> bytes:
     try:
         return Path(image["path"]).read_bytes()
     except OSError as error:
-        what = f"the image {image['path']} cannot be read ({error.strerror or error})"
+        what = f"the image {image['path']} cannot be read ({reason_of(error)})"
         raise row_error(where, what, "correct the path or remove the row", "image missing") from None
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ..base.errors import UserError
 from ..base.reach import look_for_hub
+from ..base.words import one_line, reason_of
 from ..pieces.checkpoints import unreachable
 from ..reading.images import load_image
 
@@ -79,7 +80,7 @@ class Scorer:
                 raise
             if isinstance(error, OSError) and not Path(path).exists():
                 raise unreachable(str(path), "--model") from None
-            raise UserError(f"--model {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(f"--model {path} cannot be loaded: {one_line(error)[:300]}") from None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device)
         self._score = _SCORES[kind]
@@ -181,7 +182,7 @@ def score_rows(
                 found += new
                 tick(len(found))
     except OSError as error:
-        raise UserError(f"--scores {path} cannot be written ({error.strerror or error}): make room.") from None
+        raise UserError(f"--scores {path} cannot be written ({reason_of(error)}): make room.") from None
     return found
 
 
@@ -208,7 +209,7 @@ def _scores_of(batch: list[dict[str, Any]], scorer: Callable[..., list[float]], 
 def text_of(row: dict[str, Any], roles: Sequence[str]) -> str:
     """What some speakers of a row say, in one line."""
     said = [p["text"] for m in row["messages"] if m["role"] in roles for p in m["content"] if p["type"] == "text"]
-    return " ".join(" ".join(said).split())
+    return one_line(" ".join(said))
 
 
 def _read_scores(path: Path, about: dict[str, Any]) -> tuple[list[Score], int]:

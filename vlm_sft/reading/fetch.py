@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from ..base.errors import RowError
+from ..base.words import one_line, reason_of
 
 REASON = "image not fetched"
 TYPES = ("image/", "application/octet-stream", "binary/octet-stream")  # the last two: object stores that were not told
@@ -82,7 +83,7 @@ class Fetcher:
                 unfinished.write(body)
             os.replace(unfinished.name, path)  # a reader sees the whole file or none
         except OSError as error:
-            sentence = f"the folder {self.folder} for fetched images cannot be written ({error.strerror or error})"
+            sentence = f"the folder {self.folder} for fetched images cannot be written ({reason_of(error)})"
             raise RowError(f"{sentence}: set `data.url_cache` to one that can.", reason=REASON) from None
 
     def _download(self, url: str) -> bytes:
@@ -92,7 +93,7 @@ class Fetcher:
                 body = self._follow(url, last)
             except (OSError, http.client.HTTPException) as error:
                 if last:
-                    raise _refuse(url, f"did not answer ({_reason(error)})") from None
+                    raise _refuse(url, f"did not answer ({reason_of(error)})") from None
                 body = None
             if body is not None:
                 return body
@@ -253,10 +254,5 @@ def _connect(address: str, port: int, seconds: float) -> socket.socket:
     return socket.create_connection((address, port), timeout=seconds)
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".") or type(error).__name__
-
-
 def _refuse(url: str, what: str) -> RowError:
-    shown = " ".join(url[:200].split())
-    return RowError(f"the image {shown} {what}: correct the URL, or remove the row.", reason=REASON)
+    return RowError(f"the image {one_line(url[:200])} {what}: correct the URL, or remove the row.", reason=REASON)

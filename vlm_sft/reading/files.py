@@ -14,10 +14,9 @@ from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
-from ..base.assets import closest
 from ..base.errors import RowError, UserError, row_error
+from ..base.words import closest, first_line, reason_of, short
 from .json_text import BOM, is_json, key_twice, lines_of, parse_json, parse_rows, read_text
-from .raw_row import short
 from .tar_shards import read_tar
 
 Found = Iterator[tuple[str, Any]]
@@ -46,7 +45,7 @@ def read_file(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
     except FileNotFoundError:
         raise no_such_file(path) from None
     except OSError as error:
-        raise UserError(f"The data file {path} cannot be read ({error.strerror or error}): check it.") from None
+        raise UserError(f"The data file {path} cannot be read ({reason_of(error)}): check it.") from None
 
 
 def check_file(path: Path) -> None:
@@ -231,8 +230,9 @@ def _damaged(kind: str, reader: Callable[[Path], Found]) -> Callable[[Path], Fou
         except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise UserError(f"{path}: not {kind} file, or a damaged one ({reason}): write it again.") from None
+            raise UserError(
+                f"{path}: not {kind} file, or a damaged one ({first_line(error)}): write it again."
+            ) from None
 
     return read
 

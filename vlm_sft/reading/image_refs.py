@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..base.errors import UserError, row_error
+from ..base.words import one_line
 
 
 def is_url(path: str) -> bool:
@@ -47,9 +48,8 @@ def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool =
     if is_url(image):
         if allow_urls:
             return {"path": image, "bytes": None}
-        shown = " ".join(image[:200].split())
-        mend = "download it first, or set the source's `allow_urls: true`"
-        raise row_error(where, f"the image {shown} is a URL and no URL is fetched", mend, "image is a URL")
+        what = f"the image {one_line(image[:200])} is a URL and no URL is fetched"
+        raise row_error(where, what, "download it first, or set the source's `allow_urls: true`", "image is a URL")
     path = os.path.expanduser(image)
     if "\0" in path or not path.strip() or path.encode("utf-8", "ignore").decode() != path:
         raise row_error(where, f"the image path {path[:200]!a} is blank or no text", "correct it", "not text")

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..base.errors import RowError
+from ..base.words import reason_of
 from .image_refs import is_url
 
 MAX_PIXELS = 178_956_970  # where PIL itself calls an image a decompression bomb
@@ -174,9 +175,8 @@ def _from_file(path: str, prefix: str, limits: _Limits, what: str = "") -> Image
     except (OSError, ValueError) as error:
         if isinstance(error, RowError):
             raise
-        reason = getattr(error, "strerror", None) or error
         raise RowError(
-            f"{what} cannot be opened ({reason}): check the path and the disk.", reason="image unreadable"
+            f"{what} cannot be opened ({reason_of(error)}): check the path and the disk.", reason="image unreadable"
         ) from None
 
 
@@ -295,8 +295,7 @@ def too_long(where: str, name: str, image: Image.Image, grown: tuple[int, int], 
 
 
 def _damaged(what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return f"{what} is truncated or damaged ({reason}): download it again or remove the row."
+    return f"{what} is truncated or damaged ({reason_of(error)}): download it again or remove the row."
 
 
 def _unidentified(head: bytes) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..base.errors import RowError, UserError
 from ..base.reach import look_for_hub
+from ..base.words import first_line
 from .files import BATCH, FILE_READERS, TEXT_FILES, no_such_file, read_file
 
 
@@ -204,7 +205,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[Row]:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever half a folder makes datasets raise
         raise UserError(
-            f"The folder {folder} is not a whole saved dataset ({_first_line(error)}): save it again."
+            f"The folder {folder} is not a whole saved dataset ({first_line(error)}): save it again."
         ) from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
@@ -228,7 +229,7 @@ def _read_hub(name: str, split: str, revision: str | None, stream: bool) -> Iter
     except Exception as error:  # connection, authorisation, unknown id, split or revision: each has its own class
         raise UserError(
             f'There is no file or folder "{name}" here, and as a dataset of the Hub (split "{split}") it could not be '
-            f"loaded ({_first_line(error)}): correct the path, or download the dataset first."
+            f"loaded ({first_line(error)}): correct the path, or download the dataset first."
         ) from None
     yield from _dataset_rows(data, f"{name} ({split})", None)
 
@@ -240,8 +241,3 @@ def _dataset_rows(data: Any, label: str, folder: Path | None) -> Iterator[Row]:
         for values in table.to_pylist():
             number += 1
             yield Row(f"{label}, row {number}", folder, values)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

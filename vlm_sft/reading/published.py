@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import RowError, UserError, row_error
+from ..base.words import kind, short
 from .json_text import parse_document, read_text
-from .raw_row import kind, short
 
 Rows = Iterator[tuple[str, dict[str, Any] | RowError]]
 _ID = re.compile(r"\{id(?::0?(\d{1,2})d?)?\}")

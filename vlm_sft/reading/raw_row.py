@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..base.assets import closest
 from ..base.errors import RowError, row_error
+from ..base.words import closest, kind, short
 
 
 class RowView:
@@ -72,15 +72,3 @@ class RowView:
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def short(text: str) -> str:
-    """Text of a row as it may stand in a message: one line, 40 characters."""
-    text = " ".join(text.split()).encode("utf-8", "replace").decode("utf-8")
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def kind(value: Any) -> str:
-    """What a value is, in the words of JSON."""
-    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from ..base.assets import closest
 from ..base.errors import UserError
+from ..base.words import closest, one_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -105,7 +105,7 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
     try:
         return LoraConfig(**recipe.lora)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{recipe.where(('lora',))}: peft.LoraConfig refuses `lora`: {_one_line(error)}") from error
+        raise UserError(f"{recipe.where(('lora',))}: peft.LoraConfig refuses `lora`: {one_line(error)}") from error
 
 
 def build_quantization_config(recipe: Recipe, compute_dtype: str = "float32") -> BitsAndBytesConfig | None:
@@ -131,7 +131,7 @@ def build_quantization_config(recipe: Recipe, compute_dtype: str = "float32") ->
         )
     except (ValueError, TypeError, ImportError) as error:
         where = recipe.where(("quantization",))
-        raise UserError(f"{where}: BitsAndBytesConfig refuses `quantization`: {_one_line(error)}") from error
+        raise UserError(f"{where}: BitsAndBytesConfig refuses `quantization`: {one_line(error)}") from error
 
 
 def _build_sft(recipe: Recipe, arguments: dict[str, Any]) -> SFTConfig:
@@ -147,7 +147,7 @@ def _build_sft(recipe: Recipe, arguments: dict[str, Any]) -> SFTConfig:
                 f"{where}: this machine cannot compute in bf16 or tf32; set sft.bf16=false (or leave it out) and leave "
                 "tf32 out."
             ) from error
-        raise UserError(f"{recipe.where(('sft',))}: trl.SFTConfig refuses `sft`: {_one_line(error)}") from error
+        raise UserError(f"{recipe.where(('sft',))}: trl.SFTConfig refuses `sft`: {one_line(error)}") from error
 
 
 def _check_installed(recipe: Recipe, args: SFTConfig) -> None:
@@ -158,7 +158,7 @@ def _check_installed(recipe: Recipe, args: SFTConfig) -> None:
     try:
         integration_utils.get_reporting_integration_callbacks(args.report_to)
     except ValueError as error:
-        raise UserError(f"{recipe.where(('sft', 'report_to'))}: `sft.report_to`: {_one_line(error)}") from error
+        raise UserError(f"{recipe.where(('sft', 'report_to'))}: `sft.report_to`: {one_line(error)}") from error
     for tracker in args.report_to:
         is_there = getattr(integration_utils, f"is_{tracker.removesuffix('_ml')}_available", lambda: True)
         if not is_there():
@@ -188,7 +188,7 @@ def _check_schedule(recipe: Recipe, args: SFTConfig) -> None:
         where = recipe.where(("sft", "lr_scheduler_type"))
         raise UserError(
             f"{where}: the schedule {args.lr_scheduler_type.value} cannot be made with `sft.lr_scheduler_kwargs` "
-            f"{kwargs or 'left out'}: {_one_line(error)}"
+            f"{kwargs or 'left out'}: {one_line(error)}"
         ) from error
 
 
@@ -238,7 +238,3 @@ def _check_generation(recipe: Recipe) -> None:
 
 def _advice(hint: str | None, name: str) -> str:
     return f'did you mean "{hint}"?' if hint else f"{name} has nothing like it."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ..base.assets import closest, template_path
+from ..base.assets import template_path
 from ..base.errors import UserError
 from ..base.names import PARTS
+from ..base.words import closest
 from .yaml_file import KeyPath
 
 if TYPE_CHECKING:

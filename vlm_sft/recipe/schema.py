@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..base.assets import closest, list_recipes, recipe_path
+from ..base.assets import list_recipes, recipe_path
 from ..base.errors import UserError
 from ..base.names import PARTS
+from ..base.words import closest
 from .rules import first_broken_rule
 from .sections import Data, PretrainedModel, RecipeModel, Stack
 from .yaml_file import KeyPath, YamlFile, dump_yaml

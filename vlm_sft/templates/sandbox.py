@@ -19,6 +19,7 @@ from jinja2 import nodes
 from jinja2.sandbox import SecurityError
 
 from ..base.errors import UserError
+from ..base.words import reason_of
 from .limits import LimitedSandbox, budget, limited
 
 MARKS = "generation_marks"  # render variable that carries the two border characters to the extension
@@ -166,7 +167,7 @@ def _compile(source: str, label: str) -> jinja2.Template:
         tree = environment.limit(environment.parse(source))
         compiled = environment.from_string(tree)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{label}, line {error.lineno}: {_sentence(error)}; mend the jinja there.") from error
+        raise UserError(f"{label}, line {error.lineno}: {reason_of(error)}; mend the jinja there.") from error
     except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's own compiler: brackets in brackets in …
         raise UserError(f"{label} is nested too deeply; do not use templates like it.") from error
     if not any(attribute.name == "_mark" for attribute in tree.find_all(nodes.ExtensionAttribute)):
@@ -178,11 +179,7 @@ def _runtime_error(error: Exception, label: str) -> UserError:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _FILE]
     where = f"{label}, line {lines[-1]}" if lines else label
     if isinstance(error, RefusedError):
-        return RefusedError(f"{where}: {_sentence(error)}.")
+        return RefusedError(f"{where}: {reason_of(error)}.")
     if isinstance(error, SecurityError):
-        return UserError(f"{where} tried to leave its sandbox ({_sentence(error)}); do not use templates like it.")
-    return UserError(f"{where} fails with {type(error).__name__}: {_sentence(error)}; mend the jinja there.")
-
-
-def _sentence(error: Exception) -> str:
-    return str(error).strip().rstrip(".") or type(error).__name__
+        return UserError(f"{where} tried to leave its sandbox ({reason_of(error)}); do not use templates like it.")
+    return UserError(f"{where} fails with {type(error).__name__}: {reason_of(error)}; mend the jinja there.")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..base.words import duration
 
 # How each number of a log is said, the important ones first.
 IN_WORDS = {
@@ -171,12 +172,6 @@ class _Bar(Progress):
         yield from super().get_renderables()
         for task in self.tasks:
             yield Text(f"  {task.fields['numbers']}", no_wrap=True, overflow="ellipsis")
-
-
-def duration(seconds: float) -> str:
-    """`0:12:30`, from a day on `2d 7h`."""
-    whole = round(seconds)
-    return f"{whole // 86400}d {whole % 86400 // 3600}h" if whole >= 86400 else str(timedelta(seconds=whole))
 
 
 def describe(logs: dict[str, float]) -> str:
