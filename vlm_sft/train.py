@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from .base.console import make_console, say
 from .base.errors import UserError, exit_on_user_error, first_to_say
+from .base.interrupts import Interrupts
 from .base.processes import on_first_process
 from .base.quiet import quiet_libraries
 from .bundle.run_folder import PREFIX, settle_resume, sweep
 from .preflight.dry_run import dry_run
 from .preflight.launch import read_launch
-from .training.interrupts import Interrupts
 from .training.resume_check import check_resumption
 
 if TYPE_CHECKING:

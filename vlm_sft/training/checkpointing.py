@@ -21,8 +21,8 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from ..base.errors import UserError
+from ..base.interrupts import SIGNALS, Interrupts
 from ..bundle.run_folder import PREFIX, UNFINISHED, newest, publish, rotate
-from .interrupts import SIGNALS, Interrupts
 
 
 class ResumableTrainer(SFTTrainer):

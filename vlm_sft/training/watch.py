@@ -25,9 +25,9 @@ from torch.utils.data import get_worker_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.errors import UserError
+from ..base.interrupts import shield_worker
 from ..bundle.run_folder import RECORDS, newest
 from .checkpointing import ResumableTrainer
-from .interrupts import shield_worker
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 ROW_IDS = "row_ids"

@@ -14,8 +14,8 @@ import pytest
 from support.bundles import assert_same
 from support.paths import ROOT, accelerate_config
 from vlm_sft import load
+from vlm_sft.base.interrupts import Interrupts, shield_worker
 from vlm_sft.bundle import run_folder
-from vlm_sft.training.interrupts import Interrupts, shield_worker
 
 STOPS = [(signal.SIGINT, 130, 3, 2), (signal.SIGTERM, 143, 7, 4), (signal.SIGTERM, 143, 11, 6)]
 FOREVER = {"max_steps": 100_000, "per_device_train_batch_size": 2, "learning_rate": 1e-4, "bf16": False,
