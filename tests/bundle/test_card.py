@@ -112,3 +112,15 @@ def test_curves_and_parity_are_shown_where_they_are(bundle):
     (folder / "curves.png").write_bytes(b"")
     text = write_card(bundle()).read_text(encoding="utf-8")
     assert "](curves.png)" in text and "the logits of 90 positions" in text
+
+
+def test_what_a_stranger_wrote_stays_where_it_stands(bundle):
+    recipe = {"hub": {"license": "mine\n---\n# 大标题"}, "data": {"prompts": ["```\n# Title\n</details>"]}}
+    stage = {"recipe": "a | b\n\n# Title", "trained": ["projector"], "adapter": False, "data": ["{{ 7 * 7 }}"]}
+    path = write_card(bundle(recipe=recipe, stages=[stage]))
+    text = path.read_text(encoding="utf-8")
+    card = ModelCard(text)
+    assert card.data.license == "mine\n---\n# 大标题" and card.text.startswith("\n# ziya_stage2\n")
+    assert r"| 1 | a \| b # Title | projector | {{ 7 * 7 }} |" in text
+    *_, last = text.split("</details>")
+    assert text.count("\n````") == 2 and last == "\n", "a longer fence holds the prompt's"

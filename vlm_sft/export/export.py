@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..base.errors import UserError
-from ..bundle.card import write_export_card
 from ..bundle.hub import find_bundle
 from ..bundle.load import load, recipe_of
 from ..bundle.parity import TOLERANCE, environment
 from ..bundle.save import read_manifest
+from .card import write_export_card
 from .check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
 from .forms import Form, form_of
 from .merged import write_merged
