@@ -1,4 +1,4 @@
-"""What the quickstart learns, over several seeds, and what stage 1 is worth: the numbers of the README.
+"""What the quickstart learns, over several seeds, and what stage 1 is worth: the numbers of docs/demo.md.
 
 For each seed: stage 1, stage 2, and a short stage 2 of 30 steps with and without stage 1 before it; each evaluated on
 held-out images. `--split eval` measures on validation images (for choosing), `--split test` on test images (read once).

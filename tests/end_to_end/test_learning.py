@@ -1,6 +1,6 @@
 """The quickstart learns to see: one seed of the benchmark on validation images, held with a margin.
 
-The README's numbers are means over three seeds on test images; this test is there so that no later change can break
+The demo page's numbers are means over three seeds on test images; this test is there so that no later change can break
 learning unnoticed. It gates on steps, never on seconds.
 """
 

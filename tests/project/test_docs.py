@@ -331,7 +331,7 @@ def test_python_in_the_pages_is_right(block):
 
 
 @pytest.mark.slow
-def test_the_python_of_readme_and_python_page_runs(monkeypatch, tmp_path, capsys, in_process_parity):
+def test_the_python_of_the_pages_runs(monkeypatch, tmp_path, capsys, in_process_parity):
     """As it stands, after a small `make demo`, with fewer steps."""
     from vlm_sft.train import train
 
@@ -347,7 +347,7 @@ def test_the_python_of_readme_and_python_page_runs(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(vlm_sft, "load_recipe", shorter, raising=False)
     for stage in ("quickstart_stage1", "quickstart_stage2"):
         train(shorter(stage))
-    for page in ("README.md", "docs/python_api.md", "docs/bundles.md"):
+    for page in ("docs/python_api.md", "docs/bundles.md", "docs/faq.md"):
         for block in blocks(page, "python"):
             exec(compile(block.text, str(block), "exec"), {"__name__": str(block)})
 
@@ -369,19 +369,27 @@ def test_collators_in_the_pages_work(block, photos):
     assert not same or "loss_weights" in batch, "it changes nothing"
 
 
-# Both languages, all modules
+# Both languages
+
+
+PAIRS = [(page.replace("_zh", ""), page) for page in PAGES if page.endswith("_zh.md")]
 
 
 def without_comments(blocks_of_page: list[Block]) -> list[str]:
     return [ast.dump(ast.parse(block.text)) for block in blocks_of_page]
 
 
-def test_both_readmes_say_the_same():
-    english, chinese = "README.md", "README_zh.md"
+def test_newcomers_have_a_chinese_side():
+    assert {"README.md", "docs/first_run.md", "docs/faq.md"} <= {english for english, _ in PAIRS}
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS)
+def test_both_languages_say_the_same(english, chinese):
     assert commands(english) == commands(chinese)
     assert without_comments(blocks(english, "python")) == without_comments(blocks(chinese, "python"))
     assert [level for level, _ in headings(english)] == [level for level, _ in headings(chinese)]
-    targets = [set(re.findall(r"\]\(((?:docs|examples)/[^)]+)\)", read(page))) for page in (english, chinese)]
+    links = [set(re.findall(r"\]\(([^):]+)\)", read(page).replace("_zh.md", ".md"))) for page in (english, chinese)]
+    targets = [{link.partition("#")[0] for link in page} for page in links]
     assert targets[0] == targets[1]
     rows = [len(re.findall(r"^\|", read(page), re.MULTILINE)) for page in (english, chinese)]
     assert rows[0] == rows[1]
@@ -391,20 +399,82 @@ def test_both_readmes_say_the_same():
             for source in recipe["data"]["train"]:
                 source.pop("prompts", None)
         assert recipes[0] == recipes[1]
-    for page in (english, chinese):
-        assert re.search(r"[\u4e00-\u9fff]", "".join(block.text for block in blocks(page, "", "python")))
+    named = [re.findall(rf"`((?:{TOP})/[\w./-]*|[\w.]+_\w+)`", prose(page)) for page in (english, chinese)]
+    assert set(named[0]) == set(named[1]), "files and keys"
+    for page, other in ((english, chinese), (chinese, english)):
+        assert f"]({Path(other).name})" in read(page).split("\n## ")[0], "each names the other at its head"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_commands_and_code_have_chinese_too(page):
+    assert re.search(r"[\u4e00-\u9fff]", "".join(block.text for block in blocks(page, "", "python")))
+
+
+# The map
+
+
+ROOMS = sorted(path.parent.name for path in (ROOT / "vlm_sft").glob("*/__init__.py"))
+TOUR = ["vlm_sft/train.py", "vlm_sft/batch/collator.py", "vlm_sft/batch/processor.py", "vlm_sft/model/modeling.py"]
+TOUR.append("vlm_sft/training/trainer.py")
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_the_readmes_are_read_in_two_minutes(page):
+    assert len(read(page).encode()) <= 7 * 1024
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_the_readmes_name_every_room_and_five_files(page):
+    (heading,) = re.findall(r"^\| [^|\n]*`vlm_sft/`.*\n(?:\|.*\n)+", read(page), re.MULTILINE)
+    assert sorted(re.findall(r"^\| `(\w+)` \| \S", heading, re.MULTILINE)) == ROOMS
+    assert re.findall(r"`(vlm_sft/[\w/]+\.py)`", read(page)) == TOUR
+
+
+def test_the_architecture_page_shows_the_contract_and_the_tour():
+    settings = tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]
+    (layers,) = (contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
+    (block,) = blocks("docs/architecture.md", "text")
+    assert block.text.splitlines() == layers
+    assert re.findall(r"`(vlm_sft/[\w/]+\.py)`", read("docs/architecture.md")) == TOUR
+
+
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.*") if path.suffix in (".py", ".sh", ".md", ".yaml"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(path.relative_to(ROOT).as_posix() for path in EXAMPLES)])
+def test_no_page_names_a_module(page):
+    """What a user needs is in `vlm_sft` itself; `vlm_sft.train` is a program."""
+    text = read(page)
+    for room in ROOMS:
+        assert not re.search(rf"\bvlm_sft\.{room}\.\w|\b(?:from|import) vlm_sft\.{room}\b", text)
+        if page not in ("README.md", "README_zh.md", "docs/architecture.md"):
+            assert f"vlm_sft/{room}/" not in text
+    modules = {path.name for path in (ROOT / "vlm_sft").rglob("*.py")} - {"train.py"}
+    assert set(re.findall(r"`(\w+\.py)`", text)).isdisjoint(modules)
 
 
 @pytest.mark.skipif(not shutil.which("git") or not (ROOT / ".git").exists(), reason="needs the git checkout")
-@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
-def test_the_readmes_list_what_lies_at_the_top(page):
+def test_the_index_lists_what_lies_at_the_top():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for top in {f"{path.split('/')[0]}/" if "/" in path else path for path in files if path}:
-        assert f"`{top}`" in read(page) or top.startswith(".git"), top
+        assert f"`{top}`" in read("docs/README.md") or top.startswith(".git"), top
 
 
-@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
-def test_the_freeze_plan_shown_is_the_one_printed(page, monkeypatch):
+def linked(page: str) -> set[str]:
+    there = [(ROOT / page).parent / target for target in re.findall(r"\]\(([^)#:]+\.md)", read(page))]
+    return {path.resolve().relative_to(ROOT).as_posix() for path in there}
+
+
+def test_every_page_is_linked():
+    assert linked("docs/README.md") == {*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"} - {"docs/README.md"}
+    reached, new = set(), {"README.md"}
+    while new:
+        reached |= new
+        new = {page for last in new for page in linked(last)} - reached
+    assert set(PAGES) <= reached and "docs/README.md" in linked("README.md")
+
+
+def test_the_freeze_plan_shown_is_the_one_printed(monkeypatch):
     from peft import get_peft_model
 
     from vlm_sft.stack.build_stack import build_empty_stack
@@ -418,13 +488,8 @@ def test_the_freeze_plan_shown_is_the_one_printed(page, monkeypatch):
     header = "| " + " | ".join(str(column.header) for column in table.columns) + " |"
     rows = zip(*(column.cells for column in table.columns), strict=True)
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    assert "\n".join([header, "|" + "---|" * len(table.columns), *lines]) in read(page)
+    assert "\n".join([header, "|" + "---|" * len(table.columns), *lines]) in read("docs/bundles.md")
 
 
 def test_the_python_page_names_every_public_name():
     assert {name for name in vlm_sft.__all__ if f"`{name}`" not in read("docs/python_api.md")} == set()
-
-
-def test_every_page_is_linked_from_the_readme():
-    for page in PAGES:
-        assert page.startswith("README") or f"]({page})" in read("README.md"), page
