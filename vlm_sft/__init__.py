@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .recipe.sections import Source
     from .stack.build_stack import Stack, build_stack, match_embeddings
     from .stack.lora import lora_config
-    from .templates.template import RenderedChat, end_of_answer, render, render_chat
+    from .templates.render import RenderedChat, render, render_chat
+    from .templates.template import end_of_answer
     from .training.trainer import VLMSFTTrainer
 
 _HOMES = {
@@ -47,9 +48,9 @@ _HOMES = {
     "MultimodalCollator": "batch.collator",
     "Provenance": "bundle.save",
     "Recipe": "recipe.schema",
-    "render": "templates.template",
-    "render_chat": "templates.template",
-    "RenderedChat": "templates.template",
+    "render": "templates.render",
+    "render_chat": "templates.render",
+    "RenderedChat": "templates.render",
     "ROW_FEATURES": "data.dataset",
     "Sample": "batch.collator",
     "save_bundle": "bundle.save",

@@ -12,7 +12,7 @@ from support.conversations import PROCESSORS, TOKENS, conversations, make_proces
 from support.tiny_pieces import make_tokenizer
 from vlm_sft.base.errors import UserError
 from vlm_sft.batch.processor import EncodedChat, VLMProcessor, add_missing_tokens, pad_to_square
-from vlm_sft.templates.template import render
+from vlm_sft.templates.render import render
 
 
 @settings(max_examples=150, deadline=None)

@@ -10,7 +10,7 @@ from support.tiny_families import TINY, processor_of
 from vlm_sft.base.errors import UserError
 from vlm_sft.base.names import IGNORED
 from vlm_sft.families.processor import expand
-from vlm_sft.templates.template import RenderedChat
+from vlm_sft.templates.render import RenderedChat
 
 FAMILIES = list(TINY)
 SIZES = [(40, 30), (300, 60)]

@@ -5,9 +5,32 @@ from __future__ import annotations
 import pytest
 
 from vlm_sft.base.errors import UserError
-from vlm_sft.templates.template import load_template, render
+from vlm_sft.templates.render import render
+from vlm_sft.templates.template import load_template
 
 IMAGE = {"type": "image"}
+
+# What each template puts in the loss around an answer, with eos_token="</s>".
+AROUND = {
+    "blip2_caption": ("", "\n"),
+    "blip2_vqa": (" ", "\n"),
+    "chatml": ("", "<|im_end|>"),
+    "instructblip": (" ", "</s>"),
+    "llava_llama_2": (" ", " </s>"),
+    "minigpt4": (" ", "###"),
+    "mistral": (" ", "</s>"),
+    "plain": ("", "\n"),
+    "vicuna_v1": (" ", "</s>"),
+    "fuyu": ("", "</s>"),
+    "gemma3": ("", "<end_of_turn>"),
+    "internvl": ("", "<|im_end|>"),
+    "kosmos2": (" ", "</s>"),
+    "paligemma": ("", "</s>"),
+    "qwen2_5_vl": ("", "<|im_end|>"),
+    "qwen3_vl": ("", "<|im_end|>"),
+    "smolvlm": (" ", "<end_of_utterance>"),
+    "ziya": ("", "</s>"),
+}
 
 
 def text(words: str) -> dict[str, str]:

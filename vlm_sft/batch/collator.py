@@ -17,7 +17,7 @@ from PIL import Image
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
 from ..reading.images import grown_size, image_size, load_image, needed_side, too_long
-from ..templates.template import RenderedChat
+from ..templates.render import RenderedChat
 from .processor import EncodedChat, VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from ..base.errors import UserError
 from ..base.names import IGNORED, IMAGE_TOKEN
-from ..templates.template import RenderedChat, end_of_answer, owns_bos, render
+from ..templates.render import RenderedChat, render
+from ..templates.template import end_of_answer, owns_bos
 
 PAD = "<pad>"  # added where a tokenizer has no pad token
 # Where transformers' InstructBLIP, and a bundle, keep the tokenizer of the Q-Former; the tokens that LAVIS gives it.

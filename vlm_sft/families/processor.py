@@ -20,7 +20,7 @@ from transformers import BatchFeature, ProcessorMixin
 from ..base.errors import UserError
 from ..base.names import IGNORED
 from ..batch.processor import EncodedChat, VLMProcessor, supervised_characters
-from ..templates.template import RenderedChat
+from ..templates.render import RenderedChat
 from .table import Family
 
 # What image processors give for their own processors, and no model takes.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..model.freeze import PartRow
     from ..recipe.schema import Recipe
     from ..stack.build_stack import Stack
-    from ..templates.template import RenderedChat
+    from ..templates.render import RenderedChat
     from .memory import Estimate
 
 # What a row is taken to be long where `sft.max_length` sets no limit.
@@ -184,6 +184,6 @@ def full_step(args: Any, processor: VLMProcessor) -> FullStep:
 
 
 def _image_alone(processor: VLMProcessor) -> RenderedChat:
-    from ..templates.template import RenderedChat
+    from ..templates.render import RenderedChat
 
     return RenderedChat(processor.image_token, [], [(0, len(processor.image_token))])

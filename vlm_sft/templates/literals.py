@@ -8,7 +8,7 @@ from typing import Any
 
 from ..base.assets import list_templates
 from ..base.errors import UserError
-from .template import render
+from .render import render
 
 _QUESTION, _ANSWER, _IMAGE = "\ue000", "\ue001", "\ue002"  # private-use characters: no template prints them
 # `<human>:` `<|im_start|>` `<<SYS>>` `[/INST]` `###Human` `USER:`; not `Answer:`, which honest answers hold.
