@@ -11,7 +11,8 @@ from PIL import Image
 from support.conversations import PROCESSORS, TOKENS, conversations, make_processor
 from support.tiny_pieces import make_tokenizer
 from vlm_sft.base.errors import UserError
-from vlm_sft.batch.processor import EncodedChat, VLMProcessor, add_missing_tokens, pad_to_square
+from vlm_sft.batch.encoding import EncodedChat
+from vlm_sft.batch.processor import VLMProcessor, pad_to_square
 from vlm_sft.templates.render import render
 
 
@@ -56,65 +57,6 @@ def test_the_prompt_of_inference_is_a_prefix_of_training(messages, name):
     assert whole.labels[:first_new].count(-100) + sum(n != -100 for n in whole.labels[:first_new]) == first_new
 
 
-def joining_tokenizer(before=":"):
-    """A tokenizer whose merges would join what stands before an answer with the answer's first letter."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(set("<human>:\n<bot>:catdog question?"))
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters, f"{before}c"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(before, "c")], unk_token="<unk>"))
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def test_no_token_lies_across_the_border_of_an_answer():
-    processor = make_processor("ziya", joining_tokenizer())
-    messages = [{"role": "user", "content": "question?"}, {"role": "assistant", "content": "cat"}]
-    assert ":c" in processor.tokenizer.tokenize("<bot>:cat")
-    chat = processor.encode_chat(messages)
-    learned = processor.tokenizer.convert_ids_to_tokens([n for n in chat.labels if n != -100])
-    assert learned == ["c", "a", "t", "</s>"]
-    prompt = processor.encode_chat(messages[:1], add_generation_prompt=True)
-    assert chat.input_ids[: len(prompt.input_ids)] == prompt.input_ids
-
-
-def test_no_token_lies_across_the_border_of_two_answers():
-    processor = make_processor("plain", joining_tokenizer("\n"))
-    two = [{"role": "user", "content": "question?"}, {"role": "assistant", "content": "cat"}] * 2
-    assert "\nc" in processor.tokenizer.tokenize("cat\ncat\n")
-    first, both = processor.encode_chat(two[:2]), processor.encode_chat(two)
-    assert both.input_ids[: len(first.input_ids)] == first.input_ids
-    assert processor.tokenizer.convert_ids_to_tokens([n for n in both.labels if n != -100]) == [*"cat\ncat\n"]
-
-
-def test_a_typed_pad_token_is_text_for_it_may_have_no_embedding():
-    processor = make_processor()
-    rows = len(make_tokenizer())
-    chat = processor.encode_chat(
-        [{"role": "user", "content": "what is <pad>?"}, {"role": "assistant", "content": "<pad> fills rows"}]
-    )
-    assert processor.tokenizer.pad_token_id >= rows > max(chat.input_ids)
-    assert "<pad> fills rows" in processor.tokenizer.decode([n for n in chat.labels if n != -100])
-
-
-@pytest.mark.parametrize("special", [True, False, None])
-def test_a_typed_placeholder_is_text(special):
-    """Also where the tokenizer has it already, special to it or not."""
-    tokenizer = make_tokenizer()
-    if special is not None:
-        tokenizer.add_tokens(["<image>"], special_tokens=special)
-    processor = make_processor(tokenizer=tokenizer)
-    content = [{"type": "text", "text": "what does <image> mean?"}, {"type": "image"}]
-    chat = processor.encode_chat(
-        [{"role": "user", "content": content}, {"role": "assistant", "content": "<image> is a mark"}]
-    )
-    assert chat.input_ids.count(processor.image_token_id) == TOKENS
-    assert processor.image_token_id not in chat.labels
-    text = processor.tokenizer.decode([n for n in chat.labels if n != -100])
-    assert "<image> is a mark" in text
-
-
 def test_bos_comes_once_and_where_the_template_wants_it():
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many?"}]},
@@ -131,16 +73,6 @@ def test_bos_comes_once_and_where_the_template_wants_it():
 
     plain.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
     assert 1 not in make_processor("vicuna_v1", plain).encode_chat(messages).input_ids
-
-
-def test_missing_tokens_are_added_and_told_and_pad_is_never_the_end():
-    tokenizer = make_tokenizer()
-    assert add_missing_tokens(tokenizer, "<image>") == ["<image>", "<pad>"]
-    assert add_missing_tokens(tokenizer, "<image>") == []
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    assert "<pad>" in add_missing_tokens(tokenizer, "<image>")
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
 def test_batches_are_padded_on_the_side_that_is_asked_for():

@@ -64,15 +64,6 @@ def test_ids_and_pixels_are_those_of_the_models_own_processor(name):
         assert all(torch.equal(ours[key], torch.as_tensor(tensor)) for key, tensor in given.items())
 
 
-def test_fuyus_patches_are_cut_row_by_row():
-    processor, image = processor_of("fuyu"), picture((40, 30))
-    ours = processor.image_inputs([image])["pixel_values"]
-    (pixels,) = processor.image_processor([image], return_tensors="pt")["images"]
-    patches = torch.nn.functional.unfold(pixels.view(1, 3, 56, 56)[..., :42, :42], 14, stride=14)[0].T
-    # unfold has the channel first, Fuyu has it last.
-    assert torch.equal(ours, patches.view(9, 3, 14, 14).permute(0, 2, 3, 1).reshape(9, -1))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_loss_is_on_the_answers_and_their_ends_alone(name):
     processor = processor_of(name)

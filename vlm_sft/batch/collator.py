@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from PIL import Image
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
 from ..reading.images import grown_size, image_size, load_image, needed_side, too_long
 from ..templates.render import RenderedChat
-from .processor import EncodedChat, VLMProcessor
+from .encoding import EncodedChat, pad
+from .processor import VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
 SEEN = "seen_rows"  # and for how many rows of each source came, where that is not known before
@@ -211,18 +211,15 @@ class MultimodalCollator:
         instructions = [text for sample in samples for text in sample.instructions]
         batch.update(self.processor.image_inputs(images, instructions))
         if any(sample.loss_weights is not None for sample in samples):
-            batch["loss_weights"] = _pad_weights(samples, batch["input_ids"].shape[1])
+            given = [(sample.loss_weights, len(sample.chat.input_ids)) for sample in samples]
+            weights = [[1.0] * length if each is None else each for each, length in given]
+            batch["loss_weights"] = pad(weights, batch["input_ids"].shape[1], 0.0)
         return batch
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message["content"]
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
-
-
-def _pad_weights(samples: Sequence[Sample], length: int) -> torch.Tensor:
-    rows = [s.loss_weights if s.loss_weights is not None else [1.0] * len(s.chat.input_ids) for s in samples]
-    return torch.tensor([row + [0.0] * (length - len(row)) for row in rows])
 
 
 def load_collator_class(path: str) -> type[MultimodalCollator]:

@@ -6,12 +6,10 @@ The mask is made on the rendered text, before image placeholders are expanded; t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
@@ -20,40 +18,20 @@ from ..base.errors import UserError
 from ..base.names import IGNORED, IMAGE_TOKEN
 from ..templates.render import RenderedChat, render
 from ..templates.template import end_of_answer, owns_bos
+from .encoding import (
+    PAD,
+    EncodedChat,
+    add_missing_tokens,
+    as_plain_text,
+    first_id_of,
+    pad,
+    supervised_characters,
+    tokenize,
+)
 
-PAD = "<pad>"  # added where a tokenizer has no pad token
 # Where transformers' InstructBLIP, and a bundle, keep the tokenizer of the Q-Former; the tokens that LAVIS gives it.
 QFORMER_TOKENIZER = "qformer_tokenizer"
 MAX_INSTRUCTION = 128
-
-
-@dataclass
-class EncodedChat:
-    """A conversation as ids.
-
-    Attributes:
-        input_ids: S token ids, image placeholders expanded.
-        labels: S labels, -100 outside the answers.
-        num_images: Number of images the ids have room for.
-        places: S flags, 1 where an image feature goes.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    num_images: int
-    places: list[int] = field(default_factory=list)
-
-    def append(self, token: int, learned: bool = False, place: bool = False) -> None:
-        """Adds one token."""
-        self.input_ids.append(token)
-        self.labels.append(token if learned else IGNORED)
-        self.places.append(int(place))
-
-    def extend(self, tokens: Sequence[int], labels: Sequence[int] | None = None, place: bool = False) -> None:
-        """Adds tokens with their labels; without labels they are not learned."""
-        self.input_ids += tokens
-        self.labels += [IGNORED] * len(tokens) if labels is None else labels
-        self.places += [int(place)] * len(tokens)
 
 
 class VLMProcessor(ProcessorMixin):
@@ -149,7 +127,7 @@ class VLMProcessor(ProcessorMixin):
             encoded.append(self.tokenizer.bos_token_id)
         # Neither may have a row among the embeddings; no template prints a pad token of this name.
         marks = {self.image_token_id, *([self.tokenizer.pad_token_id] if self.tokenizer.pad_token == PAD else [])}
-        ids, borders = self._tokenize(chat.text, supervised)
+        ids, borders = tokenize(self.tokenizer, chat.text, supervised)
         labels = [
             token if end > start and supervised[start] else IGNORED
             for token, (start, end) in zip(ids, borders, strict=True)
@@ -161,37 +139,11 @@ class VLMProcessor(ProcessorMixin):
             if token == self.image_token_id and start in images:
                 encoded.extend([token] * self.num_image_tokens, place=True)
             else:  # somebody typed it: it is text
-                pieces = self._as_plain_text(chat.text[start:end])
+                pieces = as_plain_text(self.tokenizer, chat.text[start:end])
                 encoded.extend(pieces, None if labels[place] == IGNORED else pieces)
             done = place + 1
         encoded.extend(ids[done:], labels[done:])
         return encoded
-
-    def _tokenize(self, text: str, supervised: bytearray, offset: int = 0) -> tuple[list[int], list[tuple[int, int]]]:
-        """The id of every token, and its (start, end); no token lies across the border of an answer.
-
-        At inference the answer follows a prompt that was tokenised by itself, so a token that joins the last character
-        of a prompt with the first of an answer would never be seen there: the text is cut at such borders.
-        """
-        output = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, borders = output.input_ids, output.offset_mapping
-        if offset:
-            borders = [(start + offset, end + offset) for start, end in borders]
-        crossing = [(s, e) for s, e in borders if e - s > 1 and supervised.count(supervised[s], s, e) < e - s]
-        if not crossing:
-            return ids, borders
-        cuts = {i for s, e in crossing for i in range(s + 1, e) if supervised[i] != supervised[i - 1]}
-        pieces = pairwise([offset, *sorted(cuts), offset + len(text)])
-        done = [self._tokenize(text[a - offset : b - offset], supervised, a) for a, b in pieces]
-        return [i for ids, _ in done for i in ids], [border for _, borders in done for border in borders]
-
-    def _as_plain_text(self, text: str) -> list[int]:
-        """Ids of a placeholder that somebody typed, none of them its own."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        if len(ids) > 1 or len(text) < 2:
-            return ids
-        # Added to the tokenizer, but not as a special token: only its letters are text.
-        return [i for part in (text[:1], text[1:]) for i in self.tokenizer(part, add_special_tokens=False).input_ids]
 
     def _adds_bos(self, text: str) -> bool:
         """BOS comes first where the tokenizer puts one, unless the template writes it (BLIP-2: after the images)."""
@@ -294,33 +246,16 @@ class VLMProcessor(ProcessorMixin):
         longest = max(len(row.input_ids) for row in rows)
         if multiple_of:
             longest = -(-longest // multiple_of) * multiple_of
-        fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-        columns: dict[str, list[list[int]]] = {name: [] for name in fills}
-        for row in rows:
-            values = {"input_ids": row.input_ids, "attention_mask": [1] * len(row.input_ids), "labels": row.labels}
-            for name, fill in fills.items():
-                padding = [fill] * (longest - len(row.input_ids))
-                columns[name].append(values[name] + padding if side == "right" else padding + values[name])
-        return BatchFeature({name: torch.tensor(column) for name, column in columns.items()})
-
-
-def supervised_characters(chat: RenderedChat) -> bytearray:
-    """0 for each character of a rendered conversation that is not in the loss; 1 and 2 in turn for those of spans."""
-    supervised = bytearray(len(chat.text))
-    for number, (start, end) in enumerate(chat.spans):
-        supervised[start:end] = bytes([1 + number % 2]) * (end - start)
-    return supervised
-
-
-_FIRST_IDS: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()
-
-
-def first_id_of(tokenizer: Any) -> int | None:
-    """The id that a tokenizer begins every text with by itself (asked for every row, so it is remembered)."""
-    if tokenizer not in _FIRST_IDS:
-        ids = tokenizer("a").input_ids
-        _FIRST_IDS[tokenizer] = ids[0] if ids else None
-    return _FIRST_IDS[tokenizer]
+        lengths = np.array([[len(row.input_ids)] for row in rows])
+        places = np.arange(longest)
+        real = places < lengths if side == "right" else places >= longest - lengths
+        return BatchFeature(
+            {
+                "input_ids": pad([row.input_ids for row in rows], longest, self.tokenizer.pad_token_id, side),
+                "attention_mask": torch.from_numpy(real.astype(np.int64)),
+                "labels": pad([row.labels for row in rows], longest, IGNORED, side),
+            }
+        )
 
 
 def load_qformer_tokenizer(pretrained: str | Path, subfolder: str = QFORMER_TOKENIZER, **options: Any) -> Any:
@@ -334,24 +269,6 @@ def load_qformer_tokenizer(pretrained: str | Path, subfolder: str = QFORMER_TOKE
     tokenizer = AutoTokenizer.from_pretrained(str(pretrained), subfolder=subfolder, trust_remote_code=False, **options)
     tokenizer.truncation_side = "left"
     return tokenizer
-
-
-def add_missing_tokens(tokenizer: Any, image_token: str) -> list[str]:
-    """Adds the image token and, where there is none, a pad token; returns what was added, to be said.
-
-    Neither needs a row of the embedding matrix: placeholders are replaced by features and padding is masked. The pad
-    token is never the end token, or the model would not learn to stop.
-    """
-    added = []
-    vocabulary = tokenizer.get_vocab()
-    if image_token not in vocabulary:
-        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
-        added.append(image_token)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        if PAD not in vocabulary:
-            added.append(PAD)
-        tokenizer.add_special_tokens({"pad_token": PAD})
-    return added
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:

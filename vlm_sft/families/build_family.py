@@ -17,8 +17,10 @@ from ..pieces.part_configs import raw_config
 from ..pieces.quantization import leave_out, outside_language_model, quantise_empty, settle
 from ..recipe.libraries import build_quantization_config
 from ..templates.template import load_template
+from .fuyu import FuyuProcessor
+from .kosmos2 import Kosmos2Processor
 from .model import FamilyModel, model_class, set_dtypes
-from .processor import FamilyProcessor, FuyuProcessor, Kosmos2Processor, without_videos
+from .processor import FamilyProcessor, without_videos
 from .table import default_template, family_of
 
 if TYPE_CHECKING:

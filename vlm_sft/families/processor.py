@@ -12,14 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from ..base.errors import UserError
 from ..base.names import IGNORED
-from ..batch.processor import EncodedChat, VLMProcessor, supervised_characters
+from ..batch.encoding import EncodedChat, as_plain_text, pad, supervised_characters, tokenize
+from ..batch.processor import VLMProcessor
 from ..templates.render import RenderedChat
 from .table import Family
 
@@ -113,7 +113,7 @@ class FamilyProcessor(VLMProcessor):
         supervised = supervised_characters(chat)
         starts = [start for start, _ in chat.image_spans]
         seen = [0] * len(starts)
-        for token, (start, end) in zip(*self._tokenize(chat.text, supervised), strict=True):
+        for token, (start, end) in zip(*tokenize(self.tokenizer, chat.text, supervised), strict=True):
             learned = end > start and bool(supervised[start])
             image = bisect_right(starts, start) - 1
             if image >= 0 and start < chat.image_spans[image][1]:
@@ -121,7 +121,7 @@ class FamilyProcessor(VLMProcessor):
                 seen[image] += 1
                 encoded.append(token, place=place)
             elif token == self.image_token_id:  # somebody typed it: it is text, not an image
-                for piece in self._as_plain_text(chat.text[start:end]):
+                for piece in as_plain_text(self.tokenizer, chat.text[start:end]):
                     encoded.append(piece, learned)
             else:
                 encoded.append(token, learned)
@@ -146,9 +146,7 @@ class FamilyProcessor(VLMProcessor):
         batch = super().batch(rows, side, multiple_of)
         if self.family.column:
             columns = [_column(row, self.family.counts) for row in rows]
-            length = batch["input_ids"].shape[1]
-            padded = [c + [0] * (length - len(c)) if side == "right" else [0] * (length - len(c)) + c for c in columns]
-            batch[self.family.column] = torch.tensor(padded)
+            batch[self.family.column] = pad(columns, batch["input_ids"].shape[1], 0, side)
         return batch
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -175,53 +173,6 @@ class FamilyProcessor(VLMProcessor):
     def _image_token(self, token: int, position: int) -> tuple[int, bool]:
         """(id, whether a feature goes there) of a token of an image's expansion, counted from its start."""
         return token, token == self.image_token_id
-
-
-class FuyuProcessor(FamilyProcessor):
-    """Fuyu, whose own processor cuts images into patches with torch where its image processor of PIL uses numpy."""
-
-    def _read(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[str]]:
-        # As in transformers, models/fuyu/processing_fuyu.py, _process_images.
-        given = self.image_processor(list(images), **self._image_options())
-        size = self.image_processor.patch_size
-        patches, texts = [], []
-        for number, image in enumerate(given["images"]):
-            height, width = (
-                min(full, -(-int(given[f"image_unpadded_{side}s"][number]) // step) * step)
-                for full, side, step in zip(
-                    image.shape[-2:], ("height", "width"), (size.height, size.width), strict=True
-                )
-            )
-            cut = self.image_processor.patchify_image(np.asarray(image)[..., :height, :width], size)
-            patches.append(torch.from_numpy(np.ascontiguousarray(cut)))
-            numbers = {"num_patches": len(cut), "row_width": width // size.width}
-            texts.append(self.native.replace_image_token(given, number, **numbers))
-        return {"pixel_values": torch.cat(patches)}, texts
-
-
-class Kosmos2Processor(FamilyProcessor):
-    """KOSMOS-2, whose own processor takes one image at the head of a text: features in a frame of two tokens."""
-
-    def expansion(self, size: tuple[int, int]) -> str:
-        """The frame, and as many placeholders in it as there are latent queries."""
-        return self.image_token * (1 + self.native.num_image_tokens) + self.native.eoi_token
-
-    def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str] = ()) -> dict[str, torch.Tensor]:
-        """(N, 3, H, W) `pixel_values` of RGB images."""
-        return dict(self.image_processor(list(images), return_tensors="pt")) if images else {}
-
-    @property
-    def ids_per_image(self) -> int:
-        """The frame has one; the features stand at other ids."""
-        return 1
-
-    def _placeholder(self) -> str:
-        return self.native.boi_token
-
-    def _image_token(self, token: int, position: int) -> tuple[int, bool]:
-        # As upstream: the features stand at the first ids after <unk>.
-        inside = 1 <= position <= self.native.num_image_tokens
-        return (self.tokenizer.unk_token_id + position, True) if inside else (token, False)
 
 
 def without_videos(native: type[ProcessorMixin]) -> type[ProcessorMixin]:

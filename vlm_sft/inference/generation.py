@@ -16,7 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..base.errors import UserError
 from ..base.names import INSTRUCTION
-from ..batch.processor import EncodedChat, VLMProcessor
+from ..batch.encoding import EncodedChat
+from ..batch.processor import VLMProcessor
 from ..families.model import FamilyModel
 from ..reading.images import image_size, load_image
 from .settings import generation_options

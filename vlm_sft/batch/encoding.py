@@ -1,0 +1,134 @@
+"""Text → ids and labels, for every processor: where tokens lie, which are learned, and rows of them as one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..base.names import IGNORED
+from ..templates.render import RenderedChat
+
+PAD = "<pad>"  # added where a tokenizer has no pad token
+
+
+@dataclass
+class EncodedChat:
+    """A conversation as ids.
+
+    Attributes:
+        input_ids: S token ids, image placeholders expanded.
+        labels: S labels, -100 outside the answers.
+        num_images: Number of images the ids have room for.
+        places: S flags, 1 where an image feature goes.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    num_images: int
+    places: list[int] = field(default_factory=list)
+
+    def append(self, token: int, learned: bool = False, place: bool = False) -> None:
+        """Adds one token."""
+        self.input_ids.append(token)
+        self.labels.append(token if learned else IGNORED)
+        self.places.append(int(place))
+
+    def extend(self, tokens: Sequence[int], labels: Sequence[int] | None = None, place: bool = False) -> None:
+        """Adds tokens with their labels; without labels they are not learned."""
+        self.input_ids += tokens
+        self.labels += [IGNORED] * len(tokens) if labels is None else labels
+        self.places += [int(place)] * len(tokens)
+
+
+def supervised_characters(chat: RenderedChat) -> bytearray:
+    """0 for each character of a rendered conversation that is not in the loss; 1 and 2 in turn for those of spans."""
+    supervised = bytearray(len(chat.text))
+    for number, (start, end) in enumerate(chat.spans):
+        supervised[start:end] = bytes([1 + number % 2]) * (end - start)
+    return supervised
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, supervised: bytearray, offset: int = 0
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The id of every token, and its (start, end); no token lies across the border of an answer.
+
+    At inference the answer follows a prompt that was tokenised by itself, so a token that joins the last character of a
+    prompt with the first of an answer would never be seen there: the text is cut at such borders.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        text: A rendered conversation, or a piece of it.
+        supervised: What `supervised_characters` says of the conversation.
+        offset: Where in the conversation the text begins.
+    """
+    output = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, borders = output.input_ids, output.offset_mapping
+    if offset:
+        borders = [(start + offset, end + offset) for start, end in borders]
+    crossing = [(s, e) for s, e in borders if e - s > 1 and supervised.count(supervised[s], s, e) < e - s]
+    if not crossing:
+        return ids, borders
+    cuts = {i for s, e in crossing for i in range(s + 1, e) if supervised[i] != supervised[i - 1]}
+    pieces = pairwise([offset, *sorted(cuts), offset + len(text)])
+    done = [tokenize(tokenizer, text[a - offset : b - offset], supervised, a) for a, b in pieces]
+    return [i for ids, _ in done for i in ids], [border for _, borders in done for border in borders]
+
+
+def as_plain_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a placeholder that somebody typed, none of them its own."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    if len(ids) > 1 or len(text) < 2:
+        return ids
+    # Added to the tokenizer, but not as a special token: only its letters are text.
+    return [i for part in (text[:1], text[1:]) for i in tokenizer(part, add_special_tokens=False).input_ids]
+
+
+_FIRST_IDS: WeakKeyDictionary[PreTrainedTokenizerBase, int | None] = WeakKeyDictionary()
+
+
+def first_id_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that a tokenizer begins every text with by itself (asked for every row, so it is remembered)."""
+    if tokenizer not in _FIRST_IDS:
+        ids = tokenizer("a").input_ids
+        _FIRST_IDS[tokenizer] = ids[0] if ids else None
+    return _FIRST_IDS[tokenizer]
+
+
+def add_missing_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str) -> list[str]:
+    """Adds the image token and, where there is none, a pad token; returns what was added, to be said.
+
+    Neither needs a row of the embedding matrix: placeholders are replaced by features and padding is masked. The pad
+    token is never the end token, or the model would not learn to stop.
+    """
+    added = []
+    vocabulary = tokenizer.get_vocab()
+    if image_token not in vocabulary:
+        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+        added.append(image_token)
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        if PAD not in vocabulary:
+            added.append(PAD)
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    return added
+
+
+def pad(rows: Sequence[Sequence[float]], length: int, fill: float, side: str = "right") -> torch.Tensor:
+    """Rows of different lengths → (B, `length`), in int64, or in fp32 where `fill` is a float.
+
+    Args:
+        rows: B rows of numbers.
+        length: Of each row then.
+        fill: What is put in.
+        side: Where it is put in: `right` or `left`.
+    """
+    table = np.full((len(rows), length), fill, dtype=np.float32 if isinstance(fill, float) else np.int64)
+    for line, row in zip(table, rows, strict=True):
+        line[slice(len(row)) if side == "right" else slice(length - len(row), None)] = row
+    return torch.from_numpy(table)
