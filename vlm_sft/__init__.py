@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .batch.processor import VLMProcessor
     from .bundle.handover import hand_over
     from .bundle.load import load
-    from .bundle.save import Provenance, save_bundle
+    from .bundle.manifest import Provenance
+    from .bundle.save import save_bundle
     from .data.dataset import ROW_FEATURES, load_mixture, load_source
     from .inference.generation import answer, stream_answer
     from .model.configuration import VLMConfig
@@ -46,7 +47,7 @@ _HOMES = {
     "lora_config": "stack.lora",
     "match_embeddings": "stack.build_stack",
     "MultimodalCollator": "batch.collator",
-    "Provenance": "bundle.save",
+    "Provenance": "bundle.manifest",
     "Recipe": "recipe.schema",
     "render": "templates.render",
     "render_chat": "templates.render",

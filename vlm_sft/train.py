@@ -50,7 +50,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         UserError: Anything a user can mend.
     """
     from .bundle.hub import check_access
-    from .bundle.save import read_manifest
+    from .bundle.manifest import read_manifest
     from .preflight.samples import glance
     from .recipe.libraries import build_sft_config, validate_libraries
     from .stack.compose import compose

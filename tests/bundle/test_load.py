@@ -14,7 +14,6 @@ from support.bundles import ALTERED, altered, bump, trained
 from vlm_sft import load
 from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.load import load_trained
-from vlm_sft.bundle.save import update_manifest
 from vlm_sft.stack.build_stack import build_stack
 
 
@@ -68,19 +67,6 @@ def test_a_run_that_trains_more_than_a_checkpoint_holds_cannot_go_on_from_it(rec
     stack = build_stack(recipe(train={"projector": 1e-3, "resampler": 1e-3}, name="two"))
     with pytest.raises(UserError, match=r"lacks \d+ trained tensors, for instance 'model\.resampler"):
         load_trained(tmp_path / "bundle", stack.model, stack.plan)
-
-
-def test_a_folder_that_is_no_bundle_or_one_of_a_later_format(recipe, tmp_path):
-    with pytest.raises(UserError, match=r"is no bundle: it has no bundle\.json; give the output_dir of a finished run"):
-        load(tmp_path)
-    trained(recipe(), tmp_path / "bundle")
-    update_manifest(tmp_path / "bundle", {"format": 2})
-    with pytest.raises(UserError, match=r"has the format 2, this version reads 1; upgrade vlm_sft"):
-        load(tmp_path / "bundle")
-    for content, words in (("{", "cannot be read"), ("[]", "holds no mapping")):
-        (tmp_path / "bundle" / "bundle.json").write_text(content)
-        with pytest.raises(UserError, match=rf"bundle\.json' {words}.*the bundle is not whole"):
-            load(tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("name", ["processor_config.json", "tokenizer.json"])

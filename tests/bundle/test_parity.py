@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
+from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.parity import MAX_POSITIONS, check_parity, main, probe_logits
-from vlm_sft.bundle.save import Provenance, save_bundle
+from vlm_sft.bundle.save import save_bundle
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.lora import lora_config
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from support.bundles import altered, bump, logits, move, trained
 from support.paths import ROOT
-from vlm_sft import load, load_recipe
+from vlm_sft import load
 from vlm_sft.base.errors import UserError
 from vlm_sft.bundle import save as bundle
-from vlm_sft.bundle.save import Provenance, save_bundle, update_manifest
-from vlm_sft.model.freeze import FreezePlan, part_of
+from vlm_sft.bundle.manifest import Provenance, update_manifest
+from vlm_sft.bundle.save import save_bundle
+from vlm_sft.model.freeze import part_of
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.lora import lora_config
 
@@ -170,7 +171,7 @@ def half_written(state, path, **kwargs):
     full_disk()
 
 
-@pytest.mark.parametrize("step", ["save_file", "_save_adapter", "_write_json"])
+@pytest.mark.parametrize("step", ["save_file", "_save_adapter", "write_json"])
 def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_bundle_whole(step, recipe, tmp_path, monkeypatch):
     made = recipe(lora={"r": 2})
     before = trained(made, tmp_path / "bundle")
@@ -221,16 +222,3 @@ def test_saving_again_replaces_all_of_it(recipe, tmp_path):
     assert (tmp_path / "bundle" / "README.md").read_text() == "mine", "PEFT would put its own card there"
     again, processor = load(tmp_path / "bundle")
     assert torch.equal(logits(again, processor), logits(model, processor))
-
-
-def test_the_manifest_says_what_the_bundle_is(recipe, pieces, tmp_path):
-    stack = build_stack(made := recipe())
-    notes = {"train_rows": {"rows": 8, "名": "猫"}}
-    provenance = Provenance(made, stack.pieces, notes)
-    save_bundle(tmp_path / "bundle", stack.model, stack.processor, FreezePlan({"projector": 1e-3}), provenance)
-    manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text(encoding="utf-8"))
-    assert manifest["format"] == 1 and manifest["trained"] == ["projector"] and manifest["adapter"] is False
-    assert manifest["train_rows"] == notes["train_rows"]
-    assert manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert manifest["pieces"]["language_model"]["pretrained"] == pieces["llama"]
-    assert load_recipe(tmp_path / "bundle" / "recipe.yaml").resolved() == made.resolved()

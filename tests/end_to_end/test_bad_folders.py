@@ -11,7 +11,8 @@ import pytest
 from support.bad_input import command
 from support.tiny_pieces import tiny_stack
 from vlm_sft import load_recipe
-from vlm_sft.bundle.save import Provenance, save_bundle
+from vlm_sft.bundle.manifest import Provenance
+from vlm_sft.bundle.save import save_bundle
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.train import main
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from support.tiny_families import TINY, encoded, tiny
 from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load, load_mixture, load_recipe, lora_config
 from vlm_sft.base.errors import UserError
+from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.parity import probe_logits
-from vlm_sft.bundle.save import Provenance
 from vlm_sft.cli.main import app
 from vlm_sft.families.build_family import compose_family
 from vlm_sft.inference.generation import answer, stream_answer

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
-from vlm_sft.bundle.save import Provenance, save_bundle
+from vlm_sft.bundle.manifest import Provenance
+from vlm_sft.bundle.save import save_bundle
 from vlm_sft.cli import main as cli
 from vlm_sft.inference import evaluate, scoring
 from vlm_sft.inference.evaluate import run, sources_of, train_seconds

@@ -13,7 +13,8 @@ from support.tiny_pieces import save_checkpoint
 from vlm_sft import VLMProcessor
 from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.load import load
-from vlm_sft.bundle.save import Provenance, save_bundle
+from vlm_sft.bundle.manifest import Provenance
+from vlm_sft.bundle.save import save_bundle
 from vlm_sft.export.native_model import native_form
 from vlm_sft.model.positions import cast, fit_positions
 from vlm_sft.pieces.load_parts import load_vision_tower

@@ -24,7 +24,8 @@ from support.tiny_pieces import make_tokenizer, save_checkpoint
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.load import load
-from vlm_sft.bundle.save import Provenance, save_bundle
+from vlm_sft.bundle.manifest import Provenance
+from vlm_sft.bundle.save import save_bundle
 from vlm_sft.pieces.layouts import LAYOUTS, detect, join_qkv_bias
 from vlm_sft.stack.build_stack import build_stack
 

@@ -13,8 +13,8 @@ from support.conversations import make_row, turn
 from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load, load_recipe, lora_config
 from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.handover import hand_over
+from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.parity import check_parity
-from vlm_sft.bundle.save import Provenance
 from vlm_sft.model.freeze import is_adapter, part_of
 from vlm_sft.recipe.libraries import build_sft_config, validate_libraries
 from vlm_sft.stack.build_stack import build_empty_stack

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlm_sft.bundle.handover import hand_over
-from vlm_sft.bundle.save import Provenance, save_bundle
+from vlm_sft.bundle.manifest import Provenance
+from vlm_sft.bundle.save import save_bundle
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.lora import add_adapter, lora_config
 

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from support.bundles import snapshot
 from support.conversations import make_row, turn
 from vlm_sft.base.errors import UserError
-from vlm_sft.bundle.save import Provenance
+from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.data.ledger import Ledger, SourceLedger
 from vlm_sft.model.freeze import is_adapter, part_of
 

@@ -10,7 +10,7 @@ from ..model.freeze import FreezePlan, is_quantised
 from ..pieces.fingerprints import compare_pieces
 from ..stack.build_stack import Stack
 from .load import load_trained
-from .save import mark_taken, read_manifest
+from .manifest import mark_taken, read_manifest
 
 # What must be as it was for features to mean the same, and the key of the recipe that says it.
 FEATURES = {

@@ -24,8 +24,9 @@ from ..base.hub import LOGIN, TRIES, one_sentence, patiently
 from ..base.reach import look_for_hub
 from ..recipe.yaml_file import YamlFile, dump_yaml
 from .card import CARD, without_folders, write_card
+from .manifest import read_manifest
 from .run_folder import MANIFEST, nearest_bundle
-from .save import RECIPE, read_manifest
+from .save import RECIPE
 
 # What a bundle consists of. Anything else in its folder stays where it is: optimizer states, checkpoints, logs.
 SHARED = (

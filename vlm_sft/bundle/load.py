@@ -24,7 +24,8 @@ from ..recipe.schema import Recipe, load_recipe
 from ..stack.build_stack import build_stack
 from ..stack.lora import add_adapter
 from .hub import find_bundle, is_fetched, is_name
-from .save import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED, parameters_of, read_manifest
+from .manifest import read_manifest
+from .save import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED, parameters_of
 
 
 def load(

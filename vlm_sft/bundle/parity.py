@@ -22,7 +22,7 @@ from ..base.errors import UserError, exit_on_user_error
 from ..base.names import IGNORED
 from ..model.freeze import part_of
 from .load import load
-from .save import update_manifest
+from .manifest import update_manifest
 
 # Same weights, same code, another process: equal on a CPU up to the order of threads, on a GPU up to kernel choice.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

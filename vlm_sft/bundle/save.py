@@ -11,15 +11,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -32,29 +27,12 @@ from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan, is_adapter, part_of
 from ..recipe.libraries import settle_precision
-from ..recipe.safety import check_folder, check_pieces, read_json
 from ..recipe.schema import Recipe
-from .run_folder import MANIFEST, find_manifest
+from .manifest import Provenance, make_manifest, write_json
+from .run_folder import MANIFEST
 
-FORMAT = 1
 TRAINED, RECIPE, TEMPLATE = "trained.safetensors", "recipe.yaml", "chat_template.jinja"
-LIBRARIES = ("vlm_sft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-@dataclass
-class Provenance:
-    """Where a bundle comes from.
-
-    Args:
-        recipe: The resolved recipe.
-        pieces: Part → id, revision and fingerprint, as `Stack.pieces`.
-        notes: Anything else worth keeping (rows used and rejected, for instance).
-    """
-
-    recipe: Recipe
-    pieces: dict[str, dict[str, Any]]
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def save_bundle(
@@ -79,23 +57,13 @@ def save_bundle(
         UserError: The folder cannot be written.
     """
     folder = Path(folder)
-    pieces = provenance.pieces if provenance else {}
-    held = held_parts(plan, pieces)
-    manifest = {
-        "format": FORMAT,
-        "pieces": pieces,
-        "trained": sorted(plan.train),
-        "held": sorted(held),
-        "adapter": isinstance(model, PeftModel),
-        "stages": stages_of(plan, provenance, isinstance(model, PeftModel)) if provenance else [],
-        "versions": {name: _version(name) for name in LIBRARIES},
-        **(provenance.notes if provenance else {}),
-    }
+    manifest = make_manifest(plan, provenance, isinstance(model, PeftModel))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as beside:
             unfinished = Path(beside)
-            save_file(held_tensors(model, held, state_dict), unfinished / TRAINED, metadata={"format": "pt"})
+            tensors = held_tensors(model, set(manifest["held"]), state_dict)
+            save_file(tensors, unfinished / TRAINED, metadata={"format": "pt"})
             if isinstance(model, PeftModel):
                 _save_adapter(model, unfinished, provenance, state_dict)
             core = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -104,7 +72,7 @@ def save_bundle(
             if provenance is not None:
                 recipe = settle_precision(provenance.recipe)
                 (unfinished / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-            _write_json(unfinished / MANIFEST, manifest)
+            write_json(unfinished / MANIFEST, manifest)
             # The manifest goes last: what it says is true of everything beside it.
             for path in sorted(unfinished.iterdir(), key=lambda path: path.name == MANIFEST):
                 if (folder / path.name).is_dir():
@@ -112,46 +80,6 @@ def save_bundle(
                 os.replace(path, folder / path.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"The bundle cannot be written to {str(folder)!r}: {reason_of(error)}.") from error
-
-
-def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[dict[str, Any]]:
-    """What each stage up to this one trained, and on which sources; the earlier ones as their bundles say."""
-    recipe = provenance.recipe
-    earlier = Path(recipe.init_from or "") / MANIFEST
-    told = json.loads(earlier.read_text(encoding="utf-8")).get("stages", []) if earlier.is_file() else []
-    this = {
-        "recipe": recipe.path.stem if recipe.path else None,
-        "trained": sorted(plan.train),
-        "adapter": adapter,
-        "data": [source.name for source in recipe.data.train],
-    }
-    return [*told, this]
-
-
-def held_parts(plan: FreezePlan, pieces: dict[str, dict[str, Any]]) -> set[str]:
-    """The parts that a bundle must hold, because no base piece is like them.
-
-    They are the trained ones, those that `init_from` brought from an earlier stage, and a stack's projector: it is in
-    no base piece, also where only LoRA is trained.
-    """
-    new = () if "model" in pieces else ("projector",)
-    brought = {part for part, piece in pieces.items() if "init_from" in piece} - {"model"}
-    return {*plan.train, *new, *brought, *pieces.get("model", {}).get("held", ())}
-
-
-def mark_taken(pieces: dict[str, dict[str, Any]], parts: Iterable[str], folder: str) -> None:
-    """Notes in a stack's pieces which parts came from another bundle: theirs is not like them any more.
-
-    Args:
-        pieces: `Stack.pieces`; an existing VLM is one piece of several parts.
-        parts: The parts.
-        folder: The bundle.
-    """
-    if "model" in pieces:
-        pieces["model"] |= {"init_from": folder, "held": sorted(parts)}
-        return
-    for part in set(parts) & set(pieces):
-        pieces[part]["init_from"] = folder
 
 
 def held_tensors(
@@ -197,39 +125,3 @@ def _base_of(recipe: Recipe) -> str:
     if recipe.model is not None:
         return recipe.model.pretrained
     return recipe.parts.language_model.pretrained
-
-
-def update_manifest(folder: str | Path, entries: dict[str, Any]) -> None:
-    """Adds to `bundle.json`."""
-    _write_json(Path(folder) / MANIFEST, {**read_manifest(folder), **entries})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes beside and renames, so that a file is never half there."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Reads `bundle.json`.
-
-    Raises:
-        UserError: The folder is no bundle, or a bundle of a later format.
-    """
-    path = find_manifest(folder)
-    check_folder(Path(folder))
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{str(path)!r} has the format {manifest.get('format')}, this version reads {FORMAT}; upgrade vlm_sft."
-        )
-    check_pieces(manifest.get("pieces"), str(path))
-    return manifest
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -21,8 +21,8 @@ from torch import nn
 from ..base.errors import UserError
 from ..bundle.hub import find_bundle
 from ..bundle.load import load, recipe_of
+from ..bundle.manifest import read_manifest
 from ..bundle.parity import TOLERANCE, environment
-from ..bundle.save import read_manifest
 from .card import write_export_card
 from .check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
 from .forms import Form, form_of

@@ -11,15 +11,16 @@ from peft import PeftModel
 from ..batch.processor import VLMProcessor
 from ..bundle.card import write_card
 from ..bundle.load import recipe_of
+from ..bundle.manifest import Provenance, mark_taken, read_manifest
 from ..bundle.parity import check_parity, probe_logits
-from ..bundle.save import RECIPE, Provenance, mark_taken, read_manifest, save_bundle
+from ..bundle.save import RECIPE, save_bundle
 from ..families.model import cast_parts
 from ..model.freeze import FreezePlan, is_adapter, part_of
 from ..model.positions import cast
 from ..pieces.fingerprints import pieces_of
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import YamlFile
-from ..stack.build_stack import dtype_of
+from ..stack.precision import dtype_of
 from .check import QUESTION, noise_picture
 from .forms import FamilyForm
 from .native_model import to_causal_lm

@@ -52,7 +52,7 @@ def run(
     from ..bundle.card import write_card
     from ..bundle.hub import find_bundle, is_fetched
     from ..bundle.load import load, recipe_of
-    from ..bundle.save import read_manifest
+    from ..bundle.manifest import read_manifest
     from ..recipe.schema import load_recipe
 
     folder = find_bundle(bundle)

@@ -14,7 +14,7 @@ from ..base.errors import UserError
 from ..base.names import INSTRUCTION
 from ..batch.collator import MultimodalCollator, load_collator_class
 from ..bundle.handover import hand_over
-from ..bundle.save import Provenance, read_manifest
+from ..bundle.manifest import Provenance, read_manifest
 from ..pieces.fingerprints import compare_pieces
 from ..reading.fetch import Fetcher
 from ..stack.build_stack import build_stack, match_embeddings

@@ -24,7 +24,8 @@ from ..base.names import IGNORED
 from ..batch.collator import REJECTED, SEEN
 from ..batch.image_swap import with_other_images
 from ..bundle.load import load_trained
-from ..bundle.save import Provenance, held_parts, save_bundle
+from ..bundle.manifest import Provenance, held_parts
+from ..bundle.save import save_bundle
 from ..data.ledger import Ledger
 from ..model.freeze import FreezePlan, is_adapter, is_quantised, part_of
 from ..model.modeling import VLMForConditionalGeneration

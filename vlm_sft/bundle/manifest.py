@@ -1,0 +1,132 @@
+"""`bundle.json`: what a bundle says of itself, and which parts it must hold."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import UserError
+from ..model.freeze import FreezePlan
+from ..recipe.safety import check_folder, check_pieces, read_json
+from ..recipe.schema import Recipe
+from .run_folder import MANIFEST, find_manifest
+
+FORMAT = 1
+LIBRARIES = ("vlm_sft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
+
+
+@dataclass
+class Provenance:
+    """Where a bundle comes from.
+
+    Args:
+        recipe: The resolved recipe.
+        pieces: Part → id, revision and fingerprint, as `Stack.pieces`.
+        notes: Anything else worth keeping (rows used and rejected, for instance).
+    """
+
+    recipe: Recipe
+    pieces: dict[str, dict[str, Any]]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def make_manifest(plan: FreezePlan, provenance: Provenance | None, adapter: bool) -> dict[str, Any]:
+    """What `bundle.json` says.
+
+    Args:
+        plan: Says which parts are trained.
+        provenance: The recipe and its pieces; without it the bundle cannot name its base.
+        adapter: Whether the bundle has one.
+    """
+    pieces = provenance.pieces if provenance else {}
+    return {
+        "format": FORMAT,
+        "pieces": pieces,
+        "trained": sorted(plan.train),
+        "held": sorted(held_parts(plan, pieces)),
+        "adapter": adapter,
+        "stages": stages_of(plan, provenance, adapter) if provenance else [],
+        "versions": {name: _version(name) for name in LIBRARIES},
+        **(provenance.notes if provenance else {}),
+    }
+
+
+def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[dict[str, Any]]:
+    """What each stage up to this one trained, and on which sources; the earlier ones as their bundles say."""
+    recipe = provenance.recipe
+    earlier = Path(recipe.init_from or "") / MANIFEST
+    told = json.loads(earlier.read_text(encoding="utf-8")).get("stages", []) if earlier.is_file() else []
+    this = {
+        "recipe": recipe.path.stem if recipe.path else None,
+        "trained": sorted(plan.train),
+        "adapter": adapter,
+        "data": [source.name for source in recipe.data.train],
+    }
+    return [*told, this]
+
+
+def held_parts(plan: FreezePlan, pieces: dict[str, dict[str, Any]]) -> set[str]:
+    """The parts that a bundle must hold, because no base piece is like them.
+
+    They are the trained ones, those that `init_from` brought from an earlier stage, and a stack's projector: it is in
+    no base piece, also where only LoRA is trained.
+    """
+    new = () if "model" in pieces else ("projector",)
+    brought = {part for part, piece in pieces.items() if "init_from" in piece} - {"model"}
+    return {*plan.train, *new, *brought, *pieces.get("model", {}).get("held", ())}
+
+
+def mark_taken(pieces: dict[str, dict[str, Any]], parts: Iterable[str], folder: str) -> None:
+    """Notes in a stack's pieces which parts came from another bundle: theirs is not like them any more.
+
+    Args:
+        pieces: `Stack.pieces`; an existing VLM is one piece of several parts.
+        parts: The parts.
+        folder: The bundle.
+    """
+    if "model" in pieces:
+        pieces["model"] |= {"init_from": folder, "held": sorted(parts)}
+        return
+    for part in set(parts) & set(pieces):
+        pieces[part]["init_from"] = folder
+
+
+def update_manifest(folder: str | Path, entries: dict[str, Any]) -> None:
+    """Adds to `bundle.json`."""
+    write_json(Path(folder) / MANIFEST, {**read_manifest(folder), **entries})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes beside and renames, so that a file is never half there."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Reads `bundle.json`.
+
+    Raises:
+        UserError: The folder is no bundle, or a bundle of a later format.
+    """
+    path = find_manifest(folder)
+    check_folder(Path(folder))
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{str(path)!r} has the format {manifest.get('format')}, this version reads {FORMAT}; upgrade vlm_sft."
+        )
+    check_pieces(manifest.get("pieces"), str(path))
+    return manifest
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
