@@ -15,7 +15,8 @@ from transformers import (
 from vlm_sft.base.errors import UserError
 from vlm_sft.batch.processor import VLMProcessor
 from vlm_sft.pieces import checkpoints
-from vlm_sft.stack.build_stack import build_empty_stack, build_stack, dtype_of, match_embeddings, plan_of
+from vlm_sft.stack.build_stack import build_empty_stack, build_stack, match_embeddings, plan_of
+from vlm_sft.stack.precision import dtype_of
 
 PATCH = {"vision": {"feature_select": "patch"}}
 

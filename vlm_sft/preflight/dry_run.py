@@ -34,7 +34,7 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
         console: Where to.
     """
     from ..recipe.libraries import validate_libraries
-    from ..stack.build_stack import precision_warning
+    from ..stack.precision import precision_warning
     from .memory import known_optimizer
 
     def say(message: str) -> None:

@@ -16,7 +16,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..base.errors import UserError
 from ..batch.processor import VLMProcessor
 from ..families.build_family import empty_family, load_family
-from ..model.configuration import VLMConfig
 from ..model.connectors import build_projector
 from ..model.freeze import FreezePlan, part_modules
 from ..model.modeling import VLMForConditionalGeneration
@@ -29,14 +28,12 @@ from ..pieces.load_parts import (
     load_vision_tower,
 )
 from ..pieces.quantization import quantise_empty
-from ..recipe.libraries import build_quantization_config, computes_in
+from ..recipe.libraries import build_quantization_config
 from .compose import compose
+from .precision import dtype_of, precision_warning
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
-
-# EVA ViT-g, with which BLIP-2's loss became infinite in fp16 (LAVIS#267); upstream trains it under loss scaling.
-OVERFLOWING = ("blip_2_vision_model", "instructblip_vision_model")
 
 
 @dataclass
@@ -139,35 +136,6 @@ def plan_of(recipe: Recipe) -> FreezePlan:
     """The recipe's freeze plan: `train:` as it stands, adapters at `sft.learning_rate`."""
     rate = float(recipe.sft.get("learning_rate", 2e-5)) if recipe.lora is not None else None
     return FreezePlan(dict(recipe.train), rate)
-
-
-def dtype_of(recipe: Recipe, part: str) -> torch.dtype:
-    """Type of a part's weights: the recipe's, else fp32 where it is trained, else what the run computes in.
-
-    What is trained stays in fp32 under autocast: bf16 weights lose small updates.
-    """
-    spec = recipe.model if part == "model" else getattr(recipe.stack, part)
-    if name := getattr(spec, "dtype", None):
-        return getattr(torch, name)
-    return torch.float32 if part in recipe.train else getattr(torch, computes_in(recipe))
-
-
-def precision_warning(recipe: Recipe, config: VLMConfig) -> str | None:
-    """One sentence when fp16 is asked for with a vision tower that is known to overflow in it, else None."""
-    if recipe.stack is None:
-        return None
-    kind = config.vision_config.model_type  # type: ignore[union-attr]
-    if kind not in OVERFLOWING or torch.float16 not in (dtype_of(recipe, "vision_tower"), _autocast(recipe)):
-        return None
-    return (
-        f"fp16 with the vision tower of {recipe.stack.vision_tower.pretrained}: this ViT is known to overflow in fp16 "
-        f"(LAVIS#267), and the loss becomes NaN or infinite then; use sft.bf16=true, or fp32 (sft.fp16=false "
-        f"sft.bf16=false) where the device has no bf16."
-    )
-
-
-def _autocast(recipe: Recipe) -> torch.dtype:
-    return getattr(torch, computes_in(recipe))
 
 
 @torch.no_grad()
