@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.card import bases_of, render_card, shown
-from ..bundle.save import read_manifest
+from ..bundle.manifest import read_manifest
 from .check import ADAPTER_FOLDER
 
 
