@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -15,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from .base.console import make_console, say
 from .base.errors import UserError, exit_on_user_error, first_to_say
 from .base.interrupts import Interrupts
+from .base.names import CURVES, METRICS
 from .base.processes import on_first_process
 from .base.quiet import quiet_libraries
+from .base.whole_files import write_json
 from .bundle.run_folder import PREFIX, settle_resume, sweep
 from .preflight.dry_run import dry_run
 from .preflight.launch import read_launch
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from .recipe.schema import Recipe
     from .training.pushes import PushCallback
     from .training.trainer import VLMSFTTrainer
-
-METRICS = "metrics.json"
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -118,7 +117,7 @@ def fit(trainer: VLMSFTTrainer, pushes: PushCallback | None = None) -> None:
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
     """Writes bundle, metrics and curves, then proves in a fresh process that the bundle gives the same logits."""
     from .bundle.card import write_card
-    from .bundle.curves import CURVES, draw_curves
+    from .bundle.curves import draw_curves
     from .bundle.parity import check_parity, probe_logits
 
     folder = Path(trainer.args.output_dir)
@@ -129,7 +128,7 @@ def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Consol
     logits = probe_logits(model, batch)  # on every process: each may hold a share of the weights
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
-        (folder / METRICS).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / METRICS, history, indent=1)
         curves = draw_curves(history, folder / CURVES, title=folder.name)
         with console.status("Loading the bundle in a fresh process to compare its logits"):
             parity = check_parity(folder, model, batch, logits)

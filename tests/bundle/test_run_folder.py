@@ -8,17 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from vlm_sft.base.errors import UserError
-from vlm_sft.bundle.run_folder import (
-    CONTENTS,
-    checkpoints,
-    flaw_of,
-    newest,
-    publish,
-    remove,
-    rotate,
-    settle_resume,
-    sweep,
-)
+from vlm_sft.base.names import CHECKPOINT_FILES
+from vlm_sft.bundle.run_folder import checkpoints, flaw_of, newest, publish, remove, rotate, settle_resume, sweep
 
 
 def save(folder, step, text="weights"):
@@ -59,11 +50,11 @@ def cut_a_file(checkpoint):
 
 
 def lose_the_list(checkpoint):
-    (checkpoint / CONTENTS).unlink()
+    (checkpoint / CHECKPOINT_FILES).unlink()
 
 
 def cut_the_list(checkpoint):
-    (checkpoint / CONTENTS).write_text('{"files": {"trai')
+    (checkpoint / CHECKPOINT_FILES).write_text('{"files": {"trai')
 
 
 @pytest.mark.parametrize(
@@ -71,8 +62,8 @@ def cut_the_list(checkpoint):
     [
         (lose_a_file, "its file trained is missing"),
         (cut_a_file, "its file trained has 3 bytes, not 7"),
-        (lose_the_list, f"it has no list of its files ({CONTENTS})"),
-        (cut_the_list, f"it has no list of its files ({CONTENTS})"),
+        (lose_the_list, f"it has no list of its files ({CHECKPOINT_FILES})"),
+        (cut_the_list, f"it has no list of its files ({CHECKPOINT_FILES})"),
     ],
 )
 def test_half_a_checkpoint_is_passed_over_and_named(tmp_path, damage, flaw):

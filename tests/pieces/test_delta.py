@@ -207,10 +207,10 @@ def test_a_full_disk_is_named_before_and_while_writing(pair, tmp_path, monkeypat
         with pytest.raises(UserError, match=r"cannot be written: No space left on device; nothing was left there"):
             apply_delta(*pair, tmp_path / "out", shard_bytes=20_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
-    (tmp_path / ".out.unfinished").mkdir()  # a run that was killed left something behind
-    (tmp_path / ".out.unfinished" / "model-00009-of-00009.safetensors").write_bytes(b"half")
+    (tmp_path / ".unfinished-out-x1y2").mkdir()  # a run that was killed left something behind
+    (tmp_path / ".unfinished-out-x1y2" / "model-00009-of-00009.safetensors").write_bytes(b"half")
     assert apply_delta(*pair, tmp_path / "out")["shards"] == 1
-    assert not (tmp_path / ".out.unfinished").exists()
+    assert not (tmp_path / ".unfinished-out-x1y2").exists()
     with pytest.raises(UserError, match="is there already and not empty"):
         apply_delta(*pair, tmp_path / "out")
 

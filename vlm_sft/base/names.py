@@ -1,4 +1,4 @@
-"""What things are called, wherever they are written down: the parts of a model, marks in rows, inputs of the model."""
+"""What things are called, wherever they are written down: parts and inputs of a model, marks in rows, files."""
 
 from __future__ import annotations
 
@@ -13,3 +13,30 @@ IGNORED = -100
 
 INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
 """What a batch holds for a resampler that reads the instruction too (InstructBLIP): (N, L) each, one row an image."""
+
+MANIFEST = "bundle.json"
+"""Makes a folder a bundle: its pieces, what is trained, the ledger, versions; written last."""
+
+RECIPE, TEMPLATE, TRAINED = "recipe.yaml", "chat_template.jinja", "trained.safetensors"
+"""Of a bundle: the resolved recipe, the chat template, and the trained tensors that are not LoRA's."""
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""LoRA, as PEFT names its files."""
+
+CARD, METRICS, CURVES, SCORES = "README.md", "metrics.json", "curves.png", "eval.json"
+"""What a bundle tells a reader: the model card, the numbers of its training, their curves, what `evaluate` found."""
+
+STRANGE_STEPS = "watch.jsonl"
+"""Of a run: the steps that went wrong."""
+
+PREFLIGHT_PAGE = "preflight.html"
+"""What `vlm-sft preflight` writes."""
+
+CHECKPOINT_FILES = "checkpoint.json"
+"""Of a checkpoint: its files and their sizes."""
+
+EXPORT_REPORT = "export.json"
+"""Makes a folder an export: what it was made from and how its logits were compared."""
+
+CONFIG, PROCESSOR_CONFIG = "config.json", "processor_config.json"
+"""Of a checkpoint of transformers."""

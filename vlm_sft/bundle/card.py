@@ -12,10 +12,8 @@ import yaml
 from huggingface_hub import CardData, ModelCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..base.names import CARD, CURVES, MANIFEST, METRICS, RECIPE, SCORES
 from ..recipe.yaml_file import dump_yaml
-from .run_folder import MANIFEST
-
-CARD = "README.md"
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
@@ -30,7 +28,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     """
     folder = Path(folder)
     manifest = _read(folder / MANIFEST)
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     head: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "library_name": "vlm_sft", "tags": ["vlm_sft", "trl"]}
     if manifest["adapter"]:
         head["tags"].append("lora")
@@ -51,9 +49,9 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         chat_template=Path(recipe["chat_template"]).stem if recipe["chat_template"] else None,
         start=recipe.get("init_from"),
         row_counts={key.removesuffix("_rows"): counts for key, counts in manifest.items() if key.endswith("_rows")},
-        results=_read(folder / "eval.json"),
-        evaluation=next((row for row in reversed(_read(folder / "metrics.json") or []) if "eval_loss" in row), None),
-        curves=(folder / "curves.png").is_file(),
+        results=_read(folder / SCORES),
+        evaluation=next((row for row in reversed(_read(folder / METRICS) or []) if "eval_loss" in row), None),
+        curves=(folder / CURVES).is_file(),
         recipe=written,
         # A fence ends at one as long: that of a prompt in the recipe must not end ours.
         fence="`" * max([3, *(len(run) + 1 for run in re.findall("`+", written))]),

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CURVES = "curves.png"
 LEARNING_RATE = "learning_rate"
 # A loss that falls by this factor shows nothing of its end on a linear axis.
 WIDE = 8.0

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..base.errors import UserError
+from ..base.names import CONFIG
 from ..model.freeze import FreezePlan, is_quantised
 from ..pieces.fingerprints import compare_pieces
 from ..stack.build_stack import Stack
@@ -65,6 +66,6 @@ def hand_over(stack: Stack, folder: str | Path) -> list[str]:
 
 def _read_config(folder: Path) -> dict:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"init_from {str(folder)!r}: its config.json cannot be read ({error}).") from error

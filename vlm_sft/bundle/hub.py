@@ -6,7 +6,6 @@ tokens out of everything.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,19 +20,33 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..base.errors import TOKEN, UserError
 from ..base.hub import LOGIN, TRIES, one_sentence, patiently
+from ..base.names import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CARD,
+    CONFIG,
+    CURVES,
+    MANIFEST,
+    METRICS,
+    PROCESSOR_CONFIG,
+    RECIPE,
+    SCORES,
+    TEMPLATE,
+    TRAINED,
+)
 from ..base.reach import look_for_hub
+from ..base.whole_files import write_json
 from ..recipe.yaml_file import YamlFile, dump_yaml
-from .card import CARD, without_folders, write_card
+from .card import without_folders, write_card
 from .manifest import read_manifest
-from .run_folder import MANIFEST, nearest_bundle
-from .save import RECIPE
+from .run_folder import nearest_bundle
 
 # What a bundle consists of. Anything else in its folder stays where it is: optimizer states, checkpoints, logs.
 SHARED = (
-    *(MANIFEST, "recipe.yaml", "trained.safetensors", "adapter_config.json", "adapter_model.safetensors"),
-    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *(MANIFEST, RECIPE, TRAINED, ADAPTER_CONFIG, ADAPTER),
+    *(CONFIG, "generation_config.json", PROCESSOR_CONFIG, "preprocessor_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
-    *("chat_template.jinja", "qformer_tokenizer/*", "metrics.json", "eval.json", "curves.png", "README.md"),
+    *(TEMPLATE, "qformer_tokenizer/*", METRICS, SCORES, CURVES, CARD),
 )
 TEXTS = (".json", ".yaml", ".md", ".jinja", ".txt")
 
@@ -100,7 +113,7 @@ def staged(folder: Path, repo_id: str) -> Iterator[Path]:
         recipe = without_folders(YamlFile.read(folder / RECIPE).data)
         for name in (MANIFEST, RECIPE, CARD):
             (stage / name).unlink(missing_ok=True)  # the link alone: what it leads to is the bundle's own
-        (stage / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(stage / MANIFEST, manifest)
         (stage / RECIPE).write_text(dump_yaml(recipe), encoding="utf-8")
         write_card(stage, repo_id)
         refuse_tokens(stage)

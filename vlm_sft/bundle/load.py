@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..base.errors import UserError
+from ..base.names import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED
 from ..batch.processor import VLMProcessor
 from ..families.build_family import load_processor
 from ..model.freeze import FreezePlan
@@ -25,7 +26,7 @@ from ..stack.build_stack import build_stack
 from ..stack.lora import add_adapter
 from .hub import find_bundle, is_fetched, is_name
 from .manifest import read_manifest
-from .save import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED, parameters_of
+from .save import parameters_of
 
 
 def load(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
+from ..base.names import MANIFEST
+from ..base.whole_files import write_json
 from ..model.freeze import FreezePlan
 from ..recipe.safety import check_folder, check_pieces, read_json
 from ..recipe.schema import Recipe
-from .run_folder import MANIFEST, find_manifest
+from .run_folder import find_manifest
 
 FORMAT = 1
 LIBRARIES = ("vlm_sft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
@@ -99,13 +100,6 @@ def mark_taken(pieces: dict[str, dict[str, Any]], parts: Iterable[str], folder: 
 def update_manifest(folder: str | Path, entries: dict[str, Any]) -> None:
     """Adds to `bundle.json`."""
     write_json(Path(folder) / MANIFEST, {**read_manifest(folder), **entries})
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes beside and renames, so that a file is never half there."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

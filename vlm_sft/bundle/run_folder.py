@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
+from ..base.names import CHECKPOINT_FILES, EXPORT_REPORT, MANIFEST, STRANGE_STEPS
+from ..base.whole_files import UNFINISHED
 from ..base.words import closest
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-PREFIX, UNFINISHED, CONTENTS = "checkpoint-", ".unfinished-", "checkpoint.json"
-MANIFEST, RECORDS = "bundle.json", "watch.jsonl"
+PREFIX = "checkpoint-"
 _NAME = re.compile(rf"{PREFIX}(\d+)")
 
 
@@ -47,9 +48,9 @@ def flaw_of(checkpoint: Path) -> str | None:
     Files are compared by name and size, so that a copy that was cut off is found too.
     """
     try:
-        files = json.loads((checkpoint / CONTENTS).read_text(encoding="utf-8"))["files"].items()
+        files = json.loads((checkpoint / CHECKPOINT_FILES).read_text(encoding="utf-8"))["files"].items()
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return f"it has no list of its files ({CONTENTS})"
+        return f"it has no list of its files ({CHECKPOINT_FILES})"
     for name, size in files:
         path = checkpoint / name
         if not path.is_file():
@@ -93,7 +94,7 @@ def _what_else(folder: Path) -> str:
         return f"there is no such folder; {f'did you mean {near!r}?' if near else finished}"
     if not folder.is_dir():
         return f"it is a file; {finished}"
-    if (folder / "export.json").is_file():
+    if (folder / EXPORT_REPORT).is_file():
         return "it is an export, which transformers loads by itself; give the bundle that it was made from."
     if checkpoint := newest(folder):
         return f"its run did not end; give a checkpoint, {str(checkpoint)!r}, or go on with the run: --resume."
@@ -120,12 +121,14 @@ def find_records(folder: str | Path) -> Path:
     Raises:
         UserError: Nothing was written down, or the folder is no run's.
     """
-    path = Path(folder) / RECORDS
+    path = Path(folder) / STRANGE_STEPS
     if path.is_file():
         return path
     if (Path(folder) / MANIFEST).is_file() or checkpoints(folder):
-        raise UserError(f"{str(folder)!r} has no {RECORDS}: no step of this run went wrong, so there is none to show.")
-    lacks = f"it has neither {RECORDS} nor a checkpoint" if Path(folder).is_dir() else "there is no such folder"
+        raise UserError(
+            f"{str(folder)!r} has no {STRANGE_STEPS}: no step of this run went wrong, so there is none to show."
+        )
+    lacks = f"it has neither {STRANGE_STEPS} nor a checkpoint" if Path(folder).is_dir() else "there is no such folder"
     raise UserError(f"{str(folder)!r} is no run: {lacks}; give the sft.output_dir of one.")
 
 
@@ -136,9 +139,9 @@ def publish(unfinished: Path, final: Path) -> None:
         unfinished: The folder that was written; it is gone afterwards.
         final: Its name from now on. What stands there is replaced.
     """
-    files = sorted(path for path in unfinished.rglob("*") if path.is_file() and path.name != CONTENTS)
+    files = sorted(path for path in unfinished.rglob("*") if path.is_file() and path.name != CHECKPOINT_FILES)
     contents = {"files": {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in files}}
-    (unfinished / CONTENTS).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    (unfinished / CHECKPOINT_FILES).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
     for path in (*unfinished.rglob("*"), unfinished):
         _flush(path)
     remove(final)

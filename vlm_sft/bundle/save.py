@@ -23,16 +23,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..base.errors import UserError
+from ..base.names import CARD, MANIFEST, RECIPE, TRAINED
+from ..base.whole_files import UNFINISHED, write_json
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan, is_adapter, part_of
 from ..recipe.libraries import settle_precision
 from ..recipe.schema import Recipe
-from .manifest import Provenance, make_manifest, write_json
-from .run_folder import MANIFEST
-
-TRAINED, RECIPE, TEMPLATE = "trained.safetensors", "recipe.yaml", "chat_template.jinja"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from .manifest import Provenance, make_manifest
 
 
 def save_bundle(
@@ -60,7 +58,7 @@ def save_bundle(
     manifest = make_manifest(plan, provenance, isinstance(model, PeftModel))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as beside:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as beside:
             unfinished = Path(beside)
             tensors = held_tensors(model, set(manifest["held"]), state_dict)
             save_file(tensors, unfinished / TRAINED, metadata={"format": "pt"})
@@ -117,7 +115,7 @@ def _save_adapter(
         for config in model.peft_config.values():
             config.base_model_name_or_path = _base_of(provenance.recipe)
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, which would replace the bundle's own
+    (folder / CARD).unlink(missing_ok=True)  # PEFT's card, which would replace the bundle's own
 
 
 def _base_of(recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..base.errors import UserError, exit_on_user_error
+from ..base.names import PREFLIGHT_PAGE
 from .data import data_app
 from .recipes import recipes_app
 
@@ -104,7 +105,7 @@ def train(
 def preflight(
     recipe: Recipe,
     overrides: Overrides = None,
-    output: Annotated[str, typer.Option("--output", "-o", help="The page to write.")] = "preflight.html",
+    output: Annotated[str, typer.Option("--output", "-o", help="The page to write.")] = PREFLIGHT_PAGE,
     no_model: Annotated[
         bool, typer.Option("--no-model", help="Look at rows and sizes alone; read no weights.")
     ] = False,

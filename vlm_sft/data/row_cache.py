@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, config, is_caching_enabled
 
 from ..base.errors import RowError, UserError
+from ..base.whole_files import written_beside
 from ..reading.files import TEXT_FILES, about_rows
 from ..reading.locations import list_files, text_files
 from .source import SourceLike
@@ -94,17 +94,10 @@ class Keeper:
             return None
         note = json.dumps({"read_from": self.read_from, "rejected": errors}).encode()
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _NOTE: note})
-        beside = None
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, suffix=".part", delete=False) as file:
-                beside = file.name
-                with pa.ipc.new_stream(file, table.schema) as stream:
-                    stream.write_table(table)
-            os.replace(beside, self.path)
+            with written_beside(self.path) as beside, pa.ipc.new_stream(str(beside), table.schema) as stream:
+                stream.write_table(table)
         except OSError:  # a full or read-only disk: the rows stay in memory
-            if beside is not None:
-                Path(beside).unlink(missing_ok=True)
             return None
         return self.load()
 

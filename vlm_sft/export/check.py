@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..base.names import PROCESSOR_CONFIG
+
 ADAPTER_FOLDER = "adapter"
 PROBE, PICTURE, CONVERSATION = "probe.safetensors", "picture.png", "messages.json"
 QUESTION = [
@@ -59,7 +61,7 @@ def compare(export: Path, probe: Path) -> dict[str, Any]:
 
 def read_processor(export: Path) -> Any:
     """The export's processor with PIL's images; one that also takes videos needs torchvision, and is read without."""
-    name = json.loads((export / "processor_config.json").read_text(encoding="utf-8"))["processor_class"]
+    name = json.loads((export / PROCESSOR_CONFIG).read_text(encoding="utf-8"))["processor_class"]
     kind = getattr(transformers, name)
     if "video_processor" not in kind.get_attributes():
         return AutoProcessor.from_pretrained(export, backend="pil")

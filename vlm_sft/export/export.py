@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..base.errors import UserError
+from ..base.names import ADAPTER, ADAPTER_CONFIG, CARD, EXPORT_REPORT
+from ..base.whole_files import write_json
 from ..bundle.hub import find_bundle
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
@@ -30,7 +32,6 @@ from .merged import write_merged
 from .native_model import renamed
 
 TARGETS = ("transformers", "vllm", "bundle-merged")
-MANIFEST = "export.json"
 
 
 def export(
@@ -81,7 +82,7 @@ def export(
     if to == "vllm":
         form.check_vllm()
     result |= {"form": form.name, **_write(out, to, model, form, saved, keep_adapter)}
-    (out / MANIFEST).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(out / EXPORT_REPORT, result)
     write_export_card(out, bundle, result)
     return result
 
@@ -130,16 +131,16 @@ def _write_probe(folder: Path, model: nn.Module, form: Form) -> None:
 def _keep_adapter(model: Any, form: Form, folder: Path) -> None:
     """PEFT's own files, with the names that the layers have in the native class."""
     model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / CARD).unlink(missing_ok=True)
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = None
     if names := form.adapter_names():
-        state = load_file(folder / "adapter_model.safetensors")
+        state = load_file(folder / ADAPTER)
         moved = {renamed(name, names): tensor for name, tensor in state.items()}
-        save_file(moved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(moved, folder / ADAPTER, metadata={"format": "pt"})
         modules = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in moved})
         config["target_modules"] = modules
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / ADAPTER_CONFIG, config)
 
 
 def _compare(out: Path, probe: Path, dtype: torch.dtype) -> dict[str, Any]:

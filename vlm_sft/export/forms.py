@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 
 from ..base.errors import UserError
+from ..base.names import PROCESSOR_CONFIG, TEMPLATE
+from ..base.whole_files import write_json
 from ..families.model import FamilyModel
 from ..pieces.checkpoints import Checkpoint, fetch_file
 from ..recipe.safety import read_json
@@ -19,7 +20,6 @@ from .native_model import NO_FORM, native_form, native_generation, native_model,
 from .native_processor import family_template, native_processor, question_template
 from .vllm import check_stack, named_tensors, without_images
 
-TEMPLATE = "chat_template.jinja"
 VIDEOS = "video_preprocessor_config.json"
 
 
@@ -142,12 +142,12 @@ class FamilyForm(Form):
         native.save_pretrained(out)
         self.processor.image_processor.save_pretrained(out)  # what earlier releases of transformers read
         if (videos := self._videos()) is not None:
-            (out / VIDEOS).write_text(json.dumps(videos, indent=2) + "\n", encoding="utf-8")
+            write_json(out / VIDEOS, videos)
 
     def _videos(self) -> dict[str, Any] | None:
         """The settings of the base's processor of videos, where it has any."""
         spec = self.recipe.model
-        for name, key in (("processor_config.json", "video_processor"), (VIDEOS, None)):
+        for name, key in ((PROCESSOR_CONFIG, "video_processor"), (VIDEOS, None)):
             path = fetch_file(spec.pretrained, name, spec.revision, "model.pretrained", required=False)
             found = read_json(Path(path)) if path else {}
             if videos := found.get(key) if key else found:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..base.names import RECIPE
 from ..batch.processor import VLMProcessor
 from ..bundle.card import write_card
 from ..bundle.load import recipe_of
 from ..bundle.manifest import Provenance, mark_taken, read_manifest
 from ..bundle.parity import check_parity, probe_logits
-from ..bundle.save import RECIPE, save_bundle
+from ..bundle.save import save_bundle
 from ..families.model import cast_parts
 from ..model.freeze import FreezePlan, is_adapter, part_of
 from ..model.positions import cast

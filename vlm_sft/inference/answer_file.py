@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..base.errors import UserError
+from ..base.names import RECIPE
+from ..base.whole_files import write_whole
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
 from ..bundle.hub import find_bundle
 from ..bundle.load import load
-from ..bundle.save import RECIPE
 from .generation import answer, check_length, encode_question
 from .questions import Question, conversation, read_questions
 from .settings import check_options
@@ -295,9 +296,7 @@ def _finish(target: Path, order: list[str], done: dict[str, str | None], console
     """Puts the lines into the order of the input where they are not, and says how it went."""
     if list(done) != order:  # lines were removed to be asked again, and their new answers stand at the end
         lines, _ = read_answers(target)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_bytes(b"".join(_dump(lines[key]) for key in order))
-        os.replace(temporary, target)
+        write_whole(target, b"".join(_dump(lines[key]) for key in order))
     failed = [key for key in order if done[key] is not None]
     if failed:
         raise UserError(

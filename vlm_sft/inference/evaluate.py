@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.console import say
 from ..base.errors import UserError
+from ..base.names import METRICS, SCORES
 from ..base.quiet import quiet_libraries
 from .scoring import collect, score
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
     from ..recipe.sections import Source
-
-RESULTS = "eval.json"
 
 
 def run(
@@ -60,7 +59,7 @@ def run(
     sources = sources_of(load_recipe(recipe) if recipe else own, split)
     fetched = is_fetched(folder)
     # What lies in the Hub's cache is not ours to change.
-    default = Path(f"{bundle.partition('@')[0].rpartition('/')[2]}-{RESULTS}") if fetched else folder / RESULTS
+    default = Path(f"{bundle.partition('@')[0].rpartition('/')[2]}-{SCORES}") if fetched else folder / SCORES
     target = Path(output) if output else default
     if target.is_dir():
         raise UserError(f"--output {str(target)!r} is a folder; name a file.")
@@ -98,7 +97,7 @@ def sources_of(recipe: Recipe, split: str) -> list[Source]:
 
 def train_seconds(folder: Path) -> float | None:
     """Seconds that the bundle's stage was trained for, or None where that was not written down."""
-    path = folder / "metrics.json"
+    path = folder / METRICS
     if not path.is_file():
         return None
     runtimes = [row["train_runtime"] for row in json.loads(path.read_text(encoding="utf-8")) if "train_runtime" in row]

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..base.errors import UserError
+from ..base.names import CONFIG
 from ..base.reach import hub_is_away, look_for_hub
 
 # In the order in which transformers looks for them, so that both read the same file where a folder has several.
@@ -218,7 +219,7 @@ def fetch_file(pretrained: str, name: str, revision: str | None, key: str, requi
     return path
 
 
-def unreachable(pretrained: str, key: str, lacks: str = "config.json") -> UserError:
+def unreachable(pretrained: str, key: str, lacks: str = CONFIG) -> UserError:
     """The one sentence for a piece that is neither a folder with what it needs nor to be had from the Hub.
 
     Args:

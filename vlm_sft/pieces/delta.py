@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..base.errors import UserError
+from ..base.names import CONFIG, TEMPLATE
+from ..base.whole_files import remove_unfinished, write_json, written_beside
 from ..base.words import reason_of
 from .checkpoints import Checkpoint, fetch_file
 
@@ -29,8 +30,8 @@ REPORT, INDEX = "apply_delta.json", "model.safetensors.index.json"
 Kinds = dict[str, tuple[tuple[int, ...], torch.dtype]]
 # What a causal language model needs beside its weights; it comes with the delta, whose vocabulary it is.
 SMALL_FILES = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", TEMPLATE),
 )
 # Settings that training does not change. A base that differs in one is another model, also where all shapes agree:
 # LLaMA and Llama 2 of 13B parameters differ in rms_norm_eps alone.
@@ -91,9 +92,9 @@ def apply_delta(
         for file, names in shards.items():
             write_shard(folder / file, {name: _combine(name, old, new, name in whole) for name in names})
             say(f"{file}: {len(names)} tensors, read back and equal.")
-        _write_json(folder / REPORT, {**report, "shards": len(shards)})
+        write_json(folder / REPORT, {**report, "shards": len(shards)})
         places = {name: file for file, names in shards.items() for name in names}
-        _write_json(folder / INDEX, {"metadata": {"total_size": report["bytes"]}, "weight_map": places})
+        write_json(folder / INDEX, {"metadata": {"total_size": report["bytes"]}, "weight_map": places})
     return {**report, "shards": len(shards)}
 
 
@@ -115,16 +116,13 @@ def _report(old: Checkpoint, new: Checkpoint, kinds: Kinds, tables: str, whole: 
 @contextmanager
 def _written_whole(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when all is written, and is removed when something fails."""
-    unfinished = out.parent / f".{out.name}.unfinished"
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        os.replace(unfinished, out)
+        remove_unfinished(out)  # of a run that was killed, which may be most of a disk
+        with written_beside(out) as unfinished:
+            unfinished.mkdir()
+            yield unfinished
     except (OSError, SafetensorError) as error:
         raise UserError(f"{str(out)!r} cannot be written: {reason_of(error)}; nothing was left there.") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def is_table(name: str) -> bool:
@@ -265,7 +263,7 @@ def _rows_added(old: Checkpoint, kinds: Kinds) -> dict[str, int]:
 
 
 def _settings(pretrained: str, key: str) -> dict[str, Any]:
-    path = fetch_file(pretrained, "config.json", None, key)
+    path = fetch_file(pretrained, CONFIG, None, key)
     try:
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -298,7 +296,3 @@ def _copy_small_files(delta: str, folder: Path) -> None:
             shutil.copyfile(path, folder / name)
     if not list(folder.glob("tokenizer*")):
         raise UserError(f"DELTA: {delta!r} has no tokenizer (tokenizer.model or tokenizer.json); fetch it whole.")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

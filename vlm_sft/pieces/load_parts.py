@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..base.errors import UserError
+from ..base.names import TRAINED
 from ..base.words import one_line
 from ..model.configuration import count_patches, image_size_of
 from ..model.connectors import PROJECTORS, build_resampler
@@ -52,7 +53,7 @@ PROJECTOR_NAMES = {
     **{f"projector.layers.{i}": f"layers.{i}" for i in range(8)},
 }
 # Files in which a projector is published alone, by LLaVA and by this package.
-PROJECTOR_FILES = (*WEIGHT_FILES, "mm_projector.bin", "trained.safetensors")
+PROJECTOR_FILES = (*WEIGHT_FILES, "mm_projector.bin", TRAINED)
 # What follows the features that are used here; checkpoints of encoders with another head lack it.
 UNUSED = ("pooler.", "head.")
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..base.errors import UserError
+from ..base.names import CONFIG
 from ..base.words import one_line
 from ..model.positions import INTERPOLATING
 from ..recipe.safety import LIMITS, check_config, check_length
@@ -23,7 +24,7 @@ def load_config(pretrained: str, revision: str | None, key: str, trust_remote_co
     Raises:
         UserError: There is none, or it cannot be had.
     """
-    if Path(pretrained).exists() and not (Path(pretrained) / "config.json").is_file():
+    if Path(pretrained).exists() and not (Path(pretrained) / CONFIG).is_file():
         raise unreachable(pretrained, key)
     raw_config(pretrained, revision, key)
     try:
@@ -86,10 +87,10 @@ def _raw_config(spec: Any, key: str) -> dict[str, Any]:
 
 def raw_config(pretrained: str, revision: str | None, key: str) -> dict[str, Any]:
     """The same, after a look at its numbers: some classes fill the memory while they read them."""
-    path = fetch_file(pretrained, "config.json", revision, key, required=False)
+    path = fetch_file(pretrained, CONFIG, revision, key, required=False)
     if not path:
         return {}
-    check_length(path, LIMITS["config.json"])
+    check_length(path, LIMITS[CONFIG])
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

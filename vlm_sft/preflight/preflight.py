@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.console import make_console, say
 from ..base.errors import UserError
+from ..base.names import PREFLIGHT_PAGE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from .freeze_proof import Proof
     from .launch import Launch
     from .page import Report
-
-PAGE = "preflight.html"
 
 
 def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path, with_model: bool = True) -> Report:
@@ -217,7 +216,7 @@ def _name(recipe: Recipe) -> str:
 
 def _check_output(output: Path) -> None:
     if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file, such as {output / PAGE}.")
+        raise UserError(f"--output {output} is a folder; name a file, such as {output / PREFLIGHT_PAGE}.")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: the folder {output.parent} does not exist; make it first.")
 
@@ -226,7 +225,7 @@ def run_preflight(
     recipe: str,
     overrides: list[str],
     *,
-    output: str = PAGE,
+    output: str = PREFLIGHT_PAGE,
     with_model: bool = True,
     accelerate_config: str | None = None,
     trust_remote_code: bool = False,

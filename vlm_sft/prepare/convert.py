@@ -10,7 +10,6 @@ import io
 import json
 import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterable
 from itertools import chain, count, islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from ..base.errors import UserError, row_error
 from ..base.names import IMAGE_TOKEN
+from ..base.whole_files import written_beside
 from ..base.words import reason_of
 from ..reading.image_refs import is_url
 
@@ -86,15 +86,13 @@ def convert_rows(rows: Iterable[dict[str, Any]], to: str, out: str | Path, *, co
         if path.exists():
             raise UserError(f"{path} exists already: give another OUT or remove it.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unfinished-") as beside:
-            stage = Path(beside)
-            written = write(rows, stage / "out", Images(out, stage / "images", copy_images))
+        with written_beside(out) as beside:
+            images = images_folder(beside)
+            written = write(rows, beside, Images(out, images, copy_images))
             if not written:
                 raise UserError("There are no rows to write: look at the source.")
-            if (stage / "images").exists():  # first, so that a file never names images that are not there
-                os.replace(stage / "images", images_folder(out))
-            os.replace(stage / "out", out)
+            if images.exists():  # first, so that a file never names images that are not there
+                os.replace(images, images_folder(out))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({reason_of(error)}): correct it or make room.") from None
     return written

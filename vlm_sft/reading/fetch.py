@@ -8,7 +8,6 @@ import ipaddress
 import os
 import socket
 import ssl
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from ..base.errors import RowError
+from ..base.whole_files import write_whole
 from ..base.words import one_line, reason_of
 
 REASON = "image not fetched"
@@ -78,10 +78,7 @@ class Fetcher:
 
     def _keep(self, body: bytes, path: Path) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as unfinished:
-                unfinished.write(body)
-            os.replace(unfinished.name, path)  # a reader sees the whole file or none
+            write_whole(path, body)
         except OSError as error:
             sentence = f"the folder {self.folder} for fetched images cannot be written ({reason_of(error)})"
             raise RowError(f"{sentence}: set `data.url_cache` to one that can.", reason=REASON) from None

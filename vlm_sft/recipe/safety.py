@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
-from ..base.names import PARTS
+from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE
 
 if TYPE_CHECKING:
     from .schema import Recipe
 
 MEGABYTE = 2**20
 # Bytes; the largest published tokenizer.json has some 35 MB.
-LIMITS = {"recipe.yaml": MEGABYTE, "chat_template.jinja": MEGABYTE, "adapter_config.json": MEGABYTE}
-LIMITS |= {"bundle.json": 16 * MEGABYTE, "config.json": 16 * MEGABYTE}
+LIMITS = {
+    RECIPE: MEGABYTE,
+    TEMPLATE: MEGABYTE,
+    ADAPTER_CONFIG: MEGABYTE,
+    MANIFEST: 16 * MEGABYTE,
+    CONFIG: 16 * MEGABYTE,
+}
 LARGEST_TEXT = 256 * MEGABYTE
 TEXTS = (".json", ".yaml", ".jinja", ".txt", ".md")
 # What a configuration may say: more than any published model has, and little enough to be built without weights.

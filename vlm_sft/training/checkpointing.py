@@ -22,7 +22,8 @@ from trl import SFTTrainer
 
 from ..base.errors import UserError
 from ..base.interrupts import SIGNALS, Interrupts
-from ..bundle.run_folder import PREFIX, UNFINISHED, newest, publish, rotate
+from ..base.whole_files import UNFINISHED
+from ..bundle.run_folder import PREFIX, newest, publish, rotate
 
 
 class ResumableTrainer(SFTTrainer):

@@ -13,11 +13,10 @@ from rich.table import Table
 from torch import nn
 
 from ..base.errors import UserError
-from ..base.names import IGNORED
+from ..base.names import IGNORED, RECIPE
 from ..batch.collator import MultimodalCollator
 from ..bundle.load import load
 from ..bundle.run_folder import checkpoints, find_records, flaw_of, step_of
-from ..bundle.save import RECIPE
 from ..data.dataset import load_source
 from ..recipe.schema import Recipe, load_recipe
 

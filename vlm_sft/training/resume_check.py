@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
+from ..base.names import RECIPE
 from ..recipe.libraries import settle_precision
 from ..recipe.yaml_file import KeyPath, YamlFile
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
 
-RECIPE = "recipe.yaml"
 NOT_SET = "not set"
 # What the weights or the optimizer's state in a checkpoint were made with. The optimizer brings its rates along, so a
 # new one would stand in the table and not be used.

@@ -26,7 +26,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..base.errors import UserError
 from ..base.interrupts import shield_worker
-from ..bundle.run_folder import RECORDS, newest
+from ..base.names import STRANGE_STEPS
+from ..bundle.run_folder import newest
 from .checkpointing import ResumableTrainer
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
@@ -218,7 +219,7 @@ class WatchedTrainer(ResumableTrainer):
         self.losses.recent.append(loss)
 
     def _stop_or_skip(self, what: str, parts: list[tuple[list[str], float]], wrong: bool) -> None:
-        file = Path(self.args.output_dir) / RECORDS
+        file = Path(self.args.output_dir) / STRANGE_STEPS
         if self.nonfinite == "stop":
             raise UserError(
                 f"Step {self.state.global_step + 1:,}: the {what}; its rows are {_names(parts)} (all are in {file}); "
@@ -243,7 +244,7 @@ class WatchedTrainer(ResumableTrainer):
             "losses": [each for _, each in parts],
             "checkpoint": checkpoint.name if checkpoint else None,
         }  # fmt: skip
-        with open(folder / RECORDS, "a", encoding="utf-8") as file:
+        with open(folder / STRANGE_STEPS, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def counters(self) -> dict[str, Any]:
