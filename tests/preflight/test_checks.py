@@ -18,10 +18,7 @@ PROJECTOR, TOWER = "model.projector.linear.weight", "model.vision_tower.layers.2
 
 def seen(photos, *answers, **changes) -> Evidence:
     rows = [make_row(turn(f"question {n}", answer, images=1), photos, n) for n, answer in enumerate(answers)]
-    evidence = Evidence(rows=rows, template=ZIYA, ends_with="</s>", **changes)
-    for row in rows:
-        evidence.stats.add(row)
-    return evidence
+    return Evidence(rows=rows, template=ZIYA, ends_with="</s>", **changes)
 
 
 def said(evidence) -> list[tuple[str, str]]:
@@ -80,8 +77,8 @@ def test_one_answer_for_all_or_many(photos):
 
 def test_rows_that_come_again(photos):
     evidence = seen(photos, "a cat", "a dog")
-    evidence.stats.add({**evidence.rows[0], "id": "s/9"})
-    assert said(evidence) == [(WARNING, "1 row of 2 says and shows what another one does.")]
+    evidence.rows.append({**evidence.rows[0], "id": "s/9", "source": "t"})
+    assert said(evidence) == [(WARNING, "1 row of 3 says and shows what another one does.")]
 
 
 def test_leaks_name_both_rows(photos):

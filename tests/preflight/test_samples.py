@@ -84,7 +84,7 @@ def test_evidence_is_filled(collator, photos):
     look_at(
         evidence, collator, dataset(rows_of(photos, "a cat", "一只猫")), [dataset(rows_of(photos, "b", source="e"))]
     )
-    assert len(evidence.rows) == 2 and evidence.stats.answers.total() == 2
+    assert len(evidence.rows) == 2 and [text for _, text in evidence.answers()] == ["a cat", "一只猫"]
     assert set(evidence.coverage) == {"en", "zh"} and evidence.ends_with == "</s>"
     assert [leak.held_out for leak in evidence.leaks] == ["e/0"]
     assert collator.processor.num_image_tokens == TOKENS
@@ -94,6 +94,27 @@ def test_a_glance_reads_texts_alone(collator, photos):
     (found,) = glance(dataset(rows_of(photos, "a cat", "two USER: dogs")), collator.processor)
     assert str(found).startswith("warning: 1 answer holds the role marker 'USER:'") and str(found).endswith("(s/1)")
     assert glance(iter(()), collator.processor) == [], "a stream is not read twice"
+
+
+def test_texts_are_read_without_opening_an_image(collator, tmp_path, monkeypatch):
+    photos = [str(tmp_path / f"{n}.png") for n in range(30)]
+    for photo in photos:
+        Image.new("RGB", (4, 4)).save(photo)
+    rows = [make_row(turn("q", f"picture {n}", images=1), photos[n:], n) for n in range(30)]
+    opened = []
+
+    def counted(function):
+        return lambda file, *how, **more: opened.append(str(file)) or function(file, *how, **more)
+
+    for name, function in (("builtins.open", open), ("PIL.Image.open", Image.open)):
+        monkeypatch.setattr(name, counted(function))
+    Image.open(photos[0]).close()
+    assert opened.count(photos[0]) == 2, "the count works"
+    opened.clear()
+    glance(dataset(rows), collator.processor)
+    evidence = Evidence()
+    look_at(evidence, collator, dataset(rows), [])
+    assert len(evidence.rows) == 30 and not set(opened) & set(photos)
 
 
 def data(**changes):

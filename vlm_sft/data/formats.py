@@ -20,7 +20,7 @@ from .messages import (
     Example,
     Message,
     Part,
-    answer_of,
+    answer_message,
     check_marks,
     image_part,
     split_marks,
@@ -201,7 +201,7 @@ def _caption(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
         if not answer:
             raise row.error('"caption" is empty', "write a caption or remove the row", "no answer")
         language = _language(row, answer)
-        messages = [_user(row, draw_prompt(language), len(images)), answer_of(answer)]
+        messages = [_user(row, draw_prompt(language), len(images)), answer_message(answer)]
         yield Example(messages, images, language=language)
 
 
@@ -220,7 +220,7 @@ def _vqa(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     answer = Counter(texts).most_common(1)[0][0]  # of equally frequent ones the first
     language = _language(row, f"{question} {answer}")
     asked = (draw_prompt(language) or QUESTION_MARK).replace(QUESTION_MARK, question)
-    yield Example([_user(row, asked, len(images)), answer_of(answer)], images, language=language)
+    yield Example([_user(row, asked, len(images)), answer_message(answer)], images, language=language)
 
 
 # --------------------------------------------------------------------------------------------------------- cauldron
@@ -239,7 +239,7 @@ def _cauldron(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
             raise row.error(f"{key} is {kind(turn)}, not an object with user and assistant", "correct the row")
         asked = row.text(turn.get("user"), f"{key}.user").strip()
         answer = row.text(turn.get("assistant"), f"{key}.assistant").strip()
-        messages += [{"role": "user", "content": split_marks(asked)}, answer_of(answer)]
+        messages += [{"role": "user", "content": split_marks(asked)}, answer_message(answer)]
     marks = sum(part["type"] == "image" for message in messages for part in message["content"])
     if messages and not marks:
         messages[0]["content"] = [image_part() for _ in images] + messages[0]["content"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -46,6 +46,12 @@ def shared_images(train: Iterable[dict[str, Any]], held_out: Iterable[dict[str, 
         digests = pool.map(_digest, (image for image, _ in likely.values()))
         pairs = zip(digests, likely.values(), strict=True)
         return [Leak(row, owners[digest]) for digest, (_, row) in pairs if digest in owners]
+
+
+def image_key(image: Mapping[str, Any]) -> bytes:
+    """A digest of an image as a row names it: equal for the same path, or for the same bytes; no file is opened."""
+    data = image["bytes"] if image["bytes"] is not None else image["path"].encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _by_key(rows: Iterable[dict[str, Any]]) -> dict[Any, tuple[dict[str, Any], str]]:

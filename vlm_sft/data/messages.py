@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN
 from ..reading.raw_row import RowView
+from .image_files import image_key
 
 Part = dict[str, Any]
 Message = dict[str, Any]
@@ -38,7 +40,7 @@ def split_marks(text: str) -> list[Part]:
     return [part for part in parts if part["text"] != ""]
 
 
-def answer_of(answer: str) -> Message:
+def answer_message(answer: str) -> Message:
     """What the assistant says."""
     return {"role": "assistant", "content": [text_part(answer)]}
 
@@ -60,6 +62,22 @@ def text_part(text: str) -> Part:
 def image_part() -> Part:
     """The place of an image."""
     return {"type": "image", "text": None}
+
+
+def spoken(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(role, text) of every message of a row; what stands around an image is joined."""
+    return [(m["role"], "".join(part.get("text") or "" for part in m["content"])) for m in row["messages"]]
+
+
+def answers_of(row: Mapping[str, Any]) -> list[str]:
+    """The texts that a row's assistant says."""
+    return [text for role, text in spoken(row) if role == "assistant"]
+
+
+def row_key(row: Mapping[str, Any]) -> bytes:
+    """A digest of what a row says and shows: equal for rows that differ in source and id alone."""
+    said = repr((spoken(row), [image_key(image) for image in row["images"]]))
+    return hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=16).digest()
 
 
 def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

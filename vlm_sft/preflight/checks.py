@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from ..batch.tokenizer_coverage import Coverage
 from ..data.image_files import Leak
 from ..data.ledger import Ledger
+from ..data.messages import answers_of, row_key
 from ..model.freeze import part_of
-from ..prepare.stats import DataStats
 from ..templates.literals import find_markers, role_markers
 from .freeze_proof import Proof
 
@@ -71,17 +72,10 @@ class Evidence:
     proof: Proof | None = None
     stopped: str | None = None
     memory: tuple[int, int] | None = None
-    stats: DataStats = field(default_factory=DataStats)
 
     def answers(self) -> list[tuple[str, str]]:
         """(id of the row, text) of every answer that was looked at."""
         return [(row["id"], text) for row in self.rows for text in answers_of(row)]
-
-
-def answers_of(row: dict[str, Any]) -> list[str]:
-    """The texts that a row's assistant says."""
-    said = [message for message in row["messages"] if message["role"] == "assistant"]
-    return ["".join(part.get("text") or "" for part in message["content"]) for message in said]
 
 
 def check(evidence: Evidence) -> list[Finding]:
@@ -141,7 +135,8 @@ def hollow_answers(evidence: Evidence) -> Iterator[Finding]:
 
 def common_answers(evidence: Evidence) -> Iterator[Finding]:
     """One answer for all, or for many."""
-    answers, total = evidence.stats.answers, evidence.stats.answers.total()
+    answers = Counter(text for _, text in evidence.answers())
+    total = answers.total()
     if total < FEWEST_ROWS:
         return
     text, count = answers.most_common(1)[0]
@@ -156,7 +151,7 @@ def common_answers(evidence: Evidence) -> Iterator[Finding]:
 
 def repeated_rows(evidence: Evidence) -> Iterator[Finding]:
     """Rows that are the same, word for word and image for image, beside the repeats that the recipe asks for."""
-    again = evidence.stats.repeated_rows
+    again = len(evidence.rows) - len({row_key(row) for row in evidence.rows})
     if again > MOST_REPEATED * max(len(evidence.rows), 1):
         sentence = f"{_rows(again)} of {len(evidence.rows):,} {_say(again)} and {_show(again)} what another one does."
         yield Finding(WARNING, sentence, "Remove them, or ask for them with the source's `repeat`.")

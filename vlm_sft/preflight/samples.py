@@ -19,9 +19,10 @@ from ..batch.token_view import TokenGroup, token_groups
 from ..batch.tokenizer_coverage import coverage_of
 from ..data.image_files import shared_images
 from ..data.languages import language_of
+from ..data.messages import answers_of
 from ..data.mixture import SHARES
 from ..data.streaming import first_rows
-from .checks import Evidence, Finding, answers_of, check
+from .checks import Evidence, Finding, check
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -122,9 +123,7 @@ def read_texts(evidence: Evidence, processor: VLMProcessor, rows: list[dict[str,
     """
     evidence.template, evidence.ends_with = str(processor.chat_template), processor.end_of_answer.strip(" ")
     evidence.rows = rows
-    for row in rows:
-        evidence.stats.add(row)
-    answers = (text for row in spread(rows, MEASURED) for text in answers_of(row))
+    answers = (text for row in evenly(rows, MEASURED) for text in answers_of(row))
     evidence.coverage = coverage_of(answers, processor.tokenizer)
 
 
@@ -141,7 +140,7 @@ def glance(train: Any, processor: VLMProcessor) -> list[Finding]:
     return check(evidence)
 
 
-def spread(rows: Sequence[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+def evenly(rows: Sequence[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
     """So many rows, evenly spread."""
     return islice(iter(rows[:: max(1, len(rows) // count)]), count)
 
@@ -151,7 +150,7 @@ def whole_lengths(rows: Sequence[dict[str, Any]], collator: MultimodalCollator) 
     whole = copy.copy(collator)
     whole.max_length = None
     lengths = []
-    for row in spread(rows, MEASURED):
+    for row in evenly(rows, MEASURED):
         try:
             lengths.append(len(whole.encode(row, with_images=False).chat.input_ids))
         except RowError:
@@ -165,7 +164,7 @@ def show_samples(rows: Sequence[dict[str, Any]], collator: MultimodalCollator, c
     for row in rows:
         by_source.setdefault(row["source"], []).append(row)
     each = -(-count // max(len(by_source), 1))
-    picked = [row for own in by_source.values() for row in spread(own, each)]
+    picked = [row for own in by_source.values() for row in evenly(own, each)]
     return [show(row, collator) for row in picked[:count]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from array import array
 from collections import Counter
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..data.image_files import image_key
 from ..data.languages import language_of
+from ..data.messages import answers_of, row_key
 from ..reading.image_refs import is_url
 
 if TYPE_CHECKING:
@@ -59,19 +60,16 @@ class DataStats:
         self.images_in_a_row[len(row["images"])] += 1
         self.images += len(row["images"])
         self.text_only += not row["images"]
-        texts = [(m["role"], "".join(p.get("text") or "" for p in m["content"])) for m in row["messages"]]
-        answers = [text for role, text in texts if role == "assistant"]
+        answers = answers_of(row)
         self._turns.append(len(answers))
         for answer in answers:
             self.languages[language_of(answer)] += 1
             self.answers[answer] += 1
             self._lengths.append(len(answer))
-        keys = [_key(image) for image in row["images"]]
-        whole = hashlib.blake2b(repr((texts, keys)).encode("utf-8", "replace"), digest_size=16).digest()
-        self.repeated_rows += whole in self._rows_seen
+        self.repeated_rows += (whole := row_key(row)) in self._rows_seen
         self._rows_seen.add(whole)
-        for key, image in zip(keys, row["images"], strict=True):
-            if key not in self._images_seen:
+        for image in row["images"]:
+            if (key := image_key(image)) not in self._images_seen:
                 self._images_seen.add(key)
                 self._look_at(image, row["id"])
 
@@ -114,11 +112,6 @@ def spread(values: Sequence[int]) -> dict[str, float]:
         return {}
     low, middle, high, top = np.percentile(np.asarray(values), (0, 50, 95, 100))
     return {"min": float(low), "median": float(middle), "p95": float(high), "max": float(top)}
-
-
-def _key(image: dict[str, Any]) -> bytes:
-    data = image["bytes"] if image["bytes"] is not None else image["path"].encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def stats_table(found: dict[str, Any]) -> Table:
