@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN
+from ..reading.image_refs import image_key
 from ..reading.raw_row import RowView
-from .image_files import image_key
 
 Part = dict[str, Any]
 Message = dict[str, Any]

@@ -19,14 +19,11 @@ from ..base.errors import UserError, row_error
 from ..base.names import IMAGE_TOKEN
 from ..base.whole_files import written_beside
 from ..base.words import reason_of
+from ..reading.image_kinds import ending_of
 from ..reading.image_refs import is_url
 
 ROWS_PER_SHARD = 1000
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
-_ENDINGS = {
-    b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*\0": "tif",
-    b"MM\0*": "tif",
-}  # fmt: skip
 
 
 class Images:
@@ -118,11 +115,6 @@ def encoded(image: dict[str, Any], where: str) -> bytes:
     except OSError as error:
         what = f"the image {image['path']} cannot be read ({reason_of(error)})"
         raise row_error(where, what, "correct the path or remove the row", "image missing") from None
-
-
-def ending_of(data: bytes) -> str:
-    """The ending of a file name for an encoded picture, by its first bytes; readers look at the bytes, not at it."""
-    return next((ending for magic, ending in _ENDINGS.items() if data.startswith(magic)), "png")
 
 
 # ------------------------------------------------------------------------------------------------------------ targets

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..data.image_files import image_key
 from ..data.languages import language_of
 from ..data.messages import answers_of, row_key
-from ..reading.image_refs import is_url
+from ..reading.image_refs import image_key, is_url
 
 if TYPE_CHECKING:
     from rich.table import Table

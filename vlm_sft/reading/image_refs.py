@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,12 @@ from ..base.words import one_line
 def is_url(path: str) -> bool:
     """Whether an image's path is a URL and not the name of a file."""
     return "://" in path[:12]
+
+
+def image_key(image: Mapping[str, Any]) -> bytes:
+    """A digest of an image as a row names it: equal for the same path, or for the same bytes; no file is opened."""
+    data = image["bytes"] if image["bytes"] is not None else image["path"].encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool = False) -> dict[str, Any]:

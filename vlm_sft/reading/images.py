@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..base.errors import RowError
 from ..base.words import reason_of
+from .image_kinds import describe_unreadable, kind_of
 from .image_refs import is_url
 
 MAX_PIXELS = 178_956_970  # where PIL itself calls an image a decompression bomb
@@ -25,28 +26,6 @@ ENOUGH, TOLERANCE = 2, 2.0
 # What photos and screenshots come in. PIL knows more, but some of those start programs (EPS: Ghostscript) or accept
 # nearly any bytes (TGA).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "MPO")
-
-_MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG": "PNG",
-    b"GIF8": "GIF",
-    b"RIFF": "WebP",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
-_NOT_IMAGES = {
-    b"<!doctype html": "HTML: a web page was saved in its place",
-    b"<html": "HTML: a web page was saved in its place",
-    b"<svg": "SVG, a drawing: convert it to PNG",
-    b"<?xml": "XML or SVG: convert a drawing to PNG",
-    b"{": "JSON: perhaps a server's error message",
-    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
-    b"%pdf": "PDF: convert its pages to PNG",
-    b"%!ps": "PostScript: convert it to PNG",
-    b"pk\x03\x04": "a zip archive: unpack it",
-    b"\x1f\x8b": "a gzip archive: unpack it",
-}
 
 
 def load_image(
@@ -206,9 +185,9 @@ def _from_stream(stream: IO[bytes], what: str, limits: _Limits) -> Image.Image:
         except Image.DecompressionBombError:
             raise RowError(_too_large(what, None, limits.max_pixels), reason="image too large") from None
         except UnidentifiedImageError:
-            damaged = head.startswith(tuple(_MAGIC))
+            damaged = kind_of(head) is not None
             reason = "image damaged" if damaged else "not an image"
-            raise RowError(f"{what} {_unidentified(head)}.", reason=reason) from None
+            raise RowError(f"{what} {describe_unreadable(head)}.", reason=reason) from None
         except Exception as error:  # the plugins let SyntaxError, struct.error, IndexError ... through
             raise RowError(_damaged(what, error), reason="image damaged") from None
         with image:
@@ -296,20 +275,3 @@ def too_long(where: str, name: str, image: Image.Image, grown: tuple[int, int], 
 
 def _damaged(what: str, error: Exception) -> str:
     return f"{what} is truncated or damaged ({reason_of(error)}): download it again or remove the row."
-
-
-def _unidentified(head: bytes) -> str:
-    for magic, name in _MAGIC.items():
-        if head.startswith(magic):
-            return f"starts like a {name} but is truncated or damaged: download it again or remove the row"
-    if head[4:8] == b"ftyp":
-        return "is not an image that can be read (it looks like HEIC or a video): convert it to JPEG or PNG"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    looks = next((name for magic, name in _NOT_IMAGES.items() if text.startswith(magic)), None)
-    if looks is None and not head.strip(b"\0"):
-        looks = "only zero bytes, as after a broken download: download it again"
-    if looks is None and all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
-        looks = "text: download the image again or remove the row"
-    if looks is None:
-        return "is not an image in a format that can be read: convert it to JPEG or PNG"
-    return f"is not an image (it looks like {looks})"

@@ -1,0 +1,69 @@
+"""What a file is by its first bytes: a kind of image, or what stands in the place of one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ImageKind(NamedTuple):
+    """A kind of image: how a file of it begins, what it is called, and the ending of its files."""
+
+    magic: bytes
+    name: str
+    ending: str
+
+
+KINDS = (
+    ImageKind(b"\xff\xd8\xff", "JPEG", "jpg"),
+    ImageKind(b"\x89PNG", "PNG", "png"),
+    ImageKind(b"GIF8", "GIF", "gif"),
+    ImageKind(b"RIFF", "WebP", "webp"),
+    ImageKind(b"BM", "BMP", "bmp"),
+    ImageKind(b"II*\0", "TIFF", "tif"),
+    ImageKind(b"MM\0*", "TIFF", "tif"),
+)
+
+_NOT_IMAGES = {
+    b"<!doctype html": "HTML: a web page was saved in its place",
+    b"<html": "HTML: a web page was saved in its place",
+    b"<svg": "SVG, a drawing: convert it to PNG",
+    b"<?xml": "XML or SVG: convert a drawing to PNG",
+    b"{": "JSON: perhaps a server's error message",
+    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+    b"%pdf": "PDF: convert its pages to PNG",
+    b"%!ps": "PostScript: convert it to PNG",
+    b"pk\x03\x04": "a zip archive: unpack it",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+}
+
+
+def kind_of(head: bytes) -> ImageKind | None:
+    """The kind of an image by its first bytes; None for what is no image, or of a kind that is rarely met."""
+    return next((kind for kind in KINDS if head.startswith(kind.magic)), None)
+
+
+def ending_of(data: bytes) -> str:
+    """The ending of a file name for an encoded picture, by its first bytes; readers look at the bytes, not at it."""
+    kind = kind_of(data)
+    return "png" if kind is None else kind.ending
+
+
+def describe_unreadable(head: bytes) -> str:
+    """The rest of a sentence that begins with the name of a file that cannot be opened as an image.
+
+    Args:
+        head: its first bytes, some dozens of them.
+    """
+    if (kind := kind_of(head)) is not None:
+        return f"starts like a {kind.name} but is truncated or damaged: download it again or remove the row"
+    if head[4:8] == b"ftyp":
+        return "is not an image that can be read (it looks like HEIC or a video): convert it to JPEG or PNG"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    looks = next((name for magic, name in _NOT_IMAGES.items() if text.startswith(magic)), None)
+    if looks is None and not head.strip(b"\0"):
+        looks = "only zero bytes, as after a broken download: download it again"
+    if looks is None and all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
+        looks = "text: download the image again or remove the row"
+    if looks is None:
+        return "is not an image in a format that can be read: convert it to JPEG or PNG"
+    return f"is not an image (it looks like {looks})"
