@@ -13,8 +13,6 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
-import datasets
-import pyarrow as pa
 import pytest
 import yaml
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
@@ -25,7 +23,7 @@ from torch.utils.data import DataLoader
 from support.paths import ROOT
 from support.source_files import captions, refused, write
 from vlm_sft.base.errors import UserError
-from vlm_sft.data.dataset import ROW_FEATURES, check_images, load_mixture, load_source
+from vlm_sft.data.dataset import ROW_FEATURES, load_mixture, load_source
 from vlm_sft.data.formats import FORMATS
 from vlm_sft.recipe.sections import Source
 
@@ -245,36 +243,6 @@ def test_mixtures_refused(tmp_path):
     assert 'sampling is "squrt"' in refused(a, b, sampling="squrt")
     with pytest.raises(UserError, match="at least one source"):
         load_mixture([])
-
-
-# -------------------------------------------------------------------------------------------------------- check_images
-
-
-def test_check_images(tmp_path):
-    source = captions(tmp_path, "c", 600)
-    for i in range(600):
-        (tmp_path / f"{i}.png").write_bytes(b"x")
-    rows = load_source(source)
-    check_images(rows)
-    check_images(load_mixture([source, captions(tmp_path, "d", 5)], "sqrt"))
-    for i in (555, 7):
-        (tmp_path / f"{i}.png").unlink()
-    (tmp_path / "9.png").write_bytes(b"")
-    with pytest.raises(UserError) as error:
-        check_images(rows)
-    message = f"3 of 600 images cannot be used; the first is {tmp_path}/7.png (c/8), which does not exist"
-    assert message in str(error.value)
-    (tmp_path / "7.png").mkdir()
-    with pytest.raises(UserError, match="which is not a file"):
-        check_images(rows)
-
-
-def test_check_images_leaves_embedded_ones_alone():
-    table = pa.Table.from_pylist(
-        [{"messages": [], "images": [{"path": "gone.png", "bytes": b"x"}], "source": "a", "id": "a/1"}],
-        schema=ROW_FEATURES.arrow_schema,
-    )
-    check_images(datasets.Dataset(table))
 
 
 # ------------------------------------------------------------------------------------------------------ the pages

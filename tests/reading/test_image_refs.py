@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from support.source_files import refused, write
-from vlm_sft.data.dataset import check_images, load_source
+from vlm_sft.data.dataset import load_source
+from vlm_sft.data.image_files import check_images
 from vlm_sft.reading.images import load_image
 from vlm_sft.recipe.sections import Source
 

@@ -6,24 +6,18 @@ Rows know messages, not tokens, and images stay paths or encoded bytes until a d
 from __future__ import annotations
 
 import gc
-import os
-import stat
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 from ..base.errors import RowError, UserError, raise_it
 from ..base.words import short
-from ..reading.image_refs import is_url
 from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
 from .row_cache import LANGUAGE, keeper_of
 from .source import SourceLike, check_source, name_of, rows_with_language
@@ -40,7 +34,6 @@ ROW_FEATURES = Features(
     }
 )
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 2**28  # an Arrow chunk of `binary` may not pass 2 GiB
-_GROUP = 512  # files that a thread looks for at a time
 
 
 def load_source(source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it) -> Dataset:
@@ -259,69 +252,6 @@ def _check_languages(there: set[str], languages: Mapping[str, float]) -> None:
     for language in sorted(there - set(languages)):
         mend = "add it, or map the column `language`"
         raise UserError(f'Some rows are in "{short(language)}", which `languages` gives no share: {mend}.')
-
-
-def check_images(dataset: Dataset) -> None:
-    """Look for every image file that a dataset names, without opening any.
-
-    Raises:
-        UserError: some are missing, empty or folders; the message counts them and names the first and its row.
-    """
-    paths, bad = missing_images(dataset)
-    if not bad:
-        return
-    first = next(iter(bad))
-    users = (row["id"] for row in dataset if any(image["path"] == first for image in row["images"]))
-    raise UserError(
-        f"{len(bad):,} of {paths:,} images cannot be used; the first is {first} ({next(users, 'not drawn')}), "
-        f"which {bad[first]}: correct the paths or the source's `images` folder, or remove the rows."
-    )
-
-
-def missing_images(
-    dataset: Dataset, tick: Callable[[int, int], None] = lambda done, of: None
-) -> tuple[int, dict[str, str]]:
-    """Look for every image file that a dataset names.
-
-    Args:
-        dataset: rows of the contract.
-        tick: told now and then how many files were looked for, and of how many.
-
-    Returns:
-        How many different files it names, and path to what is wrong with it, for those that are no file or empty.
-    """
-    paths: dict[str, None] = {}  # a set in the order of the rows
-    for chunk in dataset.data.column("images").chunks:
-        paths |= dict.fromkeys(_paths_without_bytes(chunk))
-    todo = iter(paths)
-    groups = iter(lambda: list(islice(todo, _GROUP)), [])
-    bad: dict[str, str] = {}
-    with ThreadPoolExecutor(16) as pool:  # network file systems answer many at once
-        for number, problems in enumerate(pool.map(_problems, groups), start=1):
-            bad.update(problems)
-            tick(min(number * _GROUP, len(paths)), len(paths))
-    return len(paths), bad
-
-
-def _paths_without_bytes(images: pa.Array) -> list[str]:
-    flat = images.flatten()
-    path, encoded = pc.struct_field(flat, "path"), pc.struct_field(flat, "bytes")
-    named = path.filter(pc.and_(path.is_valid(), encoded.is_null())).to_pylist()
-    return [path for path in named if not is_url(path)]
-
-
-def _problems(paths: list[str]) -> list[tuple[str, str]]:
-    return [(path, problem) for path in paths if (problem := _problem(path))]
-
-
-def _problem(path: str) -> str | None:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        return "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be reached ({error.strerror})"
-    if not stat.S_ISREG(status.st_mode):
-        return "is not a file"
-    return None if status.st_size else "is empty (0 bytes)"
 
 
 def _batches(rows: Iterator[dict[str, Any]], tell: Callable[[int], None]) -> Iterator[pa.RecordBatch]:

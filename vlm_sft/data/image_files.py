@@ -1,16 +1,89 @@
-"""Images that are in the training rows and in rows that are kept for evaluation: byte for byte the same files."""
+"""The image files that rows name: whether each is there, and which stand in two sets, byte for byte."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..base.errors import UserError
 from ..reading.image_refs import is_url
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 WORKERS = 16  # network file systems answer many at once
+GROUP = 512  # files that a thread looks for at a time
+
+
+def check_images(dataset: Dataset) -> None:
+    """Look for every image file that a dataset names, without opening any.
+
+    Raises:
+        UserError: some are missing, empty or folders; the message counts them and names the first and its row.
+    """
+    paths, bad = missing_images(dataset)
+    if not bad:
+        return
+    first = next(iter(bad))
+    users = (row["id"] for row in dataset if any(image["path"] == first for image in row["images"]))
+    raise UserError(
+        f"{len(bad):,} of {paths:,} images cannot be used; the first is {first} ({next(users, 'not drawn')}), "
+        f"which {bad[first]}: correct the paths or the source's `images` folder, or remove the rows."
+    )
+
+
+def missing_images(
+    dataset: Dataset, tick: Callable[[int, int], None] = lambda done, of: None
+) -> tuple[int, dict[str, str]]:
+    """Look for every image file that a dataset names.
+
+    Args:
+        dataset: rows of the contract.
+        tick: told now and then how many files were looked for, and of how many.
+
+    Returns:
+        How many different files it names, and path to what is wrong with it, for those that are no file or empty.
+    """
+    paths: dict[str, None] = {}  # a set in the order of the rows
+    for chunk in dataset.data.column("images").chunks:
+        paths |= dict.fromkeys(_paths_without_bytes(chunk))
+    todo = iter(paths)
+    groups = iter(lambda: list(islice(todo, GROUP)), [])
+    bad: dict[str, str] = {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for number, problems in enumerate(pool.map(_problems, groups), start=1):
+            bad.update(problems)
+            tick(min(number * GROUP, len(paths)), len(paths))
+    return len(paths), bad
+
+
+def _paths_without_bytes(images: pa.Array) -> list[str]:
+    flat = images.flatten()
+    path, encoded = pc.struct_field(flat, "path"), pc.struct_field(flat, "bytes")
+    named = path.filter(pc.and_(path.is_valid(), encoded.is_null())).to_pylist()
+    return [path for path in named if not is_url(path)]
+
+
+def _problems(paths: list[str]) -> list[tuple[str, str]]:
+    return [(path, problem) for path in paths if (problem := _problem(path))]
+
+
+def _problem(path: str) -> str | None:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be reached ({error.strerror})"
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a file"
+    return None if status.st_size else "is empty (0 bytes)"
 
 
 class Leak(NamedTuple):
@@ -46,12 +119,6 @@ def shared_images(train: Iterable[dict[str, Any]], held_out: Iterable[dict[str, 
         digests = pool.map(_digest, (image for image, _ in likely.values()))
         pairs = zip(digests, likely.values(), strict=True)
         return [Leak(row, owners[digest]) for digest, (_, row) in pairs if digest in owners]
-
-
-def image_key(image: Mapping[str, Any]) -> bytes:
-    """A digest of an image as a row names it: equal for the same path, or for the same bytes; no file is opened."""
-    data = image["bytes"] if image["bytes"] is not None else image["path"].encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _by_key(rows: Iterable[dict[str, Any]]) -> dict[Any, tuple[dict[str, Any], str]]:

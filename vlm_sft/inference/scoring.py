@@ -63,8 +63,9 @@ def collect(sources: Sequence[Source], max_rows: int | None = None) -> dict[str 
     Raises:
         UserError: A source cannot be read, an image is missing, or a row has no answer to compare with.
     """
-    from ..data.dataset import check_images, load_source
+    from ..data.dataset import load_source
     from ..data.formats import FORMATS
+    from ..data.image_files import check_images
 
     questions: dict[str | None, list[Question]] = {}
     for source in sources:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..base.errors import RowError
-from ..data.dataset import missing_images
+from ..data.image_files import missing_images
 from ..data.ledger import EXAMPLES, SourceLedger
 from ..reading.images import load_image
 
