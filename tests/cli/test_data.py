@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.cli import main as cli
-from vlm_sft.prepare import filtering
+from vlm_sft.prepare import scorer
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ class ByLength:
 
 
 def test_filter_scores_first_and_keeps_what_is_asked_for(run, caption_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(filtering, "Scorer", ByLength)
+    monkeypatch.setattr(scorer, "Scorer", ByLength)
     out = tmp_path / "kept.jsonl"
     arguments = ("filter", caption_file, out, "--model", "some-clip", "--format", "caption")
     code, said, _ = run(*arguments)

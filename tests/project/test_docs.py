@@ -26,9 +26,8 @@ from support.conversations import make_processor, make_row, turn
 from support.paths import ROOT
 from vlm_sft.base.assets import list_recipes
 from vlm_sft.bundle import run_folder
-from vlm_sft.cli import data as data_cli
 from vlm_sft.cli import main as cli
-from vlm_sft.prepare import filtering
+from vlm_sft.prepare import rows_of, scorer
 from vlm_sft.recipe.libraries import validate_libraries
 from vlm_sft.recipe.schema import load_recipe
 
@@ -200,7 +199,7 @@ def check_accelerate(page: str, words: list[str], folder: Path) -> None:
     check_training(page, given.training_script_args, folder)
 
 
-class ThreeRows(data_cli._Rows):
+class ThreeRows(rows_of.RowsOf):
     """Rows in place of those of a file that the reader has and the checkout has not."""
 
     def __iter__(self):
@@ -245,8 +244,8 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
 @pytest.fixture
 def check_vlm_sft(monkeypatch, tmp_path, calls):
     """Runs a command for real, with stand-ins for what needs a model."""
-    monkeypatch.setattr(data_cli, "_Rows", ThreeRows)
-    monkeypatch.setattr(filtering, "Scorer", lambda path: lambda images, texts: [0.5] * len(images))
+    monkeypatch.setattr(rows_of, "RowsOf", ThreeRows)
+    monkeypatch.setattr(scorer, "Scorer", lambda path: lambda images, texts: [0.5] * len(images))
     for look in ("find_manifest", "find_records"):  # the folders are the reader's
         monkeypatch.setattr(run_folder, look, lambda folder: folder)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..prepare.filtering import Score
-    from ..recipe.sections import Source
 
 data_app = typer.Typer(help="Look at data and prepare it: convert, stats, filter.", no_args_is_help=True)
 
@@ -47,8 +45,9 @@ def convert(
 ) -> None:
     """Write the rows of a source, or of all training sources of a recipe, in another format."""
     from ..prepare.convert import convert_rows
+    from ..prepare.rows_of import RowsOf
 
-    rows = _Rows(src, kind, images, column, max_rejected)
+    rows = RowsOf(src, kind, images, column, max_rejected)
     written = convert_rows(rows, to, out, copy_images=copy_images)
     typer.echo(f"{out}: {written:,} rows.")
 
@@ -63,10 +62,11 @@ def stats(
     max_rejected: Rejected = 1.0,
 ) -> None:
     """Count rows, images, answers, languages and repetitions."""
+    from ..prepare.rows_of import RowsOf
     from ..prepare.stats import DataStats, stats_table
 
     found = DataStats()
-    for row in _Rows(src, kind, images, column, max_rejected):
+    for row in RowsOf(src, kind, images, column, max_rejected):
         found.add(row)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
@@ -99,7 +99,9 @@ def filter_(
 
     quiet_libraries()
     from ..prepare.convert import convert_rows
-    from ..prepare.filtering import TEXTS, Scorer, draw_histogram, kept_rows, score_rows, threshold_of_share
+    from ..prepare.filtering import TEXTS, draw_histogram, kept_rows, score_rows, threshold_of_share
+    from ..prepare.rows_of import RowsOf
+    from ..prepare.scorer import Scorer
 
     if text not in TEXTS:
         raise UserError(f"--text must be one of {', '.join(TEXTS)}, not {text}.")
@@ -108,7 +110,7 @@ def filter_(
     to = "llava" if Path(out).suffix == ".json" else "messages"
     if (threshold, keep) != (None, None) and Path(out).exists():
         raise UserError(f"{out} exists already: give another OUT or remove it.")
-    rows = _Rows(src, kind, images, column, max_rejected)
+    rows = RowsOf(src, kind, images, column, max_rejected)
     next(iter(rows), None)  # a source that cannot be read is said before a model is loaded
     file = scores or f"{out}.scores.jsonl"
     console = make_console()
@@ -141,68 +143,3 @@ def _say_scores(scores: list[Score], console: Console) -> None:
             f"{len(errors):,} rows are left out because an image cannot be read; the first: {errors[0]}",
             highlight=False, markup=False,
         )  # fmt: skip
-
-
-class _Rows:
-    """The rows of SRC, read anew each time that they are iterated.
-
-    Raises:
-        UserError: While iterating; also at the end, when more rows are wrong than allowed.
-    """
-
-    def __init__(
-        self, src: str, kind: str | None, images: str | None, columns: list[str] | None, max_rejected: float
-    ) -> None:
-        self.sources = _sources(src, kind, images, columns)
-        self.max_rejected = max_rejected
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        from ..data.ledger import Ledger
-        from ..data.source import name_of, source_rows
-
-        ledger = Ledger(self.max_rejected)
-        for source in self.sources:
-            name = name_of(source)
-            counted = ledger.source(name)
-            for row in source_rows(source, reject=ledger.rejecter(name)):
-                counted.read += 1
-                counted.used += 1
-                yield row
-        console = make_console()
-        ledger.check(console)
-        if any(source.lost for source in ledger.sources.values()):
-            from ..data.ledger import ledger_table
-
-            console.print(ledger_table({"data": ledger}))
-
-    def describe(self) -> list[dict[str, Any]]:
-        """What the rows depend on, for a file that is made of them."""
-        return [source.model_dump(mode="json") for source in self.sources]
-
-
-def _sources(src: str, kind: str | None, images: str | None, columns: list[str] | None) -> list[Source]:
-    """The training sources of a recipe, or one that the options describe.
-
-    Raises:
-        UserError: The format is missing or not known, or a column is no `OURS=THEIRS`.
-    """
-    from pydantic import ValidationError
-
-    from ..base.assets import list_recipes
-    from ..recipe.schema import load_recipe
-    from ..recipe.sections import Source
-
-    if src.endswith((".yaml", ".yml")) or (kind is None and src in list_recipes()):
-        if kind or images or columns:
-            raise UserError(f"{src} is a recipe, which says itself what its sources hold: leave out --format.")
-        return load_recipe(src).data.train
-    if kind is None:
-        raise UserError(f"What does {src} hold? Give --format, as a recipe does (messages, llava, caption, …).")
-    pairs = [column.partition("=") for column in columns or []]
-    if wrong := next((ours for ours, equals, theirs in pairs if not (ours and equals and theirs)), None):
-        raise UserError(f"--column {wrong} must be OURS=THEIRS, like --column caption=text.")
-    try:
-        return [Source(path=src, format=kind, images=images, columns={ours: theirs for ours, _, theirs in pairs})]  # type: ignore[arg-type]
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise UserError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}.") from None

@@ -14,14 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn import functional
 
 from ..base.errors import UserError
-from ..base.reach import look_for_hub
 from ..base.words import one_line, reason_of
-from ..pieces.checkpoints import unreachable
 from ..reading.images import load_image
 
 # What of a row is compared with its image.
@@ -43,94 +39,6 @@ class Score(NamedTuple):
     error: str | None
 
 
-class Scorer:
-    """Scores pairs of an image and a text with a model of transformers.
-
-    CLIP, SigLIP and their kin give the cosine of the two embeddings (-1 … 1), BLIP's matching head the probability that
-    they belong together (0 … 1). A text is cut to what the model reads.
-
-    Args:
-        path: Folder or Hub id of the model, with its processor.
-        device: Where it runs; default the first GPU if there is one, else the CPU.
-
-    Raises:
-        UserError: There is no such model, or it does not match images and texts.
-    """
-
-    def __init__(self, path: str, device: str | torch.device | None = None) -> None:
-        from transformers import AutoConfig, AutoModel, AutoProcessor, BlipForImageTextRetrieval
-
-        if not Path(path).exists():
-            look_for_hub()
-        try:
-            config = AutoConfig.from_pretrained(path)
-            kind = config.model_type
-            if kind not in _SCORES:
-                raise UserError(
-                    f"--model {path} is a {kind!r} model: give one that matches images and texts, of the types "
-                    f"{', '.join(_SCORES)}."
-                )
-            if kind == "blip" and "BlipForImageTextRetrieval" not in (config.architectures or ()):
-                raise UserError(f"--model {path} has no matching head: give a BLIP-ITM model, like blip-itm-base-coco.")
-            model_class = BlipForImageTextRetrieval if kind == "blip" else AutoModel
-            self.model = model_class.from_pretrained(path, use_safetensors=True, dtype=torch.float32).eval()
-            self.processor = AutoProcessor.from_pretrained(path, use_fast=False)
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, UserError):
-                raise
-            if isinstance(error, OSError) and not Path(path).exists():
-                raise unreachable(str(path), "--model") from None
-            raise UserError(f"--model {path} cannot be loaded: {one_line(error)[:300]}") from None
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model.to(self.device)
-        self._score = _SCORES[kind]
-
-    @torch.inference_mode()
-    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
-        """Scores of N pairs."""
-        return self._score(self, list(images), list(texts)).float().tolist() if images else []
-
-    def tokens(self, texts: list[str], **padding: Any) -> dict[str, torch.Tensor]:
-        """Texts as the model reads them: (N, L) ids and mask, cut where it ends."""
-        longest = self.model.config.text_config.max_position_embeddings
-        return self.processor(text=texts, return_tensors="pt", truncation=True, max_length=longest, **padding).to(
-            self.device
-        )
-
-    def pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """Images as the model sees them: (N, 3, H, W)."""
-        return self.processor.image_processor(images=images, return_tensors="pt").to(self.device)
-
-
-def _cosine(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
-    # SigLIP was trained on texts padded to their full length, without a mask.
-    padding = "max_length" if scorer.model.config.model_type.startswith("siglip") else True
-    seen = scorer.model.get_image_features(**scorer.pixels(images)).pooler_output
-    read = scorer.model.get_text_features(**scorer.tokens(texts, padding=padding)).pooler_output
-    return functional.cosine_similarity(seen, read)
-
-
-def _matching(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
-    """P(match) of BLIP's image-text matching head."""
-    model = scorer.model
-    seen = model.vision_model(**scorer.pixels(images)).last_hidden_state
-    everywhere = torch.ones(seen.shape[:-1], dtype=torch.long, device=seen.device)
-    read = model.text_encoder(
-        **scorer.tokens(texts, padding=True), encoder_hidden_states=seen, encoder_attention_mask=everywhere
-    ).last_hidden_state
-    return model.itm_head(read[:, 0]).softmax(-1)[:, 1]
-
-
-_SCORES: dict[str, Callable[[Scorer, list[Image.Image], list[str]], torch.Tensor]] = {
-    "clip": _cosine,
-    "siglip": _cosine,
-    "siglip2": _cosine,
-    "chinese_clip": _cosine,
-    "altclip": _cosine,
-    "blip": _matching,
-}
-
-
 # ------------------------------------------------------------------------------------------------------------- scoring
 
 
@@ -148,7 +56,7 @@ def score_rows(
 
     Args:
         rows: Rows `{"messages", "images", "source", "id"}`.
-        scorer: N images and N texts → N scores, as `Scorer`.
+        scorer: N images and N texts → N scores, as `scorer.Scorer`.
         path: JSONL file of scores.
         about: What the scores depend on (model, sources); its first line.
         text: A key of `TEXTS`.

@@ -1,0 +1,75 @@
+"""The rows that a command of `vlm-sft data` is given: those of a recipe, or of a file, folder or Hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..base.assets import list_recipes
+from ..base.console import make_console
+from ..base.errors import UserError
+from ..data.ledger import Ledger, ledger_table
+from ..data.source import name_of, source_rows
+from ..recipe.schema import load_recipe
+from ..recipe.sections import Source
+
+
+class RowsOf:
+    """The rows of SRC, read anew each time that they are iterated.
+
+    Args:
+        src: A recipe, whose training sources are read; else what a source's `path` says.
+        kind: The source's `format`; None for a recipe.
+        images: The source's `images`.
+        columns: The source's `columns`, each as `OURS=THEIRS`.
+        max_rejected: Largest share of wrong rows of a source.
+
+    Raises:
+        UserError: The format is missing or not known, or a column is no `OURS=THEIRS`. While iterating: a source cannot
+            be read, or, at the end, more rows are wrong than allowed.
+    """
+
+    def __init__(
+        self, src: str, kind: str | None, images: str | None, columns: list[str] | None, max_rejected: float
+    ) -> None:
+        self.sources = _sources(src, kind, images, columns)
+        self.max_rejected = max_rejected
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields the rows and then, if any was left out, prints the ledger."""
+        ledger = Ledger(self.max_rejected)
+        for source in self.sources:
+            name = name_of(source)
+            counted = ledger.source(name)
+            for row in source_rows(source, reject=ledger.rejecter(name)):
+                counted.read += 1
+                counted.used += 1
+                yield row
+        console = make_console()
+        ledger.check(console)
+        if any(source.lost for source in ledger.sources.values()):
+            console.print(ledger_table({"data": ledger}))
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What the rows depend on, for a file that is made of them."""
+        return [source.model_dump(mode="json") for source in self.sources]
+
+
+def _sources(src: str, kind: str | None, images: str | None, columns: list[str] | None) -> list[Source]:
+    """The training sources of a recipe, or one that the options describe."""
+    if src.endswith((".yaml", ".yml")) or (kind is None and src in list_recipes()):
+        if kind or images or columns:
+            raise UserError(f"{src} is a recipe, which says itself what its sources hold: leave out --format.")
+        return load_recipe(src).data.train
+    if kind is None:
+        raise UserError(f"What does {src} hold? Give --format, as a recipe does (messages, llava, caption, …).")
+    pairs = [column.partition("=") for column in columns or []]
+    if wrong := next((ours for ours, equals, theirs in pairs if not (ours and equals and theirs)), None):
+        raise UserError(f"--column {wrong} must be OURS=THEIRS, like --column caption=text.")
+    try:
+        return [Source(path=src, format=kind, images=images, columns={ours: theirs for ours, _, theirs in pairs})]  # type: ignore[arg-type]
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise UserError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}.") from None
