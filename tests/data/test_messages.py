@@ -1,15 +1,21 @@
-"""Messages of parts, and as many places as images."""
+"""Messages of parts, as many places as images, and the rules that hold for every conversation."""
 
 from __future__ import annotations
 
-import pytest
+import json
 
-from vlm_sft.base.errors import RowError
+import pytest
+from hypothesis import given, settings
+
+from support.conversations import conversations
+from support.template_texts import CHINESE, ENGLISH, IMAGE, assistant, text, user
+from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.data.messages import (
     answer_message,
     answers_of,
     check_marks,
     image_part,
+    normalise_messages,
     row_key,
     split_marks,
     spoken,
@@ -40,3 +46,53 @@ def test_rows_are_alike_in_what_they_say_and_show():
     assert row_key(row) == row_key({**row, "id": "b/2", "source": "b"})
     others = [{**row, "images": row["images"][::-1]}, {**row, "messages": row["messages"][:1]}]
     assert len({row_key(each) for each in (row, *others)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([], "the conversation has no user message; give it at least one."),
+        ([{"role": "system", "content": "x"}], "the conversation has no user message; give it at least one."),
+        ("hello", "messages must be a list of messages with role and content, not str."),
+        ([{"role": "user"}], "message 0 must have the keys role and content."),
+        ([{"role": "human", "content": "hi"}], "message 0 has role 'human'; roles are system, user and assistant."),
+        ([assistant("hi")], 'message 0 has role "assistant" where "user" must come;'),
+        ([user("a"), user("b")], 'message 1 has role "user" where "assistant" must come;'),
+        ([user("a"), {"role": "system", "content": "x"}], 'message 1 has role "system" where "assistant" must come;'),
+        ([user("a"), assistant(" \n")], "message 1 is an empty answer; drop the turn or give the answer some text."),
+        ([user("a"), {"role": "assistant", "content": []}], "message 1 is an empty answer;"),
+        ([user("")], "message 0 (user) is empty; give it some text or an image."),
+        ([user("a"), {"role": "assistant", "content": [IMAGE]}], "message 1 (assistant) holds an image;"),
+        ([{"role": "system", "content": [IMAGE]}, user("a")], "message 0 (system) holds an image;"),
+        ([{"role": "user", "content": None}], "message 0 (user): content must be a string or a list of parts,"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "message 0 (user), part 0 must be"),
+        ([{"role": "user", "content": ["hi"]}], "message 0 (user), part 0 must be"),
+        ([{"role": "user", "content": [IMAGE, {"type": "text", "text": None}]}], "part 1 is of type text but its text"),
+    ],
+)
+def test_a_broken_rule_names_the_message(messages, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        normalise_messages(messages)
+    assert expected in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(conversations())
+def test_normalising_keeps_what_was_said(messages):
+    once = normalise_messages(messages)
+    assert normalise_messages(once) == once
+    for message, before in zip(once, messages, strict=True):
+        kept = [part for part in before["content"] if part["type"] == "image" or part["text"]]
+        assert message == {"role": before["role"], "content": kept}
+
+
+@pytest.mark.parametrize("messages", [ENGLISH, CHINESE], ids=["english", "chinese"])
+def test_the_callers_messages_are_left_alone(messages):
+    before = json.dumps(messages)
+    normalise_messages(messages)[0]["content"].clear()
+    assert json.dumps(messages) == before
+
+
+def test_rows_as_arrow_returns_them_are_understood():
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "hi"}]
+    assert normalise_messages([{"role": "user", "content": parts}])[0]["content"] == [IMAGE, text("hi")]
