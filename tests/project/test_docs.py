@@ -127,7 +127,7 @@ def test_links_lead_somewhere(page):
 def test_paths_in_the_text_exist(page):
     for code in re.findall(r"`([^`\n]+)`", prose(page)):
         if re.fullmatch(rf"(?:{TOP})/[\w./-]*", code):
-            assert (ROOT / code).exists(), code
+            assert (ROOT / code).exists() or "/NAME." in code, code
         if found := re.fullmatch(r"make ([a-z-]+)\b.*", code):
             assert found[1] in make_targets(), code
         if found := re.fullmatch(r"vlm-sft ([a-z][a-z-]*).*", code):
