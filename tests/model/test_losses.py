@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -19,7 +22,7 @@ from transformers import (
 )
 
 from vlm_sft.model import losses
-from vlm_sft.model.losses import scales_as_its_class, supervised_losses
+from vlm_sft.model.losses import mean_loss, scales_as_its_class, supervised_losses, supervised_positions
 
 
 def make(batch=2, length=6, width=4, vocabulary=9, seed=0):
@@ -97,3 +100,50 @@ def test_what_a_class_does_after_its_head_is_known_or_noticed(config, known):
         model.get_output_embeddings().weight.normal_()
     assert scales_as_its_class(model) == known
     assert model(input_ids=torch.tensor([[1, 2]]), use_cache=False).logits.shape == (1, 2, 20), "it is as it was"
+
+
+@settings(max_examples=30, deadline=None)
+@given(masked=st.lists(st.integers(0, 11), max_size=12))
+def test_positions_that_a_batch_brings_are_those_that_are_found(masked):
+    hidden, head, labels = make()
+    labels.view(-1)[masked] = -100
+    positions = supervised_positions(labels)
+    assert positions.tolist() == [i for i, label in enumerate(labels.flatten().tolist()) if label != -100 and i % 6]
+    weights = torch.arange(12.0).view(2, 6)
+    found = supervised_losses(lambda h: h @ head, hidden, labels, weights)
+    given_ = supervised_losses(lambda h: h @ head, hidden, labels, weights, positions)
+    assert all(torch.equal(one, other) for one, other in zip(found, given_, strict=True))
+
+
+def test_the_likeliest_tokens_are_looked_for_once_and_not_again_in_the_backward_pass(monkeypatch):
+    hidden, head, labels = make(batch=3, length=20)
+    monkeypatch.setattr(losses, "CHUNK", 8)
+    counted = Counted()
+    with counted:
+        found, hits, _ = supervised_losses(lambda h: h @ head, hidden, labels)
+        found.sum().backward()
+    assert counted.calls["argmax"] == 8 and counted.calls["_log_softmax"] == 2 * 8, "57 positions, 8 at a time"
+    wanted = (hidden.detach()[:, :-1] @ head).argmax(-1) == labels[:, 1:]
+    assert torch.equal(hits, wanted.flatten())
+
+
+class Counted(TorchDispatchMode):
+    """Counts what is computed, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_sum_is_divided_by_the_given_number_and_never_by_zero():
+    hidden, head, labels = make()
+    mean, token_losses, _ = mean_loss(lambda h: h @ head, hidden, labels)
+    assert torch.equal(mean, token_losses.mean()) and not token_losses.requires_grad
+    for items in (40, torch.tensor(40)):
+        torch.testing.assert_close(mean_loss(lambda h: h @ head, hidden, labels, None, items)[0], mean * 10 / 40)
+    nothing = torch.full_like(labels, -100)
+    assert mean_loss(lambda h: h @ head, hidden, nothing)[0] == mean_loss(lambda h: h, hidden, nothing, None, 0)[0] == 0

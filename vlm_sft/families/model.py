@@ -14,8 +14,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
-from ..model.losses import scaled_logits, supervised_losses
-from ..model.modeling import VLMOutput
+from ..model.losses import VLMOutput, mean_loss, scaled_logits
 from ..model.positions import ExactRotations
 from ..model.sharding import others_wait_for
 
@@ -42,6 +41,8 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         labels: torch.Tensor,
         loss_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        label_positions: torch.Tensor | None = None,
+        image_token_count: int | None = None,
         **inputs: Any,
     ) -> VLMOutput:
         """Scores only the positions with a label, a chunk at a time; see `VLMForConditionalGeneration.forward`.
@@ -50,15 +51,15 @@ class FamilyModel(ExactRotations, PreTrainedModel):
             labels: (B, S), -100 where nothing is learned; position s is scored by the output at s - 1.
             loss_weights: (B, S) factors on the loss of each label; default 1.
             num_items_in_batch: What the summed loss is divided by; default the number of labels here.
+            label_positions: `supervised_positions` of the labels, where the batch brings them.
+            image_token_count: Left unused: these models compare image tokens and features by themselves.
             **inputs: What the model's own forward takes.
         """
         hidden = self.last_hidden_state(**inputs)
         config, head = self.config.get_text_config(), self.get_output_embeddings()
         score = functools.partial(scaled_logits, head, config)
-        losses, hits, weights = supervised_losses(score, hidden, labels, loss_weights)
-        divisor = losses.numel() if num_items_in_batch is None else num_items_in_batch
-        loss = (losses * weights).sum() / torch.as_tensor(divisor, device=losses.device).clamp(min=1)
-        return VLMOutput(loss=loss, token_losses=losses.detach(), token_hits=hits)
+        loss, losses, hits = mean_loss(score, hidden, labels, loss_weights, num_items_in_batch, label_positions)
+        return VLMOutput(loss=loss, token_losses=losses, token_hits=hits)
 
     def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model's own forward takes, with what it needs for a batch of text alone."""

@@ -1,8 +1,9 @@
-"""The loss of language modelling over supervised positions alone."""
+"""The loss of language modelling over supervised positions alone, and the output that carries it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from ..base.names import IGNORED
 
@@ -18,6 +21,29 @@ from ..base.names import IGNORED
 CHUNK = 1024
 
 Score = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class VLMOutput(ModelOutput):
+    """Output of `VLMForConditionalGeneration`, and of an existing VLM that scores supervised positions.
+
+    Attributes:
+        loss: Scalar, when labels were given.
+        logits: (B, S or logits_to_keep, vocabulary), unless only supervised positions were scored.
+        past_key_values: Cache of the language model.
+        hidden_states: Per layer (B, S, D), when asked for.
+        attentions: Per layer, when asked for.
+        token_losses: (supervised positions,) negative log-likelihoods, when `supervised_only`.
+        token_hits: (supervised positions,) whether the label is the most likely token, when `supervised_only`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    token_losses: torch.Tensor | None = None
+    token_hits: torch.Tensor | None = None
 
 
 def scaled_logits(head: nn.Module, config: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -78,8 +104,51 @@ def _refuse(module: nn.Module, args: Any) -> None:
     raise RuntimeError("nothing below the head is to compute")
 
 
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """(B, S) labels → (P,) places, in reading order, of those that are learned, in the flattened labels.
+
+    The first of a row is never among them: no output comes before it. On an accelerator the host waits here until the
+    device has counted; a batch that brings its positions spares it that.
+    """
+    kept = labels != IGNORED
+    kept[:, 0] = False
+    return kept.flatten().nonzero()[:, 0]
+
+
+def mean_loss(
+    score: Score,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    loss_weights: torch.Tensor | None = None,
+    num_items: torch.Tensor | int | None = None,
+    positions: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted cross entropy over the supervised positions, divided by their number or another.
+
+    Args:
+        score: See `supervised_losses`, as for the next three and for `positions`.
+        hidden: As above.
+        labels: As above.
+        loss_weights: As above.
+        num_items: What the sum is divided by; default the number of supervised positions.
+        positions: As above.
+
+    Returns:
+        The loss and, for the supervised positions, their losses without gradient and whether each was a hit.
+    """
+    losses, hits, weights = supervised_losses(score, hidden, labels, loss_weights, positions)
+    divisor: torch.Tensor | int = losses.numel() if num_items is None else num_items
+    # A number that is on the device stays there: nothing is asked of it.
+    divisor = divisor.to(losses.device).clamp(min=1) if isinstance(divisor, torch.Tensor) else max(divisor, 1)
+    return (losses * weights).sum() / divisor, losses.detach(), hits
+
+
 def supervised_losses(
-    score: Score, hidden: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor | None = None
+    score: Score,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    loss_weights: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross entropy of every supervised position, a chunk at a time: full (B, S, vocabulary) logits never exist.
 
@@ -88,14 +157,18 @@ def supervised_losses(
         hidden: (B, S, D) outputs; position s - 1 is scored against the label at s.
         labels: (B, S), -100 where nothing is learned.
         loss_weights: (B, S) factors; default 1.
+        positions: `supervised_positions` of the labels, where they are known; else they are looked for.
 
     Returns:
         For the supervised positions, in reading order: losses, whether the label is the most likely token, weights.
     """
-    labels = labels.to(hidden.device)[:, 1:]
-    mask = labels != IGNORED
-    picked, targets = hidden[:, :-1][mask], labels[mask]
-    weights = torch.ones_like(targets, dtype=torch.float32) if loss_weights is None else loss_weights[:, 1:][mask]
+    labels = labels.to(hidden.device)
+    positions = supervised_positions(labels) if positions is None else positions.to(hidden.device)
+    targets = labels.flatten().index_select(0, positions)
+    picked = hidden.flatten(0, 1).index_select(0, positions - 1)
+    weights = torch.ones_like(targets, dtype=torch.float32)
+    if loss_weights is not None:
+        weights = loss_weights.to(hidden.device).flatten().index_select(0, positions)
     if not targets.numel():  # keeps the graph: every parameter still gets its (zero) gradient
         nothing = torch.zeros(0, device=hidden.device) + hidden.float().sum() * 0.0
         return nothing, torch.zeros(0, dtype=torch.bool, device=hidden.device), weights
@@ -104,19 +177,22 @@ def supervised_losses(
 
 def score_positions(score: Score, picked: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(positions, D) outputs and (positions,) labels → losses, and whether the label is the most likely token."""
-    losses, hits = [], []
+    losses: list[torch.Tensor] = []
+    hits: list[torch.Tensor] = []
     for chunk, wanted in zip(picked.split(CHUNK), targets.split(CHUNK), strict=True):
         # Logits of a chunk are made again in the backward pass, so no more than one chunk lives at a time.
         if chunk.requires_grad:
             options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
-            loss, hit = checkpoint(_chunk_losses, score, chunk, wanted, **options)
+            losses.append(checkpoint(_chunk_losses, score, chunk, wanted, hits, len(losses), **options))
         else:
-            loss, hit = _chunk_losses(score, chunk, wanted)
-        losses.append(loss)
-        hits.append(hit)
+            losses.append(_chunk_losses(score, chunk, wanted, hits, len(losses)))
     return torch.cat(losses), torch.cat(hits)
 
 
-def _chunk_losses(score: Score, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk_losses(
+    score: Score, hidden: torch.Tensor, targets: torch.Tensor, hits: list[torch.Tensor], number: int
+) -> torch.Tensor:
     logits = score(hidden).float()
-    return F.cross_entropy(logits, targets, reduction="none"), (logits.argmax(-1) == targets).detach()
+    if number == len(hits):  # the backward pass comes here again, and needs the losses alone
+        hits.append(logits.detach().argmax(-1) == targets)
+    return F.cross_entropy(logits, targets, reduction="none")

@@ -6,7 +6,7 @@ T image tokens an image, D width of the language model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,37 +20,13 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
 
 from ..base.names import INSTRUCTION
 from .configuration import VLMConfig, count_patches, image_size_of
-from .losses import scaled_logits, supervised_losses
+from .losses import VLMOutput, mean_loss, scaled_logits
 from .parts import Parts, mark_initialised, parts_from_config
 from .positions import ExactRotations
 from .sharding import others_wait_for
-
-
-@dataclass
-class VLMOutput(ModelOutput):
-    """Output of `VLMForConditionalGeneration`.
-
-    Attributes:
-        loss: Scalar, when labels were given.
-        logits: (B, S or logits_to_keep, vocabulary), unless only supervised positions were scored.
-        past_key_values: Cache of the language model.
-        hidden_states: Per layer (B, S, D), when asked for.
-        attentions: Per layer, when asked for.
-        token_losses: (supervised positions,) negative log-likelihoods, when `supervised_only`.
-        token_hits: (supervised positions,) whether the label is the most likely token, when `supervised_only`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    token_losses: torch.Tensor | None = None
-    token_hits: torch.Tensor | None = None
 
 
 class VLMPreTrainedModel(ExactRotations, PreTrainedModel):
@@ -158,6 +134,7 @@ class VLMModel(VLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        image_token_count: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Puts the image features where the image tokens stand and runs the language model.
@@ -171,6 +148,8 @@ class VLMModel(VLMPreTrainedModel):
             inputs_embeds: (B, S, D) in place of `input_ids`; then images cannot be given.
             qformer_input_ids: (N, L) the instruction of each image, where the resampler reads it.
             qformer_attention_mask: (N, L), 1 for tokens and 0 for padding.
+            image_token_count: How often the image token stands in `input_ids`; None to count, for which the host waits
+                until the device is done with what it has.
             **kwargs: Passed on to the language model.
 
         Raises:
@@ -180,7 +159,7 @@ class VLMModel(VLMPreTrainedModel):
             if input_ids is None:
                 raise ValueError("Give input_ids or inputs_embeds.")
             instruction = dict(zip(INSTRUCTION, (qformer_input_ids, qformer_attention_mask), strict=True))
-            inputs_embeds = self.embed(input_ids, pixel_values, **instruction)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_token_count, **instruction)
         elif pixel_values is not None:
             raise ValueError("Give the images with input_ids: inputs_embeds leaves no place to put them.")
         return self.language_model(
@@ -192,7 +171,11 @@ class VLMModel(VLMPreTrainedModel):
         )
 
     def embed(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, **instruction: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_token_count: int | None = None,
+        **instruction: torch.Tensor | None,
     ) -> torch.Tensor:
         """(B, S) ids and (N, 3, H, W) images → (B, S, D) embeddings with the image features in place.
 
@@ -203,26 +186,23 @@ class VLMModel(VLMPreTrainedModel):
         # The placeholder and an added pad token may lie beyond the matrix; neither is ever looked at.
         known = torch.where(image_mask | (input_ids >= table.num_embeddings), 0, input_ids)
         embeds = table(known)
+        tokens = int(image_mask.sum()) if image_token_count is None else image_token_count
         if pixel_values is None:
-            self._check_image_count(int(image_mask.sum()), 0)
-            path = (p for part in self._image_path() for p in part.parameters())
+            self._check_image_count(tokens, 0)
+            parts = (part for part in (self.vision_tower, self.resampler, self.projector) if part is not None)
+            path = (p for part in parts for p in part.parameters())
             return embeds + self._zero_from_image_path(embeds) if others_wait_for(path, self.training) else embeds
         features = self.get_image_features(pixel_values, **instruction)
-        self._check_image_count(int(image_mask.sum()), features.shape[0] * features.shape[1])
+        self._check_image_count(tokens, features.shape[0] * features.shape[1])
         features = features.to(embeds.device, embeds.dtype).flatten(0, 1)
         return embeds.masked_scatter(image_mask.unsqueeze(-1), features)
-
-    def _image_path(self) -> list[nn.Module]:
-        return [part for part in (self.vision_tower, self.resampler, self.projector) if part is not None]
 
     def _zero_from_image_path(self, like: torch.Tensor) -> torch.Tensor:
         height, width = image_size_of(self.config.vision_config)
         blank = torch.zeros(1, 3, height, width, device=like.device)
-        features = self.get_image_features(blank, **self._blank_instruction(like.device))
+        instruction = torch.zeros(1, 1, dtype=torch.long, device=like.device)
+        features = self.get_image_features(blank, qformer_input_ids=instruction)
         return (features.float().sum() * 0.0).to(like.dtype)  # fp16 would not hold the sum, and infinity times 0 is NaN
-
-    def _blank_instruction(self, device: torch.device) -> dict[str, torch.Tensor | None]:
-        return {"qformer_input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}
 
     def _check_image_count(self, tokens: int, features: int) -> None:
         if tokens != features:
@@ -293,6 +273,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
+        label_positions: torch.Tensor | None = None,
         supervised_only: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -309,10 +290,11 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             inputs_embeds: As above.
             labels: (B, S), -100 where nothing is learned; position s is scored by the output at s - 1.
             loss_weights: (B, S) factors on the loss of each label; default 1.
+            label_positions: `supervised_positions` of the labels, where the batch brings them.
             supervised_only: Scores only the positions with a label, a chunk at a time: the loss needs no full logits.
             num_items_in_batch: What the summed loss is divided by; default the number of labels here.
             logits_to_keep: Number of last positions to score, or their indices; 0 for all.
-            **kwargs: Passed on to the language model; `INSTRUCTION` to the resampler.
+            **kwargs: Passed on to `VLMModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -327,19 +309,17 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         result = VLMOutput(
             past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+        score = partial(scaled_logits, self.lm_head, self.config.get_text_config())
         if not supervised_only:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = self._score(hidden[:, keep, :])
+            result.logits = score(hidden[:, keep, :])
         if labels is not None:
-            losses, hits, weights = supervised_losses(self._score, hidden, labels, loss_weights)
-            divisor = losses.numel() if num_items_in_batch is None else num_items_in_batch
-            result.loss = (losses * weights).sum() / torch.as_tensor(divisor, device=losses.device).clamp(min=1)
+            result.loss, losses, hits = mean_loss(
+                score, hidden, labels, loss_weights, num_items_in_batch, label_positions
+            )
             if supervised_only:
-                result.token_losses, result.token_hits = losses.detach(), hits
+                result.token_losses, result.token_hits = losses, hits
         return result
-
-    def _score(self, hidden: torch.Tensor) -> torch.Tensor:
-        return scaled_logits(self.lm_head, self.config.get_text_config(), hidden)
 
     def _expand_inputs_for_generation(
         self,
