@@ -167,9 +167,19 @@ def test_weight_decay_spares_norms_whatever_they_are_called(tmp_path):
     assert not [name for name, p in trainer.model.named_parameters() if p.ndim > 1 and name not in decayed]
 
 
-def test_a_frozen_tower_stays_in_evaluation_mode():
-    model, _ = build("llava")
-    FreezePlan({"projector": 1e-3}).apply(model)
-    model.train()
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_frozen_tower_stays_in_evaluation_mode_and_is_looked_for_once(name, monkeypatch):
+    model, _ = build(name)
     parts = {part: module for part, (_, module) in part_modules(model).items()}
-    assert not parts["vision_tower"].training and parts["projector"].training and parts["language_model"].training
+    tower = parts["vision_tower"]
+    assert tower.training, "it is trained"
+    # Qwen2.5-VL's projector lies within the tower.
+    FreezePlan({"projector": 1e-3} if name == "llava" else {"language_model": 1e-3}).apply(model)
+    monkeypatch.setattr("vlm_sft.families.model.part_modules", lambda model: 1 / 0)
+    model.train()
+    assert not any(module.training for module in tower.modules())
+    assert all(module.training for module in parts["language_model"].modules())
+    assert parts["projector"].training == (name == "llava")
+    FreezePlan({"vision_tower": 1e-3}).apply(model)
+    assert all(module.training for module in model.train().modules())
+    assert not any(module.training for module in model.eval().modules())

@@ -32,6 +32,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
 
     blank: dict[str, torch.Tensor]
     followers: tuple[str, ...] = ()
+    _tower: str | None = None  # the vision tower's name, once it was looked for; "" for none
     # Some models say False of their own loss; transformers would give ours no token count then, and a step would be the
     # mean of its micro-batches' means.
     accepts_loss_kwargs = True
@@ -96,9 +97,14 @@ class FamilyModel(ExactRotations, PreTrainedModel):
     def train(self, mode: bool = True) -> FamilyModel:
         """Training mode for what is trained; a frozen vision tower stays in evaluation mode."""
         super().train(mode)
-        for part, (_, module) in part_modules(self).items():
-            if part == "vision_tower" and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
+        if self._tower is None:
+            # The trainer comes here in every micro-batch; looking for the tower among all modules takes longer than
+            # all the rest. Its name is kept, not the module, which may be replaced.
+            self._tower = part_modules(self).get("vision_tower", ("", None))[0]
+        if self._tower:
+            tower = self.get_submodule(self._tower)
+            if not any(p.requires_grad for p in tower.parameters()):
+                tower.eval()
         return self
 
 
