@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base.console import make_console, say
+from .base.console import make_console, quiet_libraries, say
 from .base.errors import UserError, exit_on_user_error, first_to_say
 from .base.interrupts import Interrupts
 from .base.names import CURVES, METRICS
 from .base.processes import on_first_process
-from .base.quiet import quiet_libraries
 from .base.whole_files import write_json
 from .bundle.run_folder import PREFIX, settle_resume, sweep
 from .preflight.dry_run import dry_run

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from vlm_sft.base import progress as row_progress
+from vlm_sft.base import progress as module
 from vlm_sft.base.progress import RowProgress
 
 
@@ -15,7 +15,7 @@ from vlm_sft.base.progress import RowProgress
 def clock(monkeypatch):
     """Seconds that a test moves on."""
     now = [100.0]
-    monkeypatch.setattr(row_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -54,3 +54,18 @@ def test_a_terminal_shows_a_bar_and_takes_it_away():
         progress._bar.refresh()
         assert "━" in console.file.getvalue() and "measured 50 of 100 rows" in console.file.getvalue()
     assert console.file.getvalue().endswith("\x1b[2K"), "the line is empty again"
+
+
+def test_slow_questions_have_a_rate_and_what_failed_is_noted(clock):
+    console = Console(file=io.StringIO(), width=120)
+    with RowProgress(console, "问题") as progress:
+        asked = progress.counter("asked", 8, "questions")
+        asked(1)
+        clock[0] += 10
+        asked(3)
+        clock[0] += 10
+        progress.tell("asked", 6, 8, "questions", note="2 with errors")
+    assert console.file.getvalue().splitlines() == [
+        "问题: asked 4 of 8 questions, 0.4 a second, 0:00:10 left",
+        "问题: asked 6 of 8 questions, 0.3 a second, 0:00:07 left, 2 with errors",
+    ]

@@ -14,8 +14,8 @@ from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 
 from vlm_sft import MultimodalCollator, load_recipe
+from vlm_sft.base.console import quiet_libraries
 from vlm_sft.base.errors import UserError, exit_on_user_error
-from vlm_sft.base.quiet import quiet_libraries
 from vlm_sft.bundle import parity
 from vlm_sft.train import train
 

@@ -1,13 +1,15 @@
-"""How far a walk over many rows is: a bar at the terminal, a line every few seconds in a log file."""
+"""How far a walk over many rows or questions is: a bar at the terminal, a line every few seconds in a log file."""
 
 from __future__ import annotations
 
 import time
-from datetime import timedelta
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
+
+from .words import duration
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -30,7 +32,7 @@ class RowProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task: TaskID = self._bar.add_task(f"{name}: reading", total=None)
+        self._task = self._bar.add_task(name, total=None)
 
     def __enter__(self) -> RowProgress:
         """Shows the bar."""
@@ -41,7 +43,9 @@ class RowProgress:
         """Takes the bar away."""
         self._bar.stop()
 
-    def tell(self, doing: str, done: int, of: int | None, what: str = "rows", about: bool = False) -> None:
+    def tell(
+        self, doing: str, done: int, of: int | None, what: str = "rows", *, about: bool = False, note: str = ""
+    ) -> None:
         """Says how far it is.
 
         Args:
@@ -50,6 +54,7 @@ class RowProgress:
             of: Of how many; None where nobody knows.
             what: What is counted.
             about: `of` is a guess.
+            note: Something to add, such as ``2 with errors``.
         """
         now = time.monotonic()
         if doing != self._doing:
@@ -57,12 +62,23 @@ class RowProgress:
         if of is not None and about:
             of = max(of, done)
         goal = "" if of is None else f" of {'about ' if about else ''}{of:,}"
-        line = f"{self.name}: {doing} {done:,}{goal} {what}{_pace(done, of, now - self._began)}"
+        line = f"{self.name}: {doing} {done:,}{goal} {what}{_pace(done, of, now - self._began)}{note and ', '}{note}"
         if self.console.is_terminal:
             self._bar.update(self._task, description=line, completed=done, total=of)
         elif now - self._said > SECONDS_BETWEEN_LINES:
             self.console.print(line, highlight=False, markup=False)
             self._said = now
+
+    def counter(self, doing: str, of: int, what: str) -> Callable[[int], None]:
+        """`tell` for who knows only how many more are done: a function that is told of those."""
+        done = 0
+
+        def add(more: int) -> None:
+            nonlocal done
+            done += more
+            self.tell(doing, done, of, what)
+
+        return add
 
 
 def _pace(done: int, of: int | None, seconds: float) -> str:
@@ -70,5 +86,5 @@ def _pace(done: int, of: int | None, seconds: float) -> str:
     if seconds < 1 or not done:
         return ""
     rate = done / seconds
-    left = "" if of is None else f", {timedelta(seconds=round((of - done) / rate))} left"
-    return f", {rate:,.0f} a second{left}"
+    left = "" if of is None else f", {duration((of - done) / rate)} left"
+    return f", {rate:,.{0 if rate >= 10 else 1}f} a second{left}"

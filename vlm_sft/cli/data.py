@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,9 +96,10 @@ def filter_(
 
     Without --threshold and --keep the scores and their histogram are written, to choose by.
     """
-    from ..base.quiet import quiet_libraries
+    from ..base.console import quiet_libraries
 
     quiet_libraries()
+    from ..base.progress import RowProgress
     from ..prepare.convert import convert_rows
     from ..prepare.filtering import TEXTS, draw_histogram, kept_rows, score_rows, threshold_of_share
     from ..prepare.rows_of import RowsOf
@@ -114,13 +116,10 @@ def filter_(
     next(iter(rows), None)  # a source that cannot be read is said before a model is loaded
     file = scores or f"{out}.scores.jsonl"
     console = make_console()
-    with console.status("scoring") as status:
-
-        def tick(done: int) -> None:
-            status.update(f"scored {done:,} rows")
-
+    with RowProgress(console, src) as progress:
         about = {"model": model, "sources": rows.describe()}
-        found = score_rows(rows, Scorer(model), file, about, text=text, batch_size=batch_size, tick=tick)
+        scorer, tick = Scorer(model), partial(progress.tell, "scored", of=None)
+        found = score_rows(rows, scorer, file, about, text=text, batch_size=batch_size, tick=tick)
     limit = threshold_of_share(found, keep) if keep is not None else threshold
     histogram = draw_histogram(found, f"{out}.histogram.png", limit, title=f"{src}: {model}")
     _say_scores(found, console)

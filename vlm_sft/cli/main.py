@@ -141,7 +141,7 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk about images. In the conversation: /image PATH, /reset, /quit."""
-    from ..base.quiet import quiet_libraries
+    from ..base.console import quiet_libraries
 
     quiet_libraries()  # before the first heavy import
     from ..inference.chat import chat as run
@@ -161,7 +161,7 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer a file of questions in batches."""
-    from ..base.quiet import quiet_libraries
+    from ..base.console import quiet_libraries
 
     quiet_libraries()
     from ..inference.answer_file import generate as run
@@ -211,7 +211,7 @@ def debug_batch(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show the rows of a step whose loss was not finite or jumped, one by one."""
-    from ..base.quiet import quiet_libraries
+    from ..base.console import quiet_libraries
 
     quiet_libraries()
     from ..training.debug_batch import run
@@ -229,7 +229,7 @@ def export(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a bundle as a native checkpoint, LoRA merged; its logits are compared in a fresh process."""
-    from ..base.quiet import quiet_libraries
+    from ..base.console import quiet_libraries
 
     quiet_libraries()
     from ..export.export import export as run
@@ -283,7 +283,7 @@ def push(
     message: Annotated[str | None, typer.Option("--message", "-m", help="What the commit says.")] = None,
 ) -> None:
     """Put a bundle on the Hugging Face Hub, with its card."""
-    from ..base.quiet import quiet_libraries
+    from ..base.console import quiet_libraries
 
     quiet_libraries()
     from huggingface_hub.utils import enable_progress_bars

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..base.errors import UserError
 from ..base.names import RECIPE
+from ..base.progress import RowProgress
 from ..base.whole_files import write_whole
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
@@ -28,8 +27,6 @@ from ..bundle.load import load
 from .generation import answer, check_length, encode_question
 from .questions import Question, conversation, read_questions
 from .settings import check_options
-
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
 def generate(
@@ -75,12 +72,14 @@ def generate(
         model, processor, settings = open_bundle(bundle, options or {}, trust_remote_code)
         if ignores_text(processor):
             console.print("This bundle's template shows the model images only: what the questions say is ignored.")
-    with _append(target, size) as write, _progress(console, left) as advance:
+    with _append(target, size) as write, RowProgress(console, "answers") as progress:
+        answered = errors = 0
         while batch := list(islice(todo, batch_size)):
             lines = answer_rows(model, processor, batch, images, settings)
             write(lines)
             done |= {str(line["id"]): line.get("error") for line in lines}
-            advance(len(lines), sum("error" in line for line in lines))
+            answered, errors = answered + len(lines), errors + sum("error" in line for line in lines)
+            progress.tell("asked", answered, left, note=f"{errors:,} with errors" if errors else "")
     _finish(target, order, done, console)
 
 
@@ -259,37 +258,6 @@ def _append(path: Path, size: int) -> Iterator[Callable[[list[dict[str, Any]]], 
 
     with stream:
         yield write
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function that is told of rows and errors among them: a bar at a terminal, else lines now and then."""
-    start, told, rows, errors = time.monotonic(), 0.0, 0, 0
-    bar = Progress(
-        TextColumn("answering"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal or not total,
-    )
-    task = bar.add_task("", total=total, note="")
-
-    def advance(new_rows: int, new_errors: int) -> None:
-        nonlocal told, rows, errors
-        rows, errors, now = rows + new_rows, errors + new_errors, time.monotonic()
-        note = f"{errors:,} with errors" if errors else ""
-        bar.update(task, completed=rows, note=note)
-        if not console.is_terminal and (rows == total or now - told >= SECONDS_BETWEEN_LINES):
-            told = now
-            rate = rows / max(now - start, 1e-9)
-            console.print(f"{rows:,} of {total:,} rows, {rate:.2g} rows/s{note and ', ' + note}")
-
-    with bar:
-        yield advance
 
 
 def _finish(target: Path, order: list[str], done: dict[str, str | None], console: Console) -> None:

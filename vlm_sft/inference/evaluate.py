@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base.console import say
+from ..base.console import quiet_libraries, say
 from ..base.errors import UserError
 from ..base.names import METRICS, SCORES
-from ..base.quiet import quiet_libraries
 from .scoring import collect, score
 
 if TYPE_CHECKING:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..base.console import make_console
 from ..base.errors import UserError
+from ..base.progress import RowProgress
 from .metrics import exact_match
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ def score(
     blank: list[bool] = []
     wrong: dict[str, Any] = {"captions": [], "answers": {}}
     merged = {kind: merge(asked, processor) for kind, asked in questions.items()}
-    with _asking(sum(len(asked) * (1 if kind is None else 2) for kind, asked in merged.items())) as tick:
+    total = sum(len(asked) * (1 if kind is None else 2) for kind, asked in merged.items())
+    with RowProgress(make_console(), "evaluation") as progress:
+        tick = progress.counter("asked", total, "questions")
         for kind, asked in merged.items():
             given = ask(model, processor, asked, batch_size, options, tick)
             hits = _compare(given, asked)
@@ -183,19 +186,6 @@ def without_image(question: Question) -> Question:
 
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
     return Question(question.messages, [grey] * len(question.images), question.references, question.id)  # type: ignore[list-item]
-
-
-@contextmanager
-def _asking(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal that the yielded function moves; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("asking", total=total)
-        yield lambda done: bar.advance(task, done)
 
 
 def _compare(answers: Sequence[str], questions: Sequence[Question]) -> list[bool]:

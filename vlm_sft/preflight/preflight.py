@@ -140,7 +140,7 @@ def _take_steps(
     """Trains some steps through the trainer of the recipe, into a folder that is removed."""
     from datasets import Dataset
 
-    from ..base.quiet import quiet_libraries
+    from ..base.console import quiet_libraries
     from ..data.dataset import ROW_FEATURES
     from ..recipe.libraries import build_sft_config
     from ..training.build_trainer import build_trainer
@@ -243,7 +243,7 @@ def run_preflight(
     Raises:
         SystemExit: With code 1 where the training will go wrong.
     """
-    from ..base.quiet import quiet_libraries
+    from ..base.console import quiet_libraries
     from ..recipe.safety import refuse_code, refuse_revisions
     from ..recipe.schema import load_recipe
     from .launch import read_launch
