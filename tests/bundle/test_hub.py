@@ -22,7 +22,7 @@ SHARE = """
 import sys
 import torch
 import vlm_sft
-from vlm_sft.inference.answer_file import open_bundle
+from vlm_sft.inference.settings import open_bundle
 from vlm_sft.cli.main import app
 from vlm_sft.inference.evaluate import run
 

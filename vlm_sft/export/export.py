@@ -52,7 +52,7 @@ def export(
             `bundle-merged`.
         keep_adapter: Leaves LoRA unmerged, in the subfolder `adapter`.
         dtype: Type of the weights: `float32`, `bfloat16` or `float16`; default that of the bundle's language model.
-        trust_remote_code: See `loading.load`.
+        trust_remote_code: See `vlm_sft.load`.
 
     Returns:
         What was written (`to`, `form`, `class`, `dtype`) and `max_difference`, `tolerance`, `positions`.

@@ -11,22 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..base.errors import UserError
-from ..base.names import RECIPE
 from ..base.progress import RowProgress
 from ..base.whole_files import write_whole
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
-from ..bundle.hub import find_bundle
-from ..bundle.load import load
 from .generation import answer, check_length, encode_question
 from .questions import Question, conversation, read_questions
-from .settings import check_options
+from .settings import check_options, ignores_text, open_bundle
 
 
 def generate(
@@ -42,14 +37,14 @@ def generate(
 
     Args:
         bundle: Folder of a trained model.
-        input: Anything `readers.read_rows` reads. A row has a `question` (maybe with `<image>` marks) and `image` or
+        input: Anything `read_rows` reads. A row has a `question` (maybe with `<image>` marks) and `image` or
             `images`, or `messages` as in training; and maybe an `id`.
         output: JSONL file. Each row of the input becomes one line, in the same order: its columns and `answer` or
             `error`. What it holds already is kept and not asked again.
         batch_size: Rows answered at a time.
         images: Folder that relative image paths start from; default the folder of the input.
         options: For transformers' `generate`, over the recipe's `generation`.
-        trust_remote_code: See `loading.load`.
+        trust_remote_code: See `vlm_sft.load`.
 
     Raises:
         UserError: A file is wrong, or some rows could not be answered (after all others were).
@@ -81,34 +76,6 @@ def generate(
             answered, errors = answered + len(lines), errors + sum("error" in line for line in lines)
             progress.tell("asked", answered, left, note=f"{errors:,} with errors" if errors else "")
     _finish(target, order, done, console)
-
-
-def open_bundle(
-    bundle: str, options: dict[str, Any], trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, VLMProcessor, dict[str, Any]]:
-    """Model, processor and the settings of the bundle's recipe with `options` over them.
-
-    Raises:
-        UserError: As `loading.load`.
-    """
-    logging.disable_progress_bar()  # one bar for each file of weights would stand between the lines
-    folder = find_bundle(bundle)
-    model, processor = load(folder, trust_remote_code=trust_remote_code)
-    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    return model, processor, {**(recipe.get("generation") or {}), **options}  # type: ignore[return-value]
-
-
-def ignores_text(processor: VLMProcessor) -> bool:
-    """Whether the chat template shows the model a question's images but not its words (`plain`)."""
-
-    def prompt(text: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        return processor.render([{"role": "user", "content": content}], add_generation_prompt=True).text
-
-    try:
-        return prompt("one") == prompt("two")
-    except UserError:  # it wants another kind of conversation
-        return False
 
 
 def check_questions(path: str, done: dict[str, dict[str, Any]], target: Path) -> list[str]:

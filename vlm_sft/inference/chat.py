@@ -19,9 +19,8 @@ from ..base.errors import UserError
 from ..base.words import closest
 from ..batch.processor import VLMProcessor
 from ..reading.images import load_image
-from .answer_file import ignores_text, open_bundle
 from .generation import PromptTooLongError, stream_answer
-from .settings import check_options
+from .settings import check_options, ignores_text, open_bundle
 
 COMMANDS = {
     "/image": "/image PATH   add an image to the next question    给下一个问题加图片",
@@ -46,7 +45,7 @@ def chat(
         images: Image files that belong to the first question.
         question: Asked once, and only the answer is printed; without it a conversation is held over standard input.
         options: For transformers' `generate`, over the recipe's `generation`.
-        trust_remote_code: See `loading.load`.
+        trust_remote_code: See `vlm_sft.load`.
 
     Raises:
         UserError: The bundle, an image or an option is wrong; within a conversation errors are said and it goes on.

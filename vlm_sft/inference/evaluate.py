@@ -34,11 +34,11 @@ def run(
         batch_size: Questions answered at a time.
         output: Where the results go; default `eval.json` in the bundle, or `NAME-eval.json` here for one on the Hub.
         max_rows: Only the first so many rows of each source.
-        trust_remote_code: See `loading.load`.
+        trust_remote_code: See `vlm_sft.load`.
         recipe: A recipe whose `data` is used in place of the bundle's own.
 
     Returns:
-        What `scoring.measure` gives, and `train_seconds`, `split`, `evaluate_seconds`.
+        What `scoring.score` gives, and `train_seconds`, `split`, `evaluate_seconds`.
 
     Raises:
         UserError: No bundle, no such split, no rows, or a row that cannot be read.

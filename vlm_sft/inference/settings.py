@@ -1,10 +1,11 @@
-"""How an answer is generated: our defaults, what a user asks for, and where it ends."""
+"""How a bundle answers: its recipe's settings and what a user asks for over our defaults, and where an answer ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from transformers import (
     GenerationConfig,
     MinPLogitsWarper,
@@ -15,10 +16,14 @@ from transformers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.utils import logging
 
 from ..base.errors import UserError
+from ..base.names import RECIPE
 from ..base.words import closest, one_line
 from ..batch.processor import VLMProcessor
+from ..bundle.hub import find_bundle
+from ..bundle.load import load
 
 DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": None}
@@ -114,3 +119,31 @@ def generation_options(model: PreTrainedModel, processor: VLMProcessor, options:
 
 def _listed(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
+
+
+def open_bundle(
+    bundle: str, options: dict[str, Any], trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, VLMProcessor, dict[str, Any]]:
+    """Model, processor and the settings of the bundle's recipe with `options` over them.
+
+    Raises:
+        UserError: As `vlm_sft.load`.
+    """
+    logging.disable_progress_bar()  # one bar for each file of weights would stand between the lines
+    folder = find_bundle(bundle)
+    model, processor = load(folder, trust_remote_code=trust_remote_code)
+    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    return model, processor, {**(recipe.get("generation") or {}), **options}  # type: ignore[return-value]
+
+
+def ignores_text(processor: VLMProcessor) -> bool:
+    """Whether the chat template shows the model a question's images but not its words (`plain`)."""
+
+    def prompt(text: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return processor.render([{"role": "user", "content": content}], add_generation_prompt=True).text
+
+    try:
+        return prompt("one") == prompt("two")
+    except UserError:  # it wants another kind of conversation
+        return False
