@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from PIL import Image
 
-from support.tiny_families import TINY, processor_of
-from vlm_sft.base.errors import UserError
+from support.tiny_families import TINY, processor_of, rows
+from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.base.names import IGNORED
-from vlm_sft.families.processor import expand
+from vlm_sft.batch.collator import MultimodalCollator
+from vlm_sft.families.processor import FamilyProcessor, expand
 from vlm_sft.templates.render import RenderedChat
 
 FAMILIES = list(TINY)
@@ -92,6 +95,76 @@ def test_a_typed_placeholder_is_text(name):
     typed = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
     chat = processor.encode_chat([user("<image>", f"what is {typed}?"), assistant(f"a {typed}")], sizes=SIZES)
     assert chat.input_ids.count(processor.image_token_id) == sum(chat.places) == processor.count_image_tokens(SIZES[0])
+
+
+# Options of the models' own processors: how many tokens an image becomes changes, not always as their arithmetic says.
+PIXELS = [{"min_pixels": 256, "max_pixels": 4096}, {"max_pixels": 40_000}, {"do_resize": False}]
+TILES = [{"do_image_splitting": False}, {"size": {"longest_edge": 84}}]
+OPTIONS = {
+    "qwen2_5_vl": PIXELS, "qwen3_vl": PIXELS, "idefics3": TILES, "smolvlm": TILES,
+    "internvl": [{"max_patches": 6}, {"min_patches": 2, "max_patches": 3}, {"crop_to_patches": False}],
+    "llava_next": [{"image_grid_pinpoints": [[28, 56], [84, 28]]}],
+    "gemma3": [{"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8}],
+}  # fmt: skip
+DRAWN = random.Random(0)
+MANY = [(1, 1), (28, 28), (29, 28), (28, 57), (84, 56), (1, 100), (600, 3), (96, 64)]
+MANY += [(DRAWN.randint(1, most), DRAWN.randint(1, most)) for most in (60, 300, 1200) for _ in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name in FAMILIES for options in ({}, *OPTIONS.get(name, []))], ids=str
+)
+def test_what_stands_for_an_image_is_what_the_models_own_processor_writes(name, options):
+    processor = processor_of(name, **options)
+    for size in MANY[:: 1 if processor.reads_sizes else 9]:
+        if name == "kosmos-2":  # its own processor writes the frame where it reads the text, and looks at no size
+            wanted = processor.expansion((1, 1))
+        else:
+            try:
+                wanted = processor._read([Image.new("RGB", size)])[1][0]
+            except ValueError:
+                with pytest.raises(RowError):
+                    processor.expansion(size)
+                continue
+        assert processor.expansion(size) == wanted, size
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "smolvlm", "llava_next"])
+def test_no_picture_is_made_where_the_models_own_classes_can_count(name, monkeypatch):
+    processor = processor_of(name)
+    monkeypatch.setattr(Image, "new", None)
+    monkeypatch.setattr(processor.native, "_process_images", None)
+    assert processor.count_image_tokens((123, 77)) > 0
+
+
+def test_an_option_that_the_arithmetic_does_not_know_is_seen_and_pictures_are_asked():
+    class Padded(type(processor_of("llava_next").native)):
+        def replace_image_token(self, *given, **options):
+            return super().replace_image_token(*given, **options) + self.image_token
+
+    plain = processor_of("llava_next")
+    plain.native.__class__ = Padded
+    own = FamilyProcessor(
+        plain.image_processor, plain.tokenizer, plain.chat_template, plain.native, plain.family, plain.image_token_id
+    )
+    assert own.count_image_tokens((40, 30)) == plain.count_image_tokens((40, 30)) + 1
+
+
+def test_sizes_are_remembered_but_not_for_ever():
+    processor = processor_of("qwen2_5_vl")
+    first = processor.expansion((8, 8))
+    for width in range(1, 400):
+        processor.expansion((width + 8, 16))
+    assert len(processor._expansions) <= 256 and processor.expansion((8, 8)) == first
+
+
+def test_an_image_that_the_models_own_processor_refuses_is_a_row_that_is_named():
+    with pytest.raises(RowError, match=r"an image of 2,000 x 2 pixels is refused by .*aspect ratio.* 200.*: cut it or"):
+        processor_of("qwen3_vl").expansion((2000, 2))
+    collator = MultimodalCollator(processor_of("qwen3_vl"))
+    with pytest.raises(RowError, match="row 0: an image of 2,000 x 2 pixels") as error:
+        collator(rows((2000, 2)))
+    assert error.value.reason == "image too large"
 
 
 def test_several_images_keep_their_own_sizes():

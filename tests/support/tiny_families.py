@@ -255,8 +255,8 @@ def tiny(name: str) -> Path:
     return write_tiny(name, folder)
 
 
-def processor_of(name: str, folder: Path | None = None) -> Any:
-    """Our processor of a family's tiny model."""
+def processor_of(name: str, folder: Path | None = None, **options: Any) -> Any:
+    """Our processor of a family's tiny model, its own one with further options."""
     from transformers import AutoConfig
 
     from vlm_sft.families.build_family import load_processor
@@ -264,7 +264,7 @@ def processor_of(name: str, folder: Path | None = None) -> Any:
     from vlm_sft.templates.template import load_template
 
     config = AutoConfig.from_pretrained(tiny(name))
-    spec = SimpleNamespace(pretrained=str(folder or tiny(name)), revision=None, processor={})
+    spec = SimpleNamespace(pretrained=str(folder or tiny(name)), revision=None, processor=options)
     return load_processor(spec, config, load_template(default_template(config, name)), None)
 
 

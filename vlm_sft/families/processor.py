@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from ..base.errors import UserError
+from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
+from ..base.words import one_line
 from ..batch.encoding import EncodedChat, as_plain_text, pad, supervised_characters, tokenize
 from ..batch.processor import VLMProcessor
 from ..templates.render import RenderedChat
@@ -27,6 +28,7 @@ from .table import Family
 ONLY_COUNTS = ("rows", "cols", "num_patches", "num_crops")
 # Two shapes, and one that a processor that cuts images into tiles would cut.
 SHAPES = ((96, 64), (64, 96), (1600, 400))
+MOST_SIZES = 256  # that are remembered: what stands for a large image is a text of 200,000 characters
 
 
 class FamilyProcessor(VLMProcessor):
@@ -68,6 +70,8 @@ class FamilyProcessor(VLMProcessor):
         self.image_token, self.image_token_id = self._placeholder(), place_id
         self.pad_to_square, self.qformer_tokenizer, self.added_tokens = False, None, []
         self._expansions: dict[tuple[int, int], str] = {}
+        # Its arithmetic may not know an option of its processor, and then only pictures say the truth.
+        self._counts = bool(family.counted) and all(self._count(shape) == self._look(shape) for shape in SHAPES)
         counts = {self.count_image_tokens(shape) for shape in SHAPES}
         self.num_image_tokens = counts.pop() if len(counts) == 1 else 0
         self.reads_sizes = not self.num_image_tokens
@@ -78,11 +82,39 @@ class FamilyProcessor(VLMProcessor):
         """What the model's own processor writes in place of an image's placeholder.
 
         Args:
-            size: (width, height) in pixels: no processor looks at more. A blank image of that size is asked about.
+            size: (width, height) in pixels: no processor looks at more.
+
+        Raises:
+            RowError: The model's own processor takes no image of that shape.
         """
         if size not in self._expansions:
-            self._expansions[size] = self._read([Image.new("RGB", size)])[1][0]
+            if len(self._expansions) == MOST_SIZES:
+                self._expansions.pop(next(iter(self._expansions)))  # the oldest
+            try:
+                self._expansions[size] = self._count(size) if self._counts else self._look(size)
+            except ValueError as error:
+                raise RowError(
+                    f"an image of {size[0]:,} x {size[1]:,} pixels is refused by the model's own processor "
+                    f"({one_line(error)}): cut it or remove the row.",
+                    reason="image too large",
+                ) from error
         return self._expansions[size]
+
+    def _look(self, size: tuple[int, int]) -> str:
+        """`expansion`, asked with a blank image of that size."""
+        return self._read([Image.new("RGB", size)])[1][0]
+
+    def _count(self, size: tuple[int, int]) -> str:
+        """`expansion`, by the arithmetic of the model's own classes that `Family.counted` names."""
+        width, height = size
+        if self.family.counted == "tokens":
+            (tokens,) = self.native._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens
+            return self.native.image_token * tokens
+        found = self.image_processor.get_number_of_image_patches(height, width, self._image_options())
+        if self.family.counted == "patches":
+            return self.native.replace_image_token({"num_patches": [found]}, 0)
+        _, rows, columns = found
+        return self.native.replace_image_token({"rows": [[rows]], "cols": [[columns]]}, 0)
 
     def count_image_tokens(self, size: tuple[int, int]) -> int:
         """Places for features that an image of (width, height) pixels has."""

@@ -18,6 +18,9 @@ class Family:
         column: A further column of a batch that the model reads, or "".
         counts: What is 1 in that column: `images` (places of image features) or `answer` (all from the first
             supervised token on).
+        counted: By what the model's own classes say, without an image, what stands for one of a size: `tokens` (so many
+            placeholders), `patches` or `rows` (of patches, which its processor writes down); "" where they do not, or
+            not rightly.
         prompt: Of a model made for one turn, whose own processor writes a part of the prompt itself: what is left for
             a template to write, as a Jinja expression on our render (`rendered`).
         vllm: Whether vLLM has a class for it.
@@ -28,6 +31,7 @@ class Family:
     template: dict[str, str]
     column: str = ""
     counts: str = "images"
+    counted: str = ""
     prompt: str = ""
     vllm: bool = True
     no_export: str = ""
@@ -37,15 +41,15 @@ class Family:
 FAMILIES: dict[str, Family] = {
     # A Llama-3 in LLaVA-1.6 has another template than Vicuna, and the model type does not tell them apart.
     "llava": Family("LlavaProcessor", {"llama": "vicuna_v1"}),
-    "llava_next": Family("LlavaNextProcessor", {"mistral": "mistral"}),
-    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", {"": "qwen2_5_vl"}, "mm_token_type_ids"),
-    "qwen3_vl": Family("Qwen3VLProcessor", {"": "qwen3_vl"}, "mm_token_type_ids"),
-    "idefics3": Family("Idefics3Processor", {"": "smolvlm"}),
-    "smolvlm": Family("SmolVLMProcessor", {"": "smolvlm"}),
+    "llava_next": Family("LlavaNextProcessor", {"mistral": "mistral"}, counted="tokens"),
+    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", {"": "qwen2_5_vl"}, "mm_token_type_ids", counted="tokens"),
+    "qwen3_vl": Family("Qwen3VLProcessor", {"": "qwen3_vl"}, "mm_token_type_ids", counted="tokens"),
+    "idefics3": Family("Idefics3Processor", {"": "smolvlm"}, counted="rows"),
+    "smolvlm": Family("SmolVLMProcessor", {"": "smolvlm"}, counted="rows"),
     # PaliGemma reads its prompt in both directions and writes its answer in one.
     "paligemma": Family("PaliGemmaProcessor", {"": "paligemma"}, "token_type_ids", "answer",
                         prompt="rendered.replace(bos_token, '', 1).removesuffix('\\n')"),
-    "internvl": Family("InternVLProcessor", {"": "internvl"}),
+    "internvl": Family("InternVLProcessor", {"": "internvl"}, counted="patches"),
     "gemma3": Family("Gemma3Processor", {"": "gemma3"}, "token_type_ids"),
     "kosmos-2": Family("Kosmos2Processor", {"": "kosmos2"}, "image_embeds_position_mask", vllm=False,
                        prompt="rendered.removeprefix(bos_token ~ image_token ~ ' ')"),
