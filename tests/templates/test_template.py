@@ -55,6 +55,17 @@ def test_own_template_from_source_and_from_a_file(tmp_path: Path) -> None:
     assert end_of_answer(OWN.replace(" + eos_token", "")) == ""
 
 
+def test_the_end_of_an_answer_is_rendered_once_and_anew_for_a_file_that_changed(tmp_path: Path, monkeypatch) -> None:
+    rendered = []
+    monkeypatch.setattr("vlm_sft.templates.template.render", lambda *a, **o: rendered.append(a) or render(*a, **o))
+    file = tmp_path / "own.jinja"
+    file.write_text(OWN.replace("eos_token", "'[完]'"), encoding="utf-8")
+    assert [end_of_answer(file) for _ in range(3)] == ["[完]"] * 3 and len(rendered) == 1
+    file.write_text(OWN.replace("eos_token", "'[end]'"), encoding="utf-8")
+    assert end_of_answer(file) == end_of_answer(str(file)) == "[end]"
+    assert end_of_answer(OWN, eos_token="<a>") + end_of_answer(OWN, eos_token="<b>") == "<a><b>"
+
+
 def test_unknown_template_names_the_closest() -> None:
     assert refusal("vicuna") == 'there is no chat template "vicuna"; the closest that ships is "vicuna_v1".'
     assert "no/such/ziya.jinja" in refusal("no/such/ziya.jinja")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,13 @@ def end_of_answer(template: str | Path, *, bos_token: str | None = "", eos_token
     Raises:
         UserError: As `load_template`.
     """
+    return _end_of_answer(template, *resolve(template), bos_token, eos_token)
+
+
+@lru_cache(maxsize=64)  # asked for every answer that a model gives; by its source too, for a file may be changed
+def _end_of_answer(template: str | Path, source: str, label: str, bos_token: str | None, eos_token: str | None) -> str:
     chat = render(_probe(), template, bos_token=bos_token, eos_token=eos_token)
-    return _affixes(chat, resolve(template)[1])[1]
+    return _affixes(chat, label)[1]
 
 
 def owns_bos(template: str | Path) -> bool:
