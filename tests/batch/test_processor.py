@@ -94,6 +94,11 @@ def test_squares_are_padded_with_the_mean_colour():
     assert processor.encode_images([]) is None
 
 
+def test_it_says_what_it_needs_of_a_picture():
+    processor = make_processor(pad_to_square=True)
+    assert processor.needed_side == 28 and processor.grown_size((3, 3000)) == (3000, 3000)
+
+
 def test_it_is_a_processor_like_others(tmp_path):
     processor = make_processor("ziya", system="你好")
     inputs = processor(text="<image>这是什么？", images=Image.new("RGB", (30, 30)), return_tensors="pt")

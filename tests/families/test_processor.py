@@ -167,6 +167,13 @@ def test_an_image_that_the_models_own_processor_refuses_is_a_row_that_is_named()
     assert error.value.reason == "image too large"
 
 
+@pytest.mark.parametrize(("name", "grown"), [("llava", (28, 84_000)), ("qwen2_5_vl", (1, 3000)), ("gemma3", (1, 3000))])
+def test_it_says_what_it_needs_of_a_picture(name, grown):
+    processor = processor_of(name)
+    assert processor.needed_side is None, "its own processor may need every pixel"
+    assert processor.grown_size((1, 3000)) == grown
+
+
 def test_several_images_keep_their_own_sizes():
     processor = processor_of("qwen2_5_vl")
     messages = [user("<image>", "and", "<image>", "?"), assistant("yes")]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
-from ..reading.images import grown_size, image_size, load_image, needed_side, too_long
+from ..reading.images import image_size, load_image, too_long
 from ..templates.render import RenderedChat
 from .encoding import EncodedChat, pad
 from .processor import VLMProcessor
@@ -85,9 +85,7 @@ class MultimodalCollator:
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.max_pixels = max_pixels
-        # Other processors may cut a large image into tiles, and then need all of its pixels.
-        fixed = reduce and type(processor) is VLMProcessor
-        self.side = needed_side(processor.image_processor) if fixed else None
+        self.side = processor.needed_side if reduce else None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Batches rows: (B, S) `input_ids`, `attention_mask`, `labels`, and what `image_inputs` makes of images.
@@ -169,10 +167,9 @@ class MultimodalCollator:
         if self._decoded is not None and key in self._decoded:
             return self._decoded[key]
         loaded = load_image(image, where=where, max_pixels=self.max_pixels, side=self.side, fetch=self.fetch)
-        if type(self.processor) is VLMProcessor:
-            grown = grown_size(loaded.size, self.processor.image_processor, self.processor.pad_to_square)
-            if grown[0] * grown[1] > self.max_pixels:
-                raise too_long(where, str(image.get("path") or "in the row"), loaded, grown, self.max_pixels)
+        width, height = self.processor.grown_size(loaded.size)
+        if width * height > self.max_pixels:
+            raise too_long(where, str(image.get("path") or "in the row"), loaded, (width, height), self.max_pixels)
         if self._decoded is not None:
             self._decoded[key] = loaded
         return loaded

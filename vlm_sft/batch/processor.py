@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from ..base.errors import UserError
 from ..base.names import IGNORED, IMAGE_TOKEN
+from ..reading.images import grown_size, needed_side
 from ..templates.render import RenderedChat, render
 from ..templates.template import end_of_answer, owns_bos
 from .encoding import (
@@ -171,6 +172,15 @@ class VLMProcessor(ProcessorMixin):
         if self.pad_to_square:
             images = [pad_to_square(image, self.image_processor.image_mean) for image in images]
         return self.image_processor(list(images), return_tensors="pt")["pixel_values"]
+
+    @property
+    def needed_side(self) -> int | None:
+        """Pixels on each side that an image must keep when it is decoded; None where all of them are needed."""
+        return needed_side(self.image_processor)
+
+    def grown_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of the largest picture that is made of an image of that size on its way to the model."""
+        return grown_size(size, self.image_processor, self.pad_to_square)
 
     def instructions(self, messages: Sequence[dict[str, Any]]) -> list[str]:
         """What the user says beside each image, in reading order: what a resampler that reads the instruction gets."""

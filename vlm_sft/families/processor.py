@@ -173,6 +173,15 @@ class FamilyProcessor(VLMProcessor):
         """The pixel values of RGB images, in the shape that the model takes, or None for none."""
         return self.image_inputs(images).get("pixel_values")
 
+    @property
+    def needed_side(self) -> int | None:
+        """None: it may cut a large image into tiles, and then needs all of its pixels."""
+        return None
+
+    def grown_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """See `VLMProcessor.grown_size`; who makes pictures of many sizes bounds them itself."""
+        return size if self.reads_sizes else super().grown_size(size)
+
     def batch(self, rows: Sequence[EncodedChat], side: str = "right", multiple_of: int | None = None) -> BatchFeature:
         """Pads rows, and adds the column that the model reads; see `VLMProcessor.batch`."""
         batch = super().batch(rows, side, multiple_of)
