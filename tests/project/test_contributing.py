@@ -65,7 +65,7 @@ EDITS = {
             ("PROJECTORS: dict", GATED),
             ('    "linear": LinearProjector,\n', '    "linear": LinearProjector,\n    "gated": GatedProjector,\n'),
         ],
-        "vlm_sft/recipe/sections.py": [('"linear_no_bias", "mlp"', '"linear_no_bias", "gated", "mlp"')],
+        "vlm_sft/recipe/sections.py": [('"linear_no_bias"]', '"linear_no_bias", "gated"]')],
     },
     "chat template": {"chat_templates/parrot.jinja": [("", TEMPLATE)]},
     "format": {

@@ -99,10 +99,8 @@ def test_second_stage_goes_on_from_the_first(path: Path) -> None:
     assert second.init_from == first.sft["output_dir"]
     for part in ("resampler", "language_model"):
         assert getattr(second.stack, part) == getattr(first.stack, part)
-    shape = ("type", "depth", "activation", "scale_factor")
-    assert [getattr(second.stack.projector, key) for key in shape] == [
-        getattr(first.stack.projector, key) for key in shape
-    ]
+    assert second.stack.projector.type == first.stack.projector.type
+    assert second.stack.projector.options == first.stack.projector.options
     tower = ("pretrained", "revision", "feature_layer", "feature_select")
     assert [getattr(second.stack.vision_tower, key) for key in tower] == [
         getattr(first.stack.vision_tower, key) for key in tower

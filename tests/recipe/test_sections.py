@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
@@ -13,16 +16,37 @@ from vlm_sft.base.names import PARTS
 from vlm_sft.data.formats import FORMATS
 from vlm_sft.data.mixture import SHARES
 from vlm_sft.model.connectors import PROJECTORS, RESAMPLERS
-from vlm_sft.recipe.sections import Data, Projector, Resampler, Source, Stack
+from vlm_sft.recipe.schema import load_recipe
+from vlm_sft.recipe.sections import PROJECTOR_KINDS, Data, Resampler, Source, Stack
 
 
 def test_a_stack_has_the_four_parts_in_the_order_an_image_passes_them() -> None:
     assert tuple(Stack.model_fields) == PARTS
 
 
-@pytest.mark.parametrize(("part", "kinds"), [(Projector, PROJECTORS), (Resampler, RESAMPLERS)])
-def test_every_kind_that_can_be_built_can_be_named(part: type, kinds: dict) -> None:
-    assert set(get_args(part.model_fields["type"].annotation)) == set(kinds)
+@pytest.mark.parametrize(
+    ("named", "built"),
+    [(PROJECTOR_KINDS, PROJECTORS), (get_args(Resampler.model_fields["type"].annotation), RESAMPLERS)],
+)
+def test_every_kind_that_can_be_built_can_be_named(named: Iterable[str], built: dict) -> None:
+    assert set(named) == set(built)
+
+
+@pytest.mark.parametrize("kind", PROJECTOR_KINDS)
+def test_options_of_a_projector_are_what_its_class_takes(kind: str) -> None:
+    options = PROJECTOR_KINDS[kind](type=kind).options
+    taken = set(inspect.signature(PROJECTORS[kind]).parameters) - {"in_features", "out_features"}
+    assert set(options) == taken
+
+
+@pytest.mark.parametrize("kind", PROJECTOR_KINDS)
+def test_a_recipe_of_an_older_bundle_states_the_options_of_every_kind(tmp_path: Path, kind: str) -> None:
+    older = {"depth": 2, "activation": "gelu", "scale_factor": 2}
+    path = write(tmp_path, TEXT)
+    plain = load_recipe(path, [f"stack.projector={{type: {kind}}}"])
+    said = load_recipe(path, [f"stack.projector={json.dumps({'type': kind, **older})}"])
+    assert said.resolved() == plain.resolved() and said.stack.projector == plain.stack.projector
+    assert load_recipe(write(tmp_path, said.to_yaml())).resolved() == plain.resolved()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +66,19 @@ def test_every_kind_that_can_be_built_can_be_named(part: type, kinds: dict) -> N
             "stack.language_model.trust_remote_code=1",
             '.trust_remote_code" must be a valid boolean',
         ),
-        ("stack.projector.depth=65", '"stack.projector.depth" must be less than or equal to 64, not 65.'),
+        ("stack.projector={type: mlp, depth: 65}", '"stack.projector.depth" must be less than or equal to 64, not 65.'),
+        ("stack.projector={type: mlp, depht: 3}", 'unknown key "stack.projector.depht"; did you mean "depth"?'),
+        (
+            "stack.projector={type: mlp, xyz: 3}",
+            "these are valid here: revision, trust_remote_code, type, init,",
+        ),
+        (
+            "stack.projector={type: mpl}",
+            "'linear_no_bias', 'mlp' or 'pixel_shuffle', not 'mpl'.",
+        ),
+        ("stack.projector={type: 2}", "or 'pixel_shuffle', not '2'."),
+        ("stack.projector={depth: 2}", 'the key "stack.projector.type" is missing.'),
+        ("stack.projector=mlp", '"stack.projector" must be a valid dictionary'),
         ("stack.vision_towr={}", 'unknown key "stack.vision_towr"; did you mean "vision_tower"?'),
         ("model={pretrained: x, processr: {}}", 'unknown key "model.processr"; did you mean "processor"?'),
     ],

@@ -151,11 +151,6 @@ def _pieces_fit_their_options(recipe: Recipe) -> Broken:
             ("stack", "resampler", "tokenizer"),
             f"a resampler of type {resampler.type} reads no text; remove `tokenizer`, or use type instruct_qformer.",
         )
-    fields = type(projector).model_fields
-    for key, kind in (("depth", "mlp"), ("activation", "mlp"), ("scale_factor", "pixel_shuffle")):
-        # Compared with the default, so that a resolved recipe, which states every default, can be read again.
-        if projector.type != kind and getattr(projector, key) != fields[key].default:
-            yield ("stack", "projector", key), f"`{key}` belongs to a projector of type {kind}, not {projector.type}."
     if projector.pretrained is not None and projector.init != "default":
         yield (
             ("stack", "projector", "init"),

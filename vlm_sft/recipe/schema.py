@@ -188,6 +188,8 @@ def _sentence(error: ValidationError, file: YamlFile) -> str:
     if problem["type"] == "rule":
         return f"{file.where(problem['ctx']['path'])}: {problem['ctx']['sentence']}"
     path = tuple(part for part in problem["loc"] if part != "[key]")
+    if path[:2] == ("stack", "projector"):
+        path = path[:2] + path[3:]  # pydantic puts the kind between them
     dotted = ".".join(map(str, path))
     where = file.where(path)
     if problem["type"] == "extra_forbidden":
@@ -195,6 +197,11 @@ def _sentence(error: ValidationError, file: YamlFile) -> str:
         hint = closest(str(path[-1]), valid)
         advice = f'did you mean "{hint}"?' if hint else f"these are valid here: {', '.join(valid)}."
         return f'{where}: unknown key "{dotted}"; {advice}'
+    if problem["type"] == "union_tag_not_found":
+        return f'{where}: the key "{dotted}.type" is missing.'
+    if problem["type"] == "union_tag_invalid":
+        kinds = " or ".join(problem["ctx"]["expected_tags"].rsplit(", ", 1))
+        return f'{file.where((*path, "type"))}: "{dotted}.type" must be {kinds}, not {problem["ctx"]["tag"]!r}.'
     if problem["type"] == "missing":
         return f'{where}: the key "{dotted}" is missing.'
     if problem["type"] == "too_short":
@@ -216,9 +223,9 @@ def _keys_at(path: KeyPath) -> list[str]:
     here: dict[str, Any] = schema
     for part in path:
         here = here["items"] if isinstance(part, int) else here["properties"][part]
-        for choice in here.get("anyOf", [here]):
-            if "$ref" in choice:
-                here = definitions[choice["$ref"].rsplit("/", 1)[-1]]
+        choices = here.get("anyOf") or here.get("oneOf") or [here]  # of a union those of every kind
+        found = [definitions[choice["$ref"].rsplit("/", 1)[-1]]["properties"] for choice in choices if "$ref" in choice]
+        here = {"properties": {key: value for keys in found for key, value in keys.items()}} if found else here
     return list(here["properties"])
 
 

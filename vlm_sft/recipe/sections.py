@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -65,22 +65,77 @@ class Resampler(_Picked):
     """instruct_qformer: Hub id or folder of its own tokenizer. Unset: `qformer_tokenizer` in the checkpoint."""
 
 
-class Projector(_Piece):
-    """The part that maps features to the width of the language model. Its sizes come from its neighbours."""
+class _Projector(_Piece):
+    """What projectors of every kind can say."""
 
-    type: Literal["linear", "linear_end", "linear_no_bias", "mlp", "pixel_shuffle"]
-    """`linear` (BLIP-2, MiniGPT-4), `mlp` (LLaVA-1.5), `pixel_shuffle` (folds neighbouring patches, then linear),
-    `linear_end` (mPLUG-Owl: a learned token ends the image) or `linear_no_bias` (Qwen-VL)."""
+    type: str
+    """Its kind: linear, linear_end, linear_no_bias, mlp or pixel_shuffle."""
     init: Literal["default", "match_embeddings"] = "default"
     """`match_embeddings` scales a new projector's output to the language model's embeddings."""
-    depth: Annotated[int, Field(ge=1, le=64)] = 2
-    """mlp: number of linear layers."""
-    activation: str = "gelu"
-    """mlp: the function between the layers, as transformers names it."""
-    scale_factor: Annotated[int, Field(ge=1, le=64)] = 2
-    """pixel_shuffle: side of the square of patches that becomes one token."""
     pretrained: str | None = None
     """Hub id, folder or file to read the projector from, instead of starting it anew."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What its kind alone can say."""
+        return self.model_dump(exclude=set(_Projector.model_fields))
+
+
+class Linear(_Projector):
+    """One linear layer, or a relative of it; its sizes come from its neighbours, as those of every projector."""
+
+    type: Literal["linear", "linear_end", "linear_no_bias"]
+    """`linear` (BLIP-2, MiniGPT-4), `linear_end` (mPLUG-Owl: a learned token ends the image) or `linear_no_bias`
+    (Qwen-VL)."""
+
+
+class MLP(_Projector):
+    """Linear layers with a function between them (LLaVA-1.5)."""
+
+    type: Literal["mlp"]
+    """Linear layers with a function between them (LLaVA-1.5)."""
+    depth: Annotated[int, Field(ge=1, le=64)] = 2
+    """Number of linear layers."""
+    activation: str = "gelu"
+    """The function between the layers, as transformers names it."""
+
+
+class PixelShuffle(_Projector):
+    """Neighbouring patches folded into one token, then a linear layer."""
+
+    type: Literal["pixel_shuffle"]
+    """Folds neighbouring patches into one token, then a linear layer."""
+    scale_factor: Annotated[int, Field(ge=1, le=64)] = 2
+    """Side of the square of patches that becomes one token."""
+
+
+PROJECTOR_KINDS: dict[str, type[_Projector]] = {
+    name: kind for kind in (Linear, MLP, PixelShuffle) for name in get_args(kind.model_fields["type"].annotation)
+}
+
+
+def _without_options_of_others(value: Any) -> Any:
+    """Refuses what another kind of projector can say, but for defaults: recipes in older bundles state those of all."""
+    if not isinstance(value, dict) or value.get("type") not in PROJECTOR_KINDS:
+        return value
+    own = PROJECTOR_KINDS[value["type"]].model_fields
+    others = {
+        key: (name, kind.model_fields[key].default)
+        for name, kind in PROJECTOR_KINDS.items()
+        for key in kind.model_fields.keys() - own.keys()
+    }
+    for key in value.keys() & others.keys():
+        name, default = others[key]
+        if value[key] != default:
+            sentence = f"`{key}` belongs to a projector of type {name}, not {value['type']}."
+            path = ("stack", "projector", key)
+            raise PydanticCustomError("rule", "{sentence}", {"sentence": sentence, "path": path})
+    return {key: given for key, given in value.items() if key not in others}
+
+
+Projector = Annotated[
+    Linear | MLP | PixelShuffle, Field(discriminator="type"), BeforeValidator(_without_options_of_others)
+]
 
 
 class LanguageModel(_Piece):
@@ -102,7 +157,7 @@ class Stack(RecipeModel):
     resampler: Resampler | None = None
     """Patch features → a fixed number of query features; leave it out for LLaVA."""
     projector: Projector
-    """Features → the width of the language model."""
+    """Features → the width of the language model. Its sizes come from its neighbours."""
     language_model: LanguageModel
     """A causal language model, which reads the projected features among its embeddings."""
 

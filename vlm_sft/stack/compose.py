@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ..recipe.schema import Recipe
     from ..recipe.sections import Resampler
 
-PROJECTOR_OPTIONS = {"mlp": ("depth", "activation"), "pixel_shuffle": ("scale_factor",)}
-
 
 def compose(recipe: Recipe) -> tuple[Any, VLMProcessor]:
     """Configuration and processor of a recipe's model, from small files alone; every width is checked here."""
@@ -39,12 +37,11 @@ def compose(recipe: Recipe) -> tuple[Any, VLMProcessor]:
         raise UserError(
             f"stack.language_model.pretrained: a {text_config.model_type!r} checkpoint is no causal language model."
         )
-    options = PROJECTOR_OPTIONS.get(stack.projector.type, ())
     config = VLMConfig(
         vision_config=vision_config,
         text_config=text_config,
         projector_type=stack.projector.type,
-        projector_options={name: getattr(stack.projector, name) for name in options},
+        projector_options=stack.projector.options,
         vision_feature_layer=tower.feature_layer,
         vision_feature_select=tower.feature_select,
     )

@@ -70,6 +70,8 @@ def check_resumption(recipe: Recipe, checkpoint: str | Path, say: Callable[[str]
 def _differences(old: Any, new: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, Any, Any]]:
     """The keys whose values differ, as deep as both sides are mappings."""
     if isinstance(old, dict) and isinstance(new, dict):
+        if key == ("stack", "projector"):  # older recipes state the defaults of every kind of projector
+            old = {name: value for name, value in old.items() if name in new}
         for name in [*old, *(name for name in new if name not in old and key and key[0] in AS_GIVEN)]:
             yield from _differences(old.get(name, NOT_SET), new.get(name, NOT_SET), (*key, name))
     elif key == ("chat_template",):
