@@ -28,7 +28,7 @@ from support.tiny_pieces import (
 )
 
 # These files take minutes: begun last, one of them would run alone while the other worker has nothing left to do.
-LONGEST = ("test_learning", "test_resumable", "test_distributed", "test_family_stack", "test_recipe_runs")
+LONGEST = ("test_learning", "test_checkpointing", "test_distributed", "test_build_family", "test_recipe_runs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -284,11 +284,24 @@ def instruct_bundle(recipe_file, instructblip, tmp_path):
     return make
 
 
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory):
-    forge = Forge(tmp_path_factory.mktemp("forge"))
+@pytest.fixture(scope="session")
+def forge():
+    forge = Forge()
     yield forge
     forge.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_processes(forge):
+    """What tests and the code under test start by `subprocess.run` is forked, not imported anew; see `Forge`."""
+    with forge.in_place_of_processes():
+        yield
+
+
+@pytest.fixture
+def fresh_python(forge, monkeypatch):
+    """Processes that a test starts are fresh ones, for a test of just that."""
+    monkeypatch.setattr(forge, "forks", False)
 
 
 @pytest.fixture

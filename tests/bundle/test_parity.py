@@ -1,4 +1,4 @@
-"""The parity gate, with its real fresh process: what is equal, what was changed since, what does not load."""
+"""The parity gate, with its fresh process: what is equal, what was changed since, what does not load."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def manifest(folder):
 
 
 @pytest.mark.slow
-def test_a_good_bundle_is_equal_in_a_fresh_process_and_its_manifest_says_so(saved):
+def test_a_good_bundle_is_equal_in_a_fresh_process_and_its_manifest_says_so(saved, fresh_python):
     folder, model, batch = saved
     model.train()
     result = check_parity(folder, model, batch)

@@ -96,7 +96,7 @@ def test_a_model_whose_processor_knows_no_conversations_is_asked_by_its_prompt(s
 
 
 @pytest.mark.slow
-def test_a_quantised_one_in_full_with_its_adapter_beside_and_its_processor_of_videos(save, tmp_path):
+def test_a_quantised_one_in_full_with_its_adapter_beside_and_its_processor_of_videos(save, tmp_path, fresh_python):
     base, out = tmp_path / "base", tmp_path / "export"
     shutil.copytree(tiny("qwen2_5_vl"), base)
     (base / "video_preprocessor_config.json").write_text(json.dumps({"fps": 2}))

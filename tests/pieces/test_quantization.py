@@ -105,7 +105,7 @@ def test_a_base_has_one_fingerprint_quantised_or_not(quantised):
 
 
 @pytest.mark.slow
-def test_the_parity_gate_passes_in_a_fresh_process(quantised, photos, tmp_path):
+def test_the_parity_gate_passes_in_a_fresh_process(quantised, photos, tmp_path, fresh_python):
     trainer = trainer_of(quantised(), photos)
     trainer.train()
     trainer.save_model(str(tmp_path / "bundle"))

@@ -1,38 +1,64 @@
-"""Training runs as forks of one process that has imported everything once, killed at chosen moments.
+"""Programs as forks of one process that has imported everything once: importing costs seconds, a tiny run does not.
 
     forge.run(recipe, "sft.max_steps=3", kill_at=17)
+    with forge.in_place_of_processes():
+        subprocess.run([sys.executable, "-m", "vlm_sft.bundle.parity", …])
 
-Moment 17 is the 17th time that the run touches a file of its `output_dir` or begins a step: so a run can be killed
-between any two of them, inside a save above all, and at the same place again. `forge.said` is what it printed.
+A fork knows nothing of the test that asked for it, nor of other forks: its program begins as in a fresh Python, less
+the imports. Moment 17 of a run is the 17th time that it touches a file of its `output_dir` or begins a step: so a run
+can be killed between any two of them, inside a save above all, and at the same place again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
+import runpy
+import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from support.paths import ROOT
 
 TOUCHES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "step"}
+PROGRAMS = ("vlm_sft", "vlm_sft.train", "vlm_sft.bundle.parity", "vlm_sft.export.check", "accelerate.commands.launch")
+IMPORTS = (
+    "accelerate.commands.launch", "matplotlib.backends.backend_agg", "torch._dynamo", "transformers.models.auto",
+    "transformers.models.llama.modeling_llama", "vlm_sft.bundle.curves", "vlm_sft.bundle.handover",
+    "vlm_sft.bundle.parity", "vlm_sft.cli.main", "vlm_sft.export.check", "vlm_sft.inference.evaluate", "vlm_sft.train",
+    "vlm_sft.training.build_trainer",
+)  # fmt: skip
+# Libraries read these while they are imported, which a fork has behind it.
+READ_ON_IMPORT = ("CUDA_", "HF_", "OMP_", "PYTHONHASHSEED", "TORCH")
+KNOWN_OPTIONS = {"args", "capture_output", "check", "cwd", "env", "input", "stderr", "stdout", "text", "timeout"}
 
 
 class Forge:
-    """Holds the process that forks."""
+    """Forks programs, of a process that starts when the first is asked for.
 
-    def __init__(self, folder: Path) -> None:
-        self.log = folder / "forge.log"
-        paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(self.log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
+    Attributes:
+        forks: Whether `in_place_of_processes` does anything; a test of a fresh Python says no.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        """With the `address` of another forge, it is that one's process that forks."""
+        self.forks = True
+        self.environment = dict(os.environ)
+        self.folder = None if address else tempfile.mkdtemp(prefix="forge-")  # an address has 107 bytes at most
+        self.address = address or f"{self.folder}/address"
+        self.process: subprocess.Popen | None = None
+        self.printed = ""
 
     def run(self, recipe: Path, *overrides: str, **options: Any) -> int:
         """Runs a recipe with `--resume`; returns the exit code, or minus the signal that ended it.
@@ -40,52 +66,159 @@ class Forge:
         Args:
             recipe: Its file.
             *overrides: As on the command line.
-            **options: `kill_at`: the moment to die. `after`: milliseconds after which it is killed from outside.
-                `send`: (micro-batch, signal, times=1) that the run gets at its start. `limit`: bytes that a file may
-                have, as if the disk were full. `resume`: False to start without `--resume`.
+            **options: `kill_at`: the moment to die. `send`: (micro-batch, signal, times=1) that the run gets at its
+                start. `limit`: bytes that a file may have, as if the disk were full. `resume`: False to start without
+                `--resume`.
         """
         order = {"recipe": str(recipe), "overrides": overrides, **options}
-        assert self.process.stdin and self.process.stdout
-        print(json.dumps(order), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+        done = self._ask([str(recipe)], order, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.printed = done.stdout
+        return done.returncode
 
     def said(self) -> str:
         """What the last run printed."""
-        return self.log.read_text(encoding="utf-8")
+        return self.printed
+
+    @contextlib.contextmanager
+    def in_place_of_processes(self) -> Iterator[None]:
+        """Forks what `subprocess.run` is asked to start, where it is one of `PROGRAMS` in this Python."""
+        real = subprocess.run
+
+        def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess:
+            command = arguments[0] if arguments else options["args"]
+            if not (self.forks and options.keys() <= KNOWN_OPTIONS and self._can_fork(command, options.get("env"))):
+                return real(*arguments, **options)
+            return self._ask(command, {"module": command[2], "argv": command[3:]}, **options)
+
+        with mock.patch.object(subprocess, "run", run):
+            yield
 
     def close(self) -> None:
         """Ends the process."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+        if self.process:
+            assert self.process.stdin
+            self.process.stdin.close()
+            self.process.wait()
+        if self.folder:
+            shutil.rmtree(self.folder)
+
+    def _can_fork(self, command: list[str], environment: dict[str, str] | None) -> bool:
+        asked = os.environ if environment is None else environment
+        names = {name for name in [*asked, *self.environment] if name.startswith(READ_ON_IMPORT)}
+        same = all(asked.get(name) == self.environment.get(name) for name in names)
+        return same and list(command[:2]) == [sys.executable, "-m"] and command[2] in PROGRAMS
+
+    def _ask(self, command: list[str], order: dict[str, Any], **options: Any) -> subprocess.CompletedProcess:
+        """Has an order carried out; takes the options of `subprocess.run`, and returns or raises what it would."""
+        if self.folder and not self.process:
+            self._start()
+        pipe = subprocess.PIPE if options.get("capture_output") else None
+        out, err = options.get("stdout", pipe), options.get("stderr", pipe)
+        order |= {"cwd": str(options.get("cwd") or os.getcwd()), "env": dict(options.get("env") or os.environ)}
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            text = options.get("input", b"")
+            given.write(text.encode() if isinstance(text, str) else text)
+            given.seek(0)
+            files = [given.fileno(), _file(out, stdout, 1), stdout.fileno()]
+            files[2] = files[1] if err == subprocess.STDOUT else _file(err, stderr, 2)
+            code = self._carry_out(order, files, options.get("timeout"))
+            if code is None:
+                raise subprocess.TimeoutExpired(command, options["timeout"])
+            read = [None if wanted != subprocess.PIPE else _content(file, options.get("text", False))
+                    for wanted, file in ((out, stdout), (err, stderr))]  # fmt: skip
+        done = subprocess.CompletedProcess(command, code, *read)
+        if options.get("check"):
+            done.check_returncode()
+        return done
+
+    def _carry_out(self, order: dict[str, Any], files: list[int], timeout: float | None) -> int | None:
+        """Sends an order with the three files of the program; returns how it ended, or None after the time."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(self.address)
+            client.settimeout(timeout)
+            socket.send_fds(client, [b"\n"], files)
+            client.sendall(json.dumps(order).encode() + b"\n")
+            with client.makefile() as answers:
+                process = int(answers.readline())
+                try:
+                    return int(answers.readline())
+                except TimeoutError:
+                    os.kill(process, signal.SIGKILL)
+                    return None
+
+    def _start(self) -> None:
+        paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(self.address)
+            server.listen()
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(server.fileno())], stdin=subprocess.PIPE, pass_fds=[server.fileno()],
+                env={**self.environment, "PYTHONPATH": paths}, cwd=ROOT,
+            )  # fmt: skip
 
 
-def serve(log: str) -> None:
-    """Imports everything, then forks a run for each line that comes."""
-    import vlm_sft.bundle.handover
-    import vlm_sft.training.trainer  # noqa: F401
-
-    for line in sys.stdin:
-        order = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            play(order, log)
-        if "after" in order:
-            signal.signal(signal.SIGALRM, lambda number, frame, child=child: os.kill(child, signal.SIGKILL))
-            signal.setitimer(signal.ITIMER_REAL, order["after"] / 1000)
-        status = os.waitpid(child, 0)[1]
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+def _file(wanted: Any, held: Any, default: int) -> int:
+    """The file descriptor that `subprocess.run` would give to a program."""
+    if wanted is None:
+        return default
+    if wanted == subprocess.DEVNULL:
+        return os.open(os.devnull, os.O_WRONLY)
+    return held.fileno() if wanted == subprocess.PIPE else wanted.fileno()
 
 
-def play(order: dict[str, Any], log: str) -> None:
+def _content(file: Any, text: bool) -> str | bytes:
+    file.seek(0)
+    return file.read().decode() if text else file.read()
+
+
+# ------------------------------------------------------------------------------------------ the process and its forks
+
+
+def serve(server: socket.socket) -> None:
+    """Imports everything, then forks for each order, until whoever started it is gone."""
+    from vlm_sft.base.console import quiet_libraries
+
+    quiet_libraries()
+    for name in IMPORTS:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while server in select.select([server, sys.stdin], [], [])[0]:
+        connection, _ = server.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            answer(connection, server.getsockname())
+            os._exit(0)
+        connection.close()
+    os._exit(0)  # taking down all that was imported takes seconds
+
+
+def answer(connection: socket.socket, address: str) -> None:
+    """Forks the program of an order, and tells its process and how it ended."""
+    _, files, _, _ = socket.recv_fds(connection, 1, 3)
+    with connection.makefile("rw") as stream:
+        order = json.loads(stream.readline())
+        program = os.fork()
+        if program == 0:
+            for number, file in enumerate(files):
+                os.dup2(file, number)
+            play(order, address)
+        print(program, file=stream, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]), file=stream, flush=True)
+
+
+def play(order: dict[str, Any], address: str) -> None:
     """The life of a fork."""
-    out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
     code = 1
     try:
-        code = train(order)
+        sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 (it lives as long as the process)
+        os.chdir(order["cwd"])
+        os.environ.clear()
+        os.environ.update(order["env"])
+        with Forge(address).in_place_of_processes():
+            train(order) if "recipe" in order else run_module(order["module"], order["argv"])
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except BaseException:
         traceback.print_exc()
     finally:
@@ -94,9 +227,20 @@ def play(order: dict[str, Any], log: str) -> None:
         os._exit(code)
 
 
-def train(order: dict[str, Any]) -> int:
+def run_module(module: str, arguments: list[str]) -> None:
+    """`python -m module …`"""
+    sys.argv = [module, *arguments]
+    sys.path.insert(0, os.getcwd())
+    if not hasattr(sys.modules.get(module), "__path__"):
+        sys.modules.pop(module, None)  # it runs as `__main__`, and Python warns where it was imported before
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def train(order: dict[str, Any]) -> None:
     """Runs the program, less the fresh process and the picture at the end, which take most of the time."""
     import resource
+
+    import torch
 
     import vlm_sft.bundle.curves
     import vlm_sft.bundle.parity
@@ -104,6 +248,7 @@ def train(order: dict[str, Any]) -> int:
     from vlm_sft.train import main
     from vlm_sft.training.trainer import VLMSFTTrainer
 
+    torch.set_num_threads(1)
     vlm_sft.bundle.parity.check_parity = lambda *args: {"positions": 1, "max_difference": 0.0, "equal": True}
     vlm_sft.bundle.curves.draw_curves = lambda history, path, **kwargs: path
     step = VLMSFTTrainer.training_step
@@ -117,11 +262,7 @@ def train(order: dict[str, Any]) -> int:
     count_moments(str(recipe.sft["output_dir"]), order.get("kill_at"), order.get("send"))
     if "limit" in order:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
-    try:
-        main([order["recipe"], *order["overrides"], *(["--resume"] if order.get("resume", True) else [])])
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
+    main([order["recipe"], *order["overrides"], *(["--resume"] if order.get("resume", True) else [])])
 
 
 def count_moments(folder: str, kill_at: int | None, send: list[int] | None) -> None:
@@ -144,4 +285,4 @@ def count_moments(folder: str, kill_at: int | None, send: list[int] | None) -> N
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(socket.socket(fileno=int(sys.argv[1])))
