@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from support.paths import GOLDENS
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.manifest import Provenance
@@ -106,6 +108,77 @@ def test_the_command_hands_everything_on(bundle, monkeypatch):
     assert json.loads((bundle / "eval.json").read_text())["questions"] == {"captions": 2, "answers": {"animal": 2}}
 
 
+def cases_of(name):
+    """Upstream cases that a row can have: its answer is not empty."""
+    cases = json.loads((GOLDENS / "metrics" / f"{name}.json").read_text(encoding="utf-8"))
+    cases = cases["cases"] if isinstance(cases, dict) else cases
+    return [case for case in cases if "".join(case.get("human_answers") or case["answer"]).strip()]
+
+
+@pytest.fixture
+def benchmarks(recipe_file, caption_file, photos, tmp_path):
+    """A recipe whose test rows are the upstream cases of VQAv2 and GQA as those are published, and what is answered."""
+    vqa, gqa = cases_of("vqa_accuracy"), cases_of("gqa_exact_match")
+    asked = [{"question_id": i, "image_id": i % 2, "question": f"问题 {i % 3}?"} for i in range(len(vqa))]
+    given = [
+        {
+            "question_id": i,
+            "answers": [{"answer": text, "answer_id": n} for n, text in enumerate(case["human_answers"])],
+        }
+        for i, case in enumerate(vqa)
+    ]
+    files = {
+        "questions.json": {"questions": asked},
+        "annotations.json": {"annotations": given},
+        "gqa.json": {f"g{i}": {"imageId": 1, "question": "what?", "answer": c["answer"]} for i, c in enumerate(gqa)},
+    }
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(Path(photos[number]).read_bytes())
+    for name, document in files.items():
+        (tmp_path / name).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    source = {"images": str(tmp_path), "image_name": "{id}.png"}
+    test = [
+        {"path": str(tmp_path / "questions.json"), "annotations": str(tmp_path / "annotations.json"),
+         "format": "vqav2", "name": "vqa", **source},
+        {"path": str(tmp_path / "gqa.json"), "format": "gqa", **source},
+    ]  # fmt: skip
+    recipe = recipe_file("benchmarks", data={"train": [{"path": caption_file, "format": "caption"}], "test": test})
+    answers = {f"vqa/{i}": case["answer"] for i, case in enumerate(vqa)}
+    return recipe, answers | {f"gqa/g{i}": case["prediction"] for i, case in enumerate(gqa)}
+
+
+def test_vqav2_and_gqa_are_measured_as_their_authors_do(bundle, benchmarks, monkeypatch):
+    recipe, answers = benchmarks
+    monkeypatch.setattr(scoring, "ask", lambda model, processor, asked, *more: [answers[q.id] for q in asked])
+    result = CliRunner().invoke(cli.app, ["evaluate", str(bundle), "--recipe", str(recipe)])
+    assert result.exit_code == 0, result.output
+    found = json.loads((bundle / "eval.json").read_text(encoding="utf-8"))
+    scores = [case["accuracy"] / 100 for case in cases_of("vqa_accuracy")]
+    right = [case["exact_match"] for case in cases_of("gqa_exact_match")]
+    vqa, gqa = (sum(shares) / len(shares) for shares in (scores, right))
+    near = partial(pytest.approx, abs=1e-4)
+    assert found["answer_accuracy_by_kind"] == {"vqa": near(vqa), "gqa": near(gqa)}
+    assert found["metrics_by_kind"]["gqa"] == {"GQA_exact_match": near(gqa)}
+    both = found["metrics_by_kind"]["vqa"]
+    assert both["VQA_accuracy"] == near(vqa) and both["VQA_accuracy_EvalAI"] > both["VQA_accuracy"]
+    assert found["questions"]["answers"] == {"vqa": len(scores), "gqa": len(right)}, "alike questions are not merged"
+    assert found["answer_accuracy"] == found["answer_accuracy_blank_image"]
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert "Right on the test set" in lines and f"answers: vqa, VQA accuracy {vqa:.1%} {len(scores)}" in lines
+    card = (bundle / "README.md").read_text(encoding="utf-8")
+    assert f"| answers: gqa, GQA exact match | {gqa:.1%} |" in card and "| answers right |" in card
+
+
+def test_vqa_accuracy_is_not_made_up_from_one_answer(bundle, benchmarks, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_sft.bundle.load.load", lambda *args: pytest.fail("weights were read"))
+    path = tmp_path / "annotations.json"
+    entries = json.loads(path.read_text(encoding="utf-8"))["annotations"]
+    entries[3]["answers"] = entries[3]["answers"][:2]
+    path.write_text(json.dumps({"annotations": entries}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"row vqa/3: VQA accuracy compares .* those of ten annotators, and here are 2"):
+        run(str(bundle), recipe=str(benchmarks[0]))
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -154,6 +227,7 @@ def test_the_table_leaves_out_what_was_not_measured(capsys):
         "answer_accuracy": 0.5,
         "answer_accuracy_blank_image": 0.25,
         "answer_accuracy_by_kind": {"digit": 0.5},
+        "metrics_by_kind": {},
         "questions": {"captions": 0, "answers": {"digit": 1600}},
     }
     evaluate._print(results, Path("outputs/eval.json"))

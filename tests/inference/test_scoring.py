@@ -74,6 +74,7 @@ def test_shares_are_those_counted_by_hand(monkeypatch, processor, photos, source
         "answer_accuracy": 0.75,
         "answer_accuracy_blank_image": 0.5,  # `red` is right once; of the sums, one stays right
         "answer_accuracy_by_kind": {"colour": 1.0, "captions": 0.5},
+        "metrics_by_kind": {},
         "questions": {"captions": 4, "answers": {"colour": 2, "captions": 2}},
         "wrong": {
             "captions": [

@@ -211,16 +211,21 @@ def _vqa(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     if not question.replace(IMAGE_TOKEN, "").strip():
         raise row.error('"question" is empty', "write a question or remove the row", "no question")
     key = "answer" if row.get("answer") is not None else "answers"
-    answers = row.need("answer", "answers")
-    records: Iterable[Any] = answers if isinstance(answers, list) else [answers]
-    texts = [row.text(r.get("answer") if isinstance(r, dict) else r, key).strip() for r in records]
-    texts = [text for text in texts if text]
+    row.need("answer", "answers")
+    texts = [text.strip() for text in answers_in(row, key) if text.strip()]
     if not texts:
         raise row.error(f'"{key}" is empty', "write an answer or remove the row", "no answer")
     answer = Counter(texts).most_common(1)[0][0]  # of equally frequent ones the first
     language = _language(row, f"{question} {answer}")
     asked = (draw_prompt(language) or QUESTION_MARK).replace(QUESTION_MARK, question)
     yield Example([_user(row, asked, len(images)), answer_message(answer)], images, language=language)
+
+
+def answers_in(row: RowView, key: str) -> list[str]:
+    """The answers of a column that holds one, several, or a record of each as VQAv2 has it of its annotators."""
+    value = row.need(key)
+    records = value if isinstance(value, list) else [value]
+    return [row.text(record.get("answer") if isinstance(record, dict) else record, key) for record in records]
 
 
 # --------------------------------------------------------------------------------------------------------- cauldron

@@ -14,7 +14,8 @@ from ..base.words import closest, short
 from ..reading.image_refs import resolve_image
 from ..reading.locations import Row, list_files, read_rows
 from ..reading.published import PUBLISHED, check_pattern, read_published
-from .formats import FORMATS, QUESTION_MARK, convert, no_prompt
+from ..reading.raw_row import RowView
+from .formats import FORMATS, QUESTION_MARK, answers_in, convert, no_prompt
 from .messages import normalise_messages
 
 
@@ -75,6 +76,24 @@ def rows_with_language(
     """
     check_source(source)
     return islice(_rows(source, seed, reject, stream, languages), source.max_rows)
+
+
+def every_answer(source: SourceLike) -> dict[str, list[str]]:
+    """The answers of all annotators by the id of their row, which itself has the most frequent one alone.
+
+    Args:
+        source: of questions; its rows are right, as `source_rows` finds out.
+
+    Raises:
+        UserError: as `source_rows`.
+    """
+    found: dict[str, list[str]] = {}
+    for number, row in enumerate(islice(_raw_rows(source, stream=False), source.max_rows), start=1):
+        view = RowView(row.values, row.where, source.columns)
+        own = view.get("id")
+        key = f"{name_of(source)}/{number if own is None else view.text(own, 'id')}"
+        found[key] = answers_in(view, "answer" if view.get("answers") is None else "answers")
+    return found
 
 
 def check_source(source: SourceLike) -> None:

@@ -108,16 +108,21 @@ def _print(results: dict[str, Any], target: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=f"Exactly right on the {results['split']} set", title_justify="left", box=SIMPLE_HEAD, show_edge=False
-    )
+    own = results["metrics_by_kind"]
+    title = f"{'Right' if own else 'Exactly right'} on the {results['split']} set"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     table.add_column("what")
     table.add_column("share", justify="right")
     table.add_column("questions", justify="right")
     counts = results["questions"]
     lines = [("captions", results["caption_exact_match"], counts["captions"])]
     by_kind = results["answer_accuracy_by_kind"]
-    lines += [(f"answers: {kind}", share, counts["answers"][kind]) for kind, share in by_kind.items()]
+    for kind, accuracy in by_kind.items():
+        shares = own.get(kind) or {"": accuracy}
+        lines += [
+            (f"answers: {kind}{metric and ', ' + metric.replace('_', ' ')}", share, counts["answers"][kind])
+            for metric, share in shares.items()
+        ]
     answers = sum(counts["answers"].values())
     lines += [
         ("answers", results["answer_accuracy"], answers),

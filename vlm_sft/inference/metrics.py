@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 # Full-width forms (U+FF01..U+FF5E) mirror ASCII at a fixed distance; the rest is what Chinese keyboards type.
@@ -146,3 +147,14 @@ def _words(text: str) -> str:
     """Lower-case, write numbers as digits, drop articles, restore the apostrophes of contractions."""
     words = [str(_NUMBERS.get(word, word)) for word in text.lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+Metric = Callable[[str, Sequence[str]], float]
+
+EXACT_MATCH: dict[str, Metric] = {"exact_match": exact_match}
+METRICS: dict[str, dict[str, Metric]] = {
+    "vqav2": {"VQA_accuracy": vqa_accuracy, "VQA_accuracy_EvalAI": partial(vqa_accuracy, style="evalai")},
+    "gqa": {"GQA_exact_match": lambda prediction, references: gqa_exact_match(prediction, references[0])},
+}
+"""Format of a source → what its benchmark is measured by, first what counts as its accuracy. All other sources are
+measured by `EXACT_MATCH`."""

@@ -1,15 +1,15 @@
-"""Held-out rows → questions → answers → how many are exactly right, and how many of them without the image."""
+"""Held-out rows → questions → answers → how many are right, by the metric of their format, and without the image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..base.console import make_console
 from ..base.errors import UserError
 from ..base.progress import RowProgress
-from .metrics import exact_match
+from .metrics import EXACT_MATCH, METRICS, Metric
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,13 +23,24 @@ class Question:
     """What is asked of some images, with every answer that is right.
 
     Rows that ask the same of the same images are one question: two captions of a photo, or one in English and one in
-    Chinese, are two right answers.
+    Chinese, are two right answers. Only in a benchmark, which has a metric of its own, every row counts for itself.
+
+    Attributes:
+        messages: Up to the question.
+        images: As the row has them.
+        references: Right answers; of `vqav2` those of all annotators, alike ones too.
+        id: Of the row.
+        format: Of its source.
     """
 
     messages: list[dict[str, Any]]
     images: list[dict[str, Any]]
     references: list[str] = field(default_factory=list)
     id: str = ""
+    format: str = ""
+
+
+FEWEST_ANSWERS = 4  # with fewer, VQA accuracy gives no answer full marks: three of the others must agree with it
 
 
 def measure(
@@ -52,8 +63,9 @@ def measure(
 
     Returns:
         `caption_exact_match`, `answer_accuracy`, `answer_accuracy_blank_image` (None where nothing measures them),
-        `answer_accuracy_by_kind` (source name → accuracy), `questions` (how many), and `wrong` (the first wrong answers
-        of each kind, to look at).
+        `answer_accuracy_by_kind` (source name → accuracy), `metrics_by_kind` (source name → metric → its mean, where
+        the format has metrics of its own: the accuracy is then the first of them), `questions` (how many), and `wrong`
+        (the first wrong answers of each kind, to look at).
     """
     return score(model, processor, collect(sources, max_rows), batch_size, options or {})
 
@@ -67,15 +79,25 @@ def collect(sources: Sequence[Source], max_rows: int | None = None) -> dict[str 
     from ..data.dataset import load_source
     from ..data.formats import FORMATS
     from ..data.image_files import check_images
+    from ..data.source import every_answer
 
     questions: dict[str | None, list[Question]] = {}
     for source in sources:
         limit = min(filter(None, (source.max_rows, max_rows)), default=None)
-        rows = load_source(source.model_copy(update={"max_rows": limit}))
+        first = source.model_copy(update={"max_rows": limit})
+        rows = load_source(first)
         check_images(rows)
-        questions.setdefault(None if FORMATS[source.format].prompts == "caption" else source.name, []).extend(
-            gather(rows)
-        )
+        found = gather(rows, source.format)
+        if source.format == "vqav2":  # its metric wants the answers of all annotators, a row has the most frequent
+            answers = every_answer(first)
+            for question in found:
+                question.references = answers[question.id]
+                if len(question.references) < FEWEST_ANSWERS:
+                    raise UserError(
+                        f"row {question.id}: VQA accuracy compares an answer with those of ten annotators, and here "
+                        f"are {len(question.references)}: name the annotations with all of them."
+                    )
+        questions.setdefault(None if FORMATS[source.format].prompts == "caption" else source.name, []).extend(found)
     return questions
 
 
@@ -87,52 +109,62 @@ def score(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Asks the questions of `collect` and compares; see `measure`."""
-    captions: list[bool] = []
-    answers: dict[str, list[bool]] = {}
-    blank: list[bool] = []
+    captions: list[float] = []
+    answers: dict[str, dict[str, list[float]]] = {}
+    blank: list[float] = []
     wrong: dict[str, Any] = {"captions": [], "answers": {}}
     merged = {kind: merge(asked, processor) for kind, asked in questions.items()}
     total = sum(len(asked) * (1 if kind is None else 2) for kind, asked in merged.items())
     with RowProgress(make_console(), "evaluation") as progress:
         tick = progress.counter("asked", total, "questions")
         for kind, asked in merged.items():
+            metrics = METRICS.get(asked[0].format, EXACT_MATCH)
             given = ask(model, processor, asked, batch_size, options, tick)
-            hits = _compare(given, asked)
+            scores = {name: _compare(metric, given, asked) for name, metric in metrics.items()}
+            accuracy, hits = next(iter(scores.items()))
             if kind is None:
                 captions, wrong["captions"] = hits, _wrong(asked, given, hits)
                 continue
-            answers[kind], wrong["answers"][kind] = hits, _wrong(asked, given, hits)
-            blank += _compare(ask_blindly(model, processor, asked, given, batch_size, options, tick), asked)
-    everything = [hit for hits in answers.values() for hit in hits]
+            answers[kind], wrong["answers"][kind] = scores, _wrong(asked, given, hits)
+            blindly = ask_blindly(model, processor, asked, given, batch_size, options, tick)
+            blank += _compare(metrics[accuracy], blindly, asked)
+    hits_by_kind = {kind: next(iter(scores.values())) for kind, scores in answers.items()}
     sees = any(question.images for kind, asked in merged.items() if kind is not None for question in asked)
     return {
         "caption_exact_match": _share(captions),
-        "answer_accuracy": _share(everything),
+        "answer_accuracy": _share([hit for hits in hits_by_kind.values() for hit in hits]),
         "answer_accuracy_blank_image": _share(blank) if sees else None,
-        "answer_accuracy_by_kind": {kind: _share(hits) for kind, hits in answers.items()},
-        "questions": {"captions": len(captions), "answers": {kind: len(hits) for kind, hits in answers.items()}},
+        "answer_accuracy_by_kind": {kind: _share(hits) for kind, hits in hits_by_kind.items()},
+        "metrics_by_kind": {
+            kind: {name: _share(hits) for name, hits in scores.items()}
+            for kind, scores in answers.items()
+            if scores.keys() != EXACT_MATCH.keys()
+        },
+        "questions": {"captions": len(captions), "answers": {kind: len(hits) for kind, hits in hits_by_kind.items()}},
         "wrong": wrong,
     }
 
 
-def gather(rows: Iterable[dict[str, Any]]) -> list[Question]:
+def gather(rows: Iterable[dict[str, Any]], format: str = "") -> list[Question]:  # noqa: A002
     """Rows → questions; the last answer of a row is its reference."""
     questions = []
     for row in rows:
         if row["messages"][-1]["role"] != "assistant":
             raise UserError(f"row {row['id']}: its last message is no answer to compare with; end it with one.")
         reference = "".join(part["text"] or "" for part in row["messages"][-1]["content"])
-        questions.append(Question(row["messages"][:-1], row["images"], [reference], str(row["id"])))
+        questions.append(Question(row["messages"][:-1], row["images"], [reference], str(row["id"]), format))
     return questions
 
 
 def merge(questions: Sequence[Question], processor: VLMProcessor) -> list[Question]:
-    """Makes one question of those whose prompt (as the template renders it) and images are the same."""
+    """Makes one question of those whose prompt (as the template renders it) and images are the same; see `Question`."""
+    if questions and questions[0].format in METRICS:
+        return list(questions)
     merged: dict[tuple[Any, ...], Question] = {}
     for question in questions:
         prompt = processor.render(question.messages, add_generation_prompt=True).text
         key = (prompt, *[image["bytes"] or image["path"] for image in question.images])
-        first = merged.setdefault(key, Question(question.messages, question.images, [], question.id))
+        first = merged.setdefault(key, replace(question, references=[]))
         first.references += [reference for reference in question.references if reference not in first.references]
     return list(merged.values())
 
@@ -185,18 +217,18 @@ def without_image(question: Question) -> Question:
     from PIL import Image
 
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
-    return Question(question.messages, [grey] * len(question.images), question.references, question.id)  # type: ignore[list-item]
+    return replace(question, images=[grey] * len(question.images))  # type: ignore[list-item]
 
 
-def _compare(answers: Sequence[str], questions: Sequence[Question]) -> list[bool]:
-    return [exact_match(answer, question.references) for answer, question in zip(answers, questions, strict=True)]
+def _compare(metric: Metric, answers: Sequence[str], questions: Sequence[Question]) -> list[float]:
+    return [metric(answer, question.references) for answer, question in zip(answers, questions, strict=True)]
 
 
-def _wrong(questions: Sequence[Question], answers: Sequence[str], hits: Sequence[bool]) -> list[dict[str, Any]]:
+def _wrong(questions: Sequence[Question], answers: Sequence[str], hits: Sequence[float]) -> list[dict[str, Any]]:
     """The first three wrong answers."""
     missed = [(q, answer) for q, answer, hit in zip(questions, answers, hits, strict=True) if not hit]
-    return [{"id": q.id, "answer": answer, "right": q.references} for q, answer in missed[:3]]
+    return [{"id": q.id, "answer": answer, "right": list(dict.fromkeys(q.references))} for q, answer in missed[:3]]
 
 
-def _share(hits: Sequence[bool]) -> float | None:
+def _share(hits: Sequence[float]) -> float | None:
     return round(sum(hits) / len(hits), 4) if hits else None
