@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from vlm_sft.base.errors import UserError
-from vlm_sft.inference.questions import Question, conversation, read_questions
+from vlm_sft.inference.questions import QuestionRow, conversation, read_questions
 from vlm_sft.reading.locations import Row
 
 
-def ask(values: dict, folder=None) -> Question:
-    return Question(values.get("id", 1), Row("q.jsonl, line 1", folder, values))
+def ask(values: dict, folder=None) -> QuestionRow:
+    return QuestionRow(values.get("id", 1), Row("q.jsonl, line 1", folder, values))
 
 
-def parts(question: Question) -> list[str]:
+def parts(question: QuestionRow) -> list[str]:
     """The parts of the last message: texts, and None for images."""
     return [part.get("text") for part in conversation(question, None)["messages"][-1]["content"]]
 

@@ -20,7 +20,7 @@ from ..base.whole_files import write_whole
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
 from .generation import answer, check_length, encode_question
-from .questions import Question, conversation, read_questions
+from .questions import QuestionRow, conversation, read_questions
 from .settings import check_options, ignores_text, open_bundle
 
 
@@ -112,7 +112,7 @@ def check_questions(path: str, done: dict[str, dict[str, Any]], target: Path) ->
 def answer_rows(
     model: PreTrainedModel,
     processor: VLMProcessor,
-    batch: Iterable[Question],
+    batch: Iterable[QuestionRow],
     images: str | None,
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:

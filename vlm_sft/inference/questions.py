@@ -14,7 +14,7 @@ from ..reading.images import load_image
 from ..reading.locations import Row, read_rows
 
 
-class Question(NamedTuple):
+class QuestionRow(NamedTuple):
     """A row of the input.
 
     Attributes:
@@ -39,7 +39,7 @@ class Question(NamedTuple):
         return values
 
 
-def read_questions(path: str) -> Iterator[Question]:
+def read_questions(path: str) -> Iterator[QuestionRow]:
     """Rows of the input with their ids.
 
     Raises:
@@ -49,10 +49,10 @@ def read_questions(path: str) -> Iterator[Question]:
         own = row.values.get("id")
         if own is not None and (not isinstance(own, str | int) or isinstance(own, bool)):
             raise UserError(f"{row.where}: the id {own!r} is neither text nor a whole number: correct it.")
-        yield Question(number if own is None else own, row)
+        yield QuestionRow(number if own is None else own, row)
 
 
-def conversation(question: Question, images: str | None) -> dict[str, Any]:
+def conversation(question: QuestionRow, images: str | None) -> dict[str, Any]:
     """A row as `{"messages", "images", "id"}`, images decoded.
 
     Raises:
