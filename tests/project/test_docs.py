@@ -27,6 +27,7 @@ from support.paths import ROOT
 from vlm_sft.base.assets import list_recipes
 from vlm_sft.bundle import run_folder
 from vlm_sft.cli import main as cli
+from vlm_sft.inference.settings import check_options
 from vlm_sft.prepare import rows_of, scorer
 from vlm_sft.recipe.libraries import validate_libraries
 from vlm_sft.recipe.schema import load_recipe
@@ -250,8 +251,6 @@ def check_vlm_sft(monkeypatch, tmp_path, calls):
         monkeypatch.setattr(run_folder, look, lambda folder: folder)
 
     def check(page: str, words: list[str]) -> None:
-        from vlm_sft.inference.settings import check_options
-
         monkeypatch.setattr(sys, "argv", ["vlm-sft", *words])
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as ended:
