@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     Blip2ForConditionalGeneration,
-    GenerationConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
     LlavaForConditionalGeneration,
@@ -20,25 +19,10 @@ from transformers import (
 )
 
 from support import published_names
-from support.bundles import BLIP2, LLAVA, MESSAGES, trained
+from support.bundles import BLIP2, LLAVA, MESSAGES
 from vlm_sft import answer, load
 from vlm_sft.base.errors import UserError
-from vlm_sft.bundle.handover import hand_over
 from vlm_sft.export.export import export
-from vlm_sft.export.native_model import grow_vocabulary, native_form
-from vlm_sft.export.native_processor import native_template
-from vlm_sft.stack.build_stack import build_stack
-
-
-@pytest.fixture
-def bundle(bundle_recipe, tmp_path):
-    """Trains nothing, but moves what would be trained, and saves it. Returns the folder."""
-
-    def make(name="bundle", **stack):
-        trained(bundle_recipe(**stack), tmp_path / name)
-        return tmp_path / name
-
-    return make
 
 
 def with_image(path):
@@ -165,21 +149,6 @@ def test_an_instructblip_whose_prompt_is_more_than_the_question_has_no_native_pr
     assert not (tmp_path / "export").exists()
 
 
-@pytest.mark.slow
-def test_a_merged_instructblip_still_reads_the_question(instruct_bundle, photos, tmp_path, in_process_parity):
-    folder, out = instruct_bundle("instructblip"), tmp_path / "merged"
-    assert export(folder, out, "bundle-merged")["merge_difference"] <= 1e-4
-    rows = [
-        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
-         "images": [photos[photo]]}
-        for text in ("What is this?", "Describe the cat.") for photo in (0, 1)
-    ]  # fmt: skip
-    model, processor = load(out)
-    assert not hasattr(model, "peft_config") and processor.qformer_tokenizer is not None
-    wanted = answer(*load(folder), rows, max_new_tokens=6)
-    assert answer(model, processor, rows, max_new_tokens=6) == wanted and len(set(wanted)) > 1
-
-
 def saved_shapes(out):
     return {name: tuple(tensor.shape) for name, tensor in load_file(out / "model.safetensors").items()}
 
@@ -211,26 +180,6 @@ def test_vllm_gets_a_blip2_whose_prompt_begins_with_the_image(bundle, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stack", [LLAVA, {**BLIP2, "lora": {"r": 2, "target_modules": r".*\.(q_proj|qkv)"}}])
-def test_a_merged_bundle_is_a_bundle_and_the_next_stage_starts_from_it(stack, bundle, bundle_recipe, tmp_path):
-    folder, out = bundle(**stack), tmp_path / "merged"
-    found = export(folder, out, "bundle-merged")
-    assert found["max_difference"] <= 1e-5 and found["merge_difference"] <= 1e-4
-    model, processor = load(out)
-    before, _ = load(folder)
-    ids = torch.tensor([[1, *[processor.image_token_id] * processor.num_image_tokens, 40, 41]])
-    pixels = torch.randn(1, 3, 28, 28)
-    with torch.no_grad():
-        difference = (
-            model(input_ids=ids, pixel_values=pixels).logits - before(input_ids=ids, pixel_values=pixels).logits
-        )
-    assert difference.abs().max() <= 1e-4
-    assert not hasattr(model, "peft_config")
-    following = bundle_recipe(**{**stack, "lm": str(out / "language_model"), "name": "next", "init_from": str(out)})
-    assert "projector" in hand_over(build_stack(following), out)
-
-
-@pytest.mark.slow
 def test_a_quantised_bundle_is_exported_in_full(bundle, tmp_path):
     folder, out = bundle(**LLAVA, quantization={"load_in_4bit": True}), tmp_path / "export"
     assert export(folder, out)["max_difference"] <= 1e-4
@@ -244,48 +193,6 @@ def test_half_precision_is_compared_too(bundle, tmp_path):
     assert load_file(tmp_path / "export" / "model.safetensors")["language_model.lm_head.weight"].dtype == torch.bfloat16
 
 
-NONE = {
-    "pixel_shuffle": ({**LLAVA, "projector": {"type": "pixel_shuffle"}}, "no class has a pixel_shuffle projector"),
-    "Q-Former and mlp": ({**BLIP2, "projector": {"type": "mlp"}}, "BLIP-2's projector is linear, this one is mlp"),
-    "mlp of depth 3": ({**LLAVA, "projector": {"type": "mlp", "depth": 3}}, "an mlp of depth 2, and this is not"),
-    "linear": ({**LLAVA, "projector": {"type": "linear"}}, "an mlp of depth 2, and this is not"),
-    "BLIP-2's ViT before an mlp": ({**LLAVA, "tower": "blip2"}, "cannot hold a 'blip_2_vision_model'"),
-    "an earlier layer": ({**BLIP2, "vision": {"feature_layer": -2}}, "reads every token after the ViT's last norm"),
-}
-
-
-@pytest.mark.parametrize("case", NONE)
-def test_what_has_no_native_form_says_so_in_one_sentence(case, bundle_recipe):
-    stack, sentence = NONE[case]
-    model = build_stack(bundle_recipe(**stack)).model
-    with pytest.raises(UserError, match=rf"has no native form in transformers: .*{sentence}.*; use --to bundle-merged"):
-        native_form(model)
-
-
-def test_towers_and_epsilons_that_the_classes_read_otherwise(stack_recipe, bundle_recipe):
-    siglip = build_stack(stack_recipe("siglip", projector="mlp")).model
-    with pytest.raises(UserError, match="feature_layer -1 is read after the tower's last norm here"):
-        native_form(siglip)
-    assert native_form(build_stack(stack_recipe("siglip", projector="mlp", vision={"feature_layer": -2})).model)
-    blip2 = build_stack(bundle_recipe(**BLIP2)).model
-    blip2.model.vision_tower.post_layernorm.eps = 1e-5
-    with pytest.raises(UserError, match="post_layernorm of its ViT has the epsilon 1e-05, BLIP-2's class 1e-06"):
-        native_form(blip2)
-
-
-@pytest.mark.parametrize("lm", ["llama", "opt"])
-def test_new_rows_of_the_vocabulary_are_never_the_likeliest(lm, bundle_recipe):
-    model = build_stack(bundle_recipe(**{**LLAVA, "lm": lm})).model
-    old = model.get_input_embeddings().num_embeddings
-    hidden = torch.randn(50, 32)
-    before = model.lm_head(hidden)
-    grow_vocabulary(model, old + 3)
-    after = model.lm_head(hidden)
-    assert torch.equal(after[:, :old], before) or torch.allclose(after[:, :old], before, atol=1e-6)
-    assert after.shape[1] == old + 3 and (after.argmax(-1) < old).all()
-    assert (model.lm_head.weight is model.get_input_embeddings().weight) == (lm == "opt")
-
-
 def test_the_folder_and_the_target_are_checked_first(bundle, tmp_path):
     folder = bundle(**LLAVA)
     with pytest.raises(UserError, match="--to 'onnx' is unknown; use one of transformers, vllm, bundle-merged"):
@@ -297,21 +204,3 @@ def test_the_folder_and_the_target_are_checked_first(bundle, tmp_path):
     plain = bundle("plain", **{**LLAVA, "lora": None})
     with pytest.raises(UserError, match="has no adapter to keep"):
         export(plain, tmp_path / "x", keep_adapter=True)
-
-
-def test_a_system_text_with_quotes_survives_in_the_template(bundle_recipe):
-    stack = build_stack(bundle_recipe(**{**LLAVA, "system": 'It\'s "short" \\ 简短 {{ x }}'}))
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    (text,), _ = render_jinja_template(
-        conversations=[MESSAGES], chat_template=native_template(stack.processor), bos_token="<s>", eos_token="</s>"
-    )
-    assert text.removeprefix("<s>") == stack.processor.render(MESSAGES).text
-
-
-def test_answers_end_where_the_template_ends_them(bundle_recipe):
-    from vlm_sft.export.native_model import native_generation
-
-    stack = build_stack(bundle_recipe(**LLAVA))
-    config = native_generation(stack.model, stack.processor, {"max_new_tokens": 7})
-    assert isinstance(config, GenerationConfig) and config.eos_token_id == [2] and config.max_new_tokens == 7

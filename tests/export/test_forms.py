@@ -13,11 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, pipeline
 
-from support.bundles import trained
 from support.tiny_families import TINY, tiny
-from vlm_sft import answer, load, load_recipe
+from vlm_sft import answer, load
 from vlm_sft.base.errors import UserError
-from vlm_sft.bundle.parity import probe_logits
 from vlm_sft.export.check import compare, noise_picture, prepare, read_processor
 from vlm_sft.export.export import export
 from vlm_sft.export.forms import FamilyForm
@@ -26,19 +24,6 @@ from vlm_sft.export.native_model import renamed
 EXPORTED = [name for name in TINY if name != "fuyu"]
 CHATTING = [name for name in EXPORTED if name != "kosmos-2"]
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this? 这是什么？"}]}
-
-
-@pytest.fixture
-def save(recipe_file, tmp_path):
-    """Saves a bundle of a family's tiny model whose trained parameters have moved. Returns the folder."""
-
-    def make(name, base=None, label="bundle", **changes):
-        plain = {"stack": None, "chat_template": None, "model": {"pretrained": str(base or tiny(name))}}
-        recipe = load_recipe(recipe_file(label, **{**plain, "lora": {"r": 2}, **changes}))
-        trained(recipe, tmp_path / label)
-        return tmp_path / label
-
-    return make
 
 
 @pytest.fixture
@@ -147,30 +132,3 @@ def test_what_cannot_be_exported_is_refused_first(save, tmp_path):
     with pytest.raises(UserError, match="vLLM has no class for Kosmos2ForConditionalGeneration; use --to transformers"):
         export(save("kosmos-2", label="other"), tmp_path / "export", "vllm")
     assert not (tmp_path / "export").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["smolvlm", "fuyu"])
-def test_a_merged_bundle_is_a_bundle_and_the_next_stage_starts_from_it(name, save, monkeypatch, tmp_path):
-    kept = {}
-
-    def check(bundle, model, batch):
-        kept.update(batch=batch, logits=probe_logits(model, batch))
-        return {"equal": True}
-
-    monkeypatch.setattr("vlm_sft.export.merged.check_parity", check)
-    folder, out = save(name), tmp_path / "merged"
-    assert export(folder, out, "bundle-merged", dtype="bfloat16")["merge_difference"] <= 1e-4
-    model, _ = load(out)
-    assert torch.equal(probe_logits(model, kept["batch"]), kept["logits"]) and not hasattr(model, "peft_config")
-    before, _ = load(folder)
-    away = (kept["logits"] - probe_logits(before, kept["batch"])).abs().max()
-    assert 0 < away <= 0.1, "the base in bf16"
-    held = load_file(folder / "trained.safetensors")
-    assert all(torch.equal(tensor, held[key]) for key, tensor in load_file(out / "trained.safetensors").items())
-
-    following = save(name, out / "model", "next", init_from=str(out), train={})
-    assert json.loads((following / "bundle.json").read_text())["held"] == ["projector"]
-    assert load_file(following / "trained.safetensors").keys() == held.keys()
-    again, _ = load(following)
-    assert torch.equal(dict(again.named_parameters())["base_model.model." + min(held)], held[min(held)])
