@@ -18,14 +18,14 @@ STEPS = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulatio
 
 
 def spoil(trainer, step, factor=math.nan):
-    """Multiplies the loss of the second micro-batch of a step."""
-    compute, calls = trainer.compute_loss, [0]
+    """Multiplies the loss that the model gives for the second micro-batch of a step."""
+    calls = [0]
 
-    def spoiled(*args, **kwargs):
+    def spoiled(model, inputs, output):
         calls[0] += 1
-        return compute(*args, **kwargs) * (factor if calls[0] == 2 * step else 1.0)
+        output.loss = output.loss * (factor if calls[0] == 2 * step else 1.0)
 
-    trainer.compute_loss = spoiled
+    trainer.model.register_forward_hook(spoiled)
 
 
 def records(trainer):
@@ -47,7 +47,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer)
 
 def test_a_skipped_step_leaves_weights_and_moments_as_they_are(make_trainer, capsys):
     trainer = make_trainer(sft={**STEPS, "weight_decay": 0.1})
-    trainer.nonfinite = "skip"
+    trainer.watch.nonfinite = "skip"
     spoil(trainer, 3, math.inf)
     seen = []
     trainer.add_callback(_after_each_step(lambda: seen.append(snapshot(trainer.model))))
@@ -71,7 +71,7 @@ def _after_each_step(act):
 
 def test_a_jump_is_logged_with_its_rows_and_training_goes_on(make_trainer, capsys):
     trainer = make_trainer(sft={**STEPS, "learning_rate": 1e-8})
-    trainer.losses.recent.extend([5.0, 6.0] * 10)
+    trainer.watch.losses.recent.extend([5.0, 6.0] * 10)
     spoil(trainer, 2, 100.0)
     trainer.train()
     (record,) = records(trainer)

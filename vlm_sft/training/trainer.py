@@ -1,28 +1,31 @@
 """TRL's `SFTTrainer` with what vision-language training needs, and nothing else.
 
-Added: learning rates by part, a loss that scores only supervised positions on every device, throughput and data-wait
-metrics, the image-use metric at every evaluation, and a bundle at every save.
+Added: learning rates by part, a loss that scores only supervised positions on every device, and a bundle at every save.
+What is measured stands in `meters`, what is noticed of a step that goes wrong in `watch`, and how a run is left and
+gone on with in `checkpointing`; each keeps its own state, and `counters` gathers what a checkpoint must hold of it.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter, deque
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate.utils import gather_object, save_fsdp_optimizer
+from accelerate.utils import save_fsdp_optimizer
 from peft import LoraConfig
-from rich.console import Console
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainerControl
 from transformers.trainer import SCHEDULER_NAME
-from trl import SFTConfig
+from transformers.trainer_utils import TrainOutput
+from trl import SFTConfig, SFTTrainer
 
-from ..base.names import IGNORED
-from ..batch.collator import REJECTED, SEEN
-from ..batch.image_swap import with_other_images
+from ..base.errors import UserError
+from ..base.interrupts import Interrupts
 from ..bundle.load import load_trained
 from ..bundle.manifest import Provenance, held_parts
 from ..bundle.save import save_bundle
@@ -31,7 +34,9 @@ from ..model.freeze import FreezePlan, is_adapter, is_quantised, part_of
 from ..model.modeling import VLMForConditionalGeneration
 from ..model.sharding import gather, repeated_layers
 from ..stack.lora import add_adapter
-from .watch import WatchedTrainer
+from .checkpointing import SavePoints
+from .meters import Meters, RowsMet, exact
+from .watch import ROW_IDS, Collator, Watch, dead_worker
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,14 +44,8 @@ if TYPE_CHECKING:
     from ..batch.collator import MultimodalCollator
     from ..batch.processor import VLMProcessor
 
-# What is added up over the batches since the last log, on every process.
-COUNTERS = (
-    *("hits", "supervised", "loss", "tokens", "samples", "wait_seconds", "step_seconds"),
-    *("own_loss", "other_loss", "image_tokens"),
-)
 
-
-class VLMSFTTrainer(WatchedTrainer):
+class VLMSFTTrainer(SFTTrainer):
     """Trains a composed stack.
 
     Args:
@@ -60,8 +59,19 @@ class VLMSFTTrainer(WatchedTrainer):
         eval_dataset: Rows like the training rows, or None.
         provenance: What a bundle says about where it came from; None saves trained weights and processor alone.
         image_use: Measures at each evaluation how much the loss depends on the image (a second forward pass).
-        **kwargs: Passed on to `WatchedTrainer` and `SFTTrainer`.
+        nonfinite: What happens when a loss or gradient is not finite: `stop`, or `skip` the step.
+        jump: How far a loss may jump, in spreads; None for no limit. See `watch.Losses`.
+        **kwargs: Passed on to `SFTTrainer`.
+
+    Attributes:
+        interrupts: Where signals are remembered; None to leave them alone.
+        interrupted: The training was saved and stopped because of one.
     """
+
+    interrupts: Interrupts | None = None
+    interrupted = False
+    control: TrainerControl
+    data_collator: Collator
 
     def __init__(
         self,
@@ -76,17 +86,16 @@ class VLMSFTTrainer(WatchedTrainer):
         eval_dataset: Dataset | None = None,
         provenance: Provenance | None = None,
         image_use: bool = True,
+        nonfinite: Literal["stop", "skip"] = "stop",
+        jump: float | None = 10.0,
         **kwargs: Any,
     ) -> None:
         self.plan = plan
         self.provenance = provenance
         # Images can be exchanged only where each takes as many tokens as any other.
         self.image_use = image_use and bool(processing_class.num_image_tokens)
-        self._sums: dict[str, defaultdict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
-        self._last_images: torch.Tensor | None = None
-        self._rejected: list[tuple[str, str, str, str]] = []
-        self._seen: Counter[str] = Counter()
         self.ledgers = ledgers_of(provenance)
+        self._notes: str | None = None  # where data-loader workers note the rows that they have in hand
         args.remove_unused_columns = False  # the collator needs every column
         if args.ddp_find_unused_parameters is None:
             # Every batch gives every trained parameter a gradient (VLMModel.embed), so there is nothing to search;
@@ -104,6 +113,11 @@ class VLMSFTTrainer(WatchedTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        self.meters, self.rows_met = Meters(self.accelerator), RowsMet(self.accelerator)
+        self.watch = Watch(self, nonfinite, jump)
+        self.save_points = SavePoints(self)
+        self.add_callback(self.watch)
+        self.add_callback(self.save_points)
         plan.apply(self.model)  # PEFT froze everything but its own weights
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
@@ -128,7 +142,60 @@ class VLMSFTTrainer(WatchedTrainer):
             self.plan.check_optimizer(optimizer.param_groups, target)
         return optimizer
 
-    # -- loss and metrics -------------------------------------------------------------------------------------------
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; a data-loader worker that dies ends it with its rows named.
+
+        Raises:
+            UserError: A worker died, or a loss is not finite and `nonfinite` is `stop`.
+        """
+        with tempfile.TemporaryDirectory(prefix="vlm_sft-") as self._notes:
+            try:
+                try:
+                    return super().train(*args, **kwargs)
+                except ConnectionError:
+                    # What a dead worker sent cannot be read; torch says so when the signal of its death comes.
+                    time.sleep(5)
+                    raise
+            except RuntimeError as error:
+                if sentence := dead_worker(str(error), Path(self._notes)):
+                    raise UserError(sentence) from error
+                raise
+            finally:
+                self._notes = None
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        own = self.data_collator
+        if self.is_in_train:
+            self.data_collator = self.watch.collator(
+                own, self._notes, getattr(self.model.config, "image_token_id", None)
+            )
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = own
+
+    def _init_training_state(
+        self, max_steps: int, steps_in_epoch: int, epochs: int, resumed_from: str | None, trial: Any
+    ) -> tuple[int, int]:
+        self.save_points.resumed_from = resumed_from
+        done, batches = super()._init_training_state(max_steps, steps_in_epoch, epochs, resumed_from, trial)
+        if self.state.global_step >= self.state.max_steps:
+            # Killed between the last save and the end: transformers would do one step more.
+            done, batches = epochs, 0
+        self.save_points.epoch = done
+        return done, batches
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetches the next batches, measures how long that takes, and takes out of them what is not for the model."""
+        began = time.perf_counter()
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.meters.add_wait(began)
+        for batch in batches:
+            self.rows_met.take(batch)
+        self.watch.coming = deque(batch.pop(ROW_IDS, []) for batch in batches)
+        return batches, items
 
     def compute_loss(
         self,
@@ -143,29 +210,16 @@ class VLMSFTTrainer(WatchedTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counts the tokens of every rank, and DDP averages the gradients over the ranks.
             loss = loss * self.accelerator.num_processes
-        sums = self._sums["train" if self.model.training else "eval"]
-        sums["hits"] += float(outputs.token_hits.sum())
-        sums["supervised"] += outputs.token_hits.numel()
-        sums["tokens"] += float(inputs["attention_mask"].sum())
-        sums["samples"] += inputs["input_ids"].shape[0]
+        self.meters.add_batch("train" if self.model.training else "eval", inputs, outputs.token_hits)
+        if self.is_in_train and self.model.training:
+            self.watch.add(loss)
         return (loss, outputs) if return_outputs else loss
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Fetches the next batches and measures how long the trainer waited for them."""
-        start = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
-        self._sums["train"]["wait_seconds"] += time.perf_counter() - start
-        for batch in batches[0]:
-            self._rejected += batch.pop(REJECTED, [])
-            self._seen.update(batch.pop(SEEN, {}))
-        return batches
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass, timed."""
-        start = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        self._sums["train"]["step_seconds"] += time.perf_counter() - start
-        return loss
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler skips such steps itself
+        self.watch.gradient = None if scaled else norm
+        return norm
 
     def prediction_step(
         self,
@@ -175,103 +229,72 @@ class VLMSFTTrainer(WatchedTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         """Evaluation loss of a batch and, where it has images, the loss with images of other samples."""
-        self._rejected += inputs.pop(REJECTED, [])
-        inputs.pop(SEEN, None)
+        self.rows_met.take(inputs, seen=False)
+        inputs.pop(ROW_IDS, None)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            self._sums["eval"]["loss"] += float(loss) * outputs.token_hits.numel()
+            self.meters.add("eval", loss=exact(loss) * outputs.token_hits.numel())
             if self.image_use:
-                self._measure_image_use(model, inputs, outputs.token_losses)
+                self.meters.add_image_use(model, inputs, outputs.token_losses, self.processing_class)
         return loss.detach(), None, None
-
-    def _measure_image_use(self, model: nn.Module, inputs: dict[str, Any], own: torch.Tensor) -> None:
-        """Adds the losses of the rows whose images could all be exchanged, with own and with other images."""
-        images, processor = inputs.get("pixel_values"), self.processing_class
-        inputs, complete = with_other_images(
-            inputs, processor.image_token_id, processor.ids_per_image, self._last_images
-        )
-        self._last_images = self._last_images if images is None else images
-        # Where weights are sharded, a forward pass takes every process, also those that have nothing to measure.
-        if not self._on_any_process(bool(complete.any())):
-            return
-        other = model(**inputs, supervised_only=True, use_cache=False).token_losses
-        rows = (inputs["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
-        chosen = complete[rows]
-        sums = self._sums["eval"]
-        sums["own_loss"] += float(own[chosen].sum())
-        sums["other_loss"] += float(other[chosen].sum())
-        sums["image_tokens"] += int(chosen.sum())
-
-    def _on_any_process(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds our metrics, summed over all processes since the last log, and hands on to transformers."""
-        mode = "train" if self.model.training else "eval"
-        if "train_loss" in logs:  # the last one, on the whole run: what is left of a few steps says nothing of it
-            self._sums[mode].clear()
-        sums = self._reduced(mode)
-        prefix = "" if mode == "train" else "eval_"
-        if sums["supervised"]:
-            logs[f"{prefix}token_accuracy"] = sums["hits"] / sums["supervised"]
-        if "eval_loss" in logs and sums["supervised"]:  # every token alike, whatever the batch size
-            logs["eval_loss"] = sums["loss"] / sums["supervised"]
-        busy = (sums["step_seconds"] + sums["wait_seconds"]) / self.accelerator.num_processes
-        if mode == "train" and busy and sums["samples"]:
-            logs["tokens_per_second"] = sums["tokens"] / busy
-            logs["samples_per_second"] = sums["samples"] / busy
-            logs["data_wait_share"] = sums["wait_seconds"] / self.accelerator.num_processes / busy
-        if mode == "train" and "learning_rate" in logs:  # which is the first group's
-            rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups if "part" in group}
-            logs.update({f"learning_rate_{part}": rate for part, rate in rates.items()} if len(rates) > 1 else {})
-        if sums["image_tokens"]:
-            own, other = sums["own_loss"] / sums["image_tokens"], sums["other_loss"] / sums["image_tokens"]
-            logs.update(eval_loss_own_image=own, eval_loss_other_image=other, eval_image_use=other - own)
-        self._sums[mode].clear()
-        self._last_images = None  # an evaluation does not depend on the one before
+        mode: Literal["train", "eval"] = "train" if self.model.training else "eval"
+        self.meters.enter(logs, mode, self.optimizer.param_groups if self.optimizer else [])
+        if "train_loss" in logs:  # the mean of the whole run, not only of the part after a resume
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
-        self._enter_rejected(mode)
+        if mode in self.ledgers and self.provenance is not None:
+            self.rows_met.enter(mode, self.ledgers[mode], self.provenance.notes["ledger"])
 
-    def _enter_rejected(self, mode: str) -> None:
-        """Enters the rows that all processes left out since the last log; too many stop all of them alike."""
-        rejected, self._rejected = self._rejected, []
-        seen, self._seen = [dict(self._seen)], Counter()
-        if self.accelerator.num_processes > 1:
-            rejected, seen = gather_object(rejected), gather_object(seen)
-        if (rejected or any(seen)) and mode in self.ledgers and self.provenance is not None:
-            ledger = self.ledgers[mode]
-            for counts in seen:
-                for name, rows in counts.items():
-                    ledger.see(name, rows)
-            for row in rejected:
-                ledger.meet(*row)
-            self.provenance.notes["ledger"][mode] = ledger.as_dict()
-            ledger.check(Console(stderr=True, quiet=not self.is_world_process_zero()), mode)
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        if not self.interrupted:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        # No loading of the best weights, and no deletion of the checkpoint that was just saved.
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self._finish_current_push()
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, 0.0, {})
 
-    def _reduced(self, mode: str) -> defaultdict[str, float]:
-        local = torch.tensor([self._sums[mode][name] for name in COUNTERS], dtype=torch.float64)
-        if self.accelerator.num_processes > 1:
-            local = self.accelerator.reduce(local.float().to(self.accelerator.device), reduction="sum").double().cpu()
-        return defaultdict(float, zip(COUNTERS, local.tolist(), strict=True))
+    # -- what transformers does not save ----------------------------------------------------------------------------
 
     def counters(self) -> dict[str, Any]:
-        """Also what is added up over the batches since the last log, and the rows rejected so far."""
-        ledger = {name: ledger.as_dict() for name, ledger in self.ledgers.items()}
-        return {**super().counters(), "sums": dict(self._sums["train"]), "rejected": self._rejected,
-                "seen": self._seen, "ledger": ledger}  # fmt: skip
+        """What this process adds up between logs, and the rows that it has met, as JSON can hold it."""
+        return {
+            "loss": self._tr_loss.item(),
+            "logged_loss": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "recent": list(self.watch.losses.recent),
+            "sums": self.meters.own("train"),
+            "rejected": self.rows_met.rejected,
+            "seen": self.rows_met.seen,
+            "ledger": {name: ledger.as_dict() for name, ledger in self.ledgers.items()},
+        }
 
     def set_counters(self, saved: dict[str, Any]) -> None:
         """Puts back what `counters` gave."""
-        super().set_counters(saved)
-        self._sums["train"].update(saved["sums"])
-        self._rejected, self._seen = saved["rejected"], Counter(saved["seen"])
+        self._tr_loss += saved["loss"]
+        self._total_loss_scalar = saved["logged_loss"]
+        self._globalstep_last_logged = saved["logged_step"]
+        self.watch.losses.recent.extend(saved["recent"])
+        self.meters.sums["train"] = dict(saved["sums"])
+        self.rows_met.rejected, self.rows_met.seen = saved["rejected"], Counter(saved["seen"])
         for name, ledger in self.ledgers.items():
             ledger.sources = Ledger.from_dict(saved["ledger"][name]).sources
 
     # -- saving -----------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.save_points.beside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.save_points.write(partial(super()._save_checkpoint, model, trial))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # the one part of a save that every process does
+        self.save_points.write_counters(output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the bundle. Every process must call it: each may hold a share of what is saved.

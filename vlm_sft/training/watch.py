@@ -12,23 +12,25 @@ import os
 import re
 import statistics
 import sys
-import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.errors import UserError
-from ..base.interrupts import shield_worker
+from ..base.interrupts import SIGNALS, shield_worker
 from ..base.names import STRANGE_STEPS
+from ..batch.counts import counts_of
 from ..bundle.run_folder import newest
-from .checkpointing import ResumableTrainer
+
+if TYPE_CHECKING:
+    from .trainer import VLMSFTTrainer
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 ROW_IDS = "row_ids"
@@ -42,15 +44,22 @@ class WatchedCollator:
     Args:
         collator: Makes the batches.
         notes: Folder in which each worker notes the rows that it has in hand; None in a single process.
+        counts: What the host can say of a batch: `counts_of`. What the collator brings itself stays.
     """
 
-    def __init__(self, collator: Collator, notes: str | None = None) -> None:
+    def __init__(
+        self,
+        collator: Collator,
+        notes: str | None = None,
+        counts: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
         self.collator = collator
         self.notes = notes
+        self.counts = counts
         self._shielded = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The collator's batch and, under `row_ids`, the ids of its rows.
+        """The collator's batch, what the host can count of it and, under `row_ids`, the ids of its rows.
 
         Raises:
             UserError: As the collator does.
@@ -65,7 +74,8 @@ class WatchedCollator:
             raise
         except Exception as error:
             raise RuntimeError(f"{self._culprit(rows)}: {type(error).__name__}: {error}") from error
-        return {**batch, ROW_IDS: [str(row["id"]) for row in rows]}
+        known = self.counts(batch) if self.counts else {}
+        return {**known, **batch, ROW_IDS: [str(row["id"]) for row in rows]}
 
     def _note(self, worker: int, rows: Sequence[dict[str, Any]]) -> None:
         if not self._shielded:
@@ -115,156 +125,146 @@ class Losses:
         return middle + self.jump * max(spread, abs(middle) / 20, LEAST_SPREAD)
 
 
-class WatchedTrainer(ResumableTrainer):
-    """A trainer that writes down the rows of steps that went wrong.
+class Watch(TrainerCallback):
+    """Judges each step before it changes the weights, and writes down the rows of one that went wrong.
 
     Args:
+        trainer: What is watched.
         nonfinite: What happens when a loss or gradient is not finite: `stop`, or `skip` the step.
         jump: How far a loss may jump, in spreads; None for no limit. See `Losses`.
+
+    Attributes:
+        coming: Ids of the rows of each micro-batch that was fetched and not yet trained on.
+        gradient: Norm of the gradients of this step, before they were clipped.
+        asked: A signal came before the end of a step, to whichever process; all know it alike.
+        filters: Losses that are not finite are left out of the log, as `sft.logging_nan_inf_filter` says.
     """
 
-    data_collator: Collator
-
-    def __init__(
-        self, *args: Any, nonfinite: Literal["stop", "skip"] = "stop", jump: float | None = 10.0, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.nonfinite, self.losses = nonfinite, Losses(jump)
-        self._notes: str | None = None
-        self._coming: deque[list[str]] = deque()  # ids of the micro-batches that are fetched
-        self._step: list[tuple[list[str], float]] = []  # ids and loss of each micro-batch of this step
-        self._gradient = 0.0
-        if nonfinite == "skip" and self.is_deepspeed_enabled:
+    def __init__(self, trainer: VLMSFTTrainer, nonfinite: Literal["stop", "skip"], jump: float | None) -> None:
+        if nonfinite == "skip" and trainer.is_deepspeed_enabled:
             raise UserError("watch.nonfinite=skip does not work under DeepSpeed, which steps by itself; use stop.")
-        self.add_callback(_Judge(self))
+        self.trainer = trainer
+        self.nonfinite, self.losses = nonfinite, Losses(jump)
+        self.coming: deque[list[str]] = deque()
+        self.gradient: torch.Tensor | float | None = None
+        self.asked = False
+        self._step: list[tuple[list[str], torch.Tensor]] = []  # ids and loss of each micro-batch of this step
+        self._logged_loss: torch.Tensor | None = None  # the trainer's sum for its log, as it was before this step
+        self.filters = trainer.args.logging_nan_inf_filter
+        trainer.args.logging_nan_inf_filter = False  # see `_log_without`
 
-    # -- rows -------------------------------------------------------------------------------------------------------
+    def collator(self, own: Collator, notes: str | None, image_token_id: int | None) -> WatchedCollator:
+        """A collator whose batches say which rows they hold, and what the host can count of them."""
+        if self.trainer.args.n_gpu > 1:  # of one process: they share a batch row by row, and positions are no rows
+            return WatchedCollator(own, notes)
+        return WatchedCollator(own, notes, partial(counts_of, image_token_id=image_token_id))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains; a data-loader worker that dies ends it with its rows named.
+    def add(self, loss: torch.Tensor) -> None:
+        """Keeps the loss of a micro-batch together with the ids of its rows."""
+        self._step.append((self.coming.popleft() if self.coming else [], loss.detach()))
 
-        Raises:
-            UserError: A worker died, or a loss is not finite and `nonfinite` is `stop`.
-        """
-        with tempfile.TemporaryDirectory(prefix="vlm_sft-") as self._notes:
-            try:
-                try:
-                    return super().train(*args, **kwargs)
-                except ConnectionError:
-                    # What a dead worker sent cannot be read; torch says so when the signal of its death comes.
-                    time.sleep(5)
-                    raise
-            except RuntimeError as error:
-                if sentence := dead_worker(str(error), Path(self._notes)):
-                    raise UserError(sentence) from error
-                raise
-            finally:
-                self._notes = None
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forgets the step before."""
+        self._step, self._logged_loss = [], self.trainer._tr_loss.clone()
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        own = self.data_collator
-        if self.is_in_train:
-            self.data_collator = WatchedCollator(own, self._notes)
-        try:
-            return super()._get_dataloader(*args, **kwargs)
-        finally:
-            self.data_collator = own
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Fetches the next batches and keeps the ids of their rows."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        self._coming = deque(batch.pop(ROW_IDS, []) for batch in batches)
-        return batches, items
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        inputs.pop(ROW_IDS, None)  # of an evaluation
-        return inputs
-
-    # -- losses -----------------------------------------------------------------------------------------------------
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; its loss is kept together with the ids of its rows."""
-        loss = super().training_step(*args, **kwargs)
-        self._step.append((self._coming.popleft() if self._coming else [], float(loss)))
-        return loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler skips such steps itself
-        self._gradient = 0.0 if norm is None or scaled else float(norm)
-        return norm
-
-    def judge(self) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Looks at the step that is about to change the weights.
 
         Raises:
             UserError: Its loss is not finite on some process, and the recipe says stop.
         """
-        parts, self._step = self._step, []
-        loss = sum(each for _, each in parts)
-        wrong = not math.isfinite(loss) or not math.isfinite(self._gradient)
-        if self.sum_over_processes([float(wrong)])[0]:
-            what = f"loss is {loss:g}" if not math.isfinite(loss) else f"gradient is {self._gradient:g}"
+        losses, gradient, anywhere = self._read()
+        parts = [(ids, loss) for (ids, _), loss in zip(self._step, losses, strict=True)]
+        loss = sum(losses)
+        wrong = not math.isfinite(loss) or not math.isfinite(gradient)
+        if anywhere:
+            what = f"loss is {loss:g}" if not math.isfinite(loss) else f"gradient is {gradient:g}"
             if wrong:
-                self._record("nonfinite", parts, loss)
+                self._record("nonfinite", parts, gradient)
             elif self.nonfinite == "stop":
                 raise UserError("Another process stops because its loss is not finite; see its message.")
             self._stop_or_skip(what, parts, wrong)
             return
         limit = self.losses.limit()
         if loss > limit:
-            self._record("jump", parts, loss)
+            self._record("jump", parts, gradient)
             self._say(f"the loss jumps to {loss:.3g} (above {limit:.3g})", parts)
         self.losses.recent.append(loss)
 
+    def _read(self) -> tuple[list[float], float, bool]:
+        """The losses of this step, the norm of its gradients, and whether any process has one that is not finite.
+
+        This is the one place in a step where the host waits for the device. It cannot be later: the promise is that
+        weights never change by such a step, and only some optimizers can be told on the device to leave them alone. So
+        all that is to be known comes with it, also whether a signal came to any process, in one sum over them.
+        """
+        device = self.trainer.args.device
+        gradient = self.gradient if isinstance(self.gradient, torch.Tensor) else None
+        if gradient is None:
+            gradient = torch.full((), float(self.gradient or 0.0), device=device)
+        gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        own = [loss for _, loss in self._step] + [gradient]
+        values = torch.stack([value.to(device, torch.float32).reshape(()) for value in own])
+        raised = torch.zeros(1 + len(SIGNALS), device=device)
+        raised[0] = ~values.isfinite().all()
+        interrupts = self.trainer.interrupts
+        if interrupts is not None and interrupts.signal is not None:
+            raised[1 + SIGNALS.index(interrupts.signal)].fill_(1.0)
+        if self.trainer.accelerator.num_processes > 1:
+            raised = self.trainer.accelerator.reduce(raised, "sum")
+        wrong, *came = torch.cat([raised, values]).tolist()
+        came, losses, gradient_norm = came[: len(SIGNALS)], came[len(SIGNALS) : -1], came[-1]
+        if interrupts is not None and any(came):
+            interrupts.signal = next(each for each, count in zip(SIGNALS, came, strict=True) if count)
+            self.asked = True
+        return losses, gradient_norm, bool(wrong)
+
     def _stop_or_skip(self, what: str, parts: list[tuple[list[str], float]], wrong: bool) -> None:
-        file = Path(self.args.output_dir) / STRANGE_STEPS
+        trainer = self.trainer
         if self.nonfinite == "stop":
+            folder = trainer.args.output_dir
             raise UserError(
-                f"Step {self.state.global_step + 1:,}: the {what}; its rows are {_names(parts)} (all are in {file}); "
-                f"look at them with `vlm-sft debug-batch {self.args.output_dir}`, then remove them, lower the learning "
-                f"rate, or set watch.nonfinite=skip, and go on with --resume."
+                f"Step {trainer.state.global_step + 1:,}: the {what}; its rows are {_names(parts)} (all are in "
+                f"{Path(folder) / STRANGE_STEPS}); look at them with `vlm-sft debug-batch {folder}`, then remove them, "
+                f"lower the learning rate, or set watch.nonfinite=skip, and go on with --resume."
             )
-        self.optimizer.zero_grad()  # without gradients the optimizer leaves weights and moments as they are
+        trainer.optimizer.zero_grad()  # without gradients the optimizer leaves weights and moments as they are
+        if self.filters:
+            self._log_without([loss for _, loss in parts])
         if wrong:
             self._say(f"the {what}: the step is skipped", parts)
 
-    def _say(self, what: str, parts: list[tuple[list[str], float]]) -> None:
-        print(f"step {self.state.global_step + 1:,}: {what}; rows {_names(parts, most=3)}", file=sys.stderr)
+    def _log_without(self, losses: list[float]) -> None:
+        """The logged loss takes the mean so far in place of one that is not finite (`logging_nan_inf_filter`).
 
-    def _record(self, why: str, parts: list[tuple[list[str], float]], loss: float) -> None:
+        transformers does the same, but asks the device after each micro-batch whether it must.
+        """
+        trainer, total = self.trainer, self._logged_loss
+        assert total is not None
+        for loss in losses:
+            steps = 1 + trainer.state.global_step - trainer._globalstep_last_logged
+            total = total + (loss if math.isfinite(loss) else total / steps)
+        trainer._tr_loss.copy_(total)
+
+    def _say(self, what: str, parts: list[tuple[list[str], float]]) -> None:
+        print(f"step {self.trainer.state.global_step + 1:,}: {what}; rows {_names(parts, most=3)}", file=sys.stderr)
+
+    def _record(self, why: str, parts: list[tuple[list[str], float]], gradient: float) -> None:
         """Appends a line to `watch.jsonl`."""
-        folder = Path(self.args.output_dir)
+        folder = Path(self.trainer.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = newest(folder)
         record = {
-            "step": self.state.global_step + 1, "why": why, "loss": loss, "gradient": self._gradient,
-            "process": self.args.process_index, "rows": [ids for ids, _ in parts],
-            "losses": [each for _, each in parts],
-            "checkpoint": checkpoint.name if checkpoint else None,
+            "step": self.trainer.state.global_step + 1, "why": why, "loss": sum(loss for _, loss in parts),
+            "gradient": gradient, "process": self.trainer.args.process_index, "rows": [ids for ids, _ in parts],
+            "losses": [loss for _, loss in parts], "checkpoint": checkpoint.name if checkpoint else None,
         }  # fmt: skip
         with open(folder / STRANGE_STEPS, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    def counters(self) -> dict[str, Any]:
-        """Also the losses that a jump is measured against."""
-        return {**super().counters(), "recent": list(self.losses.recent)}
-
-    def set_counters(self, saved: dict[str, Any]) -> None:
-        """Puts back what `counters` gave."""
-        super().set_counters(saved)
-        self.losses.recent.extend(saved["recent"])
-
-
-class _Judge(TrainerCallback):
-    def __init__(self, trainer: WatchedTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.judge()
 
 
 def _names(parts: list[tuple[list[str], float]], most: int = 8) -> str:

@@ -1,0 +1,32 @@
+"""What a batch says of itself: counted on the host that makes it, so that the host never waits for a device to count.
+
+The model takes both; a batch without them is counted where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..model.losses import supervised_positions
+
+LABEL_POSITIONS = "label_positions"  # (P,) places of the supervised labels in the flattened labels
+IMAGE_TOKEN_COUNT = "image_token_count"  # how often the image token stands in the ids: an int, on no device
+
+
+def counts_of(batch: Mapping[str, Any], image_token_id: int | None) -> dict[str, Any]:
+    """`label_positions` and `image_token_count` of a batch, as far as it has what they are counted in.
+
+    Args:
+        batch: (B, S) `labels` and `input_ids`, on the host.
+        image_token_id: Id that stands for image features; None where the model does not ask.
+    """
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    found: dict[str, Any] = {}
+    if isinstance(labels, torch.Tensor) and labels.ndim == 2:
+        found[LABEL_POSITIONS] = supervised_positions(labels)
+    if isinstance(ids, torch.Tensor) and image_token_id is not None:
+        found[IMAGE_TOKEN_COUNT] = int((ids == image_token_id).sum())
+    return found
