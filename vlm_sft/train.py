@@ -80,37 +80,14 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     if pushes is not None:
         trainer.add_callback(pushes)
     with _progress(trainer, console):
-        fit(trainer, pushes)
+        with _until_a_signal(trainer, pushes):
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
+        if trainer.eval_dataset is not None and args.eval_strategy == "no":  # nothing else asked for it
+            trainer.evaluate()
     folder = finish(trainer, collator, console)
     if pushes is not None and trainer.is_world_process_zero():
         pushes.finish(folder)
     return folder
-
-
-def fit(trainer: VLMSFTTrainer, pushes: PushCallback | None = None) -> None:
-    """Trains, and evaluates at the end where nothing else asked for it.
-
-    Args:
-        trainer: What trains.
-        pushes: What pushes to the Hub, if anything does; after a signal it has a last, bounded attempt.
-
-    Raises:
-        SystemExit: After Ctrl-C (code 130) or SIGTERM (143); a checkpoint was saved.
-    """
-    args = trainer.args
-    with Interrupts() as trainer.interrupts:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
-        step = trainer.state.global_step
-        if trainer.interrupted and trainer.is_world_process_zero():
-            print(f"Saved at step {step:,}; go on with --resume.", file=sys.stderr)
-            if pushes is not None:
-                pushes.stop(Path(args.output_dir) / f"{PREFIX}{step}", step)
-    if trainer.interrupted:
-        trainer.accelerator.wait_for_everyone()  # a process that ended first would make the launcher end the others
-        _leave_process_group()
-        raise SystemExit(trainer.interrupts.exit_code)
-    if trainer.eval_dataset is not None and args.eval_strategy == "no":
-        trainer.evaluate()
 
 
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
@@ -232,6 +209,27 @@ def _progress(trainer: VLMSFTTrainer, console: Console) -> Iterator[None]:
         yield
     finally:
         bar.close()
+
+
+@contextmanager
+def _until_a_signal(trainer: VLMSFTTrainer, pushes: PushCallback | None) -> Iterator[None]:
+    """What trains inside is saved and stopped by Ctrl-C (exit code 130) or SIGTERM (143).
+
+    Args:
+        trainer: What trains.
+        pushes: What pushes to the Hub, if anything does; after a signal it has a last, bounded attempt.
+    """
+    with Interrupts() as trainer.interrupts:
+        yield
+        step = trainer.state.global_step
+        if trainer.interrupted and trainer.is_world_process_zero():
+            print(f"Saved at step {step:,}; go on with --resume.", file=sys.stderr)
+            if pushes is not None:
+                pushes.stop(Path(trainer.args.output_dir) / f"{PREFIX}{step}", step)
+    if trainer.interrupted:
+        trainer.accelerator.wait_for_everyone()  # a process that ended first would make the launcher end the others
+        _leave_process_group()
+        raise SystemExit(trainer.interrupts.exit_code)
 
 
 def _leave_process_group() -> None:
