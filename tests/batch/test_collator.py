@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import runpy
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from transformers import CLIPImageProcessorPil
 
 from support.conversations import SAID, TOKENS, make_processor, make_row, turn
 from support.paths import ROOT
+from support.tiny_families import TINY, encoded, processor_of
+from support.tokenizer_kinds import TOKENIZERS, tokenizer_of
+from vlm_sft.base.assets import list_templates
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.batch.collator import REJECTED, MultimodalCollator, load_collator_class
 from vlm_sft.reading.images import load_image
@@ -82,6 +86,115 @@ def test_truncation_keeps_whole_turns_and_whole_images(turns, max_length):
         assert len(SHARED.encode_chat(messages[: 2 * kept + 2]).input_ids) > max_length, (
             "no turn is dropped for nothing"
         )
+
+
+@functools.cache
+def processor_for(template, kind):
+    return make_processor(template, tokenizer_of(kind))
+
+
+def fitted_plainly(processor, messages, max_length, sizes=()):
+    """Turns dropped from the end one by one, all rendered and tokenised anew; (ids, messages kept), or None."""
+    kept = len(messages)
+    while True:
+        chat = processor.encode_chat(messages[:kept], sizes=sizes)
+        if len(chat.input_ids) <= max_length:
+            return chat, kept
+        kept = max((n for n in range(1, kept) if messages[n - 1]["role"] == "assistant"), default=0)
+        if not kept:
+            return None
+
+
+@st.composite
+def long_conversations(draw):
+    messages = [{"role": "system", "content": [{"type": "text", "text": draw(SAID)}]}] * draw(st.integers(0, 1))
+    for _ in range(draw(st.integers(1, 9))):
+        messages += turn(draw(SAID), draw(SAID), draw(st.sampled_from([0, 0, 1, 2])))
+    return messages[: len(messages) - draw(st.integers(0, 1))]  # a last question may have no answer
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=80, deadline=None)
+@given(
+    messages=long_conversations().filter(lambda messages: messages[-1]["role"] == "assistant" or len(messages) > 2),
+    template=st.sampled_from(list_templates()),
+    max_length=st.integers(1, 400),
+    system=st.none() | SAID,
+)
+def test_the_turns_that_stay_are_those_that_dropping_one_by_one_leaves(kind, messages, template, max_length, system):
+    processor = processor_for(template, kind)
+    processor.system = system
+    marks = sum(part["type"] == "image" for message in messages for part in message["content"])
+    row = {"messages": messages, "images": [{"path": "unread.png"}] * marks, "source": "s", "id": "s/7"}
+    wanted = fitted_plainly(processor, messages, max_length)
+    collator = MultimodalCollator(processor, max_length=max_length)
+    if wanted is None:
+        first = next(n for n, message in enumerate(messages, 1) if message["role"] == "assistant" or n == len(messages))
+        tokens = len(processor.encode_chat(messages[:first]).input_ids)
+        with pytest.raises(RowError, match=f"its first turn alone has {tokens} tokens") as error:
+            collator.encode(row, with_images=False)
+        assert error.value.reason == "too long"
+        return
+    if not any(label != -100 for label in wanted[0].labels):
+        with pytest.raises(RowError, match="no token would be in the loss"):
+            collator.encode(row, with_images=False)
+        return
+    sample = collator.encode(row, with_images=False)
+    assert (sample.chat, sample.turns_lost) == (wanted[0], (len(messages) - wanted[1] + 1) // 2)
+
+
+@pytest.mark.parametrize("name", TINY)
+@settings(max_examples=15, deadline=None)
+@given(messages=long_conversations(), max_length=st.integers(20, 600))
+def test_an_existing_models_turns_stay_likewise(name, messages, max_length):
+    messages = [m for m in messages if m["role"] != "system"]
+    messages = messages[: len(messages) // 2 * 2] or turn("a", "b")
+    processor, picture = processor_of(name), encoded((90, 40))
+    marks = sum(part["type"] == "image" for message in messages for part in message["content"])
+    row = {"messages": messages, "images": [{"path": None, "bytes": picture}] * marks, "source": "s", "id": "s/7"}
+    wanted = fitted_plainly(processor, messages, max_length, [(90, 40)] * marks)
+    collator = MultimodalCollator(processor, max_length=max_length)
+    if wanted is None:
+        with pytest.raises(RowError, match="its first turn alone"):
+            collator.encode(row, with_images=False)
+    else:
+        sample = collator.encode(row, with_images=False)
+        assert (sample.chat, sample.turns_lost) == (wanted[0], (len(messages) - wanted[1]) // 2)
+
+
+THINKING = """{%- for m in messages -%}
+{%- if m['role'] == 'user' -%}
+{%- for p in m['content'] -%}{{ image_token if p['type'] == 'image' else p['text'] }}{%- endfor -%}
+{%- else -%}
+{%- generation -%}{{ m['content'][0]['text'] if loop.last else '…' }}{{ eos_token }}{%- endgeneration -%}
+{%- endif -%}{%- endfor -%}
+"""
+
+
+@settings(max_examples=15, deadline=None)
+@given(answers=st.lists(st.integers(1, 60), min_size=1, max_size=8), max_length=st.integers(5, 120))
+def test_a_template_that_shortens_earlier_turns_loses_no_turn_for_nothing(answers, max_length):
+    processor = processor_for(THINKING, "bytes")
+    messages = [message for length in answers for message in turn("想", "x" * length)]
+    wanted = fitted_plainly(processor, messages, max_length)
+    collator = MultimodalCollator(processor, max_length=max_length)
+    row = {"messages": messages, "images": [], "source": "s", "id": "s/7"}
+    if wanted is None:
+        with pytest.raises(RowError, match="its first turn alone"):
+            collator.encode(row, with_images=False)
+    else:
+        assert collator.encode(row, with_images=False).chat == wanted[0]
+
+
+def test_a_long_conversation_is_tokenised_three_times_at_most(monkeypatch):
+    processor = processor_for("ziya", "bytes")
+    messages = [message for number in range(40) for message in turn(f"这是第几个？{number}", f"第{number}个")]
+    row = {"messages": messages, "images": [], "source": "s", "id": "s/7"}
+    limit = len(processor.encode_chat(messages[:14]).input_ids) + 3
+    encode, encoded_chats = processor.encode_rendered, []
+    monkeypatch.setattr(processor, "encode_rendered", lambda *a: encoded_chats.append(a) or encode(*a))
+    assert MultimodalCollator(processor, max_length=limit).encode(row).turns_lost == 33
+    assert len(encoded_chats) == 3
 
 
 def test_images_of_dropped_turns_are_dropped(processor, photos):

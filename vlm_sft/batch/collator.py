@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..base.errors import RowError, UserError
@@ -177,28 +178,47 @@ class MultimodalCollator:
     def _fit(
         self, messages: Sequence[dict[str, Any]], where: str, sizes: Sequence[tuple[int, int]]
     ) -> tuple[EncodedChat, int]:
-        """Encodes as many whole turns as fit; returns them and the number of messages kept."""
-        kept = len(messages)
-        while True:
-            try:
-                chat = self.processor.encode_rendered(self.render(messages[:kept]), sizes)
-            except UserError as error:
-                reason = error.reason if isinstance(error, RowError) else "bad conversation"
-                raise RowError(f"{where}: {error}", where=where, reason=reason) from error
-            if self.max_length is None or len(chat.input_ids) <= self.max_length:
-                return chat, kept
-            previous = kept - 1
-            while previous > 0 and messages[previous - 1]["role"] != "assistant":
-                previous -= 1
-            if previous <= 0:
-                raise RowError(
-                    f"{where}: its first turn alone has {len(chat.input_ids)} tokens "
-                    f"({sum(chat.places)} of them for images) but sft.max_length is "
-                    f"{self.max_length}; raise max_length or remove the row.",
-                    where=where,
-                    reason="too long",
-                )
-            kept = previous
+        """Encodes as many whole turns as fit; returns them and the number of messages kept.
+
+        A conversation that is too long is encoded whole, up to where its answers say that it fits, and a turn further;
+        where that guess is wrong, the number of turns is bisected. Both need texts that only grow with the turns: with
+        a template that prints something else (an earlier turn's thoughts, say), turns are dropped one by one.
+        """
+        whole, chat = self._encode_turns(messages, where, sizes)
+        if self.max_length is None or len(chat.input_ids) <= self.max_length:
+            return chat, len(messages)
+        ends = [n for n in range(1, len(messages)) if messages[n - 1]["role"] == "assistant"] + [len(messages)]
+        guess = following = max(1, _answers_within(chat.labels, self.max_length))
+        fit, best, too_many, grows = 0, chat, len(ends), True
+        while too_many - fit > 1:
+            turns = following if fit < following < too_many else (fit + too_many) // 2
+            turns = turns if grows else too_many - 1
+            rendered, fewer = self._encode_turns(messages[: ends[turns - 1]], where, sizes)
+            if grows and not whole.text.startswith(rendered.text):
+                fit, too_many, grows = 0, len(ends), False
+            elif len(fewer.input_ids) <= self.max_length:
+                fit, best, following = turns, fewer, guess + 1
+            else:
+                too_many, chat, following = turns, fewer, guess - 1
+        if fit:
+            return best, ends[fit - 1]
+        raise RowError(
+            f"{where}: its first turn alone has {len(chat.input_ids)} tokens ({sum(chat.places)} of them for images) "
+            f"but sft.max_length is {self.max_length}; raise max_length or remove the row.",
+            where=where,
+            reason="too long",
+        )
+
+    def _encode_turns(
+        self, messages: Sequence[dict[str, Any]], where: str, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[RenderedChat, EncodedChat]:
+        """A row's messages, or the first of them, as text and as ids; what is wrong with them is the row's error."""
+        try:
+            rendered = self.render(messages)
+            return rendered, self.processor.encode_rendered(rendered, sizes)
+        except UserError as error:
+            reason = error.reason if isinstance(error, RowError) else "bad conversation"
+            raise RowError(f"{where}: {error}", where=where, reason=reason) from error
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Samples → one padded batch. To override."""
@@ -217,6 +237,12 @@ class MultimodalCollator:
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message["content"]
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def _answers_within(labels: Sequence[int], length: int) -> int:
+    """How many runs of learned tokens end within the first `length` of a row."""
+    learned = np.array([*labels, IGNORED]) != IGNORED
+    return int((learned[:-1] & ~learned[1:])[:length].sum())
 
 
 def load_collator_class(path: str) -> type[MultimodalCollator]:
