@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from support.conversations import make_processor, make_row, turn
 from support.source_files import captions
+from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.batch.collator import MultimodalCollator
 from vlm_sft.data.dataset import ROW_FEATURES, load_source
 from vlm_sft.data.ledger import SourceLedger
@@ -108,13 +110,55 @@ def test_a_sample_is_spread_over_all_rows_and_has_none_twice(size, count, seed):
 
 
 def test_workers_find_the_same_and_the_global_generator_stays(collator, photos, monkeypatch):
-    monkeypatch.setattr("vlm_sft.training.row_check.WORTH_WORKERS", 1)
+    monkeypatch.setattr("vlm_sft.training.row_check.ROWS_WORTH_A_WORKER", 1)
     rows = [make_row(turn("q" * (1 + i % 50), "b", images=1), photos, i) for i in range(2 * CHUNK + 5)]
     rows[CHUNK + 3]["images"] = []
     before, told = torch.get_rng_state(), []
-    with_workers = look_over(dataset(rows), collator, workers=2, decode=9, tick=lambda *now: told.append(now))
+    with_workers = look_over(dataset(rows), collator, cores=2, decode=9, tick=lambda *now: told.append(now))
     assert with_workers == look_over(dataset(rows), collator, decode=9)
     assert [row.number for row in with_workers.rejected] == [CHUNK + 3]
     assert told[0] == ("looked for", 1, 1, "images")
-    assert told[1:] == [("measured", done, 517, "rows") for done in (CHUNK, 2 * CHUNK, 517)]
+    assert told[1:] == [("measured", done, len(rows), "rows") for done in (CHUNK, 2 * CHUNK, len(rows))]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class ByText:
+    """A collator that measures a row by its question: so many tokens, or why it cannot be used."""
+
+    def encode(self, row, with_images):
+        said = row["messages"][0]["content"][-1]["text"]
+        if said == "broken template":
+            raise UserError(f"the template fails at {row['id']}.")
+        if not said.isdigit():
+            raise RowError(f"{row['id']} {said}{' once decoded' if with_images else ''}", reason=said)
+        return SimpleNamespace(chat=SimpleNamespace(input_ids=[0] * int(said)), turns_lost=int(said) % 3)
+
+
+KINDS = st.integers(1, 9).map(str) | st.sampled_from(["太长", "no answer", "file gone"])
+
+
+@given(
+    st.lists(KINDS, min_size=1, max_size=40), st.integers(1, 5),
+    st.integers(1, 30) | st.none(), st.integers(0, 30) | st.none(), st.integers(0, 3),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_shares_together_find_what_one_process_finds(kinds, processes, measure, decode, seed):
+    rows = [make_row(turn(kind, "好"), [], number) for number, kind in enumerate(kinds)]
+    for row in rows:
+        if row["messages"][0]["content"][-1]["text"] == "file gone":
+            row["images"] = [{"path": "/nowhere/猫.png", "bytes": None}]
+    given = {"measure": measure, "decode": decode, "seed": seed}
+    whole = look_over(dataset(rows), ByText(), **given)
+    shares = [look_over(dataset(rows), ByText(), share=(k, processes), **given) for k in range(processes)]
+    assert Findings.of_shares(shares) == whole
+    assert Findings.of_shares([whole]) == whole
+    assert max(share.rows for share in shares) - min(share.rows for share in shares) <= 1
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_an_error_that_no_row_is_to_blame_for_is_one_sentence_also_out_of_a_worker(cores, monkeypatch):
+    monkeypatch.setattr("vlm_sft.training.row_check.ROWS_WORTH_A_WORKER", 1)
+    rows = [make_row(turn("broken template" if n in (300, 301) else "5", "好"), [], n) for n in range(400)]
+    with pytest.raises(UserError) as error:
+        look_over(dataset(rows), ByText(), cores=cores)
+    assert str(error.value) == "the template fails at s/300."

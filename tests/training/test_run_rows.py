@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from support.conversations import make_processor
+from support.gloo import in_processes
 from support.source_files import write
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
@@ -74,7 +75,11 @@ def two_sources(tmp_path, photos, wrong):
 
 
 def loaded(recipe_file, collator, sources, **data):
-    recipe = load_recipe(recipe_file(data={"train": sources, "sampling": "weights", **data}))
+    return load(load_recipe(recipe_file(data={"train": sources, "sampling": "weights", **data})), collator)
+
+
+def load(recipe, collator):
+    """What `load_rows` gives, or its sentence; and what was shown."""
     console = Console(file=io.StringIO(), width=120)
     try:
         return load_rows(recipe, collator, build_sft_config(recipe), console), console.file.getvalue()
@@ -121,3 +126,40 @@ def test_a_sample_is_called_one(recipe_file, collator, tmp_path, photos):
     counts = notes["train_rows"]
     assert (counts["rows"], counts["read"], counts["measured"], counts["decoded"]) == (11, 11, 4, 2)
     assert "train: 11 rows (measured: a sample of 4, see data.measure_rows)" in said
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("settings", [{"max_rejected": 0.3}, {"max_rejected": 0.3, "measure_rows": 5}, {}])
+def test_two_processes_find_what_one_finds(recipe_file, collator, tmp_path, photos, settings):
+    """Rows, their order, ledger and notes; or the error and the table that was shown."""
+    data = {"train": two_sources(tmp_path, photos, 3), "sampling": "weights", **settings}
+    recipe = load_recipe(recipe_file(data=data))
+
+    def found(rank=0):
+        outcome, said = load(recipe, collator)
+        if isinstance(outcome, str):
+            return outcome, said
+        rows, _, notes = outcome
+        return rows[:], notes, said
+
+    alone = found()
+    (tmp_path / "launch").mkdir()
+    assert in_processes(found, tmp_path / "launch") == [alone, alone]
+    assert isinstance(alone[0], dict) == bool(settings)
+
+
+def test_what_one_process_finds_ends_all_with_one_sentence(recipe_file, collator, tmp_path, photos):
+    """The row is in the share of the second one."""
+    rows = [{"image": photo, "caption": "猫"} for photo in photos]
+    path = write(tmp_path / "a.jsonl", [*rows, {"image": "gone.png", "caption": "狗"}])
+    recipe = load_recipe(recipe_file(data={"train": [{"path": path, "format": "caption"}]}))
+
+    def found(rank=0):
+        return load(recipe, collator)[0]
+
+    alone = found()
+    (tmp_path / "launch").mkdir()
+    assert in_processes(found, tmp_path / "launch") == [alone, alone]
+    assert alone.startswith("row a/9: the image gone.png was not found")

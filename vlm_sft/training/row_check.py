@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..base.errors import RowError
+from ..base.errors import RowError, UserError
 from ..data.image_files import missing_images
 from ..data.ledger import EXAMPLES, SourceLedger
 from ..reading.images import load_image
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
 
     from ..batch.collator import MultimodalCollator
 
-CHUNK = 256  # rows measured at a time
-WORTH_WORKERS = 4 * CHUNK  # starting workers takes longer than measuring fewer rows
+CHUNK = 128  # rows measured at a time
+ROWS_WORTH_A_WORKER = 512  # of fewer, a worker that is forked takes longer to start than to measure
+ROWS_WORTH_A_START = 50_000  # one that is not forked loads torch and transformers first
+MOST_WORKERS = 16
 BINS = 32
 
 
@@ -34,10 +38,10 @@ class Rejected(NamedTuple):
 
 @dataclass
 class Findings:
-    """What was found out about the rows of a source; plain, so that one process can tell the others.
+    """What was found out about rows of a source; plain, so that one process can tell the others.
 
     Attributes:
-        rows: How many rows the source gives.
+        rows: How many rows these are.
         measured: How many of them were measured.
         decoded: How many of these had their images decoded.
         lengths: Tokens of each measured row that can be trained on.
@@ -51,6 +55,24 @@ class Findings:
     lengths: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+
+    @classmethod
+    def of_shares(cls, shares: Sequence[Findings]) -> Findings:
+        """What is known of a source whose rows were shared, as if all had been looked over at once.
+
+        Args:
+            shares: What `look_over` found out about each share, in order.
+        """
+        whole = cls()
+        for share in shares:
+            whole.rows += share.rows
+            whole.measured += share.measured
+            whole.decoded += share.decoded
+            whole.lengths += share.lengths
+            whole.turns += share.turns
+            whole.rejected += share.rejected
+        whole.rejected = _with_few_sentences(whole.rejected)
+        return whole
 
     def write_to(self, ledger: SourceLedger) -> None:
         """Adds these rows to a source's ledger."""
@@ -70,8 +92,9 @@ def look_over(
     measure: int | None = None,
     decode: int | None = 0,
     seed: int = 0,
-    workers: int = 0,
-    tick: Callable[..., None] = lambda *how_far: None,
+    share: tuple[int, int] = (0, 1),
+    cores: int = 1,
+    tick: Callable[[str, int, int, str], None] = lambda doing, done, of, what: None,
 ) -> Findings:
     """Looks for the image files of all rows, measures rows and decodes images; nothing is raised for a wrong row.
 
@@ -81,27 +104,39 @@ def look_over(
         measure: How many rows to measure, drawn evenly and seeded; None for all.
         decode: How many of the measured rows have their images decoded; None for all.
         seed: Draws the sample.
-        workers: Processes that share the work; 0 for this one alone.
+        share: k and K: the k-th of K stretches is looked over, of the rows that one process would look over.
+        cores: How many may be used.
         tick: Told now and then what is done, how many times, of how many, and what: ``measured``, 256, 8000, ``rows``.
+
+    Raises:
+        UserError: Something is wrong that is not the row's own fault; that of the first such row.
     """
     picked = _sample(len(rows), measure, seed)
     decoded = picked[_sample(len(picked), decode, seed + 1)]
-    findings = Findings(len(rows), len(picked), len(decoded))
-    found = dict(_without_files(rows, tick))
-    for number, length, turns, problem in _measured(rows, picked, set(decoded.tolist()), collator, workers, tick):
-        if number in found:
+    start, end = (len(rows) * k // share[1] for k in (share[0], share[0] + 1))
+    picked, decoded = (numbers[(numbers >= start) & (numbers < end)] for numbers in (picked, decoded))
+    findings = Findings(end - start, len(picked), len(decoded))
+    found = dict(_without_files(rows, start, end, tick))
+    for measured in _measured(rows, picked, set(decoded.tolist()), collator, cores, tick):
+        if measured.number in found:
             continue
-        if problem is not None:
-            found[number] = problem
+        if measured.problem is not None:
+            found[measured.number] = measured.problem
         else:
-            findings.lengths.append(length)
-            findings.turns.append(turns)
-    kept: dict[str, int] = {}
-    for number in sorted(found):
-        reason, sentence = found[number]
-        kept[reason] = kept.get(reason, 0) + 1
-        findings.rejected.append(Rejected(number, reason, sentence if kept[reason] <= EXAMPLES else ""))
+            findings.lengths.append(measured.tokens)
+            findings.turns.append(measured.turns_lost)
+    findings.rejected = _with_few_sentences([Rejected(number, *found[number]) for number in sorted(found)])
     return findings
+
+
+def _with_few_sentences(rejected: Iterable[Rejected]) -> list[Rejected]:
+    """Rejected rows, of which the first few of each reason keep their sentence: millions may be wrong alike."""
+    told: Counter[str] = Counter()
+    kept = []
+    for row in rejected:
+        told[row.reason] += 1
+        kept.append(row if told[row.reason] <= EXAMPLES else row._replace(sentence=""))
+    return kept
 
 
 def summary(parts: Sequence[Findings], rows: int) -> dict[str, Any]:
@@ -141,20 +176,20 @@ def _sample(size: int, count: int | None, seed: int) -> np.ndarray:
     return np.random.default_rng([seed % 2**32, size]).integers(borders[:-1], borders[1:]) if count else borders[:0]
 
 
-def _without_files(rows: Dataset, tick: Callable[..., None]) -> list[tuple[int, tuple[str, str]]]:
-    """(number, (reason, sentence)) of the rows with an image whose file is missing or empty."""
+def _without_files(
+    rows: Dataset, start: int, end: int, tick: Callable[[str, int, int, str], None]
+) -> Iterator[tuple[int, tuple[str, str]]]:
+    """(number, (reason, sentence)) of the rows from `start` to `end` with an image that is missing or empty."""
+    if end - start < len(rows):
+        rows = rows.select(range(start, end))
     _, bad = missing_images(rows, lambda done, of: tick("looked for", done, of, "images"))
-    found = []
-    if bad:
-        for number, images in enumerate(rows.select_columns(["images", "id"])):
-            for image in images["images"]:
+    for number, row in enumerate(rows.select_columns(["images", "id"]) if bad else (), start=start):
+        try:
+            for image in row["images"]:
                 if image["bytes"] is None and image["path"] in bad:
-                    try:
-                        load_image(image, where=f"row {images['id']}")
-                    except RowError as error:
-                        found.append((number, (error.reason, str(error))))
-                        break
-    return found
+                    load_image(image, where=f"row {row['id']}")
+        except RowError as error:
+            yield number, (error.reason, str(error))
 
 
 class _Picked:
@@ -175,7 +210,13 @@ class _Picked:
         return [(number, row, number in self.decoded) for number, row in zip(numbers, rows, strict=True)]
 
 
-_Measure = tuple[int, int, int, tuple[str, str] | None]
+class _Measured(NamedTuple):
+    """A row by its number: its tokens and the turns it lost, or the reason and the sentence of its rejection."""
+
+    number: int
+    tokens: int = 0
+    turns_lost: int = 0
+    problem: tuple[str, str] | None = None
 
 
 def _measured(
@@ -183,34 +224,47 @@ def _measured(
     picked: np.ndarray,
     decoded: set[int],
     collator: MultimodalCollator,
-    workers: int,
-    tick: Callable[..., None],
-) -> list[_Measure]:
-    """(number, tokens, turns lost, reason and sentence where it is rejected) of each picked row."""
+    cores: int,
+    tick: Callable[[str, int, int, str], None],
+) -> list[_Measured]:
+    """The measure of each picked row, in order."""
     import torch
     from torch.utils.data import DataLoader
 
+    worth = ROWS_WORTH_A_WORKER if multiprocessing.get_start_method() == "fork" else ROWS_WORTH_A_START
+    workers = min(cores, len(picked) // worth, MOST_WORKERS)
     loader: DataLoader[Any] = DataLoader(
         _Picked(rows, picked, decoded),  # type: ignore[arg-type]
         batch_size=CHUNK,
         collate_fn=partial(_measure, collator),
-        num_workers=workers if len(picked) > WORTH_WORKERS else 0,
+        num_workers=workers if workers > 1 else 0,
         generator=torch.Generator(),  # the global one must not depend on whether rows were measured
     )
-    done: list[_Measure] = []
+    done: list[_Measured] = []
     for part in loader:
-        done += part
+        for each in part:
+            if isinstance(each, UserError):
+                raise each
+            done.append(each)
         tick("measured", len(done), len(picked), "rows")
     return done
 
 
-def _measure(collator: MultimodalCollator, rows: Sequence[tuple[int, dict[str, Any], bool]]) -> list[_Measure]:
-    measures: list[_Measure] = []
+def _measure(
+    collator: MultimodalCollator, rows: Sequence[tuple[int, dict[str, Any], bool]]
+) -> list[_Measured | UserError]:
+    """Measures rows up to the first one with an error that is not its own.
+
+    That is returned, because a `DataLoader` puts the worker's traceback into what it raises.
+    """
+    measures: list[_Measured | UserError] = []
     for number, row, decode in rows:
         try:
             sample = collator.encode(row, with_images=decode)
         except RowError as error:
-            measures.append((number, 0, 0, (error.reason, str(error))))
+            measures.append(_Measured(number, problem=(error.reason, str(error))))
+        except UserError as error:
+            return [*measures, UserError(str(error))]
         else:
-            measures.append((number, len(sample.chat.input_ids), sample.turns_lost, None))
+            measures.append(_Measured(number, len(sample.chat.input_ids), sample.turns_lost))
     return measures

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.errors import UserError
-from ..base.processes import on_first_process, one_process_first
+from ..base.processes import cores_for_each, one_process_first, share_work
 from ..data.ledger import Ledger, ledger_table
 from .row_check import Findings, look_over, summary
 
@@ -38,12 +38,12 @@ def load_rows(
 
     Every image file is looked for, and rows are measured and images decoded as `data.measure_rows` and
     `data.decode_rows` say, so that a long run does not end on a row that could have been named at once. Every process
-    reads the rows, the first one alone looks them over; what it finds wrong is left out, or raised, in all.
+    reads the rows and looks over a share of them; what one finds wrong is left out, or raised, in all.
 
     Args:
         recipe: The recipe, for its `data`.
         collator: Measures the rows; see `look_over`.
-        args: For its seeds, the number of processes and of data-loader workers.
+        args: For its seeds, the number of processes and, of a stream, of data-loader workers.
         console: Told how many rows there are and how long, and shown the ledger.
         seen: Filled with the ledgers, of a stream with that of its first rows, also where an error is raised.
 
@@ -59,10 +59,10 @@ def load_rows(
     ledgers, notes = {"train": Ledger(data.max_rejected)}, {}
     seen = {} if seen is None else seen
     seen["train"] = Ledger(data.max_rejected) if data.streaming else ledgers["train"]
-    seed, workers = args.data_seed or args.seed, args.dataloader_num_workers
-    look = partial(_look_over, data=data, collator=collator, workers=workers, console=console)
+    seed = args.data_seed or args.seed
+    look = partial(_look_over, data=data, collator=collator, console=console)
     if data.streaming:
-        shards = args.world_size * max(1, workers)
+        shards = args.world_size * max(1, args.dataloader_num_workers)
         first, ledger = seen["train"], ledgers["train"]
         train, notes["train_rows"] = _load_stream(data, first, ledger, look, console, seed=seed, shards=shards)
     else:
@@ -106,7 +106,7 @@ def _load_stream(
 
     beginnings = [source.model_copy(update={"max_rows": _fewer(source.max_rows, FIRST_ROWS)}) for source in data.train]
     parts = [load_part(source, seed=seed, reject=first.rejecter(name_of(source))).rows for source in beginnings]
-    findings = on_first_process(partial(look, "train", parts, seed=seed))
+    findings = look("train", parts, seed=seed)
     for source, found in zip(data.train, findings, strict=True):
         found.write_to(first.source(name_of(source)))
         ledger.sources[name_of(source)] = SourceLedger(streamed=True)
@@ -156,7 +156,7 @@ def _load_set(
     except UserError:
         ledger.check(console, name)  # no row is left of a source that had some
         raise
-    findings = on_first_process(partial(look, name, [part.rows for part in parts], seed=seed))
+    findings = look(name, [part.rows for part in parts], seed=seed)
     for source_name, found in zip(names, findings, strict=True):
         found.write_to(ledger.source(source_name))
     ledger.check(console, name)
@@ -174,31 +174,31 @@ def _load_set(
 
 
 def _look_over(
-    name: str,
-    parts: Sequence[Dataset],
-    *,
-    seed: int,
-    data: Data,
-    collator: MultimodalCollator,
-    workers: int,
-    console: Console,
+    name: str, parts: Sequence[Dataset], *, seed: int, data: Data, collator: MultimodalCollator, console: Console
 ) -> list[Findings]:
-    """Looks over the rows of each source, saying how far it is."""
+    """Looks over the rows of each source, shared by all processes and their cores, and says how far it is."""
     from ..base.progress import RowProgress
 
+    cores = cores_for_each()
     with RowProgress(console, name) as progress:
-        return [
-            look_over(
+
+        def look(part: Dataset, process: int, processes: int) -> Findings:
+            def tell(doing: str, done: int, of: int, what: str) -> None:
+                progress.tell(doing, done * processes, of * processes, what, about=processes > 1)
+
+            return look_over(
                 part,
                 collator,
-                seed=seed,
-                workers=workers,
-                tick=progress.tell,
                 measure=data.measure_rows,
                 decode=data.decode_rows,
+                seed=seed,
+                share=(process, processes),
+                cores=cores,
+                tick=tell,
             )
-            for part in parts
-        ]
+
+        # One source after the other, so that of several errors the one that is raised is the first in their order.
+        return [Findings.of_shares(share_work(partial(look, part))) for part in parts]
 
 
 def describe_rows(counts: dict[str, Any]) -> str:
