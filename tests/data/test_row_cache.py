@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import pickle
+import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -14,7 +16,7 @@ import pytest
 from support.source_files import captions, write
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.data import dataset as data
-from vlm_sft.data import row_cache as kept_rows
+from vlm_sft.data import row_cache
 from vlm_sft.data.dataset import load_part, load_source
 from vlm_sft.recipe.sections import Source
 
@@ -23,7 +25,7 @@ from vlm_sft.recipe.sections import Source
 def folder(tmp_path, monkeypatch) -> Path:
     """The cache, in which so few rows as a test has are kept."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(kept_rows, "FEWEST", 3)
+    monkeypatch.setattr(row_cache, "FEWEST", 3)
     return tmp_path / "cache" / "vlm_sft"
 
 
@@ -59,6 +61,30 @@ def test_other_bytes_are_read_anew_also_with_the_same_size_and_time(tmp_path, pa
     with pytest.raises(UserError, match="line 10: not JSON"):
         load_source(source)
     assert len(passes) == 3 and len(list(folder.iterdir())) == 1, "a changed file takes the place of the old one"
+
+
+@pytest.mark.parametrize("room", ["reading", "data"])
+def test_an_edit_of_the_code_that_makes_rows_reads_them_anew(tmp_path, passes, folder, monkeypatch, room):
+    """The rooms are copied, and a line of one of their modules changes."""
+    copies = tuple(Path(shutil.copytree(there, tmp_path / there.name)) for there in row_cache._ROOMS)
+    monkeypatch.setattr(row_cache, "_ROOMS", copies)
+    source = captions(tmp_path, "c", 9)
+
+    def start() -> int:
+        row_cache._code.cache_clear()  # a new process
+        load_source(source)
+        return len(passes)
+
+    assert [start(), start()] == [1, 1]
+    module = tmp_path / room / ("json_text.py" if room == "reading" else "formats.py")
+    module.write_text(module.read_text(encoding="utf-8") + "# 改了一行\n", encoding="utf-8")
+    assert [start(), start()] == [2, 2] and len(list(folder.iterdir())) == 1
+    row_cache._code.cache_clear()
+
+
+def test_the_rooms_whose_code_makes_rows_are_those_that_reading_a_source_loads():
+    names = {Path(sys.modules[name].__file__).parent for name in ("vlm_sft.reading.files", "vlm_sft.data.source")}
+    assert set(row_cache._ROOMS) == names
 
 
 @pytest.mark.parametrize(
