@@ -23,20 +23,31 @@ CODE = re.compile(r"`((?:vlm_sft|chat_templates|recipes)/[\w./]+)`")
 GATED = '''class GatedProjector(LinearProjector):
     """One linear layer and a gate of its own width."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, start: float) -> None:
         super().__init__(in_features, out_features)
-        self.gate = nn.Parameter(torch.ones(out_features))
+        self.gate = nn.Parameter(torch.full((out_features,), start))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return super().forward(features) * self.gate
 
 
 PROJECTORS: dict'''
+GATED_SECTION = '''class Gated(_Projector):
+    """One linear layer and a gate."""
+
+    type: Literal["gated"]
+    """One linear layer and a gate."""
+    start: float = 1.0
+    """Where the gate starts."""
+
+
+AnyProjector = Gated | '''
 RIDDLES = '''def _riddle(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     """A picture and what it might be: `image`, `hint`, `thing`."""
-    images = _some_images(row)
-    asked = _user(row, row.text(row.need("hint"), "hint"), len(images))
-    yield Example([asked, answer_of(row.text(row.need("thing"), "thing"))], images)
+    asked = [{"type": "image", "text": None}, {"type": "text", "text": row.text(row.need("hint"), "hint")}]
+    said = [{"type": "text", "text": row.text(row.need("thing"), "thing")}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    yield Example(messages, row.images("image", "images"))
 
 
 FORMATS: dict'''
@@ -65,7 +76,7 @@ EDITS = {
             ("PROJECTORS: dict", GATED),
             ('    "linear": LinearProjector,\n', '    "linear": LinearProjector,\n    "gated": GatedProjector,\n'),
         ],
-        "vlm_sft/recipe/sections.py": [('"linear_no_bias"]', '"linear_no_bias", "gated"]')],
+        "vlm_sft/recipe/sections.py": [("AnyProjector = ", GATED_SECTION)],
     },
     "chat template": {"chat_templates/parrot.jinja": [("", TEMPLATE)]},
     "format": {
@@ -129,7 +140,7 @@ def test_four_kinds_added_by_the_table_train_and_answer(copy, recipe_file, piece
     data = {"train": [{"path": str(riddles), "format": "riddle"}]}
     new = recipe_file("stack", chat_template="parrot", data=data)
     recipe = yaml.safe_load(new.read_text(encoding="utf-8"))
-    recipe["stack"]["projector"] = {"type": "gated"}
+    recipe["stack"]["projector"] = {"type": "gated", "start": 0.5}
     new.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
     family = recipe_file("family", data=data, lora={"r": 2})
     recipe = {**yaml.safe_load(family.read_text(encoding="utf-8")), "model": {"pretrained": write_vip_llava(tmp_path)}}

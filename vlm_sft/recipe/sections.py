@@ -109,8 +109,9 @@ class PixelShuffle(_Projector):
     """Side of the square of patches that becomes one token."""
 
 
+AnyProjector = Linear | MLP | PixelShuffle
 PROJECTOR_KINDS: dict[str, type[_Projector]] = {
-    name: kind for kind in (Linear, MLP, PixelShuffle) for name in get_args(kind.model_fields["type"].annotation)
+    name: kind for kind in get_args(AnyProjector) for name in get_args(kind.model_fields["type"].annotation)
 }
 
 
@@ -133,9 +134,7 @@ def _without_options_of_others(value: Any) -> Any:
     return {key: given for key, given in value.items() if key not in others}
 
 
-Projector = Annotated[
-    Linear | MLP | PixelShuffle, Field(discriminator="type"), BeforeValidator(_without_options_of_others)
-]
+Projector = Annotated[AnyProjector, Field(discriminator="type"), BeforeValidator(_without_options_of_others)]
 
 
 class LanguageModel(_Piece):
