@@ -130,12 +130,13 @@ def without_rows(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def shared_files(folder: Path) -> list[Path]:
     """The files of a bundle that are pushed."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in found if _is_shared(path.relative_to(folder))]
-
-
-def _is_shared(path: Path) -> bool:
-    return any(len(path.parts) == pattern.count("/") + 1 and fnmatch(path.as_posix(), pattern) for pattern in SHARED)
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    # A star of `fnmatch` goes past slashes, so the depth is compared too.
+    return [
+        path
+        for name, path in found.items()
+        if any(len(name.parts) == pattern.count("/") + 1 and fnmatch(name.as_posix(), pattern) for pattern in SHARED)
+    ]
 
 
 @contextmanager

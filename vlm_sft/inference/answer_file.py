@@ -93,8 +93,8 @@ def check_questions(path: str, done: dict[str, dict[str, Any]], target: Path) ->
                 "for one): give every row its own."
             )
         seen[key] = question.row.where
-        there = done.get(key)
-        if there is not None and _dump(_without_result(there)) != _dump(question.kept()):
+        there = {name: value for name, value in done.get(key, {}).items() if name not in ("answer", "error")}
+        if there and _dump(there) != _dump(question.kept()):
             raise UserError(
                 f'{target} has an answer to "{key}", but to another version of {question.row.where}: give another '
                 "--output, or remove that line to ask again."
@@ -181,10 +181,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and "id" in value and ("answer" in value or "error" in value) else None
-
-
-def _without_result(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name not in ("answer", "error")}
 
 
 def _dump(line: dict[str, Any]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -105,7 +104,8 @@ def generation_options(model: PreTrainedModel, processor: VLMProcessor, options:
     if end_id is not None and end_id in tokenizer.added_tokens_decoder:
         ends.append(end_id)
     elif end:
-        merged.update(stop_strings=[*_listed(options.get("stop_strings")), end])
+        own_ends = options.get("stop_strings") or []
+        merged["stop_strings"] = [*([own_ends] if isinstance(own_ends, str) else own_ends), end]
     if merged.get("stop_strings"):
         merged["tokenizer"] = tokenizer
     merged["eos_token_id"] = sorted(set(ends)) or None
@@ -115,10 +115,6 @@ def generation_options(model: PreTrainedModel, processor: VLMProcessor, options:
             processor.image_token_id,
         ]
     return merged
-
-
-def _listed(value: str | Sequence[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
 
 
 def open_bundle(

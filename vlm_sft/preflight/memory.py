@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -188,9 +187,5 @@ def known_optimizer(name: str) -> bool:
 
 def _largest_layer(model: nn.Module) -> int:
     """Weights of the largest layer of a list of layers: what is gathered at once."""
-    lists = (child for child in model.modules() if isinstance(child, nn.ModuleList))
-    return max((_count(layer.parameters()) for layers in lists for layer in layers), default=0)
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+    layers = (layer for child in model.modules() if isinstance(child, nn.ModuleList) for layer in child)
+    return max((sum(weight.numel() for weight in layer.parameters()) for layer in layers), default=0)

@@ -115,7 +115,12 @@ def render_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(count=short_count, gib=gib, percent=_percent, number=lambda value: f"{value:,}")
+    environment.filters.update(
+        count=short_count,
+        gib=gib,
+        percent=lambda share: "–" if share is None else f"{share:.1%}",
+        number=lambda value: f"{value:,}",
+    )
     page = environment.get_template("page.html.jinja")
     context: dict[str, Any] = {
         "report": report,
@@ -127,7 +132,3 @@ def render_page(report: Report) -> str:
         "longest_shown": LONGEST_SHOWN,
     }
     return page.render(context)
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"

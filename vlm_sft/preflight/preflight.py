@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +40,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     Raises:
         UserError: The recipe is wrong, a source or a piece cannot be had, or the page cannot be written.
     """
+    from ..data.dataset import load_source
     from ..recipe.libraries import build_sft_config, validate_libraries
     from ..stack.compose import compose
     from ..training.build_trainer import build_collator
@@ -59,10 +57,13 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     composed = compose(recipe)
     collator = build_collator(tolerant, composed[1], args)
     evidence = Evidence()
-    report = Report(_name(recipe), recipe.to_yaml(), evidence=evidence, max_length=args.max_length)
+    name = Path(recipe.path).stem if recipe.path else "recipe"
+    report = Report(name, recipe.to_yaml(), evidence=evidence, max_length=args.max_length)
     rows = _load(tolerant, recipe, collator, args, evidence, console)
     if rows is not None:
-        train, held_out = rows[0], [*([rows[1]] if rows[1] else []), *_test_rows(recipe, args.seed)]
+        # Training never reads the rows of `data.test`.
+        test = (load_source(source, seed=args.seed, reject=lambda error: None) for source in recipe.data.test)
+        train, held_out = rows[0], [*([rows[1]] if rows[1] else []), *test]
         with console.status("Looking at texts and images"):
             look_at(evidence, collator, train, held_out)
             report.samples = show_samples(evidence.rows, collator)
@@ -114,14 +115,6 @@ def _lengths(recipe: Recipe, collator: MultimodalCollator, seed: int) -> list[in
     return found
 
 
-def _test_rows(recipe: Recipe, seed: int) -> Iterator[Any]:
-    """The rows of `data.test`, which training never reads."""
-    from ..data.dataset import load_source
-
-    for source in recipe.data.test:
-        yield load_source(source, seed=seed, reject=lambda error: None)
-
-
 def _weigh(recipe: Recipe, launch: Launch, report: Report) -> None:
     """Fills in freeze plan and memory, from sizes alone."""
     import torch
@@ -146,9 +139,10 @@ def _take_steps(
     from ..training.build_trainer import build_trainer
     from .freeze_proof import MOST, SETTINGS, prove
 
-    with _folder() as folder, console.status("Loading the pieces and taking real steps"):
+    folder = tempfile.TemporaryDirectory(prefix="vlm-sft-preflight-", ignore_cleanup_errors=True)
+    with folder as output_dir, console.status("Loading the pieces and taking real steps"):
         settings = {name: value for name, value in recipe.sft.items() if name != "warmup_ratio"}
-        changed = recipe.model_copy(update={"sft": {**settings, **SETTINGS, "output_dir": folder}})
+        changed = recipe.model_copy(update={"sft": {**settings, **SETTINGS, "output_dir": output_dir}})
         args = build_sft_config(changed)
         quiet_libraries()
         # Without an image nothing reaches the projector; a mixture has rows without, and any batch may be of these.
@@ -161,15 +155,6 @@ def _take_steps(
             evidence.proof = prove(trainer)
         except UserError as error:
             evidence.stopped = str(error)
-
-
-@contextmanager
-def _folder() -> Iterator[str]:
-    folder = tempfile.mkdtemp(prefix="vlm-sft-preflight-")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _time(proof: Proof, args: SFTConfig, launch: Launch, rows: Any) -> list[str]:
@@ -208,10 +193,6 @@ def _left_out(recipe: Recipe, has_rows: bool, with_model: bool) -> list[str]:
     if has_rows and recipe.data.eval + recipe.data.test:
         found.append("Shared images are found where the files are the same byte for byte; a copy saved anew is not.")
     return found
-
-
-def _name(recipe: Recipe) -> str:
-    return Path(recipe.path).stem if recipe.path else "recipe"
 
 
 def _check_output(output: Path) -> None:

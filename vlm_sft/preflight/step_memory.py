@@ -168,25 +168,19 @@ class _RealNumbers(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         operation = func.overloadpacket
         if all(map(_has_data, tensors)):
-            if not tensors and operation in CONTAINERS and _of_floats(kwargs):
+            kind = kwargs.get("dtype") or torch.get_default_dtype()
+            if not tensors and operation in CONTAINERS and kind.is_floating_point:
                 return func(*args, **kwargs)
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if operation in INDEXED:
             args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
-        args, kwargs = tree_map(self._emptied, (args, kwargs))
+        args, kwargs = tree_map(lambda leaf: self._fake.from_tensor(leaf) if _has_data(leaf) else leaf, (args, kwargs))
         return func(*args, **kwargs)
-
-    def _emptied(self, leaf: Any) -> Any:
-        return self._fake.from_tensor(leaf) if _has_data(leaf) else leaf
 
 
 def _has_data(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor)
-
-
-def _of_floats(options: dict[str, Any]) -> bool:
-    return (options.get("dtype") or torch.get_default_dtype()).is_floating_point
 
 
 def _places(index: Any) -> Iterable[Any]:
