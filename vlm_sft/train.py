@@ -102,6 +102,7 @@ def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Consol
     model = trainer.accelerator.unwrap_model(trainer.model)
     batch = _first_batch(trainer, collator)
     logits = probe_logits(model, batch)  # on every process: each may hold a share of the weights
+    trainer.release()  # the fresh process needs the room
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         write_json(folder / METRICS, history, indent=1)

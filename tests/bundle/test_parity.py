@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
+from support.bundles import snapshot
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.manifest import Provenance
-from vlm_sft.bundle.parity import MAX_POSITIONS, check_parity, main, probe_logits
+from vlm_sft.bundle.parity import MAX_POSITIONS, check_parity, has_own_memory, main, probe_logits, set_aside
 from vlm_sft.bundle.save import save_bundle
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.lora import lora_config
@@ -126,3 +128,53 @@ def test_a_batch_without_images_is_compared_too(saved):
     _, model, batch = saved
     text = {n: t[:, 5:] for n, t in batch.items() if n != "pixel_values"}
     assert len(probe_logits(model, text)) == 12
+
+
+def held(model):
+    """Bytes that the weights take."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_the_trainers_weights_are_off_its_device_while_the_fresh_process_has_it(saved, monkeypatch):
+    """Here the CPU stands for the accelerator: the fresh process is told it, and finds it free."""
+    folder, model, batch = saved
+    for parameter in model.parameters():  # what lies in a mapped file cannot be freed; on an accelerator nothing does
+        parameter.data = parameter.data.clone()
+    before, full, seen = snapshot(model), held(model), []
+
+    def fresh_process(command, **options):
+        seen.append((command[-1], held(model)))
+        return subprocess.CompletedProcess(command, 0, '{"max_difference": 0.0}', "")
+
+    monkeypatch.setattr(subprocess, "run", fresh_process)
+    check_parity(folder, model, batch)
+    assert seen == [("cpu", full)], "what lies in the host's memory may stay"
+    monkeypatch.setattr("vlm_sft.bundle.parity.has_own_memory", lambda device: device.type == "cpu")
+    wanted = probe_logits(model, batch)
+    check_parity(folder, model, batch)
+    assert seen[1:] == [("cpu", 0)] and held(model) == full
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert torch.equal(probe_logits(model, batch), wanted)
+
+
+def test_weights_come_back_also_when_the_fresh_process_cannot_be_started_and_tied_ones_stay_tied(monkeypatch):
+    monkeypatch.setattr("vlm_sft.bundle.parity.has_own_memory", lambda device: True)
+    model = torch.nn.ModuleDict({"table": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5, bias=False)})
+    model["head"].weight = model["table"].weight
+    model.register_buffer("part", model["table"].weight.detach()[1:3])
+    wanted = model["table"].weight.detach().clone()
+    try:
+        with set_aside(model):
+            assert held(model) == 0
+            raise OSError("no process")
+    except OSError:
+        pass
+    assert torch.equal(model["head"].weight, wanted) and torch.equal(model.part, wanted[1:3])
+    with torch.no_grad():
+        model["table"].weight.zero_()
+    assert not model["head"].weight.any() and not model.part.any(), "one memory as before"
+
+
+def test_devices_whose_memory_is_the_hosts_keep_it():
+    assert [has_own_memory(torch.device(kind)) for kind in ("cuda", "xpu", "cpu", "mps")] == [True, True, False, False]

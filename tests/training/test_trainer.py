@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,18 @@ def test_the_users_own_sft_settings_are_kept(make_trainer):
     trainer = make_trainer(sft={"adam_beta2": 0.95, "label_names": "[labels]"})
     assert isinstance(trainer.args, SFTConfig) and trainer.args.adam_beta2 == 0.95
     assert trainer.args.remove_unused_columns is False and trainer.args.ddp_find_unused_parameters is False
+
+
+def test_a_trainer_that_is_done_gives_back_all_but_its_weights(make_trainer):
+    trainer = make_trainer(train={"projector": 1e-2, "resampler": 1e-3})
+    trainer.train()
+    sum(p.sum() for p in trainer.model.parameters() if p.requires_grad).backward()
+    state = weakref.ref(next(iter(trainer.optimizer.state.values()))["exp_avg"])
+    gradient = weakref.ref(next(p.grad for p in trainer.model.parameters() if p.grad is not None))
+    weights = snapshot(trainer.model)
+    trainer.release()
+    assert state() is None and gradient() is None and trainer.optimizer is None
+    assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
 
 
 # ------------------------------------------------------------------------------------------- rows met while training

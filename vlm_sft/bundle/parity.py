@@ -1,6 +1,8 @@
 """The parity gate: a saved bundle, loaded in a fresh process, must give the trainer's logits.
 
-`python -m vlm_sft.bundle.parity BUNDLE PROBE` is that process.
+`python -m vlm_sft.bundle.parity BUNDLE PROBE DEVICE` is that process. It computes on the trainer's own device: on a CPU
+other kernels would add in another order, and a tolerance for that would hide a weight that is wrong. So that the device
+never holds two models, the trainer's weights wait in the host's memory meanwhile.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..base.errors import UserError, exit_on_user_error
 from ..base.names import IGNORED
@@ -69,13 +74,14 @@ def check_parity(
         probe = Path(folder) / "probe.safetensors"
         tensors = {name: tensor.contiguous().cpu() for name, tensor in _tensors(batch).items()}
         save_file({**tensors, "logits": wanted.contiguous()}, probe)
-        process = subprocess.run(
-            [sys.executable, "-m", "vlm_sft.bundle.parity", str(bundle), str(probe), device],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        with set_aside(model):
+            process = subprocess.run(
+                [sys.executable, "-m", "vlm_sft.bundle.parity", str(bundle), str(probe), device],
+                env=environment(),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
         raise UserError(f"The bundle {str(bundle)!r} was saved but does not load in a fresh process: {last}")
@@ -94,6 +100,36 @@ def check_parity(
             f"{tolerance:g}); do not use it, and report this."
         )
     return result
+
+
+@contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Frees what a model's weights take on an accelerator, and puts them back afterwards.
+
+    It is done to the memory below the tensors: so tied weights stay tied, quantised ones and shares keep all that
+    refers to them, and the model is as it was. What an engine holds beside its parameters (DeepSpeed's partitions)
+    stays.
+    """
+    tensors = [t.to_local() if isinstance(t, DTensor) else t for t in (*model.parameters(), *model.buffers())]
+    storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    kept = []
+    for storage in storages.values():
+        if has_own_memory(storage.device) and storage.nbytes() and storage.resizable():
+            copy = torch.UntypedStorage(storage.nbytes())
+            kept.append((storage, copy.copy_(storage)))
+            storage.resize_(0)
+    clear_device_cache(garbage_collection=True)
+    try:
+        yield
+    finally:
+        for storage, copy in kept:
+            storage.resize_(copy.nbytes())
+            storage.copy_(copy)
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether a device's memory is not the host's; Apple's is."""
+    return device.type not in ("cpu", "meta", "mps")
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from ..batch.collator import REJECTED, SEEN
 from ..batch.counts import LABEL_POSITIONS
 from ..batch.image_swap import with_other_images
 from ..batch.processor import VLMProcessor
+from ..bundle.manifest import Provenance
 from ..data.ledger import Ledger
 from ..model.losses import supervised_positions
 
@@ -195,6 +196,12 @@ class RowsMet:
             ledger.meet(*row)
         notes[mode] = ledger.as_dict()
         ledger.check(Console(stderr=True, quiet=not self.accelerator.is_main_process), mode)
+
+
+def ledgers_of(provenance: Provenance | None) -> dict[str, Ledger]:
+    """`train` and `eval` → their ledgers, out of the notes that `load_rows` gave."""
+    saved = provenance.notes.get("ledger", {}) if provenance else {}
+    return {name: Ledger.from_dict(ledger) for name, ledger in saved.items()}
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:

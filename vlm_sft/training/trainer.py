@@ -35,7 +35,7 @@ from ..model.modeling import VLMForConditionalGeneration
 from ..model.sharding import gather, repeated_layers
 from ..stack.lora import add_adapter
 from .checkpointing import SavePoints
-from .meters import Meters, RowsMet, exact
+from .meters import Meters, RowsMet, exact, ledgers_of
 from .watch import ROW_IDS, Collator, Watch, dead_worker
 
 if TYPE_CHECKING:
@@ -330,11 +330,17 @@ class VLMSFTTrainer(SFTTrainer):
         # transformers looks for whole weights, finds none in a bundle and would go on with the last ones.
         load_trained(Path(self.state.best_model_checkpoint), self.accelerator.unwrap_model(self.model), self.plan)
 
+    def release(self) -> None:
+        """Gives back what only training needs: gradients, optimizer, schedule, batches, and memory that is cached.
+
+        The weights stay; nothing can be trained any more.
+        """
+        self.model.zero_grad(set_to_none=True)
+        self.model_wrapped = self.model  # DDP keeps room for every gradient
+        for holder in (self, self.callback_handler):
+            holder.optimizer = holder.lr_scheduler = None
+        self.callback_handler.train_dataloader = self.callback_handler.eval_dataloader = None
+        self.accelerator.free_memory()
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card names the wrong task; the bundle writes its own."""
-
-
-def ledgers_of(provenance: Provenance | None) -> dict[str, Ledger]:
-    """`train` and `eval` → their ledgers, out of the notes that `load_rows` gave."""
-    saved = provenance.notes.get("ledger", {}) if provenance else {}
-    return {name: Ledger.from_dict(ledger) for name, ledger in saved.items()}
