@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
+from ..data.messages import Message
 from ..reading.images import image_size, load_image, too_long
 from ..templates.render import RenderedChat
 from .encoding import EncodedChat, pad
@@ -72,7 +73,7 @@ class MultimodalCollator:
     fetch: Callable[[str], str] | None = None
     drop_rejected: bool = False
     count_rows: bool = False
-    _decoded: dict[Any, Image.Image] | None = None
+    _decoded: dict[str | bytes | None, Image.Image] | None = None
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class MultimodalCollator:
         seen = {SEEN: dict(Counter(str(row["source"]) for row in rows))} if self.count_rows else {}
         return {**batch, **seen, REJECTED: rejected} if seen or rejected else batch
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> RenderedChat:
+    def render(self, messages: Sequence[Message]) -> RenderedChat:
         """Messages → text, the places of images in it, and the character spans in the loss. To override."""
         return self.processor.render(messages)
 
@@ -134,7 +135,9 @@ class MultimodalCollator:
         """
         where = f"row {row['id']}"
         messages, images = row["messages"], row["images"]
-        marks = sum(part["type"] == "image" for m in messages for part in _parts(m))
+        marks = sum(
+            part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
+        )
         if marks != len(images):
             raise RowError(
                 f"{where}: its text has room for {marks} images (image marks) but it comes with {len(images)}; "
@@ -176,7 +179,7 @@ class MultimodalCollator:
         return loaded
 
     def _fit(
-        self, messages: Sequence[dict[str, Any]], where: str, sizes: Sequence[tuple[int, int]]
+        self, messages: Sequence[Message], where: str, sizes: Sequence[tuple[int, int]]
     ) -> tuple[EncodedChat, int]:
         """Encodes as many whole turns as fit; returns them and the number of messages kept.
 
@@ -210,7 +213,7 @@ class MultimodalCollator:
         )
 
     def _encode_turns(
-        self, messages: Sequence[dict[str, Any]], where: str, sizes: Sequence[tuple[int, int]]
+        self, messages: Sequence[Message], where: str, sizes: Sequence[tuple[int, int]]
     ) -> tuple[RenderedChat, EncodedChat]:
         """A row's messages, or the first of them, as text and as ids; what is wrong with them is the row's error."""
         try:
@@ -232,11 +235,6 @@ class MultimodalCollator:
             weights = [[1.0] * length if each is None else each for each, length in given]
             batch["loss_weights"] = pad(weights, batch["input_ids"].shape[1], 0.0)
         return batch
-
-
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    content = message["content"]
-    return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 def _answers_within(labels: Sequence[int], length: int) -> int:

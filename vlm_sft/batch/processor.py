@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..base.errors import UserError
 from ..base.names import IGNORED, IMAGE_TOKEN
+from ..data.messages import Message
 from ..reading.images import grown_size, needed_side
 from ..templates.render import RenderedChat, render
 from ..templates.template import end_of_answer, owns_bos
@@ -59,8 +60,8 @@ class VLMProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         num_image_tokens: int = 32,
         image_token: str = IMAGE_TOKEN,
@@ -76,14 +77,14 @@ class VLMProcessor(ProcessorMixin):
         self.image_token = image_token
         self.pad_to_square = pad_to_square
         self.system = system
-        self.qformer_tokenizer: Any = None
+        self.qformer_tokenizer: PreTrainedTokenizerBase | None = None
         self.added_tokens = add_missing_tokens(tokenizer, image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     # -- text -----------------------------------------------------------------------------------------------------
 
-    def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> RenderedChat:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> RenderedChat:
         """Text of a conversation with the places of images and answers, by this processor's template."""
         tokenizer = self.tokenizer
         return render(
@@ -98,7 +99,7 @@ class VLMProcessor(ProcessorMixin):
 
     def encode_chat(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[Message],
         add_generation_prompt: bool = False,
         sizes: Sequence[tuple[int, int]] = (),
     ) -> EncodedChat:
@@ -126,7 +127,7 @@ class VLMProcessor(ProcessorMixin):
         encoded = EncodedChat([], [], len(chat.image_spans))
         if self._adds_bos(chat.text):
             encoded.append(self.tokenizer.bos_token_id)
-        # Neither may have a row among the embeddings; no template prints a pad token of this name.
+        # The image token and a pad token of ours may have no row among the embeddings: where typed, they become text.
         marks = {self.image_token_id, *([self.tokenizer.pad_token_id] if self.tokenizer.pad_token == PAD else [])}
         ids, borders = tokenize(self.tokenizer, chat.text, supervised)
         labels = [
@@ -182,7 +183,7 @@ class VLMProcessor(ProcessorMixin):
         """(width, height) of the largest picture that is made of an image of that size on its way to the model."""
         return grown_size(size, self.image_processor, self.pad_to_square)
 
-    def instructions(self, messages: Sequence[dict[str, Any]]) -> list[str]:
+    def instructions(self, messages: Sequence[Message]) -> list[str]:
         """What the user says beside each image, in reading order: what a resampler that reads the instruction gets."""
         found = []
         for message in messages:
@@ -268,7 +269,9 @@ class VLMProcessor(ProcessorMixin):
         )
 
 
-def load_qformer_tokenizer(pretrained: str | Path, subfolder: str = QFORMER_TOKENIZER, **options: Any) -> Any:
+def load_qformer_tokenizer(
+    pretrained: str | Path, subfolder: str = QFORMER_TOKENIZER, **options: Any
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a Q-Former; a long instruction loses its beginning (LAVIS: `truncation_side="left"`).
 
     Args:

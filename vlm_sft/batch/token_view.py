@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base.names import IGNORED
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.messages import Message
     from .collator import Sample
     from .processor import VLMProcessor
 
@@ -35,7 +38,7 @@ class TokenGroup:
     position: int
 
 
-def token_groups(sample: Sample, messages: Sequence[dict[str, Any]], processor: VLMProcessor) -> list[TokenGroup]:
+def token_groups(sample: Sample, messages: Sequence[Message], processor: VLMProcessor) -> list[TokenGroup]:
     """The tokens of a sample in order, as the collator made them: what a subclass changed is shown changed.
 
     Args:
@@ -73,14 +76,14 @@ def _groups(ids: Sequence[int], labels: Sequence[int], processor: VLMProcessor) 
         at = end
 
 
-def _say(ids: Sequence[int], tokenizer: Any) -> str:
+def _say(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
     # A decoder takes the space in front of a text away, and here every token is a text of its own.
     first = tokenizer.convert_ids_to_tokens(int(ids[0]))
     return f" {text}" if first and first[0] in "▁Ġ" and not text.startswith((" ", "\n")) else text
 
 
-def _roles(groups: Sequence[_Group], messages: Sequence[dict[str, Any]]) -> list[str]:
+def _roles(groups: Sequence[_Group], messages: Sequence[Message]) -> list[str]:
     """The role of each group: that of the message whose text it lies in, else `template`."""
     whole = "".join(text for text, *_ in groups)
     owners, at = ["template"] * len(whole), 0

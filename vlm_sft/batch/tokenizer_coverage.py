@@ -6,9 +6,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..data.languages import language_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what a sentencepiece tokenizer falls back to
 
@@ -37,7 +40,7 @@ class Coverage:
     unknown: int = 0
     pieces: int = 0
 
-    def add(self, text: str, tokenizer: Any) -> None:
+    def add(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Counts one answer.
 
         Args:
@@ -84,7 +87,7 @@ class Coverage:
         return found
 
 
-def coverage_of(answers: Iterable[str], tokenizer: Any) -> dict[str, Coverage]:
+def coverage_of(answers: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Coverage]:
     """Language (`zh`, or `en` for every other) → its coverage.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
@@ -28,11 +28,12 @@ from .table import Family
 ONLY_COUNTS = ("rows", "cols", "num_patches", "num_crops")
 # Two shapes, and one that a processor that cuts images into tiles would cut.
 SHAPES = ((96, 64), (64, 96), (1600, 400))
-MOST_SIZES = 256  # that are remembered: what stands for a large image is a text of 200,000 characters
+# Sizes of which the text is remembered; that of one large image has 200,000 characters.
+MOST_SIZES = 256
 
 
 class FamilyProcessor(VLMProcessor):
-    """Processor of a model of `families.FAMILIES`.
+    """Processor of a model of one of the `FAMILIES`.
 
     Args:
         image_processor: The model's own.
@@ -49,15 +50,14 @@ class FamilyProcessor(VLMProcessor):
 
     def __init__(
         self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        chat_template: str | None = None,
-        native: Any = None,
-        family: Family | None = None,
-        place_id: int = 0,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
+        native: ProcessorMixin,
+        family: Family,
+        place_id: int,
         system: str | None = None,
     ) -> None:
-        assert family is not None
         if not tokenizer.is_fast:
             raise UserError(
                 f"model.pretrained: the tokenizer {type(tokenizer).__name__} is a slow one and cannot say where its "

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Family:
     no_export: str = ""
 
 
-# By `model_type`. Which parameters are which part is said in `freeze.PART_NAMES`.
+# By `model_type`. Which parameters are which part is said in `PART_NAMES` of `model/freeze.py`.
 FAMILIES: dict[str, Family] = {
     # A Llama-3 in LLaVA-1.6 has another template than Vicuna, and the model type does not tell them apart.
     "llava": Family("LlavaProcessor", {"llama": "vicuna_v1"}),
@@ -72,7 +75,7 @@ def family_of(model_type: str, pretrained: str) -> Family:
     return FAMILIES[model_type]
 
 
-def default_template(config: Any, pretrained: str) -> str:
+def default_template(config: PreTrainedConfig, pretrained: str) -> str:
     """Name of the chat template for a model whose recipe names none.
 
     Raises:

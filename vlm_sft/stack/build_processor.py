@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transformers import AutoImageProcessor, AutoTokenizer, BlipImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    BlipImageProcessorPil,
+    PreTrainedTokenizerBase,
+)
 
 from ..base.errors import UserError
 from ..base.reach import look_for_hub
@@ -41,12 +47,11 @@ def build_processor(recipe: Recipe, config: VLMConfig) -> VLMProcessor:
         system=recipe.system,
     )
     if recipe.parts.resampler and recipe.parts.resampler.type == "instruct_qformer":
-        processor.qformer_tokenizer = _load_qformer_tokenizer(recipe.parts.resampler)
-        _check_vocabulary(len(processor.qformer_tokenizer), config)
+        processor.qformer_tokenizer = _load_qformer_tokenizer(recipe.parts.resampler, config)
     return processor
 
 
-def _load_qformer_tokenizer(spec: Resampler) -> Any:
+def _load_qformer_tokenizer(spec: Resampler, config: VLMConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe names, at the top of its folder, or the one that lies in the checkpoint."""
     source = spec.tokenizer or spec.pretrained
     assert source is not None, "a rule of the recipe: a resampler is pretrained"
@@ -54,24 +59,22 @@ def _load_qformer_tokenizer(spec: Resampler) -> Any:
     if spec.tokenizer and not Path(spec.tokenizer).exists():
         look_for_hub()
     try:
-        return load_qformer_tokenizer(source, subfolder, revision=revision)
+        tokenizer = load_qformer_tokenizer(source, subfolder, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"stack.resampler: {source!r} has no tokenizer for the instruction that the "
             f"Q-Former reads; name one under stack.resampler.tokenizer (published: google-bert/bert-base-uncased)."
         ) from error
-
-
-def _check_vocabulary(size: int, config: VLMConfig) -> None:
     rows = getattr(config.resampler_config, "vocab_size", 0)
-    if size > rows:
+    if len(tokenizer) > rows:
         raise UserError(
-            f"stack.resampler.tokenizer: it has {size} tokens, but the Q-Former knows {rows}; use the tokenizer that "
-            f"the Q-Former was trained with."
+            f"stack.resampler.tokenizer: it has {len(tokenizer)} tokens, but the Q-Former knows {rows}; use the "
+            f"tokenizer that the Q-Former was trained with."
         )
+    return tokenizer
 
 
-def _load_image_processor(tower: VisionTower, config: VLMConfig) -> Any:
+def _load_image_processor(tower: VisionTower, config: VLMConfig) -> BaseImageProcessor:
     """The tower's own; for layouts without one: bicubic to a square, OpenAI's mean and std (LAVIS, Owl and Qwen-VL)."""
     if is_foreign(tower, "stack.vision_tower.pretrained"):
         height, width = image_size_of(config.vision_config)
@@ -92,7 +95,7 @@ def _load_image_processor(tower: VisionTower, config: VLMConfig) -> Any:
         ) from error
 
 
-def _at_image_size(images: Any, size: int) -> Any:
+def _at_image_size(images: BaseImageProcessor, size: int) -> BaseImageProcessor:
     """The image processor for a square of `size` pixels; a margin that it cuts off keeps its share."""
     settings = images.to_dict()
     square = {"height": size, "width": size}
