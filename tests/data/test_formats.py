@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from support.paths import GOLDENS
 from vlm_sft.base.errors import UserError
-from vlm_sft.data.formats import FORMATS, convert
+from vlm_sft.data.formats import FORMATS, examples_of
 
 IMAGE = {"type": "image", "text": None}
 ANSWER = {"role": "assistant", "content": "是猫。"}
@@ -21,7 +21,7 @@ def text(value: str) -> dict:
 
 
 def one(row: dict, format_name: str, **kwargs):
-    (example,) = convert(row, format_name, where="f.jsonl, line 3", **kwargs)
+    (example,) = examples_of(row, format_name, where="f.jsonl, line 3", **kwargs)
     return example
 
 
@@ -31,7 +31,7 @@ def contents(row: dict, format_name: str, **kwargs) -> list:
 
 def refused(row: dict, format_name: str, **kwargs) -> str:
     with pytest.raises(UserError) as error:
-        list(convert(row, format_name, where="f.jsonl, line 3", **kwargs))
+        list(examples_of(row, format_name, where="f.jsonl, line 3", **kwargs))
     message = str(error.value)
     assert message.startswith("f.jsonl, line 3: ")
     assert "\n" not in message
@@ -244,7 +244,7 @@ def test_caption():
     assert contents({"image": "a", "caption": " a red 3\n"}, "caption") == [[IMAGE], [text("a red 3")]]
     assert contents({"images": ["a", "b"], "text": "猫"}, "caption") == [[IMAGE, IMAGE], [text("猫")]]
     assert one({"image": "a", "caption": "<image>", "id": 12}, "caption").id == "12"
-    listed = list(convert({"image": "a", "caption": ["x", "y"]}, "caption", where=""))
+    listed = list(examples_of({"image": "a", "caption": ["x", "y"]}, "caption", where=""))
     assert [example.messages[1]["content"][0]["text"] for example in listed] == ["x", "y"]
 
 
@@ -409,7 +409,7 @@ JSON = st.recursive(
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), JSON, max_size=6), st.sampled_from(list(FORMATS)))
 def test_any_row_is_an_example_or_a_sentence(row, format_name):
     try:
-        examples = list(convert(row, format_name, where="f.json, row 1"))
+        examples = list(examples_of(row, format_name, where="f.json, row 1"))
     except UserError as error:
         examples, message = [], str(error)
     else:

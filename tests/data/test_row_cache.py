@@ -17,7 +17,7 @@ from support.source_files import captions, write
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.data import dataset as data
 from vlm_sft.data import row_cache
-from vlm_sft.data.dataset import load_part, load_source
+from vlm_sft.data.dataset import load_source, read_source
 from vlm_sft.recipe.sections import Source
 
 
@@ -41,7 +41,7 @@ def passes(monkeypatch) -> list[str]:
 
 def test_the_second_start_does_not_read_and_finds_the_same(tmp_path, passes, folder):
     source = captions(tmp_path, "c", 9)
-    first, second = load_part(source, languages=True), load_part(source, languages=True)
+    first, second = read_source(source, languages=True), read_source(source, languages=True)
     assert passes == [source.path] and [file.suffix for file in folder.iterdir()] == [".arrow"]
     assert (
         second.rows[:] == first.rows[:] == load_source(source)[:] and first.languages == second.languages == ["zh"] * 9

@@ -13,7 +13,6 @@ from support.conversations import TOKENS, make_processor, make_row, turn
 from vlm_sft.batch.collator import MultimodalCollator
 from vlm_sft.data.dataset import ROW_FEATURES
 from vlm_sft.data.ledger import Ledger, SourceLedger
-from vlm_sft.preflight import samples as inspection
 from vlm_sft.preflight.checks import Evidence
 from vlm_sft.preflight.samples import (
     Share,
@@ -24,6 +23,7 @@ from vlm_sft.preflight.samples import (
     shares_of_sources,
     show,
     show_samples,
+    thumbnail,
     whole_lengths,
 )
 from vlm_sft.recipe.sections import Data
@@ -69,7 +69,7 @@ def test_a_sample_is_what_the_collator_makes(collator, photos):
 
 
 def test_thumbnails_are_small():
-    large = inspection.thumbnail(Image.effect_noise((3000, 1500), 90).convert("RGB"))
+    large = thumbnail(Image.effect_noise((3000, 1500), 90).convert("RGB"))
     assert Image.open(io.BytesIO(large)).size == (288, 144) and len(large) < 40_000
 
 

@@ -52,31 +52,31 @@ def load_source(source: SourceLike, *, seed: int = 0, reject: Callable[[RowError
     Raises:
         UserError: the source or a row of it is not what the recipe says.
     """
-    return load_part(source, seed=seed, reject=reject).rows
+    return read_source(source, seed=seed, reject=reject).rows
 
 
-class Part(NamedTuple):
+class SourceRows(NamedTuple):
     """The rows of one source, and the language of each where it was asked for."""
 
     rows: Dataset
     languages: list[str]
 
-    def without(self, rejected: Collection[int]) -> Part:
-        """The part without the rows of these numbers."""
+    def without(self, rejected: Collection[int]) -> SourceRows:
+        """What is left without the rows of these numbers."""
         if not rejected:
             return self
         kept = [number for number in range(len(self.rows)) if number not in rejected]
-        return Part(self.rows.select(kept), [self.languages[number] for number in kept] if self.languages else [])
+        return SourceRows(self.rows.select(kept), [self.languages[number] for number in kept] if self.languages else [])
 
 
-def load_part(
+def read_source(
     source: SourceLike,
     *,
     seed: int = 0,
     reject: Callable[[RowError], None] = raise_it,
     languages: bool = False,
     tell: Callable[[int, int | None], None] = lambda done, of: None,
-) -> Part:
+) -> SourceRows:
     """As `load_source`, with the language of each row if `languages`.
 
     Args:
@@ -89,8 +89,14 @@ def load_part(
     kept = keeper.load() if keeper is not None else None
     if kept is None:
         rejected: list[RowError] = []
-        of = _fewer(None if keeper is None else keeper.about_rows(), source.max_rows)
-        table = _read(source, seed, languages, _both(rejected.append, reject), lambda done: tell(done, of))
+        guesses = (None if keeper is None else keeper.about_rows(), source.max_rows)
+        of = min((count for count in guesses if count is not None), default=None)
+
+        def keep_and_reject(error: RowError) -> None:
+            rejected.append(error)
+            reject(error)
+
+        table = _read(source, seed, languages, keep_and_reject, lambda done: tell(done, of))
         kept = keeper.save(table, rejected) if keeper is not None else None
     else:
         for error in kept.rejected:
@@ -102,7 +108,7 @@ def load_part(
         fingerprint = Hasher.hash([name_of(source), source.path, source.format, seed, len(table), table.nbytes])
         rows = Dataset(table, fingerprint=fingerprint)
     of_rows = rows.data.column(LANGUAGE).to_pylist() if languages else []
-    return Part(rows.remove_columns(LANGUAGE) if languages else rows, of_rows)
+    return SourceRows(rows.remove_columns(LANGUAGE) if languages else rows, of_rows)
 
 
 def _read(
@@ -126,18 +132,6 @@ def _read(
     if len(table) == 0:
         raise UserError(f"The source {source.path} holds no rows: add some or remove the source.")
     return table.append_column(LANGUAGE, pa.array(found, pa.string())) if languages else table
-
-
-def _fewer(one: int | None, other: int | None) -> int | None:
-    return min((count for count in (one, other) if count is not None), default=None)
-
-
-def _both(first: Callable[[RowError], None], second: Callable[[RowError], None]) -> Callable[[RowError], None]:
-    def tell_both(error: RowError) -> None:
-        first(error)
-        second(error)
-
-    return tell_both
 
 
 @contextmanager
@@ -188,12 +182,12 @@ def load_mixture(
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise UserError(f'Two sources are called "{double}": give each its own `name`.')
-    parts = [load_part(source, seed=seed, reject=reject, languages=bool(languages)) for source in sources]
+    parts = [read_source(source, seed=seed, reject=reject, languages=bool(languages)) for source in sources]
     return mix(parts, sources, sampling, languages=languages, seed=seed)[0]
 
 
 def mix(
-    parts: Sequence[Part],
+    parts: Sequence[SourceRows],
     sources: Sequence[SourceLike],
     sampling: str,
     *,
@@ -214,7 +208,7 @@ def mix(
 
 
 def _order(
-    sources: Sequence[SourceLike], loaded: Sequence[Part], sampling: str, languages: dict[str, float], seed: int
+    sources: Sequence[SourceLike], loaded: Sequence[SourceRows], sampling: str, languages: dict[str, float], seed: int
 ) -> np.ndarray | None:
     """Row numbers of the mixture in the concatenation of its sources; None for all of them as they are."""
     weights, repeats = [source.weight for source in sources], [source.repeat for source in sources]

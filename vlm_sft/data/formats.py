@@ -52,7 +52,7 @@ class Format(NamedTuple):
     prompts: str | None = None
 
 
-def convert(
+def examples_of(
     values: Mapping[str, Any],
     format_name: str,
     *,

@@ -59,8 +59,10 @@ def missing_images(
     groups = iter(lambda: list(islice(todo, GROUP)), [])
     bad: dict[str, str] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
-        for number, problems in enumerate(pool.map(_problems, groups), start=1):
-            bad.update(problems)
+        for number, problems in enumerate(
+            pool.map(lambda paths: [(path, _problem(path)) for path in paths], groups), start=1
+        ):
+            bad.update((path, problem) for path, problem in problems if problem is not None)
             tick(min(number * GROUP, len(paths)), len(paths))
     return len(paths), bad
 
@@ -70,10 +72,6 @@ def _paths_without_bytes(images: pa.Array) -> list[str]:
     path, encoded = pc.struct_field(flat, "path"), pc.struct_field(flat, "bytes")
     named = path.filter(pc.and_(path.is_valid(), encoded.is_null())).to_pylist()
     return [path for path in named if not is_url(path)]
-
-
-def _problems(paths: list[str]) -> list[tuple[str, str]]:
-    return [(path, problem) for path in paths if (problem := _problem(path))]
 
 
 def _problem(path: str) -> str | None:

@@ -15,7 +15,7 @@ from ..reading.image_refs import resolve_image
 from ..reading.locations import Row, list_files, read_rows
 from ..reading.published import PUBLISHED, check_pattern, read_published
 from ..reading.raw_row import RowView
-from .formats import FORMATS, QUESTION_MARK, answers_in, convert, no_prompt
+from .formats import FORMATS, QUESTION_MARK, answers_in, examples_of, no_prompt
 from .messages import normalise_messages
 
 
@@ -185,7 +185,7 @@ def _examples(
         raise row.problem
     name = name_of(source)
     draw = _prompts_of(source, f"{seed}/{name}/{number}", row.where) if source.prompts else no_prompt
-    found = convert(
+    found = examples_of(
         row.values, source.format, where=row.where, columns=source.columns, draw_prompt=draw, languages=languages
     )
     examples = list(found)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..base.errors import UserError
-from ..data.formats import convert
+from ..data.formats import examples_of
 from ..data.messages import split_marks
 from ..reading.image_refs import resolve_image
 from ..reading.images import load_image
@@ -61,7 +61,7 @@ def conversation(question: QuestionRow, images: str | None) -> dict[str, Any]:
     values, where = question.row.values, question.row.where
     if values.get("messages") is None:
         values = _as_messages(values, where)
-    example = next(iter(convert(values, "messages", where=where)))
+    example = next(iter(examples_of(values, "messages", where=where)))
     folder = images or question.row.folder
     folder = None if folder is None else os.path.abspath(os.path.expanduser(folder))
     loaded = [load_image(resolve_image(image, folder, where), where=where) for image in example.images]

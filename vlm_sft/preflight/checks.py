@@ -90,7 +90,7 @@ def rejected_rows(evidence: Evidence) -> Iterator[Finding]:
         if (problem := ledger.problem()) is not None:
             yield Finding(ERROR, f"{name}: {problem}", "Mend the rows, or raise data.max_rejected to leave them out.")
         elif lost := sum(source.lost for source in ledger.sources.values()):
-            yield Finding(WARNING, f"{name}: {_rows(lost)} will be left out; the reasons stand below.")
+            yield Finding(WARNING, f"{name}: {_count(lost, 'row')} will be left out; the reasons stand below.")
     if evidence.failed and not any(ledger.problem() for ledger in evidence.ledgers.values()):
         yield Finding(ERROR, evidence.failed)
 
@@ -101,7 +101,9 @@ def shortened_rows(evidence: Evidence) -> Iterator[Finding]:
         short = sum(source.truncated for source in ledger.sources.values())
         if short:
             turns = sum(source.turns_lost for source in ledger.sources.values())
-            sentence = f"{name}: {_rows(short)} {'loses' if short == 1 else 'lose'} {turns:,} turns to fit max_length."
+            sentence = (
+                f"{name}: {_count(short, 'row')} {'loses' if short == 1 else 'lose'} {turns:,} turns to fit max_length."
+            )
             yield Finding(WARNING, sentence, "Raise sft.max_length if the memory allows it.")
 
 
@@ -109,9 +111,8 @@ def foreign_markers(evidence: Evidence) -> Iterator[Finding]:
     """Answers that hold the role markers of a chat template: a conversation that was not split into its turns."""
     answers = evidence.answers()
     for marker, rows in find_markers(answers, role_markers(evidence.template)).items() if answers else ():
-        sentence = (
-            f"{_answers(len(rows))} {_hold(rows)} the role marker {marker!r}, which the model would learn to say."
-        )
+        what = f"the role marker {marker!r}, which the model would learn to say"
+        sentence = f"{_count(len(rows), 'answer')} {_hold(rows)} {what}."
         yield Finding(WARNING, sentence, "Split the conversation into turns, or remove the marker.", rows[:EXAMPLES])
 
 
@@ -121,7 +122,9 @@ def early_ends(evidence: Evidence) -> Iterator[Finding]:
         return
     rows = [name for name, text in evidence.answers() if end in text.strip()]
     if rows:
-        sentence = f"{_answers(len(rows))} {_hold(rows)} {end!r}, where generation stops with this chat template."
+        sentence = (
+            f"{_count(len(rows), 'answer')} {_hold(rows)} {end!r}, where generation stops with this chat template."
+        )
         yield Finding(WARNING, sentence, "Use another template, or take it out of the answers.", rows[:EXAMPLES])
 
 
@@ -129,7 +132,7 @@ def hollow_answers(evidence: Evidence) -> Iterator[Finding]:
     """Answers without a letter or a digit."""
     rows = [name for name, text in evidence.answers() if not re.search(r"[^\W_]", text)]
     if rows:
-        sentence = f"{_answers(len(rows))} {'has' if len(rows) == 1 else 'have'} no letter and no digit."
+        sentence = f"{_count(len(rows), 'answer')} {'has' if len(rows) == 1 else 'have'} no letter and no digit."
         yield Finding(WARNING, sentence, "Remove the rows.", rows[:EXAMPLES])
 
 
@@ -153,7 +156,8 @@ def repeated_rows(evidence: Evidence) -> Iterator[Finding]:
     """Rows that are the same, word for word and image for image, beside the repeats that the recipe asks for."""
     again = len(evidence.rows) - len({row_key(row) for row in evidence.rows})
     if again > MOST_REPEATED * max(len(evidence.rows), 1):
-        sentence = f"{_rows(again)} of {len(evidence.rows):,} {_say(again)} and {_show(again)} what another one does."
+        do = "says and shows" if again == 1 else "say and show"
+        sentence = f"{_count(again, 'row')} of {len(evidence.rows):,} {do} what another one does."
         yield Finding(WARNING, sentence, "Remove them, or ask for them with the source's `repeat`.")
 
 
@@ -186,17 +190,18 @@ def unproven_tensors(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(ERROR, f"The loss is not a number: {proof.losses}.", "Lower the rate, or use bf16 for fp16.")
     if proof.still:
         first = next(iter(proof.still.values()))
-        sentence = f"{_tensors(len(proof.still))} that should learn did not move in {proof.steps} steps: {first}."
+        sentence = (
+            f"{_count(len(proof.still), 'tensor')} that should learn did not move in {proof.steps} steps: {first}."
+        )
         yield Finding(ERROR, sentence, "", list(proof.still)[:EXAMPLES])
     if proof.changed:
-        sentence = f"{_tensors(len(proof.changed))} that should be frozen changed."
+        sentence = f"{_count(len(proof.changed), 'tensor')} that should be frozen changed."
         yield Finding(ERROR, sentence, "This is a mistake of vlm_sft or of a callback.", proof.changed[:EXAMPLES])
     idle = {part_of(name) for name in proof.unused} - {part_of(name) for name in proof.moved}
     if proof.unused:
         level = ERROR if idle else NOTE
-        sentence = (
-            f"{_tensors(len(proof.unused))} of trained parts {'is' if len(proof.unused) == 1 else 'are'} not used."
-        )
+        are = "is" if len(proof.unused) == 1 else "are"
+        sentence = f"{_count(len(proof.unused), 'tensor')} of trained parts {are} not used."
         yield Finding(
             level, sentence, "Nothing flows through what lies behind `feature_layer`.", proof.unused[:EXAMPLES]
         )
@@ -221,25 +226,9 @@ CHECKS = (
 )  # fmt: skip
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} {'row' if count == 1 else 'rows'}"
-
-
-def _answers(count: int) -> str:
-    return f"{count:,} {'answer' if count == 1 else 'answers'}"
-
-
-def _tensors(count: int) -> str:
-    return f"{count:,} {'tensor' if count == 1 else 'tensors'}"
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _hold(rows: Sequence[str]) -> str:
     return "holds" if len(rows) == 1 else "hold"
-
-
-def _say(count: int) -> str:
-    return "says" if count == 1 else "say"
-
-
-def _show(count: int) -> str:
-    return "shows" if count == 1 else "show"

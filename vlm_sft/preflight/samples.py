@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from datasets import Dataset
 
 from ..base.errors import RowError
 from ..base.names import IGNORED
@@ -25,6 +26,7 @@ from ..data.streaming import first_rows
 from .checks import Evidence, Finding, check
 
 if TYPE_CHECKING:
+    from datasets import IterableDataset
     from PIL import Image
 
     from ..batch.collator import MultimodalCollator
@@ -79,14 +81,14 @@ class Share:
     rows: int
 
 
-def sample_rows(rows: Any, count: int = LOOKED_AT) -> list[dict[str, Any]]:
+def sample_rows(rows: Dataset | IterableDataset, count: int = LOOKED_AT) -> list[dict[str, Any]]:
     """Different rows of a mixture, evenly spread; of a stream, the first ones.
 
     Args:
         rows: What `load_rows` gave; a row that the mixture repeats is there once.
         count: How many at most.
     """
-    if not hasattr(rows, "__len__"):
+    if not isinstance(rows, Dataset):
         return _once(first_rows(rows, count))
     places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64))
     return _once(rows.select(places))
@@ -96,7 +98,9 @@ def _once(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({row["id"]: row for row in rows}.values())
 
 
-def look_at(evidence: Evidence, collator: MultimodalCollator, train: Any, held_out: Iterable[Any]) -> None:
+def look_at(
+    evidence: Evidence, collator: MultimodalCollator, train: Dataset | IterableDataset, held_out: Iterable[Dataset]
+) -> None:
     """Fills in what rows tell: texts, coverage, leaks.
 
     Args:
@@ -109,7 +113,7 @@ def look_at(evidence: Evidence, collator: MultimodalCollator, train: Any, held_o
     read_texts(evidence, processor, sample_rows(train))
     others = [row for rows in held_out for row in rows.select_columns(["images", "id"])]
     if others:
-        every = train.select_columns(["images", "id"]) if hasattr(train, "__len__") else evidence.rows
+        every = train.select_columns(["images", "id"]) if isinstance(train, Dataset) else evidence.rows
         evidence.leaks = shared_images(every, others)
 
 
@@ -127,7 +131,7 @@ def read_texts(evidence: Evidence, processor: VLMProcessor, rows: list[dict[str,
     evidence.coverage = coverage_of(answers, processor.tokenizer)
 
 
-def glance(train: Any, processor: VLMProcessor) -> list[Finding]:
+def glance(train: Dataset | IterableDataset, processor: VLMProcessor) -> list[Finding]:
     """What the texts of a few rows tell: the part of preflight that every training begins with.
 
     Args:
@@ -135,7 +139,7 @@ def glance(train: Any, processor: VLMProcessor) -> list[Finding]:
         processor: A `VLMProcessor`.
     """
     evidence = Evidence()
-    if hasattr(train, "__len__"):
+    if isinstance(train, Dataset):
         read_texts(evidence, processor, sample_rows(train, GLANCED_AT))
     return check(evidence)
 

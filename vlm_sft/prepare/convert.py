@@ -133,12 +133,12 @@ def _messages(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
 
 
 def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages without what says nothing, such as the empty text of an image."""
-    return [{"role": m["role"], "content": [_part(part) for part in m["content"]]} for m in messages]
+    """Messages without what says nothing: Arrow gives an image the text None."""
 
+    def plain(part: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
 
-def _part(part: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
+    return [{"role": m["role"], "content": [plain(part) for part in m["content"]]} for m in messages]
 
 
 def _llava(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:

@@ -96,18 +96,15 @@ def _load(
                 "file.",
                 reason="image is a URL",
             )
-        return _from_file(_fetched(path, prefix, fetch), prefix, limits, f"{prefix}the image {path}")
+        try:
+            file = fetch(path)
+        except RowError as error:
+            raise RowError(f"{prefix}{error}", reason=error.reason) from None
+        return _from_file(file, prefix, limits, f"{prefix}the image {path}")
     raise RowError(
         f"{prefix}the image is of type {type(image).__name__}: give a path, encoded bytes or a PIL image.",
         reason="not an image",
     )
-
-
-def _fetched(url: str, prefix: str, fetch: Callable[[str], str]) -> str:
-    try:
-        return fetch(url)
-    except RowError as error:
-        raise RowError(f"{prefix}{error}", reason=error.reason) from None
 
 
 def image_size(
@@ -206,14 +203,14 @@ def _decode(image: Image.Image, what: str, limits: _Limits) -> Image.Image:
         raise RowError(_damaged(what, error), reason="image damaged") from None
 
 
-def needed_side(image_processor: Any) -> int | None:
+def needed_side(image_processor: object) -> int | None:
     """Pixels that an image processor needs on each side; None where it depends on the image, or nothing is resized."""
     size = {key: value for key, value in dict(getattr(image_processor, "size", None) or {}).items() if value}
     fixed = bool(size) and size.keys() <= {"height", "width", "shortest_edge"}
     return max(size.values()) if fixed and getattr(image_processor, "do_resize", False) else None
 
 
-def grown_size(size: tuple[int, int], image_processor: Any, square: bool = False) -> tuple[int, int]:
+def grown_size(size: tuple[int, int], image_processor: object, square: bool = False) -> tuple[int, int]:
     """(width, height) of the largest picture on the way of an image through padding and resizing.
 
     An image processor that resizes by the shorter side makes 336 x 3,360,000 pixels of 1 x 10,000 before it cuts them.
@@ -260,8 +257,8 @@ def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def _too_large(what: str, size: tuple[int, int] | None, max_pixels: int) -> str:
-    measure = f"has {size[0]} x {size[1]} pixels" if size else "has more pixels than PIL allows"
-    return f"{what} {measure}, more than the {max_pixels:,} allowed: scale it down or remove the row."
+    pixels = f"has {size[0]} x {size[1]} pixels" if size else "has more pixels than PIL allows"
+    return f"{what} {pixels}, more than the {max_pixels:,} allowed: scale it down or remove the row."
 
 
 def too_long(where: str, name: str, image: Image.Image, grown: tuple[int, int], max_pixels: int) -> RowError:

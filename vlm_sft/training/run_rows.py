@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from ..batch.collator import MultimodalCollator
-    from ..data.dataset import Part
+    from ..data.dataset import SourceRows
     from ..recipe.schema import Recipe
     from ..recipe.sections import Data, Source
 
@@ -99,13 +99,15 @@ def _load_stream(
     shards: int,
 ) -> tuple[IterableDataset, dict[str, Any]]:
     """Looks over the first rows of each source, into a ledger of their own; the others are met while training."""
-    from ..data.dataset import load_part
+    from ..data.dataset import read_source
     from ..data.ledger import SourceLedger
     from ..data.source import name_of
     from ..data.streaming import stream_mixture
 
-    beginnings = [source.model_copy(update={"max_rows": _fewer(source.max_rows, FIRST_ROWS)}) for source in data.train]
-    parts = [load_part(source, seed=seed, reject=first.rejecter(name_of(source))).rows for source in beginnings]
+    beginnings = [
+        source.model_copy(update={"max_rows": min(source.max_rows or FIRST_ROWS, FIRST_ROWS)}) for source in data.train
+    ]
+    parts = [read_source(source, seed=seed, reject=first.rejecter(name_of(source))).rows for source in beginnings]
     findings = look("train", parts, seed=seed)
     for source, found in zip(data.train, findings, strict=True):
         found.write_to(first.source(name_of(source)))
@@ -117,10 +119,6 @@ def _load_stream(
     counts = {**summary(findings, 0), "rows": None}
     console.print(f"train: a stream, of which the first rows were measured: {describe_rows(counts)}", highlight=False)
     return rows, counts
-
-
-def _fewer(given: int | None, limit: int) -> int:
-    return limit if given is None else min(given, limit)
 
 
 def _load_set(
@@ -136,19 +134,19 @@ def _load_set(
 ) -> tuple[Dataset, dict[str, Any]]:
     """Reads, looks over and mixes the sources of a set; a rejected row is left out before the mixture is drawn."""
     from ..base.progress import RowProgress
-    from ..data.dataset import load_part, mix
+    from ..data.dataset import mix, read_source
     from ..data.row_cache import worth_waiting_for
     from ..data.source import name_of
 
     names = [name_of(source) for source in sources]
 
-    def read() -> list[Part]:
+    def read() -> list[SourceRows]:
         parts = []
         with RowProgress(console, name) as progress:
             for source in sources:
                 tell = partial(progress.tell, f"{name_of(source)}: read", about=True)
                 reject = ledger.rejecter(name_of(source))
-                parts.append(load_part(source, seed=seed, reject=reject, languages=bool(languages), tell=tell))
+                parts.append(read_source(source, seed=seed, reject=reject, languages=bool(languages), tell=tell))
         return parts
 
     try:
