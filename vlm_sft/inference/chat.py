@@ -81,15 +81,14 @@ class Conversation:
         self, model: PreTrainedModel, processor: VLMProcessor, options: dict[str, Any], waiting: list[Image.Image]
     ) -> None:
         self.model, self.processor, self.options = model, processor, options
-        self.waiting = waiting
         self.captions_only = ignores_text(processor)
-        self.reset(keep_waiting=True)
-
-    def reset(self, keep_waiting: bool = False) -> None:
-        """Forgets everything."""
         self.messages: list[dict[str, Any]] = []
         self.images: list[Image.Image] = []
-        self.waiting = self.waiting if keep_waiting else []
+        self.waiting = waiting
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.messages, self.images, self.waiting = [], [], []
 
     def ask(self, text: str) -> Answer:
         """Begins to answer; what is said becomes part of the conversation when the answer is closed.
@@ -246,10 +245,9 @@ class Prompt:
             raise UserError("Say which image: /image PATH.")
         images = [load_image(path) for path in split_paths(given)]
         self.talk.waiting += images
-        if not self.at_terminal:
-            return
-        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-        self.console.print(f"Added ({sizes}); now ask about it.")
+        if self.at_terminal:
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            self.console.print(f"Added ({sizes}); now ask about it.")
 
 
 def split_paths(given: str) -> list[str]:

@@ -13,10 +13,13 @@ from ..base.errors import UserError
 from ..base.names import PREFLIGHT_PAGE
 
 if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
     from rich.console import Console
+    from transformers import PreTrainedConfig
     from trl import SFTConfig
 
     from ..batch.collator import MultimodalCollator
+    from ..batch.processor import VLMProcessor
     from ..recipe.schema import Recipe
     from .checks import Evidence
     from .freeze_proof import Proof
@@ -81,8 +84,13 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
 
 
 def _load(
-    tolerant: Recipe, recipe: Recipe, collator: MultimodalCollator, args: Any, evidence: Evidence, console: Console
-) -> tuple[Any, Any, dict[str, Any]] | None:
+    tolerant: Recipe,
+    recipe: Recipe,
+    collator: MultimodalCollator,
+    args: SFTConfig,
+    evidence: Evidence,
+    console: Console,
+) -> tuple[Dataset | IterableDataset, Dataset | None, dict[str, Any]] | None:
     """The rows, and the ledgers by the recipe's own threshold; None where no row of a source is left."""
     from ..data.ledger import Ledger
     from ..training.run_rows import load_rows
@@ -128,7 +136,11 @@ def _weigh(recipe: Recipe, launch: Launch, report: Report) -> None:
 
 
 def _take_steps(
-    recipe: Recipe, collator: MultimodalCollator, composed: Any, evidence: Evidence, console: Console
+    recipe: Recipe,
+    collator: MultimodalCollator,
+    composed: tuple[PreTrainedConfig, VLMProcessor],
+    evidence: Evidence,
+    console: Console,
 ) -> None:
     """Trains some steps through the trainer of the recipe, into a folder that is removed."""
     from datasets import Dataset
@@ -157,7 +169,7 @@ def _take_steps(
             evidence.stopped = str(error)
 
 
-def _time(proof: Proof, args: SFTConfig, launch: Launch, rows: Any) -> list[str]:
+def _time(proof: Proof, args: SFTConfig, launch: Launch, rows: Dataset | IterableDataset) -> list[str]:
     """How long the run would take at the speed of the last real step."""
     batch = args.train_batch_size * args.gradient_accumulation_steps * launch.processes
     if args.max_steps > 0:
