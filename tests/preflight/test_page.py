@@ -141,3 +141,7 @@ def test_the_histogram_has_its_cut():
     assert histogram([], 100) is None
     short = histogram([3, 3], None)
     assert short.cut is None and len(short.bars) == 4 and short.beyond == 0
+    assert [bar.title for bar in short.bars] == [f"{n}: 0 rows" for n in ("0 tokens", "1 token", "2 tokens")] + [
+        "3 tokens: 2 rows"
+    ]
+    assert next(bar.title for bar in found.bars if bar.height) == "8 – 11 tokens: 1 row"

@@ -106,7 +106,7 @@ def test_rows_that_are_too_long_stand_behind_the_cut(preflight, recipe_file, tmp
     rows = [{"image": photos[0], "caption": "a red 3"}, {"image": photos[1], "caption": "鑫" * 60}]
     code, _, page = preflight(recipe_file(data={"train": write_rows(tmp_path, rows)}), "--no-model")
     assert code == 1 and "1 × too long" in page
-    assert "2 first rows of the sources, as they are before any cut; 1 of them are longer than max_length" in page
+    assert "The first rows of the sources (2), as they are before any cut; 1 of them is longer than max_length" in page
 
 
 def test_an_existing_model_is_looked_at_as_any_other(preflight, recipe_file):

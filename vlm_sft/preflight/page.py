@@ -97,12 +97,21 @@ def histogram(lengths: list[int], max_length: int | None) -> Histogram | None:
             width=round((right - left) / top * WIDTH - 1, 2),
             height=round(count * scale, 2),
             cut=max_length is not None and left >= max_length,
-            title=f"{int(np.ceil(left)):,} – {int(np.ceil(right)) - 1:,} tokens: {count:,} rows",
+            title=f"{_span(int(np.ceil(left)), int(np.ceil(right)) - 1)}: {counted(count, 'row')}",
         )
         for count, left, right in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
     ]
     cut = None if max_length is None else round(max_length / top * WIDTH, 2)
     return Histogram(bars, cut, top - 1, sum(length > (max_length or top) for length in lengths))
+
+
+def _span(first: int, last: int) -> str:
+    return counted(first, "token") if first == last else f"{first:,} – {last:,} tokens"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def render_page(report: Report) -> str:
@@ -117,6 +126,7 @@ def render_page(report: Report) -> str:
     )
     environment.filters.update(
         count=short_count,
+        counted=counted,
         gib=gib,
         percent=lambda share: "–" if share is None else f"{share:.1%}",
         number=lambda value: f"{value:,}",
