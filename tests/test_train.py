@@ -156,7 +156,7 @@ def test_logs_are_no_reason_to_refuse_a_folder(recipe_file, no_parity, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_train_speak_once_and_write_one_bundle(recipe_file):
+def test_two_processes_train_speak_once_and_write_one_bundle(recipe_file, fresh_python):
     path = recipe_file()
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config("cpu_2")),

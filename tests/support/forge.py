@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import runpy
@@ -29,12 +30,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from support.paths import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]  # not from `paths`: a stand-in for `python` is given other folders
 TOUCHES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "step"}
-PROGRAMS = ("vlm_sft", "vlm_sft.train", "vlm_sft.bundle.parity", "vlm_sft.export.check", "accelerate.commands.launch")
+LAUNCHER = "accelerate.commands.launch"
+PROGRAMS = ("vlm_sft", "vlm_sft.train", "vlm_sft.bundle.parity", "vlm_sft.export.check", LAUNCHER)
 IMPORTS = (
-    "accelerate.commands.launch", "matplotlib.backends.backend_agg", "torch._dynamo", "transformers.models.auto",
+    LAUNCHER, "matplotlib.backends.backend_agg", "torch._dynamo", "transformers.models.auto",
     "transformers.models.llama.modeling_llama", "vlm_sft.bundle.curves", "vlm_sft.bundle.handover",
     "vlm_sft.bundle.parity", "vlm_sft.cli.main", "vlm_sft.export.check", "vlm_sft.inference.evaluate", "vlm_sft.train",
     "vlm_sft.training.build_trainer",
@@ -58,6 +59,7 @@ class Forge:
         self.folder = None if address else tempfile.mkdtemp(prefix="forge-")  # an address has 107 bytes at most
         self.address = address or f"{self.folder}/address"
         self.process: subprocess.Popen | None = None
+        self.program = 0
         self.printed = ""
 
     def run(self, recipe: Path, *overrides: str, **options: Any) -> int:
@@ -88,10 +90,23 @@ class Forge:
             command = arguments[0] if arguments else options["args"]
             if not (self.forks and options.keys() <= KNOWN_OPTIONS and self._can_fork(command, options.get("env"))):
                 return real(*arguments, **options)
-            return self._ask(command, {"module": command[2], "argv": command[3:]}, **options)
+            return self._ask(command, {"argv": command[1:]}, **options)
 
         with mock.patch.object(subprocess, "run", run):
             yield
+
+    def stand_in(self, arguments: list[str]) -> None:
+        """Is what `python` would be for a launcher: the fork's files, signals and end are those of this process."""
+
+        def hand_on(number: int, frame: Any) -> None:
+            os.kill(self.program, number) if self.program else os._exit(128 + number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, hand_on)
+        code = self.carry_out({"argv": arguments}, [0, 1, 2]) or 0
+        if code < 0:
+            os.kill(os.getpid(), -code)
+        os._exit(code)
 
     def close(self) -> None:
         """Ends the process."""
@@ -114,14 +129,14 @@ class Forge:
             self._start()
         pipe = subprocess.PIPE if options.get("capture_output") else None
         out, err = options.get("stdout", pipe), options.get("stderr", pipe)
-        order |= {"cwd": str(options.get("cwd") or os.getcwd()), "env": dict(options.get("env") or os.environ)}
+        order |= {"cwd": options.get("cwd"), "env": options.get("env")}
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
             text = options.get("input", b"")
             given.write(text.encode() if isinstance(text, str) else text)
             given.seek(0)
             files = [given.fileno(), _file(out, stdout, 1), stdout.fileno()]
             files[2] = files[1] if err == subprocess.STDOUT else _file(err, stderr, 2)
-            code = self._carry_out(order, files, options.get("timeout"))
+            code = self.carry_out(order, files, options.get("timeout"))
             if code is None:
                 raise subprocess.TimeoutExpired(command, options["timeout"])
             read = [None if wanted != subprocess.PIPE else _content(file, options.get("text", False))
@@ -131,20 +146,20 @@ class Forge:
             done.check_returncode()
         return done
 
-    def _carry_out(self, order: dict[str, Any], files: list[int], timeout: float | None) -> int | None:
+    def carry_out(self, order: dict[str, Any], files: list[int], timeout: float | None = None) -> int | None:
         """Sends an order with the three files of the program; returns how it ended, or None after the time."""
+        order |= {"cwd": str(order.get("cwd") or os.getcwd()), "env": dict(order.get("env") or os.environ)}
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(self.address)
             client.settimeout(timeout)
             socket.send_fds(client, [b"\n"], files)
             client.sendall(json.dumps(order).encode() + b"\n")
             with client.makefile() as answers:
-                process = int(answers.readline())
+                self.program = int(answers.readline())
                 try:
                     return int(answers.readline())
                 except TimeoutError:
-                    os.kill(process, signal.SIGKILL)
-                    return None
+                    return None  # whoever hangs up ends the program
 
     def _start(self) -> None:
         paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
@@ -186,7 +201,8 @@ def serve(server: socket.socket) -> None:
         connection, _ = server.accept()
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            answer(connection, server.getsockname())
+            with contextlib.suppress(BrokenPipeError):  # whoever asked is gone
+                answer(connection, server.getsockname())
             os._exit(0)
         connection.close()
     os._exit(0)  # taking down all that was imported takes seconds
@@ -203,6 +219,8 @@ def answer(connection: socket.socket, address: str) -> None:
                 os.dup2(file, number)
             play(order, address)
         print(program, file=stream, flush=True)
+        if connection in select.select([connection, os.pidfd_open(program)], [], [])[0]:
+            os.kill(program, signal.SIGKILL)
         print(os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]), file=stream, flush=True)
 
 
@@ -215,7 +233,7 @@ def play(order: dict[str, Any], address: str) -> None:
         os.environ.clear()
         os.environ.update(order["env"])
         with Forge(address).in_place_of_processes():
-            train(order) if "recipe" in order else run_module(order["module"], order["argv"])
+            train(order) if "recipe" in order else run(order["argv"], address)
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
@@ -227,13 +245,24 @@ def play(order: dict[str, Any], address: str) -> None:
         os._exit(code)
 
 
-def run_module(module: str, arguments: list[str]) -> None:
-    """`python -m module …`"""
-    sys.argv = [module, *arguments]
+def run(arguments: list[str], address: str) -> None:
+    """`python -m module …` or `python script …`"""
+    flags = list(itertools.takewhile(lambda word: word in ("-u", "-m"), arguments))
+    sys.argv = arguments[len(flags) :]
+    program = sys.argv[0]
+    if "-m" not in flags:
+        sys.path.insert(0, str(Path(program).resolve().parent))
+        runpy.run_path(program, run_name="__main__")
+        return
+    if program == LAUNCHER:
+        python = Path(address).with_name("python")
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {address} "$@"\n', encoding="utf-8")
+        python.chmod(0o700)
+        os.environ["PYTHON_EXEC"] = str(python)  # what torch's launcher starts
     sys.path.insert(0, os.getcwd())
-    if not hasattr(sys.modules.get(module), "__path__"):
-        sys.modules.pop(module, None)  # it runs as `__main__`, and Python warns where it was imported before
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if not hasattr(sys.modules.get(program), "__path__"):
+        sys.modules.pop(program, None)  # it runs as `__main__`, and Python warns where it was imported before
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 def train(order: dict[str, Any]) -> None:
@@ -285,4 +314,7 @@ def count_moments(folder: str, kill_at: int | None, send: list[int] | None) -> N
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    if sys.argv[1].isdigit():
+        serve(socket.socket(fileno=int(sys.argv[1])))
+    else:
+        Forge(sys.argv[1]).stand_in(sys.argv[2:])
