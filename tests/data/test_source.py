@@ -8,7 +8,7 @@ import pytest
 
 from support.source_files import refused, write
 from vlm_sft.base.errors import RowError
-from vlm_sft.data.source import source_rows
+from vlm_sft.data.source import every_answer, source_rows
 from vlm_sft.recipe.sections import Source
 
 
@@ -73,3 +73,18 @@ def test_sources_that_cannot_be(tmp_path):
     assert 'the prompt "{question}", which has' in refused(Source(path=path, format="caption", prompts=prompts))
     source = Source(path=path, format="vqa").model_copy(update={"format": "koko"})
     assert 'has the format "koko": it must be one of messages, llava, caption, vqa' in refused(source)
+
+
+def test_the_answers_of_all_annotators_by_the_ids_of_the_rows(tmp_path):
+    said = [{"answer": text, "answer_id": number} for number, text in enumerate(["猫", "cat", "猫"])]
+    rows = [
+        {"image": "1.png", "question": "什么?", "given": said, "answer": "cat", "id": 7},
+        {"image": "2.png", "question": "how many?", "given": [2, " two "]},
+        {"image": "3.png", "question": "where?", "answer": "here"},
+    ]
+    path = write(tmp_path / "q.jsonl", rows)
+    source = Source(path=path, format="vqa", name="动物", columns={"answers": "given"})
+    found = every_answer(source)
+    assert found == {"动物/7": ["猫", "cat", "猫"], "动物/2": ["2", " two "], "动物/3": ["here"]}
+    assert list(found) == [row["id"] for row in source_rows(source)]
+    assert list(every_answer(source.model_copy(update={"max_rows": 1}))) == ["动物/7"]
