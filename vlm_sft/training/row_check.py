@@ -231,8 +231,9 @@ def _measured(
     import torch
     from torch.utils.data import DataLoader
 
-    worth = ROWS_WORTH_A_WORKER if multiprocessing.get_start_method() == "fork" else ROWS_WORTH_A_START
-    workers = min(cores, len(picked) // worth, MOST_WORKERS)
+    workers = min(cores, len(picked) // ROWS_WORTH_A_WORKER, MOST_WORKERS)
+    if workers > 1 and multiprocessing.get_start_method() != "fork":  # which settles it, so it is not asked for nothing
+        workers = min(workers, len(picked) // ROWS_WORTH_A_START)
     loader: DataLoader[Any] = DataLoader(
         _Picked(rows, picked, decoded),  # type: ignore[arg-type]
         batch_size=CHUNK,
