@@ -422,6 +422,19 @@ def test_the_readmes_are_read_in_two_minutes(page):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_ci_runs_the_test_command_of_the_readmes(page):
+    assert "`make test`" in read(page) and read(".ci/run").rstrip().endswith("exec make test")
+
+
+def test_the_glossary_has_both_languages_and_the_words_that_mean_two_things():
+    rows = [row for row in re.findall(r"^\|(.+)\|$", read("docs/glossary.md"), re.MULTILINE) if "---" not in row]
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    assert all(len(row) == 4 and all(row) and re.search(r"[\u4e00-\u9fff]", row[3]) for row in cells)
+    words = {word for row in cells for word in row[0].split(", ")}
+    assert {"part", "piece", "stack", "family", "tower", "bundle", "ledger", "hand-over", "question"} <= words
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
 def test_the_readmes_name_every_room_and_five_files(page):
     (heading,) = re.findall(r"^\| [^|\n]*`vlm_sft/`.*\n(?:\|.*\n)+", read(page), re.MULTILINE)
     assert sorted(re.findall(r"^\| `(\w+)` \| \S", heading, re.MULTILINE)) == ROOMS

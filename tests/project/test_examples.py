@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from support.paths import ROOT
 from vlm_sft import Sample, UserError, VLMProcessor, load_recipe
+from vlm_sft.cli import main as cli
 from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.compose import compose
+from vlm_sft.train import main as train_main
 from vlm_sft.train import train
 from vlm_sft.training.build_trainer import build_collator
 
@@ -162,6 +167,48 @@ def test_the_python_flow_trains_saves_loads_and_answers(tmp_path):
     assert manifest["trained"] == ["projector"] and set(manifest["pieces"]) == {
         "vision_tower", "resampler", "language_model",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process_parity")
+def test_the_page_of_the_first_run_is_enough(pieces, photos, tmp_path, monkeypatch, capsys):
+    """A folder of photos, the page's recipe and its commands, with tiny pieces under the names of large ones."""
+    text = (ROOT / "docs" / "first_run.md").read_text(encoding="utf-8")
+    own = text[text.index('{"image"') :]
+    recipe, commands = own.split("```yaml\n")[1].split("```")[0], own.split("```\n")[3].split("```")[0].splitlines()
+    for large, tiny in {
+        "openai/clip-vit-large-patch14-336": pieces["clip"],
+        "lmsys/vicuna-7b-v1.5": pieces["llama"],
+        "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5": str(tmp_path / "mm_projector.bin"),
+    }.items():
+        assert recipe.count(large) == 1
+        recipe = recipe.replace(large, tiny)
+    sizes = {"0.weight": (32, 24), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
+    projector = {f"model.mm_projector.{name}": torch.randn(size) * 0.1 for name, size in sizes.items()}
+    torch.save(projector, tmp_path / "mm_projector.bin")
+    monkeypatch.chdir(tmp_path)
+    Path("my_photos.yaml").write_text(recipe, encoding="utf-8")
+    Path("my_photos").mkdir()
+    lines = []
+    for number, photo in enumerate(photos, 1):
+        Image.open(photo).save(f"my_photos/{number:04}.jpg")
+        lines.append(json.dumps({"image": f"{number:04}.jpg", "caption": f"照片{number}: a cat"}, ensure_ascii=False))
+    Path("my_photos/captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    assert [shlex.split(line)[:2] for line in commands] == [
+        ["vlm-sft", "train"], ["vlm-sft", "preflight"], ["accelerate", "launch"], ["vlm-sft", "chat"],
+    ]  # fmt: skip
+    for line in commands:
+        words = [word for word in shlex.split(line, comments=True) if word not in ("accelerate", "launch", "-m")]
+        if words[0] == "vlm_sft.train":
+            train_main(words[1:])
+            continue
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, capsys.readouterr()
+    assert Path("preflight.html").is_file() and Path("outputs/my_photos/bundle.json").is_file()
+    assert "Parity: reloaded in a fresh process" in capsys.readouterr().err
 
 
 DEMO = ROOT / "examples" / "demo.sh"
