@@ -147,6 +147,15 @@ def test_after_a_signal_a_slow_hub_is_left_in_time_with_the_command(asked, runni
     asked.go_on.set()
 
 
+def test_the_end_of_the_program_waits_for_no_push(asked):
+    asked.go_on.clear()
+    save(PushCallback("me/x", print, every_save=True), 1)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "push" and thread.is_alive())
+    assert thread.daemon, "Python joins all others"
+    asked.go_on.set()
+    thread.join(30)
+
+
 def test_after_a_signal_a_hub_that_refuses_is_said_with_the_command(asked):
     said = []
     asked.fails = ("out/checkpoint-3",)

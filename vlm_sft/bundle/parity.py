@@ -1,8 +1,8 @@
 """The parity gate: a saved bundle, loaded in a fresh process, must give the trainer's logits.
 
 `python -m vlm_sft.bundle.parity BUNDLE PROBE DEVICE` is that process. It computes on the trainer's own device: on a CPU
-other kernels would add in another order, and a tolerance for that would hide a weight that is wrong. So that the device
-never holds two models, the trainer's weights wait in the host's memory meanwhile.
+other kernels would add in another order and need a wider tolerance, which finds less. So that the device never holds
+two models, the trainer's weights wait in the host's memory meanwhile.
 """
 
 from __future__ import annotations

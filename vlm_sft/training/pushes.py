@@ -120,7 +120,8 @@ class PushCallback(TrainerCallback):
                 running.set_exception(error)
 
         self._running, self._folder = running, folder
-        # A daemon: a run that is stopped at once does not wait for the Hub.
+        # A daemon: a run that is stopped at once does not wait for the Hub, as it would for a thread of HfApi's own
+        # `run_as_future`, which Python joins at its end.
         threading.Thread(target=push, name="push", daemon=True).start()
 
     def _ended(self, end: float) -> bool:
