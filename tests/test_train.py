@@ -170,3 +170,24 @@ def test_two_processes_train_speak_once_and_write_one_bundle(recipe_file, fresh_
     assert history(load_recipe(path).sft["output_dir"])[-1]["epoch"] == 2
     _, processor = load(load_recipe(path).sft["output_dir"])
     assert processor.num_image_tokens == 4
+
+
+# Trains a step, and says what was imported until then.
+ONE_STEP = """
+import json, sys, vlm_sft.train
+
+vlm_sft.train.finish = lambda *arguments: None
+vlm_sft.train.main(sys.argv[1:])
+print(json.dumps([name for name, module in sys.modules.items() if name.startswith("bitsandbytes") and module]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [None, {"load_in_4bit": True}])
+def test_bitsandbytes_is_imported_for_few_bits_alone(recipe_file, bits):
+    """PEFT would import it for every LoRA."""
+    path = recipe_file(lora={"r": 2}, chat_template="ziya", quantization=bits)
+    command = [sys.executable, "-c", ONE_STEP, str(path), "sft.max_steps=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert bool(json.loads(done.stdout.splitlines()[-1])) == bool(bits)

@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="let base pieces run code, as the recipe says")
     given = parser.parse_intermixed_args(argv)  # overrides may follow a flag
     with exit_on_user_error():
+        from .recipe.libraries import leave_out_bitsandbytes
         from .recipe.safety import refuse_code, refuse_revisions
         from .recipe.schema import load_recipe
 
@@ -156,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         if not given.trust_remote_code:
             refuse_code(recipe, str(recipe.path))
         refuse_revisions(recipe)
+        leave_out_bitsandbytes(recipe)
         quiet_libraries()
         if given.dry_run:
             dry_run(recipe, read_launch(given.accelerate_config), make_console(stderr=False))
