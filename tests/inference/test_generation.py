@@ -75,7 +75,7 @@ def script(monkeypatch):
             steps.append(len(steps))
             return logits
 
-        monkeypatch.setattr(model, "_score", score)
+        monkeypatch.setattr(model.lm_head, "forward", score)
         return steps
 
     return make
@@ -293,7 +293,7 @@ def test_what_goes_wrong_in_the_model_is_raised_here(tiny, ask, monkeypatch):
     def fail(hidden):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(tiny[0], "_score", fail)
+    monkeypatch.setattr(tiny[0].lm_head, "forward", fail)
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         list(stream_answer(*tiny, **ask("hi")))
 
