@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -137,10 +136,11 @@ def measure(what: str, path: str) -> float:
     """
     if what == "part":
         from vlm_sft.pieces.load_parts import load_vision_tower
+        from vlm_sft.pieces.part_configs import find_vision_tower
+        from vlm_sft.recipe.sections import VisionTower
 
         before = memory("VmRSS")
-        spec = SimpleNamespace(pretrained=path, revision=None, trust_remote_code=False, config={}, more=[])
-        tensors = load_vision_tower(spec, DTYPE).state_dict()
+        tensors = load_vision_tower(find_vision_tower(VisionTower(pretrained=path)), DTYPE).state_dict()
     else:
         from safetensors.torch import load_file
 

@@ -51,7 +51,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .bundle.manifest import read_manifest
     from .preflight.samples import glance
     from .recipe.libraries import build_sft_config, validate_libraries
-    from .stack.compose import compose
+    from .stack.kinds import compose
     from .training.build_trainer import build_collator, build_trainer
     from .training.run_rows import load_rows
 
@@ -69,9 +69,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     if recipe.init_from:
         read_manifest(recipe.init_from)
     composed = compose(recipe)
-    collator = build_collator(recipe, composed[1], args)
+    collator = build_collator(recipe, composed.processor, args)
     rows = load_rows(recipe, collator, args, console)
-    for finding in on_first_process(partial(glance, rows[0], composed[1])):
+    for finding in on_first_process(partial(glance, rows[0], composed.processor)):
         say(console, str(finding))
     with console.status("Loading the pieces"):
         trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))

@@ -10,7 +10,7 @@ import torch
 from support.bundles import trained
 from vlm_sft import load, load_recipe
 from vlm_sft.base.errors import UserError
-from vlm_sft.bundle.manifest import Provenance, held_parts, mark_taken, update_manifest
+from vlm_sft.bundle.manifest import Provenance, held_parts, update_manifest
 from vlm_sft.bundle.save import save_bundle
 from vlm_sft.model.freeze import FreezePlan
 from vlm_sft.stack.build_stack import build_stack
@@ -60,11 +60,3 @@ HELD = [
 @pytest.mark.parametrize(("train", "pieces", "held"), HELD)
 def test_a_bundle_holds_what_no_base_piece_is_like(train, pieces, held):
     assert held_parts(FreezePlan(train), pieces) == held
-
-
-def test_what_was_taken_over_is_marked_where_it_came_into():
-    stack, model = {"vision_tower": {}, "language_model": {}}, {"model": {"pretrained": "猫"}}
-    mark_taken(stack, ["projector", "language_model"], "阶段一")
-    assert stack == {"vision_tower": {}, "language_model": {"init_from": "阶段一"}}
-    mark_taken(model, ["projector", "language_model"], "阶段一")
-    assert model["model"] == {"pretrained": "猫", "init_from": "阶段一", "held": ["language_model", "projector"]}

@@ -18,7 +18,6 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.parity import probe_logits
 from vlm_sft.cli.main import app
-from vlm_sft.families.build_family import compose_family
 from vlm_sft.inference.generation import answer, stream_answer
 from vlm_sft.model.freeze import FreezePlan, is_adapter, part_modules, part_of
 from vlm_sft.preflight.dry_run import dry_run as show
@@ -26,6 +25,7 @@ from vlm_sft.preflight.launch import read_launch
 from vlm_sft.preflight.memory import weight_bytes
 from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.build_stack import build_empty_stack
+from vlm_sft.stack.kinds import compose
 from vlm_sft.train import train
 
 SIZES = [(40, 30), (64, 30), (300, 60), None, None, (30, 40)]
@@ -87,7 +87,7 @@ def test_it_trains_reloads_and_answers(name, model_recipe, rows_file, seen):
     folder = train(recipe)
     said = {key for row in json.loads((folder / "metrics.json").read_text()) for key in row}
     # Images can be exchanged where each takes as many tokens as any other.
-    assert "eval_loss" in said and ("eval_image_use" in said) == bool(compose_family(recipe)[1].num_image_tokens)
+    assert "eval_loss" in said and ("eval_image_use" in said) == bool(compose(recipe).processor.num_image_tokens)
     manifest = json.loads((folder / "bundle.json").read_text())
     assert manifest["held"] == manifest["trained"] == ["projector"] and set(manifest["pieces"]) == {"model"}
     adapter = load_file(folder / "adapter_model.safetensors")

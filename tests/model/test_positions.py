@@ -18,6 +18,7 @@ from vlm_sft.bundle.save import save_bundle
 from vlm_sft.export.native_model import native_form
 from vlm_sft.model.positions import cast, fit_positions
 from vlm_sft.pieces.load_parts import load_vision_tower
+from vlm_sft.pieces.part_configs import find_vision_tower
 from vlm_sft.stack.build_stack import build_empty_stack, build_stack
 
 
@@ -53,7 +54,9 @@ def test_the_table_is_what_interpolate_gives(name, size, more_pieces, stack_reci
     else:
         torch.testing.assert_close(table.reshape(-1, 24), direct(rows, size // 7, extra), atol=1e-6, rtol=0)
     others = {n: p for n, p in tower.named_parameters() if p is not table}
-    plain = dict(load_vision_tower(stack_recipe(name).stack.vision_tower, torch.float32).named_parameters())
+    plain = dict(
+        load_vision_tower(find_vision_tower(stack_recipe(name).stack.vision_tower), torch.float32).named_parameters()
+    )
     assert all(torch.equal(parameter, plain[n]) for n, parameter in others.items())
 
 
@@ -107,10 +110,9 @@ def test_what_does_not_fit_is_named(stack_recipe, tmp_path):
     state = SiglipVisionModel(config).state_dict()
     state["embeddings.position_embedding.weight"] = torch.randn(15, 24)
     save_checkpoint(tmp_path / "odd", config, state)
+    odd = stack_recipe(str(tmp_path / "odd"), vision={"image_size": 42}).stack.vision_tower
     with pytest.raises(UserError, match=r"has the shape \(15, 24\), but \(36, 24\) is needed"):
-        load_vision_tower(
-            stack_recipe(str(tmp_path / "odd"), vision={"image_size": 42}).stack.vision_tower, torch.float32
-        )
+        load_vision_tower(find_vision_tower(odd), torch.float32)
     with pytest.raises(UserError, match="image_size"):
         stack_recipe("clip", vision={"image_size": "big"})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,16 +41,23 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.model.connectors import build_projector
 from vlm_sft.pieces.checkpoints import Checkpoint
 from vlm_sft.pieces.load_parts import load_language_model, load_projector_weights, load_resampler, load_vision_tower
-from vlm_sft.pieces.part_configs import load_config
+from vlm_sft.pieces.part_configs import find_language_model, find_resampler, find_vision_tower
+from vlm_sft.recipe.sections import LanguageModel, Resampler, VisionTower
 
 TOWER = "stack.vision_tower.pretrained"
 LM = "stack.language_model.pretrained"
 
 
-def spec(pretrained, **options):
-    defaults = {"revision": None, "trust_remote_code": False, "type": "qformer", "attn_implementation": None,
-                "config": {}, "more": []}  # fmt: skip
-    return SimpleNamespace(pretrained=str(pretrained), **{**defaults, **options})
+def tower_in(pretrained, **options):
+    return find_vision_tower(VisionTower(pretrained=str(pretrained), **options))
+
+
+def qformer_in(pretrained):
+    return find_resampler(Resampler(type="qformer", pretrained=str(pretrained)))
+
+
+def language_model_in(pretrained, **options):
+    return find_language_model(LanguageModel(pretrained=str(pretrained), **options))
 
 
 TOWERS = [blip2, clip, clip_tower, clip_tower_old, clip_unprefixed, llava_tower, llava_new, llava_old,
@@ -64,7 +70,7 @@ def test_a_tower_equals_what_its_own_class_loads(make, pieces, tmp_path, monkeyp
     read = []
     original = Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda self, names: original(self, read.extend(n := list(names)) or n))
-    tower = load_vision_tower(spec(folder), torch.float32)
+    tower = load_vision_tower(tower_in(folder), torch.float32)
     assert not any(t.is_meta for t in [*tower.parameters(), *tower.buffers()])
     assert not [n for n in read if any(o in n for o in ("text_model", "language_model", "qformer", "position_ids"))]
     state = tower.state_dict()
@@ -79,7 +85,7 @@ def test_a_tower_equals_what_its_own_class_loads(make, pieces, tmp_path, monkeyp
 
 @pytest.mark.parametrize("make", [clip, clip_tower, siglip])
 def test_buffers_that_no_checkpoint_stores_are_made(make, pieces, tmp_path):
-    tower = load_vision_tower(spec(make(pieces, tmp_path)[0]), torch.float32)
+    tower = load_vision_tower(tower_in(make(pieces, tmp_path)[0]), torch.float32)
     buffers = dict(tower.named_buffers())
     assert "embeddings.position_ids" in buffers
     length = tower.embeddings.position_embedding.num_embeddings
@@ -88,7 +94,7 @@ def test_buffers_that_no_checkpoint_stores_are_made(make, pieces, tmp_path):
 
 def test_a_tower_takes_the_dtype_it_is_asked_for(pieces, tmp_path):
     for folder in (pieces["clip"], dinov2(pieces, tmp_path)[0]):
-        tower = load_vision_tower(spec(folder), torch.bfloat16)
+        tower = load_vision_tower(tower_in(folder), torch.bfloat16)
         assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
 
 
@@ -98,7 +104,7 @@ def test_a_qformer_is_picked_out_of_blip2_and_only_it_is_read(pieces, tmp_path, 
     read = []
     original = Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda self, names: original(self, read.extend(n := list(names)) or n))
-    resampler = load_resampler(spec(folder)).eval()
+    resampler = load_resampler(qformer_in(folder)).eval()
     assert read and all(n.startswith(("qformer.", "query_tokens")) for n in read)
     assert torch.equal(resampler.query_tokens, native.query_tokens)
     wanted = native.qformer.state_dict()
@@ -110,7 +116,7 @@ def test_a_qformer_is_picked_out_of_blip2_and_only_it_is_read(pieces, tmp_path, 
 
 
 def test_a_qformer_stays_in_fp32_between_parts_of_half_precision(pieces):
-    resampler = load_resampler(spec(pieces["blip2"]))
+    resampler = load_resampler(qformer_in(pieces["blip2"]))
     assert {p.dtype for p in resampler.parameters()} == {torch.float32}
     assert resampler(torch.randn(1, 17, 24).bfloat16()).dtype == torch.bfloat16
 
@@ -128,7 +134,7 @@ def test_parts_come_out_of_shards_and_of_bin_files(kind, pieces, tmp_path):
             save_file(half, folder / name)
         index = {"weight_map": {n: file for file, half in halves.items() for n in half}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    tower, resampler = load_vision_tower(spec(folder), torch.float32), load_resampler(spec(folder))
+    tower, resampler = load_vision_tower(tower_in(folder), torch.float32), load_resampler(qformer_in(folder))
     assert all(torch.equal(t, state[f"vision_model.{n}"]) for n, t in tower.state_dict().items())
     assert torch.equal(resampler.query_tokens, state["query_tokens"])
 
@@ -146,11 +152,11 @@ def test_weights_that_would_run_code_are_refused(part, pieces, tmp_path, monkeyp
     folder = copy(source, tmp_path / "bad")
     (folder / "model.safetensors").unlink()
     torch.save({"weight": Bomb()}, folder / "pytorch_model.bin")
-    load = load_language_model if part == "language_model" else load_vision_tower
+    load, find = (load_language_model, language_model_in) if part == "language_model" else (load_vision_tower, tower_in)
     with pytest.raises(
         UserError, match=r"could run code: (it is|they are) refused; use a checkpoint in safetensors\.$"
     ):
-        load(spec(folder), torch.float32)
+        load(find(folder), torch.float32)
     assert not (tmp_path / "ran").exists()
 
 
@@ -201,38 +207,15 @@ def test_a_projector_of_another_kind_or_width_is_an_error_that_names_it(pieces):
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_without_config_and_a_name_out_of_reach(tmp_path):
-    with pytest.raises(UserError, match=r"^here: the folder '.*' has no config\.json that transformers can read\.$"):
-        load_config(str(tmp_path), None, "here")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"has no config\.json that transformers can read"):
-        load_config(str(tmp_path), None, "here")
-    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
-    with pytest.raises(UserError, match=r"transformers cannot read the config\.json of .*no_such_model") as error:
-        load_config(str(tmp_path), None, "here")
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"'Salesforce/none' is no folder here and could not be had from the Hub"):
-        load_config("Salesforce/none", None, "here")
-
-
-def test_code_of_a_checkpoint_is_not_run_unless_it_is_asked_for(tmp_path):
-    config = {"model_type": "their_own", "auto_map": {"AutoConfig": "configuration_theirs.TheirConfig"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "configuration_theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UserError, match="trust_remote_code"):
-        load_config(str(tmp_path), None, "here")
-    assert not (tmp_path / "ran").exists()
-
-
 def test_a_part_that_a_checkpoint_does_not_have_is_named(pieces):
     with pytest.raises(UserError, match=rf"^{TOWER}: a 'llama' checkpoint holds no vision tower"):
-        load_vision_tower(spec(pieces["llama"]), torch.float32)
+        load_vision_tower(tower_in(pieces["llama"]), torch.float32)
     with pytest.raises(
         UserError, match=r"^stack\.resampler\.pretrained: a 'clip' checkpoint holds no Q-Former; name a"
     ):
-        load_resampler(spec(pieces["clip"]))
+        load_resampler(qformer_in(pieces["clip"]))
     with pytest.raises(UserError, match=rf"^{LM}: .* lacks \d+ tensors of this model"):
-        load_language_model(spec(pieces["blip2"]), torch.float32)
+        load_language_model(language_model_in(pieces["blip2"]), torch.float32)
 
 
 def test_a_configuration_without_its_weights_is_named(pieces, tmp_path):
@@ -240,10 +223,10 @@ def test_a_configuration_without_its_weights_is_named(pieces, tmp_path):
     folder = copy(pieces["blip2"], tmp_path / "blip2")
     rewrite(folder, lambda s: {n: t for n, t in s.items() if not n.startswith("qformer.encoder.layer.1.")})
     with pytest.raises(UserError, match=r"does not hold this part: \d+ of \d+ tensors are missing.*'qformer\.encoder"):
-        load_resampler(spec(folder))
+        load_resampler(qformer_in(folder))
     rewrite(folder, lambda s: {n: t for n, t in s.items() if not n.startswith("vision_model.")})
     with pytest.raises(UserError, match=r"does not hold this part: (\d+) of \1 tensors are missing"):
-        load_vision_tower(spec(folder), torch.float32)
+        load_vision_tower(tower_in(folder), torch.float32)
 
 
 def test_a_missing_tensor_is_never_drawn_at_random(pieces, tmp_path):
@@ -252,11 +235,11 @@ def test_a_missing_tensor_is_never_drawn_at_random(pieces, tmp_path):
     name = "encoder.layers.1.mlp.fc1.weight"
     rewrite(tower, lambda s: {n: t for n, t in s.items() if n != name})
     with pytest.raises(UserError, match=rf"^{TOWER}: .* lacks 1 tensors of this model, for instance '{name}'"):
-        load_vision_tower(spec(tower), torch.float32)
+        load_vision_tower(tower_in(tower), torch.float32)
     llama = copy(pieces["llama"], tmp_path / "llama")
     rewrite(llama, lambda s: {n: t for n, t in s.items() if n != "lm_head.weight"})
     with pytest.raises(UserError, match=rf"^{LM}: .* lacks 1 tensors of this model, for instance 'lm_head\.weight'"):
-        load_language_model(spec(llama), torch.float32)
+        load_language_model(language_model_in(llama), torch.float32)
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(pieces, tmp_path):
@@ -265,11 +248,11 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(pieces, tmp_path):
     with pytest.raises(
         UserError, match=r"tensor 'query_tokens' has the shape \(1, 5, 16\), but \(1, 4, 16\) is needed"
     ):
-        load_resampler(spec(folder))
+        load_resampler(qformer_in(folder))
     llama = copy(pieces["llama"], tmp_path / "llama")
     rewrite(llama, lambda s: {**s, "model.norm.weight": torch.ones(31)})
     with pytest.raises(UserError, match=r"tensor 'model\.norm\.weight' has the shape \(31,\), but \(32,\) is needed"):
-        load_language_model(spec(llama), torch.float32)
+        load_language_model(language_model_in(llama), torch.float32)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -279,7 +262,7 @@ def test_a_language_model_equals_what_transformers_loads(tied, pieces, tmp_path)
         model.config.tie_word_embeddings = True
         model.tie_weights()
     model.save_pretrained(tmp_path / "llama")
-    loaded = load_language_model(spec(tmp_path / "llama"), torch.float32).eval()
+    loaded = load_language_model(language_model_in(tmp_path / "llama"), torch.float32).eval()
     wanted = LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()
     ids = torch.tensor([[1, 5, 6]])
     assert torch.equal(loaded(ids).logits, wanted(ids).logits)
@@ -301,7 +284,7 @@ def test_a_language_model_is_picked_out_of_a_larger_checkpoint(name, file, piece
     if file == "bin":
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-    loaded = load_language_model(spec(folder), torch.float32).eval()
+    loaded = load_language_model(language_model_in(folder), torch.float32).eval()
     ids = torch.tensor([[1, 5, 6, 7]])
     assert torch.equal(
         loaded(ids).logits, model(input_ids=ids).logits if "llava" in name else model.language_model(ids).logits
@@ -313,7 +296,7 @@ def test_a_language_model_that_is_not_causal_is_named(pieces, tmp_path):
     t5 = T5Config(d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=16, vocab_size=50)
     folder, _ = instructblip(pieces, tmp_path, text=t5)
     with pytest.raises(UserError, match=rf"^{LM}: a 't5' checkpoint is no causal language model\.$"):
-        load_language_model(spec(folder), torch.float32)
+        load_language_model(language_model_in(folder), torch.float32)
 
 
 def test_a_language_model_whose_logits_would_be_wrong_is_refused(tmp_path):
@@ -321,17 +304,17 @@ def test_a_language_model_whose_logits_would_be_wrong_is_refused(tmp_path):
                                num_attention_heads=2, num_key_value_heads=2, logits_scaling=5.0)  # fmt: skip
     HyperCLOVAXForCausalLM(config).save_pretrained(tmp_path / "hyper")
     with pytest.raises(UserError, match=rf"^{LM}: hyperclovax models change their logits after the head in a way"):
-        load_language_model(spec(tmp_path / "hyper"), torch.float32)
+        load_language_model(language_model_in(tmp_path / "hyper"), torch.float32)
 
 
 def test_an_encoder_is_no_language_model(pieces, tmp_path):
     tower, _ = dinov2(pieces, tmp_path)
     with pytest.raises(UserError, match=rf"^{LM}: transformers cannot load .*Unrecognized configuration") as error:
-        load_language_model(spec(tower), torch.float32)
+        load_language_model(language_model_in(tower), torch.float32)
     assert "\n" not in str(error.value)
 
 
 def test_options_reach_the_language_model(pieces):
-    model = load_language_model(spec(pieces["llama"], attn_implementation="eager"), torch.bfloat16)
+    model = load_language_model(language_model_in(pieces["llama"], attn_implementation="eager"), torch.bfloat16)
     assert model.config._attn_implementation == "eager"
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -12,7 +12,7 @@ from vlm_sft import load_recipe
 from vlm_sft.data.dataset import load_mixture
 from vlm_sft.preflight.freeze_proof import FEWEST, SETTINGS, Witness, fingerprint, prove
 from vlm_sft.recipe.libraries import build_sft_config
-from vlm_sft.stack.compose import compose
+from vlm_sft.stack.kinds import compose
 from vlm_sft.training.build_trainer import build_collator, build_trainer
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,9 @@ def trainer(recipe_file, tmp_path):
         recipe = load_recipe(recipe_file(sft=sft, **changes))
         args, composed = build_sft_config(recipe), compose(recipe)
         rows = (load_mixture(recipe.data.train), None, {})
-        return build_trainer(recipe, args, build_collator(recipe, composed[1], args), rows, composed, lambda line: None)
+        return build_trainer(
+            recipe, args, build_collator(recipe, composed.processor, args), rows, composed, lambda line: None
+        )
 
     return make
 

@@ -17,7 +17,7 @@ from support.paths import ROOT
 from vlm_sft import Sample, UserError, VLMProcessor, load_recipe
 from vlm_sft.cli import main as cli
 from vlm_sft.recipe.libraries import build_sft_config
-from vlm_sft.stack.compose import compose
+from vlm_sft.stack.kinds import compose
 from vlm_sft.train import main as train_main
 from vlm_sft.train import train
 from vlm_sft.training.build_trainer import build_collator
@@ -46,7 +46,7 @@ def make_collator(recipe_file):
     def make(name: str, template: str = "vicuna_v1", **arguments):
         path = recipe_file(chat_template=template, collator=f"examples.custom_collator:{name}", collator_args=arguments)
         recipe = load_recipe(path, ["sft.max_length=1024"])
-        return build_collator(recipe, compose(recipe)[1], build_sft_config(recipe))
+        return build_collator(recipe, compose(recipe).processor, build_sft_config(recipe))
 
     return make
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlm_sft.base.errors import UserError
-from vlm_sft.stack.compose import compose
+from vlm_sft.stack.kinds import compose
 
 PHOTO = Image.linear_gradient("L").resize((50, 30)).convert("RGB")
 
@@ -24,7 +24,7 @@ def copied(folder, tmp_path, *without: str) -> str:
 def test_images_are_the_towers_text_is_the_language_models(stack_recipe, more_pieces):
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    _, processor = compose(stack_recipe("clip", chat_template="vicuna_v1", system="简短。"))
+    processor = compose(stack_recipe("clip", chat_template="vicuna_v1", system="简短。")).processor
     own = AutoImageProcessor.from_pretrained(more_pieces["clip"], backend="pil")
     assert processor.encode_images([PHOTO]).equal(own([PHOTO], return_tensors="pt")["pixel_values"])
     tokenizer = AutoTokenizer.from_pretrained(more_pieces["llama"])
@@ -33,8 +33,8 @@ def test_images_are_the_towers_text_is_the_language_models(stack_recipe, more_pi
 
 
 def test_an_image_size_of_the_recipe_keeps_the_margin_that_is_cut_off(stack_recipe):
-    _, plain = compose(stack_recipe("clip"))
-    _, larger = compose(stack_recipe("clip", vision={"image_size": 56}))
+    plain = compose(stack_recipe("clip")).processor
+    larger = compose(stack_recipe("clip", vision={"image_size": 56})).processor
     assert plain.encode_images([PHOTO]).shape[-2:] == (28, 28)
     assert larger.encode_images([PHOTO]).shape[-2:] == (56, 56)
     share = [p.image_processor.size["shortest_edge"] / p.image_processor.crop_size["height"] for p in (plain, larger)]

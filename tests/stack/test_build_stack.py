@@ -158,7 +158,7 @@ def test_the_plan_freezes_what_is_not_named(recipe):
 
 def test_the_projectors_revision_is_asked_for(recipe, more_pieces, monkeypatch):
     asked = []
-    monkeypatch.setattr("vlm_sft.stack.build_stack.load_projector_weights", lambda *args: asked.append(args[1:]))
+    monkeypatch.setattr("vlm_sft.stack.kinds.load_projector_weights", lambda *args: asked.append(args[1:]))
     options = {"pretrained": more_pieces["blip2"], "revision": "v2"}
     build_stack(recipe("blip2", resampler="blip2", projector_options=options))
     assert asked == [(more_pieces["blip2"], "v2")]

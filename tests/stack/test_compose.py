@@ -11,7 +11,8 @@ from PIL import Image
 from vlm_sft.base.errors import UserError
 from vlm_sft.model.qwen_vl import QwenVLResamplerConfig
 from vlm_sft.stack.build_stack import build_stack
-from vlm_sft.stack.compose import compose, count_image_tokens
+from vlm_sft.stack.compose import count_image_tokens
+from vlm_sft.stack.kinds import compose
 
 PATCH = {"vision": {"feature_select": "patch"}}
 
@@ -57,7 +58,7 @@ def test_what_cannot_be_folded_says_how_to_mend_it(recipe):
 
 
 def test_a_class_token_has_no_place_in_the_square_of_cross_attention(recipe):
-    config, _ = compose(recipe("clip"))
+    config = compose(recipe("clip")).config
     config.resampler_type, config.num_query_tokens = "cross_attention", 4
     config.resampler_config = QwenVLResamplerConfig(hidden_size=16, num_attention_heads=2, encoder_hidden_size=16)
     with pytest.raises(UserError, match=r"gives 17 features an image; set stack\.vision_tower\.feature_select: patch"):
@@ -83,5 +84,5 @@ def test_images_of_another_size_than_the_towers_are_an_error(recipe, more_pieces
             with pytest.raises(UserError, match="not turn each image into one picture of a fixed size"):
                 compose(recipe(str(folder)))
     # DINOv2 fits its position table to the image; its patches are counted from the image that arrives.
-    config, _ = compose(recipe("dino", **PATCH))
+    config = compose(recipe("dino", **PATCH)).config
     assert config.num_image_tokens == (28 // config.vision_config.patch_size) ** 2

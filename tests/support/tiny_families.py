@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -261,10 +260,11 @@ def processor_of(name: str, folder: Path | None = None, **options: Any) -> Any:
 
     from vlm_sft.families.build_family import load_processor
     from vlm_sft.families.table import default_template
+    from vlm_sft.recipe.sections import PretrainedModel
     from vlm_sft.templates.template import load_template
 
     config = AutoConfig.from_pretrained(tiny(name))
-    spec = SimpleNamespace(pretrained=str(folder or tiny(name)), revision=None, processor=options)
+    spec = PretrainedModel(pretrained=str(folder or tiny(name)), processor=options)
     return load_processor(spec, config, load_template(default_template(config, name)), None)
 
 

@@ -10,8 +10,9 @@ from ..base.names import CONFIG
 from ..model.freeze import FreezePlan, is_quantised
 from ..pieces.fingerprints import compare_pieces
 from ..stack.build_stack import Stack
+from ..stack.kinds import kind_of
 from .load import load_trained
-from .manifest import mark_taken, read_manifest
+from .manifest import read_manifest
 
 # What must be as it was for features to mean the same, and the key of the recipe that says it.
 FEATURES = {
@@ -60,7 +61,9 @@ def hand_over(stack: Stack, folder: str | Path) -> list[str]:
             f"remove quantization, or export that bundle (--to bundle-merged) and start from what is written."
         )
     load_trained(folder, stack.model, FreezePlan({}))
-    mark_taken(stack.pieces, manifest["held"], str(folder))  # the new stage's bundle must hold them too
+    kind_of(stack.pieces).mark_taken(
+        stack.pieces, manifest["held"], str(folder)
+    )  # the new stage's bundle must hold them too
     return list(manifest["held"])
 
 

@@ -11,18 +11,17 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ..base.errors import UserError
 from ..base.names import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED
 from ..batch.processor import VLMProcessor
-from ..families.build_family import load_processor
 from ..model.freeze import FreezePlan
 from ..model.sharding import fill
 from ..pieces.fingerprints import compare_pieces
 from ..recipe.safety import pieces_in, refuse_code
 from ..recipe.schema import Recipe, load_recipe
 from ..stack.build_stack import build_stack
+from ..stack.kinds import kind_of
 from ..stack.lora import add_adapter
 from .hub import find_bundle, is_fetched, is_name
 from .manifest import read_manifest
@@ -70,7 +69,7 @@ def load(
     load_trained(folder, model, stack.plan)
     model.requires_grad_(False)
     try:
-        processor = _load_processor(folder, recipe, stack.model.config)
+        processor = kind_of(stack.pieces).read_processor(folder, recipe, stack.model.config)
     except (OSError, ValueError) as error:
         raise UserError(f"{str(folder)!r} is no whole bundle: its processor cannot be read ({error}).") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,11 +89,8 @@ def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
     """
     if not (folder / RECIPE).is_file():
         raise UserError(f"{str(folder)!r} cannot be loaded: it was saved without its recipe ({RECIPE}).")
-    overrides: dict[str, Any] = {
-        "chat_template": str((folder / TEMPLATE).resolve()),
-    }
-    if "model" not in manifest["pieces"]:
-        overrides |= {"stack.projector.pretrained": None, "stack.projector.init": "default"}
+    settled = kind_of(manifest["pieces"]).settled
+    overrides: dict[str, Any] = {"chat_template": str((folder / TEMPLATE).resolve()), **settled}
     for part, piece in manifest["pieces"].items():
         key = part if part == "model" else f"stack.{part}"
         if not Path(piece["pretrained"]).exists() and Path(piece.get("path", "")).is_absolute():
@@ -127,13 +123,6 @@ def _refuse_paths(recipe: Recipe, where: str) -> None:
 def _is_below(name: str) -> bool:
     """Whether a path leads to a place below the folder that one is in."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts
-
-
-def _load_processor(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> VLMProcessor:
-    if recipe.model is None:
-        return VLMProcessor.from_pretrained(str(folder), trust_remote_code=False)
-    spec = recipe.model.model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})
-    return load_processor(spec, config, (folder / TEMPLATE).read_text(encoding="utf-8"), recipe.system)
 
 
 def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..base.whole_files import write_json
 from ..model.freeze import FreezePlan
 from ..recipe.safety import check_folder, check_pieces, read_json
 from ..recipe.schema import Recipe
+from ..stack.kinds import kind_of
 from .run_folder import find_manifest
 
 FORMAT = 1
@@ -71,30 +72,12 @@ def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[d
     return [*told, this]
 
 
-def held_parts(plan: FreezePlan, pieces: dict[str, dict[str, Any]]) -> set[str]:
+def held_parts(plan: FreezePlan, pieces: Mapping[str, dict[str, Any]]) -> set[str]:
     """The parts that a bundle must hold, because no base piece is like them.
 
-    They are the trained ones, those that `init_from` brought from an earlier stage, and a stack's projector: it is in
-    no base piece, also where only LoRA is trained.
+    They are the trained ones, those that `init_from` brought from an earlier stage, and a stack's projector.
     """
-    new = () if "model" in pieces else ("projector",)
-    brought = {part for part, piece in pieces.items() if "init_from" in piece} - {"model"}
-    return {*plan.train, *new, *brought, *pieces.get("model", {}).get("held", ())}
-
-
-def mark_taken(pieces: dict[str, dict[str, Any]], parts: Iterable[str], folder: str) -> None:
-    """Notes in a stack's pieces which parts came from another bundle: theirs is not like them any more.
-
-    Args:
-        pieces: `Stack.pieces`; an existing VLM is one piece of several parts.
-        parts: The parts.
-        folder: The bundle.
-    """
-    if "model" in pieces:
-        pieces["model"] |= {"init_from": folder, "held": sorted(parts)}
-        return
-    for part in set(parts) & set(pieces):
-        pieces[part]["init_from"] = folder
+    return {*plan.train, *kind_of(pieces).held(pieces)}
 
 
 def update_manifest(folder: str | Path, entries: dict[str, Any]) -> None:

@@ -28,8 +28,9 @@ from ..base.whole_files import UNFINISHED, write_json
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan, is_adapter, part_of
+from ..pieces.piece import specs_of
 from ..recipe.libraries import settle_precision
-from ..recipe.schema import Recipe
+from ..stack.kinds import kind_of
 from .manifest import Provenance, make_manifest
 
 
@@ -112,14 +113,9 @@ def _save_adapter(
 ) -> None:
     """PEFT's own files; the base they name is the language model (PEFT finds no name: the stack is composed)."""
     if provenance is not None:
+        specs = specs_of(provenance.recipe)
+        base = specs[kind_of(specs).base].pretrained
         for config in model.peft_config.values():
-            config.base_model_name_or_path = _base_of(provenance.recipe)
+            config.base_model_name_or_path = base
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     (folder / CARD).unlink(missing_ok=True)  # PEFT's card, which would replace the bundle's own
-
-
-def _base_of(recipe: Recipe) -> str:
-    """What LoRA was put into: the existing VLM, or the language model of a stack."""
-    if recipe.model is not None:
-        return recipe.model.pretrained
-    return recipe.parts.language_model.pretrained

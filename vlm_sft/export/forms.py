@@ -12,9 +12,13 @@ from transformers import PreTrainedModel
 from ..base.errors import UserError
 from ..base.names import PROCESSOR_CONFIG, TEMPLATE
 from ..base.whole_files import write_json
-from ..families.model import FamilyModel
+from ..batch.processor import VLMProcessor
+from ..families.kind import VLM
 from ..pieces.checkpoints import Checkpoint, fetch_file
+from ..pieces.piece import specs_of
 from ..recipe.safety import read_json
+from ..recipe.schema import Recipe
+from ..stack.kinds import kind_of
 from .check import QUESTION
 from .native_model import NO_FORM, native_form, native_generation, native_model, to_causal_lm
 from .native_processor import family_template, native_processor, question_template
@@ -34,6 +38,7 @@ class Form(ABC):
     Attributes:
         name: Model type of what is written.
         probe: The conversation that bundle and export are compared on; one that ends with the user is a prompt.
+        missing: Why it cannot be exported though there is a class, or "".
 
     Raises:
         UserError: There is no native class that computes the same.
@@ -41,6 +46,7 @@ class Form(ABC):
 
     name: str
     probe: list[dict[str, Any]]
+    missing = ""
 
     def __init__(self, model: Any, processor: Any, recipe: Any) -> None:
         self.model, self.processor, self.recipe = model, processor, recipe
@@ -127,7 +133,7 @@ class FamilyForm(Form):
 
     def __init__(self, model: Any, processor: Any, recipe: Any) -> None:
         super().__init__(model, processor, recipe)
-        self.name = model.config.model_type
+        self.name, self.missing = model.config.model_type, processor.family.no_export
         self.probe = QUESTION[:1] if processor.family.prompt else QUESTION
 
     def check_vllm(self) -> None:
@@ -171,14 +177,17 @@ class FamilyForm(Form):
             )
 
 
-def form_of(model: Any, processor: Any, recipe: Any) -> Form:
+# By the piece that LoRA goes into (`Kind.base`).
+FORMS: dict[str, type[Form]] = {"language_model": StackForm, "model": FamilyForm}
+
+
+def form_of(model: VLM, processor: VLMProcessor, recipe: Recipe) -> Form:
     """The form for a bundle's model (without PEFT's wrapper), its processor and its recipe.
 
     Raises:
         UserError: It has none.
     """
-    if not isinstance(model, FamilyModel):
-        return StackForm(model, processor, recipe)
-    if reason := processor.family.no_export:
-        raise UserError(NO_FORM.format(reason))
-    return FamilyForm(model, processor, recipe)
+    form = FORMS[kind_of(specs_of(recipe)).base](model, processor, recipe)
+    if form.missing:
+        raise UserError(NO_FORM.format(form.missing))
+    return form

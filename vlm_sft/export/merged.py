@@ -7,30 +7,32 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from ..base.names import RECIPE
 from ..batch.processor import VLMProcessor
 from ..bundle.card import write_card
 from ..bundle.load import recipe_of
-from ..bundle.manifest import Provenance, mark_taken, read_manifest
+from ..bundle.manifest import Provenance, read_manifest
 from ..bundle.parity import check_parity, probe_logits
 from ..bundle.save import save_bundle
-from ..families.model import cast_parts
+from ..families.kind import VLM, Kind
 from ..model.freeze import FreezePlan, is_adapter, part_of
 from ..model.positions import cast
-from ..pieces.fingerprints import pieces_of
+from ..pieces.fingerprints import entries_of
+from ..pieces.part_configs import find_pieces
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import YamlFile
-from ..stack.precision import dtype_of
+from ..stack.kinds import kind_of
+from ..stack.precision import dtypes_of
 from .check import QUESTION, noise_picture
 from .forms import FamilyForm
 from .native_model import to_causal_lm
 
-# The piece that a merged bundle brings along: what LoRA may have changed.
-LANGUAGE_MODEL, MODEL = "language_model", "model"
 
-
-def write_merged(bundle: Path, out: Path, model: Any, processor: VLMProcessor, dtype: torch.dtype) -> dict[str, Any]:
+def write_merged(
+    bundle: Path, out: Path, model: nn.Module, processor: VLMProcessor, dtype: torch.dtype
+) -> dict[str, Any]:
     """Writes OUT/language_model (a causal language model with its tokenizer) and a bundle that names it.
 
     Of an existing VLM it is OUT/model: the whole model with its own processor.
@@ -54,24 +56,23 @@ def write_merged(bundle: Path, out: Path, model: Any, processor: VLMProcessor, d
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
     difference = float((probe_logits(model, batch) - before).abs().max())
-    base = MODEL if recipe.model is not None else LANGUAGE_MODEL
-    merged = _recipe(recipe, bundle, out / base, dtype)
-    write = _write_model if base == MODEL else _write_language_model
-    write(out / base, model, processor, merged)
+    kind = kind_of(manifest["pieces"])
+    merged = _recipe(recipe, kind, bundle, out / kind.base, dtype)
+    WRITERS[kind.base](out / kind.base, model, processor, merged)
     # What LoRA changed of a stack outside its language model is held; of an existing model all of it is in the base.
-    held = {*manifest["held"], "projector", *(adapted if base == LANGUAGE_MODEL else ())} - {"language_model"}
-    pieces = pieces_of(merged, model)
-    mark_taken(pieces, held, str(bundle))  # the base is not like them any more
+    held = {*manifest["held"], "projector", *(adapted - set(kind.covers))} - {"language_model"}
+    pieces = entries_of(find_pieces(merged), model)
+    kind.mark_taken(pieces, held, str(bundle))  # the base is not like them any more
     plan = FreezePlan({part: rate for part, rate in merged.train.items() if part in held})
     save_bundle(out, model, processor, plan, Provenance(merged, pieces, {"merged_from": str(bundle)}))
-    _cast(model, merged)
+    kind.cast(model, merged, dtypes_of(merged))
     result = {**check_parity(out, model, batch), "merge_difference": difference}
     write_card(out)
     return result
 
 
-def _write_language_model(folder: Path, model: Any, processor: VLMProcessor, recipe: Recipe) -> None:
-    dtype = dtype_of(recipe, LANGUAGE_MODEL)
+def _write_language_model(folder: Path, model: VLM, processor: VLMProcessor, recipe: Recipe) -> None:
+    dtype = dtypes_of(recipe)["language_model"]
     causal = to_causal_lm(model)
     cast(causal, dtype)
     causal.config.dtype = dtype
@@ -79,36 +80,24 @@ def _write_language_model(folder: Path, model: Any, processor: VLMProcessor, rec
     processor.tokenizer.save_pretrained(folder)
 
 
-def _write_model(folder: Path, model: Any, processor: VLMProcessor, recipe: Recipe) -> None:
-    _cast(model, recipe)  # what is trained stays in fp32
+def _write_model(folder: Path, model: VLM, processor: VLMProcessor, recipe: Recipe) -> None:
+    kind_of(["model"]).cast(model, recipe, dtypes_of(recipe))  # what is trained stays in fp32
     model.save_pretrained(folder)
     FamilyForm(model, processor, recipe).write_processor(folder)
 
 
-def _cast(model: Any, recipe: Recipe) -> None:
-    """Puts the parts into the types that the recipe loads them in."""
-    if recipe.model is not None:
-        cast_parts(model, recipe.train, dtype_of(recipe, MODEL))
-        return
-    for part in ("vision_tower", LANGUAGE_MODEL):
-        cast(getattr(model.model, part), dtype_of(recipe, part))
+# By the piece that LoRA goes into (`Kind.base`): how it is written when LoRA is merged into it.
+WRITERS = {"language_model": _write_language_model, "model": _write_model}
 
 
-def _recipe(recipe: Recipe, bundle: Path, folder: Path, dtype: torch.dtype) -> Recipe:
+def _recipe(recipe: Recipe, kind: Kind, bundle: Path, folder: Path, dtype: torch.dtype) -> Recipe:
     """The bundle's recipe with the merged piece in place of its base, and without LoRA."""
     changes = {"pretrained": str(folder.resolve()), "revision": None, "dtype": str(dtype).removeprefix("torch.")}
-    base: dict[str, Any]
-    if recipe.model is not None:
-        base = {"model": recipe.model.model_copy(update={**changes, "processor": {}})}
-    else:
-        language_model = recipe.parts.language_model.model_copy(update={**changes, "trust_remote_code": False})
-        base = {"stack": recipe.parts.model_copy(update={"language_model": language_model})}
     rates = {part: rate for part, rate in recipe.train.items() if part != "language_model"}
     # The bundle's own template is read when it is loaded; its name is what people know it by.
     name = YamlFile.read(bundle / RECIPE).data["chat_template"]
-    return recipe.model_copy(
+    return kind.with_base(recipe, changes).model_copy(
         update={
-            **base,
             "chat_template": name,
             "train": rates or {"projector": float(recipe.sft.get("learning_rate", 2e-5))},
             "lora": None,

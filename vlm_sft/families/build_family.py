@@ -1,58 +1,115 @@
-"""An existing VLM that a recipe starts from (`model:`) → configuration, processor and model."""
+"""An existing VLM that a recipe starts from (`model:`): how it is composed, loaded, kept and found again."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..base.errors import UserError
+from ..base.names import PARTS, TEMPLATE
 from ..base.words import one_line
-from ..pieces.checkpoints import Checkpoint, unreachable
 from ..pieces.load_parts import check_size, from_pretrained
-from ..pieces.part_configs import raw_config
+from ..pieces.part_configs import find_model
 from ..pieces.quantization import leave_out, outside_language_model, quantise_empty, settle
 from ..recipe.libraries import build_quantization_config
 from ..templates.template import load_template
 from .fuyu import FuyuProcessor
+from .kind import Composed
 from .kosmos2 import Kosmos2Processor
-from .model import FamilyModel, model_class, set_dtypes
+from .model import FamilyModel, cast_parts, model_class, set_dtypes
 from .processor import FamilyProcessor, without_videos
 from .table import default_template, family_of
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
+    from ..recipe.sections import PretrainedModel
 
 KEY = "model.pretrained"
 PROCESSORS: dict[str, type[FamilyProcessor]] = {"kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor}
 
 
-def compose_family(recipe: Recipe) -> tuple[PreTrainedConfig, FamilyProcessor]:
-    """Configuration and processor of the model that a recipe starts from, from small files alone.
+class FamilyKind:
+    """An existing VLM as `Kind` has it; LoRA goes into the model as a whole."""
 
-    Raises:
-        UserError: It cannot be had, or is none that a recipe can start from.
-    """
-    spec: Any = recipe.model
-    try:
-        raw_config(spec.pretrained, spec.revision, KEY)  # its numbers are looked at
-        config = AutoConfig.from_pretrained(spec.pretrained, revision=spec.revision, trust_remote_code=False)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise unreachable(spec.pretrained, KEY) from error
-    template = recipe.chat_template or default_template(config, spec.pretrained)
-    return config, load_processor(spec, config, load_template(template), recipe.system)
+    base = "model"
+    covers: tuple[str, ...] = PARTS
+    settled: Mapping[str, Any] = {}
+
+    def compose(self, recipe: Recipe) -> Composed:
+        """See `Kind`."""
+        piece = find_model(_spec(recipe))
+        template = load_template(recipe.chat_template or default_template(piece.config, piece.pretrained))
+        spec = piece.spec.model_copy(update={"revision": piece.revision})
+        return Composed(piece.config, load_processor(spec, piece.config, template, recipe.system), {self.base: piece})
+
+    def remarks(self, recipe: Recipe, composed: Composed) -> Iterator[str]:
+        """See `Kind`: nothing is done to an existing model."""
+        return iter(())
+
+    def load(self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]) -> FamilyModel:
+        """See `Kind`; what is trained stays in fp32, because bf16 loses small updates."""
+        piece, dtype = composed.pieces[self.base], dtypes[self.base]
+        wanted = "auto" if recipe.train else dtype  # what is trained must not be rounded on its way to fp32
+        options = {"dtype": wanted, "attn_implementation": piece.spec.attn_implementation}
+        empty = check_size(model_class(piece.config)._from_config, piece.config, piece.checkpoint)
+        quantised = build_quantization_config(recipe, str(dtype).removeprefix("torch."))
+        if quantised is not None:
+            options["quantization_config"] = leave_out(quantised, outside_language_model(empty))
+        model = from_pretrained(model_class(piece.config), piece, **options)
+        if quantised is not None:
+            settle(model)
+        return _prepare(model, recipe, composed, dtype)
+
+    def empty(self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]) -> FamilyModel:
+        """See `Kind`."""
+        dtype = dtypes[self.base]
+        with torch.device("meta"):
+            model = model_class(composed.config)._from_config(composed.config)
+        if (quantised := build_quantization_config(recipe)) is not None:
+            quantise_empty(model, leave_out(quantised, outside_language_model(model)), dtype)
+        return _prepare(model, recipe, composed, dtype)
+
+    def cast(self, model: Any, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
+        """See `Kind`."""
+        cast_parts(model, recipe.train, dtypes[self.base])
+
+    def with_base(self, recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+        """See `Kind`; the checkpoint has the processor as the recipe wanted it."""
+        return recipe.model_copy(update={"model": _spec(recipe).model_copy(update={**changes, "processor": {}})})
+
+    def held(self, entries: Mapping[str, dict[str, Any]]) -> set[str]:
+        """See `Kind`."""
+        return set(entries[self.base].get("held", ()))
+
+    def mark_taken(self, entries: dict[str, dict[str, Any]], parts: Collection[str], folder: str) -> None:
+        """See `Kind`: one piece has several parts, so it says which."""
+        entries[self.base] |= {"init_from": folder, "held": sorted(parts)}
+
+    def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> FamilyProcessor:
+        """See `Kind`."""
+        spec = _spec(recipe).model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})
+        template = (folder / TEMPLATE).read_text(encoding="utf-8")
+        return load_processor(spec, config, template, recipe.system)
 
 
-def load_processor(spec: Any, config: PreTrainedConfig, template: str, system: str | None) -> FamilyProcessor:
+def _spec(recipe: Recipe) -> PretrainedModel:
+    assert recipe.model is not None, "the recipe composes a stack"
+    return recipe.model
+
+
+def load_processor(
+    spec: PretrainedModel, config: PreTrainedConfig, template: str, system: str | None
+) -> FamilyProcessor:
     """The model's own processor behind our interface.
 
     Args:
-        spec: Has `pretrained`, `revision` and `processor`.
+        spec: Where it is, and arguments for it.
         config: The model's configuration.
         template: Jinja source.
         system: See `FamilyProcessor`.
@@ -75,47 +132,9 @@ def load_processor(spec: Any, config: PreTrainedConfig, template: str, system: s
     return ours(native.image_processor, native.tokenizer, template, native, family, place, system)
 
 
-def load_family(
-    recipe: Recipe, config: PreTrainedConfig, processor: FamilyProcessor, dtype: torch.dtype
-) -> FamilyModel:
-    """The model with its weights.
-
-    Args:
-        recipe: A validated recipe with `model`.
-        config: Its configuration.
-        processor: Its processor.
-        dtype: Type of the weights that are not trained; those that are stay in fp32, because bf16 loses small updates.
-
-    Raises:
-        UserError: The weights cannot be had, or lack a tensor.
-    """
-    spec: Any = recipe.model
-    wanted = "auto" if recipe.train else dtype  # what is trained must not be rounded on its way to fp32
-    options = {"dtype": wanted, "attn_implementation": spec.attn_implementation}
-    empty = check_size(model_class(config)._from_config, config, Checkpoint(spec.pretrained, spec.revision, KEY))
-    quantised = build_quantization_config(recipe, str(dtype).removeprefix("torch."))
-    if quantised is not None:
-        options["quantization_config"] = leave_out(quantised, outside_language_model(empty))
-    model = from_pretrained(model_class(config), spec, KEY, **options)
-    if quantised is not None:
-        settle(model)
-    return _prepare(model, recipe, processor, dtype)
-
-
-def empty_family(
-    recipe: Recipe, config: PreTrainedConfig, processor: FamilyProcessor, dtype: torch.dtype
-) -> FamilyModel:
-    """The same model on the meta device: every size and name, no weight is read."""
-    with torch.device("meta"):
-        model = model_class(config)._from_config(config)
-    if (quantised := build_quantization_config(recipe)) is not None:
-        quantise_empty(model, leave_out(quantised, outside_language_model(model)), dtype)
-    return _prepare(model, recipe, processor, dtype)
-
-
-def _prepare(model: FamilyModel, recipe: Recipe, processor: FamilyProcessor, dtype: torch.dtype) -> FamilyModel:
+def _prepare(model: FamilyModel, recipe: Recipe, composed: Composed, dtype: torch.dtype) -> FamilyModel:
     set_dtypes(model, recipe.train, dtype)
-    model.blank = processor.image_inputs([Image.new("RGB", (64, 64))])
+    model.blank = composed.processor.image_inputs([Image.new("RGB", (64, 64))], ())
     if not any(hasattr(model, name) for name in ("model", "language_model")):
         model.base_model_prefix = "text_model"  # KOSMOS-2 names none, and TRL looks for what is under the head
     return model

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from ..base.errors import UserError
 from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
 from ..model.losses import VLMOutput, mean_loss, scaled_logits
 from ..model.positions import ExactRotations
@@ -65,6 +66,19 @@ class FamilyModel(ExactRotations, PreTrainedModel):
     def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model's own forward takes, with what it needs for a batch of text alone."""
         return inputs
+
+    def generation_inputs(self, batch: dict[str, torch.Tensor], beams: int) -> dict[str, torch.Tensor]:
+        """What `generate` takes for a batch of prompts: as the model's own class does, ids and images.
+
+        Raises:
+            UserError: Beams and images come together: transformers repeats the images of a batch one by one for the
+                beams, not row by row.
+        """
+        if beams > 1 and batch.get("pixel_values") is not None:
+            raise UserError(
+                "num_beams must be 1 with images in an existing model: transformers mixes up images and beams."
+            )
+        return batch
 
     def last_hidden_state(self, **inputs: Any) -> torch.Tensor:
         """(B, S, D) what the head reads."""

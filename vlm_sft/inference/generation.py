@@ -15,10 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from transformers.generation.streamers import BaseStreamer
 
 from ..base.errors import UserError
-from ..base.names import INSTRUCTION
 from ..batch.encoding import EncodedChat
 from ..batch.processor import VLMProcessor
-from ..families.model import FamilyModel
 from ..reading.images import image_size, load_image
 from .settings import generation_options
 
@@ -155,33 +153,17 @@ def _fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[
 def _generate(
     model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any], **more: Any
 ) -> torch.Tensor:
-    """Calls `generate`; returns new tokens alone.
-
-    A stack is given embeddings in place of ids and images, because a placeholder's id may lie beyond the vocabulary,
-    where a repetition penalty would look it up and fail. An existing VLM takes both as its own class does.
-    """
+    """Calls `generate`; returns new tokens alone."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     known = vars(GenerationConfig())
     config = GenerationConfig(**{name: value for name, value in settings.items() if name in known})
     more |= {name: value for name, value in settings.items() if name not in known}
-    if isinstance(core, FamilyModel):
-        _refuse_beams(core, config, batch)
-        return model.generate(**batch, generation_config=config, **more)[:, batch["input_ids"].shape[1] :]
-    instruction = {name: batch.get(name) for name in INSTRUCTION}
-    embeds = core.model.embed(batch["input_ids"], batch.get("pixel_values"), **instruction)
+    given = core.generation_inputs(batch, config.num_beams or core.generation_config.num_beams or 1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*with `inputs_embeds` and without `input_ids`")
-        output: torch.Tensor = model.generate(
-            inputs_embeds=embeds, attention_mask=batch["attention_mask"], generation_config=config, **more
-        )
-    return output
-
-
-def _refuse_beams(core: PreTrainedModel, config: GenerationConfig, batch: dict[str, torch.Tensor]) -> None:
-    """transformers repeats the images of a batch one by one for the beams, not row by row."""
-    beams = config.num_beams or core.generation_config.num_beams or 1
-    if beams > 1 and batch.get("pixel_values") is not None:
-        raise UserError("num_beams must be 1 with images in an existing model: transformers mixes up images and beams.")
+        output: torch.Tensor = model.generate(**given, generation_config=config, **more)
+    # Given embeddings, `generate` returns what is new alone.
+    return output[:, batch["input_ids"].shape[1] :] if "input_ids" in given else output
 
 
 def _decode(processor: VLMProcessor, ids: list[int]) -> str:

@@ -184,8 +184,7 @@ class VLMModel(VLMPreTrainedModel):
         table = self.get_input_embeddings()
         image_mask = input_ids == self.config.image_token_id
         # The placeholder and an added pad token may lie beyond the matrix; neither is ever looked at.
-        known = torch.where(image_mask | (input_ids >= table.num_embeddings), 0, input_ids)
-        embeds = table(known)
+        embeds = table(torch.where(image_mask | (input_ids >= table.num_embeddings), 0, input_ids))
         tokens = int(image_mask.sum()) if image_token_count is None else image_token_count
         if pixel_values is None:
             self._check_image_count(tokens, 0)
@@ -198,8 +197,7 @@ class VLMModel(VLMPreTrainedModel):
         return embeds.masked_scatter(image_mask.unsqueeze(-1), features)
 
     def _zero_from_image_path(self, like: torch.Tensor) -> torch.Tensor:
-        height, width = image_size_of(self.config.vision_config)
-        blank = torch.zeros(1, 3, height, width, device=like.device)
+        blank = torch.zeros(1, 3, *image_size_of(self.config.vision_config), device=like.device)
         instruction = torch.zeros(1, 1, dtype=torch.long, device=like.device)
         features = self.get_image_features(blank, qformer_input_ids=instruction)
         return (features.float().sum() * 0.0).to(like.dtype)  # fp16 would not hold the sum, and infinity times 0 is NaN
@@ -262,6 +260,12 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: torch.Tensor, **instruction: torch.Tensor | None) -> torch.Tensor:
         """The whole image path: (N, 3, H, W) → (N, T, D); see `VLMModel.encode_images` for the instruction."""
         return self.model.get_image_features(pixel_values, **instruction)
+
+    def generation_inputs(self, batch: dict[str, torch.Tensor], beams: int) -> dict[str, torch.Tensor]:
+        """What `generate` takes of a batch. No ids: a penalty on repetition would look up the placeholder's in vain."""
+        instruction = {name: batch.get(name) for name in INSTRUCTION}
+        embeds = self.model.embed(batch["input_ids"], batch.get("pixel_values"), **instruction)
+        return {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
 
     def forward(
         self,

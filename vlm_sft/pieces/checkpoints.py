@@ -56,6 +56,7 @@ class Checkpoint:
         more: Iterable[str] = (),
     ) -> None:
         self.pretrained, self.revision, self.key = pretrained, revision, key
+        self._paths: dict[str, str] = {}  # the Hub is asked once for each file
         self.files = self._list(tuple(candidates))
         for path in more:
             if not Path(path).is_file():
@@ -69,6 +70,7 @@ class Checkpoint:
         for name in candidates:
             if (path := fetch_file(self.pretrained, name, self.revision, self.key, required=False)) is None:
                 continue
+            self._paths[name] = path
             if not name.endswith(".index.json"):
                 return dict.fromkeys(self._names(path), name)
             try:
@@ -94,9 +96,7 @@ class Checkpoint:
     @property
     def size(self) -> int:
         """Bytes of the files."""
-        names = set(self.files.values())
-        paths = (n if Path(n).is_absolute() else fetch_file(self.pretrained, n, self.revision, self.key) for n in names)
-        return sum(os.path.getsize(path) for path in paths)
+        return sum(os.path.getsize(self._path(name)) for name in set(self.files.values()))
 
     @property
     def commit(self) -> str | None:
@@ -104,7 +104,15 @@ class Checkpoint:
         names = [name for name in self.files.values() if not Path(name).is_absolute()]
         if not names or Path(self.pretrained).exists():
             return None
-        return extract_commit_hash(fetch_file(self.pretrained, names[0], self.revision, self.key), None)
+        return extract_commit_hash(self._path(names[0]), None)
+
+    def _path(self, name: str) -> str:
+        """Where a file of `files` lies on this machine."""
+        if Path(name).is_absolute():
+            return name
+        if name not in self._paths:
+            self._paths[name] = fetch_file(self.pretrained, name, self.revision, self.key)
+        return self._paths[name]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Reads these tensors and no others."""
@@ -136,8 +144,7 @@ class Checkpoint:
         for name in names:
             by_file.setdefault(self.files[name], []).append(name)
         for file_name, wanted in sorted(by_file.items()):
-            is_path = Path(file_name).is_absolute()
-            path = file_name if is_path else fetch_file(self.pretrained, file_name, self.revision, self.key)
+            path = self._path(file_name)
             if path.endswith(".safetensors"):
                 with _open(path, self.key) as file:
                     self._check_index(wanted, set(file.keys()), file_name)

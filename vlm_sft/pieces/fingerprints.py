@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from ..base.errors import UserError
-from ..base.names import PARTS
+from .layouts import Origin
 from .load_parts import find_tensors
-from .part_configs import open_checkpoint
-
-if TYPE_CHECKING:
-    from ..recipe.schema import Recipe
+from .piece import Piece
 
 COMPARED = ("model", "vision_tower", "resampler", "language_model")
 
 
-def pieces_of(recipe: Recipe, model: Any) -> dict[str, dict[str, Any]]:
-    """Where each part came from, with a fingerprint of its tensors there (the hand-over and the loader compare it)."""
-    specs = {part: getattr(recipe.stack, part, None) for part in PARTS if part != "projector"}
-    pieces = {}
-    for part, spec in {**specs, "model": recipe.model}.items():
-        if spec is None:
-            continue
-        checkpoint = open_checkpoint(spec, part)
+def entries_of(pieces: Mapping[str, Piece[Any]], model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a bundle says of each piece: where it came from, and a fingerprint of its tensors there.
+
+    Args:
+        pieces: Part → its piece.
+        model: The model that they make.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for part, piece in pieces.items():
         names = None
-        if part in ("vision_tower", "resampler"):
-            wanted = getattr(model.model, part).state_dict()
-            kind = getattr(spec, "type", part)
-            try:
-                names = [n for origin in find_tensors(wanted, checkpoint, kind).values() for n in origin.names]
-            except UserError:  # transformers renamed the tensors while loading: then all of them count
-                names = None
-        pieces[part] = {
-            "pretrained": spec.pretrained,
-            "revision": spec.revision,
-            "fingerprint": checkpoint.fingerprint(names),
+        if part in ("vision_tower", "resampler"):  # often inside a larger checkpoint
+            origins = piece.origins or _find(piece, model.get_submodule(f"model.{part}"))
+            names = [name for origin in origins.values() for name in origin.names] or None
+        entry = {
+            "pretrained": piece.pretrained,
+            "revision": piece.spec.revision,
+            "fingerprint": piece.checkpoint.fingerprint(names),
         }
-        if (commit := checkpoint.commit) is not None:
-            pieces[part]["commit"] = commit  # a branch moves on; what was trained on is found again
-        if Path(spec.pretrained).exists():  # so that the bundle loads from another working directory
-            pieces[part]["path"] = str(Path(spec.pretrained).resolve())
-        if more := getattr(spec, "more", None):
-            pieces[part]["more"] = [str(Path(path).resolve()) for path in more]
-    return pieces
+        if (commit := piece.checkpoint.commit) is not None:
+            entry["commit"] = commit  # a branch moves on; what was trained on is found again
+        if Path(piece.pretrained).exists():  # so that the bundle loads from another working directory
+            entry["path"] = str(Path(piece.pretrained).resolve())
+        if more := getattr(piece.spec, "more", None):
+            entry["more"] = [str(Path(path).resolve()) for path in more]
+        entries[part] = entry
+    return entries
+
+
+def _find(piece: Piece[Any], module: nn.Module) -> dict[str, Origin]:
+    """Empty where transformers renamed the tensors while it loaded them: then all of the checkpoint count."""
+    try:
+        return find_tensors(module.state_dict(), piece.checkpoint, getattr(piece.spec, "type", piece.part))
+    except UserError:
+        return {}
 
 
 def compare_pieces(earlier: dict[str, Any], now: dict[str, Any], where: str) -> None:

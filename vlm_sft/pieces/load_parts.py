@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,15 +27,11 @@ from ..model.positions import INTERPOLATING, TABLES, fit_positions
 from ..recipe.safety import check_weights
 from .checkpoints import WEIGHT_FILES, Checkpoint
 from .layouts import Origin, detect
-from .part_configs import (
-    is_foreign,
-    language_model_config,
-    load_config,
-    open_checkpoint,
-    resampler_config,
-    vision_tower_config,
-)
+from .piece import Piece
 from .quantization import HEADS, leave_out, settle
+
+if TYPE_CHECKING:
+    from ..recipe.sections import LanguageModel, Resampler, VisionTower
 
 # What publishers (and our own bundles) call the layers of a projector → what ours are called. LLaVA counts the
 # activations of its mlp as layers, so every second number is a linear layer.
@@ -58,35 +54,32 @@ PROJECTOR_FILES = (*WEIGHT_FILES, "mm_projector.bin", TRAINED)
 UNUSED = ("pooler.", "head.")
 
 
-def load_vision_tower(spec: Any, dtype: torch.dtype) -> PreTrainedModel:
+def load_vision_tower(piece: Piece[VisionTower], dtype: torch.dtype) -> PreTrainedModel:
     """Loads the vision tower of a checkpoint that is one, or contains one.
 
     Args:
-        spec: Has `pretrained`, `revision`, `trust_remote_code`, `config`, `more` and maybe `image_size`.
+        piece: As `find_vision_tower` makes it.
         dtype: Type of the weights in memory.
     """
-    key = "stack.vision_tower.pretrained"
-    config = vision_tower_config(spec)
-    resized = getattr(spec, "image_size", None) is not None and config.model_type not in INTERPOLATING
-    if not is_foreign(spec, key) and not spec.config and not resized:
-        whole = load_config(spec.pretrained, spec.revision, key, spec.trust_remote_code)
-        if whole.model_type == config.model_type and config.model_type not in VISION_MODELS:
-            if not spec.trust_remote_code:  # may be of a class that only its own code knows, and runs that code anyway
-                check_size(AutoModel.from_config, config, open_checkpoint(spec, "vision_tower"))
-            return from_pretrained(AutoModel, spec, key, dtype=dtype)
+    spec, config = piece.spec, copy.deepcopy(piece.config)
+    resized = spec.image_size is not None and config.model_type not in INTERPOLATING
+    as_published = not piece.is_foreign and not spec.config and not resized
+    if as_published and piece.whole.model_type == config.model_type and config.model_type not in VISION_MODELS:
+        if not spec.trust_remote_code:  # may be of a class that only its own code knows, and runs that code anyway
+            check_size(AutoModel.from_config, config, piece.checkpoint)
+        return from_pretrained(AutoModel, piece, dtype=dtype)
     with torch.device("meta"):
         tower = build_vision_tower(config)
     patches = count_patches(config, *image_size_of(config)) if resized else None
-    load_module(tower, open_checkpoint(spec, "vision_tower"), dtype, "vision_tower", patches)
+    piece.origins = load_module(tower, piece.checkpoint, dtype, "vision_tower", patches)
     return tower
 
 
-def load_resampler(spec: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_resampler(piece: Piece[Resampler], dtype: torch.dtype = torch.float32) -> nn.Module:
     """Loads a resampler, of a BLIP-2 checkpoint for instance its Q-Former and query tokens."""
-    config, num_query_tokens = resampler_config(spec)
     with torch.device("meta"):
-        resampler = build_resampler(spec.type, config, num_query_tokens)
-    load_module(resampler, open_checkpoint(spec, "resampler"), dtype, spec.type)
+        resampler = build_resampler(piece.spec.type, copy.deepcopy(piece.config), piece.num_query_tokens)
+    piece.origins = load_module(resampler, piece.checkpoint, dtype, piece.spec.type)
     return resampler
 
 
@@ -113,32 +106,30 @@ def load_projector_weights(projector: nn.Module, pretrained: str, revision: str 
         tensor.copy_(tensors[renamed[name]])  # into the parameter itself: a state dict shares its memory
 
 
-def load_language_model(spec: Any, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+def load_language_model(piece: Piece[LanguageModel], dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """Loads a causal language model with its head, also out of a checkpoint that contains one (LLaVA, BLIP-2).
 
     Args:
-        spec: Has `pretrained`, `revision`, `trust_remote_code`, `attn_implementation`.
+        piece: As `find_language_model` makes it.
         dtype: Type of the weights in memory.
         **options: Passed on to `from_pretrained` (for instance `quantization_config`).
 
     Raises:
         UserError: It cannot be had, or makes its logits in a way that the loss does not know.
     """
-    key = "stack.language_model.pretrained"
-    config, names = language_model_config(spec)
-    if names is not None:
-        options.update(config=config, key_mapping=names)
+    if piece.renamed is not None:
+        options["key_mapping"] = piece.renamed
     quantised = options.get("quantization_config")
     if quantised is not None and quantised.llm_int8_skip_modules is not None:
         leave_out(quantised, HEADS)  # transformers does it by itself only as long as nothing else is named
-    if not spec.trust_remote_code:
-        check_size(AutoModelForCausalLM.from_config, config, open_checkpoint(spec, "language_model"))
-    options.update(dtype=dtype, attn_implementation=spec.attn_implementation)
-    model = from_pretrained(AutoModelForCausalLM, spec, key, **options)
+    if not piece.spec.trust_remote_code:
+        check_size(AutoModelForCausalLM.from_config, piece.config, piece.checkpoint)
+    options.update(dtype=dtype, attn_implementation=piece.spec.attn_implementation)
+    model = from_pretrained(AutoModelForCausalLM, piece, **options)
     if not scales_as_its_class(model):
         raise UserError(
-            f"{key}: {config.model_type} models change their logits after the head in a way that is not known here, so "
-            f"the loss would be that of another model; use another language model."
+            f"{piece.key}: {piece.config.model_type} models change their logits after the head in a way that is not "
+            f"known here, so the loss would be that of another model; use another language model."
         )
     if quantised is not None:
         settle(model)
@@ -176,37 +167,40 @@ def _check_filled(empty: nn.Module, checkpoint: Checkpoint) -> None:
     check_weights(parameters, checkpoint.size, f"{checkpoint.key}: {checkpoint.pretrained!r}")
 
 
-def from_pretrained(auto_class: Any, spec: Any, key: str, **options: Any) -> PreTrainedModel:
+def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **options: Any) -> PreTrainedModel:
     """`from_pretrained`, but a tensor that the checkpoint lacks is an error: transformers would draw it at random."""
+    # A class is chosen by the checkpoint's own configuration, unless the part is picked out of it under other names.
+    config = piece.whole if piece.renamed is None else piece.config
     try:
         model, found = auto_class.from_pretrained(
-            spec.pretrained,
-            revision=spec.revision,
-            trust_remote_code=getattr(spec, "trust_remote_code", False),
+            piece.pretrained,
+            config=copy.deepcopy(config),
+            revision=piece.revision,
+            trust_remote_code=piece.trusts_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # what does not fit is named below, instead of in a log
             **options,
         )
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{key}: the weights of {spec.pretrained!r} hold more than weights, and reading them could run code: they "
-            f"are refused; use a checkpoint in safetensors."
+            f"{piece.key}: the weights of {piece.pretrained!r} hold more than weights, and reading them could run "
+            f"code: they are refused; use a checkpoint in safetensors."
         ) from error
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{key}: transformers cannot load {spec.pretrained!r}: {one_line(error)}") from error
+        raise UserError(f"{piece.key}: transformers cannot load {piece.pretrained!r}: {one_line(error)}") from error
     for name, got, wanted in found["mismatched_keys"]:
-        check_shape(name, got, wanted, f"{key}: {spec.pretrained!r}")
+        check_shape(name, got, wanted, f"{piece.key}: {piece.pretrained!r}")
     if missing := sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED)):
         raise UserError(
-            f"{key}: {spec.pretrained!r} lacks {len(missing)} tensors of this model, for instance {missing[0]!r}; is "
-            f"it the right checkpoint, and whole?"
+            f"{piece.key}: {piece.pretrained!r} lacks {len(missing)} tensors of this model, for instance "
+            f"{missing[0]!r}; is it the right checkpoint, and whole?"
         )
     return model
 
 
 def load_module(
     module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, kind: str = "", patches: int | None = None
-) -> None:
+) -> dict[str, Origin]:
     """Fills a module made on the meta device with the tensors of a larger checkpoint, reading those alone.
 
     Args:
@@ -215,6 +209,9 @@ def load_module(
         dtype: Type of the weights in memory.
         kind: `vision_tower` or the kind of a resampler, for checkpoints that are not in transformers' layout.
         patches: Resizes a tower's table of positions to this many patches.
+
+    Returns:
+        Where each tensor was found, as `find_tensors`.
 
     Raises:
         UserError: The checkpoint lacks a tensor of the module, or has one of another shape.
@@ -237,6 +234,7 @@ def load_module(
         state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     module.load_state_dict(state, strict=True, assign=True)
     _materialise_buffers(module)
+    return origins
 
 
 def find_tensors(wanted: Iterable[str], checkpoint: Checkpoint, kind: str = "") -> dict[str, Origin]:

@@ -45,7 +45,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     """
     from ..data.dataset import load_source
     from ..recipe.libraries import build_sft_config, validate_libraries
-    from ..stack.compose import compose
+    from ..stack.kinds import compose
     from ..training.build_trainer import build_collator
     from .checks import Evidence, check
     from .dry_run import on_any_machine
@@ -58,7 +58,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     tolerant = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_rejected": 1.0})})
     args = build_sft_config(recipe if with_model else on_any_machine(recipe))
     composed = compose(recipe)
-    collator = build_collator(tolerant, composed[1], args)
+    collator = build_collator(tolerant, composed.processor, args)
     evidence = Evidence()
     name = Path(recipe.path).stem if recipe.path else "recipe"
     report = Report(name, recipe.to_yaml(), evidence=evidence, max_length=args.max_length)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoImageProcessor,
@@ -18,7 +19,7 @@ from ..base.reach import look_for_hub
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
 from ..model.configuration import VLMConfig, image_size_of
 from ..pieces.checkpoints import unreachable
-from ..pieces.part_configs import is_foreign
+from ..pieces.piece import Piece
 from ..recipe.safety import check_picture
 from ..templates.template import load_template
 
@@ -27,36 +28,34 @@ if TYPE_CHECKING:
     from ..recipe.sections import Resampler, VisionTower
 
 
-def build_processor(recipe: Recipe, config: VLMConfig) -> VLMProcessor:
+def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piece[Any]]) -> VLMProcessor:
     """Image processor of the vision tower, tokenizer of the language model, the recipe's chat template."""
     assert recipe.chat_template is not None
-    tower, lm = recipe.parts.vision_tower, recipe.parts.language_model
+    tower, lm = pieces["vision_tower"], pieces["language_model"]
     image_processor = _load_image_processor(tower, config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            lm.pretrained, revision=lm.revision, trust_remote_code=lm.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(lm.pretrained, revision=lm.revision, trust_remote_code=lm.trusts_code)
     except (OSError, ValueError) as error:
-        raise unreachable(lm.pretrained, "stack.language_model.pretrained", "tokenizer") from error
+        raise unreachable(lm.pretrained, lm.key, "tokenizer") from error
     processor = VLMProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         chat_template=load_template(recipe.chat_template),
         num_image_tokens=config.num_image_tokens,
-        pad_to_square=tower.pad_to_square,
+        pad_to_square=tower.spec.pad_to_square,
         system=recipe.system,
     )
-    if recipe.parts.resampler and recipe.parts.resampler.type == "instruct_qformer":
-        processor.qformer_tokenizer = _load_qformer_tokenizer(recipe.parts.resampler, config)
+    resampler = pieces.get("resampler")
+    if resampler is not None and resampler.spec.type == "instruct_qformer":
+        processor.qformer_tokenizer = _load_qformer_tokenizer(resampler, config)
     return processor
 
 
-def _load_qformer_tokenizer(spec: Resampler, config: VLMConfig) -> PreTrainedTokenizerBase:
+def _load_qformer_tokenizer(piece: Piece[Resampler], config: VLMConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe names, at the top of its folder, or the one that lies in the checkpoint."""
-    source = spec.tokenizer or spec.pretrained
-    assert source is not None, "a rule of the recipe: a resampler is pretrained"
-    revision, subfolder = (None, "") if spec.tokenizer else (spec.revision, QFORMER_TOKENIZER)
-    if spec.tokenizer and not Path(spec.tokenizer).exists():
+    named = piece.spec.tokenizer
+    source, revision, subfolder = (named, None, "") if named else (piece.pretrained, piece.revision, QFORMER_TOKENIZER)
+    if named and not Path(named).exists():
         look_for_hub()
     try:
         tokenizer = load_qformer_tokenizer(source, subfolder, revision=revision)
@@ -74,24 +73,24 @@ def _load_qformer_tokenizer(spec: Resampler, config: VLMConfig) -> PreTrainedTok
     return tokenizer
 
 
-def _load_image_processor(tower: VisionTower, config: VLMConfig) -> BaseImageProcessor:
+def _load_image_processor(tower: Piece[VisionTower], config: VLMConfig) -> BaseImageProcessor:
     """The tower's own; for layouts without one: bicubic to a square, OpenAI's mean and std (LAVIS, Owl and Qwen-VL)."""
-    if is_foreign(tower, "stack.vision_tower.pretrained"):
+    if tower.is_foreign:
         height, width = image_size_of(config.vision_config)
         return BlipImageProcessorPil(size={"height": height, "width": width})
     try:
         # The PIL backend everywhere: the torchvision one resizes slightly differently, and a bundle must give the
         # same pixels on every machine.
         images = AutoImageProcessor.from_pretrained(
-            tower.pretrained, revision=tower.revision, trust_remote_code=tower.trust_remote_code, backend="pil"
+            tower.pretrained, revision=tower.revision, trust_remote_code=tower.trusts_code, backend="pil"
         )
-        check_picture(images.to_dict(), f"stack.vision_tower.pretrained: {tower.pretrained!r}")
-        return images if tower.image_size is None else _at_image_size(images, tower.image_size)
+        check_picture(images.to_dict(), f"{tower.key}: {tower.pretrained!r}")
+        return images if tower.spec.image_size is None else _at_image_size(images, tower.spec.image_size)
     except UserError:
         raise
     except (OSError, ValueError) as error:
         raise UserError(
-            f"stack.vision_tower.pretrained: {tower.pretrained!r} has no image processor (preprocessor_config.json)."
+            f"{tower.key}: {tower.pretrained!r} has no image processor (preprocessor_config.json)."
         ) from error
 
 

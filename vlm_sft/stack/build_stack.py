@@ -1,4 +1,4 @@
-"""A recipe's stack → model, processor and freeze plan.
+"""A recipe → model, processor and freeze plan.
 
 The same code composes real weights for a run and empty tensors for a dry run.
 """
@@ -11,26 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..base.errors import UserError
 from ..batch.processor import VLMProcessor
-from ..families.build_family import empty_family, load_family
-from ..model.connectors import build_projector
+from ..families.kind import VLM, Composed
 from ..model.freeze import FreezePlan, part_modules
 from ..model.modeling import VLMForConditionalGeneration
-from ..model.parts import Parts
-from ..pieces.fingerprints import pieces_of
-from ..pieces.load_parts import (
-    load_language_model,
-    load_projector_weights,
-    load_resampler,
-    load_vision_tower,
-)
-from ..pieces.quantization import quantise_empty
-from ..recipe.libraries import build_quantization_config
-from .compose import compose
-from .precision import dtype_of, precision_warning
+from ..pieces.fingerprints import entries_of
+from .kinds import compose, kind_of
+from .precision import dtypes_of
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -47,16 +36,14 @@ class Stack:
         pieces: Part → where it came from: id, revision and fingerprint (none for a dry run).
     """
 
-    model: Any
+    model: VLM
     processor: VLMProcessor
     plan: FreezePlan
     pieces: dict[str, dict[str, Any]]
 
 
 def build_stack(
-    recipe: Recipe,
-    say: Callable[[str], None] = lambda message: None,
-    composed: tuple[Any, VLMProcessor] | None = None,
+    recipe: Recipe, say: Callable[[str], None] = lambda message: None, composed: Composed | None = None
 ) -> Stack:
     """Loads the pieces of a recipe and composes them.
 
@@ -68,56 +55,27 @@ def build_stack(
     Raises:
         UserError: A piece cannot be had, or two pieces do not fit.
     """
-    if recipe.model is not None:
-        return _build_family(recipe, composed)
-    stack = recipe.parts
-    config, processor = composed or compose(recipe)
-    for token in processor.added_tokens:
-        say(f"The tokenizer of {stack.language_model.pretrained} had no {token} token: it was added (no embedding is).")
-    for part in ("vision_tower", "language_model"):
-        if getattr(stack, part).trust_remote_code:
-            say(f"stack.{part}.trust_remote_code is on: code from {getattr(stack, part).pretrained} is executed.")
-    if warning := precision_warning(recipe, config):
-        say(warning)
-    unset_hf_deepspeed_config()  # ZeRO-3 cuts the weights when training starts; fingerprints are of whole ones
-    tower = load_vision_tower(stack.vision_tower, dtype_of(recipe, "vision_tower"))
-    resampler = load_resampler(stack.resampler) if stack.resampler else None
-    projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
-    if stack.projector.pretrained:
-        load_projector_weights(projector, stack.projector.pretrained, stack.projector.revision)
-    dtype = dtype_of(recipe, "language_model")
-    options = {"quantization_config": build_quantization_config(recipe, str(dtype).removeprefix("torch."))}
-    language_model = load_language_model(stack.language_model, dtype, **options)
-    model = VLMForConditionalGeneration(config, Parts(tower, resampler, projector, language_model))
-    plan = plan_of(recipe)
-    plan.apply(model)
-    return Stack(model, processor, plan, pieces_of(recipe, model))
+    composed = composed or compose(recipe)
+    kind = kind_of(composed.pieces)
+    for remark in kind.remarks(recipe, composed):
+        say(remark)
+    model = kind.load(recipe, composed, dtypes_of(recipe))
+    plan = _apply_plan(recipe, model)
+    return Stack(model, composed.processor, plan, entries_of(composed.pieces, model))
 
 
 def build_empty_stack(recipe: Recipe) -> Stack:
     """The same stack on the meta device: every size and name, no weight is read."""
-    if recipe.model is not None:
-        return _build_family(recipe, empty=True)
-    config, processor = compose(recipe)
-    with torch.device("meta"):
-        model = VLMForConditionalGeneration(config)
-    for part in ("vision_tower", "language_model"):
-        getattr(model.model, part).to(dtype_of(recipe, part))
-    model.lm_head.to(dtype_of(recipe, "language_model"))
-    if (quantised := build_quantization_config(recipe)) is not None:
-        quantise_empty(model.model.language_model, quantised, dtype_of(recipe, "language_model"))
-    plan = plan_of(recipe)
-    plan.apply(model)
-    return Stack(model, processor, plan, {})
+    composed = compose(recipe)
+    model = kind_of(composed.pieces).empty(recipe, composed, dtypes_of(recipe))
+    return Stack(model, composed.processor, _apply_plan(recipe, model), {})
 
 
-def _build_family(recipe: Recipe, composed: Any = None, empty: bool = False) -> Stack:
-    config, processor = composed or compose(recipe)
-    model = (empty_family if empty else load_family)(recipe, config, processor, dtype_of(recipe, "model"))
+def _apply_plan(recipe: Recipe, model: VLM) -> FreezePlan:
     plan = plan_of(recipe)
     check_parts(plan, model)
     plan.apply(model)
-    return Stack(model, processor, plan, {} if empty else pieces_of(recipe, model))
+    return plan
 
 
 def check_parts(plan: FreezePlan, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""A recipe's model before any weight is read: its configuration and processor, every size checked against the next."""
+"""A stack before any weight is read: its configuration and processor, every size checked against the next."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..base.errors import UserError
 from ..batch.processor import VLMProcessor
-from ..families.build_family import compose_family
+from ..families.kind import Composed
 from ..model.configuration import VLMConfig, count_patches, image_size_of
 from ..model.connectors import build_projector
 from ..model.parts import build_vision_tower
 from ..model.positions import INTERPOLATING
-from ..pieces.part_configs import language_model_config, resampler_config, vision_tower_config
+from ..pieces.part_configs import find_pieces
+from ..pieces.piece import Piece
 from .build_processor import build_processor
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
-    from ..recipe.sections import Resampler
+    from ..recipe.sections import Resampler, VisionTower
 
 
-def compose(recipe: Recipe) -> tuple[Any, VLMProcessor]:
-    """Configuration and processor of a recipe's model, from small files alone; every width is checked here."""
-    if recipe.model is not None:
-        return compose_family(recipe)
-    stack = recipe.parts
-    tower = stack.vision_tower
-    vision_config = vision_tower_config(tower)
-    lm = stack.language_model
-    text_config = language_model_config(lm)[0]
-    if type(text_config) not in AutoModelForCausalLM._model_mapping and not lm.trust_remote_code:
-        raise UserError(
-            f"stack.language_model.pretrained: a {text_config.model_type!r} checkpoint is no causal language model."
-        )
+def compose_stack(recipe: Recipe) -> Composed:
+    """Configuration, processor and pieces of a stack, from small files alone; every width is checked here.
+
+    Raises:
+        UserError: A piece cannot be had, or two do not fit.
+    """
+    stack, pieces = recipe.parts, find_pieces(recipe)
+    tower, text = pieces["vision_tower"], pieces["language_model"]
+    if type(text.config) not in AutoModelForCausalLM._model_mapping and not text.trusts_code:
+        raise UserError(f"{text.key}: a {text.config.model_type!r} checkpoint is no causal language model.")
     config = VLMConfig(
-        vision_config=vision_config,
-        text_config=text_config,
+        vision_config=tower.config,
+        text_config=text.config,
         projector_type=stack.projector.type,
         projector_options=stack.projector.options,
-        vision_feature_layer=tower.feature_layer,
-        vision_feature_select=tower.feature_select,
+        vision_feature_layer=tower.spec.feature_layer,
+        vision_feature_select=tower.spec.feature_select,
     )
-    if stack.resampler:
-        _add_resampler(config, stack.resampler, vision_config)
-    _check_feature_layer(tower.feature_layer, vision_config)
-    processor = build_processor(recipe, config)
+    if (resampler := pieces.get("resampler")) is not None:
+        _check_widths(tower, resampler)
+        config.resampler_config, config.resampler_type = resampler.config, resampler.spec.type
+        config.num_query_tokens = resampler.num_query_tokens
+    _check_feature_layer(tower.spec.feature_layer, tower.config)
+    processor = build_processor(recipe, config, pieces)
     size = check_image_size(config, processor, tower.pretrained)
     config.num_image_tokens = processor.num_image_tokens = count_image_tokens(config, size)
     config.image_token_id = processor.image_token_id
-    return config, processor
+    return Composed(config, processor, pieces)
 
 
 def _check_feature_layer(layer: int, vision_config: PreTrainedConfig) -> None:
@@ -93,16 +93,13 @@ def check_image_size(config: VLMConfig, processor: VLMProcessor, name: str) -> t
     return height, width
 
 
-def _add_resampler(config: VLMConfig, spec: Resampler, vision_config: PreTrainedConfig) -> None:
-    qformer, num_query_tokens = resampler_config(spec)
-    if qformer.encoder_hidden_size != vision_config.hidden_size:
+def _check_widths(tower: Piece[VisionTower], resampler: Piece[Resampler]) -> None:
+    if resampler.config.encoder_hidden_size != tower.config.hidden_size:
         raise UserError(
-            f"The vision tower gives features of width {vision_config.hidden_size} but the resampler of "
-            f"{spec.pretrained!r} reads width {qformer.encoder_hidden_size}; take both from the same checkpoint, or "
-            f"leave the resampler out and use an mlp projector."
+            f"The vision tower gives features of width {tower.config.hidden_size} but the resampler of "
+            f"{resampler.pretrained!r} reads width {resampler.config.encoder_hidden_size}; take both from the same "
+            f"checkpoint, or leave the resampler out and use an mlp projector."
         )
-    config.resampler_config, config.resampler_type = qformer, spec.type
-    config.num_query_tokens = num_query_tokens
 
 
 def count_image_tokens(config: VLMConfig, size: tuple[int, int] | None = None) -> int:

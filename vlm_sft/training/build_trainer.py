@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from ..batch.processor import VLMProcessor
+    from ..families.kind import Composed
     from ..recipe.schema import Recipe
     from ..stack.build_stack import Stack
 
@@ -58,7 +59,7 @@ def build_trainer(
     args: SFTConfig,
     collator: MultimodalCollator,
     rows: tuple[Dataset, Dataset | None, dict[str, Any]],
-    composed: tuple[Any, Any],
+    composed: Composed,
     say: Callable[[str], None],
 ) -> VLMSFTTrainer:
     """Reads the weights and puts a trainer around them.
@@ -68,7 +69,7 @@ def build_trainer(
         args: Its `sft:`.
         collator: Makes the batches.
         rows: What `load_rows` returned: training rows, evaluation rows or None, notes on them.
-        composed: What `compose` returned: configuration and processor.
+        composed: What `compose` returned.
         say: Told what is taken over, scaled or odd.
 
     Raises:

@@ -1,0 +1,103 @@
+"""The two kinds of model that a recipe may name, as everything above asks them: a stack, or an existing VLM."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..batch.processor import VLMProcessor
+from ..model.modeling import VLMForConditionalGeneration
+from ..pieces.piece import Piece
+from .model import FamilyModel
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
+
+VLM = VLMForConditionalGeneration | FamilyModel
+
+
+class Composed(NamedTuple):
+    """A recipe's model before any weight is read.
+
+    Attributes:
+        config: Its configuration, every size checked against the next.
+        processor: Its processor.
+        pieces: Part → the piece that it is loaded from.
+    """
+
+    config: PreTrainedConfig
+    processor: VLMProcessor
+    pieces: dict[str, Piece[Any]]
+
+
+class Kind(Protocol):
+    """What is not the same for a stack (`StackKind`) and for an existing VLM (`FamilyKind`).
+
+    Attributes:
+        base: The piece that LoRA goes into, as manifests and merged bundles call it.
+        covers: The parts that lie in that piece.
+        settled: Keys of a recipe that no longer count once its run has ended → what a bundle puts in their place.
+    """
+
+    base: str
+    covers: tuple[str, ...]
+    settled: Mapping[str, Any]
+
+    def compose(self, recipe: Recipe) -> Composed:
+        """Configuration, processor and pieces, from small files alone.
+
+        Raises:
+            UserError: A piece cannot be had, or two do not fit.
+        """
+
+    def remarks(self, recipe: Recipe, composed: Composed) -> Iterator[str]:
+        """A sentence for each thing that is done without being asked for, or that is known to go wrong."""
+
+    def load(self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]) -> VLM:
+        """The model with its weights.
+
+        Args:
+            recipe: A validated recipe.
+            composed: What `compose` gave for it.
+            dtypes: Piece → type of its weights (of an existing VLM, of those that are not trained).
+
+        Raises:
+            UserError: The weights cannot be had, or do not fit.
+        """
+
+    def empty(self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]) -> VLM:
+        """The same model on the meta device: every size, name and type, no weight is read."""
+
+    def cast(self, model: Any, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Puts the parts of a loaded model into the types that `load` gives them."""
+
+    def with_base(self, recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+        """A copy of the recipe in which `base` is another checkpoint: `pretrained`, `revision` and `dtype`."""
+
+    def held(self, entries: Mapping[str, dict[str, Any]]) -> set[str]:
+        """The parts that a bundle must hold though they are not trained: no base piece is like them.
+
+        Args:
+            entries: What the manifest says of the pieces.
+        """
+
+    def mark_taken(self, entries: dict[str, dict[str, Any]], parts: Collection[str], folder: str) -> None:
+        """Notes which parts came from another bundle: their pieces are not like them any more.
+
+        Args:
+            entries: What the manifest will say of the pieces; changed.
+            parts: The parts.
+            folder: The bundle.
+        """
+
+    def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> VLMProcessor:
+        """The processor that was saved into a bundle's folder.
+
+        Raises:
+            OSError: A file is missing.
+            ValueError: A file is not what it should be.
+        """

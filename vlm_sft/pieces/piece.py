@@ -1,0 +1,145 @@
+"""A piece: what a recipe says of a part, and what stands at the place it names, looked up once."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.hub import extract_commit_hash
+
+from ..base.errors import UserError
+from ..base.names import CONFIG, PARTS
+from ..base.words import one_line
+from ..recipe.safety import LIMITS, check_config, check_length
+from .checkpoints import Checkpoint, fetch_file, unreachable
+from .layouts import Origin
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
+
+
+class Spec(Protocol):
+    """What every section of a recipe that names a checkpoint says."""
+
+    @property
+    def pretrained(self) -> str | None:
+        """Hub id, folder or file; a rule of the recipe sees to it that there is one."""
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit on the Hub."""
+
+
+SpecT = TypeVar("SpecT", bound=Spec)
+
+# Model types of checkpoints in a layout of `layouts`: transformers has no classes for them, the tensors tell the sizes.
+FOREIGN = ("mplug-owl", "qwen")
+
+
+class Piece(Generic[SpecT]):
+    """A part and its checkpoint. `compose` makes it; what loads, fingerprints and writes down a part is handed it.
+
+    Nothing is looked for before it is asked for, and nothing twice: on the Hub each look would be a request.
+
+    Args:
+        part: Name of the part, or `model` for an existing VLM.
+        spec: What the recipe says of it.
+
+    Attributes:
+        pretrained: Hub id, folder or file.
+        key: The recipe's key, for messages.
+        config: Configuration of the part, as the recipe wants it.
+        num_query_tokens: Of a resampler.
+        renamed: Of a language model inside a larger checkpoint: pattern of a tensor's name there → its name in the
+            part. None where the checkpoint is the part's own.
+        origins: Our name of each tensor → where it is in the checkpoint, once they were looked for; None where
+            transformers found them.
+    """
+
+    config: PreTrainedConfig
+    num_query_tokens = 0
+    renamed: dict[str, str] | None = None
+    origins: dict[str, Origin] | None = None
+
+    def __init__(self, part: str, spec: SpecT) -> None:
+        assert spec.pretrained is not None, "a rule of the recipe: a resampler is pretrained"
+        self.part, self.spec, self.pretrained = part, spec, spec.pretrained
+        self.section = part if part == "model" else f"stack.{part}"
+        self.key = f"{self.section}.pretrained"
+
+    @cached_property
+    def _config_file(self) -> str | None:
+        return fetch_file(self.pretrained, CONFIG, self.spec.revision, self.key, required=False)
+
+    @cached_property
+    def revision(self) -> str | None:
+        """The commit that `config.json` is of: the Hub is not asked again whether a file at a commit is the newest.
+
+        On this machine, and where there is no `config.json`, what the recipe says.
+        """
+        if Path(self.pretrained).exists():
+            return self.spec.revision
+        return extract_commit_hash(self._config_file, None) or self.spec.revision
+
+    @cached_property
+    def raw(self) -> dict[str, Any]:
+        """`config.json` as it stands; empty where there is none, or none that can be read.
+
+        Raises:
+            UserError: Its numbers are beyond reason: some classes fill the memory while they read them.
+        """
+        if self._config_file is None:
+            return {}
+        check_length(self._config_file, LIMITS[CONFIG])
+        try:
+            raw = json.loads(Path(self._config_file).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return {}
+        check_config(raw, f"{self.key}: {self.pretrained!r}")
+        return raw
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the checkpoint is not of transformers: a bare weight file, or a folder of a type in `FOREIGN`."""
+        return Path(self.pretrained).is_file() or self.raw.get("model_type") in FOREIGN
+
+    @cached_property
+    def whole(self) -> PreTrainedConfig:
+        """The configuration of the checkpoint, which may be that of a larger model.
+
+        Raises:
+            UserError: There is none, or it cannot be had.
+        """
+        if Path(self.pretrained).exists() and not (Path(self.pretrained) / CONFIG).is_file():
+            raise unreachable(self.pretrained, self.key)
+        _ = self.raw  # its numbers are looked at before a class reads them
+        try:
+            return AutoConfig.from_pretrained(
+                self.pretrained, revision=self.revision, trust_remote_code=self.trusts_code
+            )
+        except OSError as error:
+            raise unreachable(self.pretrained, self.key) from error
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"{self.key}: transformers cannot read the config.json of {self.pretrained!r}: {one_line(error)}"
+            ) from error
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether Python code that the checkpoint brings along may run; that of an existing VLM never may."""
+        return getattr(self.spec, "trust_remote_code", False)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Its tensors, listed; with the further files that the recipe names."""
+        more = getattr(self.spec, "more", None) or ()
+        return Checkpoint(self.pretrained, self.revision, self.key, more=more)
+
+
+def specs_of(recipe: Recipe) -> dict[str, Spec]:
+    """Part → what a recipe says of its piece; a projector has none. An existing VLM is one piece, `model`."""
+    parts = {part: getattr(recipe.stack, part, None) for part in PARTS if part != "projector"}
+    return {name: spec for name, spec in {**parts, "model": recipe.model}.items() if spec is not None}

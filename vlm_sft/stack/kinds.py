@@ -1,0 +1,122 @@
+"""Whether a recipe or a bundle is of a stack or of an existing VLM, asked here alone; and how a stack is made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from ..batch.processor import VLMProcessor
+from ..families.build_family import FamilyKind
+from ..families.kind import Composed, Kind
+from ..model.connectors import build_projector
+from ..model.modeling import VLMForConditionalGeneration
+from ..model.parts import Parts
+from ..model.positions import cast
+from ..pieces.load_parts import load_language_model, load_projector_weights, load_resampler, load_vision_tower
+from ..pieces.piece import specs_of
+from ..pieces.quantization import quantise_empty
+from ..recipe.libraries import build_quantization_config
+from .compose import compose_stack
+from .precision import precision_warning
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
+
+
+class StackKind:
+    """A stack of parts as `Kind` has it; LoRA goes into its language model."""
+
+    base = "language_model"
+    covers: tuple[str, ...] = ("language_model",)
+    # The projector lies in the bundle, whatever it began with.
+    settled: Mapping[str, Any] = {"stack.projector.pretrained": None, "stack.projector.init": "default"}
+
+    def compose(self, recipe: Recipe) -> Composed:
+        """See `Kind`."""
+        return compose_stack(recipe)
+
+    def remarks(self, recipe: Recipe, composed: Composed) -> Iterator[str]:
+        """See `Kind`."""
+        language_model = composed.pieces["language_model"].pretrained
+        for token in composed.processor.added_tokens:
+            yield f"The tokenizer of {language_model} had no {token} token: it was added (no embedding is)."
+        for piece in composed.pieces.values():
+            if piece.trusts_code:
+                yield f"{piece.section}.trust_remote_code is on: code from {piece.pretrained} is executed."
+        if warning := precision_warning(recipe, composed.config):
+            yield warning
+
+    def load(
+        self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]
+    ) -> VLMForConditionalGeneration:
+        """See `Kind`."""
+        config, pieces = composed.config, composed.pieces
+        unset_hf_deepspeed_config()  # ZeRO-3 cuts the weights when training starts; fingerprints are of whole ones
+        tower = load_vision_tower(pieces["vision_tower"], dtypes["vision_tower"])
+        resampler = load_resampler(pieces["resampler"]) if "resampler" in pieces else None
+        projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
+        if (spec := recipe.parts.projector).pretrained:
+            load_projector_weights(projector, spec.pretrained, spec.revision)
+        dtype = dtypes["language_model"]
+        options = {"quantization_config": build_quantization_config(recipe, str(dtype).removeprefix("torch."))}
+        language_model = load_language_model(pieces["language_model"], dtype, **options)
+        return VLMForConditionalGeneration(config, Parts(tower, resampler, projector, language_model))
+
+    def empty(
+        self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]
+    ) -> VLMForConditionalGeneration:
+        """See `Kind`."""
+        with torch.device("meta"):
+            model = VLMForConditionalGeneration(composed.config)
+        for part in ("vision_tower", "language_model"):
+            getattr(model.model, part).to(dtypes[part])
+        model.lm_head.to(dtypes["language_model"])
+        if (quantised := build_quantization_config(recipe)) is not None:
+            quantise_empty(model.model.language_model, quantised, dtypes["language_model"])
+        return model
+
+    def cast(self, model: Any, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
+        """See `Kind`."""
+        for part in ("vision_tower", "language_model"):
+            cast(getattr(model.model, part), dtypes[part])
+        model.lm_head.to(dtypes["language_model"])
+
+    def with_base(self, recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+        """See `Kind`; the checkpoint needs no code of others any more."""
+        changed = recipe.parts.language_model.model_copy(update={**changes, "trust_remote_code": False})
+        return recipe.model_copy(update={"stack": recipe.parts.model_copy(update={"language_model": changed})})
+
+    def held(self, entries: Mapping[str, dict[str, Any]]) -> set[str]:
+        """See `Kind`: the projector is in no piece, also where only LoRA is trained."""
+        return {"projector", *(part for part, entry in entries.items() if "init_from" in entry)}
+
+    def mark_taken(self, entries: dict[str, dict[str, Any]], parts: Collection[str], folder: str) -> None:
+        """See `Kind`."""
+        for part in set(parts) & set(entries):
+            entries[part]["init_from"] = folder
+
+    def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> VLMProcessor:
+        """See `Kind`."""
+        return VLMProcessor.from_pretrained(str(folder), trust_remote_code=False)
+
+
+def kind_of(pieces: Collection[str]) -> Kind:
+    """The kind of a model by the names of its pieces, as `specs_of` gives them for a recipe and a manifest lists them.
+
+    A bundle that was saved without its recipe names none, and is a stack's.
+    """
+    return FamilyKind() if "model" in pieces else StackKind()
+
+
+def compose(recipe: Recipe) -> Composed:
+    """Configuration, processor and pieces of a recipe's model, from small files alone.
+
+    Raises:
+        UserError: A piece cannot be had, or two do not fit.
+    """
+    return kind_of(specs_of(recipe)).compose(recipe)
