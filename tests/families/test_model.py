@@ -11,7 +11,8 @@ from trl import SFTConfig
 
 from support.tiny_families import TINY, processor_of, rows, tiny
 from vlm_sft.batch.collator import MultimodalCollator
-from vlm_sft.families.model import model_class, set_dtypes
+from vlm_sft.families.build_family import model_class
+from vlm_sft.families.model import set_dtypes
 from vlm_sft.model.freeze import FreezePlan, part_modules, part_of
 from vlm_sft.training.trainer import VLMSFTTrainer
 

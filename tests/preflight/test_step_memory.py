@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from support.tiny_families import TINY, processor_of, rows, tiny
 from vlm_sft import MultimodalCollator, build_stack, lora_config
-from vlm_sft.families.model import model_class, set_dtypes
+from vlm_sft.families.build_family import model_class
+from vlm_sft.families.model import set_dtypes
 from vlm_sft.model.freeze import FreezePlan
 from vlm_sft.preflight.dry_run import FullStep
 from vlm_sft.preflight.step_memory import Step, StorageCounter, count_step, without_weights

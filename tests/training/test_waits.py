@@ -11,7 +11,7 @@ from trl import SFTConfig
 from support.tiny_families import processor_of, rows, tiny
 from support.waits import Waits
 from vlm_sft import FreezePlan, MultimodalCollator, VLMSFTTrainer
-from vlm_sft.families.model import model_class
+from vlm_sft.families.build_family import model_class
 
 STEPS = {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 100}
 

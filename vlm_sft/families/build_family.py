@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from PIL import Image
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 
 from ..base.errors import UserError
 from ..base.names import PARTS, TEMPLATE
@@ -21,8 +22,8 @@ from ..recipe.libraries import build_quantization_config
 from ..templates.template import load_template
 from .fuyu import FuyuProcessor
 from .kind import Composed
-from .kosmos2 import Kosmos2Processor
-from .model import FamilyModel, cast_parts, model_class, set_dtypes
+from .kosmos2 import Kosmos2, Kosmos2Processor
+from .model import FamilyModel, cast_parts, set_dtypes
 from .processor import FamilyProcessor, without_videos
 from .table import default_template, family_of
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from ..recipe.sections import PretrainedModel
 
 KEY = "model.pretrained"
+# Models whose class, or whose processor, needs more than the others'.
+MODELS: dict[str, type[FamilyModel]] = {"kosmos-2": Kosmos2}
 PROCESSORS: dict[str, type[FamilyProcessor]] = {"kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor}
 
 
@@ -101,6 +104,28 @@ class FamilyKind:
 def _spec(recipe: Recipe) -> PretrainedModel:
     assert recipe.model is not None, "the recipe composes a stack"
     return recipe.model
+
+
+def model_class(config: PreTrainedConfig) -> type[FamilyModel]:
+    """The class for a configuration: the model's own, with a forward that can score supervised positions alone."""
+    return _derive(config.model_type)
+
+
+@functools.cache
+def _derive(model_type: str) -> type[FamilyModel]:
+    base: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[CONFIG_MAPPING[model_type]]
+    kind = MODELS.get(model_type, FamilyModel)
+
+    # wraps: `generate` looks at the signature for what it may pass on.
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, supervised_only: bool = False, **kwargs: Any) -> Any:
+        if supervised_only:
+            assert not args, "give a batch by name"
+            return self.supervised_forward(**kwargs)
+        return base.forward(self, *args, **self.complete(kwargs))
+
+    # transformers looks into the file of a model's class for what it can do.
+    return type(base.__name__, (kind, base), {"__module__": base.__module__, "forward": forward})
 
 
 def load_processor(

@@ -1,13 +1,52 @@
-"""KOSMOS-2: latent queries of an image in a frame of two tokens."""
+"""KOSMOS-2: latent queries of an image in a frame of two tokens, and no inner module below its head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
+from .model import FamilyModel
 from .processor import FamilyProcessor
+
+
+class Kosmos2(FamilyModel):
+    """KOSMOS-2, which has no inner module below its head, and takes no batch of text alone."""
+
+    followers = ("embed_positions.weights",)
+
+    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Features of the images in place of the images, of none where there is none."""
+        if inputs.get("image_embeds") is not None:
+            return inputs
+        pixels = inputs.get("pixel_values")
+        # None of a blank image's: the image path is run all the same, as on processes that have images.
+        features = self._features(**self._blank_inputs())[:0] if pixels is None else self._features(pixels)
+        return {**{name: value for name, value in inputs.items() if name != "pixel_values"}, "image_embeds": features}
+
+    def last_hidden_state(self, **inputs: Any) -> torch.Tensor:
+        """(B, S, D) what the head reads."""
+        return self.text_model.model(**self.complete(inputs)).last_hidden_state
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **inputs: Any) -> Any:
+        """As the model's own, also for text alone."""
+        return super().generate(*args, **self.complete(inputs))
+
+    def enable_input_require_grads(self) -> None:
+        """As the model's own; images are written into the embeddings in place, which a leaf of the graph refuses."""
+        super().enable_input_require_grads()
+        copy = self.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.clone())
+        self._require_grads_hooks.append(copy)
+
+    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        # As in Kosmos2ForConditionalGeneration.forward.
+        hidden = self.vision_model(pixel_values.to(self.vision_model.dtype))[0]
+        hidden = nn.functional.normalize(self.vision_model.model.post_layernorm(hidden), dim=-1)
+        return self.image_to_text_projection(hidden)[0].to(self.get_input_embeddings().weight.dtype)
 
 
 class Kosmos2Processor(FamilyProcessor):

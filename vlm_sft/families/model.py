@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..base.errors import UserError
 from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
@@ -120,68 +120,6 @@ class FamilyModel(ExactRotations, PreTrainedModel):
             if not any(p.requires_grad for p in tower.parameters()):
                 tower.eval()
         return self
-
-
-class Kosmos2(FamilyModel):
-    """KOSMOS-2, which has no inner module below its head, and takes no batch of text alone."""
-
-    followers = ("embed_positions.weights",)
-
-    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Features of the images in place of the images, of none where there is none."""
-        if inputs.get("image_embeds") is not None:
-            return inputs
-        pixels = inputs.get("pixel_values")
-        # None of a blank image's: the image path is run all the same, as on processes that have images.
-        features = self._features(**self._blank_inputs())[:0] if pixels is None else self._features(pixels)
-        return {**{name: value for name, value in inputs.items() if name != "pixel_values"}, "image_embeds": features}
-
-    def last_hidden_state(self, **inputs: Any) -> torch.Tensor:
-        """(B, S, D) what the head reads."""
-        return self.text_model.model(**self.complete(inputs)).last_hidden_state
-
-    @torch.no_grad()
-    def generate(self, *args: Any, **inputs: Any) -> Any:
-        """As the model's own, also for text alone."""
-        return super().generate(*args, **self.complete(inputs))
-
-    def enable_input_require_grads(self) -> None:
-        """As the model's own; images are written into the embeddings in place, which a leaf of the graph refuses."""
-        super().enable_input_require_grads()
-        copy = self.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.clone())
-        self._require_grads_hooks.append(copy)
-
-    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        # As in Kosmos2ForConditionalGeneration.forward.
-        hidden = self.vision_model(pixel_values.to(self.vision_model.dtype))[0]
-        hidden = nn.functional.normalize(self.vision_model.model.post_layernorm(hidden), dim=-1)
-        return self.image_to_text_projection(hidden)[0].to(self.get_input_embeddings().weight.dtype)
-
-
-# Models whose class needs more than the others'.
-KINDS: dict[str, type[FamilyModel]] = {"kosmos-2": Kosmos2}
-
-
-def model_class(config: PreTrainedConfig) -> type[FamilyModel]:
-    """The class for a configuration: the model's own, with a forward that can score supervised positions alone."""
-    return _derive(config.model_type)
-
-
-@functools.cache
-def _derive(model_type: str) -> type[FamilyModel]:
-    base: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[CONFIG_MAPPING[model_type]]
-    kind = KINDS.get(model_type, FamilyModel)
-
-    # wraps: `generate` looks at the signature for what it may pass on.
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, supervised_only: bool = False, **kwargs: Any) -> Any:
-        if supervised_only:
-            assert not args, "give a batch by name"
-            return self.supervised_forward(**kwargs)
-        return base.forward(self, *args, **self.complete(kwargs))
-
-    # transformers looks into the file of a model's class for what it can do.
-    return type(base.__name__, (kind, base), {"__module__": base.__module__, "forward": forward})
 
 
 def set_dtypes(model: FamilyModel, trained: Collection[str], dtype: torch.dtype) -> None:

@@ -167,7 +167,7 @@ class Checkpoint:
             )
 
 
-def _open(path: str, key: str) -> Any:
+def _open(path: str, key: str) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -66,7 +65,7 @@ def quantise_empty(model: nn.Module, config: BitsAndBytesConfig, dtype: torch.dt
             module.bias.data = module.bias.data.to(dtype)
 
 
-def settle(model: Any) -> None:
+def settle(model: PreTrainedModel) -> None:
     """Makes a model that was loaded with quantised layers one like any other.
 
     What asks the model, and not the layer, whether it is quantised takes all of it to be: transformers refuses to move
