@@ -113,16 +113,12 @@ def _refuse_paths(recipe: Recipe, where: str) -> None:
     for key, piece in pieces_in(recipe).items():
         given = [getattr(piece, name, None) for name in ("pretrained", "tokenizer")]
         named = [*filter(None, given), *(getattr(piece, "more", None) or [])]
-        if wrong := [name for name in named if not is_name(name) and not _is_below(name)]:
+        outside = (name for name in named if Path(name).is_absolute() or ".." in Path(name).parts)
+        if wrong := [name for name in outside if not is_name(name)]:
             raise UserError(
                 f"{where!r} names a folder of the machine that it was trained on ({wrong[0]!r}, {key}); fetch "
                 f"it with `hf download` and write your path into its {RECIPE}."
             )
-
-
-def _is_below(name: str) -> bool:
-    """Whether a path leads to a place below the folder that one is in."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:

@@ -100,6 +100,8 @@ def apply_delta(
 
 def _report(old: Checkpoint, new: Checkpoint, kinds: Kinds, tables: str, whole: set[str]) -> dict[str, Any]:
     """What will be done, as `apply_delta` returns it, without the shards."""
+    before = old.shapes(filter(is_table, kinds))
+    more = {name: kinds[name][0][0] - shape[0] for name, shape in before.items()}
     return {
         "base": {"pretrained": old.pretrained, "fingerprint": old.fingerprint()},
         "delta": {"pretrained": new.pretrained, "fingerprint": new.fingerprint()},
@@ -107,7 +109,7 @@ def _report(old: Checkpoint, new: Checkpoint, kinds: Kinds, tables: str, whole: 
         "tensors": len(kinds),
         "summed": len(kinds) - len(whole),
         "whole": sorted(whole),
-        "rows_added": _rows_added(old, kinds),
+        "rows_added": {name: rows for name, rows in sorted(more.items()) if rows},
         "left_out": len(new.files) - len(kinds),
         "bytes": sum(_bytes(kind) for kind in kinds.values()),
     }
@@ -254,12 +256,6 @@ def _digest(tensor: torch.Tensor) -> str:
 def _bytes(kind: tuple[tuple[int, ...], torch.dtype]) -> int:
     shape, dtype = kind
     return torch.Size(shape).numel() * dtype.itemsize
-
-
-def _rows_added(old: Checkpoint, kinds: Kinds) -> dict[str, int]:
-    before = old.shapes(filter(is_table, kinds))
-    more = {name: kinds[name][0][0] - shape[0] for name, shape in before.items()}
-    return {name: rows for name, rows in sorted(more.items()) if rows}
 
 
 def _settings(pretrained: str, key: str) -> dict[str, Any]:

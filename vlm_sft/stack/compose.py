@@ -115,7 +115,13 @@ def count_image_tokens(config: VLMConfig, size: tuple[int, int] | None = None) -
     height, width = size or image_size_of(config.vision_config)
     with torch.device("meta"):
         if config.resampler_type == "cross_attention":
-            _check_square(_count_features(config, height, width))
+            features = _count_features(config, height, width)
+            if math.isqrt(features) ** 2 != features:
+                raise UserError(
+                    f"stack.resampler: cross_attention gives each feature a place in a square, but the vision tower "
+                    f"gives {features} features an image; set stack.vision_tower.feature_select: patch, which drops a "
+                    f"class token."
+                )
         tokens = config.num_query_tokens if config.resampler_type else _count_features(config, height, width)
         in_width, out_width = config.projector_widths
         projector = build_projector(config.projector_type, in_width, out_width, **(config.projector_options or {}))
@@ -128,11 +134,3 @@ def _count_features(config: VLMConfig, height: int, width: int) -> int:
         return count_patches(config.vision_config, height, width)
     tower = build_vision_tower(config.vision_config)
     return tower(torch.empty(1, 3, height, width)).last_hidden_state.shape[1]
-
-
-def _check_square(features: int) -> None:
-    if math.isqrt(features) ** 2 != features:
-        raise UserError(
-            f"stack.resampler: cross_attention gives each feature a place in a square, but the vision tower gives "
-            f"{features} features an image; set stack.vision_tower.feature_select: patch, which drops a class token."
-        )
