@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 from transformers import AutoConfig
 
+from support.hub_server import HubServer
+from support.paths import ROOT
 from support.tiny_families import tiny
 from vlm_sft import build_stack, load_recipe
 from vlm_sft.base.errors import UserError
@@ -77,6 +82,40 @@ def test_nothing_is_looked_for_before_it_is_asked_for(looks, pieces):
     )
     assert not looks
     assert found.raw["model_type"] == "blip-2" and not found.is_foreign and looks == {"config.json": 1}
+
+
+TWICE = """
+import os, sys, urllib.error, urllib.request
+from vlm_sft import build_stack, load_recipe
+
+first = build_stack(load_recipe(sys.argv[1])).pieces
+try:
+    urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/again")
+except urllib.error.HTTPError:
+    pass
+assert build_stack(load_recipe(sys.argv[1])).pieces == first
+print(*sorted({piece["commit"] for piece in first.values()}))
+"""
+
+
+@pytest.mark.slow
+def test_the_hub_is_asked_once_for_each_piece(pieces, recipe_file, tmp_path):
+    named = {"vision_tower": {"pretrained": "tiny/blip2"}, "resampler": {"type": "qformer", "pretrained": "tiny/blip2"},
+             "projector": {"type": "linear"}, "language_model": {"pretrained": "tiny/llama"}}  # fmt: skip
+    recipe = recipe_file(stack=named)
+    with HubServer() as hub:
+        commits = sorted(hub.add(f"tiny/{name}", pieces[name]) for name in ("blip2", "llama"))
+        keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {**keep, **hub.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", TWICE, str(recipe)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == commits, "what was trained on is found again"
+    again = hub.requests[hub.requests.index("GET /again") + 1 :]
+    files = [request.rsplit("/", 1)[-1] for request in again if "/resolve/" in request]
+    assert files == ["config.json"] * 3, "everything else is of that commit, and here"
+    assert hub.requests.index("GET /again") <= 26
 
 
 def test_a_folder_without_config_and_a_name_out_of_reach(tmp_path):
