@@ -15,11 +15,10 @@ from ..base.names import PREFLIGHT_PAGE
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from rich.console import Console
-    from transformers import PreTrainedConfig
     from trl import SFTConfig
 
     from ..batch.collator import MultimodalCollator
-    from ..batch.processor import VLMProcessor
+    from ..families.kind import Composed
     from ..recipe.schema import Recipe
     from .checks import Evidence
     from .freeze_proof import Proof
@@ -138,7 +137,7 @@ def _weigh(recipe: Recipe, launch: Launch, report: Report) -> None:
 def _take_steps(
     recipe: Recipe,
     collator: MultimodalCollator,
-    composed: tuple[PreTrainedConfig, VLMProcessor],
+    composed: Composed,
     evidence: Evidence,
     console: Console,
 ) -> None:
