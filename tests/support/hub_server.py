@@ -129,18 +129,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing is printed."""
 
     def do_GET(self) -> None:
-        self._route()
-
-    def do_HEAD(self) -> None:
-        self._route()
-
-    def do_POST(self) -> None:
-        self._route()
-
-    def do_PUT(self) -> None:
-        self._route()
-
-    def _route(self) -> None:
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
         with hub.lock:
             hub.requests.append(f"{self.command} {path}")
@@ -158,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
                     action(self, body, **found.groupdict())
                 return
         self._answer({"error": f"no such page: {path}"}, 404, {"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 (http.server names them so)
 
     def _cut(self) -> None:
         """Reads a little, then resets the connection."""
@@ -184,8 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _may_write(self, repo_id: str) -> bool:
         """Answers 401 or 403 itself."""
         if not self._known():
-            said = {"X-Error-Message": "Invalid credentials in Authorization header"}
-            self._answer({"error": "Invalid credentials in Authorization header"}, 401, said)
+            self._answer({"error": "401"}, 401, {"X-Error-Message": "Invalid credentials in Authorization header"})
         elif repo_id.split("/")[0] not in self.server.hub.writers:
             self._answer({"error": "forbidden"}, 403, {"X-Error-Message": "You have no right to write here"})
         else:
