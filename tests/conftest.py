@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -219,6 +220,23 @@ def refused(capsys):
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and said.splitlines()[-1] == errors[0], said
         return errors[0]
+
+    return run
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the console command with these arguments in this process; returns the one error that it ends with."""
+    from vlm_sft.cli import main as cli
+
+    def run(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["vlm-sft", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and [line for line in said if line.startswith("error")] == said[-1:], said
+        return said[-1]
 
     return run
 

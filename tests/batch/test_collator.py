@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil
 from support.conversations import SAID, TOKENS, make_processor, make_row, turn
 from support.paths import ROOT
 from support.tiny_families import TINY, encoded, processor_of
-from support.tokenizer_kinds import TOKENIZERS, tokenizer_of
+from support.tiny_pieces import TOKENIZERS, tokenizer_of
 from vlm_sft.base.assets import list_templates
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.batch.collator import REJECTED, MultimodalCollator, load_collator_class

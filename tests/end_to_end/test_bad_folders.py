@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from support.bad_input import command
 from support.tiny_pieces import tiny_stack
 from vlm_sft import load_recipe
 from vlm_sft.bundle.manifest import Provenance
@@ -62,12 +61,12 @@ def test_bundle_of_another_base_to_start_from(refused, recipe_file, pieces, bund
     assert f"but '{pieces['opt']}' gives" in said and said.endswith("use the same base.")
 
 
-def test_bundle_of_a_base_that_changed(bundle, tmp_path, capsys, monkeypatch):
+def test_bundle_of_a_base_that_changed(bundle, tmp_path, command):
     from safetensors.torch import load_file, save_file
 
     weights = tmp_path / "llama" / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    line = command(monkeypatch, capsys, "chat", bundle, "hello")
+    line = command("chat", bundle, "hello")
     assert line.startswith(f"error: {bundle}: the bundle was trained on the language_model of '{tmp_path}/llama'")
 
 
@@ -90,11 +89,11 @@ def test_a_run_does_not_go_on_with_another_recipe_or_base(refused, recipe_file, 
     assert said.startswith(f"error: {checkpoint}: the bundle was trained on the language_model of '{own}'")
 
 
-def test_folders_that_are_no_bundle(refused, recipe_file, tmp_path, capsys, monkeypatch):
+def test_folders_that_are_no_bundle(refused, recipe_file, tmp_path, command):
     sentence = f"error: '{tmp_path}/other' is no bundle: it has no bundle.json; give the output_dir of a finished run."
     (tmp_path / "other").mkdir()
     assert refused(recipe_file(init_from=str(tmp_path / "other"))) == sentence
-    assert command(monkeypatch, capsys, "evaluate", tmp_path / "other") == sentence
+    assert command("evaluate", tmp_path / "other") == sentence
 
 
 VERBS = {"chat": ["hello"], "generate": ["questions.jsonl", "-o", "answers.jsonl"], "evaluate": [], "export": ["out"],
@@ -102,7 +101,7 @@ VERBS = {"chat": ["hello"], "generate": ["questions.jsonl", "-o", "answers.jsonl
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_says_what_a_folder_is_that_is_no_bundle(verb, tmp_path, monkeypatch, capsys):
+def test_every_verb_says_what_a_folder_is_that_is_no_bundle(verb, tmp_path, monkeypatch, command):
     """And says it without torch, which takes seconds to import."""
     mine = tmp_path / "mine"
     for folder in ("mine/stage1", "half/checkpoint-3", "exported"):
@@ -124,30 +123,30 @@ def test_every_verb_says_what_a_folder_is_that_is_no_bundle(verb, tmp_path, monk
         "--resume.",
         "exported": "it is an export, which transformers loads by itself; give the bundle that it was made from.",
     }.items():
-        said = command(monkeypatch, capsys, verb, tmp_path / given, *VERBS[verb])
+        said = command(verb, tmp_path / given, *VERBS[verb])
         assert said == f"error: '{tmp_path}/{given}' is no bundle: {what}"
 
 
-def test_debug_batch_says_what_to_give(tmp_path, monkeypatch, capsys):
+def test_debug_batch_says_what_to_give(tmp_path, command):
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
     for given, what in {
         "run": "has no watch.jsonl: no step of this run went wrong, so there is none to show.",
         "nothing": "is no run: there is no such folder; give the sft.output_dir of one.",
         "run/checkpoint-3": "is no run: it has neither watch.jsonl nor a checkpoint; give the sft.output_dir of one.",
     }.items():
-        said = command(monkeypatch, capsys, "debug-batch", tmp_path / given)
+        said = command("debug-batch", tmp_path / given)
         assert said == f"error: '{tmp_path}/{given}' {what}"
 
 
-def test_small_slips_on_the_command_line(bundle, tmp_path, monkeypatch, capsys):
-    assert command(monkeypatch, capsys, "chat", bundle, "hello", "--set", "max_new_tokens") == (
+def test_small_slips_on_the_command_line(bundle, tmp_path, monkeypatch, command):
+    assert command("chat", bundle, "hello", "--set", "max_new_tokens") == (
         "error: --set max_new_tokens is not understood; write KEY=VALUE, like --set max_new_tokens=64."
     )
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, capsys, "chat", bundle, "hello", "--image", "cat.jpg") == (
+    assert command("chat", bundle, "hello", "--image", "cat.jpg") == (
         "error: the image cat.jpg was not found in the folder .: correct the path."
     )
     (tmp_path / "notes.txt").write_text("mine")
-    assert command(monkeypatch, capsys, "recipes", "copy", "quickstart_stage1", "notes.txt") == (
+    assert command("recipes", "copy", "quickstart_stage1", "notes.txt") == (
         "error: the folder notes.txt cannot be made (File exists); name another."
     )

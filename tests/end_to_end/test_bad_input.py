@@ -12,7 +12,6 @@ import sys
 import pytest
 import torch
 
-from support.bad_input import command
 from support.paths import accelerate_config
 from support.tiny_pieces import tiny_stack
 from vlm_sft import train as train_module
@@ -175,11 +174,11 @@ def test_a_tokenizer_without_image_and_pad_token_is_no_error(recipe_file, capsys
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-def test_the_console_command_trains_and_refuses_alike(recipe_file, refused, capsys, monkeypatch):
+def test_the_console_command_trains_and_refuses_alike(recipe_file, refused, command):
     path = recipe_file(tran={})
-    assert command(monkeypatch, capsys, "train", path) == refused(path)
+    assert command("train", path) == refused(path)
     path = recipe_file()
-    assert command(monkeypatch, capsys, "train", path, "sft.max_length=4") == refused(path, "sft.max_length=4")
+    assert command("train", path, "sft.max_length=4") == refused(path, "sft.max_length=4")
 
 
 def test_other_processes_say_which_they_are(recipe_file, capsys, monkeypatch):

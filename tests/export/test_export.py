@@ -18,8 +18,8 @@ from transformers import (
     pipeline,
 )
 
-from support import published_names
 from support.bundles import BLIP2, LLAVA, MESSAGES
+from support.published_checkpoints import blip2_shapes, llava_shapes
 from vlm_sft import answer, load
 from vlm_sft.base.errors import UserError
 from vlm_sft.export.export import export
@@ -157,7 +157,7 @@ def saved_shapes(out):
 def test_vllm_gets_the_names_that_are_published(bundle, tmp_path):
     out = tmp_path / "export"
     assert export(bundle(**LLAVA), out, "vllm")["max_difference"] <= 1e-4
-    assert saved_shapes(out) == published_names.llava(tokens=302)
+    assert saved_shapes(out) == llava_shapes(tokens=302)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlavaForConditionalGeneration"] and config["model_type"] == "llava"
     assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]
@@ -170,7 +170,7 @@ def test_vllm_gets_the_names_that_are_published(bundle, tmp_path):
 def test_vllm_gets_a_blip2_whose_prompt_begins_with_the_image(bundle, tmp_path):
     folder = bundle(**{**BLIP2, "chat_template": "blip2_vqa", "lm": "opt"})
     assert export(folder, tmp_path / "export", "vllm")["max_difference"] <= 1e-4
-    assert saved_shapes(tmp_path / "export") == published_names.blip2(tokens=302)
+    assert saved_shapes(tmp_path / "export") == blip2_shapes(tokens=302)
     template = (tmp_path / "export" / "chat_template.jinja").read_text()
     assert template.startswith("{%- set image_token = '' -%}"), "vLLM adds the placeholders to what a template prints"
     assert "vllm serve export" in (tmp_path / "export" / "README.md").read_text()

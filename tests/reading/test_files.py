@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.data_files import LINES, ROWS, check_rows_or_sentence, refused, values, write
+from support.source_files import LINES, ROWS, check_rows_or_sentence, values
+from support.source_files import refused_file as refused
+from support.source_files import write_file as write
 from vlm_sft.base.errors import RowError
 from vlm_sft.reading import files as file_readers
 from vlm_sft.reading.files import about_rows, read_file

@@ -8,7 +8,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from support.data_files import LINES, refused, values, write
+from support.source_files import LINES, values
+from support.source_files import refused_file as refused
+from support.source_files import write_file as write
 from vlm_sft.reading.locations import list_files, read_rows
 
 
