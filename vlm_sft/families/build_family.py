@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from PIL import Image
-from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..base.errors import UserError
 from ..base.names import PARTS, TEMPLATE
@@ -78,7 +78,7 @@ class FamilyKind:
             quantise_empty(model, leave_out(quantised, outside_language_model(model)), dtype)
         return _prepare(model, recipe, composed, dtype)
 
-    def cast(self, model: Any, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
+    def cast(self, model: PreTrainedModel, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
         """See `Kind`."""
         cast_parts(model, recipe.train, dtypes[self.base])
 

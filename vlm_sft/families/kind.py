@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..batch.processor import VLMProcessor
 from ..model.modeling import VLMForConditionalGeneration
@@ -72,7 +72,7 @@ class Kind(Protocol):
     def empty(self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]) -> VLM:
         """The same model on the meta device: every size, name and type, no weight is read."""
 
-    def cast(self, model: Any, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
+    def cast(self, model: PreTrainedModel, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
         """Puts the parts of a loaded model into the types that `load` gives them."""
 
     def with_base(self, recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..batch.processor import VLMProcessor
@@ -80,7 +80,7 @@ class StackKind:
             quantise_empty(model.model.language_model, quantised, dtypes["language_model"])
         return model
 
-    def cast(self, model: Any, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
+    def cast(self, model: PreTrainedModel, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
         """See `Kind`."""
         for part in ("vision_tower", "language_model"):
             cast(getattr(model.model, part), dtypes[part])
