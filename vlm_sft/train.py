@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from .base.console import make_console, quiet_libraries, say
 from .base.errors import UserError, exit_on_user_error, first_to_say
@@ -17,10 +18,6 @@ from .base.interrupts import Interrupts
 from .base.names import CURVES, METRICS
 from .base.processes import on_first_process
 from .base.whole_files import write_json
-from .bundle.run_folder import PREFIX, settle_resume, sweep
-from .preflight.dry_run import dry_run
-from .preflight.launch import read_launch
-from .training.resume_check import check_resumption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +27,12 @@ if TYPE_CHECKING:
     from .recipe.schema import Recipe
     from .training.pushes import PushCallback
     from .training.trainer import VLMSFTTrainer
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.", show_default=False)
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Set any key of the recipe.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let base pieces run Python code that they bring.")]
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -49,10 +52,12 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     """
     from .bundle.hub import check_access
     from .bundle.manifest import read_manifest
+    from .bundle.run_folder import settle_resume, sweep
     from .preflight.samples import glance
     from .recipe.libraries import build_sft_config, validate_libraries
     from .stack.kinds import compose
     from .training.build_trainer import build_collator, build_trainer
+    from .training.resume_check import check_resumption
     from .training.run_rows import load_rows
 
     console = make_console()
@@ -134,42 +139,63 @@ def check_processes(args: SFTConfig) -> None:
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parses `RECIPE [key.path=value …] [--resume] [--dry-run]` and runs it."""
-    parser = argparse.ArgumentParser(prog="python -m vlm_sft.train", description=__doc__)
-    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set any key of the recipe")
-    parser.add_argument("--dry-run", action="store_true", help="print recipe, freeze plan and memory; read no weights")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint; start if none is there"
-    )
-    parser.add_argument("--accelerate-config", metavar="FILE", help="dry run: the processes that would train")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let base pieces run code, as the recipe says")
-    given = parser.parse_intermixed_args(argv)  # overrides may follow a flag
-    with exit_on_user_error():
-        from .recipe.libraries import leave_out_bitsandbytes
-        from .recipe.safety import refuse_code, refuse_revisions
-        from .recipe.schema import load_recipe
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, freeze plan and memory; read no weights.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint; start if none is there.")
+    ] = False,
+    accelerate_config: Annotated[
+        str | None, typer.Option(help="Dry run: for the processes of this config file of accelerate.")
+    ] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train one stage in this process; for several, use: accelerate launch -m vlm_sft.train RECIPE."""
+    from .recipe.libraries import leave_out_bitsandbytes
+    from .recipe.safety import refuse_code, refuse_revisions
+    from .recipe.schema import load_recipe
 
-        if given.accelerate_config and not given.dry_run:
-            raise UserError("--accelerate-config belongs to --dry-run; to train, use: accelerate launch --config_file.")
-        recipe = load_recipe(given.recipe, given.overrides)
-        if not given.trust_remote_code:
-            refuse_code(recipe, str(recipe.path))
-        refuse_revisions(recipe)
-        leave_out_bitsandbytes(recipe)
-        quiet_libraries()
-        if given.dry_run:
-            dry_run(recipe, read_launch(given.accelerate_config), make_console(stderr=False))
-        else:
-            try:
-                train(recipe, given.resume)
-            except KeyboardInterrupt:
-                sentence = "Stopped at once; what was saved before is whole: go on with --resume."
-                if first_to_say(sentence):
-                    print(sentence, file=sys.stderr)
-                raise SystemExit(130) from None
-            _leave_process_group()
+    if accelerate_config and not dry_run:
+        raise UserError("--accelerate-config belongs to --dry-run; to train, use: accelerate launch --config_file.")
+    stage = load_recipe(recipe, overrides or [])
+    if not trust_remote_code:
+        refuse_code(stage, str(stage.path))
+    refuse_revisions(stage)
+    leave_out_bitsandbytes(stage)
+    quiet_libraries()
+    if dry_run:
+        from .preflight.dry_run import dry_run as show
+        from .preflight.launch import read_launch
+
+        show(stage, read_launch(accelerate_config), make_console(stderr=False))
+        return
+    try:
+        train(stage, resume)
+    except KeyboardInterrupt:
+        sentence = "Stopped at once; what was saved before is whole: go on with --resume."
+        if first_to_say(sentence):
+            print(sentence, file=sys.stderr)
+        raise SystemExit(130) from None
+    _leave_process_group()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command `vlm-sft train` for a launcher: `RECIPE [key.path=value …] [--resume] [--dry-run]`.
+
+    Raises:
+        SystemExit: It did not end well; with code 2 for what the user can mend.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(run)
+    with exit_on_user_error():
+        try:
+            app(argv, prog_name="python -m vlm_sft.train")
+        except SystemExit as ended:
+            if ended.code:
+                raise
 
 
 def _say_precision(recipe: Recipe, args: SFTConfig, console: Console) -> None:
@@ -222,6 +248,8 @@ def _until_a_signal(trainer: VLMSFTTrainer, pushes: PushCallback | None) -> Iter
         trainer: What trains.
         pushes: What pushes to the Hub, if anything does; after a signal it has a last, bounded attempt.
     """
+    from .bundle.run_folder import PREFIX
+
     with Interrupts() as trainer.interrupts:
         yield
         step = trainer.state.global_step

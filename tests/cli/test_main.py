@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 import vlm_sft
+from support.paths import accelerate_config
+from support.recipe_texts import TEXT, write
+from vlm_sft import train
 from vlm_sft.cli import main as cli
 
 
@@ -32,7 +35,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
         return lambda *args, **kwargs: noted.append((name, args, kwargs))
 
     modules = {
-        "train": "main",
         "inference.chat": "chat",
         "inference.answer_file": "generate",
         "inference.evaluate": "run",
@@ -73,12 +75,35 @@ def test_python_m_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert not ended.value.code and vlm_sft.__version__ in capsys.readouterr().out
 
 
-def test_train_hands_on_recipe_overrides_and_dry_run(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
-    assert call(monkeypatch, "train", "mine.yaml", "sft.max_steps=3", "system=你好", "--dry-run") == 0
-    assert calls == [("train.main", (["mine.yaml", "sft.max_steps=3", "system=你好", "--dry-run"],), {})]
-    calls.clear()
-    assert call(monkeypatch, "train", "mine.yaml", "--dry-run", "--accelerate-config", "ddp.yaml") == 0
-    assert calls == [("train.main", (["mine.yaml", "--dry-run", "--accelerate-config", "ddp.yaml"],), {})]
+def test_train_hands_on_recipe_overrides_and_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By both names, and with flags between the overrides."""
+    noted: list[Any] = []
+    monkeypatch.setattr(
+        "vlm_sft.preflight.dry_run.dry_run", lambda recipe, launch, console: noted.append((recipe, launch))
+    )
+    monkeypatch.setattr("vlm_sft.train.train", lambda recipe, resume: noted.append((recipe, resume)))
+    path = str(write(tmp_path, TEXT))
+    assert call(monkeypatch, "train", path, "sft.max_steps=3", "--dry-run", "system=你好") == 0
+    train.main([path, "sft.max_steps=3", "--dry-run", "system=你好"])
+    for recipe, launch in noted:
+        assert (recipe.sft["max_steps"], recipe.system, str(launch)) == (3, "你好", "one process")
+    noted.clear()
+    ddp = str(accelerate_config("ddp"))
+    assert call(monkeypatch, "train", path, "--dry-run", "--accelerate-config", ddp) == 0
+    train.main([path, "--accelerate-config", ddp, "--dry-run"])
+    assert [str(launch) for _, launch in noted] == ["8 processes, DDP"] * 2
+    noted.clear()
+    assert call(monkeypatch, "train", path, "--resume", "sft.max_steps=3") == 0
+    train.main([path, "--resume", "sft.max_steps=3"])
+    train.main([path])
+    assert [(recipe.sft.get("max_steps"), resume) for recipe, resume in noted] == [(3, True), (3, True), (None, False)]
+
+
+@pytest.mark.parametrize("arguments", [[], ["x.yaml", "--nope"], ["--resume"]])
+def test_the_program_for_launchers_tells_its_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main(arguments)
+    assert ended.value.code == 2 and "Usage: python -m vlm_sft.train" in capsys.readouterr().err
 
 
 def test_chat(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:

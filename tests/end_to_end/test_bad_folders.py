@@ -113,7 +113,7 @@ def test_every_verb_says_what_a_folder_is_that_is_no_bundle(verb, tmp_path, monk
     finished = "give the output_dir of a finished run."
     # The first that a verb imports or calls when it starts.
     monkeypatch.setitem(sys.modules, "vlm_sft.inference.evaluate", None)
-    monkeypatch.setattr("vlm_sft.base.console.quiet_libraries", None)
+    monkeypatch.setattr("vlm_sft.cli.bundles.quiet_libraries", None)
     for given, what in {
         "notes.txt": f"it is a file; {finished}",
         "mine": f"it has no bundle.json; give one of those in it: '{mine}/stage1'.",

@@ -1,0 +1,70 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..base.errors import UserError
+
+
+def _bundle(value: str) -> str:
+    """Says that a folder is no bundle before torch is imported, which takes seconds."""
+    from ..bundle.run_folder import find_manifest
+
+    if Path(value).exists() or value.partition("@")[0].count("/") != 1:  # else it may be on the Hub
+        find_manifest(value)
+    return value
+
+
+def _local_bundle(value: str) -> str:
+    from ..bundle.run_folder import find_manifest
+
+    find_manifest(value)
+    return value
+
+
+def _run(value: str) -> str:
+    from ..bundle.run_folder import find_records
+
+    find_records(value)
+    return value
+
+
+Bundle = Annotated[
+    str,
+    typer.Argument(
+        metavar="BUNDLE",
+        callback=_bundle,
+        help="Folder that a training run wrote, or name/repository[@revision] on the Hub.",
+        show_default=False,
+    ),
+]
+LocalBundle = Annotated[
+    str,
+    typer.Argument(
+        metavar="BUNDLE", callback=_local_bundle, help="Folder that a training run wrote.", show_default=False
+    ),
+]
+RunFolder = Annotated[
+    str, typer.Argument(metavar="FOLDER", callback=_run, help="A run's output_dir.", show_default=False)
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Generation setting, like max_new_tokens=64; may be repeated."),
+]
+
+
+def settings_of(assignments: list[str] | None) -> dict[str, Any]:
+    """`["max_new_tokens=64"]` → `{"max_new_tokens": 64}`, values read as in a recipe."""
+    from ..recipe.yaml_file import parse_assignment
+
+    settings = {}
+    for assignment in assignments or []:
+        if "=" not in assignment:
+            raise UserError(f"--set {assignment} is not understood; write KEY=VALUE, like --set max_new_tokens=64.")
+        path, value = parse_assignment(assignment)
+        settings[".".join(map(str, path))] = value
+    return settings

@@ -1,0 +1,141 @@
+"""The commands on a bundle: ask it, measure it, look into its run, export it, share it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..base.console import quiet_libraries
+from ..base.errors import UserError
+from ..train import Trust
+from .arguments import Bundle, LocalBundle, Options, RunFolder, settings_of
+
+bundles_app = typer.Typer()
+
+
+@bundles_app.command()
+def chat(
+    bundle: Bundle,
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="QUESTION", help="Ask this and exit; without it, a conversation starts.", show_default=False
+        ),
+    ] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", help="Image to talk about; may be repeated.")] = None,
+    options: Options = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk about images. In the conversation: /image PATH, /reset, /quit."""
+    quiet_libraries()  # before the first heavy import
+    from ..inference.chat import chat as run
+
+    settings = settings_of(options)
+    run(bundle, images=image or [], question=question, options=settings, trust_remote_code=trust_remote_code)
+
+
+@bundles_app.command()
+def generate(
+    bundle: Bundle,
+    questions: Annotated[str, typer.Argument(metavar="QUESTIONS", help="File of questions.", show_default=False)],
+    output: Annotated[str, typer.Option("--output", "-o", help="JSONL file, one answer a line; a rerun resumes it.")],
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    images: Annotated[str | None, typer.Option(help="Folder that relative image paths start from.")] = None,
+    options: Options = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer a file of questions in batches."""
+    quiet_libraries()
+    from ..inference.answer_file import generate as run
+
+    run(
+        bundle,
+        input=questions,
+        output=output,
+        batch_size=batch_size,
+        images=images,
+        options=settings_of(options),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@bundles_app.command()
+def evaluate(
+    bundle: Bundle,
+    split: Annotated[str, typer.Option(help="Which of the recipe's data to use: test or eval.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Default: eval.json in the bundle.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each source.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take the data from this recipe, not the bundle's own.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure a bundle on held-out data."""
+    from ..inference.evaluate import run
+
+    run(
+        bundle,
+        split=split,
+        batch_size=batch_size,
+        output=output,
+        max_rows=max_rows,
+        recipe=recipe,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@bundles_app.command("debug-batch", short_help="Show the rows of a step that went wrong, one by one.")
+def debug_batch(
+    folder: RunFolder,
+    step: Annotated[int | None, typer.Option(help="Which step; default the last one that was written down.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Bundle to look with; default the newest before it.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show the rows of a step whose loss was not finite or jumped, one by one."""
+    quiet_libraries()
+    from ..training.debug_batch import run
+
+    run(folder, step=step, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
+
+
+@bundles_app.command(short_help="Write a bundle for transformers or vLLM, LoRA merged.")
+def export(
+    bundle: Bundle,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    to: Annotated[str, typer.Option(help="transformers, vllm or bundle-merged.")] = "transformers",
+    keep_adapter: Annotated[bool, typer.Option("--keep-adapter", help="Leave LoRA unmerged, in OUT/adapter.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as in training.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a bundle as a native checkpoint, LoRA merged; its logits are compared in a fresh process."""
+    quiet_libraries()
+    from ..export.export import export as run
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype must be float32, bfloat16 or float16, not {dtype}.")
+    found = run(bundle, out, to, keep_adapter=keep_adapter, dtype=dtype, trust_remote_code=trust_remote_code)
+    typer.echo(
+        f"{out}: logits of {found['positions']} positions, compared in a fresh process, differ from the bundle's by at "
+        f"most {found['max_difference']:.2g} (allowed {found['tolerance']:.2g})."
+    )
+
+
+@bundles_app.command()
+def push(
+    bundle: LocalBundle,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="name/repository on the Hub.", show_default=False)],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository; default as your account has it.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it is not there.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="What the commit says.")] = None,
+) -> None:
+    """Put a bundle on the Hugging Face Hub, with its card."""
+    quiet_libraries()
+    from huggingface_hub.utils import enable_progress_bars
+
+    from ..bundle.hub import push_bundle
+
+    enable_progress_bars() if sys.stderr.isatty() else None
+    typer.echo(push_bundle(bundle, repo, private=private, revision=revision, message=message))
