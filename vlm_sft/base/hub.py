@@ -1,13 +1,17 @@
-"""What the Hub refuses, in one sentence each, and what is worth another try."""
+"""Whether the Hub answers; what it refuses, in one sentence each; and what is worth another try."""
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from huggingface_hub import constants, get_token
+from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -18,11 +22,72 @@ from huggingface_hub.errors import (
 )
 
 from .errors import UserError
-from .reach import hub_is_away
 
 Result = TypeVar("Result")
 TRIES, LONGEST_WAIT = 3, 60.0
+PATIENCE = 4.0  # seconds; looking up a name alone may take longer where there is no network
+LOOK_AGAIN = 60.0  # seconds after which a Hub that did not answer is looked for once more
 LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
+
+
+def look_for_hub() -> bool:
+    """Whether the Hub may be asked, found out before it is first asked.
+
+    Without network the libraries try each small file for half a minute and say so in lines of their own. Where the Hub
+    does not answer, a request to it is refused before it is sent, which sends the libraries to their caches, until the
+    Hub is there again. A Hub that answers is left to the libraries, with all their patience.
+    """
+    if constants.is_offline_mode():
+        return False
+    if getproxies() or _answers(constants.ENDPOINT):  # how to reach it through a proxy is the libraries' business
+        return True
+    session = get_session()
+    if _refuse not in session.event_hooks["request"]:
+        session.event_hooks = {**session.event_hooks, "request": [_refuse, *session.event_hooks["request"]]}
+    return False
+
+
+def hub_is_away() -> bool:
+    """Whether the Hub did not answer when it was last looked for."""
+    return constants.ENDPOINT in _AWAY
+
+
+_ANSWERED: set[str] = set()
+_AWAY: dict[str, float] = {}  # since when
+
+
+def _refuse(request: Any) -> None:
+    if str(request.url).startswith(constants.ENDPOINT) and not _answers(constants.ENDPOINT):
+        raise OfflineModeIsEnabled(f"The Hub at {constants.ENDPOINT} does not answer.")
+
+
+def _answers(endpoint: str) -> bool:
+    """Whether somebody listens there; who once did is not asked again, who did not, after a while."""
+    if endpoint in _ANSWERED or time.monotonic() - _AWAY.get(endpoint, -LOOK_AGAIN) < LOOK_AGAIN:
+        return endpoint in _ANSWERED
+    address = urlsplit(endpoint)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    answered = threading.Event()
+
+    def ask() -> None:
+        for attempt in range(2):
+            time.sleep(attempt)
+            try:
+                socket.create_connection((address.hostname or "", port), PATIENCE).close()
+            except OSError:
+                continue
+            answered.set()
+            return
+
+    asking = threading.Thread(target=ask, daemon=True)  # nothing else bounds the look-up of a name
+    asking.start()
+    asking.join(PATIENCE)
+    if answered.is_set():
+        _ANSWERED.add(endpoint)
+        _AWAY.pop(endpoint, None)
+    else:
+        _AWAY[endpoint] = time.monotonic()
+    return answered.is_set()
 
 
 def patiently(call: Callable[[], Result], max_tries: int = TRIES) -> Result:

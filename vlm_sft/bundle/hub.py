@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..base.errors import TOKEN, UserError
-from ..base.hub import LOGIN, TRIES, one_sentence, patiently
+from ..base.hub import LOGIN, TRIES, look_for_hub, one_sentence, patiently
 from ..base.names import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -34,7 +34,6 @@ from ..base.names import (
     TEMPLATE,
     TRAINED,
 )
-from ..base.reach import look_for_hub
 from ..base.whole_files import write_json
 from ..recipe.yaml_file import YamlFile, dump_yaml
 from .card import without_folders, write_card

@@ -21,8 +21,8 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..base.errors import UserError
+from ..base.hub import hub_is_away, look_for_hub
 from ..base.names import CONFIG
-from ..base.reach import hub_is_away, look_for_hub
 
 # In the order in which transformers looks for them, so that both read the same file where a folder has several.
 WEIGHT_FILES = (

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from ..base.errors import UserError
-from ..base.reach import look_for_hub
+from ..base.hub import look_for_hub
 from ..base.words import one_line
 from ..pieces.checkpoints import unreachable
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import RowError, UserError
-from ..base.reach import look_for_hub
+from ..base.hub import look_for_hub
 from ..base.words import first_line
 from .files import BATCH, FILE_READERS, TEXT_FILES, no_such_file, read_file
 

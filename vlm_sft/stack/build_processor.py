@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from ..base.errors import UserError
-from ..base.reach import look_for_hub
+from ..base.hub import look_for_hub
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
 from ..model.configuration import VLMConfig, image_size_of
 from ..pieces.checkpoints import unreachable
