@@ -95,15 +95,6 @@ def caption_file(tmp_path_factory, photos) -> str:
 
 
 @pytest.fixture
-def in_process_parity():
-    """See `parity_in_this_process`."""
-    from support.bundles import parity_in_this_process
-
-    with parity_in_this_process():
-        yield
-
-
-@pytest.fixture
 def recipe_file(tmp_path, pieces, caption_file):
     """Writes a recipe of tiny pieces; keyword arguments replace top-level keys. Returns its path."""
 

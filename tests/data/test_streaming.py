@@ -98,7 +98,7 @@ def test_recipes_that_cannot_stream(recipe_file, caption_file, data, overrides, 
 
 
 @pytest.mark.slow
-def test_a_streamed_run_goes_on_exactly_and_keeps_its_ledger(recipe_file, photos, tmp_path, in_process_parity):
+def test_a_streamed_run_goes_on_exactly_and_keeps_its_ledger(recipe_file, photos, tmp_path):
     rows = [{"image": photos[i % 8], "caption": f"第{i}张"} for i in range(2000)]
     rows[3] = {"caption": "no image"}
     rows[1200]["image"] = "gone.png"

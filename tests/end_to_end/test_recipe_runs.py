@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 
 import pytest
 import torch
 
-from support.bundles import parity_in_this_process
 from support.shrink import shrink
 from vlm_sft import load, load_recipe
 from vlm_sft.base.assets import list_recipes
@@ -18,10 +16,6 @@ from vlm_sft.preflight.dry_run import weigh
 from vlm_sft.preflight.launch import read_launch
 from vlm_sft.train import train
 from vlm_sft.training.trainer import VLMSFTTrainer
-
-# A process takes longer than such a run: one recipe with a resampler and LoRA and one without either reload in a fresh
-# one (a quantised model does in test_quantization), the others in this one.
-IN_A_FRESH_PROCESS = {"ziya_stage2", "llava15_stage2"}
 
 
 class Run:
@@ -57,8 +51,7 @@ def run(pieces, photos, tmp_path_factory):
             patch.setattr(
                 VLMSFTTrainer, "train", lambda *args, **kwargs: this.watch(args[0], original, *args[1:], **kwargs)
             )
-            with contextlib.nullcontext() if name in IN_A_FRESH_PROCESS else parity_in_this_process():
-                this.folder = train(this.recipe)
+            this.folder = train(this.recipe)
         done[name] = this
         return this
 

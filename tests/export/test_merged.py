@@ -37,7 +37,7 @@ def test_a_merged_bundle_is_a_bundle_and_the_next_stage_starts_from_it(stack, bu
 
 
 @pytest.mark.slow
-def test_a_merged_instructblip_still_reads_the_question(instruct_bundle, photos, tmp_path, in_process_parity):
+def test_a_merged_instructblip_still_reads_the_question(instruct_bundle, photos, tmp_path):
     folder, out = instruct_bundle("instructblip"), tmp_path / "merged"
     assert export(folder, out, "bundle-merged")["merge_difference"] <= 1e-4
     rows = [

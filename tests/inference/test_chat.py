@@ -21,7 +21,6 @@ import torch
 import yaml
 from PIL import Image
 
-from support.bundles import parity_in_this_process
 from support.paths import ROOT
 from support.tiny_pieces import tiny_recipe
 from vlm_sft import answer, load, load_recipe
@@ -43,8 +42,7 @@ def bundle(tmp_path_factory, pieces, caption_file) -> str:
     recipe["sft"]["max_steps"] = 1
     path = root / "ziya.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    with parity_in_this_process():
-        return str(train(load_recipe(path)))
+    return str(train(load_recipe(path)))
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def test_every_trained_tensor_has_a_gradient_without_images_too(recipe):
     assert lacking == []
 
 
-def test_it_trains_saves_and_answers(recipe, photos, in_process_parity):
+def test_it_trains_saves_and_answers(recipe, photos):
     """That the bundle gives the same logits is checked by `train` itself (parity)."""
     folder = train(recipe) or recipe.sft["output_dir"]
     model, processor = load(recipe.sft["output_dir"], device="cpu")

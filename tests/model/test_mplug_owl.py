@@ -46,7 +46,7 @@ def test_mplug_owl_with_all_parts_from_one_checkpoint(golden_stack, tmp_path):
     assert_close(output.loss, wanted["loss"])
 
 
-def test_it_learns_and_comes_back_from_a_bundle(recipe_file, save_llm, tmp_path, in_process_parity):
+def test_it_learns_and_comes_back_from_a_bundle(recipe_file, save_llm, tmp_path):
     stack = owl_stack(Golden("mplug_owl"), tmp_path / "owl")
     stack["language_model"] = save_llm(small_llama(40))
     stack["projector"].pop("pretrained")

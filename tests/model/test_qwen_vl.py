@@ -47,7 +47,7 @@ def test_positions_are_made_as_the_checkpoint_has_them():
     assert_close(sincos_positions(golden.config["output_dim"], golden.config["n_queries"]), table)
 
 
-def test_it_learns_and_comes_back_from_a_bundle(recipe_file, save_llm, tmp_path, in_process_parity):
+def test_it_learns_and_comes_back_from_a_bundle(recipe_file, save_llm, tmp_path):
     golden = Golden("qwen_vl_visual")
     stack = qwen_stack(golden, tmp_path / "qwen", save_llm(small_llama(golden.config["output_dim"])))
     check_learning(load_recipe(recipe_file(stack=stack, train=RATES)))

@@ -331,7 +331,7 @@ def test_python_in_the_pages_is_right(block):
 
 
 @pytest.mark.slow
-def test_the_python_of_the_pages_runs(monkeypatch, tmp_path, capsys, in_process_parity):
+def test_the_python_of_the_pages_runs(monkeypatch, tmp_path, capsys):
     """As it stands, after a small `make demo`, with fewer steps."""
     from vlm_sft.train import train
 

@@ -136,7 +136,7 @@ def test_reasoning_that_is_never_closed_reaches_to_the_end_of_its_answer(make_co
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ShortAnswerCollator", "ReasoningMaskCollator"])
-def test_training_runs_with_it(recipe_file, name, in_process_parity):
+def test_training_runs_with_it(recipe_file, name):
     recipe = load_recipe(recipe_file(collator=f"examples.custom_collator:{name}"))
     folder = train(recipe)
     losses = [entry["loss"] for entry in json.loads((folder / "metrics.json").read_text()) if "loss" in entry]
@@ -170,7 +170,6 @@ def test_the_python_flow_trains_saves_loads_and_answers(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_process_parity")
 def test_the_page_of_the_first_run_is_enough(pieces, photos, tmp_path, monkeypatch, capsys):
     """A folder of photos, the page's recipe and its commands, with tiny pieces under the names of large ones."""
     text = (ROOT / "docs" / "first_run.md").read_text(encoding="utf-8")

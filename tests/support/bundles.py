@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
-import subprocess
-from collections.abc import Iterator
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -102,27 +97,3 @@ def weights(folder):
 def log(folder):
     history = json.loads((folder / "metrics.json").read_text())
     return [{k: v for k, v in row.items() if not any(word in k for word in TIMES)} for row in history]
-
-
-@contextlib.contextmanager
-def parity_in_this_process() -> Iterator[None]:
-    """The parity gate without its fresh process, whose imports take longer than a tiny run.
-
-    The same program loads the same files and compares the same logits, but here. That a fresh process does so is what
-    test_parity, test_train, test_quantization, test_family_stack and test_recipe_runs prove.
-    """
-    from vlm_sft.bundle import parity
-
-    real = subprocess.run
-
-    def run(command, **options):
-        if "vlm_sft.bundle.parity" not in command:
-            return real(command, **options)
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            parity.main(command[command.index("vlm_sft.bundle.parity") + 1 :])
-        return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "run", run)
-        yield

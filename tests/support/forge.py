@@ -121,6 +121,8 @@ class Forge:
         asked = os.environ if environment is None else environment
         names = {name for name in [*asked, *self.environment] if name.startswith(READ_ON_IMPORT)}
         same = all(asked.get(name) == self.environment.get(name) for name in names)
+        paths = map(Path, asked.get("PYTHONPATH", "").split(os.pathsep))
+        same &= all(path.samefile(ROOT) for path in paths if (path / "vlm_sft").is_dir())
         return same and list(command[:2]) == [sys.executable, "-m"] and command[2] in PROGRAMS
 
     def _ask(self, command: list[str], order: dict[str, Any], **options: Any) -> subprocess.CompletedProcess:
