@@ -81,8 +81,10 @@ def left_out(tmp_path, monkeypatch):
     """Whether a recipe leaves bitsandbytes out, by its overrides and the configuration of its language model."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # so that it is put back as it was
 
-    def ask(*overrides: str, config: dict | None = None) -> bool:
+    def ask(*overrides: str, config: dict | None = None, before: bool = True) -> bool:
         monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+        if before:
+            monkeypatch.delitem(sys.modules, "torch", raising=False)
         piece = tmp_path / "piece"
         piece.mkdir(exist_ok=True)
         (piece / "config.json").write_text(json.dumps(config or {}), encoding="utf-8")
@@ -98,5 +100,9 @@ def test_bitsandbytes_is_left_out_where_nothing_uses_it(left_out) -> None:
     for optimizer in ("paged_adamw_32bit", "adamw_8bit", "rmsprop_bnb", "ademamix"):
         assert not left_out(f"sft.optim={optimizer}")
     assert not left_out("quantization={load_in_4bit: true}", "lora={r: 2}")
+
+
+def test_bitsandbytes_stays_in_a_process_that_has_torch_already(left_out) -> None:
+    assert "torch" in sys.modules and not left_out(before=False)
     assert not left_out(config={"quantization_config": {"quant_method": "bitsandbytes"}})
     assert not left_out("stack.language_model.pretrained=someone/not-here-yet")

@@ -47,12 +47,16 @@ _QUANTIZATION: dict[str, Any] = {
 def leave_out_bitsandbytes(recipe: Recipe) -> None:
     """Where a recipe uses no bitsandbytes, makes it look as if it were not installed, for the rest of the process.
 
-    PEFT imports it as soon as it is there, and with it torch's compiler, which takes more than a second. For a command
-    before its first heavy import: libraries remember what is installed.
+    PEFT imports it as soon as it is there, and with it torch's compiler, which takes more than a second. Libraries
+    remember what is installed, so nothing is done in a process that has imported torch before: it may be anyone's.
     """
     optimizer = str(recipe.sft.get("optim"))
     used = recipe.quantization or any(word in optimizer for word in ("bit", "ademamix", "bnb"))
-    if used or "bitsandbytes" in sys.modules or any(map(_may_be_quantised, pieces_in(recipe).values())):
+    if (
+        used
+        or {"bitsandbytes", "torch"} & sys.modules.keys()
+        or any(map(_may_be_quantised, pieces_in(recipe).values()))
+    ):
         return
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # to Python, a module that is not there
 
