@@ -147,6 +147,7 @@ def test_key_in_a_list_names_its_line(tmp_path: Path) -> None:
     [
         ("b", 'override "b" is not understood; write key.path=value, like sft.max_steps=10.'),
         ("--sft.max_steps=1", 'override "--sft.max_steps=1" is not understood; write key.path=value,'),
+        ("system=!!int 中", 'override "system=!!int 中": the value is not YAML; put quotes around it.'),
         ("system=[a", 'override "system=[a": the value is not YAML; put quotes around it.'),
         (
             "data.train.2.max_rows=1",

@@ -23,6 +23,9 @@ from vlm_sft.recipe.yaml_file import YamlFile, dump_yaml
         ("3", 3),
         ("-1", -1),
         ("010", 10),
+        ("0o17", "0o17"),
+        ("0x1F", "0x1F"),
+        ("1_000", "1_000"),
         ("true", True),
         ("no", "no"),
         ("on", "on"),
@@ -70,6 +73,15 @@ def test_dump_yaml_reads_back(value: object) -> None:
             "{path}, line 2: the tag tag:yaml.org,2002:python/object/apply:os.system is not allowed; "
             "a recipe holds plain values only.",
         ),
+        (
+            "a: 1\nb: !!timestamp 2024-01-01",
+            "{path}, line 2: the tag tag:yaml.org,2002:timestamp is not allowed; a recipe holds plain values only.",
+        ),
+        (
+            "a: !!set {中}",
+            "{path}, line 1: the tag tag:yaml.org,2002:set is not allowed; a recipe holds plain values only.",
+        ),
+        ("a: !!bool x", "{path} is not YAML: 'x' is neither true nor false."),
         ("a: &x [*x]", "{path}, line 1: an alias refers to itself."),
         ("a: 1\n2: b", "{path}, line 2: a key must be a plain word."),
         (

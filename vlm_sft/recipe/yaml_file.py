@@ -58,6 +58,9 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+# Dates, sets and bytes, which a tag still asks for, are no values of a recipe: they go the way of unknown tags.
+for _tag in ("timestamp", "set", "binary", "omap", "pairs"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -102,6 +105,8 @@ class YamlFile:
             raise UserError(_yaml_sentence(name, error, text)) from error
         except RecursionError as error:
             raise UserError(f"{name} is nested too deeply; it is refused.") from error
+        except KeyError as error:  # `!!bool` before another word
+            raise UserError(f"{name} is not YAML: {error} is neither true nor false.") from error
         except ValueError as error:  # a number of thousands of digits
             raise error if isinstance(error, UserError) else UserError(f"{name} is not YAML: {error}.") from error
         finally:
@@ -236,7 +241,7 @@ def parse_assignment(text: str) -> tuple[KeyPath, Any]:
     path = tuple(int(part) if part.isdigit() else part for part in parts)
     try:
         return path, yaml.load(match["value"], Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f'override "{text}": the value is not YAML; put quotes around it.') from error
 
 
