@@ -58,6 +58,7 @@ def test_the_config_files_that_ship():
             Launch(2, "FSDP", 2),
             "2 processes, FSDP, sharing as ZeRO-2",
         ),
+        ({"distributed_type": "DEEPSPEED"}, Launch(1, "DeepSpeed", 2), "one process, DeepSpeed ZeRO-2"),
         ({"distributed_type": "NO"}, Launch(), "one process"),
     ],
 )
@@ -96,6 +97,11 @@ def test_what_is_shared_out():
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "zero.json"}},
             "it leaves ZeRO to zero.json, which is not read here",
         ),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": "三"}},
+            "zero_stage must be 0, 1, 2 or 3, not '三'",
+        ),
+        ({"distributed_type": "FSDP", "fsdp_config": ["zero"]}, r"fsdp_config must be a mapping, not \['zero'\]"),
     ],
 )
 def test_other_files_are_refused(keys, sentence, config):

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..base.errors import UserError
-from ..base.words import one_line
+from ..base.words import reason_of
 
 # What is shared out at each stage of ZeRO (arXiv 1910.02054); FSDP does what stage 3 does, or stage 2.
 SHARED = {
@@ -50,7 +50,8 @@ class Launch:
             return "one process"
         how = {"DeepSpeed": f"DeepSpeed ZeRO-{self.stage}", "FSDP": f"FSDP, sharing as ZeRO-{self.stage}"}
         host = f", {' and '.join(self.offloads)} offloaded to the host" if self.offloads else ""
-        return f"{self.processes} processes, {how.get(self.kind, self.kind)}{host}"
+        count = "one process" if self.processes == 1 else f"{self.processes} processes"
+        return f"{count}, {how.get(self.kind, self.kind)}{host}"
 
 
 def read_launch(config_file: str | None = None, environment: Mapping[str, str] = os.environ) -> Launch:
@@ -69,7 +70,7 @@ def read_launch(config_file: str | None = None, environment: Mapping[str, str] =
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         places = [environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") for what in ("OPTIMIZER", "PARAM")]
-        return _deepspeed(processes, stage, places)
+        return _deepspeed(processes, int(stage), places)
     if environment.get("ACCELERATE_USE_FSDP") == "true":
         names = {"fsdp_reshard_after_forward", "fsdp_sharding_strategy", "fsdp_offload_params"}
         return _fsdp(processes, {name: environment[name.upper()] for name in names if name.upper() in environment})
@@ -79,10 +80,8 @@ def read_launch(config_file: str | None = None, environment: Mapping[str, str] =
 def _from_file(path: Path) -> Launch:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--accelerate-config {path}: it cannot be read ({error.strerror}).") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--accelerate-config {path}: it cannot be read ({one_line(error)}).") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--accelerate-config {path}: it cannot be read ({reason_of(error)}).") from error
     if not isinstance(config, dict) or "distributed_type" not in config:
         raise UserError(
             f"--accelerate-config {path}: it has no distributed_type; `accelerate config` writes such files."
@@ -91,17 +90,22 @@ def _from_file(path: Path) -> Launch:
     processes = config.get("num_processes", 1)
     if not isinstance(processes, int) or processes < 1:
         raise UserError(f"--accelerate-config {path}: num_processes must be a number above zero, not {processes!r}.")
+    options = config.get(f"{kind.lower()}_config") or {}
+    if not isinstance(options, dict):
+        raise UserError(f"--accelerate-config {path}: {kind.lower()}_config must be a mapping, not {options!r}.")
     if kind == "DEEPSPEED":
-        options = config.get("deepspeed_config") or {}
         if file := options.get("deepspeed_config_file"):
             raise UserError(
                 f"--accelerate-config {path}: it leaves ZeRO to {file}, which is not read here; state zero_stage and "
                 f"the offload devices under deepspeed_config instead."
             )
         places = [options.get(f"offload_{what}_device") for what in ("optimizer", "param")]
-        return _deepspeed(processes, options.get("zero_stage", 2), places)
+        stage = options.get("zero_stage", 2)
+        if str(stage) not in map(str, SHARED):
+            raise UserError(f"--accelerate-config {path}: zero_stage must be 0, 1, 2 or 3, not {stage!r}.")
+        return _deepspeed(processes, int(stage), places)
     if kind == "FSDP":
-        return _fsdp(processes, config.get("fsdp_config") or {})
+        return _fsdp(processes, options)
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_NPU", "MULTI_XPU"):
         raise UserError(
             f"--accelerate-config {path}: distributed_type {kind} is not estimated; NO, MULTI_GPU, MULTI_CPU, "
@@ -110,9 +114,9 @@ def _from_file(path: Path) -> Launch:
     return Launch(processes, "DDP" if processes > 1 else "single")
 
 
-def _deepspeed(processes: int, stage: Any, places: list[Any]) -> Launch:
+def _deepspeed(processes: int, stage: int, places: list[Any]) -> Launch:
     offloads = tuple(w for w, place in zip(("optimizer", "weights"), places, strict=True) if place in ("cpu", "nvme"))
-    return Launch(processes, "DeepSpeed", int(stage), offloads)
+    return Launch(processes, "DeepSpeed", stage, offloads)
 
 
 def _fsdp(processes: int, options: Mapping[str, Any]) -> Launch:
