@@ -56,6 +56,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .preflight.samples import glance
     from .recipe.libraries import build_sft_config, validate_libraries
     from .stack.kinds import compose
+    from .stack.text_fit import check_texts
     from .training.build_trainer import build_collator, build_trainer
     from .training.resume_check import check_resumption
     from .training.run_rows import load_rows
@@ -74,6 +75,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     if recipe.init_from:
         read_manifest(recipe.init_from)
     composed = compose(recipe)
+    check_texts(composed.config, composed.processor, args.max_length)
     collator = build_collator(recipe, composed.processor, args)
     rows = load_rows(recipe, collator, args, console)
     for finding in on_first_process(partial(glance, rows[0], composed.processor)):

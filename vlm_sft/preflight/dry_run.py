@@ -85,15 +85,16 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
     from ..recipe.libraries import build_sft_config, computes_in
     from ..stack.build_stack import build_empty_stack
     from ..stack.lora import add_adapter, lora_config
+    from ..stack.text_fit import check_texts
     from .memory import estimate
     from .step_memory import Step, count_step
 
-    stack = build_empty_stack(recipe)
+    stack, args = build_empty_stack(recipe), build_sft_config(on_any_machine(recipe))
+    check_texts(stack.model.config, stack.processor, args.max_length)
     model: Any = stack.model
     if (config := lora_config(recipe, model)) is not None:
         model = add_adapter(model, config)
         stack.plan.apply(model)
-    args = build_sft_config(on_any_machine(recipe))
     computes = getattr(torch, computes_in(recipe))
     found = estimate(model, None, launch, args.optim.value, computes)
     rows, table = stack.plan.rows(model), stack.plan.table(model)

@@ -45,6 +45,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     from ..data.dataset import load_source
     from ..recipe.libraries import build_sft_config, validate_libraries
     from ..stack.kinds import compose
+    from ..stack.text_fit import check_texts
     from ..training.build_trainer import build_collator
     from .checks import Evidence, check
     from .dry_run import on_any_machine
@@ -57,6 +58,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     tolerant = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_rejected": 1.0})})
     args = build_sft_config(recipe if with_model else on_any_machine(recipe))
     composed = compose(recipe)
+    check_texts(composed.config, composed.processor, args.max_length)
     collator = build_collator(tolerant, composed.processor, args)
     evidence = Evidence()
     name = Path(recipe.path).stem if recipe.path else "recipe"

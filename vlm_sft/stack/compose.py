@@ -19,6 +19,7 @@ from ..model.positions import INTERPOLATING
 from ..pieces.part_configs import find_pieces
 from ..pieces.piece import Piece
 from .build_processor import build_processor
+from .text_fit import check_language_model
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -35,6 +36,8 @@ def compose_stack(recipe: Recipe) -> Composed:
     tower, text = pieces["vision_tower"], pieces["language_model"]
     if type(text.config) not in AutoModelForCausalLM._model_mapping and not text.trusts_code:
         raise UserError(f"{text.key}: a {text.config.model_type!r} checkpoint is no causal language model.")
+    if not text.trusts_code:
+        check_language_model(text.config, text.key)
     config = VLMConfig(
         vision_config=tower.config,
         text_config=text.config,

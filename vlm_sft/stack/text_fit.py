@@ -1,0 +1,109 @@
+"""What a language model cannot do though its sizes fit, said before its weights are read."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ..base.errors import UserError
+
+if TYPE_CHECKING:
+    from ..batch.processor import VLMProcessor
+
+# Without them a model is given images, padding or earlier tokens in vain: most swallow an unknown argument in silence.
+NEEDED = {
+    "inputs_embeds": "embeddings, so there is no way to put an image into it",
+    "attention_mask": "an attention mask, so it would read the padding of shorter rows",
+    "past_key_values": "a cache of keys and values, so its answers would forget all but their last token",
+}
+# Learned rows (GPT-2, OPT, BERT), and waves that were computed up to there (GPT-J, CodeGen, CTRL).
+POSITION_TABLE = re.compile(r"(?:wpe|embed_positions|positions?_embed(?:ding)?s?|pos_encoding)(?:\.weight)?")
+# What templates end an answer with where they mean one token; `###`, a line break and `</answer>` are plain text.
+CONTROL_TOKEN = re.compile(r"<[|｜][^<>\s]+[|｜]>|</s>|<(?:end|eo)\w*>")
+
+
+def check_language_model(config: PreTrainedConfig, key: str) -> None:
+    """Checks that a language model of transformers reads what a stack gives it.
+
+    Args:
+        config: Its configuration.
+        key: Where the recipe names it.
+
+    Raises:
+        UserError: It reads no embeddings, no mask or no cache (Mamba, RWKV, BART).
+    """
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    # The base model is what a stack calls; classes of a decoder alone have none and are called themselves.
+    with torch.device("meta"):
+        base = kind._from_config(config).base_model
+    reads = inspect.signature(base.forward).parameters
+    if missing := [why for name, why in NEEDED.items() if name not in reads]:
+        raise UserError(
+            f"{key}: a {config.model_type!r} language model reads no {missing[0]}; use one that attends to its tokens, "
+            f"like LLaMA, Qwen or OPT."
+        )
+
+
+def count_positions(config: PreTrainedConfig) -> int | None:
+    """Tokens that a language model has positions for in a table; None where positions are computed as they come.
+
+    Args:
+        config: Its configuration, or that of a model around it.
+    """
+    text = config.get_text_config()
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text)
+    tables = [*model.named_parameters(), *model.named_buffers()]
+    sizes = [_rows(model, name, table) for name, table in tables if _is_table(name, table)]
+    return min(sizes, default=None)
+
+
+def _is_table(name: str, table: torch.Tensor) -> bool:
+    *_, last = name.removesuffix(".weight").split(".")
+    of_images = "vision" in name or "image" in name  # GIT and Phi-4 carry a tower with a table of its own
+    return table.dim() == 2 and len(table) > 1 and not of_images and POSITION_TABLE.fullmatch(last) is not None
+
+
+def _rows(model: nn.Module, name: str, table: torch.Tensor) -> int:
+    """OPT begins counting at an offset, BERT's kind behind the row of its padding."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    padding = getattr(owner, "padding_idx", None)
+    return len(table) - getattr(owner, "offset", 0 if padding is None else padding + 1)
+
+
+def check_texts(config: PreTrainedConfig, processor: VLMProcessor, max_length: int | None) -> None:
+    """Checks that rows as long as a recipe allows, and the end of each answer, suit the language model.
+
+    Args:
+        config: Configuration of the stack, or of an existing VLM.
+        processor: Its processor.
+        max_length: `sft.max_length`.
+
+    Raises:
+        UserError: The language model has no position for the last tokens, or its tokenizer cuts what ends an answer.
+    """
+    rows = count_positions(config)
+    if rows is not None and (max_length is None or max_length > rows):
+        may = "sets no limit to rows" if max_length is None else f"is {max_length}"
+        raise UserError(
+            f"sft.max_length {may}, but the language model ({config.get_text_config().model_type}) has a table of "
+            f"{rows} positions, and a longer row would fail; set sft.max_length={rows}."
+        )
+    tokenizer = processor.tokenizer
+    for token in CONTROL_TOKEN.findall(processor.end_of_answer):
+        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1 and (ids[0] != tokenizer.unk_token_id or token == tokenizer.unk_token):
+            continue
+        what = f"cuts into {len(ids)} tokens" if len(ids) != 1 else "does not know"
+        raise UserError(
+            f"chat_template: its answers end with {token!r}, which the tokenizer of this language model {what}, so a "
+            f"served model would not stop there; use a template that ends with "
+            f"{tokenizer.eos_token or 'its end token'!r}, or a language model that has {token!r}."
+        )
