@@ -16,7 +16,8 @@ from PIL import Image
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
-from ..data.messages import Message
+from ..data.messages import Message, unpacked
+from ..reading.image_options import SIZES
 from ..reading.images import image_size, load_image, too_long
 from ..templates.render import RenderedChat
 from .encoding import EncodedChat, pad
@@ -50,7 +51,7 @@ class Sample:
 
 
 class MultimodalCollator:
-    """Makes batches of rows `{"messages", "images", "source", "id"}`.
+    """Makes batches of rows `{"messages", "images", "source", "id"}`; what their `extras` say is put back first.
 
     Override `render` to change the text, `encode` to change ids, labels or loss weights of a row, `collate` to change
     the batch. Everything runs in the data-loader workers; images are decoded here and nowhere earlier.
@@ -73,7 +74,7 @@ class MultimodalCollator:
     fetch: Callable[[str], str] | None = None
     drop_rejected: bool = False
     count_rows: bool = False
-    _decoded: dict[str | bytes | None, Image.Image] | None = None
+    _decoded: dict[tuple[Any, ...], Image.Image] | None = None
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class MultimodalCollator:
         try:
             for row in rows:
                 try:
+                    row = unpacked(row)
                     if row.get("rejected"):  # a stream's row that could not be read
                         wrong = row["rejected"]
                         raise RowError(wrong["sentence"], where=row["id"], reason=wrong["reason"])
@@ -133,6 +135,7 @@ class MultimodalCollator:
         Raises:
             RowError: Marks and images differ in number, nothing is supervised, the row cannot fit, an image is broken.
         """
+        row = unpacked(row)
         where = f"row {row['id']}"
         messages, images = row["messages"], row["images"]
         marks = sum(
@@ -161,13 +164,14 @@ class MultimodalCollator:
         """One image of a row as RGB; within a batch, the same picture for the same file or bytes.
 
         Args:
-            image: `{"path", "bytes"}` as rows have it.
+            image: `{"path", "bytes"}` as rows have it, maybe with sizes.
             where: The row in words, for errors.
 
         Raises:
             RowError: As `load_image`, or it is so long and thin that resizing would fill the memory.
         """
-        key = image.get("path") if image.get("bytes") is None else image["bytes"]
+        file = image.get("path") if image.get("bytes") is None else image["bytes"]
+        key = (file, *(image.get(name) for name in SIZES))
         if self._decoded is not None and key in self._decoded:
             return self._decoded[key]
         loaded = load_image(image, where=where, max_pixels=self.max_pixels, side=self.side, fetch=self.fetch)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..base.names import IGNORED
 from ..templates.render import RenderedChat
 
+UNLEARNED = 2  # what `supervised_characters` says of an answer that is not learned is above
 PAD = "<pad>"  # added where a tokenizer has no pad token
 
 
@@ -47,11 +48,20 @@ class EncodedChat:
 
 
 def supervised_characters(chat: RenderedChat) -> bytearray:
-    """0 for each character of a rendered conversation that is not in the loss; 1 and 2 in turn for those of spans."""
+    """0 for each character of a rendered conversation that nobody answers; 1 and 2 in turn for those of spans.
+
+    3 and 4 in turn for those of answers that are not learned: they have the same tokens as if they were.
+    """
     supervised = bytearray(len(chat.text))
-    for number, (start, end) in enumerate(chat.spans):
-        supervised[start:end] = bytes([1 + number % 2]) * (end - start)
+    for first, spans in ((1, chat.spans), (1 + UNLEARNED, chat.unlearned)):
+        for number, (start, end) in enumerate(spans):
+            supervised[start:end] = bytes([first + number % 2]) * (end - start)
     return supervised
+
+
+def in_loss(character: int) -> bool:
+    """Whether a character is in the loss, by what `supervised_characters` says of it."""
+    return 0 < character <= UNLEARNED
 
 
 def tokenize(

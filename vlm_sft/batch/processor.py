@@ -26,6 +26,7 @@ from .encoding import (
     add_missing_tokens,
     as_plain_text,
     first_id_of,
+    in_loss,
     pad,
     supervised_characters,
     tokenize,
@@ -131,7 +132,7 @@ class VLMProcessor(ProcessorMixin):
         marks = {self.image_token_id, *([self.tokenizer.pad_token_id] if self.tokenizer.pad_token == PAD else [])}
         ids, borders = tokenize(self.tokenizer, chat.text, supervised)
         labels = [
-            token if end > start and supervised[start] else IGNORED
+            token if end > start and in_loss(supervised[start]) else IGNORED
             for token, (start, end) in zip(ids, borders, strict=True)
         ]
         done = 0  # all at once between one mark and the next: rows have thousands of tokens and a mark or two

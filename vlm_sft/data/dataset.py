@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from datasets.fingerprint import Hasher
 
 from ..base.errors import RowError, UserError, raise_it
 from ..base.words import short
+from .messages import IN_EXTRAS, packed
 from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
 from .row_cache import LANGUAGE, keeper_of
 from .source import SourceLike, check_source, name_of, rows_with_language
@@ -76,6 +78,7 @@ def read_source(
     reject: Callable[[RowError], None] = raise_it,
     languages: bool = False,
     tell: Callable[[int, int | None], None] = lambda done, of: None,
+    unused: Callable[[Mapping[str, int]], None] = lambda counts: None,
 ) -> SourceRows:
     """As `load_source`, with the language of each row if `languages`.
 
@@ -83,6 +86,7 @@ def read_source(
         source: as `load_source`, like the others.
         languages: whether the languages are looked for.
         tell: told now and then how many rows were read, and of about how many; None where nobody knows.
+        unused: told how many rows have each key that means nothing in the source's format.
     """
     check_source(source)
     keeper = keeper_of(source, seed=seed, languages=languages)
@@ -96,9 +100,12 @@ def read_source(
             rejected.append(error)
             reject(error)
 
-        table = _read(source, seed, languages, keep_and_reject, lambda done: tell(done, of))
-        kept = keeper.save(table, rejected) if keeper is not None else None
+        counts: Counter[str] = Counter()
+        table = _read(source, seed, languages, keep_and_reject, lambda done: tell(done, of), counts.update)
+        unused(counts)
+        kept = keeper.save(table, rejected, counts) if keeper is not None else None
     else:
+        unused(kept.unused)
         for error in kept.rejected:
             reject(error)
     if kept is not None:
@@ -117,12 +124,15 @@ def _read(
     languages: bool,
     reject: Callable[[RowError], None],
     tell: Callable[[int], None],
+    unused: Callable[[set[str]], None],
 ) -> pa.Table:
     """The rows of a source, with a column of their languages if `languages`."""
     found: list[str] = []
+    extras: list[str | None] = []
 
     def rows() -> Iterator[dict[str, Any]]:
-        for row, language in rows_with_language(source, seed=seed, reject=reject, languages=languages):
+        for row, language in rows_with_language(source, seed=seed, reject=reject, languages=languages, unused=unused):
+            extras.append(packed(row))
             if languages:
                 found.append(sys.intern(language))
             yield row
@@ -131,6 +141,8 @@ def _read(
         table = pa.Table.from_batches(list(_batches(rows(), tell)), schema=ROW_FEATURES.arrow_schema)
     if len(table) == 0:
         raise UserError(f"The source {source.path} holds no rows: add some or remove the source.")
+    if any(extra is not None for extra in extras):
+        table = table.append_column(IN_EXTRAS, pa.array(extras, pa.string()))
     return table.append_column(LANGUAGE, pa.array(found, pa.string())) if languages else table
 
 

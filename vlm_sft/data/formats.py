@@ -1,8 +1,9 @@
 """Raw rows → conversations: what the formats of a source mean, each a line in `FORMATS`.
 
 A format turns one row into messages whose content is a list of parts, and the images as the row names them, in the
-order of the placeholders. Nothing is opened here. Only user messages can hold images: `<image>` in an answer or in a
-system message is text. The rules that hold for every conversation are `messages.normalise_messages`.
+order of the placeholders. Nothing is opened here. `<image>` in an answer is text, unless the row has more images than
+its questions show; in a system message it always is. The rules that hold for every conversation are
+`messages.normalise_messages`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,11 @@ from typing import Any, NamedTuple
 
 from ..base.names import IMAGE_TOKEN
 from ..base.words import kind, short
-from ..reading.raw_row import RowView
+from ..reading.raw_row import RowView, is_given
+from .keys import ROLES, check_left, role_of
 from .languages import language_of
-from .messages import (
-    Example,
-    Message,
-    Part,
-    answer_message,
-    check_marks,
-    image_part,
-    split_marks,
-    text_part,
-)
+from .messages import Example, Message, Part, answer_message, check_marks, image_part, split_marks, text_part
+from .turns import COLUMN_REFERENCES, FROM_AND_VALUE, image_entry, message_of, raw_turns, read_turn
 
 QUESTION_MARK = "{question}"
 
@@ -60,6 +54,7 @@ def examples_of(
     columns: Mapping[str, str] | None = None,
     draw_prompt: Draw = no_prompt,
     languages: bool = True,
+    unused: Callable[[set[str]], None] = lambda keys: None,
 ) -> Iterator[Example]:
     """Turn one row into its conversations: one, except for a row with several captions.
 
@@ -71,6 +66,7 @@ def examples_of(
         draw_prompt: language → the instruction that a caption answers, "" for the image alone; or, for a question, the
             text around ``{question}``, "" for the question alone.
         languages: False: nobody asks for the language of an example, which takes longest to find of all about it.
+        unused: told the names of the keys that have a value and mean nothing here, once for the row.
 
     Raises:
         RowError: the row does not have this format.
@@ -78,38 +74,48 @@ def examples_of(
     row = RowView(values, where, columns or {})
     own_id = row.get("id")
     own_id = None if own_id is None else row.text(own_id, "id")
-    for example in FORMATS[format_name].examples(row, draw_prompt):
+    examples = [_with_row_keys(row, example) for example in FORMATS[format_name].examples(row, draw_prompt)]
+    row.get("language", "mask")
+    check_left(row, "row", row.values, row.read, "")
+    unused(row.unused)
+    for example in examples:
         language = example.language or (_language(row, _answers(example)) if languages else "")
         yield example._replace(id=own_id, language=language)
+
+
+def _with_row_keys(row: RowView, example: Example) -> Example:
+    """An example with what the row says of all its turns: the system text, the tools, whose turns are masked."""
+    messages = example.messages
+    if is_given(masked := row.get("mask")) and role_of(row, masked, '"mask"') != "user":
+        what = f'"mask" is "{short(str(masked))}", and only the user\'s turns are always out of the loss'
+        raise row.error(what, "write `loss: false` on the messages that are not learned", "key refused")
+    given = {row.text(row.values[key], key) for key in ("system", "system_prompt") if is_given(row.get(key))}
+    own = {"".join(part["text"] or "" for part in m["content"]) for m in messages[:1] if m["role"] == "system"}
+    if len(given | own) > 1:
+        raise row.error("the row has several system texts, and they differ", "keep one of them", "marks differ")
+    if given and not own:
+        messages = [{"role": "system", "content": [text_part(*given)]}, *messages]
+    if is_given(tools := row.get("tools")) and messages:
+        messages = [{**messages[0], "tools": tools}, *messages[1:]]
+    return example._replace(messages=messages)
 
 
 # --------------------------------------------------------------------------------------------------------- messages
 
 
 def _messages(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
-    """TRL's conversational rows: `messages`, or `prompt` and `completion`, with `images` or `image`."""
-    images = row.images("images", "image")
-    turns = _turns(row)
-    counts: list[int] = []
-    messages: list[Message] = []
+    """Conversations as TRL, OpenAI, ms-swift and LLaMA-Factory have them, with `images` or `image`."""
+    images = _entries(row, "images", "image")
+    turns = raw_turns(row)
     inline: list[Any] = []  # what the parts themselves carry, None where the image comes from the column
-    for index, turn in enumerate(turns):
-        key = f"messages[{index}]"
-        if not isinstance(turn, dict):
-            raise row.error(f"{key} is {kind(turn)}, not an object with role and content", "correct the row")
-        if turn.get("tool_calls"):
-            raise row.error(f"{key} calls tools, which are not supported", "remove the row", "wrong role")
-        role, content = turn.get("role"), turn.get("content")
-        if isinstance(content, list):
-            parts = [_part(row, part, f"{key}.content[{i}]", inline) for i, part in enumerate(content)]
-        else:
-            text = row.text(content, f"{key}.content")
-            parts = split_marks(text) if role == "user" else [text_part(text)]
-            inline += [None for part in parts if part["type"] == "image"]
-        counts.append(sum(part["type"] == "image" for part in parts))
-        messages.append({"role": role, "content": parts})
+    messages = [message_of(row, turn, inline) for turn in turns]
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
-    written_as_text = not any(isinstance(turn["content"], list) for turn in turns)
+    written_as_text = not any(isinstance(turn.content, list) for turn in turns)
+    if images and written_as_text and len(images) > len(inline):
+        everywhere: list[Any] = []
+        marked = [message_of(row, turn, everywhere, marks=("user", "assistant")) for turn in turns]
+        if len(everywhere) == len(images):  # the answers show the others
+            messages, inline = marked, everywhere
     if images and not inline and first is not None and written_as_text:
         # As in TRL: without any mark the images stand in front of the first question.
         messages[first]["content"] = [image_part() for _ in images] + messages[first]["content"]
@@ -120,37 +126,7 @@ def _messages(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     yield Example(messages, [next(column) if image is None else image for image in inline])
 
 
-def _turns(row: RowView) -> list[Any]:
-    if "messages" not in row.values and ("prompt" in row.values or "completion" in row.values):
-        turns: list[Any] = []
-        for key, role in (("prompt", "user"), ("completion", "assistant")):
-            value = row.need(key)
-            turns += value if isinstance(value, list) else [{"role": role, "content": row.text(value, key)}]
-        return turns
-    turns = row.need("messages")
-    if not isinstance(turns, list):
-        raise row.error(f'"messages" is {kind(turns)}, not a list', "write a list of objects with role and content")
-    return turns
-
-
-def _part(row: RowView, part: Any, key: str, inline: list[Any]) -> Part:
-    """One explicit part. The text in it is literal; an image may carry its own file or take the column's next."""
-    if not isinstance(part, dict):
-        raise row.error(f"{key} is {kind(part)}, not an object with a type", 'write {"type": "text", "text": ...}')
-    if part.get("type") == "text":
-        return text_part(row.text(part.get("text"), f"{key}.text"))
-    if part.get("type") not in ("image", "image_url"):
-        shown = short(str(part.get("type")))
-        raise row.error(f'{key} has the type "{shown}"', 'only "text" and "image" are known; correct the row')
-    found = [part[name] for name in ("image", "path", "bytes", "url", "image_url") if part.get(name) is not None]
-    image = found[0] if found else None
-    inline.append(image.get("url") if isinstance(image, dict) and "url" in image else image)
-    return image_part()
-
-
 # ------------------------------------------------------------------------------------------------------------ llava
-
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
@@ -161,26 +137,25 @@ def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     turns = row.need("conversations")
     if not isinstance(turns, list):
         raise row.error(f'"conversations" is {kind(turns)}, not a list', 'write a list of {"from": ..., "value": ...}')
-    images = row.images("image", "images")
+    images = _entries(row, "image", "images")
     messages: list[Message] = []
     marks = 0
-    for index, turn in enumerate(turns):
+    for index, raw in enumerate(turns):
         key = f"conversations[{index}]"
-        if not isinstance(turn, dict):
-            raise row.error(f"{key} is {kind(turn)}, not an object with from and value", "correct the row")
-        speaker = turn.get("from")
-        role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            known = ", ".join(_SPEAKERS)
+        turn = read_turn(row, raw, key, FROM_AND_VALUE)
+        if turn.role not in ROLES.values():
+            speaker = raw.get("from", raw.get("role"))
+            known = ", ".join(ROLES)
             raise row.error(
                 f'{key} has from: "{short(str(speaker))}"', f"{known} are known; correct the row", "wrong role"
             )
-        text = row.text(turn.get("value"), f"{key}.value")
-        if not messages and role == "assistant":
+        text = row.text(turn.content, f"{key}.value")
+        if not messages and turn.role == "assistant":
             continue  # upstream skips an answer to nothing, which shared chats begin with now and then
-        count = text.count(IMAGE_TOKEN) if role == "user" else 0
+        count = text.count(IMAGE_TOKEN) if turn.role == "user" else 0
         marks += count
-        messages.append({"role": role, "content": _in_front(text, count) if count else [text_part(text)]})
+        content = _in_front(text, count) if count else [text_part(text)]
+        messages.append({"role": turn.role, "content": content, **turn.more})
     check_marks(row, marks, len(images))
     yield Example(messages, images)
 
@@ -225,6 +200,8 @@ def answers_in(row: RowView, key: str) -> list[str]:
     """The answers of a column that holds one, several, or a record of each as VQAv2 has it of its annotators."""
     value = row.need(key)
     records = value if isinstance(value, list) else [value]
+    for record in (record for record in records if isinstance(record, dict)):
+        check_left(row, "message", record, ("answer",), f"{key}[].")
     return [row.text(record.get("answer") if isinstance(record, dict) else record, key) for record in records]
 
 
@@ -233,7 +210,7 @@ def answers_in(row: RowView, key: str) -> list[str]:
 
 def _cauldron(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     """The Cauldron's rows: `images`, and `texts` of {user, assistant}; the images stand in front of all turns."""
-    images = row.images("images", "image")
+    images = _entries(row, "images", "image")
     turns = row.need("texts")
     if not isinstance(turns, list):
         raise row.error(f'"texts" is {kind(turns)}, not a list', 'write a list of {"user": ..., "assistant": ...}')
@@ -242,6 +219,7 @@ def _cauldron(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
         key = f"texts[{index}]"
         if not isinstance(turn, dict):
             raise row.error(f"{key} is {kind(turn)}, not an object with user and assistant", "correct the row")
+        check_left(row, "message", turn, ("user", "assistant"), f"{key}.")
         asked = row.text(turn.get("user"), f"{key}.user").strip()
         answer = row.text(turn.get("assistant"), f"{key}.assistant").strip()
         messages += [{"role": "user", "content": split_marks(asked)}, answer_message(answer)]
@@ -258,10 +236,16 @@ def _cauldron(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
 
 def _some_images(row: RowView) -> list[Any]:
     row.need("image", "images")
-    images = row.images("image", "images")
+    images = _entries(row, "image", "images")
     if not images:
         raise row.error('"image" is empty', "name the image file or remove the row", "no image")
     return images
+
+
+def _entries(row: RowView, *keys: str) -> list[Any]:
+    """The row's images, each a file or an object that says more of it."""
+    given = enumerate(row.images(*keys))
+    return [image_entry(row, image, f"images[{index}]", COLUMN_REFERENCES) for index, image in given]
 
 
 def _user(row: RowView, text: str, images: int) -> Message:
@@ -284,15 +268,20 @@ def _language(row: RowView, text: str) -> str:
     return re.split("[-_]", own.lower())[0] if isinstance(own, str) and own else language_of(text)
 
 
-_CAPTION = Format(_caption, ("image", "images", "caption", "text", "id", "language"), prompts="caption")
-_VQA = Format(_vqa, ("image", "images", "question", "answer", "answers", "id", "language"), prompts="question")
+_ANY = ("system", "tools", "id", "language")
+_CHATS = (
+    "messages", "conversations", "prompt", "completion", "query", "response", "instruction", "input", "output",
+    "history",
+)  # fmt: skip
+_CAPTION = Format(_caption, ("image", "images", "caption", "text", *_ANY), prompts="caption")
+_VQA = Format(_vqa, ("image", "images", "question", "answer", "answers", *_ANY), prompts="question")
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(_messages, ("messages", "prompt", "completion", "images", "image", "id", "language")),
-    "llava": Format(_llava, ("conversations", "image", "images", "id", "language")),
+    "messages": Format(_messages, (*_CHATS, "images", "image", *_ANY)),
+    "llava": Format(_llava, ("conversations", "image", "images", *_ANY)),
     "caption": _CAPTION,
     "vqa": _VQA,
-    "cauldron": Format(_cauldron, ("images", "image", "texts", "id", "language")),
+    "cauldron": Format(_cauldron, ("images", "image", "texts", *_ANY)),
     # Whole documents, which `published` takes apart into rows of these kinds.
     "coco": _CAPTION,
     "cc_sbu_align": _CAPTION,

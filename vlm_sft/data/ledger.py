@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import RowError, UserError
+from ..base.words import short
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
 EXAMPLES = 3  # sentences kept of each reason
+MOST_NAMES, OTHER_NAMES = 100, "(other keys)"
 # A share of few rows says little: of a stream, rejected rows are compared with so many at least.
 FEWEST_STREAMED = 1000
 
@@ -33,6 +35,8 @@ class SourceLedger:
         found: Rows that were rejected because of their measure or their images before the first step.
         met: Id → reason of the rows that were rejected while training.
         streamed: Whether the rows come from a stream, whose end is not known.
+        unused: Key that means nothing in the source's format → rows that have it, with a value; of a stream, of its
+            first rows.
     """
 
     read: int = 0
@@ -46,6 +50,13 @@ class SourceLedger:
     found: int = 0
     met: dict[str, str] = field(default_factory=dict)
     streamed: bool = False
+    unused: dict[str, int] = field(default_factory=dict)
+
+    def leave(self, counts: Mapping[str, int]) -> None:
+        """Counts keys that are not used; of so many names that they can be no columns, the first are kept."""
+        for key, rows in counts.items():
+            name = key if key in self.unused or len(self.unused) < MOST_NAMES else OTHER_NAMES
+            self.unused[name] = self.unused.get(name, 0) + rows
 
     def reject(self, reason: str, sentence: str) -> None:
         """Counts a row that is left out."""
@@ -163,7 +174,15 @@ def ledger_table(ledgers: Mapping[str, Ledger]) -> Group:
             for reason, count in source.rejected.items():
                 reasons.append(Text(f"{name}: {count:,} × {reason}", "bold"))
                 reasons += [Text(f"  {sentence}") for sentence in source.examples.get(reason, [])]
+            if source.unused:
+                reasons.append(Text(f"{name}: not used: {names_of(source.unused)}"))
     return Group(table, *reasons)
+
+
+def names_of(unused: Mapping[str, int]) -> str:
+    """Keys that are not used with their rows, for a sentence: `"model" in 12 rows, …`."""
+    shown = [f'"{short(key)}" in {rows:,} {"row" if rows == 1 else "rows"}' for key, rows in list(unused.items())[:8]]
+    return ", ".join([*shown, f"and {len(unused) - 8:,} more"] if len(unused) > 8 else shown)
 
 
 def _by(part: int, whole: int) -> float:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN
+from ..reading.image_options import SIZES
 from ..reading.image_refs import image_key
 from ..reading.raw_row import RowView
 
 Part = dict[str, Any]
 Message = dict[str, Any]
+
+KEPT = ("loss", "reasoning_content", "tools")
+"""What a message may have beside role and content: `loss` False, for an answer that is not learned; what is thought
+before an answer; and, of the first message, the tools there are. Templates decide what is printed of the last two."""
+IN_EXTRAS = "extras"
+"""The column of a dataset for what some rows say beyond its features, as JSON: see `packed`."""
 
 
 class Example(NamedTuple):
@@ -80,13 +88,33 @@ def row_key(row: Mapping[str, Any]) -> bytes:
     return hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=16).digest()
 
 
+def packed(row: Mapping[str, Any]) -> str | None:
+    """What a row's messages and images say beyond the features of a dataset, as the JSON of its column `extras`.
+
+    None for most rows, which say no more; `unpacked` puts it back.
+    """
+    messages = {i: more for i, m in enumerate(row["messages"]) if (more := {k: m[k] for k in KEPT if k in m})}
+    images = {i: more for i, image in enumerate(row["images"]) if (more := {k: image[k] for k in SIZES if k in image})}
+    return json.dumps({"messages": messages, "images": images}, ensure_ascii=False) if messages or images else None
+
+
+def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a dataset with what its `extras` say at its messages and images, where they belong."""
+    found = {key: value for key, value in row.items() if key != IN_EXTRAS}
+    if row.get(IN_EXTRAS) is None:
+        return found
+    for column, more in json.loads(row[IN_EXTRAS]).items():
+        found[column] = [{**entry, **more.get(str(i), {})} for i, entry in enumerate(found[column])]
+    return found
+
+
 def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Checks a conversation and returns a copy in which every content is a list of parts.
 
     The rules: an optional system message first; then user and assistant in turn, the user first; content is a string
-    or a list of `{"type": "image"}` and `{"type": "text", "text": str}`; images stand in user messages only; a user
+    or a list of `{"type": "image"}` and `{"type": "text", "text": str}`; no image stands in a system message; a user
     message has an image or some text; an answer has text that is more than white space. Parts without text are
-    dropped, and so are keys other than these. `<image>` typed in a text stays text.
+    dropped, and so are keys other than these and `KEPT`. `<image>` typed in a text stays text.
 
     Args:
         messages: Mappings with `role` and `content`.
@@ -123,15 +151,19 @@ def _normalise(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     parts = []
     for number, part in enumerate(content):
         normal = _normalise_part(part, index, role, number)
-        if normal["type"] == "image" and role != "user":
-            raise UserError(f"message {index} ({role}) holds an image; only user messages may, so move it there.")
+        if normal["type"] == "image" and role == "system":
+            raise UserError(f"message {index} ({role}) holds an image; only the turns after it may, so move it there.")
         if normal["type"] == "image" or normal["text"]:
             parts.append(normal)
-    if role == "assistant" and not any(part["text"].strip() for part in parts):
+    if role == "assistant" and not any(part.get("text", "").strip() for part in parts):
+        if parts and parts[0]["type"] == "image":
+            raise UserError(f"message {index} ({role}) holds an image; an answer has text too, so write some.")
         raise UserError(f"message {index} is an empty answer; drop the turn or give the answer some text.")
     if role == "user" and not parts:
         raise UserError(f"message {index} (user) is empty; give it some text or an image.")
-    return {"role": role, "content": parts}
+    if len(message) == 2:
+        return {"role": role, "content": parts}
+    return {"role": role, "content": parts, **{key: message[key] for key in KEPT if message.get(key) is not None}}
 
 
 def _normalise_part(part: Any, index: int, role: str, number: int) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -35,10 +35,12 @@ _OF_THE_MIXTURE = {"weight", "repeat"}
 
 
 class Kept(NamedTuple):
-    """What was read of a source: its rows, in a last column their languages where these were asked for, and errors."""
+    """What was read of a source: its rows, in a last column their languages where these were asked for, errors, and
+    in how many rows each key was not used."""
 
     rows: Dataset
     rejected: list[RowError]
+    unused: Mapping[str, int]
 
 
 class Keeper:
@@ -83,16 +85,16 @@ class Keeper:
             if note.get("read_from") != read_from:
                 return None
             rejected = [RowError(text, where=where, reason=reason) for text, where, reason in note["rejected"]]
-            return Kept(Dataset.from_file(str(self.path)), rejected)
+            return Kept(Dataset.from_file(str(self.path)), rejected, note["unused"])
         except (OSError, pa.ArrowException, ValueError, KeyError):
             return None
 
-    def save(self, table: pa.Table, rejected: Iterable[RowError]) -> Kept | None:
+    def save(self, table: pa.Table, rejected: Iterable[RowError], unused: Mapping[str, int]) -> Kept | None:
         """Keeps what was read; None where it is not worth it, or cannot be written."""
         errors = [(str(error), error.where, error.reason) for error in rejected]
         if len(table) < FEWEST or len(errors) > MOST_REJECTED or _has_images(table):
             return None
-        note = json.dumps({"read_from": self.read_from, "rejected": errors}).encode()
+        note = json.dumps({"read_from": self.read_from, "rejected": errors, "unused": unused}).encode()
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _NOTE: note})
         try:
             with written_beside(self.path) as beside, pa.ipc.new_stream(str(beside), table.schema) as stream:

@@ -44,7 +44,12 @@ def name_of(source: SourceLike) -> str:
 
 
 def source_rows(
-    source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it, stream: bool = False
+    source: SourceLike,
+    *,
+    seed: int = 0,
+    reject: Callable[[RowError], None] = raise_it,
+    stream: bool = False,
+    unused: Callable[[set[str]], None] = lambda keys: None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one source in the order of its files, each as it is used; nothing is held.
 
@@ -53,11 +58,13 @@ def source_rows(
         seed: draws the prompts. The draw of a row depends on seed, source name and row number only.
         reject: told of every row that is wrong by itself, which is then left out; by default it stops the run.
         stream: read a Hub dataset as it is used, instead of downloading all of it first.
+        unused: told, for every row, the names of the keys that have a value and mean nothing in its format.
 
     Raises:
         UserError: the source is not what the recipe says. Raised while iterating.
     """
-    return (row for row, _ in rows_with_language(source, seed=seed, reject=reject, stream=stream, languages=False))
+    found = rows_with_language(source, seed=seed, reject=reject, stream=stream, languages=False, unused=unused)
+    return (row for row, _ in found)
 
 
 def rows_with_language(
@@ -67,6 +74,7 @@ def rows_with_language(
     reject: Callable[[RowError], None] = raise_it,
     stream: bool = False,
     languages: bool = True,
+    unused: Callable[[set[str]], None] = lambda keys: None,
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """As `source_rows`, each row with its language (`zh`, `en`, or what its own `language` says).
 
@@ -75,7 +83,7 @@ def rows_with_language(
         languages: False: the language is not looked for where no prompt depends on it.
     """
     check_source(source)
-    return islice(_rows(source, seed, reject, stream, languages), source.max_rows)
+    return islice(_rows(source, seed, reject, stream, languages, unused), source.max_rows)
 
 
 def every_answer(source: SourceLike) -> dict[str, list[str]]:
@@ -148,7 +156,12 @@ def _check_prompts(source: SourceLike, name: str) -> None:
 
 
 def _rows(
-    source: SourceLike, seed: int, reject: Callable[[RowError], None], stream: bool, languages: bool
+    source: SourceLike,
+    seed: int,
+    reject: Callable[[RowError], None],
+    stream: bool,
+    languages: bool,
+    unused: Callable[[set[str]], None],
 ) -> Iterator[tuple[dict[str, Any], str]]:
     images_folder = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
     unseen = set(source.columns.values())
@@ -159,7 +172,7 @@ def _rows(
             of_file, folder = row.folder, None if row.folder is None else os.path.abspath(row.folder)
         try:
             # All of a row before any of it: one wrong caption of five rejects the row, not a part of it.
-            yield from list(_examples(source, row, number, folder, seed, languages))
+            yield from list(_examples(source, row, number, folder, seed, languages, unused))
         except RowError as error:
             reject(error)
     if unseen:
@@ -178,7 +191,13 @@ def _raw_rows(source: SourceLike, stream: bool) -> Iterator[Row]:
 
 
 def _examples(
-    source: SourceLike, row: Row, number: int, folder: str | None, seed: int, languages: bool
+    source: SourceLike,
+    row: Row,
+    number: int,
+    folder: str | None,
+    seed: int,
+    languages: bool,
+    unused: Callable[[set[str]], None],
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """The conversations of one row, each as a row of the contract with its language."""
     if row.problem is not None:
@@ -186,7 +205,13 @@ def _examples(
     name = name_of(source)
     draw = _prompts_of(source, f"{seed}/{name}/{number}", row.where) if source.prompts else no_prompt
     found = examples_of(
-        row.values, source.format, where=row.where, columns=source.columns, draw_prompt=draw, languages=languages
+        row.values,
+        source.format,
+        where=row.where,
+        columns=source.columns,
+        draw_prompt=draw,
+        languages=languages,
+        unused=unused,
     )
     examples = list(found)
     for k, example in enumerate(examples, start=1):
@@ -222,7 +247,7 @@ def _checked(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]
         messages = normalise_messages(messages)
     except UserError as error:
         raise RowError(f"{where}: {error}", where=where, reason="messages wrong") from None
-    if not any(message["role"] == "assistant" for message in messages):
+    if not any(message["role"] == "assistant" and message.get("loss") is not False for message in messages):
         sentence = f"{where}: there is no answer to learn from: add an assistant's message or remove the row."
         raise RowError(sentence, where=where, reason="no answer")
     return messages

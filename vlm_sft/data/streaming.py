@@ -15,9 +15,12 @@ from datasets import Features, IterableDataset, Value
 
 from ..base.errors import RowError, UserError
 from .dataset import ROW_FEATURES
+from .messages import IN_EXTRAS, packed
 from .source import SourceLike, name_of, source_rows
 
-STREAM_FEATURES = Features({**ROW_FEATURES, "rejected": {"reason": Value("string"), "sentence": Value("string")}})
+STREAM_FEATURES = Features(
+    {**ROW_FEATURES, IN_EXTRAS: Value("string"), "rejected": {"reason": Value("string"), "sentence": Value("string")}}
+)
 
 
 def stream_mixture(
@@ -42,7 +45,8 @@ def stream_mixture(
             error.
 
     Returns:
-        Rows ``{"messages", "images", "source", "id", "rejected"}``; `rejected` is None for a good row.
+        Rows ``{"messages", "images", "source", "id", "extras", "rejected"}``; `extras` as `messages.packed` gives it;
+        `rejected` is None for a good row.
     """
     stream = _Stream(tuple(sources), seed, buffer, shards, keep_rejected)
     return IterableDataset.from_generator(stream, STREAM_FEATURES, gen_kwargs={"shards": list(range(shards))})
@@ -90,12 +94,12 @@ class _Stream:
         """One pass; a rejected row stands where the file has it."""
         if not self.keep_rejected:
             for row in source_rows(source, seed=self.seed, stream=True):
-                yield {**row, "rejected": None}
+                yield {**row, IN_EXTRAS: packed(row), "rejected": None}
             return
         rejected: list[RowError] = []
         for row in source_rows(source, seed=self.seed, reject=rejected.append, stream=True):
             yield from self._marked(source, rejected)
-            yield {**row, "rejected": None}
+            yield {**row, IN_EXTRAS: packed(row), "rejected": None}
         yield from self._marked(source, rejected)
 
     @staticmethod

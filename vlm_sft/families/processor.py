@@ -19,7 +19,7 @@ from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBa
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
 from ..base.words import one_line
-from ..batch.encoding import EncodedChat, as_plain_text, pad, supervised_characters, tokenize
+from ..batch.encoding import EncodedChat, as_plain_text, in_loss, pad, supervised_characters, tokenize
 from ..batch.processor import VLMProcessor
 from ..templates.render import RenderedChat
 from .table import Family
@@ -146,7 +146,7 @@ class FamilyProcessor(VLMProcessor):
         starts = [start for start, _ in chat.image_spans]
         seen = [0] * len(starts)
         for token, (start, end) in zip(*tokenize(self.tokenizer, chat.text, supervised), strict=True):
-            learned = end > start and bool(supervised[start])
+            learned = end > start and in_loss(supervised[start])
             image = bisect_right(starts, start) - 1
             if image >= 0 and start < chat.image_spans[image][1]:
                 token, place = self._image_token(token, seen[image])
@@ -254,8 +254,8 @@ def expand(chat: RenderedChat, expansions: Sequence[str]) -> RenderedChat:
         before = bisect_right(borders, (position, len(chat.text) + length)) - 1
         return position + (borders[before][1] if before >= 0 else 0)
 
-    spans = [(moved(start), moved(end)) for start, end in chat.spans]
-    return RenderedChat("".join([*pieces, chat.text[last:]]), spans, images)
+    spans, unlearned = ([(moved(start), moved(end)) for start, end in each] for each in (chat.spans, chat.unlearned))
+    return RenderedChat("".join([*pieces, chat.text[last:]]), spans, images, unlearned)
 
 
 def _column(row: EncodedChat, counts: str) -> list[int]:

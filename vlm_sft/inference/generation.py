@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..base.errors import UserError
 from ..batch.encoding import EncodedChat
 from ..batch.processor import VLMProcessor
+from ..data.messages import unpacked
 from ..reading.images import image_size, load_image
 from .settings import generation_options
 
@@ -52,7 +53,7 @@ def prepare(
         UserError: A conversation is malformed, has too few images or an image cannot be read.
     """
     encoded, images, instructions = [], [], []
-    for number, row in enumerate(conversations):
+    for number, row in enumerate(map(unpacked, conversations)):
         where = _where(row, number, len(conversations))
         chat = encode_question(processor, row, where)
         encoded.append(chat)
@@ -66,6 +67,7 @@ def prepare(
 
 def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "") -> EncodedChat:
     """Ids of one conversation up to where the answer begins; see `prepare`."""
+    row = unpacked(row)
     messages, place = row["messages"], f"{where}: " if where else ""
     sizes = [image_size(image, where=where) for image in row["images"]] if processor.reads_sizes else []
     messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages

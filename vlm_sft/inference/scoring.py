@@ -147,8 +147,10 @@ def score(
 
 def gather(rows: Iterable[dict[str, Any]], format: str = "") -> list[Question]:  # noqa: A002
     """Rows → questions; the last answer of a row is its reference."""
+    from ..data.messages import unpacked
+
     questions = []
-    for row in rows:
+    for row in map(unpacked, rows):
         if row["messages"][-1]["role"] != "assistant":
             raise UserError(f"row {row['id']}: its last message is no answer to compare with; end it with one.")
         reference = "".join(part["text"] or "" for part in row["messages"][-1]["content"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..batch.tokenizer_coverage import Coverage
 from ..data.image_files import Leak
-from ..data.ledger import Ledger
+from ..data.ledger import Ledger, names_of
 from ..data.messages import answers_of, row_key
 from ..model.freeze import part_of
 from ..templates.literals import find_markers, role_markers
@@ -105,6 +105,15 @@ def shortened_rows(evidence: Evidence) -> Iterator[Finding]:
                 f"{name}: {_count(short, 'row')} {'loses' if short == 1 else 'lose'} {turns:,} turns to fit max_length."
             )
             yield Finding(WARNING, sentence, "Raise sft.max_length if the memory allows it.")
+
+
+def unused_keys(evidence: Evidence) -> Iterator[Finding]:
+    """Keys of rows that mean nothing in their format, which nothing is trained on."""
+    for name, ledger in evidence.ledgers.items():
+        for source, of in ledger.sources.items():
+            if of.unused:
+                sentence = f'{name}: the source "{source}" has keys that are not used: {names_of(of.unused)}.'
+                yield Finding(NOTE, sentence, "If one holds what is to be learnt, map it in `columns`.")
 
 
 def foreign_markers(evidence: Evidence) -> Iterator[Finding]:
@@ -221,8 +230,8 @@ def tight_memory(evidence: Evidence) -> Iterator[Finding]:
 
 
 CHECKS = (
-    rejected_rows, shortened_rows, foreign_markers, early_ends, hollow_answers, common_answers, repeated_rows,
-    leaked_images, poor_coverage, unproven_tensors, tight_memory,
+    rejected_rows, shortened_rows, unused_keys, foreign_markers, early_ends, hollow_answers, common_answers,
+    repeated_rows, leaked_images, poor_coverage, unproven_tensors, tight_memory,
 )  # fmt: skip
 
 

@@ -19,7 +19,9 @@ from ..base.errors import UserError, row_error
 from ..base.names import IMAGE_TOKEN
 from ..base.whole_files import written_beside
 from ..base.words import reason_of
+from ..data.messages import KEPT
 from ..reading.image_kinds import ending_of
+from ..reading.image_options import SIZES
 from ..reading.image_refs import is_url
 
 ROWS_PER_SHARD = 1000
@@ -41,6 +43,11 @@ class Images:
     def __init__(self, out: Path, stage: Path, copy: bool) -> None:
         self.home, self.stage, self.copy = out.parent.resolve(), stage, copy
         self.folder = images_folder(out).name
+
+    def entry(self, image: dict[str, Any], where: str) -> Any:
+        """What to write for an image of a row: its path, with the size that the row asks for where it does."""
+        sizes = {key: image[key] for key in SIZES if key in image}
+        return {"path": self.name(image, where), **sizes} if sizes else self.name(image, where)
 
     def name(self, image: dict[str, Any], where: str) -> str:
         """The path to write for an image of a row."""
@@ -125,7 +132,7 @@ def _messages(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
     written = 0
     with out.open("w", encoding="utf-8") as file:
         for row in rows:
-            named = [images.name(image, row["id"]) for image in row["images"]]
+            named = [images.entry(image, row["id"]) for image in row["images"]]
             line = {"id": row["id"], "images": named, "messages": _plain(row["messages"])}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             written += 1
@@ -138,7 +145,7 @@ def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def plain(part: dict[str, Any]) -> dict[str, Any]:
         return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
 
-    return [{"role": m["role"], "content": [plain(part) for part in m["content"]]} for m in messages]
+    return [{**m, "content": [plain(part) for part in m["content"]]} for m in messages]
 
 
 def _llava(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
@@ -146,7 +153,7 @@ def _llava(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
     written = 0
     with out.open("w", encoding="utf-8") as file:
         for row in rows:
-            named = [images.name(image, row["id"]) for image in row["images"]]
+            named = [images.entry(image, row["id"]) for image in row["images"]]
             line: dict[str, Any] = {"id": row["id"]}
             if named:
                 line["image"] = named[0] if len(named) == 1 else named
@@ -157,14 +164,18 @@ def _llava(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
     return written
 
 
-def _turn(message: dict[str, Any], where: str) -> dict[str, str]:
+def _turn(message: dict[str, Any], where: str) -> dict[str, Any]:
     parts = message["content"]
     text = "".join(part["text"] for part in parts if part["type"] == "text")
     if message["role"] == "user" and IMAGE_TOKEN in text:
         what = f"its text holds {IMAGE_TOKEN}, which LLaVA's format takes for an image"
         raise row_error(where, what, "write --to messages, or change the text", "mark in text")
     marks = f"{IMAGE_TOKEN}\n" * sum(part["type"] == "image" for part in parts)
-    return {"from": _SPEAKERS[message["role"]], "value": marks + (text.lstrip("\n") if marks else text)}
+    if marks and message["role"] != "user":
+        what = "an answer of it holds an image, for which LLaVA's format has no place"
+        raise row_error(where, what, "write --to messages", "mark in text")
+    more = {key: message[key] for key in KEPT if key in message}
+    return {"from": _SPEAKERS[message["role"]], "value": marks + (text.lstrip("\n") if marks else text), **more}
 
 
 def _webdataset(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
@@ -187,6 +198,9 @@ def _add_sample(archive: tarfile.TarFile, key: str, row: dict[str, Any]) -> None
     document = {"id": row["id"], "messages": _plain(row["messages"])}
     _add(archive, f"{key}.json", json.dumps(document, ensure_ascii=False).encode())
     for number, image in enumerate(row["images"]):
+        if size := next((key for key in SIZES if key in image), None):
+            what = f"an image of it has {size}, for which shards have no place"
+            raise row_error(row["id"], what, "write --to messages", "key refused")
         data = encoded(image, row["id"])
         _add(archive, f"{key}.{number}.{ending_of(data)}", data)
 

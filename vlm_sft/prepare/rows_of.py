@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from ..base.assets import list_recipes
 from ..base.console import make_console
 from ..base.errors import UserError
-from ..data.ledger import Ledger, ledger_table
+from ..data.ledger import Ledger, SourceLedger, ledger_table
 from ..data.source import name_of, source_rows
 from ..recipe.schema import load_recipe
 from ..recipe.sections import Source
@@ -43,18 +44,23 @@ class RowsOf:
         for source in self.sources:
             name = name_of(source)
             counted = ledger.source(name)
-            for row in source_rows(source, reject=ledger.rejecter(name)):
+            count = partial(_count_keys, counted)
+            for row in source_rows(source, reject=ledger.rejecter(name), unused=count):
                 counted.read += 1
                 counted.used += 1
                 yield row
         console = make_console()
         ledger.check(console)
-        if any(source.lost for source in ledger.sources.values()):
+        if any(source.lost or source.unused for source in ledger.sources.values()):
             console.print(ledger_table({"data": ledger}))
 
     def describe(self) -> list[dict[str, Any]]:
         """What the rows depend on, for a file that is made of them."""
         return [source.model_dump(mode="json") for source in self.sources]
+
+
+def _count_keys(counted: SourceLedger, keys: set[str]) -> None:
+    counted.leave(dict.fromkeys(keys, 1))
 
 
 def _sources(src: str, kind: str | None, images: str | None, columns: list[str] | None) -> list[Source]:

@@ -8,9 +8,16 @@ import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from ..base.errors import UserError, row_error
-from ..base.words import one_line
+from ..base.words import one_line, short
+from .image_kinds import kind_of
+from .image_options import sizes_of
+
+FEWEST_LETTERS = 88  # of base64 that may be an image: the smallest GIF has 43 bytes, and a PNG has 67
+LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes that Linux takes
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 def is_url(path: str) -> bool:
@@ -28,7 +35,8 @@ def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool =
     """An image as the row names it → ``{"path": absolute, "bytes": None}`` or ``{"path": name, "bytes": ...}``.
 
     Args:
-        image: a path, bytes, a data URI or ``{"path", "bytes"}``.
+        image: a path, a `file://` path, bytes, base64, a data URI or ``{"path", "bytes"}``, maybe with the sizes of
+            `image_options`, which come along.
         folder: absolute; where a relative path starts. None: there is no such folder.
         where: the row's place in words.
         allow_urls: keeps a URL as the path; the data-loader worker fetches it.
@@ -37,8 +45,9 @@ def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool =
         RowError: it is none of these, or empty.
         UserError: the path is relative and there is no folder, which is so in every row of the source.
     """
-    name = None
+    name, sizes = None, {}
     if isinstance(image, Mapping):
+        sizes = sizes_of(image, where)
         name = image.get("path")
         encoded = image.get("bytes")
         image = name if encoded is None else encoded
@@ -47,24 +56,54 @@ def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool =
             raise row_error(
                 where, "an embedded image is empty (0 bytes)", "write it again or remove the row", "image empty"
             )
-        return {"path": name if isinstance(name, str) else None, "bytes": image}
+        return {"path": name if isinstance(name, str) else None, "bytes": image, **sizes}
     if not isinstance(image, str):
         raise row_error(where, "an image is neither a path nor bytes", "write the path of a file", "wrong type")
     if image.startswith("data:"):
-        return {"path": None, "bytes": _from_data_uri(image, where)}
-    if is_url(image):
+        return {"path": None, "bytes": _from_data_uri(image, where), **sizes}
+    if image.startswith("file://"):
+        image = _from_file_uri(image)
+    elif is_url(image):
         if allow_urls:
-            return {"path": image, "bytes": None}
+            return {"path": image, "bytes": None, **sizes}
         what = f"the image {one_line(image[:200])} is a URL and no URL is fetched"
         raise row_error(where, what, "download it first, or set the source's `allow_urls: true`", "image is a URL")
     path = os.path.expanduser(image)
     if "\0" in path or not path.strip() or path.encode("utf-8", "ignore").decode() != path:
         raise row_error(where, f"the image path {path[:200]!a} is blank or no text", "correct it", "not text")
+    if len(path) > FEWEST_LETTERS and (decoded := _from_base64(path)) is not None:
+        return {"path": None, "bytes": decoded, **sizes}
+    if len(os.fsencode(path)) > LONGEST_PATH or max(map(len, os.fsencode(path).split(b"/"))) > LONGEST_NAME:
+        what = f"the image {short(path)} has {len(path):,} letters, which is no path and no base64 of an image"
+        raise row_error(where, what, "write the path of a file, or the bytes of an image in base64", "not an image")
     if not os.path.isabs(path) and folder is None:
         raise UserError(
             f"{where}: the image path {path} is relative, but rows of the Hub lie in no folder: set `images`."
         )
-    return {"path": os.path.abspath(os.path.join(folder or "", path)), "bytes": None}
+    return {"path": os.path.abspath(os.path.join(folder or "", path)), "bytes": None, **sizes}
+
+
+def _from_file_uri(uri: str) -> str:
+    """The path in a `file://` URI; percents are read as the standard has them unless a file is called so."""
+    path = uri.removeprefix("file://").removeprefix("localhost/" if uri.startswith("file://localhost/") else "")
+    path = f"/{path}" if uri.startswith("file://localhost/") else path
+    return path if "%" not in path or os.path.exists(path) else unquote(path)
+
+
+def _from_base64(text: str) -> bytes | None:
+    """The bytes of an image that are written in base64 and nothing else; None for what is the name of a file."""
+    letters = "".join(text.split()).translate(_URL_SAFE)
+    try:
+        head = base64.b64decode(letters[:64], validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    # A long name of letters alone may be a file; a picture's first bytes say that it is none.
+    if kind_of(head) is None and head[4:8] != b"ftyp":
+        return None
+    try:
+        return base64.b64decode(letters.rstrip("=") + "=" * (-len(letters.rstrip("=")) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
 
 
 def _from_data_uri(uri: str, where: str) -> bytes:

@@ -13,9 +13,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..base.errors import RowError
+from ..base.errors import RowError, row_error
 from ..base.words import reason_of
 from .image_kinds import describe_unreadable, kind_of
+from .image_options import size_asked
 from .image_refs import is_url
 
 MAX_PIXELS = 178_956_970  # where PIL itself calls an image a decompression bomb
@@ -42,7 +43,8 @@ def load_image(
     palette and grey become RGB; 16-bit grey is scaled to 8 bits, not clipped. Files are closed before returning.
 
     Args:
-        image: a row's ``{"path": ..., "bytes": ...}`` (bytes win), a path, encoded bytes, or a PIL image.
+        image: a row's ``{"path": ..., "bytes": ...}`` (bytes win), maybe with the sizes of
+            `image_options`, a path, encoded bytes, or a PIL image.
         where: put in front of every error, for instance ``captions/17``.
         max_pixels: the largest width times height. It is compared before anything is decoded. PIL's own limit
             (178,956,970 by default) holds as well.
@@ -57,10 +59,24 @@ def load_image(
         RowError: the image is missing, a folder, unreadable, empty, truncated, damaged, too large or not an image.
     """
     try:
-        return _load(image, f"{where}: " if where else "", _Limits(max_pixels, side), fetch)
+        limits = _Limits(max_pixels, side)
+        loaded = _load(image, f"{where}: " if where else "", limits, fetch)
+        return _resized(loaded, image, where, limits) if isinstance(image, Mapping) else loaded
     except RowError as error:
         error.where = where
         raise
+
+
+def _resized(loaded: Image.Image, image: Mapping[str, Any], where: str, limits: _Limits) -> Image.Image:
+    """A picture in the size that its entry asks for."""
+    asked = size_asked(loaded.size, image)
+    if asked == loaded.size:
+        return loaded
+    if asked[0] * asked[1] > limits.max_pixels:
+        what = f"an image of {loaded.width:,} x {loaded.height:,} pixels is to become {asked[0]:,} x {asked[1]:,}"
+        mend = f"at most {limits.max_pixels:,} pixels are made: ask for fewer in the row"
+        raise row_error(where, what, mend, "image too large")
+    return loaded.resize(asked, Image.Resampling.BICUBIC)
 
 
 class _Limits(NamedTuple):
@@ -122,7 +138,8 @@ def image_size(
     source = image.get("bytes") or image.get("path") if isinstance(image, Mapping) else image
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as opened:
-            return _upright_size(opened)
+            size = _upright_size(opened)
+            return size_asked(size, image) if isinstance(image, Mapping) else size
     except Exception:  # whatever it is, `load_image` says it in a sentence, or reads it in another way
         return load_image(image, where=where, fetch=fetch).size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,17 +11,30 @@ from ..base.words import closest, kind, short
 
 
 class RowView:
-    """A row with checked access: every error names the row, the key and how to mend it."""
+    """A row with checked access: every error names the row, the key and how to mend it.
+
+    Attributes:
+        values: our name of a column to its value.
+        read: the columns that were asked for; of several that would do, up to the first that has a value.
+        unused: the keys that have a value and that nobody asked for; see `leave`.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> None:
         if columns:
             renamed = {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
             values = {key: value for key, value in values.items() if key not in columns} | renamed
         self.values, self.where, self.columns = values, where, columns
+        self.read = set(columns.values())
+        self.unused: set[str] = set()
+
+    def leave(self, key: str) -> None:
+        """Notes a key that is not used, without the numbers of lists: `messages[].name`."""
+        self.unused.add(re.sub(r"\[\d+\]", "[]", key))
 
     def get(self, *keys: str) -> Any:
         """The first of `keys` that has a value, or None."""
         for key in keys:
+            self.read.add(key)
             if (value := self.values.get(key)) is not None:
                 return value
         return None
@@ -56,6 +70,7 @@ class RowView:
 
     def images(self, *keys: str) -> list[Any]:
         """The row's images: no key, null, empty text and an empty list mean none."""
+        self.read.update(keys)
         given = [(key, value) for key in keys if (value := self.values.get(key)) not in (None, "", [])]
         if len(given) > 1 and _listed(given[0][1]) != _listed(given[1][1]):
             what = f'the row has both "{given[0][0]}" and "{given[1][0]}", and they differ'
@@ -68,6 +83,11 @@ class RowView:
 
     def error(self, what: str, mend: str, reason: str = "wrong type") -> RowError:
         return row_error(self.where, what, mend, reason)
+
+
+def is_given(value: Any) -> bool:
+    """Whether a value says anything: null, empty text, an empty list and an empty object are as no key."""
+    return not (value is None or (isinstance(value, str | list | tuple | dict) and not value))
 
 
 def _listed(value: Any) -> list[Any]:

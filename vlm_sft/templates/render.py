@@ -7,18 +7,19 @@ replaced afterwards. What a user or an answer says therefore never makes an imag
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..base.assets import template_path
 from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN
-from ..data.messages import normalise_messages
-from .sandbox import MARKS, compile_template, run_template
+from ..data.messages import Message, normalise_messages
+from .sandbox import MARKS, compile_template, run_template, variables_of, words_of
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class RenderedChat:
         spans: Half-open character ranges that are supervised, sorted and disjoint.
         image_spans: Half-open character ranges of the true image placeholders, in the order of the images. The same
             characters anywhere else were typed by somebody and are text.
+        unlearned: The ranges that `spans` would have for answers whose `loss` is False, sorted and disjoint.
     """
 
     text: str
     spans: list[tuple[int, int]]
     image_spans: list[tuple[int, int]]
+    unlearned: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def supervised(self) -> list[str]:
@@ -78,7 +81,11 @@ def render(
         )
     if system is not None and chat[0]["role"] != "system":
         chat.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    tools = next((message["tools"] for message in chat if message.get("tools")), None)
     texts = [part["text"] for message in chat for part in message["content"] if part["type"] == "text"]
+    texts += [message["reasoning_content"] for message in chat if message.get("reasoning_content")]
+    texts += [json.dumps(tools, ensure_ascii=False)] if tools else []
+    _check_printed(chat, tools, source, label)
     begin, end, image = _unused_characters(3, source, bos_token or "", eos_token or "", *texts)
     marked = run_template(
         compile_template(source, label),
@@ -88,18 +95,54 @@ def render(
         bos_token=bos_token or "",
         eos_token=eos_token or "",
         image_token=image,
-        tools=None,  # transformers defines these two, and templates made for it test them
+        tools=tools,  # transformers defines these two, and templates made for it test them
         documents=None,
         **{MARKS: (begin, end)},
     )
-    rendered = _replace_marks(marked, begin, end, image, image_token, label)
-    images = sum(part["type"] == "image" for message in chat for part in message["content"])
-    if len(rendered.image_spans) != images:
+    shown_by = [message["role"] for message in chat for part in message["content"] if part["type"] == "image"]
+    rendered, blocks = _replace_marks(marked, (begin, end, image), image_token, label, shown_by)
+    if len(rendered.image_spans) != len(shown_by):
         raise UserError(
-            f"{label} prints {len(rendered.image_spans)} image placeholders for {images} images; "
+            f"{label} prints {len(rendered.image_spans)} image placeholders for {len(shown_by)} images; "
             f"let it print {{{{ image_token }}}} once for each part of type image."
         )
-    return rendered
+    return _without_unlearned(rendered, blocks, [m for m in chat if m["role"] == "assistant"], label)
+
+
+def _check_printed(chat: Sequence[Message], tools: Any, source: str, label: str) -> None:
+    """Refuses what a message has and the template would leave out."""
+    if tools and "tools" not in variables_of(source):
+        raise UserError(f"the row has tools, which {label} does not print; use one that does, or remove them.")
+    thinks = next((i for i, message in enumerate(chat) if message.get("reasoning_content")), None)
+    if thinks is not None and "reasoning_content" not in words_of(source):
+        raise UserError(
+            f"message {thinks} has reasoning_content, which {label} does not print; use one that does, write it into "
+            f"the answer, or remove it."
+        )
+
+
+def _without_unlearned(
+    chat: RenderedChat, blocks: Sequence[int], answers: Sequence[Message], label: str
+) -> RenderedChat:
+    """Takes the answers whose `loss` is False out of what is supervised.
+
+    Args:
+        chat: The conversation, in which all answers are supervised.
+        blocks: For each of its spans, which of the template's generation blocks it comes from, and last their number.
+        answers: Its messages of the assistant.
+        label: What to call the template.
+    """
+    off = {number for number, answer in enumerate(answers) if answer.get("loss") is False}
+    if not off:
+        return chat
+    if blocks[-1] != len(answers):
+        raise UserError(
+            f"{label} has {blocks[-1]} supervised blocks for {len(answers)} answers, so the loss of one cannot be "
+            f"switched off; let it write one {{% generation %}} block for each answer."
+        )
+    spans = list(zip(chat.spans, blocks, strict=False))
+    learned = [span for span, block in spans if block not in off]
+    return replace(chat, spans=learned, unlearned=[span for span, block in spans if block in off])
 
 
 def render_chat(
@@ -159,24 +202,40 @@ def _unused_characters(count: int, *texts: str) -> list[str]:
     return found
 
 
-def _replace_marks(marked: str, begin: str, end: str, image: str, image_token: str, label: str) -> RenderedChat:
+def _replace_marks(
+    marked: str, marks: tuple[str, str, str], image_token: str, label: str, shown_by: Sequence[str]
+) -> tuple[RenderedChat, list[int]]:
+    """The text without marks; and for each of its spans which generation block it is of, and last how many there are.
+
+    Args:
+        marked: What the template printed.
+        marks: The characters for where a block begins, where it ends, and an image.
+        image_token: What an image is then.
+        label: What to call the template.
+        shown_by: The role of each image's message: an answer's own image parts its span in two.
+    """
+    begin, end, image = marks
     pieces: list[str] = []
     spans: list[tuple[int, int]] = []
     images: list[tuple[int, int]] = []
-    length, start = 0, None
+    blocks: list[int] = []
+    length, start, block = 0, None, -1
     for piece in re.split(f"([{begin}{end}{image}])", marked):
+        if piece in (begin, end, image) and start is not None and length > start:
+            spans.append((start, length))
+            blocks.append(block)
         if piece in (begin, end):
             if (piece == begin) != (start is None):
                 raise UserError(f"{label} has generation markers inside generation markers; close one before the next.")
-            if start is not None and length > start:
-                spans.append((start, length))
+            block += piece == begin
             start = length if piece == begin else None
             continue
         if piece == image:
-            if start is not None:
+            if start is not None and shown_by[len(images) : len(images) + 1] != ["assistant"]:
                 raise UserError(f"{label} prints an image inside its generation markers; images are never supervised.")
             images.append((length, length + len(image_token)))
             piece = image_token
+            start = None if start is None else length + len(piece)
         pieces.append(piece)
         length += len(piece)
-    return RenderedChat("".join(pieces), spans, images)
+    return RenderedChat("".join(pieces), spans, images), [*blocks, block + 1]

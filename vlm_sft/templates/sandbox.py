@@ -72,6 +72,14 @@ def variables_of(source: str) -> frozenset[str]:
     return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(source)))
 
 
+@lru_cache(maxsize=64)
+def words_of(source: str) -> frozenset[str]:
+    """Names of attributes and texts that a template's code (not its comments) has: what it may look up in a message."""
+    tree = _environment().parse(source)
+    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+    return frozenset(attributes | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
+
+
 class _Generation(jinja2.ext.Extension):
     """`{% generation %} … {% endgeneration %}`: prints its body between the two border characters of this render.
 

@@ -18,6 +18,7 @@ from ..batch.collator import MultimodalCollator
 from ..bundle.load import load
 from ..bundle.run_folder import checkpoints, find_records, flaw_of, step_of
 from ..data.dataset import load_source
+from ..data.messages import unpacked
 from ..recipe.schema import Recipe, load_recipe
 
 
@@ -94,7 +95,7 @@ def examine(model: nn.Module, collator: MultimodalCollator, row: dict[str, Any])
     with torch.no_grad():
         loss = float(model(**inputs, use_cache=False).loss)
     pixels = inputs.get("pixel_values")
-    sizes = [collator.decode(image, f"row {row['id']}").size for image in row["images"]]
+    sizes = [collator.decode(image, f"row {row['id']}").size for image in unpacked(row)["images"]]
     values = "" if pixels is None else f", {float(pixels.mean()):.2f}, {float(pixels.std()):.2f}"
     finite = math.isfinite(loss) and (pixels is None or bool(pixels.isfinite().all()))
     return (

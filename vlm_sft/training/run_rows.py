@@ -107,11 +107,16 @@ def _load_stream(
     beginnings = [
         source.model_copy(update={"max_rows": min(source.max_rows or FIRST_ROWS, FIRST_ROWS)}) for source in data.train
     ]
-    parts = [read_source(source, seed=seed, reject=first.rejecter(name_of(source))).rows for source in beginnings]
+    parts = []
+    for source in beginnings:
+        name = name_of(source)
+        reject, unused = first.rejecter(name), first.source(name).leave
+        parts.append(read_source(source, seed=seed, reject=reject, unused=unused).rows)
     findings = look("train", parts, seed=seed)
     for source, found in zip(data.train, findings, strict=True):
         found.write_to(first.source(name_of(source)))
-        ledger.sources[name_of(source)] = SourceLedger(streamed=True)
+        left = dict(first.source(name_of(source)).unused)
+        ledger.sources[name_of(source)] = SourceLedger(streamed=True, unused=left)
     first.check(console, "train")
     rows = stream_mixture(
         data.train, seed=seed, buffer=data.shuffle_buffer, shards=shards, keep_rejected=data.max_rejected > 0
@@ -145,8 +150,11 @@ def _load_set(
         with RowProgress(console, name) as progress:
             for source in sources:
                 tell = partial(progress.tell, f"{name_of(source)}: read", about=True)
-                reject = ledger.rejecter(name_of(source))
-                parts.append(read_source(source, seed=seed, reject=reject, languages=bool(languages), tell=tell))
+                reject, unused = ledger.rejecter(name_of(source)), ledger.source(name_of(source)).leave
+                found = read_source(
+                    source, seed=seed, reject=reject, languages=bool(languages), tell=tell, unused=unused
+                )
+                parts.append(found)
         return parts
 
     try:
