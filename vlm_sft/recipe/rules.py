@@ -1,6 +1,7 @@
 """The rules of a recipe that concern more than one key, each a small function that yields what is broken.
 
-A rule gets the recipe after every key was checked by itself, and yields `(path of the key, sentence)`.
+A rule gets the sections that it is about, after every key was checked by itself, and yields `(path of the key,
+sentence)`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..base.assets import template_path
 from ..base.errors import UserError
 from ..base.names import PARTS
 from ..base.words import closest
+from .sections import Data, Hub, Stack
 from .yaml_file import KeyPath
 
 if TYPE_CHECKING:
@@ -61,10 +64,21 @@ _BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
     """Returns the first broken rule as (path of the key, sentence), or None."""
-    for rule in _RULES:
-        for broken in rule(recipe):
-            return broken
-    return None
+    rules = chain(
+        _stack_or_model(recipe),
+        _trained_parts_exist(recipe.train, recipe.stack),
+        _something_is_trained(recipe),
+        _lora_or_full(recipe.lora, recipe.train),
+        _quantised_is_frozen(recipe),
+        _pieces_fit_their_options(recipe.stack),
+        _template_exists(recipe.chat_template),
+        _sources_are_told_apart(recipe.data),
+        _stream_has_an_end_and_weights(recipe.data, recipe.sft.get("max_steps")),
+        _collator_is_a_class(recipe.collator),
+        _sft_fits(recipe.sft, evaluates=bool(recipe.data.eval)),
+        _hub_can_be(recipe.hub),
+    )
+    return next(rules, None)
 
 
 def _stack_or_model(recipe: Recipe) -> Broken:
@@ -81,8 +95,8 @@ def _something_is_trained(recipe: Recipe) -> Broken:
         yield ("train",), "nothing would be trained; name a part under `train` (part: learning rate) or add `lora`."
 
 
-def _trained_parts_exist(recipe: Recipe) -> Broken:
-    for part, rate in recipe.train.items():
+def _trained_parts_exist(train: dict[str, float], stack: Stack | None) -> Broken:
+    for part, rate in train.items():
         if part not in PARTS:
             hint = closest(part, PARTS)
             advice = f'did you mean "{hint}"?' if hint else f"the parts are {', '.join(PARTS)}."
@@ -92,25 +106,24 @@ def _trained_parts_exist(recipe: Recipe) -> Broken:
                 ("train", part),
                 f"the learning rate of {part} must be above zero, not {rate:g}; left out, it is frozen.",
             )
-    if "resampler" in recipe.train and (recipe.stack is None or recipe.stack.resampler is None):
+    if "resampler" in train and (stack is None or stack.resampler is None):
         yield ("train", "resampler"), "`train.resampler` is set but the stack has no resampler; remove it or add one."
 
 
-def _lora_or_full(recipe: Recipe) -> Broken:
-    if recipe.lora is None:
+def _lora_or_full(lora: dict[str, Any] | None, train: dict[str, float]) -> Broken:
+    if lora is None:
         return
-    if "language_model" in recipe.train:
+    if "language_model" in train:
         yield (
             ("train", "language_model"),
             "the language model cannot be trained whole and by LoRA at once; remove `train.language_model` or `lora`.",
         )
-    rank = recipe.lora.get("r")
-    if rank is not None and _is_number(rank) and rank <= 0:
+    if _is_number(rank := lora.get("r")) and rank <= 0:
         yield ("lora", "r"), f"the rank `lora.r` must be above zero, not {rank}; to do without LoRA, remove `lora`."
-    if _is_number(dropout := recipe.lora.get("lora_dropout")) and not 0 <= dropout < 1:
+    if _is_number(dropout := lora.get("lora_dropout")) and not 0 <= dropout < 1:
         yield ("lora", "lora_dropout"), f"`lora.lora_dropout` must be zero or above and below one, not {dropout}."
     # PEFT copies whole modules named there, and silently neither trains nor saves bare parameters such as query tokens.
-    for name in recipe.lora.get("modules_to_save") or []:
+    for name in lora.get("modules_to_save") or []:
         if name in PARTS:
             yield (
                 ("lora", "modules_to_save"),
@@ -136,10 +149,10 @@ def _quantised_is_frozen(recipe: Recipe) -> Broken:
         yield ("quantization",), "`quantization` needs one of `load_in_4bit: true` and `load_in_8bit: true`."
 
 
-def _pieces_fit_their_options(recipe: Recipe) -> Broken:
-    if recipe.stack is None:
+def _pieces_fit_their_options(stack: Stack | None) -> Broken:
+    if stack is None:
         return
-    resampler, projector = recipe.stack.resampler, recipe.stack.projector
+    resampler, projector = stack.resampler, stack.projector
     if resampler is not None and resampler.pretrained is None:
         yield (
             ("stack", "resampler"),
@@ -158,39 +171,37 @@ def _pieces_fit_their_options(recipe: Recipe) -> Broken:
         )
 
 
-def _template_exists(recipe: Recipe) -> Broken:
-    if recipe.chat_template is None:
+def _template_exists(template: str | None) -> Broken:
+    if template is None:
         return
     try:
-        template_path(recipe.chat_template)
+        template_path(template)
     except UserError as error:
         yield ("chat_template",), str(error)
 
 
-def _sources_are_told_apart(recipe: Recipe) -> Broken:
+def _sources_are_told_apart(data: Data) -> Broken:
     for group in ("train", "eval", "test"):
         names: set[str | None] = set()
-        for index, source in enumerate(getattr(recipe.data, group)):
+        for index, source in enumerate(getattr(data, group)):
             if source.name in names:
                 yield (
                     ("data", group, index),
                     f'two sources of data.{group} are called "{source.name}"; give one of them another `name`.',
                 )
             names.add(source.name)
-    if recipe.data.sampling == "weights":
-        for index, source in enumerate(recipe.data.train):
+    if data.sampling == "weights":
+        for index, source in enumerate(data.train):
             if "weight" not in source.model_fields_set:
                 yield ("data", "train", index), f'`sampling: weights` needs a `weight` for source "{source.name}" too.'
 
 
-def _stream_has_an_end_and_weights(recipe: Recipe) -> Broken:
-    data = recipe.data
+def _stream_has_an_end_and_weights(data: Data, steps: Any) -> Broken:
     if not data.streaming:
         if data.shuffle_buffer != type(data).model_fields["shuffle_buffer"].default:
             yield ("data", "shuffle_buffer"), "`data.shuffle_buffer` belongs to `data.streaming: true`; remove it."
         return
-    steps = recipe.sft.get("max_steps")
-    if steps is None or not _is_number(steps) or steps <= 0:
+    if not _is_number(steps) or steps <= 0:
         yield ("data", "streaming"), "`data.streaming` has no end of its own; say how long to train: `sft.max_steps`."
     if len(data.train) > 1 and data.sampling != "weights":
         yield (
@@ -208,13 +219,12 @@ def _stream_has_an_end_and_weights(recipe: Recipe) -> Broken:
             )
 
 
-def _collator_is_a_class(recipe: Recipe) -> Broken:
-    if recipe.collator is not None and not _COLLATOR.match(recipe.collator):
-        yield ("collator",), f'`collator` must look like my_package.my_module:MyCollator, not "{recipe.collator}".'
+def _collator_is_a_class(collator: str | None) -> Broken:
+    if collator is not None and not _COLLATOR.match(collator):
+        yield ("collator",), f'`collator` must look like my_package.my_module:MyCollator, not "{collator}".'
 
 
-def _sft_fits(recipe: Recipe) -> Broken:
-    sft = recipe.sft
+def _sft_fits(sft: dict[str, Any], evaluates: bool) -> Broken:
     output = sft.get("output_dir")
     if not isinstance(output, str) or not output:
         yield ("sft", "output_dir"), "`sft.output_dir` is missing: the folder that checkpoints and the bundle go to."
@@ -227,7 +237,7 @@ def _sft_fits(recipe: Recipe) -> Broken:
         yield ("sft", "learning_rate"), f"`sft.learning_rate` must be a number above zero, not {rate!r}."
     if sft.get("bf16") and sft.get("fp16"):
         yield ("sft", "fp16"), "`sft.bf16` and `sft.fp16` cannot both be true; keep one."
-    if sft.get("eval_strategy", "no") not in ("no", None) and not recipe.data.eval:
+    if sft.get("eval_strategy", "no") not in ("no", None) and not evaluates:
         yield ("sft", "eval_strategy"), "`sft.eval_strategy` asks for evaluations but `data.eval` has no source."
 
 
@@ -248,37 +258,21 @@ def _numbers_that_train(sft: dict[str, Any]) -> Broken:
         )
 
 
-def _hub_can_be(recipe: Recipe) -> Broken:
-    if recipe.hub is None:
+def _hub_can_be(hub: Hub | None) -> Broken:
+    if hub is None:
         return
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(recipe.hub.repo_id)
+        validate_repo_id(hub.repo_id)
     except HFValidationError:
         yield (
             ("hub", "repo_id"),
-            f'"{recipe.hub.repo_id}" cannot be a repository of the Hub; write name/repository, of letters, digits, '
+            f'"{hub.repo_id}" cannot be a repository of the Hub; write name/repository, of letters, digits, '
             f'"-", "_" and ".".',
         )
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-_RULES = (
-    _stack_or_model,
-    _trained_parts_exist,
-    _something_is_trained,
-    _lora_or_full,
-    _quantised_is_frozen,
-    _pieces_fit_their_options,
-    _template_exists,
-    _sources_are_told_apart,
-    _stream_has_an_end_and_weights,
-    _collator_is_a_class,
-    _sft_fits,
-    _hub_can_be,
-)

@@ -1,7 +1,7 @@
 """A recipe: one YAML file that describes one training stage, read and checked before any weight is.
 
-Only what is ours has a model, here and in `sections`. `sft:`, `lora:` and `quantization:` are passed on to the
-libraries' own classes, which `libraries` builds. The rules between keys live in `rules`.
+Only what is ours has a model: the whole here, its sections in `sections`. `sft:`, `lora:` and `quantization:` are
+passed on to the libraries' own classes, which `libraries` builds. The rules between keys live in `rules`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,37 +19,8 @@ from ..base.errors import UserError
 from ..base.names import PARTS
 from ..base.words import closest
 from .rules import first_broken_rule
-from .sections import Data, PretrainedModel, RecipeModel, Stack
+from .sections import Data, Hub, PretrainedModel, RecipeModel, Stack, Watch
 from .yaml_file import KeyPath, YamlFile, dump_yaml
-
-
-class Hub(RecipeModel):
-    """Where the bundle is pushed to on the Hugging Face Hub."""
-
-    repo_id: str
-    """`name/repository`; made if it is not there."""
-    private: bool | None = None
-    """Whether a new repository is private. Unset: as the account has it."""
-    revision: str | None = None
-    """Branch to push to, made if it is not there. Unset: main."""
-    message: str | None = None
-    """What the commit says."""
-    every_save: bool = False
-    """Push every checkpoint too, in the background."""
-    license: str | None = None
-    """Licence on the card, as the Hub spells it, for example `apache-2.0`."""
-    language: list[str] = Field(default_factory=list)
-    """Languages on the card, for example `[zh, en]`."""
-
-
-class Watch(RecipeModel):
-    """What happens to steps that go wrong; see docs/long_runs.md."""
-
-    nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: `stop`, or `skip` the step. Either way the rows are written down."""
-    jump: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
-    """A loss above the median of the last 50 by more than so many spreads is logged with its rows; null for never."""
-
 
 _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
 _SFT_SCHEMA: dict[str, Any] = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
@@ -206,14 +177,9 @@ def _sentence(error: ValidationError, file: YamlFile) -> str:
         return f'{where}: the key "{dotted}" is missing.'
     if problem["type"] == "too_short":
         return f'{where}: "{dotted}" must not be empty.'
-    return f'{where}: "{dotted}" {_expectation(problem["msg"])}, not {problem["input"]!r}.'
-
-
-def _expectation(message: str) -> str:
-    """`Input should be a valid integer` → `must be a valid integer`."""
-    if message.startswith("Input should"):
-        return "must" + message.removeprefix("Input should")
-    return f"is wrong ({message})"
+    must = problem["msg"].replace("Input should", "must", 1)
+    must = must if must.startswith("must") else f"is wrong ({must})"
+    return f'{where}: "{dotted}" {must}, not {problem["input"]!r}.'
 
 
 def _keys_at(path: KeyPath) -> list[str]:

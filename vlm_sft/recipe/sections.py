@@ -1,4 +1,4 @@
-"""Every section of a recipe but the outermost: the four parts of a stack, an existing VLM, and the data."""
+"""Every section of a recipe: the parts of a stack, an existing VLM, the data, what is watched, where a bundle goes."""
 
 from __future__ import annotations
 
@@ -253,3 +253,31 @@ class Data(RecipeModel):
     """Folder that fetched images are kept in. Unset: `vlm_sft/images` in the user's cache folder."""
     languages: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     """Language → its share of the training rows; `{zh: 1, en: 1}` for as many of each. Unset: as the sources are."""
+
+
+class Hub(RecipeModel):
+    """Where the bundle is pushed to on the Hugging Face Hub."""
+
+    repo_id: str
+    """`name/repository`; made if it is not there."""
+    private: bool | None = None
+    """Whether a new repository is private. Unset: as the account has it."""
+    revision: str | None = None
+    """Branch to push to, made if it is not there. Unset: main."""
+    message: str | None = None
+    """What the commit says."""
+    every_save: bool = False
+    """Push every checkpoint too, in the background."""
+    license: str | None = None
+    """Licence on the card, as the Hub spells it, for example `apache-2.0`."""
+    language: list[str] = Field(default_factory=list)
+    """Languages on the card, for example `[zh, en]`."""
+
+
+class Watch(RecipeModel):
+    """What happens to steps that go wrong; see docs/long_runs.md."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: `stop`, or `skip` the step. Either way the rows are written down."""
+    jump: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+    """A loss above the median of the last 50 by more than so many spreads is logged with its rows; null for never."""
