@@ -181,15 +181,12 @@ def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
     if status in (409, 412):
         return f"{repo_id!r} was changed by someone else at the same time ({status}); push again"
     if status == 429:
-        return f"The Hub has had too many requests (429); wait{_retry_after(error)} and try again"
+        asked = error.response.headers.get("Retry-After", "")
+        wait = f"wait {asked} seconds" if asked.isdigit() else "wait"
+        return f"The Hub has had too many requests (429); {wait} and try again"
     if status >= 500:
         return f"The Hub is in trouble ({status}); try again later"
     return f"The Hub refuses {repo_id!r} (status {status}); check its name and its settings"
-
-
-def _retry_after(error: HfHubHTTPError) -> str:
-    asked = error.response.headers.get("Retry-After", "")
-    return f" {asked} seconds" if asked.isdigit() else ""
 
 
 def _is_network(error: BaseException) -> bool:

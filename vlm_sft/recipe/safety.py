@@ -48,20 +48,12 @@ def check_folder(folder: Path) -> None:
     root = folder.resolve()
     # In the cache of `huggingface_hub` every file is a link to a blob of the same repository.
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    for path in _files(folder):
+    for path in (*sorted(folder.iterdir()), *sorted((folder / "qformer_tokenizer").glob("*"))):
         real = path.resolve()
         if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
             raise UserError(f"{str(path)!r} leads out of its bundle; put the file itself there.")
         if path.suffix in TEXTS and path.is_file():
             check_length(path, LIMITS.get(path.name, LARGEST_TEXT))
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Files at the top, and those one folder below that belong to the bundle."""
-    for path in sorted(folder.iterdir()):
-        if path.name == "qformer_tokenizer":
-            yield from sorted(path.iterdir())
-        yield path
 
 
 def check_length(path: str | Path, limit: int) -> None:
