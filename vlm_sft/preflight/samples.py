@@ -15,11 +15,11 @@ import numpy as np
 from datasets import Dataset
 
 from ..base.errors import RowError
+from ..base.languages import language_of
 from ..base.names import IGNORED
 from ..batch.token_view import TokenGroup, token_groups
 from ..batch.tokenizer_coverage import coverage_of
 from ..data.image_files import shared_images
-from ..data.languages import language_of
 from ..data.messages import answers_of
 from ..data.mixture import SHARES
 from ..data.streaming import first_rows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..data.languages import language_of
+from ..base.languages import language_of
 from ..data.messages import answers_of, row_key
 from ..reading.image_refs import image_key, is_url
 

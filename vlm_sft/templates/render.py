@@ -83,9 +83,7 @@ def render(
         chat.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     tools = next((message["tools"] for message in chat if message.get("tools")), None)
     texts = [part["text"] for message in chat for part in message["content"] if part["type"] == "text"]
-    texts += [message["reasoning_content"] for message in chat if message.get("reasoning_content")]
-    texts += [json.dumps(tools, ensure_ascii=False)] if tools else []
-    _check_printed(chat, tools, source, label)
+    texts += _check_printed(chat, tools, source, label)
     begin, end, image = _unused_characters(3, source, bos_token or "", eos_token or "", *texts)
     marked = run_template(
         compile_template(source, label),
@@ -109,8 +107,8 @@ def render(
     return _without_unlearned(rendered, blocks, [m for m in chat if m["role"] == "assistant"], label)
 
 
-def _check_printed(chat: Sequence[Message], tools: Any, source: str, label: str) -> None:
-    """Refuses what a message has and the template would leave out."""
+def _check_printed(chat: Sequence[Message], tools: Any, source: str, label: str) -> list[str]:
+    """The texts of what messages have beside their contents; refuses what the template would leave out."""
     if tools and "tools" not in variables_of(source):
         raise UserError(f"the row has tools, which {label} does not print; use one that does, or remove them.")
     thinks = next((i for i, message in enumerate(chat) if message.get("reasoning_content")), None)
@@ -119,6 +117,8 @@ def _check_printed(chat: Sequence[Message], tools: Any, source: str, label: str)
             f"message {thinks} has reasoning_content, which {label} does not print; use one that does, write it into "
             f"the answer, or remove it."
         )
+    thoughts = [message["reasoning_content"] for message in chat if message.get("reasoning_content")]
+    return [*thoughts, json.dumps(tools, ensure_ascii=False)] if tools else thoughts
 
 
 def _without_unlearned(

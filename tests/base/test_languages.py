@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlm_sft.data.languages import language_of
+from vlm_sft.base.languages import language_of
 
 
 @pytest.mark.parametrize(
