@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 
 from .errors import UserError
 
+Failure = TypeVar("Failure", bound=BaseException)
 Result = TypeVar("Result")
 TRIES, LONGEST_WAIT = 3, 60.0
 PATIENCE = 4.0  # seconds; looking up a name alone may take longer where there is no network
@@ -196,7 +197,7 @@ def _is_network(error: BaseException) -> bool:
     return any(name in ("TransportError", "ConnectionError") for name in kinds)
 
 
-def _first(error: BaseException, kind: type[Any]) -> Any:
+def _first(error: BaseException, kind: type[Failure]) -> Failure | None:
     return next((each for each in _chain(error) if isinstance(each, kind)), None)
 
 

@@ -34,7 +34,7 @@ def one_process_first(work: Callable[[], Found]) -> Found:
     return done
 
 
-def on_first_process(work: Callable[[], Any]) -> Any:
+def on_first_process(work: Callable[[], Found]) -> Found:
     """Does something on the first process alone and gives its result to all.
 
     Raises:

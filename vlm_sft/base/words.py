@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:
@@ -36,7 +35,7 @@ def short(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """What a value is, in the words of JSON."""
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")

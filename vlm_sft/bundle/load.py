@@ -111,7 +111,7 @@ def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
 def _refuse_paths(recipe: Recipe, where: str) -> None:
     """A repository names its pieces as the Hub does, or by a folder below this one; never another place."""
     for key, piece in pieces_in(recipe).items():
-        given = [getattr(piece, name, None) for name in ("pretrained", "tokenizer")]
+        given = [piece.pretrained, getattr(piece, "tokenizer", None)]
         named = [*filter(None, given), *(getattr(piece, "more", None) or [])]
         outside = (name for name in named if Path(name).is_absolute() or ".." in Path(name).parts)
         if wrong := [name for name in outside if not is_name(name)]:

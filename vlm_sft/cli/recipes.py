@@ -6,7 +6,7 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -69,7 +69,7 @@ def copy(
             typer.echo(f"{folder}")
 
 
-def _bundled_examples(value: Any) -> set[Path]:
+def _bundled_examples(value: object) -> set[Path]:
     """The folders `examples/<name>` that ship and that some string of a recipe points into."""
     from ..base.assets import assets_root
 

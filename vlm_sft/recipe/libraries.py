@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from .schema import Recipe
+    from .sections import AnyPiece
 
 # Numeric types that a laptop without a GPU refuses; they say nothing about whether a recipe is right.
 _PRECISION = {"bf16": False, "fp16": False, "tf32": None, "bf16_full_eval": False, "fp16_full_eval": False}
@@ -61,16 +62,16 @@ def leave_out_bitsandbytes(recipe: Recipe) -> None:
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # to Python, a module that is not there
 
 
-def _may_be_quantised(piece: Any) -> bool:
+def _may_be_quantised(piece: AnyPiece) -> bool:
     """Whether a base piece may lie in few bits already: its configuration says so, or is not here yet."""
-    if (name := getattr(piece, "pretrained", None)) is None or Path(name).is_file():
+    if (name := piece.pretrained) is None or Path(name).is_file():
         return False
     found: Any = Path(name) / CONFIG
     if not Path(name).is_dir():
         from huggingface_hub import try_to_load_from_cache
 
         try:
-            found = try_to_load_from_cache(name, CONFIG, revision=getattr(piece, "revision", None))
+            found = try_to_load_from_cache(name, CONFIG, revision=piece.revision)
         except ValueError:  # no name of a repository, which is said where the piece is loaded
             return True
     if not isinstance(found, str | Path) or not Path(found).is_file():
@@ -231,7 +232,7 @@ def _check_schedule(recipe: Recipe, args: SFTConfig) -> None:
 
 
 def _check_fields(
-    recipe: Recipe, section: str, given: dict[str, Any], library_class: Any, hints: dict[str, Any] | None = None
+    recipe: Recipe, section: str, given: dict[str, Any], library_class: type, hints: dict[str, Any] | None = None
 ) -> None:
     """Checks names and types; the libraries' dataclasses check no types, and fail late or not at all.
 

@@ -17,6 +17,7 @@ from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLA
 
 if TYPE_CHECKING:
     from .schema import Recipe
+    from .sections import AnyPiece
 
 MEGABYTE = 2**20
 # Bytes; the largest published tokenizer.json has some 35 MB.
@@ -80,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_pieces(pieces: Any, where: str) -> None:
+def check_pieces(pieces: object, where: str) -> None:
     """Checks what a manifest says of its pieces, which becomes part of a recipe.
 
     Raises:
@@ -124,7 +125,7 @@ def check_picture(settings: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+def _numbers(value: object, name: str = "") -> Iterator[tuple[str, int]]:
     """(key, number) of every whole number in mappings and lists."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
@@ -186,15 +187,15 @@ def refuse_revisions(recipe: Recipe) -> None:
         UserError: A piece that is a folder here has a `revision`.
     """
     for key, piece in pieces_in(recipe).items():
-        named = getattr(piece, "pretrained", None)
-        if named and getattr(piece, "revision", None) and Path(named).exists():
+        named = piece.pretrained
+        if named and piece.revision and Path(named).exists():
             raise UserError(
                 f"{recipe.where((*key.split('.'), 'revision'))}: {named!r} is a folder here and has no revisions; "
                 f"remove {key}.revision, or rename the folder to have the Hub's."
             )
 
 
-def pieces_in(recipe: Recipe) -> dict[str, Any]:
+def pieces_in(recipe: Recipe) -> dict[str, AnyPiece]:
     """Key → what a recipe says of a base piece: the parts of its stack, or the model that it starts from."""
     pieces = {f"stack.{part}": getattr(recipe.stack, part, None) for part in PARTS} | {"model": recipe.model}
     return {key: piece for key, piece in pieces.items() if piece is not None}

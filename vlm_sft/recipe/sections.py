@@ -176,6 +176,10 @@ class PretrainedModel(RecipeModel):
     """Arguments of the model's own processor, for example `{max_pixels: 1003520}` (Qwen-VL)."""
 
 
+# What a recipe says of one base piece.
+AnyPiece = VisionTower | Resampler | AnyProjector | LanguageModel | PretrainedModel
+
+
 def _check_prompts(value: Any) -> Any:
     """Says in one sentence what a union of types would say in two."""
     pools = list(value.values()) if isinstance(value, dict) else [value]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..base.errors import UserError, without_tokens
@@ -198,7 +198,7 @@ class YamlFile:
                     f"bundle and shared, so it holds no secrets: remove it."
                 )
 
-    def _check_parents(self, config: Any, path: KeyPath, override: str) -> None:
+    def _check_parents(self, config: DictConfig, path: KeyPath, override: str) -> None:
         """OmegaConf would quietly replace a number by a mapping, and says of a bad index only its type."""
         here: Any = OmegaConf.to_container(config)
         for depth, key in enumerate(path):
@@ -218,7 +218,7 @@ class YamlFile:
                 raise UserError(f'override "{override}": "{dotted}" is {here!r}, which has no keys below it.')
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """Every text in mappings and lists."""
     if isinstance(value, dict):
         yield from (text for entry in value.values() for text in _texts(entry))
@@ -245,7 +245,7 @@ def parse_assignment(text: str) -> tuple[KeyPath, Any]:
         raise UserError(f'override "{text}": the value is not YAML; put quotes around it.') from error
 
 
-def dump_yaml(data: Any) -> str:
+def dump_yaml(data: object) -> str:
     """Writes plain dicts and lists as YAML, in their own order, Chinese as it is."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
