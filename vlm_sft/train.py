@@ -89,7 +89,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     with _progress(trainer, console):
         with _until_a_signal(trainer, pushes):
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
-        if trainer.eval_dataset is not None and args.eval_strategy == "no":  # nothing else asked for it
+        if trainer.eval_dataset is not None and args.eval_strategy == "no":  # no evaluation has been made yet
             trainer.evaluate()
     folder = finish(trainer, collator, console)
     if pushes is not None and trainer.is_world_process_zero():

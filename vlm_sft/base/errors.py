@@ -14,7 +14,7 @@ from zlib import crc32
 
 # What gloo says where the process at the other end of a connection has ended.
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
-PATIENCE = 10.0  # seconds; the launcher looks ten times a second
+PATIENCE = 10.0  # seconds; the launcher looks ten times in one, so it has long seen the first failure
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
@@ -88,7 +88,8 @@ def exit_on_user_error() -> Iterator[None]:
 
 def first_to_say(sentence: str) -> bool:
     """Whether no other process of this launch, on this machine, has said it; without torch's launcher, always."""
-    given = os.environ.get("TORCHELASTIC_ERROR_FILE")  # …/attempt_0/<local rank>/error.json
+    # …/attempt_0/<local rank>/error.json: what lies two above is shared by the processes of this machine.
+    given = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not given:
         return True
     try:
@@ -107,7 +108,7 @@ def _of_the_disk(error: Exception) -> str | None:
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if number is None or not (full or number in (errno.EROFS, errno.EACCES, errno.EPERM)):
         return None
-    name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy, the second
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy the goal
     what = f"{repr(str(name)) if name else 'A file'} cannot be {'written' if full else 'used'} ({os.strerror(number)})"
     return f"{what}: {'make room' if full else 'change its permissions'}, or choose another place; then begin again."
 

@@ -40,7 +40,7 @@ def look_for_hub() -> bool:
     """
     if constants.is_offline_mode():
         return False
-    if getproxies() or _answers(constants.ENDPOINT):  # how to reach it through a proxy is the libraries' business
+    if getproxies() or _answers(constants.ENDPOINT):  # only the libraries know the way through a proxy
         return True
     session = get_session()
     if _refuse not in session.event_hooks["request"]:
@@ -54,7 +54,7 @@ def hub_is_away() -> bool:
 
 
 _ANSWERED: set[str] = set()
-_AWAY: dict[str, float] = {}  # since when
+_AWAY: dict[str, float] = {}  # endpoint → when it was last looked for in vain
 
 
 def _refuse(request: Any) -> None:

@@ -14,7 +14,7 @@ def _bundle(value: str) -> str:
     """Says that a folder is no bundle before torch is imported, which takes seconds."""
     from ..bundle.run_folder import find_manifest
 
-    if Path(value).exists() or value.partition("@")[0].count("/") != 1:  # else it may be on the Hub
+    if Path(value).exists() or value.partition("@")[0].count("/") != 1:  # `name/repository` may be on the Hub
         find_manifest(value)
     return value
 

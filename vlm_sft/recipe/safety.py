@@ -36,7 +36,7 @@ MOST = {
     re.compile(r"layers?$|^depths?$|^n_layer|blocks$"): 1000,
     re.compile(r"^num_labels$"): 100_000,
     re.compile(r"^image_size$"): LARGEST_IMAGE,
-    re.compile(r"rope|theta|position|length"): 10**12,  # no tensor need be so large
+    re.compile(r"rope|theta|position|length"): 10**12,  # these are no sizes of a tensor
 }
 
 

@@ -160,7 +160,7 @@ def _sentence(error: ValidationError, file: YamlFile) -> str:
         return f"{file.where(problem['ctx']['path'])}: {problem['ctx']['sentence']}"
     path = tuple(part for part in problem["loc"] if part != "[key]")
     if path[:2] == ("stack", "projector"):
-        path = path[:2] + path[3:]  # pydantic puts the kind between them
+        path = path[:2] + path[3:]  # pydantic names the projector's kind after the key
     dotted = ".".join(map(str, path))
     where = file.where(path)
     if problem["type"] == "extra_forbidden":
@@ -189,7 +189,7 @@ def _keys_at(path: KeyPath) -> list[str]:
     here: dict[str, Any] = schema
     for part in path:
         here = here["items"] if isinstance(part, int) else here["properties"][part]
-        choices = here.get("anyOf") or here.get("oneOf") or [here]  # of a union those of every kind
+        choices = here.get("anyOf") or here.get("oneOf") or [here]  # a union has the keys of each of its kinds
         found = [definitions[choice["$ref"].rsplit("/", 1)[-1]]["properties"] for choice in choices if "$ref" in choice]
         here = {"properties": {key: value for keys in found for key, value in keys.items()}} if found else here
     return list(here["properties"])

@@ -173,7 +173,7 @@ class YamlFile:
 
     def _note_lines(self, node: yaml.Node, path: KeyPath, parents: list[yaml.Node]) -> None:
         self._entries += 1
-        if self._entries > MOST_ENTRIES:  # aliases of aliases of aliases
+        if self._entries > MOST_ENTRIES:  # a few lines of aliases of aliases make so many
             raise UserError(f"{self.name} has more than {MOST_ENTRIES:,} entries; it is refused.")
         if any(node is parent for parent in parents):
             raise UserError(f"{self.name}, line {node.start_mark.line + 1}: an alias refers to itself.")
