@@ -96,7 +96,7 @@ def test_a_hub_that_is_away_leaves_the_caches_and_no_switch_of_a_library_is_touc
     assert hf_hub_download("me/mine", "a.txt", cache_dir=tmp_path) == str(cached)
     with pytest.raises(LocalEntryNotFoundError):
         hf_hub_download("me/mine", "b.txt", cache_dir=tmp_path)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20, "the libraries alone try for half a minute"
     assert get_session().event_hooks["request"].count(hub._refuse) == 1
 
 
