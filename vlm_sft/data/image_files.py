@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..base.errors import UserError
@@ -54,7 +53,10 @@ def missing_images(
     """
     paths: dict[str, None] = {}  # a set in the order of the rows
     for chunk in dataset.data.column("images").chunks:
-        paths |= dict.fromkeys(_paths_without_bytes(chunk))
+        images = chunk.flatten()
+        path, encoded = pc.struct_field(images, "path"), pc.struct_field(images, "bytes")
+        named = path.filter(pc.and_(path.is_valid(), encoded.is_null())).to_pylist()
+        paths |= dict.fromkeys(name for name in named if not is_url(name))
     todo = iter(paths)
     groups = iter(lambda: list(islice(todo, GROUP)), [])
     bad: dict[str, str] = {}
@@ -65,13 +67,6 @@ def missing_images(
             bad.update((path, problem) for path, problem in problems if problem is not None)
             tick(min(number * GROUP, len(paths)), len(paths))
     return len(paths), bad
-
-
-def _paths_without_bytes(images: pa.Array) -> list[str]:
-    flat = images.flatten()
-    path, encoded = pc.struct_field(flat, "path"), pc.struct_field(flat, "bytes")
-    named = path.filter(pc.and_(path.is_valid(), encoded.is_null())).to_pylist()
-    return [path for path in named if not is_url(path)]
 
 
 def _problem(path: str) -> str | None:

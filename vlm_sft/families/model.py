@@ -6,7 +6,7 @@ The class that is made is a subclass of the model's own and has its name, its pa
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ class FamilyModel(ExactRotations, PreTrainedModel):
 
     def last_hidden_state(self, **inputs: Any) -> torch.Tensor:
         """(B, S, D) what the head reads."""
-        if inputs.get("pixel_values") is not None or not others_wait_for(self._image_path(), self.training):
+        path = (p for name, p in self.named_parameters() if part_of(name) != "language_model")
+        if inputs.get("pixel_values") is not None or not others_wait_for(path, self.training):
             return self.base_model(**inputs).last_hidden_state
         # Where and when the image features would come in: processes that share weights must ask for the same ones in
         # the same order, on the way back too, which a frozen language model has only behind what is trained.
@@ -101,9 +102,6 @@ class FamilyModel(ExactRotations, PreTrainedModel):
 
     def _add_idle_image_path(self, table: nn.Module, args: Any, embeds: torch.Tensor) -> torch.Tensor:
         return embeds + self.idle_image_path().to(embeds.dtype)
-
-    def _image_path(self) -> Iterator[nn.Parameter]:
-        return (p for name, p in self.named_parameters() if part_of(name) != "language_model")
 
     def _blank_inputs(self) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.device) for name, tensor in self.blank.items()}

@@ -73,15 +73,13 @@ class Fetcher:
         name = hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()
         path = self.folder / name[:2] / name
         if not path.is_file():
-            self._keep(self._download(url), path)
+            body = self._download(url)
+            try:
+                write_whole(path, body)
+            except OSError as error:
+                sentence = f"the folder {self.folder} for fetched images cannot be written ({reason_of(error)})"
+                raise RowError(f"{sentence}: set `data.url_cache` to one that can.", reason=REASON) from None
         return str(path)
-
-    def _keep(self, body: bytes, path: Path) -> None:
-        try:
-            write_whole(path, body)
-        except OSError as error:
-            sentence = f"the folder {self.folder} for fetched images cannot be written ({reason_of(error)})"
-            raise RowError(f"{sentence}: set `data.url_cache` to one that can.", reason=REASON) from None
 
     def _download(self, url: str) -> bytes:
         for attempt in range(1, ATTEMPTS + 1):

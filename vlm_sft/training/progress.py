@@ -57,7 +57,9 @@ class RichProgress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if not self.console.is_terminal:
-            self._start_heart(state)
+            self._said = self._step_began = time.monotonic()
+            self._ended = threading.Event()
+            threading.Thread(target=self._beat, args=(state, self._ended), daemon=True).start()
             return
         self.close()
         self._bar = _Bar(
@@ -139,11 +141,6 @@ class RichProgress(TrainerCallback):
         if done <= 0 or missing <= 0:
             return ""
         return f"{duration((time.monotonic() - when) / done * missing)} left"
-
-    def _start_heart(self, state: TrainerState) -> None:
-        self._said = self._step_began = time.monotonic()
-        self._ended = threading.Event()
-        threading.Thread(target=self._beat, args=(state, self._ended), daemon=True).start()
 
     def _beat(self, state: TrainerState, ended: threading.Event) -> None:
         """Prints a line whenever none was printed for `heartbeat` seconds."""
