@@ -22,6 +22,7 @@ class VLMConfig(PreTrainedConfig):
         vision_feature_layer: -1 takes the tower's `last_hidden_state` (after its final norm), any other number takes
             `hidden_states[number]` (LLaVA: -2).
         vision_feature_select: `full` keeps every token, `patch` drops the class token in front (LLaVA).
+        vision_width: Width of the tower's features, where it is not the `hidden_size` of its configuration.
         image_token_id: Id of the placeholder. It may lie beyond the embedding matrix: it is never looked up.
         num_image_tokens: T, for the processor and for checks.
     """
@@ -42,6 +43,7 @@ class VLMConfig(PreTrainedConfig):
     projector_options: dict | None = None
     vision_feature_layer: int = -1
     vision_feature_select: str = "full"
+    vision_width: int | None = None
     image_token_id: int = 0
     num_image_tokens: int = 0
     tie_word_embeddings: bool = False
@@ -49,9 +51,15 @@ class VLMConfig(PreTrainedConfig):
     @property
     def projector_widths(self) -> tuple[int, int]:
         """(width that arrives at the projector, width of the language model's embeddings)."""
-        source = self.resampler_config if self.resampler_type else self.vision_config
-        assert isinstance(source, PreTrainedConfig) and isinstance(self.text_config, PreTrainedConfig)
-        return source.hidden_size, text_width_of(self.text_config)
+        assert isinstance(self.text_config, PreTrainedConfig)
+        width = getattr(self.resampler_config, "hidden_size", 0) if self.resampler_type else self.tower_width
+        return width, text_width_of(self.text_config)
+
+    @property
+    def tower_width(self) -> int:
+        """Width of the tower's features."""
+        assert isinstance(self.vision_config, PreTrainedConfig)
+        return self.vision_width or self.vision_config.hidden_size
 
 
 def text_width_of(config: PreTrainedConfig) -> int:
@@ -67,6 +75,11 @@ def image_size_of(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def count_patches(config: PreTrainedConfig, height: int, width: int) -> int:
-    """Patches of an image of this size in pixels. What a tower gives before them are class and register tokens."""
+    """Patches of an image of this size in pixels. What a tower gives before them are class and register tokens.
+
+    0 where the tower has no one size of patches: it gives a grid, with nothing before it.
+    """
+    if getattr(config, "patch_size", None) is None:
+        return 0
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
     return (height // patch) * (width // patch)

@@ -27,6 +27,7 @@ from .losses import VLMOutput, mean_loss, scaled_logits
 from .parts import Parts, mark_initialised, parts_from_config
 from .positions import ExactRotations
 from .sharding import others_wait_for
+from .towers import keep_all_patches, read_features
 
 
 class VLMPreTrainedModel(ExactRotations, PreTrainedModel):
@@ -61,7 +62,7 @@ class VLMModel(VLMPreTrainedModel):
     def __init__(self, config: VLMConfig, parts: Parts | None = None) -> None:
         super().__init__(config)
         parts = parts or parts_from_config(config)
-        self.vision_tower = parts.vision_tower
+        self.vision_tower = keep_all_patches(parts.vision_tower)
         self.resampler = parts.resampler
         self.projector = parts.projector
         self.language_model = parts.causal_lm.base_model
@@ -99,10 +100,9 @@ class VLMModel(VLMPreTrainedModel):
         """
         tower, layer = self.vision_tower, self.config.vision_feature_layer
         pixel_values = pixel_values.to(tower.dtype)
-        output = tower(pixel_values, output_hidden_states=layer != -1)
-        features = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-        if self.config.vision_feature_select == "patch":
-            features = features[:, -count_patches(self.config.vision_config, *pixel_values.shape[-2:]) :]
+        whole = self.config.vision_feature_select != "patch"
+        patches = 0 if whole else count_patches(self.config.vision_config, *pixel_values.shape[-2:])
+        features = read_features(tower, pixel_values, layer, self.config.tower_width, patches)
         if self.resampler is None:
             return features
         if getattr(self.resampler, "reads_instruction", False):

@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Towers that fit their table to the image at every forward: DINOv2 is made for 518 pixels and published with 224.
-INTERPOLATING = ("dinov2", "dinov2_with_registers")
+# Towers that take images of any size: they fit their table to the image at every forward (DINOv2 is made for 518 pixels
+# and published with 224), or compute positions, or have none.
+INTERPOLATING = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext", "convnext", "convnextv2", "swin",
+                 "swinv2", "bit", "cvt", "dinat", "efficientnet", "focalnet", "mobilenet_v1", "mobilenet_v2",
+                 "mobilevit", "mobilevitv2", "poolformer", "pvt_v2", "regnet", "resnet", "segformer",
+                 "swiftformer")  # fmt: skip
 # Where the other towers keep theirs: BLIP-2, InstructBLIP and mPLUG-Owl; CLIP and SigLIP.
 TABLES = ("embeddings.position_embedding", "embeddings.position_embedding.weight")
 

@@ -68,7 +68,7 @@ def find_vision_tower(spec: VisionTower) -> Piece[VisionTower]:
 
 
 def _at_image_size(config: PreTrainedConfig, size: int | None, key: str) -> PreTrainedConfig:
-    if size is None or config.model_type in INTERPOLATING:
+    if size is None or config.model_type in INTERPOLATING or not hasattr(config, "patch_size"):
         return config
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
     if size % patch:
@@ -140,7 +140,7 @@ def vision_config_of(config: PreTrainedConfig, key: str) -> PreTrainedConfig:
     vision = getattr(config, "vision_config", None) or config
     if isinstance(vision, dict):  # a configuration that is not of transformers
         raise UserError(f"{key}: transformers has no class for the vision tower of a {config.model_type!r} checkpoint.")
-    if not hasattr(vision, "image_size") or not hasattr(vision, "patch_size"):
+    if not hasattr(vision, "num_channels") and not (hasattr(vision, "image_size") and hasattr(vision, "patch_size")):
         raise UserError(f"{key}: a {config.model_type!r} checkpoint holds no vision tower; name a ViT, CLIP, SigLIP, …")
     return vision
 

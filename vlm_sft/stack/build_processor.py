@@ -12,10 +12,12 @@ from transformers import (
     BaseImageProcessor,
     BlipImageProcessorPil,
     PreTrainedTokenizerBase,
+    ViTImageProcessorPil,
 )
 
 from ..base.errors import UserError
 from ..base.hub import look_for_hub
+from ..base.words import one_line
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
 from ..model.configuration import VLMConfig, image_size_of
 from ..pieces.checkpoints import unreachable
@@ -26,6 +28,9 @@ from ..templates.template import load_template
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
     from ..recipe.sections import Resampler, VisionTower
+
+# It needs torchvision in transformers. ViT's does the same, but rounds what it resized: pixels differ by half a step.
+LIKE_VIT = "DINOv3ViTImageProcessor"
 
 
 def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piece[Any]]) -> VLMProcessor:
@@ -81,9 +86,7 @@ def _load_image_processor(tower: Piece[VisionTower], config: VLMConfig) -> BaseI
     try:
         # The PIL backend everywhere: the torchvision one resizes slightly differently, and a bundle must give the
         # same pixels on every machine.
-        images = AutoImageProcessor.from_pretrained(
-            tower.pretrained, revision=tower.revision, trust_remote_code=tower.trusts_code, backend="pil"
-        )
+        images = _read_image_processor(tower)
         check_picture(images.to_dict(), f"{tower.key}: {tower.pretrained!r}")
         return images if tower.spec.image_size is None else _at_image_size(images, tower.spec.image_size)
     except UserError:
@@ -92,6 +95,20 @@ def _load_image_processor(tower: Piece[VisionTower], config: VLMConfig) -> BaseI
         raise UserError(
             f"{tower.key}: {tower.pretrained!r} has no image processor (preprocessor_config.json)."
         ) from error
+
+
+def _read_image_processor(tower: Piece[VisionTower]) -> BaseImageProcessor:
+    options = {"revision": tower.revision, "trust_remote_code": tower.trusts_code}
+    try:
+        return AutoImageProcessor.from_pretrained(tower.pretrained, backend="pil", **options)
+    except ImportError as error:  # a class that has no PIL side
+        settings, _ = BaseImageProcessor.get_image_processor_dict(tower.pretrained, revision=tower.revision)
+        if not str(settings.get("image_processor_type")).startswith(LIKE_VIT):
+            raise UserError(
+                f"{tower.key}: the image processor of {tower.pretrained!r} cannot be used here ({one_line(error)}); "
+                f"write a preprocessor_config.json for one that needs Pillow alone, such as ViTImageProcessor."
+            ) from error
+        return ViTImageProcessorPil.from_dict(settings)
 
 
 def _at_image_size(images: BaseImageProcessor, size: int) -> BaseImageProcessor:

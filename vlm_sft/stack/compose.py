@@ -12,18 +12,18 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ..base.errors import UserError
 from ..batch.processor import VLMProcessor
 from ..families.kind import Composed
-from ..model.configuration import VLMConfig, count_patches, image_size_of
+from ..model.configuration import VLMConfig, image_size_of
 from ..model.connectors import build_projector
-from ..model.parts import build_vision_tower
 from ..model.positions import INTERPOLATING
 from ..pieces.part_configs import find_pieces
 from ..pieces.piece import Piece
 from .build_processor import build_processor
 from .text_fit import check_language_model
+from .tower_fit import count_features, measure_tower
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
-    from ..recipe.sections import Resampler, VisionTower
+    from ..recipe.sections import Resampler
 
 
 def compose_stack(recipe: Recipe) -> Composed:
@@ -47,12 +47,15 @@ def compose_stack(recipe: Recipe) -> Composed:
         vision_feature_select=tower.spec.feature_select,
     )
     if (resampler := pieces.get("resampler")) is not None:
-        _check_widths(tower, resampler)
         config.resampler_config, config.resampler_type = resampler.config, resampler.spec.type
         config.num_query_tokens = resampler.num_query_tokens
     _check_feature_layer(tower.spec.feature_layer, tower.config)
     processor = build_processor(recipe, config, pieces)
     size = check_image_size(config, processor, tower.pretrained)
+    if (width := measure_tower(config, *size, tower.key)) != getattr(tower.config, "hidden_size", None):
+        config.vision_width = width
+    if resampler is not None:
+        _check_widths(config.tower_width, resampler)
     config.num_image_tokens = processor.num_image_tokens = count_image_tokens(config, size)
     config.image_token_id = processor.image_token_id
     return Composed(config, processor, pieces)
@@ -86,6 +89,8 @@ def check_image_size(config: VLMConfig, processor: VLMProcessor, name: str) -> t
             f"it a fixed size in preprocessor_config.json."
         ) from error
     vision_config: Any = config.vision_config
+    if getattr(vision_config, "image_size", None) is None:
+        vision_config.image_size = [height, width]
     wanted = image_size_of(vision_config)
     if (height, width) != wanted and vision_config.model_type not in INTERPOLATING:
         raise UserError(
@@ -96,10 +101,10 @@ def check_image_size(config: VLMConfig, processor: VLMProcessor, name: str) -> t
     return height, width
 
 
-def _check_widths(tower: Piece[VisionTower], resampler: Piece[Resampler]) -> None:
-    if resampler.config.encoder_hidden_size != tower.config.hidden_size:
+def _check_widths(width: int, resampler: Piece[Resampler]) -> None:
+    if resampler.config.encoder_hidden_size != width:
         raise UserError(
-            f"The vision tower gives features of width {tower.config.hidden_size} but the resampler of "
+            f"The vision tower gives features of width {width} but the resampler of "
             f"{resampler.pretrained!r} reads width {resampler.config.encoder_hidden_size}; take both from the same "
             f"checkpoint, or leave the resampler out and use an mlp projector."
         )
@@ -118,22 +123,14 @@ def count_image_tokens(config: VLMConfig, size: tuple[int, int] | None = None) -
     height, width = size or image_size_of(config.vision_config)
     with torch.device("meta"):
         if config.resampler_type == "cross_attention":
-            features = _count_features(config, height, width)
+            features = count_features(config, height, width)
             if math.isqrt(features) ** 2 != features:
                 raise UserError(
                     f"stack.resampler: cross_attention gives each feature a place in a square, but the vision tower "
                     f"gives {features} features an image; set stack.vision_tower.feature_select: patch, which drops a "
                     f"class token."
                 )
-        tokens = config.num_query_tokens if config.resampler_type else _count_features(config, height, width)
+        tokens = config.num_query_tokens if config.resampler_type else count_features(config, height, width)
         in_width, out_width = config.projector_widths
         projector = build_projector(config.projector_type, in_width, out_width, **(config.projector_options or {}))
         return projector(torch.empty(1, tokens, in_width)).shape[1]
-
-
-def _count_features(config: VLMConfig, height: int, width: int) -> int:
-    """Features of an image behind the vision tower."""
-    if config.vision_feature_select == "patch":
-        return count_patches(config.vision_config, height, width)
-    tower = build_vision_tower(config.vision_config)
-    return tower(torch.empty(1, 3, height, width)).last_hidden_state.shape[1]

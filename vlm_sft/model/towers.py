@@ -1,0 +1,55 @@
+"""What a vision tower gives, as one row a place: encoders without a class token, grids, and one that drops patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def keep_all_patches(tower: nn.Module) -> nn.Module:
+    """ViT-MAE drops and shuffles patches at random, in evaluation too; as a tower it gives all of them in order."""
+    embeddings: Any = getattr(tower, "embeddings", None)
+    if hasattr(embeddings, "random_masking"):
+        embeddings.random_masking = _all_patches
+    return tower
+
+
+def _all_patches(
+    sequence: torch.Tensor, noise: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    order = torch.arange(sequence.shape[1], device=sequence.device).expand(sequence.shape[:2])
+    return sequence, torch.zeros(sequence.shape[:2], device=sequence.device), order
+
+
+def read_features(tower: nn.Module, pixel_values: torch.Tensor, layer: int, width: int, patches: int) -> torch.Tensor:
+    """Images → features (N, P, V).
+
+    Args:
+        tower: The vision tower.
+        pixel_values: (N, 3, H, W).
+        layer: -1 for what the tower gives at last, any other number for `hidden_states[number]`.
+        width: V; says which axis of a grid holds the features.
+        patches: How many are kept, from the end (a class token stands in front); 0 for all.
+    """
+    output = tower(pixel_values, output_hidden_states=layer != -1)
+    features = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+    if features.dim() == 4:
+        features = features.flatten(2).transpose(1, 2) if features.shape[1] == width else features.flatten(1, 2)
+    return features[:, -patches:] if patches else features
+
+
+def width_of(features: torch.Size, height: int, width: int) -> int:
+    """V of what a tower gives for an image of this size: (N, P, V), or a grid (N, V, H', W') or (N, H', W', V).
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if len(features) == 3:
+        return features[2]
+    if len(features) != 4:
+        raise ValueError(f"it gives features of the shape {tuple(features)}, not one row a place")
+    _, a, b, c = features
+    first, last = b * width == c * height, a * width == b * height  # which two axes are shaped like the image
+    return c if last and not first else a
