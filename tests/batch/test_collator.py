@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import runpy
 from pathlib import Path
 
@@ -328,3 +329,85 @@ def test_an_image_so_thin_that_resizing_would_fill_the_memory_is_named(tmp_path,
     ):
         MultimodalCollator(processor, max_pixels=1_000_000)([row])
     assert MultimodalCollator(processor, max_pixels=100_000_000)([row])["pixel_values"].shape == (1, 3, 28, 28)
+
+
+# ---------------------------------------------------------------------------------- what rows say beyond their features
+
+
+def with_extras(row, **said):
+    """The row as a dataset gives it: what it says beyond the features is in a column of its own."""
+    return {**row, "extras": json.dumps({"messages": {}, "images": {}, **said})}
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "qwen2_5_vl", "ziya", "minigpt4"])
+def test_an_answer_that_is_not_learned_has_the_same_tokens_and_no_label(template, photos):
+    collator = MultimodalCollator(make_processor(template))
+    row = make_row(turn("这是什么？", "一只猫。", images=1) + turn("hello", "hi there") + turn("a", "b"), photos)
+    whole, less = collator([row]), collator([with_extras(row, messages={"3": {"loss": False}})])
+    assert torch.equal(whole["input_ids"], less["input_ids"])
+    only = [collator([with_extras(row, messages={str(k): {"loss": False} for k in (1, 3, 5) if k != answer})])
+            for answer in (1, 3, 5)]  # fmt: skip
+    learned = [batch["labels"] != -100 for batch in (*only, less, whole)]
+    assert torch.equal(learned[0] | learned[2], learned[3]) and torch.equal(learned[3] | learned[1], learned[4])
+    assert not (learned[0] & learned[1]).any() and all(mask.any() for mask in learned)
+    assert (less["labels"][learned[3]] == less["input_ids"][learned[3]]).all()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+def test_a_family_leaves_an_answer_out_as_well(name, photos):
+    collator = MultimodalCollator(processor_of(name))
+    row = make_row(turn("这是什么？", "一只猫。", images=1) + turn("hello", "hi there"), photos)
+    whole, less = collator([row]), collator([with_extras(row, messages={"1": {"loss": False}})])
+    assert torch.equal(whole["input_ids"], less["input_ids"])
+    kept = less["labels"] != -100
+    assert kept.any() and kept.sum() < (whole["labels"] != -100).sum()
+    assert torch.equal(whole["labels"][kept], less["labels"][kept])
+
+
+def test_a_row_in_which_nothing_is_learned_is_the_known_error(processor, photos):
+    row = make_row(turn("a", "b") + turn("c", "d"), photos)
+    silent = with_extras(row, messages={"1": {"loss": False}, "3": {"loss": False}})
+    with pytest.raises(RowError, match="row s/0: no token would be in the loss") as error:
+        MultimodalCollator(processor)([silent])
+    assert error.value.reason == "no answer"
+
+
+def test_a_long_row_is_cut_as_if_all_were_learned(processor, photos):
+    row = make_row(turn("a", "b " * 20) + turn("c", "d " * 20) + turn("e", "f " * 20), photos)
+    collator = MultimodalCollator(processor, max_length=230)
+    whole, less = collator.encode(row), collator.encode(with_extras(row, messages={"1": {"loss": False}}))
+    assert whole.turns_lost == less.turns_lost > 0 and whole.chat.input_ids == less.chat.input_ids
+
+
+def test_sizes_change_the_tokens_of_a_family_that_reads_them(photos):
+    row = make_row(turn("这是什么？", "一只猫。", images=1), photos)
+    collator = MultimodalCollator(processor_of("qwen2_5_vl"))
+    sizes = [
+        collator.encode(each)
+        for each in (row, with_extras(row, images={"0": {"resized_width": 280, "resized_height": 56}}))
+    ]
+    assert sizes[1].images[0].size == (280, 56) != sizes[0].images[0].size
+    assert len(sizes[1].chat.input_ids) != len(sizes[0].chat.input_ids)
+    batch = collator([with_extras(row, images={"0": {"resized_width": 280, "resized_height": 56}})])
+    places = sum(sizes[1].chat.places)
+    assert int(batch["image_grid_thw"].prod()) == 4 * places
+
+
+def test_one_picture_in_two_sizes_is_two_pictures(processor, photos):
+    collator, image = MultimodalCollator(processor, reduce=False), {"path": photos[0], "bytes": None}
+    collator._decoded = {}
+    whole, small = collator.decode(image, "row 1"), collator.decode({**image, "max_pixels": 4}, "row 1")
+    assert whole.width * whole.height > 4 >= small.width * small.height
+    assert collator.decode(image, "row 1") is whole
+
+
+def test_a_collator_of_someone_gets_the_switches_at_the_messages(processor, photos):
+    class Own(MultimodalCollator):
+        def encode(self, row, with_images=True):
+            seen.append([message.get("loss") for message in row["messages"]])
+            return super().encode(row, with_images)
+
+    seen: list = []
+    row = make_row(turn("a", "b") + turn("c", "d"), photos)
+    Own(processor)([with_extras(row, messages={"1": {"loss": False}}), row])
+    assert seen == [[None, False, None, None], [None] * 4]

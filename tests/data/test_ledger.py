@@ -106,3 +106,23 @@ def test_the_first_rows_of_a_stream_do_not_stop_it_at_once():
     assert source.share == 1 / FEWEST_STREAMED
     source.read = 10 * FEWEST_STREAMED
     assert source.share == 0.1 / FEWEST_STREAMED
+
+
+def test_keys_that_are_not_used_are_counted_and_said():
+    ledger = filled()
+    ledger.source("clean").leave({"model": 3, "来源": 1})
+    ledger.source("clean").leave({"model": 2})
+    assert ledger.source("clean").unused == {"model": 5, "来源": 1}
+    assert 'clean: not used: "model" in 5 rows, "来源" in 1 row' in shown(ledger_table({"train": ledger}))
+    assert Ledger.from_dict(json.loads(json.dumps(ledger.as_dict()))) == ledger
+    older = ledger.as_dict()
+    del older["sources"]["clean"]["unused"]
+    assert Ledger.from_dict(older).source("clean").unused == {}
+
+
+def test_names_without_end_are_counted_together():
+    source = SourceLedger()
+    for number in range(250):
+        source.leave({f"k{number}": 1})
+    assert len(source.unused) == 101 and source.unused["(other keys)"] == 150
+    assert shown(ledger_table({"train": Ledger(0, {"a": source})})).count("and 93 more") == 1

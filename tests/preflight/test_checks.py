@@ -124,3 +124,14 @@ def test_errors_come_first(photos):
     evidence = seen(photos, "…", stopped="it broke.", proof=Proof(unused=[TOWER], moved=[TOWER + "1"]))
     assert [finding.level for finding in check(evidence)] == [ERROR, WARNING, NOTE]
     assert len(CHECKS) == len(set(CHECKS))
+
+
+def test_keys_that_are_not_used_are_a_note(photos):
+    source = SourceLedger(read=9, unused={"model": 9, "messages[].来源": 1})
+    found = said(seen(photos, "a cat", "一只猫。", ledgers={"train": Ledger(0, {"captions": source})}))
+    assert found == [
+        (
+            NOTE,
+            'train: the source "captions" has keys that are not used: "model" in 9 rows, "messages[].来源" in 1 row.',
+        )
+    ]

@@ -131,3 +131,20 @@ def test_what_a_format_cannot_say_is_refused(rows, tmp_path):
     assert "s/9: the image" in fails(tmp_path, [gone], "webdataset", "x")
     behind = row(IMAGE, images=[{"path": "https://example.org/a.png", "bytes": None}], row_id="s/9")
     assert "is a URL: download it first" in fails(tmp_path, [behind], "webdataset", "x")
+
+
+def test_what_rows_say_beyond_their_features_survives_or_is_refused(tmp_path):
+    said = row(IMAGE, text("这是？"), images=[{"path": str(tmp_path / "a.png"), "bytes": None, "max_pixels": 9}])
+    said["messages"][1]["loss"] = False
+    said["messages"] += [{"role": "user", "content": [text("q")]}, {"role": "assistant", "content": [text("a")]}]
+    for kind in ("messages", "llava"):
+        convert_rows([said], kind, tmp_path / f"{kind}.json{'l' * (kind == 'messages')}")
+        (again,) = read(tmp_path / f"{kind}.json{'l' * (kind == 'messages')}", kind)
+        assert [message.get("loss") for message in again["messages"]] == [None, False, None, None]
+        assert again["images"] == said["images"]
+    with pytest.raises(UserError, match="an image of it has max_pixels, for which shards have no place"):
+        convert_rows([said], "webdataset", tmp_path / "shards")
+    drawn = row(text("q"), images=said["images"])
+    drawn["messages"][1]["content"] = [IMAGE, text("猫")]
+    with pytest.raises(UserError, match="an answer of it holds an image"):
+        convert_rows([drawn], "llava", tmp_path / "drawn.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from pathlib import Path
 
 import datasets
@@ -10,8 +11,10 @@ import pytest
 from PIL import Image
 
 from support.source_files import refused, write
+from vlm_sft.base.errors import RowError
 from vlm_sft.data.dataset import load_source
 from vlm_sft.data.image_files import check_images
+from vlm_sft.reading.image_refs import resolve_image
 from vlm_sft.reading.images import load_image
 from vlm_sft.recipe.sections import Source
 
@@ -88,3 +91,48 @@ def test_a_url_stays_one_where_the_source_allows_it(tmp_path):
     assert "or set the source's `allow_urls: true`" in refused(
         Source(path=str(tmp_path / "one.jsonl"), format="caption")
     )
+
+
+# ------------------------------------------------------------------------------------------------- base64 and file://
+
+
+def encoded_picture(kind: str, size=(64, 64)) -> tuple[str, bytes]:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 50).convert("RGB").save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode(), buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
+def test_bare_base64_is_the_picture(kind):
+    text, data = encoded_picture(kind)
+    broken_lines = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    for written in (text, broken_lines, text.rstrip("="), text.replace("+", "-").replace("/", "_")):
+        assert resolve_image(written, "/图", "row 1") == {"path": None, "bytes": data}
+        assert resolve_image({"path": written, "bytes": None}, "/图", "row 1")["bytes"] == data
+
+
+def test_what_is_neither_path_nor_picture_is_never_a_long_path_in_a_message():
+    for text in (base64.b64encode(b"no picture" * 300).decode(), "a" * 3000, "图" * 200, "/".join("ab" * 3000)):
+        with pytest.raises(RowError) as error:
+            resolve_image(text, "/图", "row 1")
+        assert f"has {len(text):,} letters, which is no path and no base64 of an image" in str(error.value)
+        assert len(str(error.value)) < 250
+    assert resolve_image("a" * 100 + ".png", "/图", "row 1")["path"] == "/图/" + "a" * 100 + ".png"
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("file:///图/猫.png", "/图/猫.png"),
+        ("file://localhost/a.png", "/a.png"),
+        ("file://a.png", "/home/a.png"),
+        ("file:///a%20b.png", "/a b.png"),
+    ],
+)
+def test_file_uris_are_paths(uri, path):
+    assert resolve_image(uri, "/home", "row 1") == {"path": path, "bytes": None}
+
+
+def test_a_file_that_is_called_with_percents_is_found(tmp_path):
+    (tmp_path / "a%20b.png").write_bytes(b"x")
+    assert resolve_image(f"file://{tmp_path}/a%20b.png", None, "row 1")["path"] == f"{tmp_path}/a%20b.png"

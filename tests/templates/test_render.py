@@ -303,3 +303,70 @@ def test_the_pages_first_example_is_true() -> None:
     chat = names["chat"]
     for value in (chat.text, chat.spans, chat.image_spans):
         assert f"# {value!r}" in page
+
+
+# -- what messages say beside their content ----------------------------------------------------------------------------
+
+
+def off(words: str) -> dict:
+    return {**assistant(words), "loss": False}
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "qwen2_5_vl", "ziya", "mistral", "chatml"])
+@pytest.mark.parametrize("messages", [ENGLISH, CHINESE], ids=["english", "chinese"])
+def test_an_answer_that_is_not_learned_has_the_same_text_and_no_span(template: str, messages: list[dict]) -> None:
+    whole = render(messages, template)
+    first = render([messages[0], {**messages[1], "loss": False}, *messages[2:]], template)
+    assert (first.text, first.spans, first.unlearned) == (whole.text, whole.spans[1:], whole.spans[:1])
+    both = render([{**message, "loss": False} for message in messages], template)
+    assert (both.spans, both.unlearned) == ([], whole.spans) and whole.unlearned == []
+    assert render([{**message, "loss": True} for message in messages], template) == whole
+
+
+TOGETHER = "{% generation %}{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}{% endgeneration %}"
+
+
+def test_a_template_without_a_block_for_each_answer_cannot_switch_one_off() -> None:
+    messages = [user("a"), assistant("b"), user("c"), off("d")]
+    assert "has 1 supervised blocks for 2 answers, so the loss of one cannot be switched off" in refusal(
+        TOGETHER, messages
+    )
+    assert render([user("a"), assistant("b"), user("c"), assistant("d")], TOGETHER).supervised == ["abcd"]
+
+
+@pytest.mark.parametrize("template", ["qwen2_5_vl", "chatml"])
+def test_an_answer_shows_a_picture_that_is_not_learned(template: str) -> None:
+    shows = {"role": "assistant", "content": [text("看"), IMAGE, text("a cat")]}
+    chat = render([user("q"), shows, user(IMAGE, "r"), assistant("s")], template)
+    assert len(chat.image_spans) == 2
+    learned = {place for start, end in chat.spans for place in range(start, end)}
+    assert not any(learned & set(range(*span)) for span in chat.image_spans)
+    said = "".join(chat.supervised)
+    assert said.startswith("看") and "a cat" in said and said.endswith("s<|im_end|>") and IMAGE_TOKEN not in said
+    silent = render([user("q"), {**shows, "loss": False}, user(IMAGE, "r"), assistant("s")], template)
+    assert silent.supervised == ["s<|im_end|>"] and len(silent.unlearned) == 2
+
+
+def test_a_template_without_room_for_a_picture_in_an_answer_refuses_it() -> None:
+    plain = "{% for m in messages %}{% if m.role == 'user' %}{% for p in m.content %}{{ image_token if p.type == 'image' else p.text }}{% endfor %}{% else %}{% generation %}{{ m.content[-1].text }}{% endgeneration %}{% endif %}{% endfor %}"  # noqa: E501
+    shows = {"role": "assistant", "content": [IMAGE, text("猫")]}
+    assert "prints 0 image placeholders for 1 images" in refusal(plain, [user("q"), shows])
+
+
+THINKS = """{{ tools | tojson if tools }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content[0].text }}
+{%- else %}{% generation %}{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}
+{{- m.content[0].text }}{% endgeneration %}{% endif %}{% endfor %}"""
+
+
+def test_tools_and_thoughts_are_printed_or_refused() -> None:
+    tools = [{"name": "放大", "parameters": {}}]
+    messages = [{**user("q"), "tools": tools}, {**assistant("是"), "reasoning_content": "two <image> cats"}]
+    chat = render(messages, THINKS)
+    assert '"放大"' in chat.text and chat.supervised == ["<think>two <image> cats</think>是"]
+    assert "the row has tools, which the chat template" in refusal("vicuna_v1", messages)
+    sentence = refusal("qwen3_vl", [user("q"), messages[1]])
+    assert (
+        sentence.startswith("message 1 has reasoning_content, which the chat template") and "does not print" in sentence
+    )
+    commented = "{# tools, reasoning_content #}" + TOGETHER
+    assert "the row has tools" in refusal(commented, messages)

@@ -19,7 +19,7 @@ from ..base.words import kind, short
 from ..reading.raw_row import RowView, is_given
 from .keys import ROLES, check_left, role_of
 from .messages import Example, Message, Part, answer_message, check_marks, image_part, split_marks, text_part
-from .turns import COLUMN_REFERENCES, FROM_AND_VALUE, image_entry, message_of, raw_turns, read_turn
+from .turns import COLUMN_REFERENCES, FROM_AND_VALUE, image_entry, message_of, raw_turns, read_turn, tools_in
 
 QUESTION_MARK = "{question}"
 
@@ -96,7 +96,7 @@ def _with_row_keys(row: RowView, example: Example) -> Example:
     if given and not own:
         messages = [{"role": "system", "content": [text_part(*given)]}, *messages]
     if is_given(tools := row.get("tools")) and messages:
-        messages = [{**messages[0], "tools": tools}, *messages[1:]]
+        messages = [{**messages[0], "tools": tools_in(row, tools, '"tools"')}, *messages[1:]]
     return example._replace(messages=messages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,8 +73,24 @@ def read_turn(row: RowView, turn: Any, key: str, names: str = "role and content"
             raise row.error(f"{key}.reasoning_content is not of an assistant", "move it to the answer")
         more["reasoning_content"] = row.text(thought, f"{key}.reasoning_content")
     if is_given(tools := turn.get("tools")):
-        more["tools"] = tools
+        more["tools"] = tools_in(row, tools, f"{key}.tools")
     return Turn(role, content, more, key)
+
+
+def tools_in(row: RowView, tools: Any, key: str) -> list[Any]:
+    """The tools that a row or its first message describes, of which some rows hold the JSON.
+
+    Raises:
+        RowError: they are no list of objects.
+    """
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise row.error(f"{key} is text, but no JSON", "write the list of tools") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise row.error(f"{key} is no list of objects", "write the list of tools as transformers takes it")
+    return tools
 
 
 def _learned(row: RowView, turn: Mapping[str, Any], role: Any, key: str) -> bool:
