@@ -191,3 +191,9 @@ def test_bitsandbytes_is_imported_for_few_bits_alone(recipe_file, bits):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert bool(json.loads(done.stdout.splitlines()[-1])) == bool(bits)
+
+
+def test_several_gpus_without_a_launcher_are_refused(recipe_file, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: 2))
+    with pytest.raises(UserError, match=r"There are 2 GPUs but no launcher.*`accelerate launch -m vlm_sft\.train"):
+        train(load_recipe(recipe_file()))

@@ -131,8 +131,14 @@ def check_processes(args: SFTConfig) -> None:
     """Refuses to run several times beside each other into one folder, where the processes did not find each other.
 
     Raises:
-        UserError: The launcher started several processes, but there is one to train with.
+        UserError: The launcher started several processes, but there is one to train with; or none was used where there
+            are several GPUs, of which torch would make one with `DataParallel`.
     """
+    if args.n_gpu > 1:
+        raise UserError(
+            f"There are {args.n_gpu} GPUs but no launcher, so one process would share its batches out; use `accelerate "
+            f"launch -m vlm_sft.train RECIPE`, or show it one GPU: CUDA_VISIBLE_DEVICES=0."
+        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != args.world_size:
         raise UserError(

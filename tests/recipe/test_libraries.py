@@ -106,3 +106,18 @@ def test_bitsandbytes_stays_in_a_process_that_has_torch_already(left_out) -> Non
     assert "torch" in sys.modules and not left_out(before=False)
     assert not left_out(config={"quantization_config": {"quant_method": "bitsandbytes"}})
     assert not left_out("stack.language_model.pretrained=someone/not-here-yet")
+
+
+@pytest.mark.parametrize(
+    "name", ["galore_adamw", "apollo_adamw", "lomo", "grokadamw", "schedule_free_adamw", "stable_adamw"]
+)
+def test_an_optimizer_whose_package_is_missing_is_refused_early(recipe_file: Path, name: str) -> None:
+    recipe = load_recipe(recipe_file, [f"sft.optim={name}", "sft.bf16=false"])
+    with pytest.raises(UserError, match=rf"`sft.optim: {name}` cannot be used here: .*install.*; mend that") as error:
+        build_sft_config(recipe)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adafactor", "sgd", "adamw_torch_fused"])
+def test_optimizers_that_are_there_are_taken(recipe_file: Path, name: str) -> None:
+    assert build_sft_config(load_recipe(recipe_file, [f"sft.optim={name}", "sft.bf16=false"])).optim == name

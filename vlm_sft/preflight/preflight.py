@@ -157,6 +157,7 @@ def _take_steps(
         settings = {name: value for name, value in recipe.sft.items() if name != "warmup_ratio"}
         changed = recipe.model_copy(update={"sft": {**settings, **SETTINGS, "output_dir": output_dir}})
         args = build_sft_config(changed)
+        args._n_gpu = min(args.n_gpu, 1)  # preflight is one process on one GPU, whatever there is
         quiet_libraries()
         # Without an image nothing reaches the projector; a mixture has rows without, and any batch may be of these.
         shown = [row for row in evidence.rows if row["images"]] or evidence.rows

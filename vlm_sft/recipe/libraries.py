@@ -212,6 +212,23 @@ def _check_installed(recipe: Recipe, args: SFTConfig) -> None:
             f"{where}: `sft.use_liger_kernel` needs a package that is not installed; `pip install liger-kernel`, or "
             f"leave it out."
         )
+    _check_optimizer(recipe, args)
+
+
+def _check_optimizer(recipe: Recipe, args: SFTConfig) -> None:
+    """Asks for the class of the optimizer, whose package the trainer would miss when the weights are read already."""
+    import torch
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, typing.cast("Any", torch.nn.Linear(1, 1)))
+    except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        if args.optim_target_modules and not isinstance(error, ImportError):
+            return  # it looks for layers that this stand-in has not
+        where, reason = recipe.where(("sft", "optim")), one_line(error).rstrip(".")
+        raise UserError(
+            f"{where}: `sft.optim: {args.optim.value}` cannot be used here: {reason}; mend that, or use adamw_torch."
+        ) from error
 
 
 def _check_schedule(recipe: Recipe, args: SFTConfig) -> None:

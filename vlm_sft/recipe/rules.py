@@ -48,6 +48,12 @@ RESERVED_SFT_KEYS = {
     "deepspeed": "what the processes share out is told to `accelerate launch --config_file`, as in accelerate_configs/",
 }
 
+RESERVED_LORA_KEYS = {
+    "layer_replication": "it makes another language model, of which a bundle knows no piece",
+    "target_parameters": "an adapter of bare parameters is not rooted at the language model; name linear layers in "
+    "`lora.target_modules`",
+}
+
 # Values that say the same as nothing: what is off, and two defaults.
 UNSAID: tuple[Any, ...] = (None, False, "", [], "nll", "keep_start")
 
@@ -122,6 +128,9 @@ def _lora_or_full(lora: dict[str, Any] | None, train: dict[str, float]) -> Broke
         yield ("lora", "r"), f"the rank `lora.r` must be above zero, not {rank}; to do without LoRA, remove `lora`."
     if _is_number(dropout := lora.get("lora_dropout")) and not 0 <= dropout < 1:
         yield ("lora", "lora_dropout"), f"`lora.lora_dropout` must be zero or above and below one, not {dropout}."
+    for key, reason in RESERVED_LORA_KEYS.items():
+        if lora.get(key):
+            yield ("lora", key), f"`lora.{key}` cannot be used: {reason}; remove it."
     # PEFT copies whole modules named there, and silently neither trains nor saves bare parameters such as query tokens.
     for name in lora.get("modules_to_save") or []:
         if name in PARTS:
@@ -231,6 +240,12 @@ def _sft_fits(sft: dict[str, Any], evaluates: bool) -> Broken:
     for key, reason in RESERVED_SFT_KEYS.items():
         if sft.get(key) not in UNSAID:
             yield ("sft", key), f"`sft.{key}` cannot be used: {reason}; remove it."
+    if (strategy := sft.get("train_sampling_strategy")) in ("group_by_length", "batch_rebalance"):
+        yield (
+            ("sft", "train_sampling_strategy"),
+            f"`sft.train_sampling_strategy: {strategy}` needs the length of every row, which rows with images do not "
+            f"have before they are made into batches; use random or sequential.",
+        )
     yield from _numbers_that_train(sft)
     rate = sft.get("learning_rate")
     if rate is not None and not (_is_number(rate) and rate > 0 and math.isfinite(rate)):
