@@ -143,7 +143,7 @@ def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     for index, raw in enumerate(turns):
         key = f"conversations[{index}]"
         turn = read_turn(row, raw, key, FROM_AND_VALUE)
-        if turn.role not in ROLES.values():
+        if turn.role not in ("user", "assistant", "system"):
             speaker = raw.get("from", raw.get("role"))
             known = ", ".join(ROLES)
             raise row.error(

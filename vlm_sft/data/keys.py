@@ -122,6 +122,8 @@ def role_of(row: RowView, speaker: Any, key: str) -> Any:
     """
     if not isinstance(speaker, str):
         return speaker
+    if speaker in ROLES:
+        return ROLES[speaker]
     name = speaker.lower()
     if name in TOOL_ROLES:
         raise row.error(f'{key} is of "{name}" and tools that are called are not supported', _TOOLS, "wrong role")

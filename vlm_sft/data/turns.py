@@ -55,15 +55,14 @@ def read_turn(row: RowView, turn: Any, key: str, names: str = "role and content"
     """
     if not isinstance(turn, dict):
         raise row.error(f"{key} is {kind(turn)}, not an object with {names}", "correct the row")
+    pairs = _SHAREGPT if names == FROM_AND_VALUE else _OPENAI
+    speaker, text = pairs[0][0], pairs[1][0]
+    if len(turn) == 2 and speaker in turn and text in turn:  # as most are, and then nothing is left to look at
+        return Turn(role_of(row, turn[speaker], key), turn[text], {}, key)
     if calls := next((name for name in ("tool_calls", "function_call") if is_given(turn.get(name))), None):
         raise row.error(f"{key} calls tools ({calls}), which are not supported", "remove the row", "wrong role")
-    speaker, text = (
-        next((name for name in pair if turn.get(name) is not None), pair[0])
-        for pair in (_SHAREGPT if names == FROM_AND_VALUE else _OPENAI)
-    )
+    speaker, text = (next((name for name in pair if turn.get(name) is not None), pair[0]) for pair in pairs)
     role, content = role_of(row, turn.get(speaker), key), turn.get(text)
-    if len(turn) == 2 and speaker in turn and text in turn:  # as most are, and then nothing is left to look at
-        return Turn(role, content, {}, key)
     check_left(row, "message", turn, (speaker, text, *_READ), f"{key}.")
     more: dict[str, Any] = {}
     if not _learned(row, turn, role, key):
