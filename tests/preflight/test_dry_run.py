@@ -54,8 +54,8 @@ def test_it_says_what_a_device_of_many_takes(recipe_file, capsys):
 
 
 def test_an_optimizer_that_is_not_known_is_named(recipe_file, capsys):
-    main([str(recipe_file()), "sft.optim=stable_adamw", "--dry-run"])
-    assert "What sft.optim=stable_adamw keeps is not known here; it is counted as AdamW." in capsys.readouterr().out
+    main([str(recipe_file()), "sft.optim=ademamix", "--dry-run"])
+    assert "What sft.optim=ademamix keeps is not known here; it is counted as AdamW." in capsys.readouterr().out
 
 
 def test_the_shapes_are_those_of_the_recipe(recipe_file):

@@ -180,7 +180,7 @@ def ledger_table(ledgers: Mapping[str, Ledger]) -> Group:
 
 
 def names_of(unused: Mapping[str, int]) -> str:
-    """Keys that are not used with their rows, for a sentence: `"model" in 12 rows, …`."""
+    """Keys that are not used with their rows, for a sentence: `"score" in 12 rows, …`."""
     shown = [f'"{short(key)}" in {rows:,} {"row" if rows == 1 else "rows"}' for key, rows in list(unused.items())[:8]]
     return ", ".join([*shown, f"and {len(unused) - 8:,} more"] if len(unused) > 8 else shown)
 
