@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from support.bundles import assert_same
 from support.paths import ROOT, accelerate_config
 from vlm_sft import load
-from vlm_sft.base.interrupts import Interrupts, shield_worker
+from vlm_sft.base.interrupts import Interrupts, end_workers, shield_worker, workers_end_with_errors
 from vlm_sft.bundle import run_folder
 
 STOPS = [(signal.SIGINT, 130, 3, 2), (signal.SIGTERM, 143, 7, 4), (signal.SIGTERM, 143, 11, 6)]
@@ -68,6 +69,80 @@ def test_a_worker_ignores_ctrl_c_and_the_first_sigterm():
     assert here.recv() == "alive" and worker.exitcode == -signal.SIGTERM
     with pytest.raises(EOFError):
         here.recv()
+
+
+def sleep_shielded(pipe):
+    """A worker that nobody can end with words."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pipe.send("asleep")
+    time.sleep(600)
+
+
+@pytest.fixture
+def start_worker():
+    """Starts a worker that only SIGKILL ends, and none outlives the test."""
+
+    def start(daemon: bool = True):
+        here, there = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        worker = context.Process(target=sleep_shielded, args=(there,), daemon=daemon)
+        worker.start()
+        started.append(worker)
+        assert here.recv() == "asleep"
+        return worker
+
+    started: list = []
+    yield start
+    for worker in started:
+        worker.kill()
+        worker.join()
+
+
+def test_an_error_ends_the_workers_that_were_started_since(start_worker):
+    seen, worker = [], None
+    handler = signal.signal(signal.SIGCHLD, lambda number, frame: seen.append(number))  # torch's would raise
+    try:
+        before = start_worker()
+
+        @workers_end_with_errors()
+        def fail():
+            nonlocal worker
+            worker = start_worker()
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            fail()
+        assert worker.exitcode == -signal.SIGKILL and before.is_alive() and not seen
+        with workers_end_with_errors():
+            pass
+        assert before.is_alive(), "what went well ends nobody"
+        before.kill()
+        before.join()
+        assert seen, "the handler is back"
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def test_at_the_end_all_workers_are_killed_and_nothing_else(start_worker):
+    worker, other = start_worker(), start_worker(daemon=False)
+    end_workers()
+    assert worker.exitcode == -signal.SIGKILL and other.is_alive()
+
+
+@pytest.mark.parametrize("ending", ["", "sys.exit(3)", "raise KeyError"])
+def test_python_does_not_wait_for_a_worker_that_will_not_end(ending, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, signal, sys, time\n"
+        "from vlm_sft.base.interrupts import workers_end_with_errors\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "with workers_end_with_errors():\n"
+        "    multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,), daemon=True).start()\n"
+        f"{ending}\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(program)], timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == {"": 0, "sys.exit(3)": 3, "raise KeyError": 1}[ending]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ can be killed between any two of them, inside a save above all, and at the same 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import itertools
@@ -24,6 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +43,7 @@ IMPORTS = (
     "vlm_sft.training.build_trainer",
 )  # fmt: skip
 # Libraries read these while they are imported, which a fork has behind it.
-READ_ON_IMPORT = ("CUDA_", "HF_", "OMP_", "PYTHONHASHSEED", "TORCH")
+READ_ON_IMPORT = ("CUDA_", "HF_", "OMP_", "PYTHONHASHSEED", "TORCH_")  # torch sets TORCHINDUCTOR_CACHE_DIR itself
 KNOWN_OPTIONS = {"args", "capture_output", "check", "cwd", "env", "input", "stderr", "stdout", "text", "timeout"}
 
 
@@ -62,18 +64,20 @@ class Forge:
         self.program = 0
         self.printed = ""
 
-    def run(self, recipe: Path, *overrides: str, **options: Any) -> int:
+    def run(self, recipe: Path, *overrides: str, timeout: float | None = None, **options: Any) -> int:
         """Runs a recipe with `--resume`; returns the exit code, or minus the signal that ended it.
 
         Args:
             recipe: Its file.
             *overrides: As on the command line.
+            timeout: Seconds that it may take.
             **options: `kill_at`: the moment to die. `send`: (micro-batch, signal, times=1) that the run gets at its
                 start. `limit`: bytes that a file may have, as if the disk were full. `resume`: False to start without
                 `--resume`.
         """
         order = {"recipe": str(recipe), "overrides": overrides, **options}
-        done = self._ask([str(recipe)], order, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        files = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = self._ask([str(recipe)], order, text=True, timeout=timeout, **files)
         self.printed = done.stdout
         return done.returncode
 
@@ -242,6 +246,8 @@ def play(order: dict[str, Any], address: str) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        threading._shutdown()  # what Python does at a program's end, less taking down all that was imported
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -162,3 +164,22 @@ def test_an_error_that_no_row_is_to_blame_for_is_one_sentence_also_out_of_a_work
     with pytest.raises(UserError) as error:
         look_over(dataset(rows), ByText(), cores=cores)
     assert str(error.value) == "the template fails at s/300."
+
+
+def test_workers_end_with_an_error_of_the_parent(monkeypatch):
+    rows = dataset([{"messages": [], "images": [], "source": "甲", "id": str(i)} for i in range(2000)])
+    monkeypatch.setattr("vlm_sft.training.row_check.ROWS_WORTH_A_WORKER", 100)
+
+    def stop(doing: str, *counts: object) -> None:
+        if doing == "measured":
+            assert multiprocessing.active_children()
+            raise KeyboardInterrupt
+
+    class Slow:
+        def encode(self, row, with_images):
+            time.sleep(0.001)
+            raise RowError("no", reason="no")
+
+    with pytest.raises(KeyboardInterrupt):
+        look_over(rows, Slow(), cores=2, tick=stop)
+    assert not multiprocessing.active_children()

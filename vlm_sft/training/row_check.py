@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..base.errors import RowError, UserError
+from ..base.interrupts import workers_end_with_errors
 from ..data.image_files import missing_images
 from ..data.ledger import EXAMPLES, SourceLedger
 from ..reading.images import load_image
@@ -219,6 +220,7 @@ class _Measured(NamedTuple):
     problem: tuple[str, str] | None = None
 
 
+@workers_end_with_errors()
 def _measured(
     rows: Dataset,
     picked: np.ndarray,

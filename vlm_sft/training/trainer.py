@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from ..base.errors import UserError
-from ..base.interrupts import Interrupts
+from ..base.interrupts import Interrupts, workers_end_with_errors
 from ..bundle.load import load_trained
 from ..bundle.manifest import Provenance, held_parts
 from ..bundle.save import save_bundle
@@ -144,6 +144,7 @@ class VLMSFTTrainer(SFTTrainer):
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
+    @workers_end_with_errors()
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; a data-loader worker that dies ends it with its rows named.
 

@@ -1,0 +1,86 @@
+"""A run that ends, ends: within seconds, with its exit code, and nothing that it started outlives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from support.paths import ROOT, accelerate_config
+
+pytestmark = pytest.mark.slow
+
+LIMIT = 120  # seconds, of which an idle machine needs three; a run that hangs never ends
+SFT = {"max_steps": 50, "per_device_train_batch_size": 1, "learning_rate": 1e-3, "bf16": False, "use_cpu": True,
+       "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "max_length": 128}  # fmt: skip
+WORDS = {
+    "jpeg": (2, "cut.jpg"), "collator": (1, "a hole in the dictionary"), "memory": (1, "MemoryError"),
+    "model": (1, "a hole in the model"), "device": (1, "CUDA out of memory"), "ctrl-c": (130, "Stopped at once"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def failing(recipe_file, photos, tmp_path):
+    """Writes a recipe whose run ends badly, in this way, with so many workers, of a stream or of a set."""
+
+    def write(how: str, workers: int, streaming: bool, rank: int | None = None, split: str = "train") -> Path:
+        images = list(photos)
+        if how == "jpeg":
+            images[3] = str(tmp_path / "cut.jpg")
+            Image.effect_noise((64, 64), 90).convert("RGB").save(images[3], quality=95)
+            os.truncate(images[3], 700)
+        rows = [{"image": image, "caption": "two dogs" if k == 3 else "一只猫"} for k, image in enumerate(images)]
+        file = tmp_path / "captions.jsonl"
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        source = {"path": str(file), "format": "caption"}
+        data = {"train": [{**source, "max_rows": 8 if split == "train" else 3}], "decode_rows": 0}
+        data |= {} if split == "train" else {"eval": [source]}
+        data |= {"streaming": True, "shuffle_buffer": 2} if streaming else {}
+        options = {**SFT, "output_dir": str(tmp_path / "out"), "dataloader_num_workers": workers}
+        faults = {"collator": "support.faults:Fails", "collator_args": {"how": how, "rank": rank}}
+        return recipe_file(data=data, sft=options, **(faults if how not in ("jpeg", "ctrl-c") else {}))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("how", "workers", "streaming"),
+    [("jpeg", 0, False), ("jpeg", 1, True), ("collator", 1, False), ("collator", 4, True), ("memory", 4, False),
+     ("model", 1, True), ("device", 0, True), ("device", 4, False), ("ctrl-c", 1, False), ("ctrl-c", 4, True)],
+)  # fmt: skip
+def test_one_process(forge, failing, how, workers, streaming):
+    code, words = WORDS[how]
+    send = {"send": [2, signal.SIGINT, 2]} if how == "ctrl-c" else {}
+    assert forge.run(failing(how, workers, streaming), timeout=LIMIT, resume=False, **send) == code, forge.said()
+    assert words in forge.said()
+
+
+@pytest.mark.parametrize(
+    ("how", "workers", "streaming", "rank"), [("jpeg", 1, False, None), ("model", 1, True, 1), ("memory", 0, False, 0)]
+)
+def test_two_processes(failing, how, workers, streaming, rank):
+    recipe = failing(how, workers, streaming, rank)
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config("cpu_2")),
+         "--main_process_port", "0", "-m", "vlm_sft.train", str(recipe)],
+        capture_output=True, text=True, cwd=ROOT, timeout=LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 1 and WORDS[how][1] in done.stderr, done.stderr
+
+
+def test_workers_that_wait_for_the_next_epoch_end_with_the_run(forge, failing):
+    recipe = failing("ctrl-c", 2, False)
+    options = ["sft.max_steps=2", "sft.dataloader_persistent_workers=true"]
+    assert forge.run(recipe, *options, timeout=LIMIT, resume=False) == 0, forge.said()
+
+
+def test_an_evaluation_that_fails(forge, failing):
+    recipe = failing("jpeg", 2, False, split="eval")
+    assert forge.run(recipe, "sft.max_steps=2", timeout=LIMIT, resume=False) == 2, forge.said()
+    assert "cut.jpg" in forge.said()
