@@ -60,6 +60,40 @@ def test_more_processes_than_rows(recipe_file, caption_file, collator, monkeypat
         load_rows(recipe, collator, args, Console(quiet=True))
 
 
+@pytest.mark.parametrize(
+    ("workers", "processes", "max_rows", "refused"),
+    [
+        (0, 8, None, False),
+        (4, 2, None, False),
+        (9, 1, None, True),
+        (3, 3, None, True),
+        (2, 2, 3, True),
+        (1, 1, 1, False),
+    ],
+)
+def test_a_stream_of_fewer_rows_than_shards(
+    recipe_file, caption_file, collator, monkeypatch, workers, processes, max_rows, refused
+):
+    source = {"path": caption_file, "format": "caption", "max_rows": max_rows, "name": "描述"}
+    recipe = load_recipe(recipe_file(data={"train": [source], "streaming": True}))
+    args = build_sft_config(recipe)
+    args.dataloader_num_workers = workers
+    monkeypatch.setattr(type(args), "world_size", processes)
+    if not refused:
+        load_rows(recipe, collator, args, Console(quiet=True))
+        return
+    with pytest.raises(UserError, match=rf'"描述" has too few rows to be dealt to {workers * processes} processes and'):
+        load_rows(recipe, collator, args, Console(quiet=True))
+
+
+def test_a_long_stream_may_be_dealt_to_more_than_its_first_rows(recipe_file, caption_file, collator, monkeypatch):
+    monkeypatch.setattr("vlm_sft.training.run_rows.FIRST_ROWS", 2)
+    recipe = load_recipe(recipe_file(data={"train": [{"path": caption_file, "format": "caption"}], "streaming": True}))
+    args = build_sft_config(recipe)
+    args.dataloader_num_workers = 5
+    load_rows(recipe, collator, args, Console(quiet=True))
+
+
 # ---------------------------------------------------------------------------------------------------------- the ledger
 
 

@@ -52,6 +52,14 @@ def stream_mixture(
     return IterableDataset.from_generator(stream, STREAM_FEATURES, gen_kwargs={"shards": list(range(shards))})
 
 
+def too_few_rows(source: SourceLike, shards: int) -> UserError:
+    """The error of a source with fewer rows than processes and workers that share them: some would wait for ever."""
+    return UserError(
+        f'The source "{name_of(source)}" has too few rows to be dealt to {shards} processes and workers: '
+        "start fewer, or set data.streaming to false."
+    )
+
+
 @dataclass(frozen=True)
 class _Stream:
     """The generator of some of the shards."""
@@ -85,10 +93,7 @@ class _Stream:
                     mine += 1
                     yield row
             if not mine:
-                raise UserError(
-                    f'The source "{name_of(source)}" has too few rows to be dealt to {self.of} processes and workers: '
-                    "start fewer, or set data.streaming to false."
-                )
+                raise too_few_rows(source, self.of)
 
     def _rows(self, source: SourceLike) -> Iterator[dict[str, Any]]:
         """One pass; a rejected row stands where the file has it."""

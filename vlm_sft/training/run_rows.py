@@ -102,7 +102,7 @@ def _load_stream(
     from ..data.dataset import read_source
     from ..data.ledger import SourceLedger
     from ..data.source import name_of
-    from ..data.streaming import stream_mixture
+    from ..data.streaming import stream_mixture, too_few_rows
 
     beginnings = [
         source.model_copy(update={"max_rows": min(source.max_rows or FIRST_ROWS, FIRST_ROWS)}) for source in data.train
@@ -112,6 +112,11 @@ def _load_stream(
         name = name_of(source)
         reject, unused = first.rejecter(name), first.source(name).leave
         parts.append(read_source(source, seed=seed, reject=reject, unused=unused).rows)
+    for source, beginning, part in zip(data.train, beginnings, parts, strict=True):
+        whole = len(part) < (beginning.max_rows or 0) or beginning.max_rows == source.max_rows
+        if whole and len(part) + first.source(name_of(source)).lost < shards:  # a rejected row is dealt like any other
+            first.check(console, "train")
+            raise too_few_rows(source, shards)
     findings = look("train", parts, seed=seed)
     for source, found in zip(data.train, findings, strict=True):
         found.write_to(first.source(name_of(source)))
