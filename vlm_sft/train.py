@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from .base.console import make_console, quiet_libraries, say
 from .base.errors import UserError, exit_on_user_error, first_to_say
 from .base.interrupts import Interrupts
 from .base.names import CURVES, METRICS
-from .base.processes import on_first_process
+from .base.processes import hold_folder, let_threads_sleep, on_first_process
 from .base.whole_files import write_json
 
 if TYPE_CHECKING:
@@ -50,22 +50,30 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         UserError: Anything a user can mend.
     """
-    from .bundle.hub import check_access
-    from .bundle.manifest import read_manifest
-    from .bundle.run_folder import settle_resume, sweep
-    from .preflight.samples import glance
     from .recipe.libraries import build_sft_config, validate_libraries
-    from .stack.kinds import compose
-    from .stack.text_fit import check_texts
-    from .training.build_trainer import build_collator, build_trainer
-    from .training.resume_check import check_resumption
-    from .training.run_rows import load_rows
 
     console = make_console()
     validate_libraries(recipe)
     args = build_sft_config(recipe)
     _say_precision(recipe, args, console)
     check_processes(args)
+    with ExitStack() as held:
+        on_first_process(partial(held.enter_context, hold_folder(args.output_dir, partial(say, console))))
+        return _train_in_folder(recipe, args, resume, console)
+
+
+def _train_in_folder(recipe: Recipe, args: SFTConfig, resume: bool, console: Console) -> Path:
+    """What `train` does in a folder that is this run's own."""
+    from .bundle.hub import check_access
+    from .bundle.manifest import read_manifest
+    from .bundle.run_folder import settle_resume, sweep
+    from .preflight.samples import glance
+    from .stack.kinds import compose
+    from .stack.text_fit import check_texts
+    from .training.build_trainer import build_collator, build_trainer
+    from .training.resume_check import check_resumption
+    from .training.run_rows import load_rows
+
     settle_resume(args, resume=resume, say=partial(say, console))
     if args.resume_from_checkpoint:
         check_resumption(recipe, args.resume_from_checkpoint, partial(say, console))
@@ -196,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: It did not end well; with code 2 for what the user can mend.
     """
+    let_threads_sleep()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(run)
     with exit_on_user_error():

@@ -304,12 +304,16 @@ def train(order: dict[str, Any]) -> None:
 
 def count_moments(folder: str, kill_at: int | None, send: list[int] | None) -> None:
     """Counts touches of a folder and micro-batches, and dies, or gets a signal, at one of them."""
+    from vlm_sft.base.names import RUN_LOCK
+
     moments, batches = 0, 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal moments, batches
         if event not in TOUCHES or (event != "step" and not str(arguments[0]).startswith(folder)):
             return
+        if str(arguments[0]).endswith(RUN_LOCK):
+            return  # a file of its own, whatever it is opened for
         moments += 1
         if moments == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -29,6 +29,9 @@ CARD, METRICS, CURVES, SCORES = "README.md", "metrics.json", "curves.png", "eval
 STRANGE_STEPS = "watch.jsonl"
 """Of a run: the steps that went wrong."""
 
+RUN_LOCK = ".run.lock"
+"""Of a run that is going on: which process writes to the folder."""
+
 PREFLIGHT_PAGE = "preflight.html"
 """What `vlm-sft preflight` writes."""
 

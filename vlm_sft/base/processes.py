@@ -1,14 +1,35 @@
-"""What one of several processes does for the others, and what all of them do together."""
+"""What one of several processes does for the others, what all of them do together, and what keeps two runs apart."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
+from .names import RUN_LOCK
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 Found = TypeVar("Found")
+BEAT = 10.0  # seconds between two touches
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart, where containers have host names of their own
+
+
+def let_threads_sleep() -> None:
+    """Threads of OpenMP that wait for the next piece of work sleep, unless the user has said otherwise.
+
+    They would spin, which on a busy machine takes the cores from those that work. OpenMP reads this once, when torch is
+    loaded: to be called by the commands before, never on import.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def one_process_first(work: Callable[[], Found]) -> Found:
@@ -101,3 +122,114 @@ def cores_for_each() -> int:
     local = get_int_from_env(said, PartialState().num_processes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // max(1, local))
+
+
+# -- one run in a folder ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hold_folder(folder: str | Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Keeps other runs out of a folder, which is made if it is not there and removed again if nothing was written.
+
+    The lock is the operating system's, which takes it back from a process that dies. Where machines share a disk it may
+    not reach from one to the other, so the holder also touches the file every few seconds: what another machine left is
+    looked at for a while, and taken over where nobody touches it.
+
+    A folder that cannot be written is left alone; `settle_resume` says so.
+
+    Args:
+        folder: The run's `output_dir`.
+        say: Told that another machine's run is being looked for.
+
+    Raises:
+        UserError: Another run is going on in it.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    file = folder / RUN_LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(file)
+        _look_for_others(file, lock is not None, say)
+        file.write_text(json.dumps(_self()) + "\n", encoding="utf-8")
+    except OSError:
+        yield
+        return
+    done = threading.Event()
+    threading.Thread(target=_beat, args=(file, done), daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        with suppress(OSError):
+            file.unlink()  # before the lock is given back: afterwards it may be the next one's
+        if lock is not None:
+            lock.release()
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def _lock(file: Path) -> FileLock | None:
+    """The lock, held; None where the disk knows none."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise _in_use(file) from None
+    except (OSError, NotImplementedError):
+        if not os.access(file.parent, os.W_OK):
+            raise
+        return None
+    return lock
+
+
+def _look_for_others(file: Path, locked: bool, say: Callable[[str], None]) -> None:
+    """Raises a UserError where the run that left the file is still going on, out of the lock's reach."""
+    holder = _holder(file)
+    if not holder or (locked and holder.get("machine") == _self()["machine"]):
+        return
+    say(f"{file.parent} was left by {_words(holder)}; looking for {3 * BEAT:.0f} s whether that run still goes on.")
+    before = file.stat().st_mtime_ns
+    end = time.monotonic() + 3 * BEAT
+    while time.monotonic() < end:
+        time.sleep(BEAT / 10)
+        with open(file, "rb") as opened:  # a network's disk asks its server when a file is opened
+            if os.fstat(opened.fileno()).st_mtime_ns != before:
+                raise _in_use(file)
+
+
+def _in_use(file: Path) -> UserError:
+    return UserError(
+        f"sft.output_dir {str(file.parent)!r} is in use: another run, {_words(_holder(file))}, writes to it; wait for "
+        f"its end, stop it, or choose another folder."
+    )
+
+
+def _words(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "which is just beginning"
+    return f"process {holder.get('process')} on {holder.get('host')} since {holder.get('since')}"
+
+
+def _self() -> dict[str, Any]:
+    host = platform.node()
+    machine = BOOT.read_text(encoding="ascii").strip() if BOOT.is_file() else host
+    return {"process": os.getpid(), "host": host, "machine": machine, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def _holder(file: Path) -> dict[str, Any]:
+    """Who wrote the file; nothing where nobody has finished writing it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _beat(file: Path, done: threading.Event) -> None:
+    while not done.wait(BEAT):
+        with suppress(OSError):
+            os.utime(file)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
-from ..base.names import CHECKPOINT_FILES, EXPORT_REPORT, MANIFEST, STRANGE_STEPS
+from ..base.names import CHECKPOINT_FILES, EXPORT_REPORT, MANIFEST, RUN_LOCK, STRANGE_STEPS
 from ..base.whole_files import UNFINISHED
 from ..base.words import closest
 
@@ -258,7 +258,8 @@ def _check_empty(folder: Path, resume: bool) -> None:
             f"sft.output_dir {str(folder)!r} holds a finished run without checkpoints, so there is nothing to go on "
             f"from; choose another, or remove it to train again."
         )
-    full = any(path.name != "runs" and not path.name.startswith(UNFINISHED) for path in folder.iterdir())
+    harmless = ("runs", RUN_LOCK)
+    full = any(path.name not in harmless and not path.name.startswith(UNFINISHED) for path in folder.iterdir())
     if full and not resume:
         raise UserError(
             f"sft.output_dir {str(folder)!r} is not empty; choose another, remove it, or go on with the run in it: "
