@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly DATA=data/digitscenes STAGE1=outputs/quickstart_stage1 STAGE2=outputs/quickstart_stage2
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that wait do not take a busy machine from those that work
 
 step() { printf '\n== %s\n' "$*"; }
 

@@ -8,6 +8,7 @@ import typer
 
 from ..base.errors import exit_on_user_error
 from ..base.names import PREFLIGHT_PAGE
+from ..base.processes import let_threads_sleep
 from ..train import Overrides, RecipeName, Trust, run
 from .bundles import bundles_app
 from .data import data_app
@@ -87,6 +88,7 @@ def apply_delta(
 
 def main() -> None:
     """Entry point of the console command: a `UserError` becomes one line on stderr and exit code 2."""
+    let_threads_sleep()
     with exit_on_user_error():
         app()
 
