@@ -58,8 +58,8 @@ def probe(tmp_path):
 
 def test_what_is_the_same_differs_by_nothing(probe):
     found = compare(*probe)
-    assert found["ids"] and found["chats"] and found["pixels"] == found["max_difference"] == 0.0
-    assert found["scale"] > 0 and found["positions"] == load_file(probe[1] / PROBE)["input_ids"].shape[1]
+    assert found["ids"] and found["chats"] and found["pixels"] == found["logits"]["max_difference"] == 0.0
+    assert found["logits"]["scale"] > 0 and found["positions"] == load_file(probe[1] / PROBE)["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize(("name", "key"), [("logits", "max_difference"), ("pixel_values", "pixels")])
@@ -67,17 +67,18 @@ def test_one_number_that_is_another_is_found(probe, name, key):
     state = load_file(probe[1] / PROBE)
     state[name].view(-1)[-1] += 0.5
     save_file(state, probe[1] / PROBE)
-    assert compare(*probe)[key] == pytest.approx(0.5, abs=1e-6)
+    found = compare(*probe)
+    assert {**found, **found["logits"]}[key] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_rows_that_the_vocabulary_grew_by_are_not_compared(probe):
     state = load_file(probe[1] / PROBE)
     state["logits"] = state["logits"][..., :-3].contiguous()
     save_file(state, probe[1] / PROBE)
-    assert compare(*probe)["max_difference"] == 0.0
+    assert compare(*probe)["logits"]["max_difference"] == 0.0
 
 
 def test_other_tokens_end_the_comparison(probe):
     (probe[0] / "chat_template.jinja").write_text(TEMPLATE + "!", encoding="utf-8")
     found = compare(*probe)
-    assert not found["ids"] and found["text"].endswith("!") and "max_difference" not in found
+    assert not found["ids"] and found["text"].endswith("!") and "logits" not in found

@@ -1,8 +1,8 @@
 """The parity gate: a saved bundle, loaded in a fresh process, must give the trainer's logits.
 
-`python -m vlm_sft.bundle.parity BUNDLE PROBE DEVICE` is that process. It computes on the trainer's own device: on a CPU
-other kernels would add in another order and need a wider tolerance, which finds less. So that the device never holds
-two models, the trainer's weights wait in the host's memory meanwhile.
+`python -m vlm_sft.bundle.parity BUNDLE PROBE DEVICE` is that process; `judge` says what is the same. It computes on the
+trainer's own device: on a CPU other kernels would add in another order, and what is as small as that could not be
+found. So that the device never holds two models, the trainer's weights wait in the host's memory meanwhile.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -26,11 +27,10 @@ from torch.distributed.tensor import DTensor
 from ..base.errors import UserError, exit_on_user_error
 from ..base.names import IGNORED
 from ..model.freeze import part_of
+from ..stack.judge import judge, layers_of, measure
 from .load import load
 from .manifest import update_manifest
 
-# Same weights, same code, another process: equal on a CPU up to the order of threads, on a GPU up to kernel choice.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 MAX_POSITIONS = 256
 NOT_INPUTS = ("labels", "loss_weights", "logits")
 
@@ -49,6 +49,14 @@ def probe_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     return logits[mask.to(device)][:MAX_POSITIONS].float().cpu()
 
 
+def without_adapter(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """`probe_logits` with the model's adapter off, or None where it has none."""
+    if not isinstance(model, PeftModel):
+        return None
+    with model.disable_adapter():
+        return probe_logits(model, batch)
+
+
 def check_parity(
     bundle: str | Path, model: nn.Module, batch: dict[str, torch.Tensor], logits: torch.Tensor | None = None
 ) -> dict[str, Any]:
@@ -61,7 +69,8 @@ def check_parity(
         logits: The model's `probe_logits` of the batch, where it took all processes to make them.
 
     Returns:
-        `max_difference`, `tolerance`, `positions` and `equal`; also written into the bundle's manifest.
+        What `judge` says: `max_difference`, `tolerance`, `positions`, `equal` and more; also written into the bundle's
+        manifest, where earlier releases wrote these four.
 
     Raises:
         UserError: The bundle does not load, or its logits differ.
@@ -85,20 +94,11 @@ def check_parity(
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
         raise UserError(f"The bundle {str(bundle)!r} was saved but does not load in a fresh process: {last}")
-    difference = float(json.loads(process.stdout.strip().splitlines()[-1])["max_difference"])
-    tolerance = TOLERANCE.get(dtype, 5e-2)
-    result = {
-        "max_difference": difference,
-        "tolerance": tolerance,
-        "positions": len(wanted),
-        "equal": difference <= tolerance,
-    }
+    measured = json.loads(process.stdout.strip().splitlines()[-1])
+    result = judge(measured, dtype, layers_of(model))
     update_manifest(bundle, {"parity": result})
     if not result["equal"]:
-        raise UserError(
-            f"The bundle {str(bundle)!r} loads, but its logits differ from the trainer's by {difference:.2g} (allowed "
-            f"{tolerance:g}); do not use it, and report this."
-        )
+        raise UserError(f"The bundle {str(bundle)!r} loads, but {result['why']}; do not use it, and report this.")
     return result
 
 
@@ -143,13 +143,12 @@ def environment() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The fresh process: BUNDLE, PROBE and a device; prints the largest difference as JSON."""
+    """The fresh process: BUNDLE, PROBE and a device; prints what it measured as JSON."""
     bundle, probe, device = argv or sys.argv[1:]
     tensors = load_file(probe)
     # The run before this one executed the same code, as its recipe said.
     model, _ = load(bundle, device=device, trust_remote_code=True)
-    difference = (probe_logits(model, tensors) - tensors["logits"]).abs().max()
-    print(json.dumps({"max_difference": float(difference)}))
+    print(json.dumps(measure(tensors["logits"], probe_logits(model, tensors), without_adapter(model, tensors))))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..base.names import PROCESSOR_CONFIG
+from ..stack.judge import measure
 
 ADAPTER_FOLDER = "adapter"
 PROBE, PICTURE, CONVERSATION = "probe.safetensors", "picture.png", "messages.json"
@@ -36,7 +37,10 @@ def noise_picture() -> Image.Image:
 
 @torch.inference_mode()
 def compare(export: Path, probe: Path) -> dict[str, Any]:
-    """Loads the export in fp32, sends the probe's messages through its processor, and compares ids, pixels, logits."""
+    """Loads the export in fp32, sends the probe's messages through its processor, and compares ids, pixels, logits.
+
+    Of what is returned, `logits` (against what was to be written) and `bundle` (against the bundle) are for `judge`.
+    """
     wanted = load_file(probe / PROBE)
     messages = json.loads((probe / CONVERSATION).read_text(encoding="utf-8"))
     processor = read_processor(export)
@@ -50,12 +54,11 @@ def compare(export: Path, probe: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"text": text, "ids": same_ids, "positions": wanted["logits"].shape[1]}
     result["chats"] = bool(processor.chat_template)
     if same_ids:
-        ours = wanted["logits"]
         logits = model.eval()(**inputs).logits
         images = [name for name in wanted if name.startswith("pixel_values")]
         result["pixels"] = max(float((inputs[name] - wanted[name]).abs().max()) for name in images)
-        result["max_difference"] = float((logits[..., : ours.shape[-1]] - ours).abs().max())
-        result["scale"] = float(ours.abs().max())
+        result["logits"] = measure(wanted["logits"], logits, wanted.get("without"))
+        result["bundle"] = measure(wanted.get("bundle", wanted["logits"]), logits)
     return result
 
 

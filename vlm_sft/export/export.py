@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ..base.errors import UserError
 from ..base.names import ADAPTER, ADAPTER_CONFIG, CARD, EXPORT_REPORT
@@ -24,11 +22,13 @@ from ..base.whole_files import write_json
 from ..bundle.hub import find_bundle
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
-from ..bundle.parity import TOLERANCE, environment
+from ..bundle.parity import environment
+from ..stack.judge import judge, layers_of
 from .card import write_export_card
 from .check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
 from .forms import Form, form_of
 from .merged import write_merged
+from .merging import Comparison
 from .native_model import renamed
 
 TARGETS = ("transformers", "vllm", "bundle-merged")
@@ -88,20 +88,27 @@ def export(
 
 
 def _write(out: Path, to: str, model: Any, form: Form, dtype: torch.dtype, keep_adapter: bool) -> dict[str, Any]:
-    """Writes everything but the card; returns the name of the class and what the comparison found."""
+    """Writes everything but the card; returns the name of the class and what the comparisons found."""
     with tempfile.TemporaryDirectory() as folder:
-        _write_probe(Path(folder), model, form)
+        inputs = _write_probe(Path(folder), form)
+        comparison = Comparison(model, lambda model: model.eval()(**inputs).logits)
+        if not keep_adapter:
+            model = comparison.merge(model)
+        wanted = comparison.round(model, dtype)
+        probe = {**inputs, "logits": wanted, "bundle": comparison.wanted}
+        if comparison.without is not None:
+            probe["without"] = comparison.without
+        save_file(probe, Path(folder) / PROBE)
+        layers = layers_of(form.model)
         out.mkdir(parents=True, exist_ok=True)
         if keep_adapter:
             _keep_adapter(model, form, out / ADAPTER_FOLDER)
             model.unload()
-        elif isinstance(model, PeftModel):
-            model.merge_and_unload(safe_merge=True)
         form.write_processor(out)
         native = form.native().to(dtype)
         native.config.dtype = dtype
         form.save(native, out, to)
-        found = {"class": type(native).__name__, **_compare(out, Path(folder), dtype)}
+        found = {"class": type(native).__name__, **_compare(out, Path(folder), dtype, layers), **comparison.found}
         form.finish(out, to)
         return found
 
@@ -116,16 +123,14 @@ def _check_request(out: Path, to: str, keep_adapter: bool) -> None:
         raise UserError(f"{str(out)!r} is there already and not empty; name another folder.")
 
 
-@torch.inference_mode()
-def _write_probe(folder: Path, model: nn.Module, form: Form) -> None:
-    """A conversation, a picture that is not square, and what the bundle makes of them."""
+def _write_probe(folder: Path, form: Form) -> dict[str, torch.Tensor]:
+    """Writes a conversation and a picture that is not square; returns what the bundle's processor makes of them."""
     picture, processor = noise_picture(), form.processor
     picture.save(folder / PICTURE)
     (folder / CONVERSATION).write_text(json.dumps(form.probe, ensure_ascii=False), encoding="utf-8")
     encoded = processor.encode_chat(form.probe, is_prompt(form.probe), [picture.size])
     inputs = {name: tensor for name, tensor in processor.batch([encoded]).items() if name != "labels"}
-    inputs |= processor.image_inputs([picture], processor.instructions(form.probe))
-    save_file({**inputs, "logits": model.eval()(**inputs).logits}, folder / PROBE)
+    return inputs | processor.image_inputs([picture], processor.instructions(form.probe))
 
 
 def _keep_adapter(model: Any, form: Form, folder: Path) -> None:
@@ -143,7 +148,7 @@ def _keep_adapter(model: Any, form: Form, folder: Path) -> None:
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def _compare(out: Path, probe: Path, dtype: torch.dtype) -> dict[str, Any]:
+def _compare(out: Path, probe: Path, dtype: torch.dtype, layers: int) -> dict[str, Any]:
     process = subprocess.run(
         [sys.executable, "-m", "vlm_sft.export.check", str(out), str(probe)],
         env=environment(),
@@ -161,10 +166,12 @@ def _compare(out: Path, probe: Path, dtype: torch.dtype) -> dict[str, Any]:
             f"transformers' own processor cuts this bundle's prompts into other tokens ({found['text'][:60]!r}…), so "
             f"it has no native form; nothing was written."
         )
-    found["tolerance"] = TOLERANCE[dtype] * max(1.0, found["scale"] if dtype != torch.float32 else 1.0)
-    if found["max_difference"] > found["tolerance"] or found["pixels"] > 1e-3:
-        raise UserError(
-            f"The export {str(out)!r} loads, but its logits differ from the bundle's by {found['max_difference']:.2g} "
-            f"(allowed {found['tolerance']:.2g}) and its pixels by {found['pixels']:.2g}; do not use it, report this."
-        )
-    return {key: found[key] for key in ("max_difference", "tolerance", "positions", "pixels", "chats")}
+    # Against what was to be written, where rounding to the type is done with, it is fp32 on both sides.
+    strict = judge(found["logits"], torch.float32, layers, "the bundle's")
+    found |= judge(found["bundle"], dtype, layers, "the bundle's")
+    reasons = [verdict["why"] for verdict in (strict, found) if "why" in verdict][:1]
+    if not found["pixels"] <= 1e-3:
+        reasons.append(f"its pixels differ by {found['pixels']:.2g} (allowed 0.001)")
+    if reasons:
+        raise UserError(f"The export {str(out)!r} loads, but {' and '.join(reasons)}; do not use it, report this.")
+    return {key: found[key] for key in ("max_difference", "tolerance", "positions", "kl", "pixels", "chats")}

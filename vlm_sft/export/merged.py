@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from ..base.names import RECIPE
@@ -27,6 +26,7 @@ from ..stack.kinds import kind_of
 from ..stack.precision import dtypes_of
 from .check import QUESTION, noise_picture
 from .forms import FamilyForm
+from .merging import Comparison
 from .native_model import to_causal_lm
 
 
@@ -51,11 +51,9 @@ def write_merged(
     picture = noise_picture()
     batch = processor.batch([processor.encode_chat(QUESTION, sizes=[picture.size])])
     batch |= processor.image_inputs([picture], processor.instructions(QUESTION))
-    before = probe_logits(model, batch)
+    comparison = Comparison(model, lambda model: probe_logits(model, batch))
     adapted = {part_of(name.split(".lora_")[0]) for name, _ in model.named_parameters() if is_adapter(name)}
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload(safe_merge=True)
-    difference = float((probe_logits(model, batch) - before).abs().max())
+    model = comparison.merge(model)
     kind = kind_of(manifest["pieces"])
     merged = _recipe(recipe, kind, bundle, out / kind.base, dtype)
     WRITERS[kind.base](out / kind.base, model, processor, merged)
@@ -66,7 +64,8 @@ def write_merged(
     plan = FreezePlan({part: rate for part, rate in merged.train.items() if part in held})
     save_bundle(out, model, processor, plan, Provenance(merged, pieces, {"merged_from": str(bundle)}))
     kind.cast(model, merged, dtypes_of(merged))
-    result = {**check_parity(out, model, batch), "merge_difference": difference}
+    comparison.accept(probe_logits(model, batch), dtype)
+    result = {**check_parity(out, model, batch), "merge_difference": 0.0, **comparison.found}
     write_card(out)
     return result
 
