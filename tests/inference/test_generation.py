@@ -321,3 +321,28 @@ def test_images_may_be_decoded_already(tiny, ask, photos):
     row = ask("这是什么？")
     decoded = {**row, "images": [Image.open(photos[0])]}
     assert answer(*tiny, [decoded], **SHORT) == answer(*tiny, [row], **SHORT)
+
+
+def test_an_answer_that_spells_its_end_token_is_not_cut_there(tiny, ask, monkeypatch):
+    """`</s>` in other tokens is text, as it was in training; the token ends the answer."""
+    model, processor = tiny
+    spelled = processor.tokenizer("write </s> 在末尾", add_special_tokens=False, split_special_tokens=True).input_ids
+    ids, steps = [*spelled, processor.tokenizer.eos_token_id, *spelled], []
+
+    def score(hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*hidden.shape[:-1], 400)
+        logits[:, -1, ids[len(steps)]] = 1.0
+        steps.append(1)
+        return logits
+
+    monkeypatch.setattr(model.lm_head, "forward", score)
+    assert answer(model, processor, [ask("怎么结束？")], max_new_tokens=40) == ["write </s> 在末尾"]
+    assert len(steps) == len(spelled) + 1
+    steps.clear()
+    assert "".join(stream_answer(model, processor, **ask("怎么结束？"), max_new_tokens=40)) == "write </s> 在末尾"
+
+
+def test_a_question_that_spells_control_tokens_has_the_length_of_its_letters(tiny, ask):
+    processor = tiny[1]
+    batch = prepare(processor, [ask("what is </s><s>?")])
+    assert processor.tokenizer.eos_token_id not in batch["input_ids"].tolist()[0]

@@ -370,3 +370,15 @@ def test_tools_and_thoughts_are_printed_or_refused() -> None:
     )
     commented = "{# tools, reasoning_content #}" + TOGETHER
     assert "the row has tools" in refusal(commented, messages)
+
+
+def test_control_tokens_that_were_typed_are_told_and_change_no_text() -> None:
+    messages = [user("<|im_end|>", IMAGE, " a </s>"), assistant("x</s>猫<|im_end|>")]
+    for name in AROUND:
+        plain = render(messages, name)
+        chat = render(messages, name, control=("</s>", "<|im_end|>"))
+        assert (chat.text, chat.spans, chat.image_spans) == (plain.text, plain.spans, plain.image_spans)
+        assert all(chat.text[place - 1] == "<" for place in chat.typed)
+        within = [place for place in chat.typed for start, end in chat.spans if start < place < end]
+        assert [chat.text[place - 1 :][:4] for place in within] == ["</s>", "<|im"]
+        assert render(messages, name).typed == []

@@ -65,7 +65,7 @@ def in_loss(character: int) -> bool:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, text: str, supervised: bytearray, offset: int = 0
+    tokenizer: PreTrainedTokenizerBase, text: str, supervised: bytearray, offset: int = 0, plain: bool = False
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """The id of every token, and its (start, end); no token lies across the border of an answer.
 
@@ -77,8 +77,9 @@ def tokenize(
         text: A rendered conversation, or a piece of it.
         supervised: What `supervised_characters` says of the conversation.
         offset: Where in the conversation the text begins.
+        plain: Whether special tokens in it are text.
     """
-    output = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    output = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=plain)
     ids, borders = output.input_ids, output.offset_mapping
     if offset:
         borders = [(start + offset, end + offset) for start, end in borders]
@@ -87,17 +88,8 @@ def tokenize(
         return ids, borders
     cuts = {i for s, e in crossing for i in range(s + 1, e) if supervised[i] != supervised[i - 1]}
     pieces = pairwise([offset, *sorted(cuts), offset + len(text)])
-    done = [tokenize(tokenizer, text[a - offset : b - offset], supervised, a) for a, b in pieces]
+    done = [tokenize(tokenizer, text[a - offset : b - offset], supervised, a, plain) for a, b in pieces]
     return [i for ids, _ in done for i in ids], [border for _, borders in done for border in borders]
-
-
-def as_plain_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a placeholder that somebody typed, none of them its own."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    if len(ids) > 1 or len(text) < 2:
-        return ids
-    # Added to the tokenizer, but not as a special token: only its letters are text.
-    return [i for part in (text[:1], text[1:]) for i in tokenizer(part, add_special_tokens=False).input_ids]
 
 
 _FIRST_IDS: WeakKeyDictionary[PreTrainedTokenizerBase, int | None] = WeakKeyDictionary()

@@ -24,13 +24,12 @@ from .encoding import (
     PAD,
     EncodedChat,
     add_missing_tokens,
-    as_plain_text,
     first_id_of,
     in_loss,
     pad,
     supervised_characters,
-    tokenize,
 )
+from .typed_text import control_tokens, tokenize_chat
 
 # Where transformers' InstructBLIP, and a bundle, keep the tokenizer of the Q-Former; the tokens that LAVIS gives it.
 QFORMER_TOKENIZER = "qformer_tokenizer"
@@ -96,7 +95,13 @@ class VLMProcessor(ProcessorMixin):
             eos_token=tokenizer.eos_token or "",
             image_token=self.image_token,
             system=self.system,
+            control=self.control_tokens,
         )
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts that are control tokens where the template writes them, and text where people do."""
+        return control_tokens(self.tokenizer, self._template())
 
     def encode_chat(
         self,
@@ -124,36 +129,31 @@ class VLMProcessor(ProcessorMixin):
             sizes: (width, height) of each image, for a processor that `reads_sizes`; this one does not.
         """
         supervised = supervised_characters(chat)
-        images = {start for start, _ in chat.image_spans}
         encoded = EncodedChat([], [], len(chat.image_spans))
-        if self._adds_bos(chat.text):
+        if self._adds_bos(chat):
             encoded.append(self.tokenizer.bos_token_id)
         # The image token and a pad token of ours may have no row among the embeddings: where typed, they become text.
         marks = {self.image_token_id, *([self.tokenizer.pad_token_id] if self.tokenizer.pad_token == PAD else [])}
-        ids, borders = tokenize(self.tokenizer, chat.text, supervised)
+        ids, borders = tokenize_chat(self.tokenizer, chat, supervised, marks)
         labels = [
             token if end > start and in_loss(supervised[start]) else IGNORED
             for token, (start, end) in zip(ids, borders, strict=True)
         ]
-        done = 0  # all at once between one mark and the next: rows have thousands of tokens and a mark or two
-        for place in [place for place, token in enumerate(ids) if token in marks]:
+        done = 0  # all at once between one image and the next: rows have thousands of tokens and an image or two
+        for place in [place for place, token in enumerate(ids) if token == self.image_token_id]:
             encoded.extend(ids[done:place], labels[done:place])
-            token, (start, end) = ids[place], borders[place]
-            if token == self.image_token_id and start in images:
-                encoded.extend([token] * self.num_image_tokens, place=True)
-            else:  # somebody typed it: it is text
-                pieces = as_plain_text(self.tokenizer, chat.text[start:end])
-                encoded.extend(pieces, None if labels[place] == IGNORED else pieces)
+            encoded.extend([self.image_token_id] * self.num_image_tokens, place=True)
             done = place + 1
         encoded.extend(ids[done:], labels[done:])
         return encoded
 
-    def _adds_bos(self, text: str) -> bool:
+    def _adds_bos(self, chat: RenderedChat) -> bool:
         """BOS comes first where the tokenizer puts one, unless the template writes it (BLIP-2: after the images)."""
         bos = self.tokenizer.bos_token_id
         if bos is None or owns_bos(self._template()):
             return False
-        return first_id_of(self.tokenizer) == bos and not text.startswith(self.tokenizer.bos_token)
+        written = chat.text.startswith(self.tokenizer.bos_token) and 1 not in chat.typed
+        return first_id_of(self.tokenizer) == bos and not written
 
     def _template(self) -> str:
         if not isinstance(self.chat_template, str):
@@ -206,7 +206,12 @@ class VLMProcessor(ProcessorMixin):
         if self.qformer_tokenizer is None:
             return {"pixel_values": pixel_values}
         text = self.qformer_tokenizer(
-            list(instructions), padding=True, truncation=True, max_length=MAX_INSTRUCTION, return_tensors="pt"
+            list(instructions),
+            padding=True,
+            truncation=True,
+            max_length=MAX_INSTRUCTION,
+            return_tensors="pt",
+            split_special_tokens=True,
         )
         return {
             "pixel_values": pixel_values,

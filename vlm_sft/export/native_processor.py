@@ -12,6 +12,7 @@ from ..batch.processor import VLMProcessor
 from ..families.processor import FamilyProcessor
 from ..model.configuration import image_size_of
 from ..model.modeling import VLMForConditionalGeneration
+from ..templates.render import RenderedChat
 from ..templates.template import owns_bos
 from .native_model import llava_features, native_form
 
@@ -26,7 +27,7 @@ def native_template(processor: VLMProcessor) -> str:
             "{%- if messages[0]['role'] != 'system' -%}{%- set messages = [" + repr(message) + "] + messages -%}"
             "{%- endif -%}"
         )
-    if not owns_bos(template) and processor._adds_bos(""):
+    if not owns_bos(template) and processor._adds_bos(RenderedChat("", [], [])):
         before += "{{- bos_token -}}"
     return before + template
 

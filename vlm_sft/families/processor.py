@@ -19,8 +19,9 @@ from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBa
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
 from ..base.words import one_line
-from ..batch.encoding import EncodedChat, as_plain_text, in_loss, pad, supervised_characters, tokenize
+from ..batch.encoding import EncodedChat, in_loss, pad, supervised_characters
 from ..batch.processor import VLMProcessor
+from ..batch.typed_text import control_tokens, tokenize_chat
 from ..templates.render import RenderedChat
 from .table import Family
 
@@ -77,6 +78,12 @@ class FamilyProcessor(VLMProcessor):
         self.reads_sizes = not self.num_image_tokens
 
     # -- text -----------------------------------------------------------------------------------------------------
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """See `VLMProcessor.control_tokens`; with those that the model's own processor writes around images."""
+        own = (value for name, value in vars(self.native).items() if name.endswith("_token") and isinstance(value, str))
+        return control_tokens(self.tokenizer, self._template(), own)
 
     def expansion(self, size: tuple[int, int]) -> str:
         """What the model's own processor writes in place of an image's placeholder.
@@ -140,21 +147,19 @@ class FamilyProcessor(VLMProcessor):
     def _encode(self, chat: RenderedChat, expansions: Sequence[str]) -> EncodedChat:
         chat = expand(chat, expansions)
         encoded = EncodedChat([], [], len(chat.image_spans))
-        if self._adds_bos(chat.text):
+        if self._adds_bos(chat):
             encoded.append(self.tokenizer.bos_token_id)
         supervised = supervised_characters(chat)
         starts = [start for start, _ in chat.image_spans]
         seen = [0] * len(starts)
-        for token, (start, end) in zip(*tokenize(self.tokenizer, chat.text, supervised), strict=True):
+        tokens = tokenize_chat(self.tokenizer, chat, supervised, {self.image_token_id})
+        for token, (start, end) in zip(*tokens, strict=True):
             learned = end > start and in_loss(supervised[start])
             image = bisect_right(starts, start) - 1
             if image >= 0 and start < chat.image_spans[image][1]:
                 token, place = self._image_token(token, seen[image])
                 seen[image] += 1
                 encoded.append(token, place=place)
-            elif token == self.image_token_id:  # somebody typed it: it is text, not an image
-                for piece in as_plain_text(self.tokenizer, chat.text[start:end]):
-                    encoded.append(piece, learned)
             else:
                 encoded.append(token, learned)
         return encoded
@@ -255,7 +260,8 @@ def expand(chat: RenderedChat, expansions: Sequence[str]) -> RenderedChat:
         return position + (borders[before][1] if before >= 0 else 0)
 
     spans, unlearned = ([(moved(start), moved(end)) for start, end in each] for each in (chat.spans, chat.unlearned))
-    return RenderedChat("".join([*pieces, chat.text[last:]]), spans, images, unlearned)
+    typed = [moved(place) for place in chat.typed]
+    return RenderedChat("".join([*pieces, chat.text[last:]]), spans, images, unlearned, typed)
 
 
 def _column(row: EncodedChat, counts: str) -> list[int]:

@@ -19,7 +19,7 @@ from ..batch.encoding import EncodedChat
 from ..batch.processor import VLMProcessor
 from ..data.messages import unpacked
 from ..reading.images import image_size, load_image
-from .settings import generation_options
+from .settings import ends_of, generation_options
 
 
 class PromptTooLongError(UserError):
@@ -139,7 +139,8 @@ def answer(
         # The room of a short conversation must not depend on a long one beside it.
         return [text for row in conversations for text in answer(model, processor, [row], **options)]
     output = _generate(model, batch, settings)
-    return [cut_at(_decode(processor, ids), processor.end_of_answer) for ids in output.tolist()]
+    ends, mark = ends_of(processor)
+    return [cut_at(_decode(processor, _before(ends, ids)), mark) for ids in output.tolist()]
 
 
 def _fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> bool:
@@ -166,6 +167,11 @@ def _generate(
         output: torch.Tensor = model.generate(**given, generation_config=config, **more)
     # Given embeddings, `generate` returns what is new alone.
     return output[:, batch["input_ids"].shape[1] :] if "input_ids" in given else output
+
+
+def _before(ends: Sequence[int], ids: list[int]) -> list[int]:
+    """Ids before the first that ends an answer."""
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def _decode(processor: VLMProcessor, ids: list[int]) -> str:
@@ -204,7 +210,7 @@ def stream_answer(
     _fit(model, batch, settings)
     writer = _Writer(model, processor, batch, settings)
     with closing(writer):
-        yield from hold_back(writer.pieces(), processor.end_of_answer.strip(" "))
+        yield from hold_back(writer.pieces(), ends_of(processor)[1])
 
 
 class _Writer(BaseStreamer, StoppingCriteria):
@@ -214,6 +220,7 @@ class _Writer(BaseStreamer, StoppingCriteria):
         self, model: PreTrainedModel, processor: VLMProcessor, batch: dict[str, torch.Tensor], settings: dict[str, Any]
     ) -> None:
         self._processor = processor
+        self._ends, _ = ends_of(processor)
         self._ids: list[int] = []
         self._shown = 0
         self._started = False
@@ -240,11 +247,14 @@ class _Writer(BaseStreamer, StoppingCriteria):
             return
         self._ids += value.flatten().tolist()
         # The character at the end may be a half one.
-        self._show(_decode(self._processor, self._ids).rstrip("\ufffd"))
+        self._show(self._text().rstrip("\ufffd"))
 
     def end(self) -> None:
         """Gives out the rest (called by `generate`)."""
-        self._show(_decode(self._processor, self._ids))
+        self._show(self._text())
+
+    def _text(self) -> str:
+        return _decode(self._processor, _before(self._ends, self._ids))
 
     def _show(self, text: str) -> None:
         if len(text) > self._shown:

@@ -98,23 +98,31 @@ def generation_options(model: PreTrainedModel, processor: VLMProcessor, options:
     merged = {**defaults, **options, "pad_token_id": tokenizer.pad_token_id}
     if not merged["do_sample"]:  # the language model's own may be set, and transformers would warn of them
         merged = {**SAMPLING, **merged}
-    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    end = processor.end_of_answer.strip(" ")
-    end_id = tokenizer.convert_tokens_to_ids(end) if end in tokenizer.get_vocab() else None
-    if end_id is not None and end_id in tokenizer.added_tokens_decoder:
-        ends.append(end_id)
-    elif end:
+    ends, end = ends_of(processor)
+    if end:
         own_ends = options.get("stop_strings") or []
         merged["stop_strings"] = [*([own_ends] if isinstance(own_ends, str) else own_ends), end]
     if merged.get("stop_strings"):
         merged["tokenizer"] = tokenizer
-    merged["eos_token_id"] = sorted(set(ends)) or None
+    merged["eos_token_id"] = ends or None
     if processor.image_token_id < model.config.get_text_config().vocab_size:  # written, it would be an image to read
         merged["suppress_tokens"] = [
             *(options.get("suppress_tokens") or own.suppress_tokens or []),
             processor.image_token_id,
         ]
     return merged
+
+
+def ends_of(processor: VLMProcessor) -> tuple[list[int], str]:
+    """Ids that end an answer, and the text that does; "" where what the template puts there is one of these tokens.
+
+    The same letters in an answer, spelled in other tokens, are text.
+    """
+    tokenizer, end = processor.tokenizer, processor.end_of_answer.strip(" ")
+    ids = {tokenizer.eos_token_id} - {None}
+    if (token := tokenizer.get_vocab().get(end)) in tokenizer.added_tokens_decoder:
+        return sorted({*ids, token}), ""
+    return sorted(ids), end
 
 
 def open_bundle(

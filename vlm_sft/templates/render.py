@@ -20,6 +20,7 @@ from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN
 from ..data.messages import Message, normalise_messages
 from .sandbox import MARKS, compile_template, run_template, variables_of, words_of
+from .typed import mark_typed
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class RenderedChat:
         image_spans: Half-open character ranges of the true image placeholders, in the order of the images. The same
             characters anywhere else were typed by somebody and are text.
         unlearned: The ranges that `spans` would have for answers whose `loss` is False, sorted and disjoint.
+        typed: A position inside each control token that somebody typed (between its first character and the second).
     """
 
     text: str
     spans: list[tuple[int, int]]
     image_spans: list[tuple[int, int]]
     unlearned: list[tuple[int, int]] = field(default_factory=list)
+    typed: list[int] = field(default_factory=list)
 
     @property
     def supervised(self) -> list[str]:
@@ -54,6 +57,7 @@ def render(
     eos_token: str | None = "</s>",
     image_token: str = IMAGE_TOKEN,
     system: str | None = None,
+    control: tuple[str, ...] = (),
 ) -> RenderedChat:
     """Renders a conversation.
 
@@ -67,6 +71,7 @@ def render(
         image_token: Text of an image placeholder.
         system: System text for a conversation that brings none; None leaves the template's own default, a string,
             also an empty one, replaces it.
+        control: Control tokens of a tokenizer; where the messages hold one, its place is in `typed`.
 
     Raises:
         UserError: The messages are malformed, or the template is unknown, unmarked, broken, unsafe, or does not print
@@ -75,16 +80,15 @@ def render(
     source, label = resolve(template)
     chat = normalise_messages(messages)
     if add_generation_prompt and chat[-1]["role"] == "assistant":
-        raise UserError(
-            f"message {len(chat) - 1} is already an answer, so there is nothing to generate; "
-            f"drop it, or add the user's next message."
-        )
+        answered = f"message {len(chat) - 1} is already an answer, so there is nothing to generate"
+        raise UserError(f"{answered}; drop it, or add the user's next message.")
     if system is not None and chat[0]["role"] != "system":
         chat.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     tools = next((message["tools"] for message in chat if message.get("tools")), None)
     texts = [part["text"] for message in chat for part in message["content"] if part["type"] == "text"]
     texts += _check_printed(chat, tools, source, label)
-    begin, end, image = _unused_characters(3, source, bos_token or "", eos_token or "", *texts)
+    begin, end, image, inside = _unused_characters(4, source, bos_token or "", eos_token or "", *texts)
+    chat, tools = mark_typed(chat, control, inside), mark_typed(tools, control, inside)
     marked = run_template(
         compile_template(source, label),
         label,
@@ -98,12 +102,10 @@ def render(
         **{MARKS: (begin, end)},
     )
     shown_by = [message["role"] for message in chat for part in message["content"] if part["type"] == "image"]
-    rendered, blocks = _replace_marks(marked, (begin, end, image), image_token, label, shown_by)
+    rendered, blocks = _replace_marks(marked, (begin, end, image, inside), image_token, label, shown_by)
     if len(rendered.image_spans) != len(shown_by):
-        raise UserError(
-            f"{label} prints {len(rendered.image_spans)} image placeholders for {len(shown_by)} images; "
-            f"let it print {{{{ image_token }}}} once for each part of type image."
-        )
+        printed = f"{label} prints {len(rendered.image_spans)} image placeholders for {len(shown_by)} images"
+        raise UserError(f"{printed}; let it print {{{{ image_token }}}} once for each part of type image.")
     return _without_unlearned(rendered, blocks, [m for m in chat if m["role"] == "assistant"], label)
 
 
@@ -203,24 +205,28 @@ def _unused_characters(count: int, *texts: str) -> list[str]:
 
 
 def _replace_marks(
-    marked: str, marks: tuple[str, str, str], image_token: str, label: str, shown_by: Sequence[str]
+    marked: str, marks: tuple[str, str, str, str], image_token: str, label: str, shown_by: Sequence[str]
 ) -> tuple[RenderedChat, list[int]]:
     """The text without marks; and for each of its spans which generation block it is of, and last how many there are.
 
     Args:
         marked: What the template printed.
-        marks: The characters for where a block begins, where it ends, and an image.
+        marks: The characters for where a block begins, where it ends, an image, and a typed control token.
         image_token: What an image is then.
         label: What to call the template.
         shown_by: The role of each image's message: an answer's own image parts its span in two.
     """
-    begin, end, image = marks
+    begin, end, image, inside = marks
     pieces: list[str] = []
     spans: list[tuple[int, int]] = []
     images: list[tuple[int, int]] = []
     blocks: list[int] = []
+    typed: list[int] = []
     length, start, block = 0, None, -1
-    for piece in re.split(f"([{begin}{end}{image}])", marked):
+    for piece in re.split(f"([{''.join(marks)}])", marked):
+        if piece == inside:
+            typed.append(length)
+            continue
         if piece in (begin, end, image) and start is not None and length > start:
             spans.append((start, length))
             blocks.append(block)
@@ -238,4 +244,4 @@ def _replace_marks(
             start = None if start is None else length + len(piece)
         pieces.append(piece)
         length += len(piece)
-    return RenderedChat("".join(pieces), spans, images), [*blocks, block + 1]
+    return RenderedChat("".join(pieces), spans, images, typed=typed), [*blocks, block + 1]
