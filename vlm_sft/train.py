@@ -50,20 +50,6 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         UserError: Anything a user can mend.
     """
-    from .recipe.libraries import build_sft_config, validate_libraries
-
-    console = make_console()
-    validate_libraries(recipe)
-    args = build_sft_config(recipe)
-    _say_precision(recipe, args, console)
-    check_processes(args)
-    with ExitStack() as held:
-        on_first_process(partial(held.enter_context, hold_folder(args.output_dir, partial(say, console))))
-        return _train_in_folder(recipe, args, resume, console)
-
-
-def _train_in_folder(recipe: Recipe, args: SFTConfig, resume: bool, console: Console) -> Path:
-    """What `train` does in a folder that is this run's own."""
     from .bundle.hub import check_access
     from .bundle.manifest import read_manifest
     from .bundle.run_folder import settle_resume, sweep
@@ -74,35 +60,36 @@ def _train_in_folder(recipe: Recipe, args: SFTConfig, resume: bool, console: Con
     from .training.resume_check import check_resumption
     from .training.run_rows import load_rows
 
-    settle_resume(args, resume=resume, say=partial(say, console))
-    if args.resume_from_checkpoint:
-        check_resumption(recipe, args.resume_from_checkpoint, partial(say, console))
-    on_first_process(partial(sweep, args.output_dir))
-    if recipe.hub:
-        on_first_process(partial(check_access, recipe.hub.repo_id))
-    if recipe.init_from:
-        read_manifest(recipe.init_from)
-    composed = compose(recipe)
-    check_texts(composed.config, composed.processor, args.max_length)
-    collator = build_collator(recipe, composed.processor, args)
-    rows = load_rows(recipe, collator, args, console)
-    for finding in on_first_process(partial(glance, rows[0], composed.processor)):
-        say(console, str(finding))
-    with console.status("Loading the pieces"):
-        trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))
-    console.print(trainer.plan.table(trainer.model))
-    pushes = _pushes(recipe, console)
-    if pushes is not None:
-        trainer.add_callback(pushes)
-    with _progress(trainer, console):
-        with _until_a_signal(trainer, pushes):
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
-        if trainer.eval_dataset is not None and args.eval_strategy == "no":  # no evaluation has been made yet
-            trainer.evaluate()
-    folder = finish(trainer, collator, console)
-    if pushes is not None and trainer.is_world_process_zero():
-        pushes.finish(folder)
-    return folder
+    with _own_folder(recipe) as (args, console):
+        settle_resume(args, resume=resume, say=partial(say, console))
+        if args.resume_from_checkpoint:
+            check_resumption(recipe, args.resume_from_checkpoint, partial(say, console))
+        on_first_process(partial(sweep, args.output_dir))
+        if recipe.hub:
+            on_first_process(partial(check_access, recipe.hub.repo_id))
+        if recipe.init_from:
+            read_manifest(recipe.init_from)
+        composed = compose(recipe)
+        check_texts(composed.config, composed.processor, args.max_length)
+        collator = build_collator(recipe, composed.processor, args)
+        rows = load_rows(recipe, collator, args, console)
+        for finding in on_first_process(partial(glance, rows[0], composed.processor)):
+            say(console, str(finding))
+        with console.status("Loading the pieces"):
+            trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))
+        console.print(trainer.plan.table(trainer.model))
+        pushes = _pushes(recipe, console)
+        if pushes is not None:
+            trainer.add_callback(pushes)
+        with _progress(trainer, console):
+            with _until_a_signal(trainer, pushes):
+                trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
+            if trainer.eval_dataset is not None and args.eval_strategy == "no":  # no evaluation has been made yet
+                trainer.evaluate()
+        folder = finish(trainer, collator, console)
+        if pushes is not None and trainer.is_world_process_zero():
+            pushes.finish(folder)
+        return folder
 
 
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
@@ -213,6 +200,21 @@ def main(argv: list[str] | None = None) -> None:
         except SystemExit as ended:
             if ended.code:
                 raise
+
+
+@contextmanager
+def _own_folder(recipe: Recipe) -> Iterator[tuple[SFTConfig, Console]]:
+    """The settings of a run and its console, while no other run may write to its folder."""
+    from .recipe.libraries import build_sft_config, validate_libraries
+
+    console = make_console()
+    validate_libraries(recipe)
+    args = build_sft_config(recipe)
+    _say_precision(recipe, args, console)
+    check_processes(args)
+    with ExitStack() as held:
+        on_first_process(partial(held.enter_context, hold_folder(args.output_dir, partial(say, console))))
+        yield args, console
 
 
 def _say_precision(recipe: Recipe, args: SFTConfig, console: Console) -> None:

@@ -6,7 +6,8 @@ Rounding and a mistake differ in three ways, and each is asked for:
    size of the logits, so the largest difference is held to `FACTOR · unit roundoff · √layers · largest logit`, and the
    root mean square of all differences to a quarter of that.
 2. Rounding does not change what the model says: the mean KL divergence of the next token stays below `DIVERGENCE`, and
-   where the most probable token is another one, it led by no more than the largest difference allowed.
+   where the most probable token is another one, it led by no more than twice the largest difference allowed, as two
+   logits may move towards each other.
 3. Rounding does not know the adapter. What is lost by a wrong merge (a wrong `lora_alpha`, LoRA that does not reach a
    layer) lies along the adapter's own effect, the logits with it less those without. The share along it is found by
    regression, in which rounding averages out; it is held to `ALONG` and three standard errors, with each position
@@ -14,8 +15,8 @@ Rounding and a mistake differ in three ways, and each is asked for:
 
 On random models of 2, 12 and 32 layers, at widths of 32 to 2,048 and with logits up to 40, a right merge in fp32
 differs by 2 to 11 in units of `unit roundoff · √layers · largest logit`, a trained one of 135M parameters and 30 layers
-by 22; other kernels in bf16, or weights in bf16, by 0.2 to 2. In 16 bits it is less, as only what comes out of a
-product is rounded to the type, while its sum is made in fp32.
+by 22; other kernels in bf16, or weights in bf16, by 0.2 to 2, those of a tiny Fuyu by 4.1. In 16 bits it is less, as
+only what comes out of a product is rounded to the type, while its sum is made in fp32.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-FACTOR = {torch.float32: 128, torch.float16: 4, torch.bfloat16: 4}
+FACTOR = {torch.float32: 128, torch.float16: 8, torch.bfloat16: 8}
 DIVERGENCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-2}
 ALONG = 0.01
 NEVER = -1e4  # a logit below this is the mark of a word that the model may not say
@@ -120,8 +121,8 @@ def _reasons(measured: dict[str, Any], tolerance: float, kind: torch.dtype) -> I
         yield f"by {rms:.2g} in the root mean square (allowed {tolerance / 4:.2g})"
     if (divergence := measured["kl"]) > DIVERGENCE[kind]:
         yield f"its probabilities by a KL divergence of {divergence:.2g} (allowed {DIVERGENCE[kind]:g})"
-    if (lead := measured["lead"]) > tolerance:
-        yield f"it answers another token where the right one led by {lead:.2g} (allowed {tolerance:.2g})"
+    if (lead := measured["lead"]) > 2 * tolerance:
+        yield f"it answers another token where the right one led by {lead:.2g} (allowed {2 * tolerance:.2g})"
     if (effect := measured.get("effect", 0.0)) > tolerance / 8:
         along = measured["along"]
         across = math.sqrt(max(0.0, rms**2 - (along * effect) ** 2))
