@@ -144,14 +144,14 @@ class VLMSFTTrainer(SFTTrainer):
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    @workers_end_with_errors()
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; a data-loader worker that dies ends it with its rows named.
 
         Raises:
             UserError: A worker died, or a loss is not finite and `nonfinite` is `stop`.
         """
-        with tempfile.TemporaryDirectory(prefix="vlm_sft-") as self._notes:
+        notes = tempfile.TemporaryDirectory(prefix="vlm_sft-", ignore_cleanup_errors=True)
+        with notes as self._notes, workers_end_with_errors():  # workers first: they write there as long as they live
             try:
                 try:
                     return super().train(*args, **kwargs)
