@@ -178,6 +178,7 @@ class Watch(TrainerCallback):
             UserError: Its loss is not finite on some process, and the recipe says stop.
         """
         losses, gradient, anywhere = self._read()
+        self.trainer.meters.add_step()
         parts = [(ids, loss) for (ids, _), loss in zip(self._step, losses, strict=True)]
         loss = sum(losses)
         wrong = not math.isfinite(loss) or not math.isfinite(gradient)
