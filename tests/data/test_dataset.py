@@ -24,10 +24,10 @@ from support.paths import ROOT
 from support.source_files import captions, refused, write
 from vlm_sft.base.errors import UserError
 from vlm_sft.data.dataset import ROW_FEATURES, load_mixture, load_source
-from vlm_sft.data.formats import FORMATS
-from vlm_sft.data.keys import KEYS
-from vlm_sft.data.messages import unpacked
 from vlm_sft.recipe.sections import Source
+from vlm_sft.rows.formats import FORMATS
+from vlm_sft.rows.keys import KEYS
+from vlm_sft.rows.messages import unpacked
 
 DOCS = ROOT / "docs"
 

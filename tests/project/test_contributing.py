@@ -80,7 +80,7 @@ EDITS = {
     },
     "chat template": {"chat_templates/parrot.jinja": [("", TEMPLATE)]},
     "format": {
-        "vlm_sft/data/formats.py": [
+        "vlm_sft/rows/formats.py": [
             ("FORMATS: dict", RIDDLES),
             ('    "vqa": _VQA,\n', '    "vqa": _VQA,\n    "riddle": Format(_riddle, ("image", "hint", "thing")),\n'),
         ],

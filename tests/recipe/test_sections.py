@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from support.recipe_texts import TEXT, problem, write
 from vlm_sft.base.names import PARTS
-from vlm_sft.data.formats import FORMATS
 from vlm_sft.data.mixture import SHARES
 from vlm_sft.model.connectors import PROJECTORS, RESAMPLERS
 from vlm_sft.recipe.schema import load_recipe
 from vlm_sft.recipe.sections import PROJECTOR_KINDS, Data, Resampler, Source, Stack
+from vlm_sft.rows.formats import FORMATS
 
 
 def test_a_stack_has_the_four_parts_in_the_order_an_image_passes_them() -> None:

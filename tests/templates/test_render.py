@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.paths import GOLDENS, ROOT
 from support.template_texts import AROUND, CHINESE, ENGLISH, IMAGE, assistant, refusal, text, user
 from vlm_sft.base.names import IMAGE_TOKEN
-from vlm_sft.data.messages import normalise_messages
+from vlm_sft.rows.messages import normalise_messages
 from vlm_sft.templates.render import render, render_chat
 from vlm_sft.templates.template import load_template
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
-from ..data.messages import Message, unpacked
 from ..reading.image_options import SIZES
 from ..reading.images import image_size, load_image, too_long
+from ..rows.messages import Message, unpacked
 from ..templates.render import RenderedChat
 from .encoding import EncodedChat, pad
 from .processor import VLMProcessor

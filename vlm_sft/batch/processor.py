@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, BaseImageProcessor, BatchFeature, PreTra
 
 from ..base.errors import UserError
 from ..base.names import IGNORED, IMAGE_TOKEN
-from ..data.messages import Message
 from ..reading.images import grown_size, needed_side
+from ..rows.messages import Message
 from ..templates.render import RenderedChat, render
 from ..templates.template import end_of_answer, owns_bos
 from .encoding import (

@@ -11,7 +11,7 @@ from ..base.names import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..data.messages import Message
+    from ..rows.messages import Message
     from .collator import Sample
     from .processor import VLMProcessor
 

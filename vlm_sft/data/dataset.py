@@ -19,7 +19,7 @@ from datasets.fingerprint import Hasher
 
 from ..base.errors import RowError, UserError, raise_it
 from ..base.words import short
-from .messages import IN_EXTRAS, packed
+from ..rows.messages import IN_EXTRAS, packed
 from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
 from .row_cache import LANGUAGE, keeper_of
 from .source import SourceLike, check_source, name_of, rows_with_language

@@ -29,7 +29,8 @@ BYTES = 16  # of a row at least
 MOST_REJECTED = 10_000
 LANGUAGE = "language"
 _NOTE = b"vlm_sft"
-_ROOMS = (Path(__file__).parents[1] / "reading", Path(__file__).parent)  # what decides which rows a file gives
+# What decides which rows a file gives.
+_ROOMS = tuple(Path(__file__).parents[1] / room for room in ("reading", "rows", "data"))
 # What decides how rows are mixed, not which they are.
 _OF_THE_MIXTURE = {"weight", "repeat"}
 

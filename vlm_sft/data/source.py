@@ -14,9 +14,9 @@ from ..base.words import closest, short
 from ..reading.image_refs import resolve_image
 from ..reading.locations import Row, list_files, read_rows
 from ..reading.published import PUBLISHED, check_pattern, read_published
-from ..reading.raw_row import RowView
-from .formats import FORMATS, QUESTION_MARK, answers_in, examples_of, no_prompt
-from .messages import normalise_messages
+from ..rows.formats import FORMATS, QUESTION_MARK, answers_in, examples_of, no_prompt
+from ..rows.messages import normalise_messages
+from ..rows.raw_row import RowView
 
 
 class SourceLike(Protocol):

@@ -14,8 +14,8 @@ from typing import Any
 from datasets import Features, IterableDataset, Value
 
 from ..base.errors import RowError, UserError
+from ..rows.messages import IN_EXTRAS, packed
 from .dataset import ROW_FEATURES
-from .messages import IN_EXTRAS, packed
 from .source import SourceLike, name_of, source_rows
 
 STREAM_FEATURES = Features(

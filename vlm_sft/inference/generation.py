@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from ..base.errors import UserError
 from ..batch.encoding import EncodedChat
 from ..batch.processor import VLMProcessor
-from ..data.messages import unpacked
 from ..reading.images import image_size, load_image
+from ..rows.messages import unpacked
 from .settings import ends_of, generation_options
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..base.errors import UserError
-from ..data.formats import examples_of
-from ..data.messages import split_marks
 from ..reading.image_refs import resolve_image
 from ..reading.images import load_image
 from ..reading.locations import Row, read_rows
+from ..rows.formats import examples_of
+from ..rows.messages import split_marks
 
 
 class QuestionRow(NamedTuple):

@@ -77,9 +77,9 @@ def collect(sources: Sequence[Source], max_rows: int | None = None) -> dict[str 
         UserError: A source cannot be read, an image is missing, or a row has no answer to compare with.
     """
     from ..data.dataset import load_source
-    from ..data.formats import FORMATS
     from ..data.image_files import check_images
     from ..data.source import every_answer
+    from ..rows.formats import FORMATS
 
     questions: dict[str | None, list[Question]] = {}
     for source in sources:
@@ -147,7 +147,7 @@ def score(
 
 def gather(rows: Iterable[dict[str, Any]], format: str = "") -> list[Question]:  # noqa: A002
     """Rows → questions; the last answer of a row is its reference."""
-    from ..data.messages import unpacked
+    from ..rows.messages import unpacked
 
     questions = []
     for row in map(unpacked, rows):

@@ -11,8 +11,8 @@ from typing import Any
 from ..batch.tokenizer_coverage import Coverage
 from ..data.image_files import Leak
 from ..data.ledger import Ledger, names_of
-from ..data.messages import answers_of, row_key
 from ..model.freeze import part_of
+from ..rows.messages import answers_of, row_key
 from ..templates.literals import find_markers, role_markers
 from .freeze_proof import Proof
 

@@ -20,9 +20,9 @@ from ..base.names import IGNORED
 from ..batch.token_view import TokenGroup, token_groups
 from ..batch.tokenizer_coverage import coverage_of
 from ..data.image_files import shared_images
-from ..data.messages import answers_of
 from ..data.mixture import SHARES
 from ..data.streaming import first_rows
+from ..rows.messages import answers_of
 from .checks import Evidence, Finding, check
 
 if TYPE_CHECKING:

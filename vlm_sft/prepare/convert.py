@@ -19,10 +19,10 @@ from ..base.errors import UserError, row_error
 from ..base.names import IMAGE_TOKEN
 from ..base.whole_files import written_beside
 from ..base.words import reason_of
-from ..data.messages import KEPT
 from ..reading.image_kinds import ending_of
 from ..reading.image_options import SIZES
 from ..reading.image_refs import is_url
+from ..rows.messages import KEPT
 
 ROWS_PER_SHARD = 1000
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}

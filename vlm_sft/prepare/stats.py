@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ..base.languages import language_of
-from ..data.messages import answers_of, row_key
 from ..reading.image_refs import image_key, is_url
+from ..rows.messages import answers_of, row_key
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -18,7 +18,7 @@ from typing import Any
 from ..base.assets import template_path
 from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN
-from ..data.messages import Message, normalise_messages
+from ..rows.messages import Message, normalise_messages
 from .sandbox import MARKS, compile_template, run_template, variables_of, words_of
 from .typed import mark_typed
 

@@ -18,8 +18,8 @@ from ..batch.collator import MultimodalCollator
 from ..bundle.load import load
 from ..bundle.run_folder import checkpoints, find_records, flaw_of, step_of
 from ..data.dataset import load_source
-from ..data.messages import unpacked
 from ..recipe.schema import Recipe, load_recipe
+from ..rows.messages import unpacked
 
 
 def run(folder: str, step: int | None = None, checkpoint: str | None = None, trust_remote_code: bool = False) -> None:

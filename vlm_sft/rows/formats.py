@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from ..base.languages import language_of
 from ..base.names import IMAGE_TOKEN
 from ..base.words import kind, short
-from ..reading.raw_row import RowView, is_given
 from .keys import ROLES, check_left, role_of
 from .messages import Example, Message, Part, answer_message, check_marks, image_part, split_marks, text_part
+from .raw_row import RowView, is_given
 from .turns import COLUMN_REFERENCES, FROM_AND_VALUE, image_entry, message_of, raw_turns, read_turn, tools_in
 
 QUESTION_MARK = "{question}"

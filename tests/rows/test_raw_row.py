@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from vlm_sft.base.errors import RowError
-from vlm_sft.reading.raw_row import RowView
+from vlm_sft.rows.raw_row import RowView
 
 
 def view(values: dict, **columns: str) -> RowView:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from support.source_files import write
 from vlm_sft.base.errors import RowError
 from vlm_sft.data.dataset import load_source, read_source
-from vlm_sft.data.formats import FORMATS, examples_of
-from vlm_sft.data.keys import KEYS, ROLES
-from vlm_sft.data.messages import unpacked
 from vlm_sft.data.streaming import stream_mixture
 from vlm_sft.recipe.sections import Source
+from vlm_sft.rows.formats import FORMATS, examples_of
+from vlm_sft.rows.keys import KEYS, ROLES
+from vlm_sft.rows.messages import unpacked
 
 WHERE = "f.jsonl, line 3"
 CHAT = {"messages": [{"role": "user", "content": "图中有什么？"}, {"role": "assistant", "content": "A cat."}]}

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from vlm_sft.base.errors import RowError
-from vlm_sft.data.formats import examples_of
-from vlm_sft.data.turns import SWITCHES, raw_turns, read_turn, tools_in
-from vlm_sft.reading.raw_row import RowView
+from vlm_sft.rows.formats import examples_of
+from vlm_sft.rows.raw_row import RowView
+from vlm_sft.rows.turns import SWITCHES, raw_turns, read_turn, tools_in
 
 WHERE = "f.jsonl, line 3"
 

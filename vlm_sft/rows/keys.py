@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from ..reading.raw_row import RowView, is_given
+from .raw_row import RowView, is_given
 
 
 class Key(NamedTuple):

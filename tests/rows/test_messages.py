@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from support.conversations import conversations
 from support.template_texts import CHINESE, ENGLISH, IMAGE, assistant, text, user
 from vlm_sft.base.errors import RowError, UserError
-from vlm_sft.data.messages import (
+from vlm_sft.rows.messages import (
     answer_message,
     answers_of,
     check_marks,
@@ -21,7 +21,7 @@ from vlm_sft.data.messages import (
     spoken,
     text_part,
 )
-from vlm_sft.reading.raw_row import RowView
+from vlm_sft.rows.raw_row import RowView
 
 
 def test_text_is_cut_at_every_mark():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from support.paths import GOLDENS
 from vlm_sft.base.errors import UserError
-from vlm_sft.data.formats import FORMATS, examples_of
+from vlm_sft.rows.formats import FORMATS, examples_of
 
 IMAGE = {"type": "image", "text": None}
 ANSWER = {"role": "assistant", "content": "是猫。"}

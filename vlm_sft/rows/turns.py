@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from ..base.words import kind, short
 from ..reading.image_options import OPTIONS
-from ..reading.raw_row import RowView, is_given
 from .keys import ASSISTANT, SYSTEM, USER, check_left, role_of
 from .messages import Message, Part, image_part, split_marks, text_part
+from .raw_row import RowView, is_given
 
 # Whether a value that is true puts the answer into the loss.
 SWITCHES = {"loss": True, "train": True, "weight": True, "loss_mask": True, "mask": False}

@@ -11,7 +11,7 @@ from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN
 from ..reading.image_options import SIZES
 from ..reading.image_refs import image_key
-from ..reading.raw_row import RowView
+from .raw_row import RowView
 
 Part = dict[str, Any]
 Message = dict[str, Any]
