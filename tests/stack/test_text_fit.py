@@ -11,13 +11,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BartConfig,
+    BertConfig,
+    BigBirdConfig,
     BioGptConfig,
+    CamembertConfig,
     CodeGenConfig,
+    ElectraConfig,
     GPT2Config,
     GPTJConfig,
     LlamaConfig,
     MambaConfig,
     OPTConfig,
+    ReformerConfig,
+    RemBertConfig,
     RobertaConfig,
     RwkvConfig,
     XGLMConfig,
@@ -151,6 +157,27 @@ def test_a_language_model_that_does_not_attend_to_embeddings_is_refused(name, st
         shutil.copy(Path(more_pieces["llama"], file), folder / file)
     with pytest.raises(UserError, match=rf"language_model.*a '{name}' language model reads no {lacks}"):
         compose(stack_recipe("clip", str(folder)))
+
+
+BERTS = [BertConfig, BigBirdConfig, ElectraConfig, RemBertConfig, RobertaConfig, CamembertConfig]
+
+
+@pytest.mark.parametrize("kind", BERTS, ids=[kind.model_type for kind in BERTS])
+def test_a_model_whose_tokens_see_those_that_follow_is_refused_unless_it_is_a_decoder(kind):
+    sizes = {**TINY, "hidden_size": 32, "intermediate_size": 16}
+    with pytest.raises(UserError, match=rf'^stack\.lm: .*{kind.model_type}.* copy its answer; set "is_decoder": true'):
+        check_language_model(kind(**sizes), "stack.lm")
+    check_language_model(kind(**sizes, is_decoder=True), "stack.lm")
+    torch.manual_seed(0)
+    ids, blind = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 9]])
+    model = AutoModelForCausalLM.from_config(kind(**sizes, is_decoder=True)).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits[:, :3], model(blind).logits[:, :3])
+
+
+def test_a_configuration_that_makes_no_model_is_one_sentence():
+    with pytest.raises(UserError, match=r"transformers makes no 'reformer' model of this config.json: If you"):
+        check_language_model(ReformerConfig(), "stack.lm")
 
 
 def test_the_usual_language_models_are_taken():

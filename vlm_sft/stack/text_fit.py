@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..base.errors import UserError
+from ..base.words import one_line
 
 if TYPE_CHECKING:
     from ..batch.processor import VLMProcessor
@@ -35,17 +36,28 @@ def check_language_model(config: PreTrainedConfig, key: str) -> None:
         key: Where the recipe names it.
 
     Raises:
-        UserError: It reads no embeddings, no mask or no cache (Mamba, RWKV, BART).
+        UserError: It reads no embeddings, no mask or no cache (Mamba, RWKV, BART), its tokens see those that follow
+            (BERT's kind, unless it is set up as a decoder), or transformers cannot make it from this configuration.
     """
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     # The base model is what a stack calls; classes of a decoder alone have none and are called themselves.
-    with torch.device("meta"):
-        base = kind._from_config(config).base_model
+    try:
+        with torch.device("meta"):
+            base = kind._from_config(config).base_model
+    except (AssertionError, AttributeError, KeyError, IndexError, TypeError, ValueError, ImportError) as error:
+        raise UserError(
+            f"{key}: transformers makes no {config.model_type!r} model of this config.json: {one_line(error)}"
+        ) from error
     reads = inspect.signature(base.forward).parameters
     if missing := [why for name, why in NEEDED.items() if name not in reads]:
         raise UserError(
             f"{key}: a {config.model_type!r} language model reads no {missing[0]}; use one that attends to its tokens, "
             f"like LLaMA, Qwen or OPT."
+        )
+    if any(getattr(module, "is_decoder", None) is False for module in base.modules()):
+        raise UserError(
+            f"{key}: each token of this {config.model_type!r} model sees those that follow, so it would learn to copy "
+            f'its answer; set "is_decoder": true in its config.json if it was trained to write, else use another model.'
         )
 
 
