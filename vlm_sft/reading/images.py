@@ -7,6 +7,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ..base.words import reason_of
 from .image_kinds import describe_unreadable, kind_of
 from .image_options import size_asked
 from .image_refs import is_url
+from .png_text import without_texts
 
 MAX_PIXELS = 178_956_970  # where PIL itself calls an image a decompression bomb
 # A JPEG is decoded at a half, a quarter or an eighth of its size where that still has so many times the pixels needed
@@ -187,25 +189,35 @@ def _missing(path: str, of_row: bool) -> str:
 
 def _from_stream(stream: IO[bytes], what: str, limits: _Limits) -> Image.Image:
     head = stream.read(64)
-    stream.seek(0)
     if not head:
         raise RowError(f"{what} is empty (0 bytes): download it again or remove the row.", reason="image empty")
     with warnings.catch_warnings():
         # PIL warns about odd but readable files; what cannot be read is an error below.
         warnings.simplefilter("ignore")
-        Image.init()
         try:
-            image = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
-        except Image.DecompressionBombError:
-            raise RowError(_too_large(what, None, limits.max_pixels), reason="image too large") from None
-        except UnidentifiedImageError:
-            damaged = kind_of(head) is not None
-            reason = "image damaged" if damaged else "not an image"
-            raise RowError(f"{what} {describe_unreadable(head)}.", reason=reason) from None
-        except Exception as error:  # the plugins let SyntaxError, struct.error, IndexError ... through
-            raise RowError(_damaged(what, error), reason="image damaged") from None
-        with image:
-            return _decode(image, what, limits)
+            return _opened(stream, head, what, limits)
+        except RowError as error:
+            for shorter in without_texts(stream, limits.max_pixels) if error.reason == "image damaged" else ():
+                with suppress(RowError):
+                    return _opened(shorter, head, what, limits)
+            raise
+
+
+def _opened(stream: IO[bytes], head: bytes, what: str, limits: _Limits) -> Image.Image:
+    stream.seek(0)
+    Image.init()
+    try:
+        image = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
+    except Image.DecompressionBombError:
+        raise RowError(_too_large(what, None, limits.max_pixels), reason="image too large") from None
+    except UnidentifiedImageError:
+        damaged = kind_of(head) is not None
+        reason = "image damaged" if damaged else "not an image"
+        raise RowError(f"{what} {describe_unreadable(head)}.", reason=reason) from None
+    except Exception as error:  # the plugins let SyntaxError, struct.error, IndexError ... through
+        raise RowError(_damaged(what, error), reason="image damaged") from None
+    with image:
+        return _decode(image, what, limits)
 
 
 def _decode(image: Image.Image, what: str, limits: _Limits) -> Image.Image:
@@ -254,7 +266,9 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":  # Pillow turns it into LA alone
+        image = image.convert("LA")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
