@@ -157,7 +157,7 @@ def run(
     trust_remote_code: Trust = False,
 ) -> None:
     """Train one stage in this process; for several, use: accelerate launch -m vlm_sft.train RECIPE."""
-    from .recipe.libraries import leave_out_bitsandbytes
+    from .recipe.left_out import leave_out_bitsandbytes
     from .recipe.safety import refuse_code, refuse_revisions
     from .recipe.schema import load_recipe
 

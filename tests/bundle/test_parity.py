@@ -58,10 +58,15 @@ def manifest(folder):
 
 
 @pytest.mark.slow
-def test_a_good_bundle_is_equal_in_a_fresh_process_and_its_manifest_says_so(saved, fresh_python):
+def test_a_good_bundle_is_equal_in_a_fresh_process_and_its_manifest_says_so(saved, fresh_python, monkeypatch):
     folder, model, batch = saved
     model.train()
+    run, processes = subprocess.run, []
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kw: processes.append(run(*args, **kw)) or processes[-1])
     result = check_parity(folder, model, batch)
+    imported = {line.split("|")[-1].strip() for line in processes[0].stderr.splitlines()}
+    assert "peft.helpers" in imported and "bitsandbytes.nn" not in imported
     assert result["equal"] and result["max_difference"] <= 1e-5 and result["positions"] == 12
     assert manifest(folder)["parity"] == result
     assert model.training, "the model is as it was"

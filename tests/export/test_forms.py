@@ -31,10 +31,10 @@ def here(monkeypatch):
     """The comparison in this process in place of a fresh one, which is tested for two families."""
 
     def run(command, **options):
-        found = compare(Path(command[3]), Path(command[4]))
+        found = compare(Path(command[4]), Path(command[5]))
         return SimpleNamespace(returncode=0, stdout=json.dumps(found), stderr="")
 
-    monkeypatch.setattr("vlm_sft.export.export.subprocess.run", run)
+    monkeypatch.setattr("vlm_sft.bundle.parity.subprocess.run", run)
 
 
 def asked_for(folder):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.recipe.libraries import (
     build_lora_config,
     build_sft_config,
-    leave_out_bitsandbytes,
     validate_libraries,
 )
 from vlm_sft.recipe.schema import load_recipe
@@ -74,38 +71,6 @@ def test_recipe_for_a_gpu_is_valid_on_a_laptop_but_says_so_when_it_runs(
     if not torch.backends.cuda.is_built():
         with pytest.raises(UserError, match=r"sft\.bf16=true.*cannot compute in bf16.*set sft\.bf16=false"):
             build_sft_config(recipe)
-
-
-@pytest.fixture
-def left_out(tmp_path, monkeypatch):
-    """Whether a recipe leaves bitsandbytes out, by its overrides and the configuration of its language model."""
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # so that it is put back as it was
-
-    def ask(*overrides: str, config: dict | None = None, before: bool = True) -> bool:
-        monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-        if before:
-            monkeypatch.delitem(sys.modules, "torch", raising=False)
-        piece = tmp_path / "piece"
-        piece.mkdir(exist_ok=True)
-        (piece / "config.json").write_text(json.dumps(config or {}), encoding="utf-8")
-        parts = [f"stack.{part}.pretrained={piece}" for part in ("vision_tower", "language_model")]
-        leave_out_bitsandbytes(load_recipe(write(tmp_path, TEXT), [*parts, *overrides]))
-        return "bitsandbytes" in sys.modules
-
-    return ask
-
-
-def test_bitsandbytes_is_left_out_where_nothing_uses_it(left_out) -> None:
-    assert left_out() and left_out("sft.optim=adamw_torch_fused")
-    for optimizer in ("paged_adamw_32bit", "adamw_8bit", "rmsprop_bnb", "ademamix"):
-        assert not left_out(f"sft.optim={optimizer}")
-    assert not left_out("quantization={load_in_4bit: true}", "lora={r: 2}")
-
-
-def test_bitsandbytes_stays_in_a_process_that_has_torch_already(left_out) -> None:
-    assert "torch" in sys.modules and not left_out(before=False)
-    assert not left_out(config={"quantization_config": {"quant_method": "bitsandbytes"}})
-    assert not left_out("stack.language_model.pretrained=someone/not-here-yet")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def parity_in_this_process(command: list[str], **options: Any) -> subprocess.Com
 
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        parity.main(command[3:])
+        parity.main(command[4:])
     return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
 
 

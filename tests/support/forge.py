@@ -2,7 +2,7 @@
 
     forge.run(recipe, "sft.max_steps=3", kill_at=17)
     with forge.in_place_of_processes():
-        subprocess.run([sys.executable, "-m", "vlm_sft.bundle.parity", …])
+        subprocess.run([sys.executable, "-m", "vlm_sft.train", …])
 
 A fork knows nothing of the test that asked for it, nor of other forks: its program begins as in a fresh Python, less
 the imports. Moment 17 of a run is the 17th time that it touches a file of its `output_dir` or begins a step: so a run
@@ -35,7 +35,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]  # not from `paths`: a stand-in for `python` is given other folders
 TOUCHES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "step"}
 LAUNCHER = "accelerate.commands.launch"
-PROGRAMS = ("vlm_sft", "vlm_sft.train", "vlm_sft.bundle.parity", "vlm_sft.export.check", LAUNCHER)
+PROGRAMS = ("vlm_sft", "vlm_sft.train", "vlm_sft.recipe.left_out", LAUNCHER)
 IMPORTS = (
     LAUNCHER, "matplotlib.backends.backend_agg", "torch._dynamo", "transformers.models.auto",
     "transformers.models.llama.modeling_llama", "vlm_sft.bundle.curves", "vlm_sft.bundle.handover",
@@ -268,8 +268,9 @@ def run(arguments: list[str], address: str) -> None:
         python.chmod(0o700)
         os.environ["PYTHON_EXEC"] = str(python)  # what torch's launcher starts
     sys.path.insert(0, os.getcwd())
-    if not hasattr(sys.modules.get(program), "__path__"):
-        sys.modules.pop(program, None)  # it runs as `__main__`, and Python warns where it was imported before
+    for name in sys.argv[:2]:  # `vlm_sft.recipe.left_out` runs the module that it is given
+        if not hasattr(sys.modules.get(name), "__path__"):
+            sys.modules.pop(name, None)  # it runs as `__main__`, and Python warns where it was imported before
     runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 

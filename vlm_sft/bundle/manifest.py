@@ -7,16 +7,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
 from ..base.names import MANIFEST
 from ..base.whole_files import write_json
-from ..model.freeze import FreezePlan
 from ..recipe.safety import check_folder, check_pieces, read_json
-from ..recipe.schema import Recipe
-from ..stack.kinds import kind_of
 from .run_folder import find_manifest
+
+if TYPE_CHECKING:
+    from ..model.freeze import FreezePlan
+    from ..recipe.schema import Recipe
 
 FORMAT = 1
 LIBRARIES = ("vlm_sft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
@@ -77,6 +78,8 @@ def held_parts(plan: FreezePlan, pieces: Mapping[str, dict[str, Any]]) -> set[st
 
     They are the trained ones, those that `init_from` brought from an earlier stage, and a stack's projector.
     """
+    from ..stack.kinds import kind_of  # here, because reading a manifest (to push a bundle) takes no torch
+
     return {*plan.train, *kind_of(pieces).held(pieces)}
 
 

@@ -1,6 +1,6 @@
 """The parity gate: a saved bundle, loaded in a fresh process, must give the trainer's logits.
 
-`python -m vlm_sft.bundle.parity BUNDLE PROBE DEVICE` is that process; `judge` says what is the same. It computes on the
+`main` is that process, started by `recipe.left_out`; `judge` says what is the same. It computes on the
 trainer's own device: on a CPU other kernels would add in another order, and what is as small as that could not be
 found. So that the device never holds two models, the trainer's weights wait in the host's memory meanwhile.
 """
@@ -84,17 +84,9 @@ def check_parity(
         tensors = {name: tensor.contiguous().cpu() for name, tensor in _tensors(batch).items()}
         save_file({**tensors, "logits": wanted.contiguous()}, probe)
         with set_aside(model):
-            process = subprocess.run(
-                [sys.executable, "-m", "vlm_sft.bundle.parity", str(bundle), str(probe), device],
-                env=environment(),
-                capture_output=True,
-                text=True,
-                check=False,
+            measured = run_afresh(
+                "vlm_sft.bundle.parity", f"The bundle {str(bundle)!r} was saved", bundle, probe, device
             )
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
-        raise UserError(f"The bundle {str(bundle)!r} was saved but does not load in a fresh process: {last}")
-    measured = json.loads(process.stdout.strip().splitlines()[-1])
     result = judge(measured, dtype, layers_of(model))
     update_manifest(bundle, {"parity": result})
     if not result["equal"]:
@@ -134,6 +126,25 @@ def has_own_memory(device: torch.device) -> bool:
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def run_afresh(module: str, done: str, *arguments: str | Path) -> dict[str, Any]:
+    """What a module prints as JSON in a fresh process, whose first argument is a bundle or an export.
+
+    Raises:
+        UserError: It fails, after what `done` says.
+    """
+    process = subprocess.run(
+        [sys.executable, "-m", "vlm_sft.recipe.left_out", module, *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        raise UserError(f"{done} but does not load in a fresh process: {last}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def environment() -> dict[str, str]:

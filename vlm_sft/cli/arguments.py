@@ -11,11 +11,12 @@ from ..base.errors import UserError
 
 
 def _bundle(value: str) -> str:
-    """Says that a folder is no bundle before torch is imported, which takes seconds."""
-    from ..bundle.run_folder import find_manifest
+    """Says that a folder is no bundle, and leaves out what it does not use, before the imports, which take seconds."""
+    from ..recipe.left_out import leave_out_bitsandbytes_of
 
     if Path(value).exists() or value.partition("@")[0].count("/") != 1:  # `name/repository` may be on the Hub
-        find_manifest(value)
+        _local_bundle(value)
+    leave_out_bitsandbytes_of(value)
     return value
 
 

@@ -94,6 +94,9 @@ def debug_batch(
 ) -> None:
     """Show the rows of a step whose loss was not finite or jumped, one by one."""
     quiet_libraries()
+    from ..recipe.left_out import leave_out_bitsandbytes_of
+
+    leave_out_bitsandbytes_of(checkpoint or folder)
     from ..training.debug_batch import run
 
     run(folder, step=step, checkpoint=checkpoint, trust_remote_code=trust_remote_code)

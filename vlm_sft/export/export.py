@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from ..base.whole_files import write_json
 from ..bundle.hub import find_bundle
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
-from ..bundle.parity import environment
+from ..bundle.parity import run_afresh
 from ..stack.judge import judge, layers_of
 from .card import write_export_card
 from .check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
@@ -149,17 +147,7 @@ def _keep_adapter(model: Any, form: Form, folder: Path) -> None:
 
 
 def _compare(out: Path, probe: Path, dtype: torch.dtype, layers: int) -> dict[str, Any]:
-    process = subprocess.run(
-        [sys.executable, "-m", "vlm_sft.export.check", str(out), str(probe)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"The export {str(out)!r} was written but does not load in a fresh process: {last}")
-    found = json.loads(process.stdout.strip().splitlines()[-1])
+    found = run_afresh("vlm_sft.export.check", f"The export {str(out)!r} was written", out, probe)
     if not found["ids"]:
         shutil.rmtree(out)
         raise UserError(

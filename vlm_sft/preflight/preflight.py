@@ -239,6 +239,7 @@ def run_preflight(
         SystemExit: With code 1 where the training will go wrong.
     """
     from ..base.console import quiet_libraries
+    from ..recipe.left_out import leave_out_bitsandbytes
     from ..recipe.safety import refuse_code, refuse_revisions
     from ..recipe.schema import load_recipe
     from .launch import read_launch
@@ -247,6 +248,7 @@ def run_preflight(
     if not trust_remote_code:
         refuse_code(loaded, str(loaded.path))
     refuse_revisions(loaded)
+    leave_out_bitsandbytes(loaded)
     quiet_libraries()
     console = make_console()
     page = Path(output)

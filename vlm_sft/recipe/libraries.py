@@ -7,17 +7,13 @@ The libraries are imported inside the functions, because reading a recipe must n
 from __future__ import annotations
 
 import dataclasses
-import sys
 import typing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from ..base.errors import UserError
-from ..base.names import CONFIG
 from ..base.words import closest, one_line
-from .safety import pieces_in
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -25,7 +21,6 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from .schema import Recipe
-    from .sections import AnyPiece
 
 # Numeric types that a laptop without a GPU refuses; they say nothing about whether a recipe is right.
 _PRECISION = {"bf16": False, "fp16": False, "tf32": None, "bf16_full_eval": False, "fp16_full_eval": False}
@@ -43,40 +38,6 @@ _QUANTIZATION: dict[str, Any] = {
     "llm_int8_enable_fp32_cpu_offload": bool,
     "llm_int8_has_fp16_weight": bool,
 }
-
-
-def leave_out_bitsandbytes(recipe: Recipe) -> None:
-    """Where a recipe uses no bitsandbytes, makes it look as if it were not installed, for the rest of the process.
-
-    PEFT imports it as soon as it is there, and with it torch's compiler, which takes more than a second. Libraries
-    remember what is installed, so nothing is done in a process that has imported torch before: it may be anyone's.
-    """
-    optimizer = str(recipe.sft.get("optim"))
-    used = recipe.quantization or any(word in optimizer for word in ("bit", "ademamix", "bnb"))
-    if (
-        used
-        or {"bitsandbytes", "torch"} & sys.modules.keys()
-        or any(map(_may_be_quantised, pieces_in(recipe).values()))
-    ):
-        return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # to Python, a module that is not there
-
-
-def _may_be_quantised(piece: AnyPiece) -> bool:
-    """Whether a base piece may lie in few bits already: its configuration says so, or is not here yet."""
-    if (name := piece.pretrained) is None or Path(name).is_file():
-        return False
-    found: Any = Path(name) / CONFIG
-    if not Path(name).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        try:
-            found = try_to_load_from_cache(name, CONFIG, revision=piece.revision)
-        except ValueError:  # no name of a repository, which is said where the piece is loaded
-            return True
-    if not isinstance(found, str | Path) or not Path(found).is_file():
-        return True
-    return "quantization_config" in Path(found).read_text(encoding="utf-8", errors="replace")
 
 
 def validate_libraries(recipe: Recipe) -> None:
