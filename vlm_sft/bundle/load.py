@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -18,7 +18,9 @@ from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan
 from ..model.sharding import fill
 from ..pieces.fingerprints import compare_pieces
-from ..recipe.safety import pieces_in, refuse_code
+from ..recipe.library_names import LORA, UNSAID
+from ..recipe.passed_on import flaw
+from ..recipe.safety import pieces_in, read_json, refuse_code
 from ..recipe.schema import Recipe, load_recipe
 from ..stack.build_stack import build_stack
 from ..stack.kinds import kind_of
@@ -75,8 +77,6 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device) if dtype is None else model.to(device, dtype)
     for name, value in recipe.generation.items():
-        if name.startswith("_") or callable(getattr(stack.model.generation_config, name, None)):
-            raise UserError(f"{str(folder)!r}: generation has no setting {name!r}; correct it in {RECIPE}.")
         setattr(stack.model.generation_config, name, value)
     return model.eval(), processor
 
@@ -126,8 +126,9 @@ def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:
     for name in (ADAPTER_CONFIG, ADAPTER):
         if not (folder / name).is_file():
             raise UserError(f"{str(folder)!r} has no {name}, but its model has an adapter; it is no whole bundle.")
+    _check_names(folder)
     config = PeftConfig.from_pretrained(str(folder))
-    _check_adapter(config, folder)
+    _check_ranks(config, folder)
     base, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns of any name but its own
     config.init_lora_weights = True
     wrapped = add_adapter(model, config)
@@ -135,14 +136,19 @@ def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:
     return wrapped
 
 
-def _check_adapter(config: PeftConfig, folder: Path) -> None:
-    """Refuses what the file of an adapter can ask for beside LoRA, and ranks that its tensors do not have."""
+def _check_names(folder: Path) -> None:
+    """Refuses what the file of an adapter can ask for beside LoRA, before PEFT reads it."""
+    where, settings = repr(str(folder / ADAPTER_CONFIG)), read_json(folder / ADAPTER_CONFIG)
+    if (kind := settings.get("peft_type")) != "LORA":
+        raise UserError(f"{where} is no LoRA adapter but {kind}; it is refused.")
+    for name, value in settings.items():
+        if value not in UNSAID and (sentence := flaw(LORA, name, value)):
+            raise UserError(f"{where} asks for `{name}`, which is refused: {sentence}")
+
+
+def _check_ranks(config: PeftConfig, folder: Path) -> None:
+    """Refuses ranks that an adapter's tensors do not have."""
     where = repr(str(folder / ADAPTER_CONFIG))
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{where} is no LoRA adapter but {config.peft_type}; it is refused.")
-    for name in ("megatron_config", "layer_replication"):  # imports a module by name; makes layers many times
-        if getattr(config, name, None):
-            raise UserError(f"{where} asks for `{name}`, which no bundle has; it is refused.")
     try:
         with safe_open(folder / ADAPTER, framework="pt") as file:
             sizes = [size for name in file.keys() for size in file.get_slice(name).get_shape()]  # noqa: SIM118

@@ -18,8 +18,12 @@ from ..base.errors import UserError
 from ..batch.encoding import EncodedChat
 from ..batch.processor import VLMProcessor
 from ..reading.images import image_size, load_image
+from ..recipe.library_names import GENERATION
 from ..rows.messages import unpacked
 from .settings import ends_of, generation_options
+
+# What `answer` and `stream_answer` also pass on: a caller in Python makes them, and no file can say them.
+OBJECTS = {"tokenizer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
 
 
 class PromptTooLongError(UserError):
@@ -158,7 +162,9 @@ def _generate(
 ) -> torch.Tensor:
     """Calls `generate`; returns new tokens alone."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
-    known = vars(GenerationConfig())
+    known = GENERATION.names - set(GENERATION.never)
+    if strange := set(settings) - known - OBJECTS:
+        raise UserError(f"generation has no setting {min(strange)!r} that is handed on; see docs/security.md.")
     config = GenerationConfig(**{name: value for name, value in settings.items() if name in known})
     more |= {name: value for name, value in settings.items() if name not in known}
     given = core.generation_inputs(batch, config.num_beams or core.generation_config.num_beams or 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
 from transformers import (
     GenerationConfig,
     MinPLogitsWarper,
@@ -18,11 +17,13 @@ from transformers import (
 from transformers.utils import logging
 
 from ..base.errors import UserError
-from ..base.names import RECIPE
 from ..base.words import closest, one_line
 from ..batch.processor import VLMProcessor
 from ..bundle.hub import find_bundle
-from ..bundle.load import load
+from ..bundle.load import load, recipe_of
+from ..bundle.manifest import read_manifest
+from ..recipe.library_names import GENERATION
+from ..recipe.passed_on import flaw
 
 DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": None}
@@ -40,19 +41,21 @@ PROCESSORS: dict[str, Any] = {
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuses generation settings that transformers does not have or does not take.
+    """Refuses generation settings that are on no list of ours, or that transformers does not take.
 
     Raises:
         UserError: It names the setting, and the closest one there is or what is wrong with its value.
     """
-    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    for name in options:
-        if name not in known:
+    known = GENERATION.names - set(GENERATION.never)
+    for name, value in options.items():
+        if name not in GENERATION.names:
             hint = closest(name, known)
             raise UserError(
                 f'There is no generation setting "{name}"; '
                 + (f'did you mean "{hint}"?' if hint else "see transformers.GenerationConfig for those there are.")
             )
+        if sentence := flaw(GENERATION, name, value):
+            raise UserError(sentence)
     options = _tidy(options)
     for name in COUNTS.intersection(options):
         value = options[name]
@@ -136,8 +139,8 @@ def open_bundle(
     logging.disable_progress_bar()  # one bar for each file of weights would stand between the lines
     folder = find_bundle(bundle)
     model, processor = load(folder, trust_remote_code=trust_remote_code)
-    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    return model, processor, {**(recipe.get("generation") or {}), **options}  # type: ignore[return-value]
+    recipe = recipe_of(folder, read_manifest(folder))
+    return model, processor, {**recipe.generation, **options}  # type: ignore[return-value]
 
 
 def ignores_text(processor: VLMProcessor) -> bool:

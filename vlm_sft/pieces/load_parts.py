@@ -25,6 +25,7 @@ from ..model.losses import scales_as_its_class
 from ..model.parts import VISION_MODELS, build_vision_tower, mark_initialised
 from ..model.positions import INTERPOLATING, TABLES, fit_positions
 from ..recipe.safety import check_weights
+from .beside import keep_plain_generation
 from .checkpoints import WEIGHT_FILES, Checkpoint
 from .layouts import Origin, detect
 from .piece import Piece
@@ -195,6 +196,7 @@ def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **opti
             f"{piece.key}: {piece.pretrained!r} lacks {len(missing)} tensors of this model, for instance "
             f"{missing[0]!r}; is it the right checkpoint, and whole?"
         )
+    keep_plain_generation(model, f"{piece.key}: {piece.pretrained!r}")
     return model
 
 

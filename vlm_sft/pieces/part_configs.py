@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..base.errors import UserError
 from ..model.positions import INTERPOLATING
+from ..recipe.passed_on import is_plain
 from .layouts import Shapes, at, detect
 from .piece import FOREIGN, Piece, specs_of
 
@@ -149,11 +150,14 @@ def state(config: PreTrainedConfig, stated: Mapping[str, Any], key: str) -> PreT
     """Puts what the recipe states under `config` in place of what the checkpoint says.
 
     Raises:
-        UserError: The configuration has no such setting.
+        UserError: The configuration has no such setting, or none that is a size, a switch or a word.
     """
+    general = vars(PreTrainedConfig())  # dtypes, kernels, names of classes: nothing that a part is built by
     for name, value in stated.items():
-        if not hasattr(config, name):
+        if not hasattr(config, name) or name in general or name.startswith("_") or callable(getattr(config, name)):
             raise UserError(f"{key}.config: a {type(config).__name__} has no setting {name!r}.")
+        if not is_plain(value):
+            raise UserError(f"{key}.config: `{name}` takes numbers and words, not {value!r}.")
         setattr(config, name, value)
     return config
 

@@ -6,14 +6,14 @@ The libraries are imported inside the functions, because reading a recipe must n
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from ..base.errors import UserError
-from ..base.words import closest, one_line
+from ..base.words import one_line
+from .passed_on import refuse_strange
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -41,12 +41,12 @@ _QUANTIZATION: dict[str, Any] = {
 
 
 def validate_libraries(recipe: Recipe) -> None:
-    """Checks `sft:`, `lora:`, `quantization:` and `generation:` against the installed libraries, on their real classes.
+    """Checks `sft:`, `lora:` and `quantization:` against the installed libraries, on their real classes.
 
     A recipe for GPUs passes on a machine that has none: the numeric types are then left out.
 
     Raises:
-        UserError: an unknown key (with the closest valid one), a wrong type, or a value that the library refuses.
+        UserError: a wrong type, a value that the library refuses, or a name that only the user's own recipe may have.
     """
     import torch
 
@@ -54,7 +54,6 @@ def validate_libraries(recipe: Recipe) -> None:
     _build_sft(recipe, {**recipe.sft, **override})
     build_lora_config(recipe)
     build_quantization_config(recipe)
-    _check_generation(recipe)
 
 
 def build_sft_config(recipe: Recipe) -> SFTConfig:
@@ -95,13 +94,14 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
     """Builds `peft.LoraConfig` from `lora:`; None when the recipe has no LoRA.
 
     Raises:
-        UserError: an unknown key, a wrong type, or a value that PEFT refuses.
+        UserError: a wrong type, a value that PEFT refuses, or a name that only the user's own recipe may have.
     """
     from peft import LoraConfig
 
     if recipe.lora is None:
         return None
-    _check_fields(recipe, "lora", recipe.lora, LoraConfig)
+    _check_types(recipe, "lora", recipe.lora, typing.get_type_hints(LoraConfig))
+    refuse_strange(recipe, "lora")
     try:
         return LoraConfig(**recipe.lora)
     except (ValueError, TypeError) as error:
@@ -118,13 +118,13 @@ def build_quantization_config(recipe: Recipe, compute_dtype: str = "float32") ->
         compute_dtype: What the run computes in, where the recipe has no `bnb_4bit_compute_dtype`.
 
     Raises:
-        UserError: an unknown key, a wrong type, or a value that the library refuses.
+        UserError: a wrong type, or a value that the library refuses.
     """
     from transformers import BitsAndBytesConfig
 
     if recipe.quantization is None:
         return None
-    _check_fields(recipe, "quantization", recipe.quantization, BitsAndBytesConfig, _QUANTIZATION)
+    _check_types(recipe, "quantization", recipe.quantization, _QUANTIZATION)
     try:
         return BitsAndBytesConfig(
             **{"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute_dtype, **recipe.quantization}
@@ -137,7 +137,8 @@ def build_quantization_config(recipe: Recipe, compute_dtype: str = "float32") ->
 def _build_sft(recipe: Recipe, arguments: dict[str, Any]) -> SFTConfig:
     from trl import SFTConfig
 
-    _check_fields(recipe, "sft", recipe.sft, SFTConfig)
+    _check_types(recipe, "sft", recipe.sft, typing.get_type_hints(SFTConfig))
+    refuse_strange(recipe, "sft")
     try:
         return SFTConfig(**{**arguments, "remove_unused_columns": False})
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -209,24 +210,15 @@ def _check_schedule(recipe: Recipe, args: SFTConfig) -> None:
         ) from error
 
 
-def _check_fields(
-    recipe: Recipe, section: str, given: dict[str, Any], library_class: type, hints: dict[str, Any] | None = None
-) -> None:
-    """Checks names and types; the libraries' dataclasses check no types, and fail late or not at all.
+def _check_types(recipe: Recipe, section: str, given: dict[str, Any], hints: dict[str, Any]) -> None:
+    """Checks the types of what a section hands on; the libraries' classes check none, and fail late or not at all.
 
-    `hints` are names and types of the arguments of a class that is no dataclass.
+    Their names were checked when the recipe was read (`passed_on`).
     """
-    if hints is None:
-        fields = {field.name for field in dataclasses.fields(library_class) if field.init}
-        hints = typing.get_type_hints(library_class)
-    else:
-        fields = set(hints)
     for key, value in given.items():
+        if key not in hints:
+            continue  # another version of the library, which refuses it in its own words
         where = recipe.where((section, key))
-        if key not in fields:
-            hint = closest(key, fields)
-            name = f"{library_class.__module__.split('.')[0]}.{library_class.__name__}"
-            raise UserError(f'{where}: unknown key "{section}.{key}"; {_advice(hint, name)}')
         try:
             adapter = TypeAdapter(hints[key], config=ConfigDict(strict=True, arbitrary_types_allowed=True))
         except PydanticUserError:
@@ -238,20 +230,3 @@ def _check_fields(
         except ValidationError as error:
             reason = error.errors()[0]["msg"].replace("Input should be", "must be", 1)
             raise UserError(f'{where}: "{section}.{key}" {reason}, not {value!r}.') from error
-
-
-def _check_generation(recipe: Recipe) -> None:
-    from transformers import GenerationConfig
-
-    valid = set(vars(GenerationConfig()))
-    for key in recipe.generation:
-        if key not in valid:
-            where = recipe.where(("generation", key))
-            hint = closest(key, valid)
-            raise UserError(
-                f'{where}: unknown key "generation.{key}"; {_advice(hint, "transformers.GenerationConfig")}'
-            )
-
-
-def _advice(hint: str | None, name: str) -> str:
-    return f'did you mean "{hint}"?' if hint else f"{name} has nothing like it."

@@ -16,6 +16,7 @@ from ..base.assets import template_path
 from ..base.errors import UserError
 from ..base.names import PARTS
 from ..base.words import closest
+from .passed_on import names_that_pass
 from .sections import Data, Hub, Stack
 from .yaml_file import KeyPath
 
@@ -25,37 +26,6 @@ if TYPE_CHECKING:
 Broken = Iterator[tuple[KeyPath, str]]
 
 _COLLATOR = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
-
-# What each of these would do here; a value that is the same as leaving the key out is let through.
-RESERVED_SFT_KEYS = {
-    "packing": "rows with images cannot be packed by TRL",
-    "padding_free": "rows with images cannot be flattened into one by TRL",
-    "assistant_only_loss": "the loss is already on the answers only, as the chat template's generation markers say",
-    "completion_only_loss": "the loss is already on the answers only, as the chat template's generation markers say",
-    "label_smoothing_factor": "the loss is the plain cross entropy of the answers",
-    "loss_type": "the loss is the plain cross entropy of the answers",
-    "router_aux_loss_coef": "the loss is the plain cross entropy of the answers",
-    "truncation_mode": "a row that is too long loses whole turns from its end",
-    "bf16_full_eval": "an evaluation after the training would round the trained weights before they are saved",
-    "fp16_full_eval": "an evaluation after the training would round the trained weights before they are saved",
-    "chat_template_path": "the template is the recipe's own key `chat_template`",
-    "model_init_kwargs": "how the parts are loaded is said in `stack`",
-    "dataset_kwargs": "rows are read by the sources in `data`",
-    "push_to_hub": "the bundle is pushed by the recipe's own key `hub`",
-    "hub_token": "a token does not belong in a file that is saved and shared; set HF_TOKEN, or run `hf auth login`",
-    "remove_unused_columns": "the collator needs the columns `messages` and `images`",
-    "fsdp": "what the processes share out is told to `accelerate launch --config_file`, as in accelerate_configs/",
-    "deepspeed": "what the processes share out is told to `accelerate launch --config_file`, as in accelerate_configs/",
-}
-
-RESERVED_LORA_KEYS = {
-    "layer_replication": "it makes another language model, of which a bundle knows no piece",
-    "target_parameters": "an adapter of bare parameters is not rooted at the language model; name linear layers in "
-    "`lora.target_modules`",
-}
-
-# Values that say the same as nothing: what is off, and two defaults.
-UNSAID: tuple[Any, ...] = (None, False, "", [], "nll", "keep_start")
 
 # Numbers of `trl.SFTConfig` that neither it nor the libraries below refuse in words, and what they must be.
 _ABOVE_ZERO: tuple[str, ...] = (
@@ -72,6 +42,7 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
     """Returns the first broken rule as (path of the key, sentence), or None."""
     rules = chain(
         _stack_or_model(recipe),
+        names_that_pass(recipe),
         _trained_parts_exist(recipe.train, recipe.stack),
         _something_is_trained(recipe),
         _lora_or_full(recipe.lora, recipe.train),
@@ -128,9 +99,6 @@ def _lora_or_full(lora: dict[str, Any] | None, train: dict[str, float]) -> Broke
         yield ("lora", "r"), f"the rank `lora.r` must be above zero, not {rank}; to do without LoRA, remove `lora`."
     if _is_number(dropout := lora.get("lora_dropout")) and not 0 <= dropout < 1:
         yield ("lora", "lora_dropout"), f"`lora.lora_dropout` must be zero or above and below one, not {dropout}."
-    for key, reason in RESERVED_LORA_KEYS.items():
-        if lora.get(key):
-            yield ("lora", key), f"`lora.{key}` cannot be used: {reason}; remove it."
     # PEFT copies whole modules named there, and silently neither trains nor saves bare parameters such as query tokens.
     for name in lora.get("modules_to_save") or []:
         if name in PARTS:
@@ -237,9 +205,6 @@ def _sft_fits(sft: dict[str, Any], evaluates: bool) -> Broken:
     output = sft.get("output_dir")
     if not isinstance(output, str) or not output:
         yield ("sft", "output_dir"), "`sft.output_dir` is missing: the folder that checkpoints and the bundle go to."
-    for key, reason in RESERVED_SFT_KEYS.items():
-        if sft.get(key) not in UNSAID:
-            yield ("sft", key), f"`sft.{key}` cannot be used: {reason}; remove it."
     if (strategy := sft.get("train_sampling_strategy")) in ("group_by_length", "batch_rebalance"):
         yield (
             ("sft", "train_sampling_strategy"),

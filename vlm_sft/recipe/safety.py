@@ -180,6 +180,19 @@ def refuse_code(recipe: Recipe, where: str) -> None:
             )
 
 
+def refuse_strange_collator(recipe: Recipe) -> None:
+    """Refuses to import the collator of a recipe that came with a bundle, unless its user typed it.
+
+    Raises:
+        UserError: It names the class.
+    """
+    if recipe.strange and not recipe.is_typed(("collator",)):
+        raise UserError(
+            f"{recipe.where(('collator',))}: `collator` runs the code of {recipe.collator}, and this recipe lies in a "
+            f"bundle, which may be a stranger's; read that code, then allow it by typing collator={recipe.collator}."
+        )
+
+
 def refuse_revisions(recipe: Recipe) -> None:
     """Refuses a revision of a folder, which has none: another version than the one asked for would be trained on.
 

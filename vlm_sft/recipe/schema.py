@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from ..base.assets import list_recipes, recipe_path
 from ..base.errors import UserError
-from ..base.names import PARTS
+from ..base.names import MANIFEST, PARTS
 from ..base.words import closest
 from .rules import first_broken_rule
 from .sections import Data, Hub, PretrainedModel, RecipeModel, Stack, Watch
@@ -63,6 +63,7 @@ class Recipe(RecipeModel):
 
     _file: YamlFile | None = PrivateAttr(default=None)
     _path: Path | None = PrivateAttr(default=None)
+    _strange: bool = PrivateAttr(default=False)
 
     @model_validator(mode="after")
     def _keep_rules(self) -> Recipe:
@@ -76,6 +77,11 @@ class Recipe(RecipeModel):
     def path(self) -> Path | None:
         """The file that the recipe was read from, if it was."""
         return self._path
+
+    @property
+    def strange(self) -> bool:
+        """Whether it may be a stranger's: it came with a bundle, and not from the user's own hand."""
+        return self._strange
 
     @property
     def parts(self) -> Stack:
@@ -109,7 +115,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             (`data.train.0.max_rows=10`), a mapping or a list replaces the old one.
 
     Returns:
-        The checked recipe. Names inside `sft:`, `lora:` and `quantization:` are checked by `validate_libraries`.
+        The checked recipe. Types inside `sft:`, `lora:` and `quantization:` are checked by `validate_libraries`. A
+        recipe beside a `bundle.json` came with a bundle, which may be a stranger's: see `Recipe.strange`.
 
     Raises:
         UserError: one sentence that says what is wrong and where: file and line, or the override.
@@ -123,6 +130,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(_sentence(error, file)) from error
     recipe._file = file
     recipe._path = found
+    recipe._strange = (found.parent / MANIFEST).is_file()
     return recipe
 
 

@@ -17,6 +17,7 @@ from ..bundle.handover import hand_over
 from ..bundle.manifest import Provenance, read_manifest
 from ..pieces.fingerprints import compare_pieces
 from ..reading.fetch import Fetcher
+from ..recipe.safety import refuse_strange_collator
 from ..stack.build_stack import build_stack, match_embeddings
 from ..stack.lora import lora_config
 from .trainer import VLMSFTTrainer
@@ -39,6 +40,7 @@ def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> 
     """
     kind = MultimodalCollator
     if recipe.collator:
+        refuse_strange_collator(recipe)
         # `python -m` looks in the current folder, a console command does not; the user's module lies there.
         sys.path.insert(0, os.getcwd()) if os.getcwd() not in sys.path else None
         kind = load_collator_class(recipe.collator)

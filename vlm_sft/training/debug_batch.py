@@ -13,12 +13,13 @@ from rich.table import Table
 from torch import nn
 
 from ..base.errors import UserError
-from ..base.names import IGNORED, RECIPE
+from ..base.names import IGNORED
 from ..batch.collator import MultimodalCollator
-from ..bundle.load import load
+from ..bundle.load import load, recipe_of
+from ..bundle.manifest import read_manifest
 from ..bundle.run_folder import checkpoints, find_records, flaw_of, step_of
 from ..data.dataset import load_source
-from ..recipe.schema import Recipe, load_recipe
+from ..recipe.schema import Recipe
 from ..rows.messages import unpacked
 
 
@@ -37,7 +38,7 @@ def run(folder: str, step: int | None = None, checkpoint: str | None = None, tru
     record = find_record(Path(folder), step)
     bundle = Path(checkpoint) if checkpoint else checkpoint_before(Path(folder), record["step"])
     model, processor = load(bundle, trust_remote_code=trust_remote_code)
-    recipe = load_recipe(bundle / RECIPE)
+    recipe = recipe_of(bundle, read_manifest(bundle))
     rows = find_rows(recipe, [name for ids in record["rows"] for name in ids])
     collator = MultimodalCollator(processor, max_length=recipe.sft.get("max_length"))
     loss = record["loss"]

@@ -1,0 +1,222 @@
+"""What is known of the arguments of the libraries' classes that a recipe's mappings are handed to: lists of names.
+
+A name that stands on no list is refused, whoever wrote it: libraries grow, and some of their arguments import a module,
+open a file or ask a server. `tests/recipe/test_library_names.py` counts the arguments of the installed versions against
+these lists, so that a new one is judged before it can be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Values that say the same as nothing: what is off, and two defaults.
+UNSAID: tuple[Any, ...] = (None, False, "", [], {}, "nll", "keep_start")
+
+
+@dataclass(frozen=True)
+class PassedOn:
+    """The arguments of one library's class.
+
+    Attributes:
+        library: How messages call the class.
+        plain: Numbers, switches and words.
+        mappings: The same in a mapping: name → the keys that it may have; None: names of modules, and their numbers.
+        own: Names that say where a file, a server or a piece of code is: name → what it says. Only the user's own
+            recipe, or an override that the user typed, may have them.
+        never: Name → why no recipe has it.
+    """
+
+    library: str
+    plain: frozenset[str]
+    mappings: Mapping[str, frozenset[str] | None] = field(default_factory=dict)
+    own: Mapping[str, str] = field(default_factory=dict)
+    never: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Every name that was judged."""
+        return {*self.plain, *self.mappings, *self.own, *self.never}
+
+
+def _words(*lines: str) -> frozenset[str]:
+    return frozenset(" ".join(lines).split())
+
+
+_SHARED = "what the processes share out is told to `accelerate launch --config_file`, as in accelerate_configs/"
+_PLAIN_LOSS = "the loss is the plain cross entropy of the answers"
+_ANSWERS = "the loss is already on the answers only, as the chat template's generation markers say"
+_ROUNDED = "an evaluation after the training would round the trained weights before they are saved"
+
+SFT = PassedOn(
+    "trl.SFTConfig",
+    _words(
+        "output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type",
+        "warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules",
+        "gradient_accumulation_steps average_tokens_across_devices max_grad_norm bf16 fp16 tf32",
+        "activation_checkpointing gradient_checkpointing torch_compile torch_compile_mode use_liger_kernel",
+        "use_cache neftune_noise_alpha torch_empty_cache_steps auto_find_batch_size logging_strategy",
+        "logging_steps logging_first_step log_on_each_node logging_nan_inf_filter",
+        "include_num_input_tokens_seen log_level log_level_replica disable_tqdm run_name project",
+        "eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start",
+        "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics",
+        "batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node save_total_limit",
+        "enable_jit_checkpoint load_best_model_at_end metric_for_best_model greater_is_better",
+        "ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu",
+        "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers",
+        "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order label_names",
+        "train_sampling_strategy length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb",
+        "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics do_train",
+        "do_eval do_predict local_rank dataset_text_field dataset_num_proc eos_token max_length",
+        "shuffle_dataset packing_strategy pad_to_multiple_of eval_packing activation_offloading pad_token",
+    ),
+    mappings={
+        "lr_scheduler_kwargs": None,
+        "activation_checkpointing_kwargs": _words("use_reentrant preserve_rng_state determinism_check debug"),
+        "gradient_checkpointing_kwargs": _words("use_reentrant preserve_rng_state determinism_check debug"),
+        "liger_kernel_config": None,
+    },
+    own={
+        "report_to": "a server",
+        "trackio_space_id": "a server",
+        "trackio_bucket_id": "a server",
+        "trackio_static_space_id": "a server",
+        "hub_private_repo": "a place on the Hub",
+        "hub_model_id": "a place on the Hub",
+        "hub_strategy": "a place on the Hub",
+        "hub_always_push": "a place on the Hub",
+        "hub_revision": "a place on the Hub",
+        "resume_from_checkpoint": "a folder",
+        "accelerator_config": "a file",
+        "parallelism_config": "other processes",
+        "fsdp_config": "a file",
+        "torch_compile_backend": "code",
+    },
+    never={
+        "packing": "rows with images cannot be packed by TRL",
+        "padding_free": "rows with images cannot be flattened into one by TRL",
+        "assistant_only_loss": _ANSWERS,
+        "completion_only_loss": _ANSWERS,
+        "label_smoothing_factor": _PLAIN_LOSS,
+        "loss_type": _PLAIN_LOSS,
+        "router_aux_loss_coef": _PLAIN_LOSS,
+        "truncation_mode": "a row that is too long loses whole turns from its end",
+        "bf16_full_eval": _ROUNDED,
+        "fp16_full_eval": _ROUNDED,
+        "chat_template_path": "the template is the recipe's own key `chat_template`",
+        "model_init_kwargs": "how the parts are loaded is said in `stack`",
+        "trust_remote_code": "code that a piece brings is allowed at that piece, in `stack`",
+        "dataset_kwargs": "rows are read by the sources in `data`",
+        "push_to_hub": "the bundle is pushed by the recipe's own key `hub`",
+        "hub_token": "a token does not belong in a file that is saved and shared; set HF_TOKEN, or run `hf auth login`",
+        "remove_unused_columns": "the collator needs the columns `messages` and `images`",
+        "fsdp": _SHARED,
+        "deepspeed": _SHARED,
+    },
+)
+
+# What `sft.report_to` may name in anyone's recipe: nothing here asks a server.
+HERE = {None, "none", "tensorboard"}
+
+_OTHER_START = "it starts from weights that a bundle does not hold"
+LORA = PassedOn(
+    "peft.LoraConfig",
+    _words(
+        "task_type peft_type peft_version inference_mode r target_modules exclude_modules lora_alpha",
+        "lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform",
+        "layers_pattern trainable_token_indices use_dora alora_invocation_tokens use_qalora qalora_group_size",
+        "lora_bias ensure_weight_tying",
+    ),
+    mappings={
+        "rank_pattern": None,
+        "alpha_pattern": None,
+        "runtime_config": _words("ephemeral_gpu_offload"),
+        "velora_config": _words("num_groups scale init_type"),
+        "monteclora_config": _words("num_samples use_entropy dirichlet_prior sample_scaler kl_loss_weight buffer_size"),
+        "use_bdlora": _words("target_modules_bd_a target_modules_bd_b nblocks match_strict"),
+        "kasa_config": _words("beta gamma"),
+    },
+    own={"base_model_name_or_path": "a folder or a place on the Hub", "revision": "a place on the Hub"},
+    never={
+        "auto_mapping": "it names a module to import",
+        "megatron_config": "it names a module to import",
+        "megatron_core": "it names a module to import",
+        "arrow_config": "it names other adapters, which a bundle does not hold",
+        "corda_config": _OTHER_START,
+        "eva_config": _OTHER_START,
+        "loftq_config": _OTHER_START,
+        "lora_ga_config": _OTHER_START,
+        "layer_replication": "it makes another language model, of which a bundle knows no piece",
+        "target_parameters": "an adapter of bare parameters is not rooted at the language model; name linear layers in "
+        "`lora.target_modules`",
+    },
+)
+# PEFT's default, which names the module that it would import if `megatron_config` were there.
+DEFAULTS = {"megatron_core": "megatron.core"}
+
+QUANTIZATION = PassedOn(
+    "transformers.BitsAndBytesConfig",
+    _words(
+        "load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant",
+        "bnb_4bit_quant_storage llm_int8_threshold llm_int8_skip_modules llm_int8_enable_fp32_cpu_offload",
+        "llm_int8_has_fp16_weight",
+    ),
+)
+
+_MOVED = "transformers fetches the code for it from the Hub"
+_TEXT_ALONE = "an answer is text alone"
+_ONE_MODEL = "one model writes an answer"
+GENERATION = PassedOn(
+    "transformers.GenerationConfig",
+    _words(
+        "max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings do_sample",
+        "num_beams use_cache cache_implementation max_cache_len temperature top_k top_p min_p top_h typical_p",
+        "epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty length_penalty",
+        "no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id",
+        "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens",
+        "sequence_bias token_healing guidance_scale num_return_sequences pad_token_id bos_token_id",
+        "eos_token_id encoder_no_repeat_ngram_size decoder_start_token_id prompt_lookup_num_tokens",
+        "max_matching_ngram_size disable_compile prefill_chunk_size",
+    ),
+    mappings={
+        "cache_config": _words("backend nbits axis_key axis_value q_group_size residual_length"),
+        "watermarking_config": _words("greenlist_ratio bias hashing_key seeding_scheme context_width"),
+    },
+    never={
+        **dict.fromkeys(_words("low_memory penalty_alpha dola_layers diversity_penalty num_beam_groups"), _MOVED),
+        **dict.fromkeys(_words("constraints force_words_ids"), _MOVED),
+        **dict.fromkeys(_words("output_attentions output_hidden_states output_scores output_logits"), _TEXT_ALONE),
+        "return_dict_in_generate": _TEXT_ALONE,
+        **dict.fromkeys(_words("is_assistant num_assistant_tokens num_assistant_tokens_schedule"), _ONE_MODEL),
+        **dict.fromkeys(_words("assistant_confidence_threshold assistant_early_exit assistant_lookbehind"), _ONE_MODEL),
+        **dict.fromkeys(_words("target_lookbehind assistant_ensemble_weight use_mtp speculation_type"), _ONE_MODEL),
+        "compile_config": "it names code that compiles",
+        "continuous_batching_config": "it belongs to a server",
+        "transformers_version": "it is written by transformers",
+        "_from_model_config": "it is written by transformers",
+    },
+)
+
+PROCESSOR = PassedOn(
+    "a processor of transformers",
+    _words(
+        "crop_size default_to_square do_center_crop do_convert_rgb do_normalize do_pad do_rescale do_resize",
+        "image_mean image_seq_length image_seq_len image_std pad_size resample rescale_factor size",
+        "image_grid_pinpoints max_pixels min_pixels merge_size patch_size temporal_patch_size",
+        "do_image_splitting max_image_size return_row_col_info crop_to_patches min_patches max_patches",
+        "do_pan_and_scan pan_and_scan_max_num_crops pan_and_scan_min_crop_size",
+        "pan_and_scan_min_ratio_to_activate padding_mode padding_value vision_feature_select_strategy",
+        "num_additional_image_tokens image_token num_patch_index_tokens",
+    )
+    - (_SIZES := _words("size crop_size pad_size max_image_size patch_size")),
+    mappings=dict.fromkeys(_SIZES, _words("height width shortest_edge longest_edge max_height max_width")),
+)
+
+PASSED_ON: dict[str, PassedOn] = {
+    "sft": SFT,
+    "lora": LORA,
+    "quantization": QUANTIZATION,
+    "generation": GENERATION,
+    "model.processor": PROCESSOR,
+}
