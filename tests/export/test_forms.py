@@ -119,7 +119,7 @@ def test_names_that_the_base_does_not_have_are_an_error(monkeypatch, tmp_path):
     files = {"base": {"a": "", "tied": ""}, str(tmp_path): {"a": "", "model.b": ""}}
     monkeypatch.setattr("vlm_sft.export.forms.Checkpoint", lambda path, *rest: SimpleNamespace(files=files[path]))
     form = FamilyForm.__new__(FamilyForm)
-    form.recipe = SimpleNamespace(model=SimpleNamespace(pretrained="base", revision=None))
+    form.spec = SimpleNamespace(pretrained="base", revision=None)
     native = SimpleNamespace(save_pretrained=lambda out: None)
     form.save(native, tmp_path, "transformers")
     with pytest.raises(UserError, match=r"'base' has no tensor named like 'model\.b', so vLLM may not find it"):

@@ -18,6 +18,8 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 ROOMS = sorted(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)
 HEAVY = ["accelerate", "bitsandbytes", "datasets", "matplotlib", "numpy", "pandas", "peft", "pyarrow", "tokenizers"]
 HEAVY += ["torch", "transformers", "trl"]
+# What has a class or a protocol wherever it is handed on.
+TYPED = set("checkpoint collator config model processor recipe spec stack template tokenizer trainer".split())
 
 
 def name_of(path: Path) -> str:
@@ -33,6 +35,15 @@ def test_modules_and_functions_are_short(path: Path) -> None:
     assert len(lines(path)) <= 350
     functions = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if hasattr(node, "returns"))
     assert [f"{f.name}: {f.end_lineno - f.lineno + 1} lines" for f in functions if f.end_lineno - f.lineno >= 60] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_models_processors_and_recipes_have_their_classes(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    given = [node for node in ast.walk(tree) if isinstance(node, ast.arg) and node.arg in TYPED]
+    kept = [node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) in TYPED]
+    anything = [node for node in (*given, *kept) if node.annotation and ast.unparse(node.annotation) == "Any"]
+    assert [f"line {node.lineno}: {ast.unparse(node)}" for node in anything] == []
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=name_of)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from ..base.names import PROCESSOR_CONFIG
 from ..stack.judge import measure
@@ -62,7 +62,7 @@ def compare(export: Path, probe: Path) -> dict[str, Any]:
     return result
 
 
-def read_processor(export: Path) -> Any:
+def read_processor(export: Path) -> ProcessorMixin:
     """The export's processor with PIL's images; one that also takes videos needs torchvision, and is read without."""
     name = json.loads((export / PROCESSOR_CONFIG).read_text(encoding="utf-8"))["processor_class"]
     kind = getattr(transformers, name)
@@ -78,7 +78,7 @@ def is_prompt(messages: list[dict[str, Any]]) -> bool:
     return messages[-1]["role"] == "user"
 
 
-def prepare(processor: Any, messages: list[dict[str, Any]], images: list[Image.Image]) -> tuple[str, Any]:
+def prepare(processor: ProcessorMixin, messages: list[dict[str, Any]], images: list[Image.Image]) -> tuple[str, Any]:
     """(prompt, what the model takes), as a user of transformers makes it.
 
     InstructBLIP's processor knows no conversations: the question by itself is the prompt. That of KOSMOS-2 has

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..base.errors import UserError
 from ..base.names import ADAPTER, ADAPTER_CONFIG, CARD, EXPORT_REPORT
@@ -85,7 +87,7 @@ def export(
     return result
 
 
-def _write(out: Path, to: str, model: Any, form: Form, dtype: torch.dtype, keep_adapter: bool) -> dict[str, Any]:
+def _write(out: Path, to: str, model: nn.Module, form: Form, dtype: torch.dtype, keep_adapter: bool) -> dict[str, Any]:
     """Writes everything but the card; returns the name of the class and what the comparisons found."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = _write_probe(Path(folder), form)
@@ -131,7 +133,7 @@ def _write_probe(folder: Path, form: Form) -> dict[str, torch.Tensor]:
     return inputs | processor.image_inputs([picture], processor.instructions(form.probe))
 
 
-def _keep_adapter(model: Any, form: Form, folder: Path) -> None:
+def _keep_adapter(model: PeftModel, form: Form, folder: Path) -> None:
     """PEFT's own files, with the names that the layers have in the native class."""
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / CARD).unlink(missing_ok=True)

@@ -14,6 +14,9 @@ from ..base.names import PROCESSOR_CONFIG, TEMPLATE
 from ..base.whole_files import write_json
 from ..batch.processor import VLMProcessor
 from ..families.kind import VLM
+from ..families.model import FamilyModel
+from ..families.processor import FamilyProcessor
+from ..model.modeling import VLMForConditionalGeneration
 from ..pieces.checkpoints import Checkpoint, fetch_file
 from ..pieces.piece import specs_of
 from ..recipe.safety import read_json
@@ -48,7 +51,7 @@ class Form(ABC):
     probe: list[dict[str, Any]]
     missing = ""
 
-    def __init__(self, model: Any, processor: Any, recipe: Any) -> None:
+    def __init__(self, model: VLM, processor: VLMProcessor, recipe: Recipe) -> None:
         self.model, self.processor, self.recipe = model, processor, recipe
 
     @abstractmethod
@@ -79,7 +82,9 @@ class Form(ABC):
 class StackForm(Form):
     """A composed stack, as the class that computes the same."""
 
-    def __init__(self, model: Any, processor: Any, recipe: Any) -> None:
+    model: VLMForConditionalGeneration
+
+    def __init__(self, model: VLMForConditionalGeneration, processor: VLMProcessor, recipe: Recipe) -> None:
         super().__init__(model, processor, recipe)
         self.name = native_form(model)
         # InstructBLIP's processor knows no conversations.
@@ -131,8 +136,13 @@ class StackForm(Form):
 class FamilyForm(Form):
     """An existing VLM, as the class that it is."""
 
-    def __init__(self, model: Any, processor: Any, recipe: Any) -> None:
+    model: FamilyModel
+    processor: FamilyProcessor
+
+    def __init__(self, model: FamilyModel, processor: FamilyProcessor, recipe: Recipe) -> None:
         super().__init__(model, processor, recipe)
+        assert recipe.model is not None
+        self.spec = recipe.model
         self.name, self.missing = model.config.model_type, processor.family.no_export
         self.probe = QUESTION[:1] if processor.family.prompt else QUESTION
 
@@ -152,7 +162,7 @@ class FamilyForm(Form):
 
     def _videos(self) -> dict[str, Any] | None:
         """The settings of the base's processor of videos, where it has any."""
-        spec = self.recipe.model
+        spec = self.spec
         for name, key in ((PROCESSOR_CONFIG, "video_processor"), (VIDEOS, None)):
             path = fetch_file(spec.pretrained, name, spec.revision, "model.pretrained", required=False)
             found = read_json(Path(path)) if path else {}
@@ -168,7 +178,7 @@ class FamilyForm(Form):
     def save(self, native: PreTrainedModel, out: Path, to: str) -> None:
         """See `Form`: transformers gives the tensors the names that they had in the base."""
         super().save(native, out, to)
-        spec = self.recipe.model
+        spec = self.spec
         published = Checkpoint(spec.pretrained, spec.revision, "model.pretrained").files
         if to == "vllm" and (other := sorted(set(Checkpoint(str(out), None, "--out").files) - set(published))):
             raise UserError(

@@ -46,7 +46,7 @@ def native_form(model: VLMForConditionalGeneration) -> str:
     Raises:
         UserError: There is none; the message says what stands in the way.
     """
-    config: Any = model.config
+    config = model.config
     if config.projector_type == "pixel_shuffle":
         raise UserError(NO_FORM.format("no class has a pixel_shuffle projector in front of any language model"))
     if config.resampler_type:
@@ -55,12 +55,10 @@ def native_form(model: VLMForConditionalGeneration) -> str:
         form, name, towers = BLIP_FORMS[config.resampler_type]
         _refuse_blip(model, name, towers)
         return form
-    if config.projector_type != "mlp" or config.projector_options["depth"] != 2:
+    if config.projector_type != "mlp" or (config.projector_options or {})["depth"] != 2:
         raise UserError(NO_FORM.format("without a resampler, LLaVA's projector is an mlp of depth 2, and this is not"))
-    if type(config.vision_config) not in AutoModel._model_mapping:
-        raise UserError(
-            NO_FORM.format(f"LLaVA's class cannot hold a {config.vision_config.model_type!r} as its vision tower")
-        )
+    if type(config.tower) not in AutoModel._model_mapping:
+        raise UserError(NO_FORM.format(f"LLaVA's class cannot hold a {config.tower.model_type!r} as its vision tower"))
     text, head = model.model.language_model.config, model.lm_head
     if any(getattr(text, name, None) for name in SCALINGS) or getattr(head, "bias", None) is not None:
         raise UserError(NO_FORM.format(f"LLaVA's class leaves out what {text.model_type!r} does after its head"))
@@ -71,15 +69,15 @@ def native_form(model: VLMForConditionalGeneration) -> str:
 
 
 def _refuse_blip(model: VLMForConditionalGeneration, name: str, towers: tuple[str, ...]) -> None:
-    config: Any = model.config
-    if (tower := config.vision_config.model_type) not in towers:
+    config = model.config
+    if (tower := config.tower.model_type) not in towers:
         raise UserError(NO_FORM.format(f"a Q-Former behind a {tower!r}, where {name}'s class has its own ViT"))
     if config.projector_type != "linear":
         raise UserError(NO_FORM.format(f"{name}'s projector is linear, this one is {config.projector_type}"))
     if (config.vision_feature_layer, config.vision_feature_select) != (-1, "full"):
         raise UserError(NO_FORM.format(f"{name}'s class reads every token after the ViT's last norm, this does not"))
     # LAVIS has another epsilon in the last norm than in the layers; these classes have one for all.
-    wanted = config.vision_config.layer_norm_eps
+    wanted = config.tower.layer_norm_eps
     for place, module in model.model.vision_tower.named_modules():
         if isinstance(module, nn.LayerNorm) and module.eps != wanted:
             raise UserError(
@@ -92,9 +90,9 @@ def _refuse_blip(model: VLMForConditionalGeneration, name: str, towers: tuple[st
 @torch.no_grad()
 def llava_features(model: VLMForConditionalGeneration) -> tuple[str, int]:
     """LLaVA's `vision_feature_select_strategy` and how many tokens stand before the patches."""
-    config: Any = model.config
+    config = model.config
     tower, layer = model.model.vision_tower, config.vision_feature_layer
-    height, width = image_size_of(config.vision_config)
+    height, width = image_size_of(config.tower)
     pixels = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(tower.device, tower.dtype)
     output = tower(pixels, output_hidden_states=True)
     if layer == -1 and not torch.equal(output.hidden_states[-1], output.last_hidden_state):
@@ -104,7 +102,7 @@ def llava_features(model: VLMForConditionalGeneration) -> tuple[str, int]:
                 "feature_layer -2, as LLaVA does, to have one)"
             )
         )
-    extra = output.hidden_states[layer].shape[1] - count_patches(config.vision_config, height, width)
+    extra = output.hidden_states[layer].shape[1] - count_patches(config.tower, height, width)
     if config.vision_feature_select == "patch" and extra > 1:
         raise UserError(NO_FORM.format(f"LLaVA's class drops one token before the patches, this tower has {extra}"))
     return ("default" if config.vision_feature_select == "patch" and extra == 1 else "full"), extra
@@ -130,7 +128,7 @@ def grow_vocabulary(model: VLMForConditionalGeneration, rows: int) -> None:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is table.weight
     old = table.num_embeddings
-    config: Any = model.model.language_model.config
+    config = model.model.language_model.config
     if rows <= old:
         return
     for module, names in ((table, ("weight",)), (head, ("weight", "bias"))):
@@ -173,18 +171,18 @@ def native_model(
 
 
 def _as_llava(model: VLMForConditionalGeneration, processor: VLMProcessor, strategy: str) -> PreTrainedModel:
-    config: Any = model.config
-    text: Any = model.model.language_model.config
+    config = model.config
+    text = model.model.language_model.config
     if text.tie_word_embeddings and not hasattr(model.model.language_model, "embed_tokens"):
         # LLaVA's class looks for the tied embeddings there; OPT and GPT-2 have them elsewhere.
         text.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.clone())
     made = LlavaConfig(
-        vision_config=config.vision_config,
+        vision_config=config.tower,
         text_config=text,
         image_token_index=processor.image_token_id,
         image_seq_length=processor.num_image_tokens,
-        projector_hidden_act=config.projector_options["activation"],
+        projector_hidden_act=(config.projector_options or {})["activation"],
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=text.tie_word_embeddings,
@@ -200,7 +198,7 @@ def _as_llava(model: VLMForConditionalGeneration, processor: VLMProcessor, strat
 
 
 def _as_blip(model: VLMForConditionalGeneration, processor: VLMProcessor, form: str) -> PreTrainedModel:
-    config: Any = model.config
+    config = model.config
     shared = {
         "qformer_config": config.resampler_config,
         "text_config": model.model.language_model.config,
@@ -210,11 +208,9 @@ def _as_blip(model: VLMForConditionalGeneration, processor: VLMProcessor, form: 
     }
     with torch.device("meta"):
         if form == "blip-2":
-            native = Blip2ForConditionalGeneration(Blip2Config(vision_config=config.vision_config, **shared))
+            native = Blip2ForConditionalGeneration(Blip2Config(vision_config=config.tower, **shared))
         else:
-            vision = {
-                k: v for k, v in config.vision_config.to_dict().items() if k not in ("model_type", "architectures")
-            }
+            vision = {k: v for k, v in config.tower.to_dict().items() if k not in ("model_type", "architectures")}
             made = InstructBlipConfig(vision_config=InstructBlipVisionConfig(**vision), **shared)
             native = InstructBlipForConditionalGeneration(made)
     native.vision_model = model.model.vision_tower

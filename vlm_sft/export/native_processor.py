@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tokenizers.processors import TemplateProcessing
 from transformers import InstructBlipProcessor, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -71,7 +69,7 @@ def native_processor(
     if owns_bos(str(processor.chat_template)) and tokenizer.bos_token_id is not None:
         # The template writes BOS, behind the images; the tokenizer must not write another in front of them.
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
-    vision: Any = model.config.vision_config
+    vision = model.config.tower
     if form == "llava":
         strategy, extra = llava_features(model)
         patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..base.errors import UserError
@@ -51,10 +49,10 @@ def check_stack(form: str, model: VLMForConditionalGeneration, processor: VLMPro
     if form == "blip-2":
         _check_prompt(processor)
         return
-    config: Any = model.config
-    if (tower := config.vision_config.model_type) not in TOWERS:
+    config = model.config
+    if (tower := config.tower.model_type) not in TOWERS:
         raise UserError(REFUSED.format(f"its LLaVA has a CLIP or a SigLIP as its vision tower, this is a {tower!r}"))
-    if (activation := config.projector_options["activation"]) not in ACTIVATIONS:
+    if (activation := (config.projector_options or {})["activation"]) not in ACTIVATIONS:
         raise UserError(REFUSED.format(f"it has no activation {activation!r} for the projector"))
 
 
@@ -68,7 +66,7 @@ def _check_prompt(processor: VLMProcessor) -> None:
         )
 
 
-def _prompt(template: str, tokenizer: Any) -> str:
+def _prompt(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The probe's question as servers render it."""
     tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
     (text,), _ = render_jinja_template([QUESTION[:1]], chat_template=template, add_generation_prompt=True, **tokens)

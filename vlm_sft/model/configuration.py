@@ -56,10 +56,15 @@ class VLMConfig(PreTrainedConfig):
         return width, text_width_of(self.text_config)
 
     @property
+    def tower(self) -> PreTrainedConfig:
+        """`vision_config`, which is no mapping any more once the configuration is made."""
+        assert isinstance(self.vision_config, PreTrainedConfig)
+        return self.vision_config
+
+    @property
     def tower_width(self) -> int:
         """Width of the tower's features."""
-        assert isinstance(self.vision_config, PreTrainedConfig)
-        return self.vision_width or self.vision_config.hidden_size
+        return self.vision_width or self.tower.hidden_size
 
 
 def text_width_of(config: PreTrainedConfig) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
@@ -46,7 +46,7 @@ class VLMOutput(ModelOutput):
     token_hits: torch.Tensor | None = None
 
 
-def scaled_logits(head: nn.Module, config: Any, hidden: torch.Tensor) -> torch.Tensor:
+def scaled_logits(head: nn.Module, config: PreTrainedConfig, hidden: torch.Tensor) -> torch.Tensor:
     """(…, D) → (…, vocabulary), with the scalings some language models put after their head.
 
     Args:
@@ -100,7 +100,7 @@ def scales_as_its_class(causal_lm: PreTrainedModel) -> bool:
     return torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-3)
 
 
-def _refuse(module: nn.Module, args: Any) -> None:
+def _refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
     raise RuntimeError("nothing below the head is to compute")
 
 

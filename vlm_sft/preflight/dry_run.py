@@ -11,6 +11,8 @@ from .launch import Launch
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from torch import nn
+    from trl import SFTConfig
 
     from ..batch.processor import VLMProcessor
     from ..model.freeze import PartRow
@@ -91,7 +93,7 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
 
     stack, args = build_empty_stack(recipe), build_sft_config(on_any_machine(recipe))
     check_texts(stack.model.config, stack.processor, args.max_length)
-    model: Any = stack.model
+    model: nn.Module = stack.model
     if (config := lora_config(recipe, model)) is not None:
         model = add_adapter(model, config)
         stack.plan.apply(model)
@@ -165,7 +167,7 @@ class FullStep:
         return {**processor.batch(encoded), **processor.image_inputs(images, instructions)}
 
 
-def full_step(args: Any, processor: VLMProcessor) -> FullStep:
+def full_step(args: SFTConfig, processor: VLMProcessor) -> FullStep:
     """The fullest step of a recipe: batches of rows as long as `sft.max_length` lets them be.
 
     Args:

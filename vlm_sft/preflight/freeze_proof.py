@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
     from ..training.trainer import VLMSFTTrainer
 
 # LoRA's B is zero at first, so A has no gradient before the second step; a loss scaled for fp16 may skip a step or two.
@@ -94,7 +96,7 @@ class Witness(TrainerCallback):
                 largest = float(tensor.grad.abs().max()) if tensor.grad.numel() else 0.0
                 self.gradients[name] = max(largest, self.gradients.get(name, 0.0))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notes what moved."""
         self.seconds = _now() - self._began
         waiting = {name: tensor for name, tensor in self.trained.items() if name not in self.moved}

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 FACTOR = {torch.float32: 128, torch.float16: 8, torch.bfloat16: 8}
@@ -132,7 +133,7 @@ def _reasons(measured: dict[str, Any], tolerance: float, kind: torch.dtype) -> I
             yield f"its adapter acts {share:.1%} {'more' if along > 0 else 'less'} (allowed {allowed:.1%})"
 
 
-def layers_of(model: Any) -> int:
+def layers_of(model: nn.Module) -> int:
     """How many layers a model's language model has, as its configuration says."""
     config = getattr(model, "config", None)
     return int(getattr(config.get_text_config(), "num_hidden_layers", None) or 1) if config is not None else 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..base.errors import UserError
 from ..base.words import one_line
@@ -30,7 +30,7 @@ def measure_tower(config: VLMConfig, height: int, width: int, key: str) -> int:
     Raises:
         UserError: It cannot read one image, gives no features of places, or other ones each time.
     """
-    tower: Any = config.vision_config
+    tower = config.tower
     if tower.model_type in PROVEN:
         return tower.hidden_size
     try:
@@ -50,7 +50,7 @@ def measure_tower(config: VLMConfig, height: int, width: int, key: str) -> int:
 
 def count_features(config: VLMConfig, height: int, width: int) -> int:
     """P, the features that the stack takes from its tower for an image of this size in pixels."""
-    patches = count_patches(config.vision_config, height, width) if config.vision_feature_select == "patch" else 0
+    patches = count_patches(config.tower, height, width) if config.vision_feature_select == "patch" else 0
     if patches and getattr(config.vision_config, "model_type", "") in PROVEN:
         return patches
     shape = _shape(config, height, width)
@@ -61,7 +61,7 @@ def count_features(config: VLMConfig, height: int, width: int) -> int:
 def _shape(config: VLMConfig, height: int, width: int) -> torch.Size:
     """Of the tower's features: without memory, or of a shallow copy where its code looks at numbers."""
     try:
-        return _forward(config.vision_config, config.vision_feature_layer, height, width, "meta").shape
+        return _forward(config.tower, config.vision_feature_layer, height, width, "meta").shape
     except Exception as error:
         try:
             return _shallow_forwards(config, height, width, 1).shape
@@ -79,7 +79,7 @@ def _repeats(config: VLMConfig, height: int, width: int) -> bool:
 
 
 def _shallow_forwards(config: VLMConfig, height: int, width: int, times: int) -> torch.Tensor:
-    shallow: Any = copy.deepcopy(config.vision_config)
+    shallow = copy.deepcopy(config.tower)
     if hasattr(shallow, "depths"):
         shallow.depths = [1] * len(shallow.depths)
     elif isinstance(getattr(shallow, "num_hidden_layers", None), int):
@@ -90,7 +90,9 @@ def _shallow_forwards(config: VLMConfig, height: int, width: int, times: int) ->
 
 
 @torch.inference_mode()
-def _forward(config: Any, layer: int, height: int, width: int, device: str, times: int = 1) -> torch.Tensor:
+def _forward(
+    config: PreTrainedConfig, layer: int, height: int, width: int, device: str, times: int = 1
+) -> torch.Tensor:
     with torch.device(device):
         tower = keep_all_patches(build_vision_tower(copy.deepcopy(config)).eval())
         image = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
