@@ -103,6 +103,8 @@ def test_options_of_peft_pass_through(recipe):
     ],
 )
 def test_options_that_would_be_lost_without_a_word_are_refused(option, sentence, recipe):
+    def build(made):
+        return lora_config(made, build_empty_stack(made).model)
+
     with pytest.raises(UserError, match=sentence):
-        made = recipe("clip", lora={"r": 2, **option})
-        lora_config(made, build_empty_stack(made).model)
+        build(recipe("clip", lora={"r": 2, **option}))
