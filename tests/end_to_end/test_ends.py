@@ -49,11 +49,9 @@ def failing(recipe_file, photos, tmp_path):
     return write
 
 
-@pytest.mark.parametrize(
-    ("how", "workers", "streaming"),
-    [("jpeg", 0, False), ("jpeg", 1, True), ("collator", 1, False), ("collator", 4, True), ("memory", 4, False),
-     ("model", 1, True), ("device", 0, True), ("device", 4, False), ("ctrl-c", 1, False), ("ctrl-c", 4, True)],
-)  # fmt: skip
+@pytest.mark.parametrize("streaming", [False, True], ids=["set", "stream"])
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("how", WORDS)
 def test_one_process(forge, failing, how, workers, streaming):
     code, words = WORDS[how]
     send = {"send": [2, signal.SIGINT, 2]} if how == "ctrl-c" else {}
@@ -62,8 +60,10 @@ def test_one_process(forge, failing, how, workers, streaming):
 
 
 @pytest.mark.parametrize(
-    ("how", "workers", "streaming", "rank"), [("jpeg", 1, False, None), ("model", 1, True, 1), ("memory", 0, False, 0)]
-)
+    ("how", "workers", "streaming", "rank"),
+    [("jpeg", 1, False, None), ("jpeg", 0, True, None), ("collator", 4, False, 1), ("collator", 1, True, None),
+     ("memory", 0, False, 0), ("model", 1, True, 1), ("device", 4, True, 0)],
+)  # fmt: skip
 def test_two_processes(failing, how, workers, streaming, rank):
     recipe = failing(how, workers, streaming, rank)
     done = subprocess.run(
