@@ -74,9 +74,10 @@ def pieces(tmp_path_factory, tokenizer_files) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> list[str]:
+def shared_photos(tmp_path_factory) -> list[str]:
     """Eight small PNG files, each of one colour."""
-    folder = tmp_path_factory.mktemp("photos")
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    folder.mkdir()
     paths = []
     for i in range(8):
         path = folder / f"{i}.png"
@@ -85,12 +86,21 @@ def photos(tmp_path_factory) -> list[str]:
     return paths
 
 
+@pytest.fixture
+def photos(tmp_path, shared_photos) -> list[str]:
+    """The same beside what a test writes: rows may name pictures in the folder of their file alone."""
+    folder = shutil.copytree(Path(shared_photos[0]).parent, tmp_path / "photos")
+    return [str(folder / Path(photo).name) for photo in shared_photos]
+
+
 @pytest.fixture(scope="session")
-def caption_file(tmp_path_factory, photos) -> str:
-    """Captions of the photos, English and Chinese, as JSONL."""
-    path = tmp_path_factory.mktemp("captions") / "captions.jsonl"
+def caption_file(shared_photos) -> str:
+    """Captions of the photos, English and Chinese, as JSONL, above their folder."""
+    path = Path(shared_photos[0]).parents[1] / "captions.jsonl"
     captions = ["a red 3", "a blue 7", "左上角是红色的3", "two dogs", "a cat", "这是一只猫", "a bus", "three birds"]
-    lines = [json.dumps({"image": p, "caption": c}, ensure_ascii=False) for p, c in zip(photos, captions, strict=True)]
+    lines = [
+        json.dumps({"image": p, "caption": c}, ensure_ascii=False) for p, c in zip(shared_photos, captions, strict=True)
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 

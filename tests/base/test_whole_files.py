@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import socket
 import stat
+from pathlib import Path
 
 import pytest
 
-from vlm_sft.base.whole_files import remove_unfinished, write_json, write_whole, written_beside
+from support.paths import ROOT
+from vlm_sft.base.whole_files import (
+    IrregularError,
+    check_entries,
+    open_regular,
+    read_text,
+    remove_unfinished,
+    write_json,
+    write_whole,
+    written_beside,
+)
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
@@ -61,3 +75,50 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".unfinished-a-x1").mkdir()
     remove_unfinished(tmp_path / "[a]")
     assert [path.name for path in tmp_path.iterdir()] == [".unfinished-a-x1"]
+
+
+# -- what is no file ---------------------------------------------------------------------------------------------------
+
+
+def test_pipes_sockets_devices_and_folders_are_refused_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "管")
+    (tmp_path / "link").symlink_to(tmp_path / "管")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+    named = {"管": "a named pipe", "link": "a named pipe", "socket": "a socket", ".": "a folder"}
+    for path, what in [*((tmp_path / name, what) for name, what in named.items()), (Path("/dev/zero"), "a device")]:
+        with pytest.raises(IrregularError, match=f"is {what}, not a regular file: give the path of a file") as error:
+            open_regular(path)
+        assert error.value.what == what and str(path) in str(error.value)
+
+
+def test_a_folder_with_a_pipe_in_it_is_refused_and_one_with_a_dead_link_is_not(tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "below").mkdir()
+    check_entries(tmp_path)
+    check_entries(tmp_path / "not there")
+    os.mkfifo(tmp_path / "merges.txt")
+    with pytest.raises(IrregularError, match=r"merges\.txt"):
+        check_entries(tmp_path)
+
+
+def test_text_is_read_as_python_reads_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeff猫\r\n狗\r".encode())
+    assert read_text(tmp_path / "a.txt") == (tmp_path / "a.txt").read_text(encoding="utf-8")
+    assert read_text(tmp_path / "a.txt", "utf-8-sig") == "猫\n狗\n"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "vlm_sft").rglob("*.py")), ids=lambda path: path.stem)
+def test_nothing_else_opens_a_file_to_read_it(path):
+    """Another way to open would wait for a pipe again."""
+    if path.name == "whole_files.py":
+        return
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    for call in calls:
+        own = call.func.attr if isinstance(call.func, ast.Attribute) else None
+        assert own not in ("read_text", "read_bytes"), f"line {call.lineno}"
+        if own == "open" or getattr(call.func, "id", None) == "open":
+            writes = any(getattr(each, "value", None) in ("w", "a", "ab", "ab+") for each in call.args)
+            of_a_library = own == "open" and getattr(call.func.value, "id", "") in ("Image", "tarfile", "os")
+            assert writes or of_a_library, f"line {call.lineno}: open it with base/whole_files.py"

@@ -34,6 +34,17 @@ def test_convert(run, caption_file, tmp_path):
                                         {"from": "gpt", "value": "左上角是红色的3"}]  # fmt: skip
 
 
+def test_further_folders_of_images_are_named(run, photos, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "rows.jsonl").write_text(json.dumps({"image": photos[0], "caption": "猫"}))
+    arguments = ["convert", tmp_path / "a" / "rows.jsonl", tmp_path / "out.jsonl", "--to", "messages"]
+    arguments += ["--format", "caption", "--copy-images"]
+    code, _, err = run(*arguments)
+    assert code == 2 and "lies outside" in err and "--image-folder" in err
+    assert run(*arguments, "--image-folder", tmp_path / "photos")[0] == 0
+    assert len(list((tmp_path / "out_images").iterdir())) == 1
+
+
 def test_convert_takes_the_training_sources_of_a_recipe(run, recipe_file, tmp_path):
     assert run("convert", recipe_file(), tmp_path / "x.jsonl", "--to", "messages")[0] == 0
     assert len((tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()) == 8

@@ -122,8 +122,8 @@ def test_generate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     assert (
         call(monkeypatch, "generate", "me/b", "q.jsonl", "-o", "a.jsonl", "--batch-size", "2", "--images", "pics") == 0
     )
-    wanted = {"input": "q.jsonl", "output": "a.jsonl", "batch_size": 2, "images": "pics", "options": {}}
-    wanted["trust_remote_code"] = False
+    wanted = {"input": "q.jsonl", "output": "a.jsonl", "batch_size": 2, "images": "pics", "image_folders": ()}
+    wanted |= {"options": {}, "trust_remote_code": False}
     assert calls == [("inference.answer_file.generate", ("me/b",), wanted)]
 
 

@@ -35,7 +35,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(pieces, photos, tmp_path_factory):
+def run(pieces, shared_photos, tmp_path_factory):
     """Trains a recipe by its name, once; an earlier stage that it starts from is trained first."""
     done: dict[str, Run] = {}
 
@@ -45,7 +45,7 @@ def run(pieces, photos, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         first = load_recipe(name).init_from
         start = once(first.removeprefix("outputs/")).folder if first else None
-        this = Run(load_recipe(name, shrink(name, folder, pieces, photos, start)))
+        this = Run(load_recipe(name, shrink(name, folder, pieces, shared_photos, start)))
         with pytest.MonkeyPatch.context() as patch:
             original = VLMSFTTrainer.train
             patch.setattr(

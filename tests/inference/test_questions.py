@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from vlm_sft.base.errors import UserError
@@ -13,9 +15,9 @@ def ask(values: dict, folder=None) -> QuestionRow:
     return QuestionRow(values.get("id", 1), Row("q.jsonl, line 1", folder, values))
 
 
-def parts(question: QuestionRow) -> list[str]:
+def parts(question: QuestionRow, images: str | None = None) -> list[str]:
     """The parts of the last message: texts, and None for images."""
-    return [part.get("text") for part in conversation(question, None)["messages"][-1]["content"]]
+    return [part.get("text") for part in conversation(question, images)["messages"][-1]["content"]]
 
 
 @pytest.mark.parametrize(
@@ -35,8 +37,9 @@ def test_images_stand_where_they_are_marked_else_in_front(values, wanted, photos
             values = {**values, key: photos[values[key]]}
         elif isinstance(values.get(key), list):
             values = {**values, key: [photos[number] for number in values[key]]}
-    assert parts(ask(values)) == wanted
-    images = conversation(ask(values), None)["images"]
+    folder = str(Path(photos[0]).parent)
+    assert parts(ask(values), folder) == wanted
+    images = conversation(ask(values), folder)["images"]
     assert len(images) == wanted.count(None) and all(image.mode == "RGB" for image in images)
 
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from vlm_sft.base.errors import UserError
 from vlm_sft.data.source import source_rows
 from vlm_sft.prepare.convert import ROWS_PER_SHARD, TARGETS, convert_rows
 from vlm_sft.recipe.sections import Source
 
-PNG = bytes.fromhex("89504e470d0a1a0a") + b"not decoded here"
+
+def png(colour: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (3, 2), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+PNG = png(0)
 
 
 def text(value: str) -> dict:
@@ -30,8 +40,8 @@ def row(*content: dict, answer: str = "好", images: list | None = None, row_id:
     return {"messages": messages, "images": images or [], "source": "s", "id": row_id}
 
 
-def read(path: Path, kind: str = "messages") -> list[dict]:
-    return list(source_rows(Source(path=str(path), format=kind, name="s")))
+def read(path: Path, kind: str = "messages", **source) -> list[dict]:
+    return list(source_rows(Source(path=str(path), format=kind, name="s", **source)))
 
 
 def plain(rows: list[dict]) -> list[tuple]:
@@ -43,8 +53,8 @@ def plain(rows: list[dict]) -> list[tuple]:
 def rows(tmp_path):
     photo = tmp_path / "photos" / "图 1.png"
     photo.parent.mkdir()
-    photo.write_bytes(PNG + b"1")
-    by_path, embedded = {"path": str(photo), "bytes": None}, {"path": None, "bytes": PNG + b"2"}
+    photo.write_bytes(png(1))
+    by_path, embedded = {"path": str(photo), "bytes": None}, {"path": None, "bytes": png(2)}
     return [
         row(IMAGE, text("\n这是什么？"), images=[by_path], row_id="s/a"),
         row(IMAGE, IMAGE, text("\nCompare."), answer="Both.", images=[by_path, embedded], row_id="s/b"),
@@ -57,7 +67,7 @@ def rows(tmp_path):
 def test_what_is_written_is_read_back_the_same(rows, tmp_path, to, name, copy_images):
     out = tmp_path / "made" / name
     assert convert_rows(iter(rows), to, out, copy_images=copy_images) == 3
-    back = read(out, "llava" if to == "llava" else "messages")
+    back = read(out, "llava" if to == "llava" else "messages", image_folders=[str(tmp_path / "photos")])
     assert plain(back) == plain(rows)
     assert [r["id"] for r in back] == [f"s/{r['id']}" for r in rows]
     assert not [path for path in out.parent.iterdir() if path.name.startswith(".unfinished")]
@@ -148,3 +158,17 @@ def test_what_rows_say_beyond_their_features_survives_or_is_refused(tmp_path):
     drawn["messages"][1]["content"] = [IMAGE, text("猫")]
     with pytest.raises(UserError, match="an answer of it holds an image"):
         convert_rows([drawn], "llava", tmp_path / "drawn.json")
+
+
+@pytest.mark.parametrize("to", ["messages", "llava", "webdataset"])
+def test_what_is_no_picture_is_not_copied(to, tmp_path):
+    """A row that names somebody's key would carry it into a data set that is shared."""
+    key, pipe = tmp_path / "id_ed25519", tmp_path / "pipe.png"
+    key.write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n私钥\n", encoding="utf-8")
+    os.mkfifo(pipe)
+    for path, what in ((key, "is not an image"), (pipe, "is a named pipe")):
+        rows = [row(IMAGE, text("?"), images=[{"path": str(path), "bytes": None}])]
+        out = tmp_path / f"out{TARGETS[to][1]}"
+        with pytest.raises(UserError, match=what):
+            convert_rows(rows, to, out, copy_images=True)
+        assert not out.exists() and not list(tmp_path.glob("*_images"))

@@ -26,7 +26,7 @@ from vlm_sft.reading.images import image_size, load_image
 )
 def test_sizes_that_are_asked_for(entry, found):
     assert sizes_of(entry, "行 1") == found
-    assert resolve_image({**entry, "path": "/猫.png"}, None, "行 1") == {"path": "/猫.png", "bytes": None, **found}
+    assert resolve_image({**entry, "path": "/猫.png"}, "/", "行 1") == {"path": "/猫.png", "bytes": None, **found}
     assert resolve_image({**entry, "bytes": b"x"}, None, "行 1") == {"path": entry.get("path"), "bytes": b"x", **found}
 
 

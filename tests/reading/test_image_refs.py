@@ -8,14 +8,16 @@ from pathlib import Path
 
 import datasets
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
 from support.source_files import refused, write
-from vlm_sft.base.errors import RowError
+from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.data.dataset import load_source
 from vlm_sft.data.image_files import check_images
-from vlm_sft.reading.image_refs import resolve_image
+from vlm_sft.reading.image_refs import Folders, resolve_image
 from vlm_sft.reading.images import load_image
+from vlm_sft.reading.locations import folders_of_hub
 from vlm_sft.recipe.sections import Source
 
 
@@ -27,7 +29,7 @@ def image_of(tmp_path: Path, image, **options) -> dict:
 def test_where_relative_paths_start(tmp_path, monkeypatch):
     (tmp_path / "照片").mkdir()
     assert image_of(tmp_path, "a/../1.png")["path"] == f"{tmp_path}/1.png"
-    assert image_of(tmp_path, "/abs/1.png")["path"] == "/abs/1.png"
+    assert image_of(tmp_path, "/abs/1.png", image_folders=["/"])["path"] == "/abs/1.png"
     assert image_of(tmp_path, "1.png", images=str(tmp_path / "照片"))["path"] == f"{tmp_path}/照片/1.png"
     monkeypatch.chdir(tmp_path)
     assert image_of(Path(), "1.png", images="照片")["path"] == f"{tmp_path}/照片/1.png"
@@ -130,9 +132,73 @@ def test_what_is_neither_path_nor_picture_is_never_a_long_path_in_a_message():
     ],
 )
 def test_file_uris_are_paths(uri, path):
-    assert resolve_image(uri, "/home", "row 1") == {"path": path, "bytes": None}
+    assert resolve_image(uri, "/home", "row 1", within=Folders(["/"])) == {"path": path, "bytes": None}
 
 
 def test_a_file_that_is_called_with_percents_is_found(tmp_path):
     (tmp_path / "a%20b.png").write_bytes(b"x")
-    assert resolve_image(f"file://{tmp_path}/a%20b.png", None, "row 1")["path"] == f"{tmp_path}/a%20b.png"
+    assert resolve_image(f"file://{tmp_path}/a%20b.png", str(tmp_path), "row 1")["path"] == f"{tmp_path}/a%20b.png"
+
+
+# -- where images may lie ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "/etc/a.png",
+        "../a.png",
+        "a/../../a.png",
+        "file:///etc/a.png",
+        "~/a.png",
+        "链/a.png",
+        "链.png",
+    ],
+)
+def test_rows_name_no_picture_outside_the_folders_of_their_source(named, tmp_path):
+    """Also by a link in a folder of pictures that somebody packed."""
+    home = tmp_path / "数据"
+    home.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (home / "链").symlink_to(tmp_path / "elsewhere")
+    (home / "链.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    with pytest.raises(RowError, match=r"lies outside .*数据: move it there, or name its folder") as error:
+        image_of(home, named)
+    assert error.value.reason == "image outside"
+    assert image_of(home, named, image_folders=["/"])["path"].endswith(".png")
+    embedded = {"path": named, "bytes": b"x"}
+    assert resolve_image(embedded, None, "行 1") == embedded, "a name beside the bytes is never opened"
+
+
+def test_the_folders_of_a_source_are_its_files_its_images_and_those_it_names(tmp_path):
+    for name in ("photos", "more", "rows"):
+        (tmp_path / name).mkdir()
+    more = {"images": str(tmp_path / "photos"), "image_folders": [str(tmp_path / "more")]}
+    for image in ("1.png", f"{tmp_path}/rows/1.png", f"{tmp_path}/more/a/1.png", "../more/1.png"):
+        assert image_of(tmp_path / "rows", image, **more)["path"].startswith(str(tmp_path))
+    with pytest.raises(RowError, match=r"lies outside .*photos and .*rows and .*more: "):
+        image_of(tmp_path / "rows", "../2.png", **more)
+    with pytest.raises(RowError, match="lies outside"):  # a name that only begins like a folder's
+        image_of(tmp_path / "rows", f"{tmp_path}/more2/1.png", **more)
+    with pytest.raises(UserError, match="takes its images from nowhere, which is no folder"):
+        image_of(tmp_path / "rows", "1.png", image_folders=["nowhere"])
+
+
+def test_pictures_of_a_repository_in_the_hubs_cache_are_links_to_its_blobs(tmp_path):
+    blobs, shots = tmp_path / "datasets--a--b" / "blobs", tmp_path / "datasets--a--b" / "snapshots" / "c0"
+    for folder in (blobs, shots / "图"):
+        folder.mkdir(parents=True)
+    (blobs / "f00").write_bytes(b"x")
+    (shots / "图" / "1.png").symlink_to(blobs / "f00")
+    (shots / "图" / "2.png").symlink_to("/etc/hostname")
+    assert image_of(shots, "图/1.png")["path"].endswith("1.png")
+    assert image_of(tmp_path, "1.png", images=str(shots / "图"))["path"].endswith("1.png")
+    with pytest.raises(RowError, match="lies outside"):
+        image_of(shots, "图/2.png")
+
+
+def test_rows_of_the_hub_lie_in_the_hubs_cache():
+    within = Folders(folders_of_hub("owner/名"))
+    assert within.hold(str(Path(constants.HF_HUB_CACHE) / "datasets--owner--名" / "snapshots" / "0" / "a.png"))
+    assert not within.hold(str(Path(constants.HF_HUB_CACHE) / "models--owner--名" / "a.png"))
+    assert not within.hold("/etc/passwd")

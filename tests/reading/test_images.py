@@ -251,7 +251,7 @@ def test_missing_names_the_file_and_the_folder(tmp_path):
 def test_not_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert "is a folder" in refused(tmp_path)
-    assert "is not a regular file" in refused(tmp_path / "pipe")
+    assert "is a named pipe" in refused(tmp_path / "pipe")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     assert "cannot be opened" in refused(tmp_path / "loop.png")
     assert "cannot be opened" in refused("x" * 5000)
@@ -264,7 +264,7 @@ def test_no_permission(tmp_path, monkeypatch):
 
     path = tmp_path / "a.png"
     path.write_bytes(encode(scene()))
-    monkeypatch.setattr("builtins.open", deny)
+    monkeypatch.setattr("os.open", deny)
     assert "may not be read by this user" in refused(path)
 
 

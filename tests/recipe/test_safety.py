@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import struct
 import sys
@@ -322,4 +323,33 @@ def test_yaml_bombs(name, tmp_path):
 def test_yaml_tags(tag, tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"a: {tag}\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"is not allowed; a recipe holds plain values only|unknown key"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+# -- what is no file ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "merges.txt", "qformer_tokenizer/vocab.txt", "recipe.yaml"]
+)
+def test_a_pipe_in_a_bundle_is_refused_and_not_waited_for(name, bundle):
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).unlink(missing_ok=True)
+    os.mkfifo(bundle / name)
+    with pytest.raises(UserError, match="is a named pipe"):
+        load(bundle)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "spiece.model"])
+def test_a_pipe_in_a_base_is_refused_and_not_waited_for(name, pieces, recipe_file, tmp_path):
+    base = shutil.copytree(pieces["llama"], tmp_path / "llama")
+    (base / name).unlink(missing_ok=True)
+    os.mkfifo(base / name)
+    with pytest.raises(UserError, match="is a named pipe"):
+        build_stack(load_recipe(recipe_file(), [f"stack.language_model.pretrained={base}"]))
+
+
+def test_a_pipe_as_recipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match="is a named pipe"):
         load_recipe(tmp_path / "recipe.yaml")

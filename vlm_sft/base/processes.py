@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
 from .names import RUN_LOCK
+from .whole_files import open_regular, read_text
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -196,7 +197,7 @@ def _look_for_others(file: Path, locked: bool, say: Callable[[str], None]) -> No
     end = time.monotonic() + 3 * BEAT
     while time.monotonic() < end:
         time.sleep(BEAT / 10)
-        with open(file, "rb") as opened:  # a network's disk asks its server when a file is opened
+        with open_regular(file) as opened:  # a network's disk asks its server when a file is opened
             if os.fstat(opened.fileno()).st_mtime_ns != before:
                 raise _in_use(file)
 
@@ -216,14 +217,14 @@ def _words(holder: dict[str, Any]) -> str:
 
 def _self() -> dict[str, Any]:
     host = platform.node()
-    machine = BOOT.read_text(encoding="ascii").strip() if BOOT.is_file() else host
+    machine = read_text(BOOT).strip() if BOOT.is_file() else host
     return {"process": os.getpid(), "host": host, "machine": machine, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
 def _holder(file: Path) -> dict[str, Any]:
     """Who wrote the file; nothing where nobody has finished writing it."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_text(file))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

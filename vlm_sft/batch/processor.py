@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BaseImageProcessor, BatchFeature, PreTra
 
 from ..base.errors import UserError
 from ..base.names import IGNORED, IMAGE_TOKEN
+from ..base.whole_files import check_entries
 from ..reading.images import grown_size, needed_side
 from ..rows.messages import Message
 from ..templates.render import RenderedChat, render
@@ -231,6 +232,7 @@ class VLMProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VLMProcessor:
         """Reads what `save_pretrained` wrote."""
+        check_entries(pretrained_model_name_or_path)
         processor: VLMProcessor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if (Path(pretrained_model_name_or_path) / QFORMER_TOKENIZER).is_dir():
             processor.qformer_tokenizer = load_qformer_tokenizer(pretrained_model_name_or_path)
@@ -285,6 +287,7 @@ def load_qformer_tokenizer(
         subfolder: Where it is in there; "" for the top.
         **options: `revision` and such.
     """
+    check_entries(Path(pretrained) / subfolder)
     tokenizer = AutoTokenizer.from_pretrained(str(pretrained), subfolder=subfolder, trust_remote_code=False, **options)
     tokenizer.truncation_side = "left"
     return tokenizer

@@ -13,6 +13,7 @@ from huggingface_hub import CardData, ModelCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..base.names import CARD, CURVES, MANIFEST, METRICS, RECIPE, SCORES
+from ..base.whole_files import read_text
 from ..recipe.yaml_file import dump_yaml
 
 
@@ -28,7 +29,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     """
     folder = Path(folder)
     manifest = _read(folder / MANIFEST)
-    recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(read_text(folder / RECIPE))
     head: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "library_name": "vlm_sft", "tags": ["vlm_sft", "trl"]}
     if manifest["adapter"]:
         head["tags"].append("lora")
@@ -114,4 +115,4 @@ def _cell(text: str) -> str:
 
 def _read(path: Path) -> Any:
     """What a JSON file holds; None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return json.loads(read_text(path)) if path.is_file() else None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..base.errors import UserError
 from ..base.names import CONFIG
+from ..base.whole_files import read_text
 from ..model.freeze import FreezePlan, is_quantised
 from ..pieces.fingerprints import compare_pieces
 from ..stack.build_stack import Stack
@@ -69,6 +70,6 @@ def hand_over(stack: Stack, folder: str | Path) -> list[str]:
 
 def _read_config(folder: Path) -> dict:
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return json.loads(read_text(folder / CONFIG))
     except (OSError, ValueError) as error:
         raise UserError(f"init_from {str(folder)!r}: its config.json cannot be read ({error}).") from error

@@ -34,7 +34,7 @@ from ..base.names import (
     TEMPLATE,
     TRAINED,
 )
-from ..base.whole_files import write_json
+from ..base.whole_files import read_text, write_json
 from ..recipe.yaml_file import YamlFile, dump_yaml
 from .card import without_folders, write_card
 from .manifest import read_manifest
@@ -160,7 +160,7 @@ def refuse_tokens(folder: Path) -> None:
     own = get_token()
     for path in sorted(folder.rglob("*")):
         if path.suffix in TEXTS and path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
+            text = read_text(path, errors="replace")
             if TOKEN.search(text) or (own and own in text):
                 raise UserError(f"{path.name} holds what looks like a token for the Hub; remove it there, then push.")
 

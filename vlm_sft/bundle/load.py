@@ -14,6 +14,7 @@ from torch import nn
 
 from ..base.errors import UserError
 from ..base.names import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED
+from ..base.whole_files import read_text
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan
 from ..model.sharding import fill
@@ -100,7 +101,7 @@ def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
         if "more" in piece:
             overrides[f"{key}.more"] = piece["more"]
     assignments = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    if any("${" in text for text in [(folder / RECIPE).read_text(encoding="utf-8"), *assignments]):
+    if any("${" in text for text in [read_text(folder / RECIPE), *assignments]):
         raise UserError(f"{str(folder)!r}: its recipe holds ${{…}}, which no saved recipe does; it is refused.")
     recipe = load_recipe(folder / RECIPE, assignments)
     if is_fetched(folder):

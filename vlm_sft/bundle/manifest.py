@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
 from ..base.names import MANIFEST
-from ..base.whole_files import write_json
+from ..base.whole_files import read_text, write_json
 from ..recipe.safety import check_folder, check_pieces, read_json
 from .run_folder import find_manifest
 
@@ -63,7 +63,7 @@ def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[d
     """What each stage up to this one trained, and on which sources; the earlier ones as their bundles say."""
     recipe = provenance.recipe
     earlier = Path(recipe.init_from or "") / MANIFEST
-    told = json.loads(earlier.read_text(encoding="utf-8")).get("stages", []) if earlier.is_file() else []
+    told = json.loads(read_text(earlier)).get("stages", []) if earlier.is_file() else []
     this = {
         "recipe": recipe.path.stem if recipe.path else None,
         "trained": sorted(plan.train),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
 from ..base.names import CHECKPOINT_FILES, EXPORT_REPORT, MANIFEST, RUN_LOCK, STRANGE_STEPS
-from ..base.whole_files import UNFINISHED
+from ..base.whole_files import UNFINISHED, read_text
 from ..base.words import closest
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def flaw_of(checkpoint: Path) -> str | None:
     Files are compared by name and size, so that a copy that was cut off is found too.
     """
     try:
-        files = json.loads((checkpoint / CHECKPOINT_FILES).read_text(encoding="utf-8"))["files"].items()
+        files = json.loads(read_text(checkpoint / CHECKPOINT_FILES))["files"].items()
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return f"it has no list of its files ({CHECKPOINT_FILES})"
     for name, size in files:

@@ -52,6 +52,10 @@ LocalBundle = Annotated[
 RunFolder = Annotated[
     str, typer.Argument(metavar="FOLDER", callback=_run, help="A run's output_dir.", show_default=False)
 ]
+ImageFolders = Annotated[
+    list[str] | None,
+    typer.Option("--image-folder", metavar="DIR", help="Further folder in which images may lie; may be repeated."),
+]
 Options = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Generation setting, like max_new_tokens=64; may be repeated."),

@@ -10,7 +10,7 @@ import typer
 from ..base.console import quiet_libraries
 from ..base.errors import UserError
 from ..train import Trust
-from .arguments import Bundle, LocalBundle, Options, RunFolder, settings_of
+from .arguments import Bundle, ImageFolders, LocalBundle, Options, RunFolder, settings_of
 
 bundles_app = typer.Typer()
 
@@ -43,6 +43,7 @@ def generate(
     output: Annotated[str, typer.Option("--output", "-o", help="JSONL file, one answer a line; a rerun resumes it.")],
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     images: Annotated[str | None, typer.Option(help="Folder that relative image paths start from.")] = None,
+    image_folder: ImageFolders = None,
     options: Options = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -56,6 +57,7 @@ def generate(
         output=output,
         batch_size=batch_size,
         images=images,
+        image_folders=image_folder or (),
         options=settings_of(options),
         trust_remote_code=trust_remote_code,
     )

@@ -11,6 +11,7 @@ import typer
 
 from ..base.console import make_console
 from ..base.errors import UserError
+from .arguments import ImageFolders
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +41,7 @@ def convert(
     to: Annotated[str, typer.Option(help="messages (.jsonl), llava (.json) or webdataset (a folder of .tar).")],
     kind: Kind = None,
     images: Images = None,
+    image_folder: ImageFolders = None,
     column: Columns = None,
     copy_images: Annotated[bool, typer.Option("--copy-images", help="Take image files along, beside OUT.")] = False,
     max_rejected: Rejected = 0.0,
@@ -48,7 +50,7 @@ def convert(
     from ..prepare.convert import convert_rows
     from ..prepare.rows_of import RowsOf
 
-    rows = RowsOf(src, kind, images, column, max_rejected)
+    rows = RowsOf(src, kind, images, column, max_rejected, image_folder)
     written = convert_rows(rows, to, out, copy_images=copy_images)
     typer.echo(f"{out}: {written:,} rows.")
 
@@ -58,6 +60,7 @@ def stats(
     src: Src,
     kind: Kind = None,
     images: Images = None,
+    image_folder: ImageFolders = None,
     column: Columns = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     max_rejected: Rejected = 1.0,
@@ -67,7 +70,7 @@ def stats(
     from ..prepare.stats import DataStats, stats_table
 
     found = DataStats()
-    for row in RowsOf(src, kind, images, column, max_rejected):
+    for row in RowsOf(src, kind, images, column, max_rejected, image_folder):
         found.add(row)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
@@ -89,6 +92,7 @@ def filter_(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     kind: Kind = None,
     images: Images = None,
+    image_folder: ImageFolders = None,
     column: Columns = None,
     max_rejected: Rejected = 0.0,
 ) -> None:
@@ -112,7 +116,7 @@ def filter_(
     to = "llava" if Path(out).suffix == ".json" else "messages"
     if (threshold, keep) != (None, None) and Path(out).exists():
         raise UserError(f"{out} exists already: give another OUT or remove it.")
-    rows = RowsOf(src, kind, images, column, max_rejected)
+    rows = RowsOf(src, kind, images, column, max_rejected, image_folder)
     next(iter(rows), None)  # a source that cannot be read is said before a model is loaded
     file = scores or f"{out}.scores.jsonl"
     console = make_console()

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ..base.errors import UserError
+from ..base.whole_files import read_text
 
 recipes_app = typer.Typer(help="The recipes that ship: list, show, copy.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -36,7 +37,7 @@ def show(
     """Print a recipe."""
     from ..base.assets import recipe_path
 
-    typer.echo(recipe_path(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(read_text(recipe_path(name)), nl=False)
 
 
 @recipes_app.command()
@@ -85,7 +86,7 @@ def _bundled_examples(value: object) -> set[Path]:
 
 def _title(recipe: Path) -> str:
     """The first comment line of a recipe that is not for the editor."""
-    for line in recipe.read_text(encoding="utf-8").splitlines():
+    for line in read_text(recipe).splitlines():
         if line.startswith("# ") and "$schema" not in line:
             return line.removeprefix("# ")
     return ""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow.compute as pc
 
 from ..base.errors import UserError
+from ..base.whole_files import open_regular
 from ..reading.image_refs import is_url
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _digest(image: dict[str, Any]) -> bytes | None:
     if image["bytes"] is not None:
         return hashlib.blake2b(image["bytes"], digest_size=16).digest()
     try:
-        with open(image["path"], "rb") as file:
+        with open_regular(image["path"]) as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
     except OSError:
         return None

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, config, is_caching_enabled
 
 from ..base.errors import RowError, UserError
-from ..base.whole_files import written_beside
+from ..base.whole_files import open_regular, read_bytes, written_beside
 from ..reading.files import TEXT_FILES, about_rows
 from ..reading.locations import list_files, text_files
 from .source import SourceLike
@@ -139,7 +139,7 @@ def _has_images(table: pa.Table) -> bool:
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
@@ -148,5 +148,5 @@ def _code() -> str:
     """Rows that an older or edited package has read are not taken for those of this one."""
     digest = hashlib.blake2b(digest_size=16)
     for path in (path for room in _ROOMS for path in sorted(room.glob("*.py"))):
-        digest.update(path.read_bytes())
+        digest.update(read_bytes(path))
     return digest.hexdigest()

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from ..base.errors import RowError, UserError, raise_it
 from ..base.words import closest, short
-from ..reading.image_refs import resolve_image
-from ..reading.locations import Row, list_files, read_rows
+from ..reading.image_refs import Folders, resolve_image
+from ..reading.locations import Row, folders_of_hub, list_files, read_rows
 from ..reading.published import PUBLISHED, check_pattern, read_published
 from ..rows.formats import FORMATS, QUESTION_MARK, answers_in, examples_of, no_prompt
 from ..rows.messages import normalise_messages
@@ -26,6 +26,7 @@ class SourceLike(Protocol):
     format: Any
     name: str | None
     images: str | None
+    image_folders: list[str]
     split: str
     revision: str | None
     columns: dict[str, str]
@@ -125,8 +126,9 @@ def check_source(source: SourceLike) -> None:
     if (source.annotations is not None) != wants:
         what = "no `annotations`, which hold its answers: name their file" if wants else "annotations: remove them"
         raise UserError(f'The source "{name}" of format {source.format} has {what}.')
-    if source.images is not None and not os.path.isdir(os.path.expanduser(source.images)):
-        raise UserError(f'The source "{name}" takes its images from {source.images}, which is no folder: correct it.')
+    for folder in (*([] if source.images is None else [source.images]), *source.image_folders):
+        if not os.path.isdir(os.path.expanduser(folder)):
+            raise UserError(f'The source "{name}" takes its images from {folder}, which is no folder: correct it.')
 
 
 def _check_columns(source: SourceLike, name: str) -> None:
@@ -165,20 +167,28 @@ def _rows(
 ) -> Iterator[tuple[dict[str, Any], str]]:
     images_folder = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
     unseen = set(source.columns.values())
-    of_file, folder = None, images_folder
+    of_file: Path | str | None = ""
     for number, row in enumerate(_raw_rows(source, stream), start=1):
         unseen -= row.values.keys()
-        if images_folder is None and row.folder is not of_file:
-            of_file, folder = row.folder, None if row.folder is None else os.path.abspath(row.folder)
+        if row.folder is not of_file:
+            of_file, within = row.folder, _folders_of(source, row.folder)
+            folder = images_folder or (None if row.folder is None else os.path.abspath(row.folder))
         try:
             # All of a row before any of it: one wrong caption of five rejects the row, not a part of it.
-            yield from list(_examples(source, row, number, folder, seed, languages, unused))
+            yield from list(_examples(source, row, number, folder, within, seed, languages, unused))
         except RowError as error:
             reject(error)
     if unseen:
         raise UserError(
             f'No row of {source.path} has the column "{min(unseen)}" that `columns` maps: correct the name.'
         )
+
+
+def _folders_of(source: SourceLike, of_file: Path | None) -> Folders:
+    """Where the images of a file's rows may lie: its own folder or the Hub's cache, and those that the source names."""
+    whole = [source.path] if os.path.isdir(os.path.expanduser(source.path)) else []
+    own = folders_of_hub(source.path) if of_file is None else [str(of_file), *whole]
+    return Folders([*([source.images] if source.images else []), *own, *source.image_folders])
 
 
 def _raw_rows(source: SourceLike, stream: bool) -> Iterator[Row]:
@@ -195,6 +205,7 @@ def _examples(
     row: Row,
     number: int,
     folder: str | None,
+    within: Folders,
     seed: int,
     languages: bool,
     unused: Callable[[set[str]], None],
@@ -217,7 +228,7 @@ def _examples(
     for k, example in enumerate(examples, start=1):
         ready = {
             "messages": _checked(example.messages, row.where),
-            "images": [resolve_image(image, folder, row.where, source.allow_urls) for image in example.images],
+            "images": [resolve_image(each, folder, row.where, source.allow_urls, within) for each in example.images],
             "source": name,
             "id": f"{name}/{example.id or number}" + (f"#{k}" if len(examples) > 1 else ""),
         }

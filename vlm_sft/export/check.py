@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from ..base.names import PROCESSOR_CONFIG
+from ..base.whole_files import read_text
 from ..stack.judge import measure
 
 ADAPTER_FOLDER = "adapter"
@@ -42,7 +43,7 @@ def compare(export: Path, probe: Path) -> dict[str, Any]:
     Of what is returned, `logits` (against what was to be written) and `bundle` (against the bundle) are for `judge`.
     """
     wanted = load_file(probe / PROBE)
-    messages = json.loads((probe / CONVERSATION).read_text(encoding="utf-8"))
+    messages = json.loads(read_text(probe / CONVERSATION))
     processor = read_processor(export)
     model = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32)
     if (export / ADAPTER_FOLDER).is_dir():
@@ -64,7 +65,7 @@ def compare(export: Path, probe: Path) -> dict[str, Any]:
 
 def read_processor(export: Path) -> ProcessorMixin:
     """The export's processor with PIL's images; one that also takes videos needs torchvision, and is read without."""
-    name = json.loads((export / PROCESSOR_CONFIG).read_text(encoding="utf-8"))["processor_class"]
+    name = json.loads(read_text(export / PROCESSOR_CONFIG))["processor_class"]
     kind = getattr(transformers, name)
     if "video_processor" not in kind.get_attributes():
         return AutoProcessor.from_pretrained(export, backend="pil")

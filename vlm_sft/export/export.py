@@ -18,7 +18,7 @@ from torch import nn
 
 from ..base.errors import UserError
 from ..base.names import ADAPTER, ADAPTER_CONFIG, CARD, EXPORT_REPORT
-from ..base.whole_files import write_json
+from ..base.whole_files import read_text, write_json
 from ..bundle.hub import find_bundle
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
@@ -137,7 +137,7 @@ def _keep_adapter(model: PeftModel, form: Form, folder: Path) -> None:
     """PEFT's own files, with the names that the layers have in the native class."""
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / CARD).unlink(missing_ok=True)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = json.loads(read_text(folder / ADAPTER_CONFIG))
     config["base_model_name_or_path"] = None
     if names := form.adapter_names():
         state = load_file(folder / ADAPTER)

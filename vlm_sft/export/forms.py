@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..base.errors import UserError
 from ..base.names import PROCESSOR_CONFIG, TEMPLATE
-from ..base.whole_files import write_json
+from ..base.whole_files import read_text, write_json
 from ..batch.processor import VLMProcessor
 from ..families.kind import VLM
 from ..families.model import FamilyModel
@@ -130,7 +130,7 @@ class StackForm(Form):
         """See `Form`."""
         if to == "vllm" and self.name == "blip-2":
             path = out / TEMPLATE
-            path.write_text(without_images(path.read_text(encoding="utf-8")), encoding="utf-8")
+            path.write_text(without_images(read_text(path)), encoding="utf-8")
 
 
 class FamilyForm(Form):

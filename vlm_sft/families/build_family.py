@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, P
 
 from ..base.errors import UserError
 from ..base.names import PARTS, TEMPLATE
+from ..base.whole_files import read_text
 from ..base.words import one_line
 from ..pieces.load_parts import check_size, from_pretrained
 from ..pieces.part_configs import find_model
@@ -97,7 +98,7 @@ class FamilyKind:
     def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> FamilyProcessor:
         """See `Kind`."""
         spec = _spec(recipe).model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})
-        template = (folder / TEMPLATE).read_text(encoding="utf-8")
+        template = read_text(folder / TEMPLATE)
         return load_processor(spec, config, template, recipe.system)
 
 

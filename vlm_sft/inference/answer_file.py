@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..base.errors import UserError
 from ..base.progress import RowProgress
-from ..base.whole_files import write_whole
+from ..base.whole_files import IrregularError, read_bytes, write_whole
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
 from .generation import answer, check_length, encode_question
@@ -32,6 +32,7 @@ def generate(
     images: str | None = None,
     options: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    image_folders: Sequence[str] = (),
 ) -> None:
     """Answers a file of questions.
 
@@ -45,6 +46,7 @@ def generate(
         images: Folder that relative image paths start from; default the folder of the input.
         options: For transformers' `generate`, over the recipe's `generation`.
         trust_remote_code: See `vlm_sft.load`.
+        image_folders: Further folders in which images may lie, beside `images` and the folder of the input.
 
     Raises:
         UserError: A file is wrong, or some rows could not be answered (after all others were).
@@ -70,7 +72,7 @@ def generate(
     with _append(target, size) as write, RowProgress(console, "answers") as progress:
         answered = errors = 0
         while batch := list(islice(todo, batch_size)):
-            lines = answer_rows(model, processor, batch, images, settings)
+            lines = answer_rows(model, processor, batch, images, settings, image_folders)
             write(lines)
             done |= {str(line["id"]): line.get("error") for line in lines}
             answered, errors = answered + len(lines), errors + sum("error" in line for line in lines)
@@ -115,6 +117,7 @@ def answer_rows(
     batch: Iterable[QuestionRow],
     images: str | None,
     options: dict[str, Any],
+    image_folders: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """One line a row: its columns and `answer`, or `error` where the row cannot be asked.
 
@@ -126,7 +129,7 @@ def answer_rows(
         line = question.kept()
         lines.append(line)
         try:
-            row = conversation(question, images)
+            row = conversation(question, images, image_folders)
             # Each by itself first, so that one bad row does not take the others with it.
             check_length(model, len(encode_question(processor, row).input_ids))
             asked.append((line, row))
@@ -151,9 +154,11 @@ def read_answers(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         UserError: The file cannot be read, or holds a line that is not one of ours.
     """
     try:
-        data = path.read_bytes() if path.exists() else b""
+        data = read_bytes(path) if path.exists() else b""
     except OSError as error:
         raise UserError(f"--output {path} cannot be read ({reason_of(error)}): give another file.") from None
+    except IrregularError as error:
+        raise UserError(f"--output {path} cannot be read (it is {error.what}): give another file.") from None
     found: dict[str, dict[str, Any]] = {}
     size = 0
     for number, line in enumerate(data.splitlines(keepends=True), start=1):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.console import quiet_libraries, say
 from ..base.errors import UserError
 from ..base.names import METRICS, SCORES
+from ..base.whole_files import read_text
 from .scoring import collect, score
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def train_seconds(folder: Path) -> float | None:
     path = folder / METRICS
     if not path.is_file():
         return None
-    runtimes = [row["train_runtime"] for row in json.loads(path.read_text(encoding="utf-8")) if "train_runtime" in row]
+    runtimes = [row["train_runtime"] for row in json.loads(read_text(path)) if "train_runtime" in row]
     return round(sum(runtimes), 1) if runtimes else None
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..base.errors import UserError
-from ..reading.image_refs import resolve_image
+from ..reading.image_refs import Folders, resolve_image
 from ..reading.images import load_image
 from ..reading.locations import Row, read_rows
 from ..rows.formats import examples_of
@@ -52,8 +52,13 @@ def read_questions(path: str) -> Iterator[QuestionRow]:
         yield QuestionRow(number if own is None else own, row)
 
 
-def conversation(question: QuestionRow, images: str | None) -> dict[str, Any]:
+def conversation(question: QuestionRow, images: str | None, image_folders: Sequence[str] = ()) -> dict[str, Any]:
     """A row as `{"messages", "images", "id"}`, images decoded.
+
+    Args:
+        question: The row.
+        images: Folder that relative paths start from; None: that of the row's file.
+        image_folders: Further folders in which its images may lie.
 
     Raises:
         UserError: The row has no question, its marks and images differ in number, or an image cannot be read.
@@ -64,7 +69,9 @@ def conversation(question: QuestionRow, images: str | None) -> dict[str, Any]:
     example = next(iter(examples_of(values, "messages", where=where)))
     folder = images or question.row.folder
     folder = None if folder is None else os.path.abspath(os.path.expanduser(folder))
-    loaded = [load_image(resolve_image(image, folder, where), where=where) for image in example.images]
+    named = [each for each in (folder, question.row.folder, *image_folders) if each is not None]
+    refs = [resolve_image(image, folder, where, within=Folders(named)) for image in example.images]
+    loaded = [load_image(image, where=where) for image in refs]
     return {"messages": example.messages, "images": loaded, "id": question.id}
 
 

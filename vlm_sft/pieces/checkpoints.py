@@ -23,6 +23,7 @@ from transformers.utils.hub import extract_commit_hash
 from ..base.errors import UserError
 from ..base.hub import hub_is_away, look_for_hub
 from ..base.names import CONFIG
+from ..base.whole_files import check_entries, check_regular, read_text
 
 # In the order in which transformers looks for them, so that both read the same file where a folder has several.
 WEIGHT_FILES = (
@@ -59,6 +60,7 @@ class Checkpoint:
         self._paths: dict[str, str] = {}  # the Hub is asked once for each file
         self.files = self._list(tuple(candidates))
         for path in more:
+            check_regular(path)
             if not Path(path).is_file():
                 raise UserError(f"{key}: the weight file {path!r} (named under `more`) does not exist.")
             self.files = self._of_file(path) | self.files
@@ -74,7 +76,7 @@ class Checkpoint:
             if not name.endswith(".index.json"):
                 return dict.fromkeys(self._names(path), name)
             try:
-                return dict(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"])
+                return dict(json.loads(read_text(path))["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.key}: {name} of {self.pretrained!r} is no index of weight files.") from error
         if not Path(self.pretrained).exists():
@@ -209,6 +211,10 @@ def fetch_file(pretrained: str, name: str, revision: str | None, key: str, requi
     """
     if not Path(pretrained).exists():
         look_for_hub()
+    elif Path(pretrained).is_dir():
+        check_entries(pretrained)
+    else:
+        check_regular(pretrained)
     try:
         path = cached_file(
             pretrained,

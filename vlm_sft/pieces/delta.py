@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from ..base.errors import UserError
 from ..base.names import CONFIG, TEMPLATE
-from ..base.whole_files import remove_unfinished, write_json, written_beside
+from ..base.whole_files import read_text, remove_unfinished, write_json, written_beside
 from ..base.words import reason_of
 from .checkpoints import Checkpoint, fetch_file
 
@@ -261,7 +261,7 @@ def _bytes(kind: tuple[tuple[int, ...], torch.dtype]) -> int:
 def _settings(pretrained: str, key: str) -> dict[str, Any]:
     path = fetch_file(pretrained, CONFIG, None, key)
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return dict(json.loads(read_text(path)))
     except (ValueError, TypeError) as error:
         raise UserError(f"{key}: config.json of {pretrained!r} cannot be read; fetch it again.") from error
 

@@ -12,6 +12,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..base.errors import UserError
 from ..base.names import CONFIG, PARTS
+from ..base.whole_files import read_text
 from ..base.words import one_line
 from ..recipe.safety import LIMITS, check_config, check_length
 from .checkpoints import Checkpoint, fetch_file, unreachable
@@ -95,7 +96,7 @@ class Piece(Generic[SpecT]):
             return {}
         check_length(self._config_file, LIMITS[CONFIG])
         try:
-            raw = json.loads(Path(self._config_file).read_text(encoding="utf-8"))
+            raw = json.loads(read_text(self._config_file))
         except (ValueError, RecursionError):
             return {}
         check_config(raw, f"{self.key}: {self.pretrained!r}")

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..base.errors import UserError
+from ..base.whole_files import read_text
 from ..base.words import reason_of
 
 # What is shared out at each stage of ZeRO (arXiv 1910.02054); FSDP does what stage 3 does, or stage 2.
@@ -79,7 +80,7 @@ def read_launch(config_file: str | None = None, environment: Mapping[str, str] =
 
 def _from_file(path: Path) -> Launch:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--accelerate-config {path}: it cannot be read ({reason_of(error)}).") from error
     if not isinstance(config, dict) or "distributed_type" not in config:

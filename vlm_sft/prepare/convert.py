@@ -17,11 +17,12 @@ from typing import Any
 
 from ..base.errors import UserError, row_error
 from ..base.names import IMAGE_TOKEN
-from ..base.whole_files import written_beside
+from ..base.whole_files import IrregularError, read_bytes, written_beside
 from ..base.words import reason_of
 from ..reading.image_kinds import ending_of
 from ..reading.image_options import SIZES
 from ..reading.image_refs import is_url
+from ..reading.images import load_image
 from ..rows.messages import KEPT
 
 ROWS_PER_SHARD = 1000
@@ -111,17 +112,21 @@ def encoded(image: dict[str, Any], where: str) -> bytes:
     """The encoded picture of a row, read from its file where it is not embedded.
 
     Raises:
-        RowError: It is behind a URL, or its file cannot be read.
+        RowError: It is behind a URL, or its file cannot be read or is no picture.
     """
     if image["bytes"] is not None:
         return image["bytes"]
     if is_url(image["path"]):
         raise row_error(where, f"the image {image['path']} is a URL", "download it first", "image is a URL")
     try:
-        return Path(image["path"]).read_bytes()
+        data = read_bytes(image["path"])
     except OSError as error:
         what = f"the image {image['path']} cannot be read ({reason_of(error)})"
         raise row_error(where, what, "correct the path or remove the row", "image missing") from None
+    except IrregularError as error:
+        raise row_error(where, f"the image {image['path']} is {error.what}", "give a file", "image missing") from None
+    load_image({"path": image["path"], "bytes": data}, where=where, side=1)  # what is no picture is nobody's to copy
+    return data
 
 
 # ------------------------------------------------------------------------------------------------------------ targets

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..base.errors import UserError
+from ..base.whole_files import read_bytes
 from ..base.words import one_line, reason_of
 from ..reading.images import load_image
 
@@ -128,7 +129,7 @@ def _read_scores(path: Path, about: dict[str, Any]) -> tuple[list[Score], int]:
     """
     if not path.exists():
         return [], 0
-    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    whole = [line for line in read_bytes(path).splitlines(keepends=True) if line.endswith(b"\n")]
     try:
         first, *lines = [json.loads(line) for line in whole] or [None]
         scores = [Score(line["id"], line["score"], line["error"]) for line in lines]

@@ -26,6 +26,7 @@ class RowsOf:
         images: The source's `images`.
         columns: The source's `columns`, each as `OURS=THEIRS`.
         max_rejected: Largest share of wrong rows of a source.
+        image_folders: The source's `image_folders`.
 
     Raises:
         UserError: The format is missing or not known, or a column is no `OURS=THEIRS`. While iterating: a source cannot
@@ -33,9 +34,15 @@ class RowsOf:
     """
 
     def __init__(
-        self, src: str, kind: str | None, images: str | None, columns: list[str] | None, max_rejected: float
+        self,
+        src: str,
+        kind: str | None,
+        images: str | None,
+        columns: list[str] | None,
+        max_rejected: float,
+        image_folders: list[str] | None = None,
     ) -> None:
-        self.sources = _sources(src, kind, images, columns)
+        self.sources = _sources(src, kind, images, columns, image_folders or [])
         self.max_rejected = max_rejected
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -63,10 +70,12 @@ def _count_keys(counted: SourceLedger, keys: set[str]) -> None:
     counted.leave(dict.fromkeys(keys, 1))
 
 
-def _sources(src: str, kind: str | None, images: str | None, columns: list[str] | None) -> list[Source]:
+def _sources(
+    src: str, kind: str | None, images: str | None, columns: list[str] | None, image_folders: list[str]
+) -> list[Source]:
     """The training sources of a recipe, or one that the options describe."""
     if src.endswith((".yaml", ".yml")) or (kind is None and src in list_recipes()):
-        if kind or images or columns:
+        if kind or images or columns or image_folders:
             raise UserError(f"{src} is a recipe, which says itself what its sources hold: leave out --format.")
         return load_recipe(src).data.train
     if kind is None:
@@ -75,7 +84,8 @@ def _sources(src: str, kind: str | None, images: str | None, columns: list[str] 
     if wrong := next((ours for ours, equals, theirs in pairs if not (ours and equals and theirs)), None):
         raise UserError(f"--column {wrong} must be OURS=THEIRS, like --column caption=text.")
     try:
-        return [Source(path=src, format=kind, images=images, columns={ours: theirs for ours, _, theirs in pairs})]  # type: ignore[arg-type]
+        mapped = {ours: theirs for ours, _, theirs in pairs}
+        return [Source(path=src, format=kind, images=images, image_folders=image_folders, columns=mapped)]  # type: ignore[arg-type]
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise UserError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}.") from None

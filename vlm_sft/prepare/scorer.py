@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ..base.errors import UserError
 from ..base.hub import look_for_hub
+from ..base.whole_files import check_entries
 from ..base.words import one_line
 from ..pieces.checkpoints import unreachable
 
@@ -36,6 +37,7 @@ class Scorer:
         if not Path(path).exists():
             look_for_hub()
         try:
+            check_entries(path)
             config = AutoConfig.from_pretrained(path)
             kind = config.model_type
             if kind not in SCORES:

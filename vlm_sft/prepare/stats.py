@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -10,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
+from ..base.errors import RowError
 from ..base.languages import language_of
 from ..reading.image_refs import image_key, is_url
+from ..reading.images import image_size
 from ..rows.messages import answers_of, row_key
 
 if TYPE_CHECKING:
@@ -76,9 +76,8 @@ class DataStats:
         if len(self.sizes) + len(self.unreadable) >= OPENED or (image["bytes"] is None and is_url(image["path"])):
             return
         try:
-            with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-                self.sizes.append(opened.size)
-        except (OSError, ValueError, Image.DecompressionBombError):
+            self.sizes.append(image_size(image))
+        except RowError:
             self.unreadable.append(row)
 
     def as_dict(self) -> dict[str, Any]:

@@ -27,10 +27,14 @@ BUSY = (429, 500, 502, 503, 504)
 _CHUNK = 2**16
 
 # Networks of IPv6 in whose addresses one of IPv4 is hidden, that a gateway may unpack (RFC 4291, 6052, 8215, 3056,
-# 4380), and site-local ones (RFC 3879).
+# 4380), site-local ones (RFC 3879); of IPv4 those of protocols (RFC 6890), of which Python calls some global, and of
+# relays to IPv6 (RFC 7526).
 _NOT_PUBLIC = [
     ipaddress.ip_network(network)
-    for network in ("::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "fec0::/10")
+    for network in (
+        *("::/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "fec0::/10"),
+        *("192.0.0.0/24", "192.88.99.0/24"),
+    )
 ]
 
 
@@ -173,12 +177,10 @@ def is_public(address: str) -> bool:
         found = ipaddress.ip_address(address)
     except ValueError:  # fe80::1%eth0 and the like
         return False
-    if isinstance(found, ipaddress.IPv6Address):
-        if found.ipv4_mapped is not None:
-            found = found.ipv4_mapped
-        elif any(found in network for network in _NOT_PUBLIC):
-            return False
-    return found.is_global and not found.is_multicast
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
+        found = found.ipv4_mapped
+    inside = any(found in network for network in _NOT_PUBLIC)
+    return found.is_global and not (inside or found.is_multicast)
 
 
 class _Deadline:

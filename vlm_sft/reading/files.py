@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import RowError, UserError, row_error
+from ..base.whole_files import check_regular, open_regular
 from ..base.words import closest, first_line, reason_of, short
 from .json_text import BOM, is_json, key_twice, lines_of, parse_json, parse_rows, read_text
 from .tar_shards import read_tar
@@ -80,7 +81,7 @@ def about_rows(path: Path) -> int | None:
         OSError: it cannot be read.
     """
     size = path.stat().st_size
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         head = stream.read(HEAD)
     text = head.removeprefix(BOM).decode("utf-8", "ignore").lstrip()
     if text.startswith("["):  # a document
@@ -105,7 +106,7 @@ def _end_of_value(text: str, start: int) -> int | None:
 
 
 def _read_jsonl(path: Path) -> Found:
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         first = stream.read(256).removeprefix(BOM).lstrip()[:1]
         if first == b"[":
             stream.close()
@@ -141,7 +142,7 @@ def _read_json(path: Path) -> Found:
 
 def _read_table(path: Path) -> Found:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         # strict: a stray quotation mark is an error here; otherwise it swallows the rows up to the next one.
         table = csv.DictReader(lines_of(stream, path), delimiter=delimiter, strict=True, restkey="\0more")
         while True:
@@ -192,7 +193,7 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
 def _read_parquet(path: Path) -> Found:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with open_regular(path) as opened, pq.ParquetFile(opened) as file:
         yield from _batch_rows(path, file.iter_batches(batch_size=BATCH))
 
 
@@ -200,6 +201,7 @@ def _read_arrow(path: Path) -> Found:
     """A stream, as `datasets` writes, or a file (feather); what is read is checked, for its offsets are addresses."""
     import pyarrow as pa
 
+    check_regular(path)
     with pa.memory_map(str(path)) as mapped:
         if mapped.read(6) == b"ARROW1":
             file = pa.ipc.open_file(mapped)

@@ -6,7 +6,8 @@ import base64
 import binascii
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -31,7 +32,36 @@ def image_key(image: Mapping[str, Any]) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool = False) -> dict[str, Any]:
+class Folders:
+    """The folders in which the images of a source may lie; links are followed before anything is compared.
+
+    Args:
+        folders: the folders; what is not there holds nothing.
+    """
+
+    def __init__(self, folders: Iterable[str | Path]) -> None:
+        self.named = tuple(dict.fromkeys(os.path.abspath(os.path.expanduser(folder)) for folder in folders))
+        self.real = [os.path.join(os.path.realpath(folder), "") for folder in self.named]
+        for folder in map(Path, tuple(self.real)):
+            # In the cache of `huggingface_hub` every file is a link to a blob of the same repository.
+            snapshots = (each.parent for each in (folder, *folder.parents) if each.parent.name == "snapshots")
+            self.real += [os.path.join(each.parent, "blobs", "") for each in snapshots]
+        self._known: dict[str, bool] = {}  # folder of images → whether it is in here
+
+    def hold(self, path: str) -> bool:
+        """Whether an absolute path, or what it leads to, lies in here."""
+        folder = os.path.dirname(path)
+        if (known := self._known.get(folder)) is None:
+            known = self._known[folder] = self._within(os.path.join(os.path.realpath(folder), ""))
+        return known if not os.path.islink(path) else self._within(os.path.realpath(path))
+
+    def _within(self, real: str) -> bool:
+        return any(real.startswith(folder) for folder in self.real)
+
+
+def resolve_image(
+    image: Any, folder: str | None, where: str, allow_urls: bool = False, within: Folders | None = None
+) -> dict[str, Any]:
     """An image as the row names it → ``{"path": absolute, "bytes": None}`` or ``{"path": name, "bytes": ...}``.
 
     Args:
@@ -40,6 +70,7 @@ def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool =
         folder: absolute; where a relative path starts. None: there is no such folder.
         where: the row's place in words.
         allow_urls: keeps a URL as the path; the data-loader worker fetches it.
+        within: where a file must lie; None: in `folder`.
 
     Raises:
         RowError: it is none of these, or empty.
@@ -80,7 +111,13 @@ def resolve_image(image: Any, folder: str | None, where: str, allow_urls: bool =
         raise UserError(
             f"{where}: the image path {path} is relative, but rows of the Hub lie in no folder: set `images`."
         )
-    return {"path": os.path.abspath(os.path.join(folder or "", path)), "bytes": None, **sizes}
+    path = os.path.abspath(os.path.join(folder or "", path))
+    within = Folders([folder] if folder else []) if within is None else within
+    if not within.hold(path):
+        lies = f"outside {' and '.join(within.named)}" if within.named else "in a folder that the source does not name"
+        mend = "move it there, or name its folder (a source's `image_folders`, a command's --image-folder)"
+        raise row_error(where, f"the image {path} lies {lies}", mend, "image outside")
+    return {"path": path, "bytes": None, **sizes}
 
 
 def _from_file_uri(uri: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..base.errors import RowError, row_error
+from ..base.whole_files import IrregularError, open_regular
 from ..base.words import reason_of
 from .image_kinds import describe_unreadable, kind_of
 from .image_options import size_asked
@@ -139,7 +139,8 @@ def image_size(
         return _upright_size(image)
     source = image.get("bytes") or image.get("path") if isinstance(image, Mapping) else image
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as opened:
+        stream = io.BytesIO(source) if isinstance(source, bytes) else open_regular(str(source))
+        with stream, Image.open(stream, formats=_formats()) as opened:
             size = _upright_size(opened)
             return size_asked(size, image) if isinstance(image, Mapping) else size
     except Exception:  # whatever it is, `load_image` says it in a sentence, or reads it in another way
@@ -151,16 +152,20 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.height, image.width) if turned else image.size
 
 
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
 def _from_file(path: str, prefix: str, limits: _Limits, what: str = "") -> Image.Image:
     what = what or f"{prefix}the image {path}"
     try:
-        mode = os.stat(path).st_mode
-        # Opening a named pipe would wait for ever.
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise RowError(f"{what} is {kind}: give the path of one image file.", reason="image missing")
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             return _from_stream(stream, what, limits)
+    except IrregularError as error:
+        raise RowError(
+            f"{what} is {error.what}, no image file: give the path of one.", reason="image missing"
+        ) from None
     except (FileNotFoundError, NotADirectoryError):
         raise RowError(f"{prefix}{_missing(path, of_row=bool(prefix))}", reason="image missing") from None
     except PermissionError:
@@ -205,9 +210,8 @@ def _from_stream(stream: IO[bytes], what: str, limits: _Limits) -> Image.Image:
 
 def _opened(stream: IO[bytes], head: bytes, what: str, limits: _Limits) -> Image.Image:
     stream.seek(0)
-    Image.init()
     try:
-        image = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
+        image = Image.open(stream, formats=_formats())
     except Image.DecompressionBombError:
         raise RowError(_too_large(what, None, limits.max_pixels), reason="image too large") from None
     except UnidentifiedImageError:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..base.errors import RowError, UserError, row_error
+from ..base.whole_files import read_bytes
 
 BOM = b"\xef\xbb\xbf"
 
@@ -54,7 +55,7 @@ def parse_json(text: str | bytes, where: str, mend: str = "correct the file", on
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without its byte order mark."""
-    return _decode(path.read_bytes().removeprefix(BOM), path)
+    return _decode(read_bytes(path).removeprefix(BOM), path)
 
 
 class _KeyTwiceError(ValueError):

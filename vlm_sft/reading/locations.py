@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..base.errors import RowError, UserError
 from ..base.hub import look_for_hub
+from ..base.whole_files import check_entries
 from ..base.words import first_line
 from .files import BATCH, FILE_READERS, TEXT_FILES, no_such_file, read_file
 
@@ -201,6 +202,8 @@ def _of_split(folder: Path, files: list[Path], split: str, depth: int) -> list[P
 def _read_saved(folder: Path, split: str) -> Iterator[Row]:
     import datasets
 
+    for place in (folder, *(each for each in folder.iterdir() if each.is_dir())):
+        check_entries(place)
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever half a folder makes datasets raise
@@ -232,6 +235,15 @@ def _read_hub(name: str, split: str, revision: str | None, stream: bool) -> Iter
             f"loaded ({first_line(error)}): correct the path, or download the dataset first."
         ) from None
     yield from _dataset_rows(data, f"{name} ({split})", None)
+
+
+def folders_of_hub(name: str) -> list[str]:
+    """Where a data set of the Hub lies on this machine once it was fetched: its own files, and what it downloads."""
+    import datasets
+    from huggingface_hub import constants
+
+    repository = "--".join(["datasets", *name.split("/")])
+    return [os.path.join(constants.HF_HUB_CACHE, repository), str(datasets.config.DOWNLOADED_DATASETS_PATH)]
 
 
 def _dataset_rows(data: Any, label: str, folder: Path | None) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import RowError, UserError, row_error
+from ..base.whole_files import open_regular
 from .json_text import parse_json
 
 IMAGE_ENDINGS = frozenset("jpg jpeg png webp bmp gif tif tiff ppm pgm".split())
@@ -64,7 +65,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """Every member with its bytes; None for what is no regular file or too large."""
     size = os.path.getsize(path)
     try:
-        with tarfile.open(path, "r:", tarinfo=_Member) as archive:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as archive:
             before = -1
             while (member := archive.next()) is not None:
                 # tarfile keeps every header, which adds up over millions of samples.
@@ -88,7 +89,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
 
 def _check_end(path: Path, offset: int) -> None:
     """Look that nothing but zeros follows; tarfile takes any wrong header, and any block of zeros, for the end."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(offset)
         if len(rest := file.read(2**20)) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("its end is missing")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
 from ..base.names import CONFIG, MANIFEST, RECIPE
+from ..base.whole_files import read_text
 from .safety import check_pieces, pieces_in, read_json
 from .yaml_file import YamlFile
 
@@ -69,7 +70,7 @@ def _may_have_few_bits(name: str, revision: str | None) -> bool:
     if Path(name).is_file():
         return False
     config = Path(name) / CONFIG if Path(name).is_dir() else _cached(name, CONFIG, revision)
-    return not config.is_file() or "quantization_config" in config.read_text(encoding="utf-8", errors="replace")
+    return not config.is_file() or "quantization_config" in read_text(config, errors="replace")
 
 
 def _cached(repo: str, file: str, revision: str | None) -> Path:

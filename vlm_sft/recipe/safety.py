@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
 from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE
+from ..base.whole_files import check_entries, read_text
 
 if TYPE_CHECKING:
     from .schema import Recipe
@@ -46,6 +47,8 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: A link leads out of the folder, or a text is too large.
     """
+    check_entries(folder)
+    check_entries(folder / "qformer_tokenizer")
     root = folder.resolve()
     # In the cache of `huggingface_hub` every file is a link to a blob of the same repository.
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
@@ -71,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         check_length(path, LIMITS.get(path.name, LARGEST_TEXT))
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:

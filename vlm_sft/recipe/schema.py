@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from ..base.assets import list_recipes, recipe_path
 from ..base.errors import UserError
 from ..base.names import MANIFEST, PARTS
+from ..base.whole_files import check_regular
 from ..base.words import closest
 from .rules import first_broken_rule
 from .sections import Data, Hub, PretrainedModel, RecipeModel, Stack, Watch
@@ -146,6 +147,7 @@ def _find_recipe(path: str | Path) -> Path:
         return given
     if given.is_dir():
         raise UserError(f"{path} is a folder; name the recipe's YAML file in it.")
+    check_regular(given)
     shipped = list_recipes()
     if str(path) in shipped:
         return recipe_path(str(path))

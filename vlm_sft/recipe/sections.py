@@ -202,6 +202,9 @@ class Source(RecipeModel):
     """What logs, row ids and evaluation call it. Default: the last part of `path` without its suffix."""
     images: str | None = None
     """Folder that relative image paths start from. Default: the folder of `path`."""
+    image_folders: list[str] = Field(default_factory=list)
+    """Further folders in which images may lie; rows that name others, beside `images` and the folder of `path`, are
+    refused."""
     split: str = "train"
     """Split of a Hub dataset."""
     revision: str | None = None

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..base.errors import UserError, without_tokens
+from ..base.whole_files import read_text
 
 KeyPath = tuple[str | int, ...]
 
@@ -122,7 +123,7 @@ class YamlFile:
         try:
             if (size := path.stat().st_size) > LARGEST_FILE:
                 raise UserError(f"{path} has {size:,} bytes, more than the {LARGEST_FILE:,} that a recipe may have.")
-            text = path.read_text(encoding="utf-8-sig")
+            text = read_text(path, "utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, for instance with `iconv -f GB18030 "

@@ -18,6 +18,7 @@ from typing import Any
 from ..base.assets import template_path
 from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN
+from ..base.whole_files import read_text
 from ..rows.messages import Message, normalise_messages
 from .sandbox import MARKS, compile_template, run_template, variables_of, words_of
 from .typed import mark_typed
@@ -187,7 +188,7 @@ def resolve(template: str | Path) -> tuple[str, str]:
                 raise
     label = f"the chat template {path}"
     try:
-        return path.read_text(encoding="utf-8"), label
+        return read_text(path), label
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"{label} cannot be read ({reason}); give the name or the file of a template.") from error

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..base.errors import UserError
-from ..base.whole_files import UNFINISHED
+from ..base.whole_files import UNFINISHED, read_text
 from ..bundle.run_folder import PREFIX, newest, publish, rotate
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class SavePoints(TrainerCallback):
         self._due = False
         file = Path(self.resumed_from or "") / f"counters_{args.process_index}.json"
         if self.resumed_from and file.is_file():
-            self.trainer.set_counters(json.loads(file.read_text(encoding="utf-8")))
+            self.trainer.set_counters(json.loads(read_text(file)))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..base.errors import UserError
 from ..base.names import IGNORED
+from ..base.whole_files import read_text
 from ..batch.collator import MultimodalCollator
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
@@ -53,7 +54,7 @@ def run(folder: str, step: int | None = None, checkpoint: str | None = None, tru
 def find_record(folder: Path, step: int | None) -> dict[str, Any]:
     """The record of a step in `watch.jsonl`, or the last one."""
     path = find_records(folder)
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    records = [json.loads(line) for line in read_text(path).splitlines() if line.endswith("}")]
     found = [record for record in records if step is None or record["step"] == step]
     if not found:
         steps = ", ".join(str(record["step"]) for record in records)

@@ -77,6 +77,10 @@ def _differences(old: Any, new: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPat
     elif key == ("chat_template",):
         if Path(str(old)).stem != Path(str(new)).stem:  # a template may be named or lie elsewhere
             yield key, old, new
+    elif key[:1] == ("data",) and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        # Of sources too a key that only the new recipe states is new to us.
+        if any(found for pair in zip(old, new, strict=True) for found in _differences(*pair, (*key, 0))):
+            yield key, old, new
     elif old != new:
         yield key, old, new
 

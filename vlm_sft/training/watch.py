@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..base.errors import UserError
 from ..base.interrupts import SIGNALS, shield_worker
 from ..base.names import STRANGE_STEPS
+from ..base.whole_files import read_text
 from ..batch.counts import counts_of
 from ..bundle.run_folder import newest
 
@@ -282,7 +283,7 @@ def dead_worker(message: str, notes: Path) -> str | None:
     if found is None:
         return None
     files = [notes / pid.strip() for pid in found[1].split(",")]
-    rows = ", ".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+    rows = ", ".join(read_text(file) for file in files if file.is_file())
     where = f"in a batch of {rows}" if rows else "before its first batch"
     return (
         f"A data-loader worker died {where}; if memory ran out, "
