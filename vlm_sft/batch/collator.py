@@ -20,6 +20,7 @@ from ..reading.image_options import SIZES
 from ..reading.images import image_size, load_image, too_long
 from ..rows.messages import Message, unpacked
 from ..templates.render import RenderedChat
+from .box_text import write_boxes
 from .encoding import EncodedChat, pad
 from .processor import VLMProcessor
 
@@ -137,7 +138,8 @@ class MultimodalCollator:
         """
         row = unpacked(row)
         where = f"row {row['id']}"
-        messages, images = row["messages"], row["images"]
+        images = row["images"]
+        messages = write_boxes(self.processor, row["messages"], images, where, self.fetch)
         marks = sum(
             part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
         )

@@ -19,8 +19,10 @@ from ..base.names import IGNORED, IMAGE_TOKEN
 from ..base.whole_files import check_entries
 from ..reading.images import grown_size, needed_side
 from ..rows.messages import Message
+from ..templates.notations import DEFAULT, GRID_SIDE, Notation, missing_token, notation_of
 from ..templates.render import RenderedChat, render
 from ..templates.template import end_of_answer, owns_bos
+from .box_text import Seen, check_seen, seen_through
 from .encoding import (
     PAD,
     EncodedChat,
@@ -48,6 +50,7 @@ class VLMProcessor(ProcessorMixin):
         image_token: Text of the placeholder.
         pad_to_square: Pads images to a square with the image processor's mean colour first (LLaVA-1.5).
         system: System text for conversations that bring none; None leaves the template's own.
+        box_notation: How boxes are written, a key of `NOTATIONS`; None: `DEFAULT` of `box_text`.
 
     Attributes:
         qformer_tokenizer: Tokenizer of a resampler that reads the instruction, or None. It is saved along.
@@ -58,6 +61,7 @@ class VLMProcessor(ProcessorMixin):
     """
 
     reads_sizes = False
+    _notation: Notation | None = None  # once it was looked at
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class VLMProcessor(ProcessorMixin):
         image_token: str = IMAGE_TOKEN,
         pad_to_square: bool = False,
         system: str | None = None,
+        box_notation: str | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -78,6 +83,7 @@ class VLMProcessor(ProcessorMixin):
         self.image_token = image_token
         self.pad_to_square = pad_to_square
         self.system = system
+        self.box_notation = box_notation or DEFAULT
         self.qformer_tokenizer: PreTrainedTokenizerBase | None = None
         self.added_tokens = add_missing_tokens(tokenizer, image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -184,6 +190,38 @@ class VLMProcessor(ProcessorMixin):
     def grown_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) of the largest picture that is made of an image of that size on its way to the model."""
         return grown_size(size, self.image_processor, self.pad_to_square)
+
+    @property
+    def notation(self) -> Notation:
+        """How boxes are written.
+
+        Raises:
+            UserError: There is no such notation, the tokenizer does not have its tokens, or the image processor does
+                what boxes cannot follow.
+        """
+        notation = notation_of(self.box_notation)
+        if self._notation is not notation:
+            if token := missing_token(notation, self.tokenizer.get_vocab(), self.box_grid):
+                raise UserError(
+                    f"box_notation {self.box_notation} writes tokens like {token}, which the tokenizer does not have; "
+                    f"choose another one."
+                )
+            self.check_seen()
+            self._notation = notation
+        return notation
+
+    @property
+    def box_grid(self) -> int:
+        """Cells of a side, for a notation that counts them."""
+        return GRID_SIDE
+
+    def check_seen(self) -> None:
+        """Looks that `seen` is what the image processor does."""
+        check_seen(self)
+
+    def seen(self, size: tuple[int, int]) -> Seen:
+        """Where a picture of (width, height) pixels lies in what the model sees of it."""
+        return seen_through(self.image_processor, size, self.pad_to_square)
 
     def instructions(self, messages: Sequence[Message]) -> list[str]:
         """What the user says beside each image, in reading order: what a resampler that reads the instruction gets."""

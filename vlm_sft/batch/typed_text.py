@@ -89,8 +89,8 @@ def tokenize_chat(
             first = None if found[before + 1] else ids[before + 1]
             stretch = _as_text(tokenizer, chat.text, supervised, (start, end), first)
             # Some tokenizers find it all the same, as a piece of their vocabulary; then it is cut.
-            held = [low for token, (low, high) in zip(*stretch, strict=True) if token in added and high - low > 1]
-            if cuts := [place for place in typed if place - 1 in held]:
+            held = [border for token, border in zip(*stretch, strict=True) if token in added]
+            if cuts := [place for place in typed if any(low < place < high for low, high in held)]:
                 pieces = pairwise([start, *cuts, end])
                 stretch = _joined(_as_text(tokenizer, chat.text, supervised, piece) for piece in pieces)
         done += [stretch, (ids[after : after + 1], borders[after : after + 1])]

@@ -33,6 +33,7 @@ class SourceLike(Protocol):
     annotations: str | None
     image_name: str | None
     prompts: list[str] | dict[str, list[str]]
+    boxes: Any
     weight: float
     max_rows: int | None
     allow_urls: bool
@@ -223,6 +224,7 @@ def _examples(
         draw_prompt=draw,
         languages=languages,
         unused=unused,
+        boxes=source.boxes,
     )
     examples = list(found)
     for k, example in enumerate(examples, start=1):

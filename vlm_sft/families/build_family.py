@@ -50,7 +50,8 @@ class FamilyKind:
         piece = find_model(_spec(recipe))
         template = load_template(recipe.chat_template or default_template(piece.config, piece.pretrained))
         spec = piece.spec.model_copy(update={"revision": piece.revision})
-        return Composed(piece.config, load_processor(spec, piece.config, template, recipe.system), {self.base: piece})
+        processor = load_processor(spec, piece.config, template, recipe.system, recipe.box_notation)
+        return Composed(piece.config, processor, {self.base: piece})
 
     def remarks(self, recipe: Recipe, composed: Composed) -> Iterator[str]:
         """See `Kind`: nothing is done to an existing model."""
@@ -99,7 +100,7 @@ class FamilyKind:
         """See `Kind`."""
         spec = _spec(recipe).model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})
         template = read_text(folder / TEMPLATE)
-        return load_processor(spec, config, template, recipe.system)
+        return load_processor(spec, config, template, recipe.system, recipe.box_notation)
 
 
 def _spec(recipe: Recipe) -> PretrainedModel:
@@ -130,7 +131,11 @@ def _derive(model_type: str) -> type[FamilyModel]:
 
 
 def load_processor(
-    spec: PretrainedModel, config: PreTrainedConfig, template: str, system: str | None
+    spec: PretrainedModel,
+    config: PreTrainedConfig,
+    template: str,
+    system: str | None,
+    box_notation: str | None = None,
 ) -> FamilyProcessor:
     """The model's own processor behind our interface.
 
@@ -139,6 +144,7 @@ def load_processor(
         config: The model's configuration.
         template: Jinja source.
         system: See `FamilyProcessor`.
+        box_notation: See `FamilyProcessor`.
 
     Raises:
         UserError: The processor cannot be read, or refuses an option.
@@ -155,7 +161,7 @@ def load_processor(
     if place is None:  # KOSMOS-2: the frame's token, which no answer may write either
         place = native.tokenizer.convert_tokens_to_ids(native.boi_token)
     ours = PROCESSORS.get(config.model_type, FamilyProcessor)
-    return ours(native.image_processor, native.tokenizer, template, native, family, place, system)
+    return ours(native.image_processor, native.tokenizer, template, native, family, place, system, box_notation)
 
 
 def _prepare(model: FamilyModel, recipe: Recipe, composed: Composed, dtype: torch.dtype) -> FamilyModel:

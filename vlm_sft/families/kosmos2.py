@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,11 @@ class Kosmos2Processor(FamilyProcessor):
     def ids_per_image(self) -> int:
         """The frame has one; the features stand at other ids."""
         return 1
+
+    @property
+    def box_grid(self) -> int:
+        """Cells of a side: so many tokens it has for them."""
+        return math.isqrt(self.native.num_patch_index_tokens)
 
     def _placeholder(self) -> str:
         return self.native.boi_token

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
 from ..base.words import one_line
+from ..batch.box_text import Seen
 from ..batch.encoding import EncodedChat, in_loss, pad, supervised_characters
 from ..batch.processor import VLMProcessor
 from ..batch.typed_text import control_tokens, tokenize_chat
@@ -44,6 +46,7 @@ class FamilyProcessor(VLMProcessor):
         family: What the model needs beside it.
         place_id: Id of the token that an image feature replaces.
         system: System text for conversations that bring none; None leaves the template's own.
+        box_notation: How boxes are written, a key of `NOTATIONS`; None: as the family has it.
 
     Attributes:
         num_image_tokens: Tokens of an image, or 0 where they depend on its size.
@@ -58,6 +61,7 @@ class FamilyProcessor(VLMProcessor):
         family: Family,
         place_id: int,
         system: str | None = None,
+        box_notation: str | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -68,6 +72,7 @@ class FamilyProcessor(VLMProcessor):
         if tokenizer.pad_token is None:  # a token of our own would have no row among the embeddings
             tokenizer.pad_token = tokenizer.eos_token
         self.native, self.family, self.system = native, family, system
+        self.box_notation = box_notation or family.boxes
         self.image_token, self.image_token_id = self._placeholder(), place_id
         self.pad_to_square, self.qformer_tokenizer, self.added_tokens = False, None, []
         self._expansions: dict[tuple[int, int], str] = {}
@@ -100,11 +105,7 @@ class FamilyProcessor(VLMProcessor):
             try:
                 self._expansions[size] = self._count(size) if self._counts else self._look(size)
             except ValueError as error:
-                raise RowError(
-                    f"an image of {size[0]:,} x {size[1]:,} pixels is refused by the model's own processor "
-                    f"({one_line(error)}): cut it or remove the row.",
-                    reason="image too large",
-                ) from error
+                raise _refused(size, error) from error
         return self._expansions[size]
 
     def _look(self, size: tuple[int, int]) -> str:
@@ -166,6 +167,27 @@ class FamilyProcessor(VLMProcessor):
 
     # -- images ---------------------------------------------------------------------------------------------------
 
+    def seen(self, size: tuple[int, int]) -> Seen:
+        """See `VLMProcessor.seen`; of a processor that cuts images into tiles, all of the picture in its own size."""
+        if not self.reads_sizes:
+            return super().seen(size)
+        images = self.image_processor
+        if getattr(images, "merge_size", None) is None:
+            return Seen.whole(size)
+        bounds = dict(images.size)
+        try:
+            height, width = smart_resize(
+                size[1], size[0], images.patch_size * images.merge_size, bounds["shortest_edge"], bounds["longest_edge"]
+            )
+        except ValueError as error:
+            raise _refused(size, error) from error
+        return Seen.whole((width, height))
+
+    def check_seen(self) -> None:
+        """See `VLMProcessor.check_seen`; what is cut into tiles is the whole picture."""
+        if not self.reads_sizes:
+            super().check_seen()
+
     def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """What the model takes for RGB images, as its own processor names it."""
         if not images:
@@ -219,6 +241,14 @@ class FamilyProcessor(VLMProcessor):
     def _image_token(self, token: int, position: int) -> tuple[int, bool]:
         """(id, whether a feature goes there) of a token of an image's expansion, counted from its start."""
         return token, token == self.image_token_id
+
+
+def _refused(size: tuple[int, int], error: ValueError) -> RowError:
+    return RowError(
+        f"an image of {size[0]:,} x {size[1]:,} pixels is refused by the model's own processor "
+        f"({one_line(error)}): cut it or remove the row.",
+        reason="image too large",
+    )
 
 
 def without_videos(native: type[ProcessorMixin]) -> type[ProcessorMixin]:

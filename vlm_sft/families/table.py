@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
+from ..templates.notations import DEFAULT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,6 +27,7 @@ class Family:
             not rightly.
         prompt: Of a model made for one turn, whose own processor writes a part of the prompt itself: what is left for
             a template to write, as a Jinja expression on our render (`rendered`).
+        boxes: How boxes are written, a key of `NOTATIONS`; of a family that was taught no notation, `DEFAULT`.
         vllm: Whether vLLM has a class for it.
         no_export: Why it is not exported to its own class, or "".
     """
@@ -36,6 +38,7 @@ class Family:
     counts: str = "images"
     counted: str = ""
     prompt: str = ""
+    boxes: str = DEFAULT
     vllm: bool = True
     no_export: str = ""
 
@@ -43,19 +46,20 @@ class Family:
 # By `model_type`. Which parameters are which part is said in `PART_NAMES` of `model/freeze.py`.
 FAMILIES: dict[str, Family] = {
     # A Llama-3 in LLaVA-1.6 has another template than Vicuna, and the model type does not tell them apart.
-    "llava": Family("LlavaProcessor", {"llama": "vicuna_v1"}),
-    "llava_next": Family("LlavaNextProcessor", {"mistral": "mistral"}, counted="tokens"),
-    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", {"": "qwen2_5_vl"}, "mm_token_type_ids", counted="tokens"),
-    "qwen3_vl": Family("Qwen3VLProcessor", {"": "qwen3_vl"}, "mm_token_type_ids", counted="tokens"),
+    "llava": Family("LlavaProcessor", {"llama": "vicuna_v1"}, boxes="llava"),
+    "llava_next": Family("LlavaNextProcessor", {"mistral": "mistral"}, counted="tokens", boxes="llava"),
+    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", {"": "qwen2_5_vl"}, "mm_token_type_ids", counted="tokens",
+                         boxes="qwen2_5_vl"),
+    "qwen3_vl": Family("Qwen3VLProcessor", {"": "qwen3_vl"}, "mm_token_type_ids", counted="tokens", boxes="qwen3_vl"),
     "idefics3": Family("Idefics3Processor", {"": "smolvlm"}, counted="rows"),
     "smolvlm": Family("SmolVLMProcessor", {"": "smolvlm"}, counted="rows"),
     # PaliGemma reads its prompt in both directions and writes its answer in one.
     "paligemma": Family("PaliGemmaProcessor", {"": "paligemma"}, "token_type_ids", "answer",
-                        prompt="rendered.replace(bos_token, '', 1).removesuffix('\\n')"),
-    "internvl": Family("InternVLProcessor", {"": "internvl"}, counted="patches"),
+                        prompt="rendered.replace(bos_token, '', 1).removesuffix('\\n')", boxes="paligemma"),
+    "internvl": Family("InternVLProcessor", {"": "internvl"}, counted="patches", boxes="internvl"),
     "gemma3": Family("Gemma3Processor", {"": "gemma3"}, "token_type_ids"),
     "kosmos-2": Family("Kosmos2Processor", {"": "kosmos2"}, "image_embeds_position_mask", vllm=False,
-                       prompt="rendered.removeprefix(bos_token ~ image_token ~ ' ')"),
+                       prompt="rendered.removeprefix(bos_token ~ image_token ~ ' ')", boxes="kosmos2"),
     "fuyu": Family("FuyuProcessor", {"": "fuyu"},
                    no_export="its own processor cannot cut images without torchvision"),
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from transformers.generation.streamers import BaseStreamer
 
 from ..base.errors import UserError
+from ..batch.box_text import write_boxes
 from ..batch.encoding import EncodedChat
 from ..batch.processor import VLMProcessor
 from ..reading.images import image_size, load_image
@@ -57,8 +58,9 @@ def prepare(
         UserError: A conversation is malformed, has too few images or an image cannot be read.
     """
     encoded, images, instructions = [], [], []
-    for number, row in enumerate(map(unpacked, conversations)):
+    for number, row in enumerate(conversations):
         where = _where(row, number, len(conversations))
+        row = with_boxes_written(processor, row, where)
         chat = encode_question(processor, row, where)
         encoded.append(chat)
         images += [load_image(image, where=where) for image in row["images"][: chat.num_images]]
@@ -71,7 +73,7 @@ def prepare(
 
 def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "") -> EncodedChat:
     """Ids of one conversation up to where the answer begins; see `prepare`."""
-    row = unpacked(row)
+    row = with_boxes_written(processor, row, where)
     messages, place = row["messages"], f"{where}: " if where else ""
     sizes = [image_size(image, where=where) for image in row["images"]] if processor.reads_sizes else []
     messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
@@ -87,6 +89,16 @@ def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "
             "every place its image, in order."
         )
     return chat
+
+
+def with_boxes_written(processor: VLMProcessor, row: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """A row with what its `extras` say where it belongs, and its boxes as text.
+
+    Raises:
+        UserError: As `write_boxes`.
+    """
+    row = unpacked(row)
+    return {**row, "messages": write_boxes(processor, row["messages"], row["images"], where or "the question")}
 
 
 def _where(row: dict[str, Any], number: int, rows: int) -> str:

@@ -22,7 +22,7 @@ from ..batch.tokenizer_coverage import coverage_of
 from ..data.image_files import shared_images
 from ..data.mixture import SHARES
 from ..data.streaming import first_rows
-from ..rows.messages import answers_of
+from ..rows.messages import answers_of, unpacked
 from .checks import Evidence, Finding, check
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def sample_rows(rows: Dataset | IterableDataset, count: int = LOOKED_AT) -> list
 
 
 def _once(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({row["id"]: row for row in rows}.values())
+    return list({row["id"]: unpacked(row) for row in rows}.values())
 
 
 def look_at(

@@ -20,7 +20,7 @@ from ..base.names import MANIFEST, PARTS
 from ..base.whole_files import check_regular
 from ..base.words import closest
 from .rules import first_broken_rule
-from .sections import Data, Hub, PretrainedModel, RecipeModel, Stack, Watch
+from .sections import BoxNotation, Data, Hub, PretrainedModel, RecipeModel, Stack, Watch
 from .yaml_file import KeyPath, YamlFile, dump_yaml
 
 _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
@@ -41,6 +41,9 @@ class Recipe(RecipeModel):
     the model's own."""
     system: str | None = None
     """System prompt for conversations that have none. Unset: the template's own."""
+    box_notation: BoxNotation | None = None
+    """How boxes of rows are written. Unset: as the model was taught (`model`), or `shikra` (`stack`). See
+    docs/data_formats.md."""
     train: dict[str, float] = Field(default_factory=dict, json_schema_extra=_TRAIN_SCHEMA)
     """Part → peak learning rate. What is not named is frozen."""
     lora: dict[str, Any] | None = None

@@ -9,6 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+BoxNotation = Literal[
+    "qwen2_5_vl", "qwen3_vl", "internvl", "qwen_vl", "qwen2_vl", "kosmos2", "paligemma", "shikra", "llava"
+]
 
 
 class RecipeModel(BaseModel):
@@ -218,6 +221,10 @@ class Source(RecipeModel):
     prompts: Annotated[list[str] | dict[str, list[str]], BeforeValidator(_check_prompts)] = Field(default_factory=list)
     """Captions and questions: what the user asks; one is drawn for each row, seeded. By language: `{en: […], zh: […]}`.
     Around a question they hold `{question}`."""
+    boxes: Literal["pixels", "unit", "thousand", "padded", "as_written"] | None = None
+    """What the numbers of boxes count where a row does not say it: pixels of its picture, 0 to 1 or 0 to 1000 of the
+    picture's sides, or 0 to 1 of the square that it is centred on (LLaVA). It makes boxes of those typed in text too;
+    `as_written` leaves them the text that they are. See docs/data_formats.md."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of this source under `sampling: weights`; under the others a factor on its share."""
     max_rows: Annotated[int, Field(ge=1)] | None = None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..base.languages import language_of
 from ..base.names import IMAGE_TOKEN
 from ..base.words import kind, short
+from .boxes import place_boxes
 from .keys import ROLES, check_left, role_of
 from .messages import Example, Message, Part, answer_message, check_marks, image_part, split_marks, text_part
 from .raw_row import RowView, is_given
@@ -55,6 +56,7 @@ def examples_of(
     draw_prompt: Draw = no_prompt,
     languages: bool = True,
     unused: Callable[[set[str]], None] = lambda keys: None,
+    boxes: str | None = None,
 ) -> Iterator[Example]:
     """Turn one row into its conversations: one, except for a row with several captions.
 
@@ -67,6 +69,7 @@ def examples_of(
             text around ``{question}``, "" for the question alone.
         languages: False: nobody asks for the language of an example, which takes longest to find of all about it.
         unused: told the names of the keys that have a value and mean nothing here, once for the row.
+        boxes: what the numbers of boxes count where the row does not say it; see `boxes.place_boxes`.
 
     Raises:
         RowError: the row does not have this format.
@@ -74,7 +77,7 @@ def examples_of(
     row = RowView(values, where, columns or {})
     own_id = row.get("id")
     own_id = None if own_id is None else row.text(own_id, "id")
-    examples = [_with_row_keys(row, example) for example in FORMATS[format_name].examples(row, draw_prompt)]
+    examples = [_with_row_keys(row, example, boxes) for example in FORMATS[format_name].examples(row, draw_prompt)]
     row.get("language", "mask")
     check_left(row, "row", row.values, row.read, "")
     unused(row.unused)
@@ -83,8 +86,8 @@ def examples_of(
         yield example._replace(id=own_id, language=language)
 
 
-def _with_row_keys(row: RowView, example: Example) -> Example:
-    """An example with what the row says of all its turns: the system text, the tools, whose turns are masked."""
+def _with_row_keys(row: RowView, example: Example, boxes: str | None) -> Example:
+    """An example with what the row says of all its turns: system text, tools, whose turns are masked, and boxes."""
     messages = example.messages
     if is_given(masked := row.get("mask")) and role_of(row, masked, '"mask"') != "user":
         what = f'"mask" is "{short(str(masked))}", and only the user\'s turns are always out of the loss'
@@ -97,6 +100,7 @@ def _with_row_keys(row: RowView, example: Example) -> Example:
         messages = [{"role": "system", "content": [text_part(*given)]}, *messages]
     if is_given(tools := row.get("tools")) and messages:
         messages = [{**messages[0], "tools": tools_in(row, tools, '"tools"')}, *messages[1:]]
+    messages = place_boxes(row, messages, len(example.images), boxes)
     return example._replace(messages=messages)
 
 
@@ -268,7 +272,7 @@ def _language(row: RowView, text: str) -> str:
     return re.split("[-_]", own.lower())[0] if isinstance(own, str) and own else language_of(text)
 
 
-_ANY = ("system", "tools", "id", "language")
+_ANY = ("system", "tools", "objects", "bboxes", "bbox", "id", "language")
 _CHATS = (
     "messages", "conversations", "prompt", "completion", "query", "response", "instruction", "input", "output",
     "history",

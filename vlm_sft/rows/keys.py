@@ -59,7 +59,9 @@ KEYS: dict[str, dict[str, Key]] = {
         "video": Key("a film", _NO_VIDEO),
         "audios": Key("sounds", _NO_AUDIO),
         "audio": Key("a sound", _NO_AUDIO),
-        "objects": Key("boxes", "write the boxes into the text, or remove the row"),
+        "objects": Key("boxes and the words for them: ms-swift"),
+        "bboxes": Key("boxes"),
+        "bbox": Key("boxes"),
     },
     "message": {
         "role": Key("who speaks"),
@@ -83,7 +85,9 @@ KEYS: dict[str, dict[str, Key]] = {
         "audio": Key("a sound", _NO_AUDIO),
     },
     "part": {
-        "type": Key("text or image"),
+        "type": Key("text, image, or a box and the words for it"),
+        "box": Key("the numbers of a box"),
+        "scale": Key("what the numbers of a box count"),
         "text": Key("text"),
         "image": Key("a picture"),
         "path": Key("the file of a picture"),

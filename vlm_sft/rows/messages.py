@@ -19,6 +19,8 @@ Message = dict[str, Any]
 KEPT = ("loss", "reasoning_content", "tools")
 """What a message may have beside role and content: `loss` False, for an answer that is not learned; what is thought
 before an answer; and, of the first message, the tools there are. Templates decide what is printed of the last two."""
+PLACE = ("box", "scale", "image", "key")
+"""What a part of type `box` has beside its type; see `box_part`."""
 IN_EXTRAS = "extras"
 """The column of a dataset for what some rows say beyond its features, as JSON: see `packed`."""
 
@@ -27,7 +29,8 @@ class Example(NamedTuple):
     """One conversation.
 
     Attributes:
-        messages: ``{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}]}``.
+        messages: ``{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}]}``, and the parts of
+            `box_part` and `ref_part`.
         images: what the row gives for each placeholder: a path, bytes, a data URI or ``{"path", "bytes"}``.
         id: the row's own id, if it has one.
         language: of what is learnt, such as ``zh``: the row's own `language`, else as `languages.language_of` says.
@@ -72,9 +75,30 @@ def image_part() -> Part:
     return {"type": "image", "text": None}
 
 
+def box_part(box: Sequence[float], scale: str, image: int, key: str) -> Part:
+    """A box [x1, y1, x2, y2] or a point [x, y] on an image, which is written when the size of the picture is known.
+
+    Args:
+        box: numbers as the row has them.
+        scale: what they count; a key of `boxes.SCALES`.
+        image: number of the image among the row's, from 0.
+        key: where in the row it stands, for errors.
+    """
+    return {"type": "box", "text": None, "box": list(box), "scale": scale, "image": image, "key": key}
+
+
+def ref_part(text: str) -> Part:
+    """The words for what the next boxes show."""
+    return {"type": "ref", "text": text}
+
+
 def spoken(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(role, text) of every message of a row; what stands around an image is joined."""
-    return [(m["role"], "".join(part.get("text") or "" for part in m["content"])) for m in row["messages"]]
+    """(role, text) of every message of a row; what stands around an image is joined, a box is its numbers."""
+    return [(m["role"], "".join(_said(part) for part in m["content"])) for m in row["messages"]]
+
+
+def _said(part: Mapping[str, Any]) -> str:
+    return part.get("text") or (str(part["box"]) if part["type"] == "box" and "box" in part else "")
 
 
 def answers_of(row: Mapping[str, Any]) -> list[str]:
@@ -93,9 +117,15 @@ def packed(row: Mapping[str, Any]) -> str | None:
 
     None for most rows, which say no more; `unpacked` puts it back.
     """
-    messages = {i: more for i, m in enumerate(row["messages"]) if (more := {k: m[k] for k in KEPT if k in m})}
+    messages = {i: more for i, m in enumerate(row["messages"]) if (more := _more_of(m))}
     images = {i: more for i, image in enumerate(row["images"]) if (more := {k: image[k] for k in SIZES if k in image})}
     return json.dumps({"messages": messages, "images": images}, ensure_ascii=False) if messages or images else None
+
+
+def _more_of(message: Mapping[str, Any]) -> dict[str, Any]:
+    more = {key: message[key] for key in KEPT if key in message}
+    boxes = {i: {key: part[key] for key in PLACE} for i, part in enumerate(message["content"]) if part["type"] == "box"}
+    return {**more, "boxes": boxes} if boxes else more
 
 
 def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +135,9 @@ def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
         return found
     for column, more in json.loads(row[IN_EXTRAS]).items():
         found[column] = [{**entry, **more.get(str(i), {})} for i, entry in enumerate(found[column])]
+    for message in found["messages"]:
+        if boxes := message.pop("boxes", None):
+            message["content"] = [{**part, **boxes.get(str(i), {})} for i, part in enumerate(message["content"])]
     return found
 
 
@@ -112,9 +145,10 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     """Checks a conversation and returns a copy in which every content is a list of parts.
 
     The rules: an optional system message first; then user and assistant in turn, the user first; content is a string
-    or a list of `{"type": "image"}` and `{"type": "text", "text": str}`; no image stands in a system message; a user
-    message has an image or some text; an answer has text that is more than white space. Parts without text are
-    dropped, and so are keys other than these and `KEPT`. `<image>` typed in a text stays text.
+    or a list of `{"type": "image"}`, `{"type": "text", "text": str}` and the parts of `box_part` and `ref_part`; no
+    image stands in a system message; a user message has an image or some text; an answer has text that is more than
+    white space, or a box. Parts without text are dropped, and so are keys other than these and `KEPT`. `<image>` typed
+    in a text stays text.
 
     Args:
         messages: Mappings with `role` and `content`.
@@ -153,9 +187,9 @@ def _normalise(message: Mapping[str, Any], index: int) -> dict[str, Any]:
         normal = _normalise_part(part, index, role, number)
         if normal["type"] == "image" and role == "system":
             raise UserError(f"message {index} ({role}) holds an image; only the turns after it may, so move it there.")
-        if normal["type"] == "image" or normal["text"]:
+        if normal["type"] in ("image", "box") or normal["text"]:
             parts.append(normal)
-    if role == "assistant" and not any(part.get("text", "").strip() for part in parts):
+    if role == "assistant" and not any(part["type"] == "box" or part.get("text", "").strip() for part in parts):
         if parts and parts[0]["type"] == "image":
             raise UserError(f"message {index} ({role}) holds an image; an answer has text too, so write some.")
         raise UserError(f"message {index} is an empty answer; drop the turn or give the answer some text.")
@@ -166,13 +200,17 @@ def _normalise(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {"role": role, "content": parts, **{key: message[key] for key in KEPT if message.get(key) is not None}}
 
 
-def _normalise_part(part: Any, index: int, role: str, number: int) -> dict[str, str]:
+def _normalise_part(part: Any, index: int, role: str, number: int) -> Part:
     kind = part.get("type") if _is_mapping(part) else None
-    if kind == "text" and isinstance(text := part.get("text"), str):
+    if kind in ("text", "ref") and isinstance(text := part.get("text"), str):
         # A subclass could bring methods into the sandbox.
-        return {"type": "text", "text": text if type(text) is str else str.__str__(text)}
+        text = text if type(text) is str else str.__str__(text)
+        written = part.get("written")  # where a box was written into it
+        return {"type": kind, "text": text, "written": written} if written else {"type": kind, "text": text}
     if kind == "image":
         return {"type": "image"}
+    if kind == "box" and all(key in part for key in PLACE):
+        return {"type": "box", "text": None, **{key: part[key] for key in PLACE}}
     where = f"message {index} ({role}), part {number}"
     if kind != "text":
         raise UserError(f'{where} must be {{"type": "image"}} or {{"type": "text", "text": …}}, not {part!r}.')

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from ..base.words import kind, short
 from ..reading.image_options import OPTIONS
+from .boxes import given_box
 from .keys import ASSISTANT, SYSTEM, USER, check_left, role_of
-from .messages import Message, Part, image_part, split_marks, text_part
+from .messages import PLACE, Message, Part, image_part, ref_part, split_marks, text_part
 from .raw_row import RowView, is_given
 
 # Whether a value that is true puts the answer into the loss.
@@ -202,6 +203,12 @@ def _part(row: RowView, part: Any, key: str, inline: list[Any]) -> Part:
     if named in _TEXTS:
         check_left(row, "part", part, ("type", "text"), f"{key}.")
         return text_part(row.text(part.get("text"), f"{key}.text"))
+    if named == "box":
+        check_left(row, "part", part, ("type", *PLACE), f"{key}.")
+        return given_box(row, part, key)
+    if named == "ref":
+        check_left(row, "part", part, ("type", "text"), f"{key}.")
+        return ref_part(row.text(part.get("text"), f"{key}.text"))
     if named not in _IMAGES:
         mend = 'only "text" and "image" are known; correct the row'
         raise row.error(f'{key} has the type "{short(str(named))}"', mend)

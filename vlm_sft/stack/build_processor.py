@@ -49,6 +49,7 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
         num_image_tokens=config.num_image_tokens,
         pad_to_square=tower.spec.pad_to_square,
         system=recipe.system,
+        box_notation=recipe.box_notation,
     )
     resampler = pieces.get("resampler")
     if resampler is not None and resampler.spec.type == "instruct_qformer":

@@ -112,6 +112,8 @@ def render(
 
 def _check_printed(chat: Sequence[Message], tools: Any, source: str, label: str) -> list[str]:
     """The texts of what messages have beside their contents; refuses what the template would leave out."""
+    if any(part["type"] in ("box", "ref") for message in chat for part in message["content"]):
+        raise UserError("the conversation has boxes, which `MultimodalCollator.encode` writes as text: encode its row.")
     if tools and "tools" not in variables_of(source):
         raise UserError(f"the row has tools, which {label} does not print; use one that does, or remove them.")
     thinks = next((i for i, message in enumerate(chat) if message.get("reasoning_content")), None)

@@ -5,36 +5,53 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
+LOCATION = re.compile(r"<loc\d+>|<patch_index_\d+>")
+"""Tokens that say where something is. An answer may be typed with them; in a question, boxes alone make them."""
 
-def mark_typed(value: Any, control: tuple[str, ...], mark: str) -> Any:
+
+def mark_typed(value: Any, control: tuple[str, ...], mark: str, locations: bool = False) -> Any:
     """What messages or tools say, with a mark behind the first character of every control token in it.
+
+    What boxes were written as is left out. Questions and system texts get a mark in tokens of locations too.
 
     Args:
         value: Messages, a list of tools, or any part of them; roles and kinds of parts stay as they are.
         control: The control tokens.
         mark: A character that the value does not hold.
+        locations: Whether the value is of a question.
     """
     if not control or not value:
         return value
     if isinstance(value, str):
-        return _marked([value], control, mark)[0]
+        return _marked([{"text": value}], control, mark, locations)[0]
     if isinstance(value, Mapping):
-        return {k: v if k in ("role", "type") else mark_typed(v, control, mark) for k, v in value.items()}
+        asks = locations or value.get("role") in ("user", "system")
+        return {k: v if k in ("role", "type") else mark_typed(v, control, mark, asks) for k, v in value.items()}
     if not isinstance(value, Sequence):
         return value
     if not all(isinstance(part, Mapping) and part.get("type") in ("text", "image") for part in value):
-        return [mark_typed(each, control, mark) for each in value]
+        return [mark_typed(each, control, mark, locations) for each in value]
     # The parts of a message are searched as one text: a template may print them without anything between.
-    texts = iter(_marked([part["text"] for part in value if part["type"] == "text"], control, mark))
-    return [{**part, "text": next(texts)} if part["type"] == "text" else part for part in value]
+    texts = iter(_marked([part for part in value if part["type"] == "text"], control, mark, locations))
+    return [{"type": "text", "text": next(texts)} if part["type"] == "text" else part for part in value]
 
 
-def _marked(texts: Sequence[str], control: tuple[str, ...], mark: str) -> list[str]:
+def _marked(parts: Sequence[Mapping[str, Any]], control: tuple[str, ...], mark: str, locations: bool) -> list[str]:
+    texts = [part["text"] for part in parts]
     whole = "".join(texts)
-    places = [match.start() + 1 for match in _any_of(control).finditer(whole)]
+    patterns = (_any_of(control), *([LOCATION] if locations else []))
+    places = sorted({match.start() + 1 for pattern in patterns for match in pattern.finditer(whole)})
+    if any("written" in part for part in parts):
+        offsets = accumulate(map(len, texts), initial=0)
+        ours = [
+            (low + at, high + at)
+            for part, at in zip(parts, offsets, strict=False)
+            for low, high in part.get("written", ())
+        ]
+        places = [place for place in places if not any(low < place < high for low, high in ours)]
     marked, start = [], 0
     for text in texts:
         end = start + len(text)
