@@ -47,7 +47,7 @@ REFUSED = [key for key, known in KEYS["row"].items() if known.mend and key not i
 @pytest.mark.parametrize("format_name", ["messages", "caption"])
 def test_what_a_row_would_lose_is_refused_by_row_key_and_mend(key, format_name):
     row = CHAT if format_name == "messages" else {"image": "a.png", "caption": "猫"}
-    sentence = refused({**row, key: "x"}, format_name)
+    sentence = refused({**row, key: False if KEYS["row"][key].of is bool else "x"}, format_name)
     assert f'"{key}" ({KEYS["row"][key].means}) is not used here: {KEYS["row"][key].mend}.' in sentence
     for nothing in (None, "", [], {}):
         assert read({**row, key: nothing}, format_name) == read(row, format_name)
@@ -140,7 +140,7 @@ BASES = {
     "cauldron": {"images": ["a.png"], "texts": [{"user": "q", "assistant": "a"}]},
 }
 # What says by its value what is so without it.
-DEFAULTS = {"loss", "train", "weight", "loss_mask", "mask", "language", "detail", "id"}
+DEFAULTS = {"loss", "train", "training", "weight", "loss_scale", "loss_mask", "mask", "language", "detail", "id"}
 
 
 @settings(max_examples=300, deadline=None)

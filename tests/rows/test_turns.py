@@ -113,8 +113,40 @@ def test_a_picture_in_the_ways_that_parts_have_it():
     qwen = [{"image": "a.png"}, {"text": "<image>几只？"}]
     (example,) = examples_of({"messages": [{"role": "user", "content": qwen}, answer()]}, "messages", where=WHERE)
     assert example.images == ["a.png"] and example.messages[0]["content"][1]["text"] == "<image>几只？"
+    encoded = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+    assert shown(part(source=encoded)) == ["data:image/png;base64,iVBORw0KGgo="]
+    assert shown(part(source={"type": "url", "url": "a.png"})) == ["a.png"]
     with pytest.raises(RowError, match=r"messages\[0\]\.content\[0\] has max_pixels but no picture of its own"):
         shown({**part(max_pixels=9), "images": ["a"]})
+
+
+def test_parts_that_number_the_images_show_them_in_order():
+    def of(*numbers):
+        parts = [{"type": "image", "index": number, "text": None} for number in numbers]
+        parts.append({"type": "text", "text": "哪只？", "index": None})
+        return {"messages": [{"role": "user", "content": parts}, answer()], "images": ["a", "b"]}
+
+    assert shown(of(0, 1)) == ["a", "b"]
+    with pytest.raises(RowError, match=r"content\[0\] shows image 1 where 0 comes: write the row's images in"):
+        shown(of(1, 0))
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_what_is_thought_before_an_answer_under_each_of_its_names(name):
+    turns = [{"role": "user", "content": "q"}, {**answer(), name: "想一想"}]
+    (example,) = examples_of({"messages": turns}, "messages", where=WHERE)
+    assert example.messages[1]["reasoning_content"] == "想一想"
+    with pytest.raises(RowError, match=r"messages\[1\] has reasoning_content and thinking, which differ: keep one"):
+        read_turn(view({}), {**answer(), "reasoning_content": "a", "thinking": "b"}, "messages[1]")
+
+
+def test_an_answer_that_is_a_bad_one_is_no_answer_to_learn():
+    for row in ({"prompt": "q", "completion": "坏"}, {"messages": [{"role": "user", "content": "q"}, answer()]}):
+        with pytest.raises(RowError, match=r'"label" .* is not used here: keep the rows with good answers'):
+            list(examples_of({**row, "label": False}, "messages", where=WHERE))
+    left: set[str] = set()
+    list(examples_of({"image": "a", "caption": "猫", "label": "cat"}, "caption", where=WHERE, unused=left.update))
+    assert left == {"label"}
 
 
 @pytest.mark.parametrize("format_name", ["caption", "llava", "cauldron"])

@@ -18,6 +18,7 @@ from ..base.names import IMAGE_TOKEN
 from ..base.words import kind, short
 from .boxes import place_boxes
 from .keys import ROLES, check_left, role_of
+from .marks import read_marks
 from .messages import Example, Message, Part, answer_message, check_marks, image_part, split_marks, text_part
 from .raw_row import RowView, is_given
 from .turns import COLUMN_REFERENCES, FROM_AND_VALUE, image_entry, message_of, raw_turns, read_turn, tools_in
@@ -75,6 +76,7 @@ def examples_of(
         RowError: the row does not have this format.
     """
     row = RowView(values, where, columns or {})
+    read_marks(row)
     own_id = row.get("id")
     own_id = None if own_id is None else row.text(own_id, "id")
     examples = [_with_row_keys(row, example, boxes) for example in FORMATS[format_name].examples(row, draw_prompt)]

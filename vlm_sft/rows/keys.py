@@ -20,13 +20,16 @@ class Key(NamedTuple):
     Attributes:
         means: what it says, in some words.
         mend: what to do with a row whose key is not read, which is refused; None: it is counted.
+        of: the type of value that means this; others are counted.
     """
 
     means: str
     mend: str | None = None
+    of: type = object
 
 
 _ONE_ANSWER = "keep the answer to learn in the row's messages and remove the key"
+_GOOD_ONES = "keep the rows with good answers and remove the key"
 _TOOLS = "remove the row, or write what is called and what it gives into the text"
 _NO_VIDEO = "train on pictures of it under `images`, or remove the row"
 _NO_AUDIO = "write what is heard into the text, or remove the row"
@@ -53,7 +56,8 @@ KEYS: dict[str, dict[str, Key]] = {
         "rejected_response": Key("the worse answer of a pair", _ONE_ANSWER),
         "rejected_messages": Key("the worse answer of a pair", _ONE_ANSWER),
         "rejected_images": Key("the pictures of a worse answer", _ONE_ANSWER),
-        "kto_tag": Key("whether the answer is a good one", "keep the rows with good answers and remove the key"),
+        "kto_tag": Key("whether the answer is a good one: ms-swift", _GOOD_ONES),
+        "label": Key("whether the answer is a good one: TRL", _GOOD_ONES, of=bool),
         "functions": Key("what may be called", _TOOLS),
         "videos": Key("films", _NO_VIDEO),
         "video": Key("a film", _NO_VIDEO),
@@ -70,10 +74,15 @@ KEYS: dict[str, dict[str, Key]] = {
         "value": Key("what is said: ShareGPT"),
         "loss": Key("whether the answer is learned: ms-swift"),
         "train": Key("whether the answer is learned: axolotl"),
+        "training": Key("whether the answer is learned: axolotl"),
+        "train_detail": Key("which letters of the answer are learned", "write `train: false`, or remove the key"),
+        "loss_scale": Key("whether the answer is learned, 1 or 0: ms-swift"),
         "weight": Key("whether the answer is learned, 1 or 0: OpenAI"),
         "loss_mask": Key("whether the answer is learned, 1 or 0"),
         "mask": Key("whether the answer is kept out of the loss"),
         "reasoning_content": Key("what is thought before the answer"),
+        "reasoning": Key("what is thought before the answer"),
+        "thinking": Key("what is thought before the answer"),
         "tools": Key("what may be called, on the first message"),
         "tool_calls": Key("what is called", _TOOLS),
         "tool_call_id": Key("what is answered", _TOOLS),
@@ -94,6 +103,8 @@ KEYS: dict[str, dict[str, Key]] = {
         "bytes": Key("an encoded picture"),
         "url": Key("where a picture is"),
         "image_url": Key("where a picture is: OpenAI"),
+        "source": Key("the picture, encoded: Anthropic"),
+        "index": Key("which of the row's images it is, from 0"),
         "detail": Key("how large a picture is shown: OpenAI"),
         "min_pixels": Key("pixels that a picture has at least: Qwen"),
         "max_pixels": Key("pixels that a picture has at most: Qwen"),
@@ -151,6 +162,6 @@ def check_left(row: RowView, kind: str, values: Mapping[str, Any], used: Collect
         if key in used or not is_given(value):
             continue
         known = KEYS[kind].get(key)
-        if known is not None and known.mend is not None:
+        if known is not None and known.mend is not None and isinstance(value, known.of):
             raise row.error(f'"{place}{key}" ({known.means}) is not used here', known.mend, "key refused")
         row.leave(f"{place}{key}")

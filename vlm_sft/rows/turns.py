@@ -14,14 +14,17 @@ from .messages import PLACE, Message, Part, image_part, ref_part, split_marks, t
 from .raw_row import RowView, is_given
 
 # Whether a value that is true puts the answer into the loss.
-SWITCHES = {"loss": True, "train": True, "weight": True, "loss_mask": True, "mask": False}
-_READ = ("reasoning_content", "tools", *SWITCHES)
+SWITCHES = {
+    "loss": True, "train": True, "training": True, "weight": True, "loss_scale": True, "loss_mask": True, "mask": False,
+}  # fmt: skip
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_READ = (*_THOUGHTS, "tools", *SWITCHES)
 FROM_AND_VALUE = "from and value"  # what messages of ShareGPT have, and under which they are read first
 _OPENAI = (("role", "from"), ("content", "value"))
 _SHAREGPT = tuple((other, one) for one, other in _OPENAI)
 _TEXTS = ("text", "input_text", "output_text")
 _IMAGES = ("image", "image_url", "input_image")
-_REFERENCES = ("image", "path", "bytes", "url", "image_url")
+_REFERENCES = ("image", "path", "bytes", "url", "image_url", "source")
 COLUMN_REFERENCES = ("image", "path", "bytes", "image_url")
 _PAIRS = (("prompt", "completion"), ("query", "response"), ("instruction", "output"))
 
@@ -68,10 +71,12 @@ def read_turn(row: RowView, turn: Any, key: str, names: str = "role and content"
     more: dict[str, Any] = {}
     if not _learned(row, turn, role, key):
         more["loss"] = False
-    if is_given(thought := turn.get("reasoning_content")):
+    if thoughts := {name: row.text(turn[name], f"{key}.{name}") for name in _THOUGHTS if is_given(turn.get(name))}:
         if role != ASSISTANT:
-            raise row.error(f"{key}.reasoning_content is not of an assistant", "move it to the answer")
-        more["reasoning_content"] = row.text(thought, f"{key}.reasoning_content")
+            raise row.error(f"{key}.{next(iter(thoughts))} is not of an assistant", "move it to the answer")
+        if len(set(thoughts.values())) > 1:
+            raise row.error(f"{key} has {' and '.join(thoughts)}, which differ", "keep one of them")
+        more["reasoning_content"] = next(iter(thoughts.values()))
     if is_given(tools := turn.get("tools")):
         more["tools"] = tools_in(row, tools, f"{key}.tools")
     return Turn(role, content, more, key)
@@ -212,12 +217,17 @@ def _part(row: RowView, part: Any, key: str, inline: list[Any]) -> Part:
     if named not in _IMAGES:
         mend = 'only "text" and "image" are known; correct the row'
         raise row.error(f'{key} has the type "{short(str(named))}"', mend)
-    image = image_entry(row, {name: value for name, value in part.items() if name != "type"}, key)
+    of_column = all(part.get(name) is None for name in _REFERENCES)
+    unsaid = ("type", "index") if of_column else ("type",)
+    image = image_entry(row, {name: value for name, value in part.items() if name not in unsaid}, key)
     if isinstance(image, dict) and image.get("path") is None and image.get("bytes") is None:
         if size := next((name for name in OPTIONS if name in image), None):
             what = f"{key} has {size} but no picture of its own"
             raise row.error(what, "write the picture into the part, or the size beside it in the row's `images`")
         image = None
+        if is_given(part.get("index")) and part["index"] != inline.count(None):
+            what = f"{key} shows image {short(str(part['index']))} where {inline.count(None)} comes"
+            raise row.error(what, "write the row's images in the order in which they are shown", "marks differ")
     inline.append(image)
     return image_part()
 
@@ -234,6 +244,8 @@ def image_entry(row: RowView, image: Any, key: str, names: Sequence[str] = _REFE
         return {"path": image.get("path"), "bytes": image["bytes"], **options}
     given = "bytes" if embedded else given
     found = None if given is None else image[given]
+    if given == "source" and isinstance(found, dict) and isinstance(found.get("data"), str):
+        found = f"data:{found.get('media_type')};base64,{found['data']}"
     if isinstance(found, dict):
         return image_entry(row, {**found, **options}, key)
     if isinstance(found, bytes) and options:

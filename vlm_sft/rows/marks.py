@@ -1,0 +1,88 @@
+"""The places of images in a text, as other formats mark them → `<image>`, and the row's images in their order.
+
+Qwen-VL writes the file itself (`<img>photos/1.jpg</img>`), Phi and MMMU number the images (`<|image_1|>`,
+`<image 1>`), MiniCPM names them (`<image_00>`, a key of the row's `image`), others have one word for all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..base.names import IMAGE_TOKEN
+from .raw_row import RowView, is_given
+
+_MARK = re.compile(
+    r"<img>(?P<file>[^<>\n]{1,1000})</img>"
+    r"|<\|image_(?P<number>\d{1,3})\|>|<image[ _-]?(?P<other>\d{1,3})>"
+    r"|<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|image\|>|<image_placeholder>|<ImageHere>|<Image>|<IMAGE>"
+)
+_TURNS = ("messages", "conversations", "conversation", "texts")
+_SAID = ("content", "value", "human", "user")
+_ASKED = ("prompt", "query", "instruction", "input", "question")
+_ANSWERS = ("assistant", "gpt", "bot", "model", "chatbot", "chatgpt")
+
+
+def read_marks(row: RowView) -> None:
+    """Puts `<image>` in place of another format's marks, in `row.values`, and the images there in the marks' order.
+
+    A row that has no images, or `<image>` too, says other marks as text; files named in the text are always images.
+
+    Raises:
+        RowError: the marks name images that the row does not have, or leave some out.
+    """
+    texts = list(_asked(row.values))
+    marks = [mark for text in texts for mark in _MARK.finditer(text)] if any(map(_MARK.search, texts)) else []
+    files = [mark["file"].strip() for mark in marks if mark["file"]]
+    key = next((name for name in ("images", "image") if is_given(row.values.get(name))), "images")
+    given = row.values.get(key)
+    if not marks or (not files and (not is_given(given) or any(IMAGE_TOKEN in text for text in texts))):
+        return
+    if files and (is_given(given) or len(files) < len(marks)):
+        what = "the text names the files of images (<img>…</img>), and others are given beside them"
+        raise row.error(what, "give all of them in one way", "marks differ")
+    row.values = {**_replaced(row.values), key: files or _in_order(row, key, given, marks)}
+
+
+def _in_order(row: RowView, key: str, given: Any, marks: list[re.Match[str]]) -> list[Any]:
+    """The row's images as their marks come; one may come twice, and none may be left out."""
+    images = given if isinstance(given, dict) else list(given) if isinstance(given, list | tuple) else [given]
+    numbers = [int(mark["number"] or mark["other"]) for mark in marks if mark["number"] or mark["other"]]
+    names: list[Any] = [mark.group() for mark in marks]
+    if isinstance(given, dict) and not set(names) & set(given):  # an image that says more of itself
+        images = [given]
+    if isinstance(images, list):
+        begin = 0 if 0 in numbers else 1
+        names = [number - begin for number in numbers] if len(numbers) == len(marks) else list(range(len(marks)))
+    there = set(images if isinstance(images, dict) else range(len(images)))
+    if set(names) != there:
+        shown = " ".join(mark.group() for mark in marks[:8])
+        what = f'its text marks images as {shown}, which are not the {len(images)} of "{key}"'
+        raise row.error(what, "give every mark its image", "marks differ")
+    return [images[name] for name in names]
+
+
+def _asked(values: Mapping[str, Any]) -> Iterator[str]:
+    """Every text that is not an answer."""
+    for name in _TURNS:
+        turns = values.get(name)
+        for turn in turns if isinstance(turns, list) else ():
+            if _is_asked(turn):
+                yield from (turn[key] for key in _SAID if isinstance(turn.get(key), str))
+    yield from (values[name] for name in _ASKED if isinstance(values.get(name), str))
+
+
+def _is_asked(turn: Any) -> bool:
+    return isinstance(turn, dict) and str(turn.get("role") or turn.get("from")).lower() not in _ANSWERS
+
+
+def _replaced(values: Mapping[str, Any]) -> dict[str, Any]:
+    def of(entry: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+        return {k: _MARK.sub(IMAGE_TOKEN, v) if k in keys and isinstance(v, str) else v for k, v in entry.items()}
+
+    found = of(values, _ASKED)
+    for name in _TURNS:
+        if isinstance(turns := found.get(name), list):
+            found[name] = [of(turn, _SAID) if _is_asked(turn) else turn for turn in turns]
+    return found
