@@ -228,7 +228,7 @@ def test_an_image_is_decoded_once_for_a_batch_and_again_for_the_next(processor, 
         opened.append(image["path"] or image["bytes"])
         return load_image(image, **options)
 
-    monkeypatch.setattr("vlm_sft.batch.collator.load_image", counted)
+    monkeypatch.setattr("vlm_sft.batch.pictures.load_image", counted)
     data = Path(photos[0]).read_bytes()
     rows = [make_row(turn("a", "b", images=2), photos, i) for i in range(3)]
     rows += [{**make_row(turn("a", "b", images=1), photos), "images": [{"path": "same name", "bytes": data}]}] * 2

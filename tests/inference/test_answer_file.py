@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from vlm_sft import build_stack, load_recipe
 from vlm_sft.base.errors import UserError
+from vlm_sft.batch.processor import VLMProcessor
 from vlm_sft.inference import answer_file
 from vlm_sft.inference.answer_file import generate
 from vlm_sft.inference.settings import ignores_text
@@ -132,7 +134,7 @@ def test_lines_that_were_removed_are_asked_again_in_their_place(run, seven, tmp_
 
 
 def test_a_batch_that_fails_leaves_the_earlier_ones(run, seven, tmp_path, monkeypatch):
-    real, calls = answer_file.answer, []
+    real, calls = answer_file.answer_each, []
 
     def answer(model, processor, rows, **options):
         calls.append(rows)
@@ -140,7 +142,7 @@ def test_a_batch_that_fails_leaves_the_earlier_ones(run, seven, tmp_path, monkey
             raise torch.OutOfMemoryError
         return real(model, processor, rows, **options)
 
-    monkeypatch.setattr(answer_file, "answer", answer)
+    monkeypatch.setattr(answer_file, "answer_each", answer)
     with pytest.raises(UserError, match="does not hold 3 rows at a time: run again with a smaller --batch-size"):
         run(seven)
     assert len(read(tmp_path / "answers.jsonl")) == 3
@@ -201,6 +203,62 @@ def test_bad_rows_get_an_error_and_the_others_an_answer(run, tmp_path, photos):
     for line, words in zip(lines[1:8], wanted, strict=True):
         with pytest.raises(UserError, match=words):
             raise UserError(line["error"])
+
+
+class NoLines(VLMProcessor):
+    """Raises what image processors raise, for pictures of one pixel's height alone, and before the whole batch."""
+
+    def encode_images(self, images):
+        if any(image.height == 1 for image in images):
+            raise AssertionError("height must be at least 2")
+        return super().encode_images(images)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_picture_that_is_refused_is_the_error_of_its_row_and_the_others_are_answered(
+    run, tiny, tmp_path, photos, batch_size
+):
+    rows = [{"image": photos[n % 8], "question": "这是什么？"} for n in range(7)]
+    whole = run(write(tmp_path / "q.jsonl", rows), output=tmp_path / "whole.jsonl")
+    Image.new("RGB", (60, 1)).save(tmp_path / "线.png")
+    rows[2]["image"] = rows[5]["image"] = "线.png"
+    tiny[1].__class__ = NoLines
+    source = write(tmp_path / "q.jsonl", rows)
+    for _ in range(2):  # resumed, nothing is asked again and it says the same
+        with pytest.raises(
+            UserError, match=r'^2 of 7 rows could not be answered, the first is "3" \(row 3: an image of'
+        ):
+            run(source, batch_size)
+        lines = read(tmp_path / "answers.jsonl")
+        assert [line.get("answer") for n, line in enumerate(lines) if n not in (2, 5)] == [
+            line["answer"] for n, line in enumerate(whole) if n not in (2, 5)
+        ]
+        for number in (2, 5):
+            assert lines[number]["error"] == (
+                f"row {number + 1}: an image of 60 x 1 pixels is refused by the model's image processor (height must "
+                "be at least 2): give it another shape or format, or remove the row."
+            )
+
+
+def test_a_picture_that_the_model_itself_fails_on_is_the_error_of_its_row(run, tiny, tmp_path, photos, monkeypatch):
+    Image.new("RGB", (60, 30), "white").save(tmp_path / "white.png")
+    model, real = tiny[0].model, tiny[0].model.encode_images
+
+    def encode(pixel_values, **instruction):
+        if (pixel_values.amin((1, 2, 3)) > 1.5).any():
+            raise RuntimeError("shape mismatch in the table of positions")
+        return real(pixel_values, **instruction)
+
+    monkeypatch.setattr(model, "encode_images", encode)
+    rows = [{"image": photos[0], "question": "a"}, {"image": "white.png", "question": "b"}, {"question": "c"}]
+    with pytest.raises(UserError, match=r'^1 of 3 rows could not be answered, the first is "2"'):
+        run(write(tmp_path / "q.jsonl", rows))
+    lines = read(tmp_path / "answers.jsonl")
+    assert lines[1]["error"].startswith("row 2: an image of 60 x 30 pixels is refused by the model (shape mismatch ")
+    assert "answer" in lines[0] and "answer" in lines[2]
+    monkeypatch.setattr(model, "encode_images", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(write(tmp_path / "q2.jsonl", rows), output=tmp_path / "other.jsonl")
 
 
 def test_a_row_that_was_mended_is_answered(run, tmp_path, photos):

@@ -25,6 +25,7 @@ from support.paths import ROOT
 from support.tiny_pieces import tiny_recipe
 from vlm_sft import answer, load, load_recipe
 from vlm_sft.base.errors import UserError
+from vlm_sft.batch.processor import VLMProcessor
 from vlm_sft.cli.main import main
 from vlm_sft.inference import chat as chat_module
 from vlm_sft.inference.chat import chat, split_paths
@@ -171,6 +172,56 @@ def test_a_conversation_that_is_too_long_is_said_and_can_be_reset(talk):
     answers, said = talk("很长" * 300, "hi", "/reset", "hi")
     assert len(said) == 2 and len(answers) >= 2
     assert said[0].startswith("The conversation takes 1,8") and said[0].endswith(": type /reset to start anew.")
+
+
+def test_a_picture_that_is_refused_is_said_when_it_is_given_and_the_conversation_stays(
+    talk, scripted, loaded, photos, tmp_path, monkeypatch
+):
+    line = tmp_path / "线 1.png"
+    Image.new("RGB", (900, 1)).save(line)
+    processor, real = loaded["ziya"][1], VLMProcessor.encode_images
+
+    def encode(self, images):
+        if any(image.height == 1 for image in images):
+            raise ZeroDivisionError
+        return real(self, images)
+
+    monkeypatch.setattr(type(processor), "encode_images", encode)
+    asked = scripted(["a"], ["b"])
+    answers, said = talk(f"/image {photos[0]}", "one", f"/image {photos[1]} '{line}'", f"/image {photos[2]}", "two")
+    assert answers == ["a", "b"] and said == [
+        f"The image {line} of 900 x 1 pixels is refused by the model's image processor (ZeroDivisionError): give it "
+        "another shape or format, or remove it."
+    ]
+    assert texts(asked[1][0]) == ["[image]one", "a", "[image]two"] and len(asked[1][1]) == 2
+    with pytest.raises(UserError, match="is refused by the model's image processor"):
+        talk("one", images=[str(line)])
+
+
+def test_a_picture_that_the_model_fails_on_is_forgotten_with_its_question(talk, loaded, photos, monkeypatch, tmp_path):
+    Image.new("RGB", (60, 30), "white").save(tmp_path / "white.png")
+    model, real = loaded["ziya"][0].model, loaded["ziya"][0].model.encode_images
+
+    def encode(pixel_values, **instruction):
+        if (pixel_values.amin((1, 2, 3)) > 1.5).any():
+            raise RuntimeError("shape mismatch")
+        return real(pixel_values, **instruction)
+
+    plain, _ = talk(f"/image {photos[0]}", "一", "three")
+    monkeypatch.setattr(model, "encode_images", encode)
+    answers, said = talk(f"/image {photos[0]}", "一", f"/image {tmp_path}/white.png", "two", "three")
+    assert answers == plain
+    assert said == [
+        "An image of 60 x 30 pixels is refused by the model (shape mismatch): give it another shape or format, or "
+        "remove it. The question and its images are forgotten."
+    ]
+
+
+def test_an_answer_that_fails_halfway_is_not_kept(talk, scripted, photos):
+    asked = scripted(["half", UserError("it fails")], ["b"])
+    answers, said = talk(f"/image {photos[0]}", "one", "two")
+    assert answers == ["half", "b"] and said == ["It fails"]
+    assert texts(asked[1][0]) == ["[image]two"], "the picture waits for the next question"
 
 
 def test_a_gpu_without_memory_is_said(talk, scripted):

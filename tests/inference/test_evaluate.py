@@ -70,6 +70,18 @@ def test_the_models_answers_are_what_is_compared(bundle, monkeypatch):
     assert results["answer_accuracy"] == results["answer_accuracy_blank_image"] == round(5 / 6, 4)
 
 
+def test_questions_that_cannot_be_asked_are_counted_and_end_the_command_once_all_is_written(bundle, questions, command):
+    rows = [json.loads(line) for line in Path(questions).read_text(encoding="utf-8").splitlines()]
+    rows[1]["image"] = str(bundle / "broken.png")
+    (bundle / "broken.png").write_bytes(b"\x89PNG no more")
+    Path(questions).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    said = command("evaluate", bundle, "--batch-size", 4)
+    assert said.startswith("error: 1 of 14 questions could not be asked and count as wrong; the first: row animal/2: ")
+    results = json.loads((bundle / "eval.json").read_text(encoding="utf-8"))
+    assert results["refused"]["questions"] == 1 and "truncated or damaged" in results["refused"]["first"]
+    assert results["questions"] == {"captions": 8, "answers": {"animal": 6}}
+
+
 def test_a_recipe_that_samples_gets_the_same_answers_again(bundle):
     path = bundle / "recipe.yaml"
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))

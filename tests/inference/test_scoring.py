@@ -7,7 +7,7 @@ import json
 import pytest
 
 from support.conversations import make_processor, turn
-from vlm_sft.base.errors import UserError
+from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.inference import scoring
 from vlm_sft.inference.scoring import Question, collect, gather, measure, merge
 from vlm_sft.recipe.sections import Source
@@ -89,6 +89,26 @@ def test_shares_are_those_counted_by_hand(monkeypatch, processor, photos, source
     assert [len(question.images) for question in blank] == [1, 1]
     assert all(image.getextrema() == ((128, 128),) * 3 for question in blank for image in question.images)
     assert nothing == [], "sums have no image to blank, and are not asked twice"
+
+
+def test_a_question_that_cannot_be_asked_counts_as_wrong_and_is_counted(monkeypatch, processor, photos, sources):
+    blind = []
+
+    def answer_each(model, processor, rows, **options):
+        blind.extend(row["id"] for row in rows if row["images"] and not isinstance(row["images"][0], dict))
+        return [
+            RowError(f"row {row['id']}: refused", where=row["id"])
+            if any(isinstance(image, dict) and image["path"] == photos[1] for image in row["images"])
+            else "red"
+            for row in rows
+        ]
+
+    monkeypatch.setattr("vlm_sft.inference.generation.answer_each", answer_each)
+    results = measure(None, processor, sources, batch_size=3)
+    assert results["refused"]["questions"] == 2 and results["refused"]["first"].endswith(": refused")
+    assert results["questions"] == {"captions": 4, "answers": {"colour": 2, "captions": 2}}
+    assert results["answer_accuracy_by_kind"]["colour"] == 0.5
+    assert blind == ["colour/1"], "its blanked image would be another question"
 
 
 def test_what_was_not_measured_is_none(monkeypatch, processor, sources):

@@ -133,7 +133,7 @@ class ByText:
             raise UserError(f"the template fails at {row['id']}.")
         if not said.isdigit():
             raise RowError(f"{row['id']} {said}{' once decoded' if with_images else ''}", reason=said)
-        return SimpleNamespace(chat=SimpleNamespace(input_ids=[0] * int(said)), turns_lost=int(said) % 3)
+        return SimpleNamespace(chat=SimpleNamespace(input_ids=[0] * int(said)), turns_lost=int(said) % 3, images=[])
 
 
 KINDS = st.integers(1, 9).map(str) | st.sampled_from(["太长", "no answer", "file gone"])

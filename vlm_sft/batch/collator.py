@@ -17,11 +17,11 @@ from PIL import Image
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
 from ..reading.image_options import SIZES
-from ..reading.images import image_size, load_image, too_long
 from ..rows.messages import Message, unpacked
 from ..templates.render import RenderedChat
 from .box_text import write_boxes
 from .encoding import EncodedChat, pad
+from .pictures import Pictures, check_pictures, load_picture, name_of, picture_size
 from .processor import VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
@@ -39,6 +39,7 @@ class Sample:
         turns_lost: Turns dropped from the end to fit `max_length`.
         loss_weights: S factors on the loss, or None for 1 everywhere.
         instructions: What the user says beside each image, for a resampler that reads it.
+        names: Paths of the images, "" where one has none, for messages.
         extra: Anything a subclass wants to carry to `collate`.
     """
 
@@ -48,6 +49,7 @@ class Sample:
     turns_lost: int = 0
     loss_weights: list[float] | None = None
     instructions: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -100,7 +102,14 @@ class MultimodalCollator:
             RowError: A row cannot be trained on, and `drop_rejected` is off.
             UserError: `drop_rejected` is on and no row of the batch is left.
         """
-        samples, rejected = [], []
+        samples: list[tuple[dict[str, Any], Sample]] = []
+        rejected = []
+
+        def reject(row: dict[str, Any], error: RowError) -> None:
+            if not self.drop_rejected:
+                raise error
+            rejected.append((str(row.get("source", "")), str(row["id"]), error.reason, str(error)))
+
         self._decoded = {}
         try:
             for row in rows:
@@ -109,18 +118,46 @@ class MultimodalCollator:
                     if row.get("rejected"):  # a stream's row that could not be read
                         wrong = row["rejected"]
                         raise RowError(wrong["sentence"], where=row["id"], reason=wrong["reason"])
-                    samples.append(self.encode(row))
+                    samples.append((row, self.encode(row)))
                 except RowError as error:
-                    if not self.drop_rejected:
-                        raise
-                    rejected.append((str(row.get("source", "")), str(row["id"]), error.reason, str(error)))
+                    reject(row, error)
         finally:
             self._decoded = None
-        if not samples:
+        batch = self._collate_accepted(samples, reject)
+        if batch is None:
             raise UserError(f"No row of a batch of {len(rows)} can be trained on; the last one: {rejected[-1][3]}")
-        batch = self.collate(samples)
         seen = {SEEN: dict(Counter(str(row["source"]) for row in rows))} if self.count_rows else {}
         return {**batch, **seen, REJECTED: rejected} if seen or rejected else batch
+
+    def _collate_accepted(
+        self,
+        samples: Sequence[tuple[dict[str, Any], Sample]],
+        reject: Callable[[dict[str, Any], RowError], None],
+    ) -> dict[str, Any] | None:
+        """The batch of rows, or of those whose pictures the image processor takes; None where none is left."""
+        try:
+            return self.collate([sample for _, sample in samples]) if samples else None
+        except UserError:
+            raise
+        except Exception:  # image processors raise anything, and over the whole batch
+            accepted = []
+            for row, sample in samples:
+                try:
+                    self.check(sample)
+                    accepted.append(sample)
+                except RowError as error:
+                    reject(row, error)
+            if len(accepted) == len(samples):
+                raise
+            return self.collate(accepted) if accepted else None
+
+    def check(self, sample: Sample) -> None:
+        """Sends each picture of a row through the image processor by itself.
+
+        Raises:
+            PictureError: It refuses one.
+        """
+        check_pictures(self.processor, Pictures(sample.images, sample.instructions, f"row {sample.id}", sample.names))
 
     def render(self, messages: Sequence[Message]) -> RenderedChat:
         """Messages → text, the places of images in it, and the character spans in the loss. To override."""
@@ -152,7 +189,8 @@ class MultimodalCollator:
             )
         sizes = []
         if self.processor.reads_sizes:
-            sizes = [image_size(image, where=where, fetch=self.fetch) for image in images]
+            limit, fetch = self.max_pixels, self.fetch
+            sizes = [picture_size(image, where=where, max_pixels=limit, fetch=fetch) for image in images]
         chat, kept = self._fit(messages, where, sizes)
         images = images[: chat.num_images]
         if not any(label != IGNORED for label in chat.labels):
@@ -160,7 +198,8 @@ class MultimodalCollator:
             raise RowError(sentence, where=where, reason="no answer")
         decoded = [self.decode(image, where) for image in images] if with_images else []
         lost, instructions = (len(messages) - kept + 1) // 2, self.processor.instructions(messages[:kept])
-        return Sample(chat, decoded, str(row["id"]), turns_lost=lost, instructions=instructions)
+        names = [name_of(image) for image in images]
+        return Sample(chat, decoded, str(row["id"]), turns_lost=lost, instructions=instructions, names=names)
 
     def decode(self, image: Mapping[str, Any], where: str) -> Image.Image:
         """One image of a row as RGB; within a batch, the same picture for the same file or bytes.
@@ -170,16 +209,15 @@ class MultimodalCollator:
             where: The row in words, for errors.
 
         Raises:
-            RowError: As `load_image`, or it is so long and thin that resizing would fill the memory.
+            RowError: As `load_picture`.
         """
         file = image.get("path") if image.get("bytes") is None else image["bytes"]
         key = (file, *(image.get(name) for name in SIZES))
         if self._decoded is not None and key in self._decoded:
             return self._decoded[key]
-        loaded = load_image(image, where=where, max_pixels=self.max_pixels, side=self.side, fetch=self.fetch)
-        width, height = self.processor.grown_size(loaded.size)
-        if width * height > self.max_pixels:
-            raise too_long(where, str(image.get("path") or "in the row"), loaded, (width, height), self.max_pixels)
+        loaded = load_picture(
+            self.processor, image, where=where, max_pixels=self.max_pixels, side=self.side, fetch=self.fetch
+        )
         if self._decoded is not None:
             self._decoded[key] = loaded
         return loaded

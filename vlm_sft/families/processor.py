@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
-from ..base.words import one_line
+from ..base.words import reason_of
 from ..batch.box_text import Seen
 from ..batch.encoding import EncodedChat, in_loss, pad, supervised_characters
 from ..batch.processor import VLMProcessor
@@ -104,7 +104,7 @@ class FamilyProcessor(VLMProcessor):
                 self._expansions.pop(next(iter(self._expansions)))  # the oldest
             try:
                 self._expansions[size] = self._count(size) if self._counts else self._look(size)
-            except ValueError as error:
+            except Exception as error:  # image processors raise anything
                 raise _refused(size, error) from error
         return self._expansions[size]
 
@@ -243,10 +243,10 @@ class FamilyProcessor(VLMProcessor):
         return token, token == self.image_token_id
 
 
-def _refused(size: tuple[int, int], error: ValueError) -> RowError:
+def _refused(size: tuple[int, int], error: Exception) -> RowError:
     return RowError(
         f"an image of {size[0]:,} x {size[1]:,} pixels is refused by the model's own processor "
-        f"({one_line(error)}): cut it or remove the row.",
+        f"({reason_of(error)}): cut it or remove the row.",
         reason="image too large",
     )
 

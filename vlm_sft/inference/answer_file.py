@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from ..base.errors import UserError
+from ..base.errors import RowError, UserError
 from ..base.progress import RowProgress
 from ..base.whole_files import IrregularError, read_bytes, write_whole
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
-from .generation import answer, check_length, encode_question
+from .generation import answer_each, check_length, encode_question
 from .questions import QuestionRow, conversation, read_questions
 from .settings import check_options, ignores_text, open_bundle
 
@@ -136,14 +136,14 @@ def answer_rows(
         except UserError as error:
             line["error"] = str(error)
     try:
-        answers = answer(model, processor, [row for _, row in asked], **options)
+        answers = answer_each(model, processor, [row for _, row in asked], **options)
     except torch.OutOfMemoryError:
         raise UserError(
             f"The GPU's memory does not hold {len(asked)} rows at a time: run again with a smaller --batch-size (the "
             "answers so far are kept)."
         ) from None
-    for (line, _), text in zip(asked, answers, strict=True):
-        line["answer"] = text
+    for (line, _), found in zip(asked, answers, strict=True):
+        line["error" if isinstance(found, RowError) else "answer"] = str(found)
     return lines
 
 

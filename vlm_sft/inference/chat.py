@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..base.errors import UserError
 from ..base.words import closest
+from ..batch.pictures import PictureError, read_pictures
 from ..batch.processor import VLMProcessor
 from ..reading.images import load_image
 from .generation import PromptTooLongError, stream_answer
@@ -51,13 +52,14 @@ def chat(
         UserError: The bundle, an image or an option is wrong; within a conversation errors are said and it goes on.
     """
     check_options(options or {})
-    waiting = [load_image(os.path.expanduser(path)) for path in images]
+    loaded = [load_image(os.path.expanduser(path)) for path in images]
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding must not end the conversation
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with console.status(f"Loading {bundle}"):
-        talk = Conversation(*open_bundle(bundle, options or {}, trust_remote_code), waiting)
+        model, processor, settings = open_bundle(bundle, options or {}, trust_remote_code)
+        talk = Conversation(model, processor, settings, read_pictures(processor, loaded, images))
     if question is None:
         Prompt(talk, console).run()
         return
@@ -126,7 +128,13 @@ class Answer:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
+        try:
+            piece = next(self._pieces)
+        except StopIteration:
+            raise
+        except Exception:  # half an answer is kept where somebody stopped it, not where it failed
+            self._said = ""
+            raise
         self._said += piece
         return piece
 
@@ -231,19 +239,29 @@ class Prompt:
             raise UserError(f"There is no command {word}; {hint}")
 
     def answer(self, question: str) -> None:
-        """Asks the model."""
-        if not _write_answer(self.talk.ask(question)):
-            self.console.print("The model gave no answer; the question is forgotten.")
+        """Asks the model.
+
+        Raises:
+            UserError: There is nothing to ask, or the model fails on a picture; that would fail again, and is dropped.
+        """
+        try:
+            if not _write_answer(self.talk.ask(question)):
+                self.console.print("The model gave no answer; the question is forgotten.")
+        except PictureError as error:
+            self.talk.waiting = []
+            raise UserError(f"{error} The question and its images are forgotten.") from error
 
     def add_images(self, given: str = "") -> None:
         """Adds images to the next question.
 
         Raises:
-            UserError: No path is given, or an image cannot be read; then none of them is added.
+            UserError: No path is given, or an image cannot be read or is refused by the model's image processor; then
+                none of them is added.
         """
         if not given:
             raise UserError("Say which image: /image PATH.")
-        images = [load_image(path) for path in split_paths(given)]
+        paths = split_paths(given)
+        images = read_pictures(self.talk.processor, paths, paths)
         self.talk.waiting += images
         if self.at_terminal:
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)

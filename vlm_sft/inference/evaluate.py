@@ -42,7 +42,8 @@ def run(
         What `scoring.score` gives, and `train_seconds`, `split`, `evaluate_seconds`.
 
     Raises:
-        UserError: No bundle, no such split, no rows, or a row that cannot be read.
+        UserError: No bundle, no such split, no rows, or a row that cannot be read; once all is written, also where
+            questions could not be asked because of their pictures.
     """
     quiet_libraries()
 
@@ -75,7 +76,17 @@ def run(
     if not output and not fetched:
         write_card(folder)
     _print(results, target)
+    _check_all_were_asked(results)
     return results
+
+
+def _check_all_were_asked(results: dict[str, Any]) -> None:
+    if refused := results.get("refused"):
+        count = results["questions"]["captions"] + sum(results["questions"]["answers"].values())
+        raise UserError(
+            f"{refused['questions']:,} of {count:,} questions could not be asked and count as wrong; the first: "
+            f"{refused['first']}"
+        )
 
 
 def sources_of(recipe: Recipe, split: str) -> list[Source]:

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ..base.errors import UserError
+from ..base.errors import RowError, UserError
 from ..batch.box_text import write_boxes
 from ..batch.encoding import EncodedChat
+from ..batch.pictures import Pictures, image_inputs, load_picture, name_of, picture_size
 from ..batch.processor import VLMProcessor
-from ..reading.images import image_size, load_image
 from ..recipe.library_names import GENERATION
 from ..rows.messages import unpacked
+from .picture_fault import pictures_named, place_of
 from .settings import ends_of, generation_options
 
 # What `answer` and `stream_answer` also pass on: a caller in Python makes them, and no file can say them.
@@ -55,19 +57,22 @@ def prepare(
         device: Where the model is.
 
     Raises:
-        UserError: A conversation is malformed, has too few images or an image cannot be read.
+        UserError: A conversation is malformed, has too few images, or an image cannot be read or is refused by the
+            model's image processor.
     """
-    encoded, images, instructions = [], [], []
+    encoded, pictures = [], []
     for number, row in enumerate(conversations):
-        where = _where(row, number, len(conversations))
+        where = place_of(row, number, len(conversations))
         row = with_boxes_written(processor, row, where)
         chat = encode_question(processor, row, where)
         encoded.append(chat)
-        images += [load_image(image, where=where) for image in row["images"][: chat.num_images]]
-        instructions += processor.instructions(row["messages"])[: chat.num_images]
+        given = row["images"][: chat.num_images]
+        loaded = [load_picture(processor, image, where=where) for image in given]
+        said = processor.instructions(row["messages"])[: chat.num_images]
+        pictures.append(Pictures(loaded, said, where, [name_of(image) for image in given]))
     batch = processor.batch(encoded, side="left")
     batch.pop("labels")
-    batch.update(processor.image_inputs(images, instructions))
+    batch.update(image_inputs(processor, pictures))
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -75,10 +80,12 @@ def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "
     """Ids of one conversation up to where the answer begins; see `prepare`."""
     row = with_boxes_written(processor, row, where)
     messages, place = row["messages"], f"{where}: " if where else ""
-    sizes = [image_size(image, where=where) for image in row["images"]] if processor.reads_sizes else []
+    sizes = [picture_size(image, where=where) for image in row["images"]] if processor.reads_sizes else []
     messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     try:
         chat = processor.encode_chat(messages, add_generation_prompt=True, sizes=sizes)
+    except RowError as error:
+        raise RowError(f"{place}{error}", where=where, reason=error.reason) from None
     except UserError as error:
         raise UserError(f"{place}{error}") from None
     if not chat.input_ids:
@@ -99,10 +106,6 @@ def with_boxes_written(processor: VLMProcessor, row: Mapping[str, Any], where: s
     """
     row = unpacked(row)
     return {**row, "messages": write_boxes(processor, row["messages"], row["images"], where or "the question")}
-
-
-def _where(row: dict[str, Any], number: int, rows: int) -> str:
-    return f"row {row.get('id', number)}" if rows > 1 or "id" in row else ""
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -143,20 +146,43 @@ def answer(
         One text a conversation, without the end mark and surrounding white space.
 
     Raises:
-        UserError: As `prepare`; a conversation is longer than the language model can read (`PromptTooLongError`).
+        UserError: As `prepare`; a conversation is longer than the language model can read (`PromptTooLongError`); the
+            model fails on a picture, and on no other in its place.
     """
     if not conversations:
         return []
+    count = len(conversations)
+    conversations = [with_boxes_written(processor, row, place_of(row, n, count)) for n, row in enumerate(conversations)]
     batch = prepare(processor, conversations, model.device)
     settings = generation_options(model, processor, options)
     for number, length in enumerate(batch["attention_mask"].sum(1).tolist()):
-        check_length(model, length, _where(conversations[number], number, len(conversations)))
-    if not _fit(model, batch, settings) and len(conversations) > 1:
+        check_length(model, length, place_of(conversations[number], number, count))
+    if not _fit(model, batch, settings) and count > 1:
         # The room of a short conversation must not depend on a long one beside it.
         return [text for row in conversations for text in answer(model, processor, [row], **options)]
-    output = _generate(model, batch, settings)
+    with pictures_named(conversations, partial(_first_token, model, processor)):
+        output = _generate(model, batch, settings)
     ends, mark = ends_of(processor)
     return [cut_at(_decode(processor, _before(ends, ids)), mark) for ids in output.tolist()]
+
+
+def answer_each(
+    model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[dict[str, Any]], **options: Any
+) -> list[str | RowError]:
+    """Answers as `answer` does; in place of an answer stands what is wrong with a row, and the others are answered."""
+    try:
+        return list(answer(model, processor, conversations, **options))
+    except RowError as error:
+        if len(conversations) == 1:
+            return [error]
+    return [each for row in conversations for each in answer_each(model, processor, [row], **options)]
+
+
+def _first_token(model: PreTrainedModel, processor: VLMProcessor, row: dict[str, Any]) -> None:
+    """Begins an answer and forgets it."""
+    settings = generation_options(model, processor, {"max_new_tokens": 1})
+    with torch.inference_mode():
+        _generate(model, prepare(processor, [row], model.device), settings)
 
 
 def _fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> bool:
@@ -218,7 +244,7 @@ def stream_answer(
 
     Args and Raises: see `answer`.
     """
-    row = {"messages": list(messages), "images": list(images)}
+    row = with_boxes_written(processor, {"messages": list(messages), "images": list(images)})
     settings = generation_options(model, processor, options)
     if (settings.get("num_beams") or model.generation_config.num_beams or 1) > 1:
         yield from (text for text in answer(model, processor, [row], **options) if text)
@@ -227,7 +253,7 @@ def stream_answer(
     check_length(model, batch["input_ids"].shape[1])
     _fit(model, batch, settings)
     writer = _Writer(model, processor, batch, settings)
-    with closing(writer):
+    with closing(writer), pictures_named([row], partial(_first_token, model, processor)):
         yield from hold_back(writer.pieces(), ends_of(processor)[1])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..base.console import make_console
-from ..base.errors import UserError
+from ..base.errors import RowError, UserError
 from ..base.progress import RowProgress
 from .metrics import EXACT_MATCH, METRICS, Metric
 
@@ -31,6 +31,7 @@ class Question:
         references: Right answers; of `vqav2` those of all annotators, alike ones too.
         id: Of the row.
         format: Of its source.
+        refused: Why it cannot be asked, or "".
     """
 
     messages: list[dict[str, Any]]
@@ -38,6 +39,7 @@ class Question:
     references: list[str] = field(default_factory=list)
     id: str = ""
     format: str = ""
+    refused: str = ""
 
 
 FEWEST_ANSWERS = 4  # with fewer, VQA accuracy gives no answer full marks: three of the others must agree with it
@@ -64,8 +66,9 @@ def measure(
     Returns:
         `caption_exact_match`, `answer_accuracy`, `answer_accuracy_blank_image` (None where nothing measures them),
         `answer_accuracy_by_kind` (source name → accuracy), `metrics_by_kind` (source name → metric → its mean, where
-        the format has metrics of its own: the accuracy is then the first of them), `questions` (how many), and `wrong`
-        (the first wrong answers of each kind, to look at).
+        the format has metrics of its own: the accuracy is then the first of them), `questions` (how many), `wrong`
+        (the first wrong answers of each kind, to look at) and, where some could not be asked because of their pictures
+        and count as wrong, `refused` (how many `questions`, and why the `first`).
     """
     return score(model, processor, collect(sources, max_rows), batch_size, options or {})
 
@@ -129,6 +132,7 @@ def score(
             blindly = ask_blindly(model, processor, asked, given, batch_size, options, tick)
             blank += _compare(metrics[accuracy], blindly, asked)
     hits_by_kind = {kind: next(iter(scores.values())) for kind, scores in answers.items()}
+    refused = [question.refused for asked in merged.values() for question in asked if question.refused]
     sees = any(question.images for kind, asked in merged.items() if kind is not None for question in asked)
     return {
         "caption_exact_match": _share(captions),
@@ -142,6 +146,7 @@ def score(
         },
         "questions": {"captions": len(captions), "answers": {kind: len(hits) for kind, hits in hits_by_kind.items()}},
         "wrong": wrong,
+        **({"refused": {"questions": len(refused), "first": refused[0]}} if refused else {}),
     }
 
 
@@ -179,15 +184,19 @@ def ask(
     options: dict[str, Any],
     tick: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """One answer a question, in order; `tick` is told how many were answered since the last time."""
-    from .generation import answer
+    """One answer a question, in order; `tick` is told how many were answered since the last time.
+
+    The answer to a question that cannot be asked, because of its pictures, is "", and `refused` then says why.
+    """
+    from .generation import answer_each
 
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
-        batch = [
-            {"messages": q.messages, "images": q.images, "id": q.id} for q in questions[start : start + batch_size]
-        ]
-        answers += answer(model, processor, batch, **options)  # type: ignore[arg-type]
+        batch = questions[start : start + batch_size]
+        rows = [{"messages": q.messages, "images": q.images, "id": q.id} for q in batch]
+        for question, found in zip(batch, answer_each(model, processor, rows, **options), strict=True):  # type: ignore[arg-type]
+            question.refused = str(found) if isinstance(found, RowError) else ""
+            answers.append("" if question.refused else str(found))
         tick(len(batch))
     return answers
 
@@ -203,9 +212,10 @@ def ask_blindly(
 ) -> list[str]:
     """Answers with every image blanked.
 
-    A question without an image keeps the answer that was given, so that both accuracies are over the same questions.
+    A question without an image, or that cannot be asked with its own, keeps the answer that was given, so that both
+    accuracies are over the same questions.
     """
-    seeing = [i for i, question in enumerate(questions) if question.images]
+    seeing = [i for i, question in enumerate(questions) if question.images and not question.refused]
     blind = ask(model, processor, [without_image(questions[i]) for i in seeing], batch_size, options, tick)
     answers = list(given)
     for i, text in zip(seeing, blind, strict=True):

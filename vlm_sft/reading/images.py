@@ -255,8 +255,11 @@ def grown_size(size: tuple[int, int], image_processor: object, square: bool = Fa
     """
     width, height = (max(size),) * 2 if square else size
     scale = 1.0
-    if dict(getattr(image_processor, "size", None) or {}).get("shortest_edge"):
+    given = dict(getattr(image_processor, "size", None) or {})
+    if given.get("shortest_edge"):
         scale = max(1.0, (needed_side(image_processor) or 0) / min(width, height))
+    elif getattr(image_processor, "do_thumbnail", False):  # Donut's shortest edge is the shorter of two
+        scale = max(1.0, min(given["height"], given["width"]) / min(width, height))
     return round(width * scale), round(height * scale)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..base.errors import RowError, UserError
 from ..base.interrupts import workers_end_with_errors
+from ..batch.pictures import is_odd
 from ..data.image_files import missing_images
 from ..data.ledger import EXAMPLES, SourceLedger
 from ..reading.images import load_image
@@ -264,6 +265,8 @@ def _measure(
     for number, row, decode in rows:
         try:
             sample = collator.encode(row, with_images=decode)
+            if any(map(is_odd, sample.images)):  # a picture of a usual shape is taken, and reading it takes long
+                collator.check(sample)
         except RowError as error:
             measures.append(_Measured(number, problem=(error.reason, str(error))))
         except UserError as error:

@@ -1,0 +1,176 @@
+"""Where pictures meet a model's own image processor: what it refuses is the error of one row, not of its batch.
+
+Image processors raise whatever their libraries raise, over a whole batch, and name no picture. So a batch that fails is
+tried again row by row and picture by picture; where none fails by itself, the error is not a picture's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+
+from ..base.errors import RowError
+from ..base.words import reason_of
+from ..reading.images import MAX_PIXELS, image_size, load_image, too_long
+
+BLANK = (64, 64)  # (width, height) of a picture that every image processor and tower takes
+ODD_SIDE, ODD_SHAPE = 28, 8.0  # shorter, or longer by its width, than what image processors are made for
+
+
+class ReadsPictures(Protocol):
+    """What is asked of a processor here; see `VLMProcessor`."""
+
+    reads_sizes: bool
+
+    def grown_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of the largest picture on the way."""
+
+    def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the model takes for images."""
+
+
+class Pictures(NamedTuple):
+    """The pictures of one row.
+
+    Attributes:
+        images: RGB images.
+        instructions: What is said beside each, or fewer.
+        where: The row in words; "" where there is one alone.
+        names: Paths of the images, or fewer.
+    """
+
+    images: Sequence[Image.Image]
+    instructions: Sequence[str] = ()
+    where: str = ""
+    names: Sequence[str] = ()
+
+
+class PictureError(RowError):
+    """A picture that can be decoded, and that the model's own image processor or vision tower refuses."""
+
+
+def refused(where: str, name: str, size: tuple[int, int], by: str, error: Exception) -> PictureError:
+    """The error of one picture.
+
+    Args:
+        where: Its row in words; "" for none.
+        name: Its path, or "".
+        size: (width, height) in pixels.
+        by: What refuses it.
+        error: What that says.
+    """
+    what = f"the image {name}" if name else "an image"
+    sentence = (
+        f"{where and where + ': '}{what} of {size[0]:,} x {size[1]:,} pixels is refused by {by} "
+        f"({reason_of(error)[:200]}): give it another shape or format, or remove {'the row' if where else 'it'}."
+    )
+    return PictureError(sentence, where=where, reason="image refused")
+
+
+def load_picture(
+    processor: ReadsPictures,
+    image: Mapping[str, Any] | str | bytes | Image.Image,
+    *,
+    where: str = "",
+    max_pixels: int = MAX_PIXELS,
+    side: int | None = None,
+    fetch: Callable[[str], str] | None = None,
+) -> Image.Image:
+    """One image of a row as RGB, of which the processor makes no more pixels than `max_pixels`.
+
+    Args and Raises: see `load_image`.
+    """
+    loaded = load_image(image, where=where, max_pixels=max_pixels, side=side, fetch=fetch)
+    grown = processor.grown_size(loaded.size)
+    if grown[0] * grown[1] > max_pixels:
+        raise too_long(where, name_of(image) or "in the row", loaded, grown, max_pixels)
+    return loaded
+
+
+def picture_size(
+    image: Mapping[str, Any] | str | bytes | Image.Image,
+    *,
+    where: str = "",
+    max_pixels: int = MAX_PIXELS,
+    fetch: Callable[[str], str] | None = None,
+) -> tuple[int, int]:
+    """(width, height) of one image of a row, mostly from the head of its file.
+
+    Raises:
+        RowError: As `load_image`; also where its head says that it has more than `max_pixels`.
+    """
+    size = image_size(image, where=where, fetch=fetch)
+    if size[0] * size[1] > max_pixels:
+        load_image(image, where=where, max_pixels=max_pixels, fetch=fetch)
+    return size
+
+
+def name_of(image: object) -> str:
+    """The path of an image as rows have it; "" where it has none."""
+    path = image.get("path") if isinstance(image, Mapping) else image
+    return str(path) if isinstance(path, str) else ""
+
+
+def image_inputs(processor: ReadsPictures, rows: Sequence[Pictures]) -> dict[str, torch.Tensor]:
+    """What the model takes for the pictures of several rows; see `VLMProcessor.image_inputs`.
+
+    Raises:
+        PictureError: The processor refuses one; the message names its row.
+    """
+    images = [image for row in rows for image in row.images]
+    try:
+        return processor.image_inputs(images, [text for row in rows for text in row.instructions])
+    except Exception:
+        for row in rows:
+            check_pictures(processor, row)
+        raise
+
+
+def check_pictures(processor: ReadsPictures, row: Pictures) -> None:
+    """Sends each picture of a row through the processor by itself.
+
+    Raises:
+        PictureError: The processor refuses one, or makes something of another shape of it than of others.
+    """
+    made = _shape(processor, Image.new("RGB", BLANK), "") if row.images and not processor.reads_sizes else None
+    for number, image in enumerate(row.images):
+        try:
+            shape = _shape(processor, image, row.instructions[number] if number < len(row.instructions) else "")
+            if made is not None and shape != made:
+                raise ValueError(f"it makes {_by(shape)} of it, and {_by(made)} of others")
+        except Exception as error:  # image processors raise anything
+            name = row.names[number] if number < len(row.names) else ""
+            raise refused(row.where, name, image.size, "the model's image processor", error) from error
+
+
+def read_pictures(processor: ReadsPictures, images: Sequence[Any], names: Sequence[str]) -> list[Image.Image]:
+    """Pictures that somebody gives to ask about, each tried on the processor.
+
+    Args:
+        processor: The model's.
+        images: As `load_picture` takes them.
+        names: Their paths.
+
+    Raises:
+        RowError: As `load_picture`, or the processor refuses one.
+    """
+    loaded = [load_picture(processor, image) for image in images]
+    check_pictures(processor, Pictures(loaded, names=names))
+    return loaded
+
+
+def is_odd(image: Image.Image) -> bool:
+    """Whether an image is so small or thin that an image processor may refuse it."""
+    return min(image.size) < ODD_SIDE or max(image.size) > ODD_SHAPE * min(image.size)
+
+
+def _shape(processor: ReadsPictures, image: Image.Image, instruction: str) -> tuple[int, ...]:
+    pixels = processor.image_inputs([image], [instruction]).get("pixel_values")
+    return () if pixels is None else tuple(pixels.shape)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
