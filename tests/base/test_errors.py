@@ -98,3 +98,22 @@ def test_tokens_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "not-like-a-token")
     assert without_tokens("hub.token=hf_abcdefgh12 or not-like-a-token") == "hub.token=hf_… or hf_…"
     assert sentence_of(UserError("hf_abcdefgh12 is refused.")) == "hf_… is refused."
+
+
+def test_secrets_of_any_name_and_form_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:hunter22@db/猫")
+    monkeypatch.setenv("GITHUB_PAT", "not like a token")
+    said = "cannot connect to postgres://me:hunter22@db/猫 with not like a token and ghp_" + "a1B2" * 9
+    assert sentence_of(UserError(said)) == "cannot connect to … with … and …"
+
+
+def test_what_is_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fingerprints, commits, folders and the places of sockets and files."""
+    for name, value in (
+        ("SSH_AUTH_SOCK", "/tmp/ssh-1"),
+        ("PWD", "/home/me/work"),
+        ("AWS_KEY_FILE", "/a/b/c/d"),
+    ):
+        monkeypatch.setenv(name, value)
+    said = f"/home/me/work /tmp/ssh-1 {'0123456789abcdef' * 4} Salesforce/instructblip-vicuna-7b_{'a' * 40} 这是什么"
+    assert without_tokens(said) == said

@@ -16,7 +16,7 @@ from huggingface_hub.utils import disable_progress_bars
 from support.hub_server import TOKEN, HubServer
 from support.paths import ROOT
 from vlm_sft.base.errors import UserError
-from vlm_sft.bundle.hub import check_access, find_bundle, is_fetched, push_bundle
+from vlm_sft.bundle.hub import check_access, find_bundle, is_fetched, push_bundle, staged
 
 SHARE = """
 import sys
@@ -271,6 +271,51 @@ def test_a_file_with_a_token_is_not_pushed(here, folder):
         push_bundle(folder, "me/mine")
     assert TOKEN not in str(caught.value)
     assert here.requests == []
+
+
+KEYS = ["ghp_" + "a1B2" * 9, "postgres://me:hunter22@db/x", "AKIA" + "Q" * 16, "-----BEGIN RSA PRIVATE KEY-----"]
+
+
+@pytest.mark.parametrize("secret", [*KEYS, "correct horse battery"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "config.json", "chat_template.jinja"])
+def test_no_key_of_any_service_is_pushed(here, folder, monkeypatch, secret, name):
+    """Also one that JSON spells in another way, and the value of a variable that is called like a secret."""
+    monkeypatch.setenv("DB_PASSWORD", "correct horse battery")
+    spelled = "".join(f"\\u{ord(letter):04x}" for letter in secret)
+    for written in (secret, spelled) if name.endswith("config.json") else (secret,):
+        (folder / name).write_text(f'{{"猫": ["{"x " * 30_000}", "{written}"]}}', encoding="utf-8")
+        with pytest.raises(UserError, match=rf"{name} holds what looks like a token, a password or a key") as caught:
+            push_bundle(folder, "me/mine")
+        assert secret not in str(caught.value)
+    assert here.requests == []
+
+
+def test_a_push_holds_no_folder_and_no_row_of_the_test_set(here, folder):
+    home = {
+        "_name_or_path": "/home/someone/llama",
+        "note": "from /home/someone/数据/llama, or ~/llama or file:///home/someone/x",
+    }
+    wrong = {"captions": [{"id": "a/1", "question": "这是谁的病历？", "answer": "someone's"}], "answers": {}}
+    for name in ("config.json", "adapter_config.json", "tokenizer_config.json", "metrics.json"):
+        (folder / name).write_text(json.dumps([home] if name == "metrics.json" else home), encoding="utf-8")
+    results = {"caption_exact_match": 0.5, "answer_accuracy": None, "wrong": wrong, "split": "test"}
+    (folder / "eval.json").write_text(json.dumps(results), encoding="utf-8")
+    files = staged_files(folder)
+    for name, text in files:
+        assert "someone" not in text and "病历" not in text, name
+    assert json.loads(dict(files)["config.json"])["note"] == "from llama, or llama or x"
+    assert "病历" in dict(staged_files(folder, rows=True))["eval.json"]
+    assert json.loads((folder / "eval.json").read_text(encoding="utf-8")) == results, "the bundle is as it was"
+
+
+def staged_files(folder: Path, rows: bool = False) -> list[tuple[str, str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlm_sft.bundle.hub.write_card", lambda stage, repo_id: None)
+        with staged(folder, "me/mine", rows) as stage:
+            paths = sorted(path for path in stage.rglob("*") if path.suffix in (".json", ".yaml"))
+            return [
+                (path.name, json.dumps(yaml.safe_load(path.read_text("utf-8")), ensure_ascii=False)) for path in paths
+            ]
 
 
 def test_wrong_names_and_folders_are_said_before_anything_is_sent(here, folder, tmp_path):

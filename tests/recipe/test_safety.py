@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from support.bundles import trained
@@ -195,6 +196,65 @@ def test_a_recipe_takes_no_secret_from_the_environment(recipe_file, monkeypatch)
         with pytest.raises(UserError, match="would hold the value of the environment variable WANDB_API_KEY") as caught:
             load_recipe(path)
         assert "0123456789abcdef" not in str(caught.value)
+
+
+SECRETS = {
+    "DATABASE_URL": "postgres://me:hunter22@db/x",
+    "GITHUB_PAT": "ghp_" + "a1B2" * 9,
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY12",
+    "PIN": "4711471147114711",
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "system: ${oc.env:NAME}",
+        'system: "\\x24{oc.env:NAME}"',
+        "generation: {max_new_tokens: '${oc.decode:${oc.env:NAME}}'}",
+        "collator_args: '${oc.create:{${oc.env:NAME}: 1}}'",
+        "system: '${${oc.env:NAME}}'",
+        "system: ${oc.env:${oc.decode:NAME},none}",
+    ],
+)
+def test_a_recipe_reads_no_variable_but_those_of_folders_and_jobs(name, text, recipe_file, monkeypatch):
+    """However its name is written, and wherever its value would stand: a value, a number, a key, an error."""
+    monkeypatch.setenv(name, SECRETS[name])
+    path = Path(recipe_file())
+    path.write_text(path.read_text(encoding="utf-8") + text.replace("NAME", name) + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_recipe(path)
+    assert SECRETS[name] not in str(caught.value)
+    assert name in str(caught.value) or "cannot be filled in" in str(caught.value)
+
+
+def test_the_user_allows_further_variables(recipe_file, monkeypatch):
+    monkeypatch.setenv("MY_FOLDER", "/数据")
+    with pytest.raises(UserError, match="or set VLM_SFT_RECIPE_ENV=MY_FOLDER"):
+        load_recipe(recipe_file(system="${oc.env:MY_FOLDER}"))
+    monkeypatch.setenv("VLM_SFT_RECIPE_ENV", "OTHER,MY_FOLDER")
+    assert load_recipe(recipe_file(system="${oc.env:MY_FOLDER}")).system == "/数据"
+    assert OmegaConf.create({"a": "${oc.env:HOME}", "b": "${oc.env:PATH}"}).b, "what others resolve is as it was"
+
+
+@pytest.mark.parametrize("secret", [*SECRETS.values(), "AKIA" + "Q" * 16, "xoxb-123456789012-abcdefghijkl"])
+def test_no_key_is_typed_into_a_recipe(secret, recipe_file, monkeypatch):
+    """The shell has filled it in; the recipe would be saved with it."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS["AWS_SECRET_ACCESS_KEY"])
+    monkeypatch.setenv("MY_PASSWORD", SECRETS["PIN"])
+    for override in (f"system=see {secret}", f"collator_args={{{secret!r}: 1}}", f"collator_args={{a: [{secret!r}]}}"):
+        with pytest.raises(UserError, match="a recipe is saved with the bundle and shared") as caught:
+            load_recipe(recipe_file(), [override])
+        assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['"\\x24{oc.env:HOME}"', "{'${oc.env:HOME}': 1}", "[{a: '${sft.seed}'}]"])
+def test_a_bundles_recipe_holds_no_interpolation_however_it_is_written(text, bundle):
+    recipe = bundle / "recipe.yaml"
+    recipe.write_text(f"{recipe.read_text(encoding='utf-8')}\nstrange: {text}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"holds \$\{…\}, which no saved recipe does"):
+        load(bundle)
 
 
 def test_a_bundles_recipe_is_filled_in_already(bundle, monkeypatch):

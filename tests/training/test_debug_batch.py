@@ -57,7 +57,8 @@ def test_what_cannot_be_looked_at_is_said(finished, tmp_path):
 def test_rows_are_found_whatever_the_mixture_drew_and_rejected(recipe_file, caption_file, tmp_path):
     lines = Path(caption_file).read_text(encoding="utf-8").splitlines()
     (tmp_path / "more.jsonl").write_text("\n".join([lines[0], '{"image": "no caption"}', *lines[1:]]), encoding="utf-8")
-    sources = [{"path": path, "format": "caption"} for path in (caption_file, str(tmp_path / "more.jsonl"))]
+    kind = {"format": "caption", "image_folders": [str(Path(caption_file).parent)]}
+    sources = [{"path": path, **kind} for path in (caption_file, str(tmp_path / "more.jsonl"))]
     few = {"train": [{**sources[0], "weight": 99.0}, {**sources[1], "weight": 1.0}], "sampling": "weights"}
     recipe = load_recipe(recipe_file(data={**few, "max_rejected": 0.5}))
     ids = ["more/9", "captions/1", *(f"more/{number}" for number in (1, 3, 4, 5, 6, 7, 8)), "captions/8"]

@@ -7,9 +7,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 # What gloo says where the process at the other end of a connection has ended.
@@ -122,8 +124,70 @@ def sentence_of(error: UserError) -> str:
 
 
 def without_tokens(text: str) -> str:
-    """A text without tokens for the Hugging Face Hub, to be shown to anyone."""
+    """A text without tokens, passwords and keys, to be shown to anyone."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if token := os.environ.get(name):
             text = text.replace(token, "hf_…")
-    return TOKEN.sub("hf_…", text)
+    text = TOKEN.sub("hf_…", text)
+    for secret in sorted({found for _, found in find_secrets([text])}, key=len, reverse=True):
+        text = re.sub(rf"{re.escape(secret)}[\w+/=-]*", "…", text)  # some rules see the beginning alone
+    return text
+
+
+# -- secrets -----------------------------------------------------------------------------------------------------------
+
+# Names of environment variables whose values nobody is to see; `PATH`, `PWD` and `SSH_AUTH_SOCK` hold no secrets.
+SECRET_NAME = re.compile(
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|PRIVATE|(?:^|_)(?:KEY|PASS|PWD|PAT|AUTH|DSN|COOKIE)(?:$|_(?!SOCK|ID$))",
+    re.IGNORECASE,
+)
+SHORTEST_SECRET = 8
+# Rules of detect-secrets that know the form of a key. Those that only see long random texts take fingerprints for keys.
+_RULES = (
+    *("artifactory", "aws", "azure_storage_key", "basic_auth", "cloudant", "discord", "github_token", "gitlab_token"),
+    *("ibm_cloud_iam", "ibm_cos_hmac", "jwt", "mailchimp", "npm", "openai", "private_key", "pypi_token", "sendgrid"),
+    *("slack", "softlayer", "square_oauth", "stripe", "telegram_token", "twilio"),
+)
+_PIECE, _OVERLAP = 4000, 500  # letters that a rule sees at a time: on long lines some take quadratic time
+# What every such key has in it. The rules take half a second to import, and most texts can do without.
+_MAY_BE_KEY = re.compile(r"[A-Za-z0-9_+/=-]{20,}|://[^\s/@]+:[^\s/@]+@|PRIVATE KEY|xox|_authToken")
+_OWN_FORMS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgithub_pat_\w{20,}|\bsk-[\w-]{20,}")
+
+
+def find_secrets(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(what it is, the secret itself) of every token, password and key in texts.
+
+    A secret is the value of an environment variable that is named like one, or holds a password in an address; or has a
+    form that detect-secrets knows.
+    """
+    own = {name: value for name, value in os.environ.items() if _is_secret(name, value)}
+    for text in texts:
+        yield from ((f"the value of the environment variable {name}", v) for name, v in own.items() if v in text)
+        yield from (("what looks like a token or key", found) for found in _OWN_FORMS.findall(text))
+        for line in text.splitlines() if _MAY_BE_KEY.search(text) else ():
+            for start in range(0, len(line), _PIECE - _OVERLAP):
+                piece = line[start : start + _PIECE]
+                if _MAY_BE_KEY.search(piece):
+                    found = ((rule.secret_type, secret) for rule in _rules() for secret in rule.analyze_string(piece))
+                    yield from ((f"what looks like a key ({kind})", secret) for kind, secret in found if secret)
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if len(value) < SHORTEST_SECRET or value.startswith(("/", "~")):  # a file in which a secret lies is none
+        return False
+    return SECRET_NAME.search(name) is not None or re.search(r"://[^\s/@]*:[^\s/@]+@", value) is not None
+
+
+@cache
+def _rules() -> list[Any]:
+    from importlib import import_module
+
+    from detect_secrets.plugins.base import BasePlugin
+
+    modules = [import_module(f"detect_secrets.plugins.{name}") for name in _RULES]
+    kinds = {kind for module in modules for kind in vars(module).values() if _is_rule(kind, module, BasePlugin)}
+    return [kind() for kind in sorted(kinds, key=lambda kind: kind.__name__)]
+
+
+def _is_rule(kind: Any, module: Any, base: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == module.__name__

@@ -99,13 +99,23 @@ def shown(path: str | Path) -> str:
     return path.name if path.is_absolute() else str(path)
 
 
+# Absolute paths within a text, and those that begin in somebody's home.
+_FOLDERS = re.compile(
+    r"(?<![\w/.:-])(?:file://(?:localhost)?)?(?:/(?:home|Users|root|mnt|media|data\d*|scratch\d*|tmp|var|workspace|nfs|srv|opt)"
+    r"|~\w*|[A-Za-z]:\\Users)(?:[/\\][^\s/\\:,;'\"()]+)*[/\\](?=[^\s/\\:,;'\"()])"
+)
+
+
 def without_folders(value: Any) -> Any:
     """The same mappings and lists, but of an absolute path the last part alone."""
     if isinstance(value, dict):
-        return {key: without_folders(entry) for key, entry in value.items()}
+        return {without_folders(key): without_folders(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [without_folders(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if not isinstance(value, str):
+        return value
+    whole = "\n" not in value and (Path(value).is_absolute() or Path(value).parts[:1] == ("..",))
+    return Path(value).name if whole else _FOLDERS.sub("", value)
 
 
 def _cell(text: str) -> str:

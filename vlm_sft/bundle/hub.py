@@ -6,6 +6,7 @@ tokens out of everything.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..base.errors import TOKEN, UserError
+from ..base.errors import UserError, find_secrets
 from ..base.hub import LOGIN, TRIES, look_for_hub, one_sentence, patiently
 from ..base.names import (
     ADAPTER,
@@ -35,7 +37,8 @@ from ..base.names import (
     TRAINED,
 )
 from ..base.whole_files import read_text, write_json
-from ..recipe.yaml_file import YamlFile, dump_yaml
+from ..base.words import one_line
+from ..recipe.yaml_file import YamlFile, dump_yaml, texts_in
 from .card import without_folders, write_card
 from .manifest import read_manifest
 from .run_folder import nearest_bundle
@@ -47,6 +50,7 @@ SHARED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *(TEMPLATE, "qformer_tokenizer/*", METRICS, SCORES, CURVES, CARD),
 )
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # words, of which there are up to a million
 TEXTS = (".json", ".yaml", ".md", ".jinja", ".txt")
 
 
@@ -60,6 +64,7 @@ def push_bundle(
     revision: str | None = None,
     message: str | None = None,
     max_tries: int = TRIES,
+    rows: bool = False,
 ) -> str:
     """Pushes a bundle, with a card for its new home. The folder is left as it is.
 
@@ -70,6 +75,7 @@ def push_bundle(
         revision: Branch to push to, made if it is not there; default `main`.
         message: What the commit says.
         max_tries: How often what may pass (too many requests, a server in trouble, a broken line) is tried.
+        rows: Pushes the questions and answers of the test set too, which stand in `eval.json`.
 
     Returns:
         The address of the commit.
@@ -91,14 +97,14 @@ def push_bundle(
         return done.commit_url
 
     untouched = f"; the bundle in {str(folder)!r} is as it was"
-    with staged(folder, repo_id) as stage, one_sentence(repo_id, after=untouched):
+    with staged(folder, repo_id, rows) as stage, one_sentence(repo_id, after=untouched):
         return patiently(lambda: push(stage), max_tries)
 
 
 @contextmanager
-def staged(folder: Path, repo_id: str) -> Iterator[Path]:
-    """A folder beside the bundle with what goes to the Hub: links to its files, manifest and recipe without this
-    machine's folders, and a card that names the repository.
+def staged(folder: Path, repo_id: str, rows: bool = False) -> Iterator[Path]:
+    """A folder beside the bundle with what goes to the Hub: links to its files, mappings without this machine's folders
+    (and without rows of the test set, unless `rows`), and a card that names the repository.
 
     Raises:
         UserError: A file holds a token.
@@ -107,7 +113,8 @@ def staged(folder: Path, repo_id: str) -> Iterator[Path]:
         for path in shared_files(folder):
             goal = stage / path.relative_to(folder)
             goal.parent.mkdir(exist_ok=True)
-            _link(path, goal)
+            if not _write_cleaned(path, goal, rows):
+                _link(path, goal)
         manifest = without_folders(without_rows(read_manifest(folder)))
         recipe = without_folders(YamlFile.read(folder / RECIPE).data)
         for name in (MANIFEST, RECIPE, CARD):
@@ -117,6 +124,21 @@ def staged(folder: Path, repo_id: str) -> Iterator[Path]:
         write_card(stage, repo_id)
         refuse_tokens(stage)
         yield stage
+
+
+def _write_cleaned(path: Path, goal: Path, rows: bool) -> bool:
+    """Writes a JSON file without folders and rows; False where there is nothing to leave out, or no such file."""
+    if path.suffix != ".json" or path.name in VOCABULARIES or path.name == MANIFEST:
+        return False
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is no JSON ({one_line(error)}); mend it, then push.") from None
+    kept = content if rows or path.name != SCORES or not isinstance(content, dict) else {**content, "wrong": None}
+    if (cleaned := without_folders(kept)) == content:
+        return False
+    write_json(goal, cleaned)
+    return True
 
 
 def without_rows(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -156,13 +178,29 @@ def _link(path: Path, goal: Path) -> None:
 
 
 def refuse_tokens(folder: Path) -> None:
-    """Raises a UserError when a text file holds a token for the Hub; the token itself is not repeated."""
+    """Raises a UserError when a text file holds a token, password or key; the secret itself is not repeated."""
     own = get_token()
     for path in sorted(folder.rglob("*")):
         if path.suffix in TEXTS and path.is_file():
-            text = read_text(path, errors="replace")
-            if TOKEN.search(text) or (own and own in text):
-                raise UserError(f"{path.name} holds what looks like a token for the Hub; remove it there, then push.")
+            texts = _texts_of(path)
+            found = next(find_secrets(texts), None) or (("the token in use", "") if own and own in texts[0] else None)
+            if found:
+                raise UserError(
+                    f"{path.name} holds what looks like a token, a password or a key ({found[0]}); remove it there, "
+                    f"then push."
+                )
+
+
+def _texts_of(path: Path) -> list[str]:
+    """What a file says: its text, and in JSON and YAML the values as they are read, whatever hides them in the text."""
+    text = read_text(path, errors="replace")
+    if path.name in VOCABULARIES:
+        return [text]
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text) if path.suffix == ".yaml" else []
+    except (ValueError, RecursionError, yaml.YAMLError):
+        values = []
+    return [text, *texts_in(values)]
 
 
 # -- fetching ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from torch import nn
 
 from ..base.errors import UserError
 from ..base.names import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED
-from ..base.whole_files import read_text
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan
 from ..model.sharding import fill
@@ -23,6 +22,7 @@ from ..recipe.library_names import LORA, UNSAID
 from ..recipe.passed_on import flaw
 from ..recipe.safety import pieces_in, read_json, refuse_code
 from ..recipe.schema import Recipe, load_recipe
+from ..recipe.yaml_file import YamlFile, texts_in
 from ..stack.build_stack import build_stack
 from ..stack.kinds import kind_of
 from ..stack.lora import add_adapter
@@ -101,7 +101,7 @@ def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
         if "more" in piece:
             overrides[f"{key}.more"] = piece["more"]
     assignments = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    if any("${" in text for text in [read_text(folder / RECIPE), *assignments]):
+    if any("${" in text for text in [*texts_in(YamlFile.read(folder / RECIPE).data), *assignments]):
         raise UserError(f"{str(folder)!r}: its recipe holds ${{…}}, which no saved recipe does; it is refused.")
     recipe = load_recipe(folder / RECIPE, assignments)
     if is_fetched(folder):

@@ -135,6 +135,7 @@ def push(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it is not there.")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="What the commit says.")] = None,
+    rows: Annotated[bool, typer.Option("--rows", help="Push questions and answers of the test set too.")] = False,
 ) -> None:
     """Put a bundle on the Hugging Face Hub, with its card."""
     quiet_libraries()
@@ -143,4 +144,4 @@ def push(
     from ..bundle.hub import push_bundle
 
     enable_progress_bars() if sys.stderr.isatty() else None
-    typer.echo(push_bundle(bundle, repo, private=private, revision=revision, message=message))
+    typer.echo(push_bundle(bundle, repo, private=private, revision=revision, message=message, rows=rows))

@@ -9,22 +9,29 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
-from ..base.errors import UserError, without_tokens
+from ..base.errors import UserError, find_secrets, without_tokens
 from ..base.whole_files import read_text
 
 KeyPath = tuple[str | int, ...]
 
 LARGEST_FILE, MOST_ENTRIES = 2**20, 100_000
-# Environment variables whose values must not get into a recipe, which is saved with the bundle and shared.
-SECRET = re.compile(r"(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$")
-SHORTEST_SECRET = 8
+# Environment variables that a recipe may read: it is saved with the bundle and shared, and a stranger's asks for any.
+MAY_BE_READ = re.compile(
+    r"HOME|PWD|TMPDIR|SCRATCH|WORK|HOSTNAME|HF_HOME|(?:DATA|DATASETS?|IMAGES?|MODELS?|OUTPUTS?|CHECKPOINTS?)(?:_DIR|_ROOT|_HOME|_PATH)?"
+    r"|SLURM_(?:JOB_ID|JOB_NAME|ARRAY_TASK_ID|TMPDIR|NNODES|NTASKS)|(?:LOCAL_)?(?:RANK|WORLD_SIZE)|VLM_SFT_\w+"
+)
+ALLOW = "VLM_SFT_RECIPE_ENV"
+"""The environment variable in which the user names further ones, with commas between."""
 
 _INT = re.compile(r"^[-+]?[0-9]+$")
 _FLOAT = re.compile(
@@ -143,20 +150,35 @@ class YamlFile:
         Raises:
             UserError: an override that is not understood or points nowhere, or an interpolation that fails.
         """
-        config = OmegaConf.create(self.data)
+        config = self._config()
         for override in overrides:
             path, value = parse_assignment(override)
             self._overrides.append((path, override))
             self._check_parents(config, path, override)
-            OmegaConf.update(config, ".".join(map(str, path)), value, merge=False, force_add=True)
+            try:
+                OmegaConf.update(config, ".".join(map(str, path)), value, merge=False, force_add=True)
+            except OmegaConfBaseException as error:
+                raise self._unfilled(error) from error
         try:
-            resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            with _own_environment(self.name):
+                resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
-            raise UserError(f'{self.name}: "{error.full_key}" cannot be filled in: {_why_unfilled(error)}.') from error
+            raise self._unfilled(error) from error
         assert isinstance(resolved, dict)
         self._refuse_secrets(resolved)
         self.data = {str(key): value for key, value in resolved.items()}
         return self.data
+
+    def _config(self) -> DictConfig:
+        try:
+            return OmegaConf.create(self.data)
+        except OmegaConfBaseException as error:
+            raise self._unfilled(error) from error
+
+    def _unfilled(self, error: OmegaConfBaseException) -> UserError:
+        if isinstance(error.__cause__, UserError):
+            return error.__cause__
+        return UserError(f'{self.name}: "{error.full_key}" cannot be filled in: {_why_unfilled(error)}.')
 
     def is_overridden(self, path: KeyPath) -> bool:
         """Whether an override set this key, or a mapping that it is in."""
@@ -190,14 +212,12 @@ class YamlFile:
                 self._note_lines(item, (*path, index), [*parents, node])
 
     def _refuse_secrets(self, resolved: dict[Any, Any]) -> None:
-        """`${oc.env:HF_TOKEN}` of a stranger's recipe would be pushed to the stranger's repository."""
-        texts = list(_texts(resolved))
-        for name, value in os.environ.items():
-            if SECRET.search(name) and len(value) >= SHORTEST_SECRET and any(value in text for text in texts):
-                raise UserError(
-                    f"{self.name} would hold the value of the environment variable {name}; a recipe is saved with the "
-                    f"bundle and shared, so it holds no secrets: remove it."
-                )
+        """What a recipe holds is saved with the bundle, printed and pushed."""
+        if found := next(find_secrets(texts_in(resolved)), None):
+            raise UserError(
+                f"{self.name} would hold {found[0]}; a recipe is saved with the bundle and shared, so it holds no "
+                f"secrets: remove it."
+            )
 
     def _check_parents(self, config: DictConfig, path: KeyPath, override: str) -> None:
         """OmegaConf would quietly replace a number by a mapping, and says of a bad index only its type."""
@@ -219,14 +239,39 @@ class YamlFile:
                 raise UserError(f'override "{override}": "{dotted}" is {here!r}, which has no keys below it.')
 
 
-def _texts(value: object) -> Iterator[str]:
-    """Every text in mappings and lists."""
+def texts_in(value: object) -> Iterator[str]:
+    """Every text in mappings and lists, keys and numbers too."""
     if isinstance(value, dict):
-        yield from (text for entry in value.values() for text in _texts(entry))
+        for key, entry in value.items():
+            yield str(key)
+            yield from texts_in(entry)
     elif isinstance(value, list):
-        yield from (text for entry in value for text in _texts(entry))
-    elif isinstance(value, str):
-        yield value
+        yield from (text for entry in value for text in texts_in(entry))
+    elif value is not None:
+        yield str(value)
+
+
+@contextmanager
+def _own_environment(name: str) -> Iterator[None]:
+    """Lets `${oc.env:…}` read what `MAY_BE_READ` names and the user allows, however the name was put together."""
+
+    def read(key: str, *default: Any) -> Any:
+        if not MAY_BE_READ.fullmatch(key) and key not in os.environ.get(ALLOW, "").split(","):
+            raise UserError(
+                f"{name} would hold the value of the environment variable {key}; a recipe is saved with the bundle and "
+                f"shared, so it reads none but those of folders and jobs: write the value itself, or set {ALLOW}={key}."
+            )
+        return oc.env(key, *default)
+
+    with _ONE_AT_A_TIME:
+        OmegaConf.register_resolver("oc.env", read, replace=True, annotation_validation="off")
+        try:
+            yield
+        finally:
+            OmegaConf.register_resolver("oc.env", oc.env, replace=True, annotation_validation="off")
+
+
+_ONE_AT_A_TIME = RLock()  # what `oc.env` means holds for the whole process
 
 
 def parse_assignment(text: str) -> tuple[KeyPath, Any]:
