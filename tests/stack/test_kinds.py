@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from unittest import mock
 
 import pytest
 import torch
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from support.paths import ROOT
 from support.tiny_families import processor_of, tiny
@@ -16,6 +18,7 @@ from vlm_sft.pieces.piece import specs_of
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.kinds import StackKind, compose, kind_of
 from vlm_sft.stack.precision import dtypes_of
+from vlm_sft.stack.text_fit import check_texts
 
 
 @pytest.fixture
@@ -99,3 +102,17 @@ def test_what_was_taken_over_is_marked_where_it_came_into():
     assert stack == {"vision_tower": {}, "language_model": {"init_from": "阶段一"}}
     kind_of(model).mark_taken(model, ["projector", "language_model"], "阶段一")
     assert model["model"] == {"pretrained": "猫", "init_from": "阶段一", "held": ["language_model", "projector"]}
+
+
+def test_zero_3_cuts_no_model_while_it_is_made(stack_recipe, model_recipe):
+    """Without DeepSpeed here, a model that is still made so asks for it, and fails."""
+    settings = mock.Mock(**{"is_zero3.return_value": True})  # held here: transformers has a weak reference
+    for recipe in (stack_recipe("clip"), model_recipe()):
+        set_hf_deepspeed_config(settings)
+        try:
+            composed = compose(recipe)
+            check_texts(composed.config, composed.processor, 16)
+            model = build_stack(recipe, composed=composed).model
+        finally:
+            unset_hf_deepspeed_config()
+        assert all(parameter.numel() for parameter in model.parameters())

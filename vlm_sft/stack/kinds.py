@@ -56,7 +56,6 @@ class StackKind:
     ) -> VLMForConditionalGeneration:
         """See `Kind`."""
         config, pieces = composed.config, composed.pieces
-        unset_hf_deepspeed_config()  # ZeRO-3 cuts the weights when training starts; fingerprints are of whole ones
         tower = load_vision_tower(pieces["vision_tower"], dtypes["vision_tower"])
         resampler = load_resampler(pieces["resampler"]) if "resampler" in pieces else None
         projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
@@ -116,7 +115,11 @@ def kind_of(pieces: Collection[str]) -> Kind:
 def compose(recipe: Recipe) -> Composed:
     """Configuration, processor and pieces of a recipe's model, from small files alone.
 
+    Under ZeRO-3 transformers would cut every model while it is made, as soon as the trainer's settings are. From here
+    on models are made whole, because sizes are checked and fingerprints taken; DeepSpeed cuts when training starts.
+
     Raises:
         UserError: A piece cannot be had, or two do not fit.
     """
+    unset_hf_deepspeed_config()
     return kind_of(specs_of(recipe)).compose(recipe)
