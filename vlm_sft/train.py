@@ -210,17 +210,13 @@ def _own_folder(recipe: Recipe) -> Iterator[tuple[SFTConfig, Console]]:
     console = make_console()
     validate_libraries(recipe)
     args = build_sft_config(recipe)
-    _say_precision(recipe, args, console)
+    if recipe.sft.get("bf16") is None and not args.fp16:
+        can = "this device can" if args.bf16 else "this device has no bf16"
+        say(console, f"Computing in {'bf16' if args.bf16 else 'fp32'}: the recipe does not say sft.bf16, and {can}.")
     check_processes(args)
     with ExitStack() as held:
         on_first_process(partial(held.enter_context, hold_folder(args.output_dir, partial(say, console))))
         yield args, console
-
-
-def _say_precision(recipe: Recipe, args: SFTConfig, console: Console) -> None:
-    if recipe.sft.get("bf16") is None and not args.fp16:
-        can = "this device can" if args.bf16 else "this device has no bf16"
-        say(console, f"Computing in {'bf16' if args.bf16 else 'fp32'}: the recipe does not say sft.bf16, and {can}.")
 
 
 def _first_batch(trainer: VLMSFTTrainer, collator: MultimodalCollator) -> dict[str, Any]:

@@ -92,12 +92,7 @@ def _answers(endpoint: str) -> bool:
 
 
 def patiently(call: Callable[[], Result], max_tries: int = TRIES) -> Result:
-    """Calls again where another attempt may help; not all requests of `huggingface_hub` do so themselves.
-
-    Args:
-        call: What is tried.
-        max_tries: How often.
-    """
+    """Calls again where another attempt may help; not all requests of `huggingface_hub` do so themselves."""
     for attempt in range(1, max_tries):
         try:
             return call()

@@ -60,17 +60,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
 
 
 def render_card(folder: Path, template: str, head: Mapping[str, Any], **values: Any) -> Path:
-    """Fills a template and writes it as the card of a folder.
-
-    Args:
-        folder: Where to.
-        template: Its path in the package.
-        head: What the Hub reads.
-        **values: For the template.
-
-    Returns:
-        The path of the card.
-    """
+    """Fills a template of the package and writes it as a folder's card, with `head` for the Hub; gives its path."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parents[1]),
         undefined=StrictUndefined,

@@ -23,16 +23,7 @@ Series = tuple[str, str]  # key in the log, name in the legend
 
 
 def draw_curves(history: list[dict[str, float]], path: str | Path, title: str = "") -> Path:
-    """Draws loss, token accuracy, image use, learning rates, throughput and data wait over the steps of a run.
-
-    Args:
-        history: `trainer.state.log_history`.
-        path: PNG file to write.
-        title: What the run is called.
-
-    Returns:
-        `path`.
-    """
+    """Draws a `log_history` into a PNG file: loss, accuracy, image use, rates, throughput and data wait by step."""
     # The object, not pyplot: pyplot would switch a notebook's backend.
     from matplotlib.figure import Figure
 

@@ -6,6 +6,7 @@ between them: of K of them, the k-th takes every K-th row, in the order of the f
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,18 +73,14 @@ class _Stream:
 
     def __call__(self, shards: list[int]) -> Iterator[dict[str, Any]]:
         chance = random.Random(f"{self.seed}/{self.of}/{shards}")
-        mixed = self._mixed(set(shards), chance)
+        streams = [self._endless(source, set(shards)) for source in self.sources]
+        weights = [source.weight for source in self.sources]
+        mixed = (next(chance.choices(streams, weights)[0]) for _ in itertools.count())
         held = [next(mixed) for _ in range(self.buffer)]
         for row in mixed:
             place = chance.randrange(self.buffer)
             row, held[place] = held[place], row
             yield row
-
-    def _mixed(self, shards: set[int], chance: random.Random) -> Iterator[dict[str, Any]]:
-        streams = [self._endless(source, shards) for source in self.sources]
-        weights = [source.weight for source in self.sources]
-        while True:
-            yield next(chance.choices(streams, weights)[0])
 
     def _endless(self, source: SourceLike, shards: set[int]) -> Iterator[dict[str, Any]]:
         while True:

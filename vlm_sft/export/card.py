@@ -11,16 +11,7 @@ from .check import ADAPTER_FOLDER
 
 
 def write_export_card(out: str | Path, bundle: str | Path, result: dict[str, Any]) -> Path:
-    """Writes the card of an export.
-
-    Args:
-        out: The exported checkpoint.
-        bundle: The bundle that it is from.
-        result: What `export` found.
-
-    Returns:
-        The path of the card.
-    """
+    """Writes the card of an exported checkpoint by its bundle and what `export` found; gives the path."""
     out, bundle = Path(out), Path(bundle)
     manifest = read_manifest(bundle)
     head = {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["vlm_sft"]}

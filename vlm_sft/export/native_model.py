@@ -146,12 +146,7 @@ def grow_vocabulary(model: VLMForConditionalGeneration, rows: int) -> None:
 def native_model(
     model: VLMForConditionalGeneration, processor: VLMProcessor, generation: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """A stack as a native class of transformers; the weights are shared, so the stack is used up.
-
-    Args:
-        model: The stack, adapters merged.
-        processor: Its processor.
-        generation: The recipe's `generation`.
+    """A stack, its adapters merged, as a native class of transformers; the weights are shared, so it is used up.
 
     Raises:
         UserError: It has no native form.

@@ -137,14 +137,7 @@ def load_processor(
     system: str | None,
     box_notation: str | None = None,
 ) -> FamilyProcessor:
-    """The model's own processor behind our interface.
-
-    Args:
-        spec: Where it is, and arguments for it.
-        config: The model's configuration.
-        template: Jinja source.
-        system: See `FamilyProcessor`.
-        box_notation: See `FamilyProcessor`.
+    """The model's own processor behind our interface; `system` and `box_notation` as `FamilyProcessor` has them.
 
     Raises:
         UserError: The processor cannot be read, or refuses an option.

@@ -79,11 +79,7 @@ class Kind(Protocol):
         """A copy of the recipe in which `base` is another checkpoint: `pretrained`, `revision` and `dtype`."""
 
     def held(self, entries: Mapping[str, dict[str, Any]]) -> set[str]:
-        """The parts that a bundle must hold though they are not trained: no base piece is like them.
-
-        Args:
-            entries: What the manifest says of the pieces.
-        """
+        """The parts that a bundle must hold though untrained: by the pieces of its manifest, no base is like them."""
 
     def mark_taken(self, entries: dict[str, dict[str, Any]], parts: Collection[str], folder: str) -> None:
         """Notes which parts came from another bundle: their pieces are not like them any more.

@@ -87,7 +87,9 @@ class FamilyModel(ExactRotations, PreTrainedModel):
             return self.base_model(**inputs).last_hidden_state
         # Where and when the image features would come in: processes that share weights must ask for the same ones in
         # the same order, on the way back too, which a frozen language model has only behind what is trained.
-        hook = self.get_input_embeddings().register_forward_hook(self._add_idle_image_path)
+        hook = self.get_input_embeddings().register_forward_hook(
+            lambda table, args, embeds: embeds + self.idle_image_path().to(embeds.dtype)
+        )
         try:
             return self.base_model(**inputs).last_hidden_state
         finally:
@@ -99,9 +101,6 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         features = [output.get(name) for name in FEATURES if output.get(name) is not None]
         zero = torch.zeros((), device=self.device)
         return sum((tensor.float().sum() for tensor in _tensors(features or output.last_hidden_state)), zero) * 0.0
-
-    def _add_idle_image_path(self, table: nn.Module, args: Any, embeds: torch.Tensor) -> torch.Tensor:
-        return embeds + self.idle_image_path().to(embeds.dtype)
 
     def _blank_inputs(self) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.device) for name, tensor in self.blank.items()}
@@ -121,14 +120,9 @@ class FamilyModel(ExactRotations, PreTrainedModel):
 
 
 def set_dtypes(model: FamilyModel, trained: Collection[str], dtype: torch.dtype) -> None:
-    """Keeps trained parts in fp32 and the others in a type, and casts what enters a part to its type.
+    """Keeps parts that are trained whole in fp32 and the others in a type, and casts what enters a part to its type.
 
     Outside autocast nothing else would let parts of different types follow each other.
-
-    Args:
-        model: The model.
-        trained: Parts that are trained whole.
-        dtype: Type of the others.
     """
     cast_parts(model, trained, dtype)
     for name, module in model.named_modules():
@@ -139,13 +133,7 @@ def set_dtypes(model: FamilyModel, trained: Collection[str], dtype: torch.dtype)
 
 
 def cast_parts(model: FamilyModel, trained: Collection[str], dtype: torch.dtype) -> None:
-    """Puts trained parts into fp32 and the others into a type; quantised weights stay.
-
-    Args:
-        model: The model.
-        trained: Parts that are trained whole.
-        dtype: Type of the others.
-    """
+    """Puts parts that are trained whole into fp32 and the others into a type; quantised weights stay."""
     for name, parameter in model.named_parameters():
         if is_quantised_weight(parameter):
             continue

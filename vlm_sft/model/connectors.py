@@ -59,12 +59,7 @@ class LinearNoBiasProjector(LinearProjector):
 
 
 class LinearEndProjector(LinearProjector):
-    """One linear layer, and a learned token that ends the image (mPLUG-Owl's `visual_fc` and `vit_eos`).
-
-    Args:
-        in_features: Width that arrives, V or R.
-        out_features: Width of the language model, D.
-    """
+    """One linear layer, and a learned token that ends the image (mPLUG-Owl's `visual_fc` and `vit_eos`)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -230,13 +225,7 @@ RESAMPLERS: dict[str, type[nn.Module]] = {
 
 
 def build_projector(kind: str, in_features: int, out_features: int, **options: object) -> nn.Module:
-    """Makes a projector of a kind of `PROJECTORS`, with random weights.
-
-    Args:
-        kind: A key of `PROJECTORS`.
-        in_features: Width that arrives.
-        out_features: Width of the language model.
-        **options: What the kind takes beside the widths.
+    """Makes a projector of a kind of `PROJECTORS`, with random weights, between two widths.
 
     Raises:
         UserError: The kind is unknown.

@@ -47,13 +47,7 @@ class VLMOutput(ModelOutput):
 
 
 def scaled_logits(head: nn.Module, config: PreTrainedConfig, hidden: torch.Tensor) -> torch.Tensor:
-    """(…, D) → (…, vocabulary), with the scalings some language models put after their head.
-
-    Args:
-        head: The language model's head.
-        config: Its configuration.
-        hidden: Outputs of the language model.
-    """
+    """(…, D) → (…, vocabulary), with the scalings that some language models put after their head."""
     logits = head(hidden)
     if scale := getattr(config, "logit_scale", None):  # Cohere
         logits = logits * scale
@@ -77,9 +71,6 @@ def scales_as_its_class(causal_lm: PreTrainedModel) -> bool:
 
     Only the head computes: what stands below it returns one random state. A class that does not run so (OPT reaches
     below its own inner model) passes.
-
-    Args:
-        causal_lm: A causal language model with its weights.
     """
     base, head = causal_lm.base_model, causal_lm.get_output_embeddings()
     generator = torch.Generator().manual_seed(0)

@@ -117,11 +117,7 @@ class _VisionEmbeddings(nn.Module):
 
 
 class MPLUGOwlVisionModel(PreTrainedModel):
-    """A ViT with a class token, norms before and after its layers, and QuickGELU.
-
-    Args:
-        config: Its sizes.
-    """
+    """A ViT with a class token, norms before and after its layers, and QuickGELU."""
 
     config_class = MPLUGOwlVisionConfig
     main_input_name = "pixel_values"

@@ -71,11 +71,7 @@ class _Block(nn.Module):
 
 
 class QwenVLVisionModel(PreTrainedModel):
-    """A ViT without class token and without a norm after its layers.
-
-    Args:
-        config: Its sizes.
-    """
+    """A ViT without class token and without a norm after its layers."""
 
     config_class = QwenVLVisionConfig
     main_input_name = "pixel_values"

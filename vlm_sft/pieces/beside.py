@@ -18,10 +18,6 @@ def keep_plain_generation(model: PreTrainedModel, where: str) -> None:
 
     Published files hold settings of their models' own code, which is not run here.
 
-    Args:
-        model: The model, as transformers loaded it.
-        where: Named in the message.
-
     Raises:
         UserError: A setting asks transformers for code, or has a value that it cannot have.
     """

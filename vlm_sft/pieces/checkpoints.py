@@ -233,13 +233,7 @@ def fetch_file(pretrained: str, name: str, revision: str | None, key: str, requi
 
 
 def unreachable(pretrained: str, key: str, lacks: str = CONFIG) -> UserError:
-    """The one sentence for a piece that is neither a folder with what it needs nor to be had from the Hub.
-
-    Args:
-        pretrained: Hub id or folder.
-        key: The recipe's key.
-        lacks: What a folder has not.
-    """
+    """The one sentence for a piece that is neither a folder with what it needs nor to be had from the Hub."""
     if Path(pretrained).exists():
         return UserError(f"{key}: the folder {pretrained!r} has no {lacks} that transformers can read.")
     mend = "check the name, the revision, the network, and (for a gated model) your token"

@@ -228,11 +228,7 @@ def plan_shards(kinds: Kinds, files: dict[str, str], shard_bytes: int) -> dict[s
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes a safetensors file, reads it back and compares every tensor by type, shape and SHA-256.
-
-    Args:
-        path: The file.
-        tensors: What to write; empty afterwards.
+    """Writes a safetensors file, reads it back and compares all tensors by type, shape and SHA-256; empties `tensors`.
 
     Raises:
         UserError: What was read is not what was written.

@@ -17,12 +17,7 @@ COMPARED = ("model", "vision_tower", "resampler", "language_model")
 
 
 def entries_of(pieces: Mapping[str, Piece[Any]], model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a bundle says of each piece: where it came from, and a fingerprint of its tensors there.
-
-    Args:
-        pieces: Part → its piece.
-        model: The model that they make.
-    """
+    """What a bundle says of each piece: where it came from, and a fingerprint of its tensors there."""
     entries: dict[str, dict[str, Any]] = {}
     for part, piece in pieces.items():
         names = None

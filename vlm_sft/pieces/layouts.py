@@ -153,10 +153,6 @@ def _qformer_sizes(shapes: Shapes, stated: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _qformer_config(shapes: Shapes, stated: Mapping[str, Any]) -> PreTrainedConfig:
-    return Blip2QFormerConfig(**_qformer_sizes(shapes, stated))
-
-
 def _instruct_qformer_config(shapes: Shapes, stated: Mapping[str, Any]) -> PreTrainedConfig:
     words = {
         "vocab_size": shapes["embeddings.word_embeddings.weight"][0],
@@ -224,7 +220,7 @@ _LAVIS_QFORMER = Layout(
         (r"^qformer\.", ""),
         (r"attention\.attention\.", "attention.self."),
     ),
-    configure=_qformer_config,
+    configure=lambda shapes, stated: Blip2QFormerConfig(**_qformer_sizes(shapes, stated)),
     rows="/query_tokens",
 )
 

@@ -56,12 +56,7 @@ UNUSED = ("pooler.", "head.")
 
 
 def load_vision_tower(piece: Piece[VisionTower], dtype: torch.dtype) -> PreTrainedModel:
-    """Loads the vision tower of a checkpoint that is one, or contains one.
-
-    Args:
-        piece: As `find_vision_tower` makes it.
-        dtype: Type of the weights in memory.
-    """
+    """Loads the vision tower of a checkpoint that is one, or contains one, as `find_vision_tower` found it."""
     spec, config = piece.spec, copy.deepcopy(piece.config)
     resized = spec.image_size is not None and config.model_type not in INTERPOLATING
     as_published = not piece.is_foreign and not spec.config and not resized
@@ -139,11 +134,6 @@ def load_language_model(piece: Piece[LanguageModel], dtype: torch.dtype, **optio
 
 def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
     """transformers gives memory to what a checkpoint lacks or has in another shape, before it says so.
-
-    Args:
-        make: Makes the model of its configuration.
-        config: The configuration.
-        checkpoint: What is to fill it.
 
     Returns:
         The model on the meta device; None where there is no class for it, which `from_pretrained` says.

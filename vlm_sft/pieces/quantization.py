@@ -35,11 +35,7 @@ def leave_out(config: BitsAndBytesConfig, names: Sequence[str]) -> BitsAndBytesC
 
 
 def outside_language_model(model: PreTrainedModel) -> list[str]:
-    """Names of the modules of an existing VLM that are not quantised: its other parts, and its head.
-
-    Args:
-        model: It may lie on the meta device.
-    """
+    """Modules of an existing VLM (also on the meta device) that are not quantised: its other parts, and its head."""
     head = model.get_output_embeddings()
     return [
         name
@@ -50,13 +46,7 @@ def outside_language_model(model: PreTrainedModel) -> list[str]:
 
 
 def quantise_empty(model: nn.Module, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
-    """Puts quantised layers in place of the linear ones of a model on the meta device, as loading it would.
-
-    Args:
-        model: The model.
-        config: Says which layers stay.
-        dtype: Type of the biases of the others.
-    """
+    """Puts quantised layers in place of linear ones on the meta device, as loading would; biases get the `dtype`."""
     from transformers.integrations import replace_with_bnb_linear
 
     replace_with_bnb_linear(model, config.llm_int8_skip_modules, config)

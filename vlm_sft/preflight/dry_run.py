@@ -28,13 +28,7 @@ SIZES = ((1280, 960), (640, 480), (320, 240), (64, 64))
 
 
 def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
-    """Prints what a run of a recipe would be; reads configurations and tokenizers, but no weights.
-
-    Args:
-        recipe: A validated recipe.
-        launch: The processes that would train it.
-        console: Where to.
-    """
+    """Prints what a run of a recipe would be; reads configurations and tokenizers, but no weights."""
     from ..recipe.libraries import validate_libraries
     from ..stack.precision import precision_warning
     from .memory import known_optimizer
@@ -76,12 +70,7 @@ class Weighed(NamedTuple):
 
 
 def weigh(recipe: Recipe, launch: Launch) -> Weighed:
-    """Builds a recipe's model without weights and estimates what a run of it takes on each device.
-
-    Args:
-        recipe: A validated recipe.
-        launch: The processes that would train it.
-    """
+    """Builds a recipe's model without weights and estimates what a run of it takes on each device."""
     import torch
 
     from ..recipe.libraries import build_sft_config, computes_in
@@ -169,10 +158,6 @@ class FullStep:
 
 def full_step(args: SFTConfig, processor: VLMProcessor) -> FullStep:
     """The fullest step of a recipe: batches of rows as long as `sft.max_length` lets them be.
-
-    Args:
-        args: The trainer's arguments.
-        processor: Says how many tokens an image becomes.
 
     Raises:
         UserError: Not even a small image fits into `sft.max_length`.

@@ -58,10 +58,6 @@ class Launch:
 def read_launch(config_file: str | None = None, environment: Mapping[str, str] = os.environ) -> Launch:
     """What a config file of accelerate says, or without one the variables that `accelerate launch` sets.
 
-    Args:
-        config_file: Path of the file.
-        environment: Where the variables are.
-
     Raises:
         UserError: The file cannot be read, is none of accelerate, or names a way that is not supported.
     """

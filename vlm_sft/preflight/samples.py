@@ -101,14 +101,7 @@ def _once(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def look_at(
     evidence: Evidence, collator: MultimodalCollator, train: Dataset | IterableDataset, held_out: Iterable[Dataset]
 ) -> None:
-    """Fills in what rows tell: texts, coverage, leaks.
-
-    Args:
-        evidence: To be filled.
-        collator: For its processor.
-        train: Training rows.
-        held_out: Evaluation and test rows, each a dataset.
-    """
+    """Fills in what rows tell: texts, coverage, leaks between the training rows and each data set held out."""
     processor = collator.processor
     read_texts(evidence, processor, sample_rows(train))
     others = [row for rows in held_out for row in rows.select_columns(["images", "id"])]
@@ -118,13 +111,7 @@ def look_at(
 
 
 def read_texts(evidence: Evidence, processor: VLMProcessor, rows: list[dict[str, Any]]) -> None:
-    """Fills in what the texts of some rows tell.
-
-    Args:
-        evidence: To be filled.
-        processor: For its chat template and its tokenizer.
-        rows: Different rows.
-    """
+    """Fills in what the texts of some rows tell."""
     evidence.template, evidence.ends_with = str(processor.chat_template), processor.end_of_answer.strip(" ")
     evidence.rows = rows
     answers = (text for row in evenly(rows, MEASURED) for text in answers_of(row))

@@ -105,10 +105,7 @@ def _unquantise(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 class StorageCounter(TorchDispatchMode):
-    """Counts the bytes of every storage that operations make, until it is dropped.
-
-    Args:
-        known: Tensors that are not to be counted.
+    """Counts the bytes of every storage that operations make, but the `known` ones, until it is dropped.
 
     Attributes:
         alive: Bytes that live now.
@@ -152,11 +149,7 @@ def without_weights(model: nn.Module) -> Iterator[None]:
 
 
 class _RealNumbers(TorchDispatchMode):
-    """Really computes what no empty tensor takes part in.
-
-    Args:
-        fake: The mode that computes the rest.
-    """
+    """Really computes what no empty tensor takes part in; the mode `fake` computes the rest."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()

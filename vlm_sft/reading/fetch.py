@@ -66,7 +66,7 @@ class Fetcher:
         self.max_bytes = max_bytes
         self.seconds = seconds
         self.resolve = resolve or _resolve
-        self.connect = connect or _connect
+        self.connect = connect or (lambda host, port, seconds: socket.create_connection((host, port), seconds))
 
     def __call__(self, url: str) -> str:
         """The file that holds what lies at `url`.
@@ -245,10 +245,6 @@ def _ascii(target: str) -> str:
 def _resolve(host: str, port: int) -> list[str]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-def _connect(address: str, port: int, seconds: float) -> socket.socket:
-    return socket.create_connection((address, port), timeout=seconds)
 
 
 def _refuse(url: str, what: str) -> RowError:

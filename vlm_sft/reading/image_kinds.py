@@ -49,11 +49,7 @@ def ending_of(data: bytes) -> str:
 
 
 def describe_unreadable(head: bytes) -> str:
-    """The rest of a sentence that begins with the name of a file that cannot be opened as an image.
-
-    Args:
-        head: its first bytes, some dozens of them.
-    """
+    """The rest of a sentence on a file that cannot be opened as an image, by its first bytes, some dozens of them."""
     if (kind := kind_of(head)) is not None:
         return f"starts like a {kind.name} but is truncated or damaged: download it again or remove the row"
     if head[4:8] == b"ftyp":

@@ -33,13 +33,14 @@ class Document:
             if isinstance(self.value, dict):
                 there = ", ".join(f'"{short(name)}"' for name in list(self.value)[:8]) or "nothing"
             raise UserError(f'{self.path}: there is no list "{key}" (it holds {there}): name the file of {of}.')
-        return [self._entry(key, number, entry) for number, entry in enumerate(found, start=1)]
+        places = ((f"{self.path}, {key} {number}", entry) for number, entry in enumerate(found, start=1))
+        return [(where, _checked(where, entry)) for where, entry in places]
 
-    def _entry(self, key: str, number: int, entry: Any) -> tuple[str, dict[str, Any] | RowError]:
-        where = f"{self.path}, {key} {number}"
-        if isinstance(entry, dict):
-            return where, entry
-        return where, row_error(where, f"the entry is {kind(entry)}, not an object", "correct it", "wrong type")
+
+def _checked(where: str, entry: Any) -> dict[str, Any] | RowError:
+    if isinstance(entry, dict):
+        return entry
+    return row_error(where, f"the entry is {kind(entry)}, not an object", "correct it", "wrong type")
 
 
 def image_file(pattern: str, number: Any, where: str) -> str:
@@ -125,24 +126,19 @@ def _gqa(document: Document, pattern: str | None, annotations: Sequence[Document
         )
     for number, entry in document.value.items():
         where = f"{document.path}, question {short(number)}"
-        if not isinstance(entry, dict):
-            entry = row_error(where, f"the entry is {kind(entry)}, not an object", "correct it", "wrong type")
-        yield where, _guarded(_gqa_row, where, entry, number, pattern or "{id}.jpg")
-
-
-def _gqa_row(where: str, entry: dict[str, Any], number: str, pattern: str) -> dict[str, Any]:
-    return {"id": number, **entry, "image": image_file(pattern, entry.get("imageId"), where)}
+        yield where, _guarded(_with_image, where, _checked(where, entry), number, "imageId", pattern or "{id}.jpg")
 
 
 def _cc_sbu_align(document: Document, pattern: str | None, annotations: Sequence[Document]) -> Rows:
     """MiniGPT-4's `filter_cap.json`: `annotations` with captions, beside a folder `image`; a row for each caption."""
     for where, entry in document.table("annotations", "captions, such as filter_cap.json"):
-        yield where, _guarded(_cc_sbu_row, where, entry, pattern or "image/{id}.jpg")
+        yield where, _guarded(_with_image, where, entry, None, "image_id", pattern or "image/{id}.jpg")
 
 
-def _cc_sbu_row(where: str, entry: dict[str, Any], pattern: str) -> dict[str, Any]:
-    number = entry.get("image_id")
-    return {"id": number, **entry, "image": image_file(pattern, number, where)}
+def _with_image(where: str, entry: dict[str, Any], number: str | None, key: str, pattern: str) -> dict[str, Any]:
+    """The entry with its id (None: that of its image) and the file of its image."""
+    image = entry.get(key)
+    return {"id": image if number is None else number, **entry, "image": image_file(pattern, image, where)}
 
 
 def _guarded(make: Callable[..., dict[str, Any]], where: str, entry: Any, *more: Any) -> dict[str, Any] | RowError:

@@ -143,11 +143,6 @@ def _numbers(value: object, name: str = "") -> Iterator[tuple[str, int]]:
 def check_weights(parameters: int, size: int, where: str) -> None:
     """Compares a model made without weights with the files that are to fill it.
 
-    Args:
-        parameters: How many it has.
-        size: Bytes of the files.
-        where: Named in the message.
-
     Raises:
         UserError: The files hold less than one bit for each parameter.
     """

@@ -48,11 +48,6 @@ def add_adapter(model: nn.Module, config: PeftConfig, **options: Any) -> PeftMod
 
     PEFT asks the model, not the layer, whether it is quantised. Only while the adapter is put in may the model say yes:
     TRL would cast every trained parameter to bf16, the fp32 projector among them, of a model that says so later.
-
-    Args:
-        model: The composed model.
-        config: PEFT's own configuration.
-        **options: Passed on to `get_peft_model`.
     """
     kinds = {type(module).__name__ for module in model.modules()}
     marks = {"is_loaded_in_4bit": "Linear4bit" in kinds, "is_loaded_in_8bit": "Linear8bitLt" in kinds}

@@ -31,10 +31,6 @@ CONTROL_TOKEN = re.compile(r"<[|｜][^<>\s]+[|｜]>|</s>|<(?:end|eo)\w*>")
 def check_language_model(config: PreTrainedConfig, key: str) -> None:
     """Checks that a language model of transformers reads what a stack gives it.
 
-    Args:
-        config: Its configuration.
-        key: Where the recipe names it.
-
     Raises:
         UserError: It reads no embeddings, no mask or no cache (Mamba, RWKV, BART), its tokens see those that follow
             (BERT's kind, unless it is set up as a decoder), or transformers cannot make it from this configuration.

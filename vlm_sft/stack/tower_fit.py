@@ -19,13 +19,7 @@ PROVEN = ("clip_vision_model", "siglip_vision_model", "blip_vision_model", "blip
 
 
 def measure_tower(config: VLMConfig, height: int, width: int, key: str) -> int:
-    """Width of the features that the tower of a stack gives for an image of this size.
-
-    Args:
-        config: Configuration of the stack.
-        height: Of the image in pixels.
-        width: Of the image in pixels.
-        key: Where the recipe names the tower.
+    """Width of the features that the tower of a stack gives for an image of this size in pixels.
 
     Raises:
         UserError: It cannot read one image, gives no features of places, or other ones each time.

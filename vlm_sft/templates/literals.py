@@ -54,12 +54,7 @@ def role_markers(own: str) -> list[str]:
 
 
 def find_markers(texts: Iterable[tuple[str, str]], markers: Iterable[str]) -> dict[str, list[str]]:
-    """Marker → ids of the texts that hold it, of those that any holds; spaces after `###` do not matter.
-
-    Args:
-        texts: (id, text) each.
-        markers: As `role_markers` gives them.
-    """
+    """Marker → ids of the (id, text) pairs that hold it, of those that any holds; spaces after `###` do not matter."""
     patterns = {marker: re.escape(marker).replace(r"\#\#\#", r"\#\#\#\ ?") for marker in markers}
     any_of = re.compile("|".join(f"(?<![A-Za-z]){p}" if m[0].isalpha() else p for m, p in patterns.items()))
     found: dict[str, list[str]] = {}

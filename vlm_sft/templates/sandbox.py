@@ -135,14 +135,6 @@ def _raise_exception(message: str) -> NoReturn:
     raise RefusedError(message)
 
 
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
-
-
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)  # a function, for the class would bring its attributes into the sandbox
-
-
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
@@ -159,9 +151,9 @@ def _environment() -> _Sandbox:
     environment.filters["tojson"] = limited(_tojson)
     environment.globals.update(
         raise_exception=_raise_exception,
-        strftime_now=_strftime_now,
+        strftime_now=lambda layout: datetime.now().strftime(layout),
         namespace=_Namespace,
-        dict=_dict,
+        dict=lambda *args, **kwargs: dict(*args, **kwargs),  # the class would bring its attributes into the sandbox
     )
     return environment
 

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 class SavePoints(TrainerCallback):
     """Where a run can be left and gone on with.
 
-    Args:
-        trainer: What is saved.
-
     Attributes:
         beside: The folder in which a checkpoint is being written; None between saves.
         resumed_from: The checkpoint with which this run began, if any.

@@ -32,11 +32,7 @@ COUNTERS = (
 
 
 class Meters:
-    """Sums of this process, by mode.
-
-    Args:
-        accelerator: Sums over the processes.
-    """
+    """Sums of this process, by mode."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -152,9 +148,6 @@ class Meters:
 
 class RowsMet:
     """What batches say of the rows that were in them, until it is entered into a ledger.
-
-    Args:
-        accelerator: Gathers what all processes met.
 
     Attributes:
         rejected: (source, id, reason, sentence) of rows that were left out.

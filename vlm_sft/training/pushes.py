@@ -60,13 +60,7 @@ class PushCallback(TrainerCallback):
         self._start(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", state.global_step)
 
     def stop(self, checkpoint: Path, step: int, seconds: float = AFTER_A_SIGNAL) -> None:
-        """After a signal: gives the last checkpoint a bounded time to be pushed; if it is not, says what pushes it.
-
-        Args:
-            checkpoint: What the run saved before it stopped.
-            step: Its step.
-            seconds: How long to wait.
-        """
+        """After a signal: gives the last checkpoint some seconds to be pushed; if it is not, says what pushes it."""
         if not self.every_save:
             self.say(
                 f"The run is not finished, so nothing was pushed; to push what is there: {self._command(checkpoint)}"
@@ -91,9 +85,6 @@ class PushCallback(TrainerCallback):
 
     def finish(self, folder: str | Path) -> str | None:
         """Waits for what is on its way, then pushes the finished bundle.
-
-        Args:
-            folder: The bundle.
 
         Returns:
             The address of the commit, or None when the Hub could not be had; why, and what to do, was said.

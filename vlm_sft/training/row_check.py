@@ -144,10 +144,6 @@ def _with_few_sentences(rejected: Iterable[Rejected]) -> list[Rejected]:
 def summary(parts: Sequence[Findings], rows: int) -> dict[str, Any]:
     """What `bundle.json` says about the rows of a set.
 
-    Args:
-        parts: What was found out about each source.
-        rows: Rows of the mixture.
-
     Returns:
         `rows` of the mixture, `read` from the sources, of these `measured` and `decoded`; of the measured ones
         `longest` and `mean_length` in tokens, `rows_shortened` and `turns_lost` to fit `max_length`, and `histogram`:

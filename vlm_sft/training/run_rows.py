@@ -69,7 +69,11 @@ def load_rows(
         train, notes["train_rows"] = _load_set(
             "train", data.train, ledgers["train"], look, console, data.sampling, languages=data.languages, seed=seed
         )
-        _check_count(len(train), args.world_size)
+        if (count := len(train)) < args.world_size:
+            raise UserError(
+                f"data.train has {count} {'row' if count == 1 else 'rows'} but accelerate started {args.world_size} "
+                f"processes, so some would have nothing to do; use --num_processes {count} or fewer."
+            )
     rows = None
     if data.eval:
         ledgers["eval"] = seen["eval"] = Ledger(data.max_rejected)
@@ -78,14 +82,6 @@ def load_rows(
         )
     console.print(ledger_table(ledgers))
     return train, rows, {**notes, "ledger": {name: ledger.as_dict() for name, ledger in ledgers.items()}}
-
-
-def _check_count(rows: int, processes: int) -> None:
-    if rows < processes:
-        raise UserError(
-            f"data.train has {rows} {'row' if rows == 1 else 'rows'} but accelerate started {processes} processes, so "
-            f"some would have nothing to do; use --num_processes {rows} or fewer."
-        )
 
 
 def _load_stream(
