@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from vlm_sft.batch.processor import VLMProcessor
+from vlm_sft.train import main
 
 
 def chat(question, answer, **more):
@@ -42,6 +46,46 @@ def test_broken_image(refused, recipe_file, data, tmp_path, kind, workers):
     path = recipe_file(data=data(*rows, kind="caption"))
     said = refused(path, f"sft.dataloader_num_workers={workers}", "sft.max_steps=3")
     assert said == f"error: {IMAGES[kind].format(path=tmp_path / 'bad.png', folder=tmp_path)}"
+
+
+@pytest.fixture
+def no_lines(monkeypatch):
+    """Image processors raise what they raise for pictures of one pixel's height."""
+    real = VLMProcessor.encode_images
+
+    def encode(self, images):
+        if any(image.height == 1 for image in images):
+            raise AssertionError("height must be at least 2")
+        return real(self, images)
+
+    monkeypatch.setattr(VLMProcessor, "encode_images", encode)
+
+
+@pytest.mark.parametrize(("workers", "decoded"), [(0, 500), (0, 0), (1, 0)])
+def test_a_picture_that_the_image_processor_refuses(refused, recipe_file, data, tmp_path, no_lines, workers, decoded):
+    Image.new("RGB", (60, 1)).save(tmp_path / "线.png")
+    rows = [{"image": "photo.png", "caption": "a"}] * 8 + [{"image": "线.png", "caption": "b"}]
+    path = recipe_file(data=data(*rows, kind="caption"))
+    options = [f"sft.dataloader_num_workers={workers}", "sft.max_steps=9", f"data.decode_rows={decoded}"]
+    assert refused(path, *options) == (
+        f"error: row rows/9: the image {tmp_path}/线.png of 60 x 1 pixels is refused by the model's image processor "
+        "(height must be at least 2): give it another shape or format, or remove the row."
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoded", [500, 0])
+def test_it_is_left_out_and_entered_in_the_ledger_where_the_recipe_says_so(
+    recipe_file, data, tmp_path, no_lines, decoded
+):
+    Image.new("RGB", (60, 1)).save(tmp_path / "线.png")
+    rows = [{"image": "photo.png", "caption": "a"}] * 8 + [{"image": "线.png", "caption": "b"}]
+    path = recipe_file(data={**data(*rows, kind="caption"), "max_rejected": 0.5, "decode_rows": decoded})
+    main([str(path), "sft.num_train_epochs=1", "sft.max_steps=-1", "sft.per_device_train_batch_size=3"])
+    bundle = json.loads((tmp_path / "out" / "recipe" / "bundle.json").read_text(encoding="utf-8"))
+    ledger = bundle["ledger"]["train"]["sources"]["rows"]
+    assert ledger["rejected"] == {"image refused": 1} and "线.png of 60 x 1 pixels" in str(ledger["examples"])
+    assert ledger["met"] == ({} if decoded else {"rows/9": "image refused"})
 
 
 def test_broken_image_of_an_evaluation(refused, recipe_file, data, tmp_path, caption_file):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModel, ConvNextConfig, SwinConfig, ViTMAEConfig
 
-from vlm_sft.model.towers import keep_all_patches, read_features, width_of
+from vlm_sft.model.freeze import part_modules
+from vlm_sft.model.towers import fails_on_pictures, keep_all_patches, read_features, width_of
 
 IMAGE = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
 
@@ -62,3 +64,25 @@ def test_a_hierarchical_tower_has_no_token_to_drop(patches):
     assert read_features(AutoModel.from_config(swin).eval(), IMAGE, -1, 16, patches).shape == (1, 64, 16)
     convnext = ConvNextConfig(image_size=32, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
     assert read_features(AutoModel.from_config(convnext).eval(), IMAGE, -1, 16, patches).shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "projector", "language_model"])
+@pytest.mark.parametrize("blank", [True, False])
+def test_an_error_is_the_pictures_where_the_image_path_raises_it_and_takes_a_blank_one(stack_recipe, part, blank):
+    from vlm_sft import build_stack
+
+    stack = build_stack(stack_recipe())
+    inputs = {"pixel_values": torch.ones(2, 3, 28, 28)}
+    seen = []
+
+    def check(module, given):
+        seen.append(part)
+        if not blank or len(seen) == 1:
+            raise ValueError("too long")
+
+    part_modules(stack.model)[part][1].register_forward_pre_hook(check)
+    text = torch.ones(1, 3, dtype=torch.long)
+    fails = partial(stack.model, input_ids=text) if part == "language_model" else stack.model.get_image_features
+    with pytest.raises(ValueError, match="too long") as error:
+        fails(**(inputs if part != "language_model" else {}))
+    assert fails_on_pictures(stack.model, inputs, error.value) == (blank and part != "language_model")

@@ -12,6 +12,7 @@ import torch
 
 from support.bundles import snapshot
 from vlm_sft.base.errors import UserError
+from vlm_sft.model.freeze import part_modules
 from vlm_sft.training.watch import ROW_IDS, Losses, WatchedCollator, dead_worker
 
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -126,6 +127,33 @@ def test_torchs_words_about_a_dead_worker_become_a_sentence(tmp_path):
     said = dead_worker("DataLoader worker (pid(s) 13, 14) exited unexpectedly", tmp_path)
     assert said is not None and "died before its first batch" in said
     assert dead_worker("CUDA out of memory", tmp_path) is None
+
+
+def failing(trainer, fails):
+    """Makes the vision tower raise where `fails` says so of its pixels, as a table of positions that is too short."""
+
+    def check(module, args, options):
+        if fails(args[0]):
+            raise RuntimeError("The size of tensor a (9) must match\nthe size of tensor b (5)")
+
+    part_modules(trainer.model)["vision_tower"][1].register_forward_pre_hook(check, with_kwargs=True)
+
+
+def test_rows_whose_picture_the_model_fails_on_are_named(make_trainer):
+    trainer = make_trainer(sft={"max_steps": 8, "per_device_train_batch_size": 1})
+    failing(trainer, lambda pixels: (pixels[:, 0] < -1.7).all(-1).all(-1).any())  # the one photo without red
+    said = r"^Step \d: the model fails on a picture of the rows captions/1 \(The size of tensor a \(9\) must match"
+    with pytest.raises(UserError, match=said):
+        trainer.train()
+
+
+def test_a_mistake_in_the_tower_stays_one_and_a_note_names_the_rows(make_trainer):
+    trainer = make_trainer(sft={"max_steps": 1, "per_device_train_batch_size": 2})
+    failing(trainer, lambda pixels: True)
+    with pytest.raises(RuntimeError, match="The size of tensor a") as error:
+        trainer.train()
+    assert not isinstance(error.value, UserError)
+    assert any(note.startswith("in a batch of the rows captions/") for note in error.value.__notes__)
 
 
 class Deadly:

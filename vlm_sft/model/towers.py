@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..base.names import INSTRUCTION
+from .freeze import part_modules
 
 
 def keep_all_patches(tower: nn.Module) -> nn.Module:
@@ -53,3 +57,32 @@ def width_of(features: torch.Size, height: int, width: int) -> int:
     _, a, b, c = features
     first, last = b * width == c * height, a * width == b * height  # which two axes are shaped like the image
     return c if last and not first else a
+
+
+def fails_on_pictures(model: nn.Module, inputs: Mapping[str, Any], error: Exception) -> bool:
+    """Whether an error is that of a batch's pictures: raised before the language model, and not for a blank picture.
+
+    Args:
+        model: The model, on this process as a whole.
+        inputs: The batch.
+        error: What the model raised.
+    """
+    parts = {part: module for part, (_, module) in part_modules(model).items() if part != "language_model"}
+    path = {id(module) for part in parts.values() for module in part.modules()}
+    trace = error.__traceback__
+    while trace is not None and id(trace.tb_frame.f_locals.get("self")) not in path:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    core: Any = model
+    idle = getattr(core, "idle_image_path", None)
+    try:
+        with torch.no_grad():
+            if idle is not None:
+                idle()
+            else:
+                instruction = {name: inputs[name][:1] for name in INSTRUCTION if name in inputs}
+                core.get_image_features(torch.zeros_like(inputs["pixel_values"][:1]), **instruction)
+    except Exception:
+        return False
+    return True

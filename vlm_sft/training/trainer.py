@@ -206,7 +206,8 @@ class VLMSFTTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """Loss over supervised positions alone; the full (B, S, vocabulary) logits never exist."""
-        outputs = model(**inputs, supervised_only=True, use_cache=False, num_items_in_batch=num_items_in_batch)
+        with self.watch.naming(inputs):
+            outputs = model(**inputs, supervised_only=True, use_cache=False, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counts the tokens of every rank, and DDP averages the gradients over the ranks.

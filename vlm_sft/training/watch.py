@@ -13,7 +13,8 @@ import re
 import statistics
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,8 +28,10 @@ from ..base.errors import UserError
 from ..base.interrupts import SIGNALS, shield_worker
 from ..base.names import STRANGE_STEPS
 from ..base.whole_files import read_text
+from ..base.words import reason_of
 from ..batch.counts import counts_of
 from ..bundle.run_folder import newest
+from ..model.towers import fails_on_pictures
 
 if TYPE_CHECKING:
     from .trainer import VLMSFTTrainer
@@ -164,6 +167,33 @@ class Watch(TrainerCallback):
         """Keeps the loss of a micro-batch together with the ids of its rows."""
         self._step.append((self.coming.popleft() if self.coming else [], loss.detach()))
 
+    @contextmanager
+    def naming(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Names the rows of a batch that the model fails on.
+
+        Raises:
+            UserError: The image path fails on their pictures, and not on a blank one.
+        """
+        try:
+            yield
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            ids = self.coming[0] if self.coming else []
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            # Alone: parts of the model may lie on other processes, which do not come here.
+            alone = self.trainer.accelerator.num_processes == 1
+            if ids and alone and fails_on_pictures(model, inputs, error):
+                seen = _with_images(ids, inputs, getattr(model.config, "image_token_id", -1))
+                raise UserError(
+                    f"Step {self.trainer.state.global_step + 1:,}: the model fails on a picture of the rows "
+                    f"{_names([(seen, 0.0)])} ({reason_of(error)[:200]}): give it another "
+                    "shape, or remove the row, and go on with --resume."
+                ) from error
+            if ids:
+                error.add_note(f"in a batch of the rows {', '.join(ids)}")
+            raise
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -275,6 +305,12 @@ def _names(parts: list[tuple[list[str], float]], most: int = 8) -> str:
     names = [name for ids in wrong for name in ids]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _with_images(ids: list[str], inputs: dict[str, Any], image_token_id: int) -> list[str]:
+    """The rows of a batch that have image tokens; all where that cannot be seen."""
+    has = (inputs["input_ids"] == image_token_id).any(1).tolist()
+    return [row for row, seen in zip(ids, has, strict=True) if seen] if len(has) == len(ids) and any(has) else ids
 
 
 def dead_worker(message: str, notes: Path) -> str | None:
