@@ -73,7 +73,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         check_texts(composed.config, composed.processor, args.max_length)
         collator = build_collator(recipe, composed.processor, args)
         rows = load_rows(recipe, collator, args, console)
-        for finding in on_first_process(partial(glance, rows[0], composed.processor)):
+        for finding in on_first_process(partial(glance, rows[0], composed.processor, recipe.data.train)):
             say(console, str(finding))
         with console.status("Loading the pieces"):
             trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))

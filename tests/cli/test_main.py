@@ -114,7 +114,8 @@ def test_chat(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     asked = {"images": ["a.png", "b.png"], "question": "这是什么？", "options": options}
     talked = {"images": [], "question": None, "options": {}}
     assert calls == [
-        ("inference.chat.chat", ("outputs/x",), {**given, "trust_remote_code": False}) for given in (asked, talked)
+        ("inference.chat.chat", ("outputs/x",), {**given, "trust_remote_code": False, "boxes": None})
+        for given in (asked, talked)
     ]
 
 
@@ -123,7 +124,7 @@ def test_generate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
         call(monkeypatch, "generate", "me/b", "q.jsonl", "-o", "a.jsonl", "--batch-size", "2", "--images", "pics") == 0
     )
     wanted = {"input": "q.jsonl", "output": "a.jsonl", "batch_size": 2, "images": "pics", "image_folders": ()}
-    wanted |= {"options": {}, "trust_remote_code": False}
+    wanted |= {"options": {}, "trust_remote_code": False, "boxes": None}
     assert calls == [("inference.answer_file.generate", ("me/b",), wanted)]
 
 
@@ -147,6 +148,10 @@ def test_wrong_usage_is_exit_code_two(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (
+            ["chat", "me/b", "--boxes", "metres"],
+            "error: --boxes must be one of pixels, unit, thousand, padded, not metres.",
+        ),
         (["chat", "me/b", "--set", "x"], "error: --set x is not understood; write KEY=VALUE, like"),
         (["recipes", "show", "zia_stage1"], 'error: there is no recipe "zia_stage1"; the closest that ships is "ziya_'),
     ],

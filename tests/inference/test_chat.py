@@ -28,7 +28,7 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.batch.processor import VLMProcessor
 from vlm_sft.cli.main import main
 from vlm_sft.inference import chat as chat_module
-from vlm_sft.inference.chat import chat, split_paths
+from vlm_sft.inference.chat import Conversation, chat, split_paths
 from vlm_sft.templates.template import load_template
 from vlm_sft.train import train
 
@@ -397,3 +397,20 @@ class Screen:
             if select.select([self.file], [], [], 0.2)[0]:
                 self.text += self._decoder.decode(os.read(self.file, 4096)).replace("\r", "")
         self._seen = self.text.index(words, self._seen) + len(words)
+
+
+def test_boxes_in_questions_are_those_of_the_picture_where_the_command_says_so(loaded, photos, monkeypatch):
+    asked = []
+
+    def stream(model, processor, messages, images):
+        asked.append(messages)
+        yield from ()
+
+    monkeypatch.setattr(chat_module, "stream_answer", stream)
+    picture = Image.open(photos[0]).convert("RGB")
+    for boxes, types in (("pixels", ["image", "text", "box", "text"]), (None, ["image", "text"])):
+        talk = Conversation(*loaded["ziya"], {}, [picture], boxes)
+        list(talk.ask("What is [1, 2, 3, 4]?"))
+        assert [part["type"] for part in asked[-1][0]["content"]] == types
+    with pytest.raises(UserError, match="which has no width or height"):
+        Conversation(*loaded["ziya"], {}, [picture], "pixels").ask("[3, 2, 1, 4]")

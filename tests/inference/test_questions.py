@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vlm_sft.base.errors import UserError
 from vlm_sft.inference.questions import QuestionRow, conversation, read_questions
@@ -68,3 +69,26 @@ def test_rows_without_an_id_have_their_number(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"question": "a"}\n{"id": "b", "question": "b"}\n{"id": null, "question": "c"}\n')
     assert [question.id for question in read_questions(str(path))] == [1, "b", 3]
+
+
+def test_questions_carry_boxes_of_the_file_whatever_size_is_asked_for(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    image = {"path": "a.png", "resized_width": 20, "resized_height": 40}
+    values = {"images": [image], "objects": {"ref": ["猫"], "bbox": [[20, 10, 120, 60]]}}
+    for asked in (
+        {"question": "Is <bbox> <ref-object>?"},
+        {"messages": [{"role": "user", "content": "<image>Is <bbox> <ref-object>?"}]},
+    ):
+        row = conversation(ask({**values, **asked}, tmp_path), None)
+        _, box, space, ref, _ = (part for part in row["messages"][0]["content"] if part["type"] != "image")
+        assert (box["box"], box["scale"], ref["text"], space["text"]) == ([0.1, 0.1, 0.6, 0.6], "unit", "猫", " ")
+        assert row["images"][0].size == (20, 40)
+
+
+def test_boxes_typed_in_a_question_are_read_where_the_command_says_what_they_count(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    typed = {"image": "a.png", "question": "What is [20, 10, 120, 60]?"}
+    assert conversation(ask(typed, tmp_path), None, boxes="pixels")["messages"][0]["content"][2]["box"][0] == 0.1
+    assert conversation(ask(typed, tmp_path), None)["messages"][0]["content"][1]["text"] == typed["question"]
+    with pytest.raises(UserError, match="outside of its picture of 200 x 100 pixels"):
+        conversation(ask({**typed, "question": "<bbox>", "bbox": [1, 2, 201, 5]}, tmp_path), None, boxes="pixels")

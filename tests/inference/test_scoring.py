@@ -11,6 +11,7 @@ from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.inference import scoring
 from vlm_sft.inference.scoring import Question, collect, gather, measure, merge
 from vlm_sft.recipe.sections import Source
+from vlm_sft.rows.messages import box_part
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +160,15 @@ def test_a_row_without_an_answer_at_its_end_is_named():
     row = {"messages": turn("a?", "b")[:1], "images": [], "id": "s/7"}
     with pytest.raises(UserError, match=r"^row s/7: its last message is no answer to compare with; end it with one"):
         gather([row])
+
+
+def test_boxes_of_an_answer_are_compared_as_the_model_writes_them(processor, photos):
+    cat, box = {"type": "ref", "text": "猫"}, box_part([0.5, 0.5, 1, 1], "unit", 0, "objects.bbox[0]")
+    row = {"messages": turn("在哪？", "x", images=1), "images": [{"path": photos[0], "bytes": None}], "id": "s/1"}
+    row["messages"][1]["content"] = [cat, box]
+    (question,) = merge(gather([row]), processor)
+    assert question.references == ["猫[0.500,0.500,1.000,1.000]"]
+    row["messages"] = [{"role": "user", "content": [*row["messages"][0]["content"], box]}, turn("", "yes")[1]]
+    (question,) = merge(gather([row]), processor)
+    assert question.messages[0]["content"][1]["text"] == "在哪？[0.500,0.500,1.000,1.000]"
+    assert question.references == ["yes"]

@@ -8,8 +8,9 @@ from support.conversations import make_row, turn
 from vlm_sft.batch.tokenizer_coverage import Coverage
 from vlm_sft.data.image_files import Leak
 from vlm_sft.data.ledger import Ledger, SourceLedger
-from vlm_sft.preflight.checks import CHECKS, ERROR, NOTE, WARNING, Evidence, check
+from vlm_sft.preflight.checks import CHECKS, ERROR, NOTE, WARNING, Evidence, boxes_taken, check
 from vlm_sft.preflight.freeze_proof import Proof
+from vlm_sft.rows.messages import box_part
 from vlm_sft.templates.template import load_template
 
 ZIYA = load_template("ziya")
@@ -135,3 +136,16 @@ def test_keys_that_are_not_used_are_a_note(photos):
             'train: the source "captions" has keys that are not used: "model" in 9 rows, "messages[].来源" in 1 row.',
         )
     ]
+
+
+def test_what_the_numbers_of_boxes_are_taken_for_is_said(photos):
+    rows = [make_row(turn("在哪？", "x", images=1), photos, number) for number in range(3)]
+    rows[0]["messages"][1]["content"] = [box_part([1, 2, 3, 4], "pixels", 0, "k")]
+    rows[1]["messages"][1]["content"] = [box_part([0.1, 0.2, 0.3, 0.4], "unit", 0, "k")]
+    rows[2]["messages"][1]["content"][0]["text"] = "<box>(1,2),(3,4)</box> 猫"
+    note, warning = boxes_taken(Evidence(rows=rows, box_notation="internvl"))
+    taken = 'The numbers of boxes in the source "s" are taken for pixels in 1 row and unit in 1 row; '
+    assert note.sentence == taken + "they are written in the notation internvl."
+    assert (warning.level, warning.where) == (WARNING, ["s/2"])
+    assert '1 row of the source "s" holds boxes typed in text, which stay text.' in warning.sentence
+    assert [found.level for found in boxes_taken(Evidence(rows=rows, as_written=frozenset({"s"})))] == [NOTE]

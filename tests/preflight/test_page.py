@@ -37,7 +37,9 @@ def full_report(text=EVIL) -> Report:
         TokenGroup(text, "assistant", True, (3, 4), 4),
     ]
     plan = [PartRow("projector", text, 10, 10, 0, {"float32"}, 1e-3)]
-    picture = thumbnail(Image.new("RGB", (40, 30), "red"))
+    picture = thumbnail(
+        Image.new("RGB", (40, 30), "red"), [([0.25, 0.2, 0.75, 0.9], text, text), ([0.5, 0.5], "", text)]
+    )
     return Report(
         text, text, [Finding(ERROR, text, text, [text]), Finding(WARNING, text)],
         Evidence({"train": ledger}, coverage=coverage, proof=proof), [5, 50, 500], 100,
@@ -145,3 +147,19 @@ def test_the_histogram_has_its_cut():
         "3 tokens: 2 rows"
     ]
     assert next(bar.title for bar in found.bars if bar.height) == "8 – 11 tokens: 1 row"
+
+
+def test_boxes_are_drawn_on_their_picture_where_they_lie():
+    picture = thumbnail(
+        Image.new("RGB", (40, 30), "red"), [([0.25, 0.2, 0.75, 0.9], "一只猫", "box 1"), ([0.5, 0.5], "", "")]
+    )
+    page = Elements(
+        render_page(Report("r", "", samples=[Shown("1", "s", images=[picture, thumbnail(Image.new("RGB", (8, 8)))])]))
+    )
+    svg, image, rect, circle = (
+        next(each for tag, each in page.tags if tag == name) for name in ("svg", "image", "rect", "circle")
+    )
+    assert (svg["viewbox"], image["href"], image["width"]) == ("0 0 40 30", picture.data_uri, "40")
+    assert [rect[name] for name in ("x", "y", "width", "height")] == ["10.0", "6.0", "20.0", "21.0"]
+    assert (circle["cx"], circle["cy"]) == ("20.0", "15.0")
+    assert "一只猫" in page.text and sum(tag == "img" for tag, _ in page.tags) == 1

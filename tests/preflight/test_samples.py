@@ -27,6 +27,7 @@ from vlm_sft.preflight.samples import (
     whole_lengths,
 )
 from vlm_sft.recipe.sections import Data
+from vlm_sft.rows.messages import box_part, packed
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_a_sample_is_what_the_collator_makes(collator, photos):
     shown = show(make_row(turn("这是什么？", "一只猫", images=1), photos), collator)
     assert shown.tokens == len([i for group in shown.groups for i in group.ids])
     assert shown.learned == sum(len(group.ids) for group in shown.groups if group.learned) > 3
-    header, data = shown.data_uris[0].split(",")
+    header, data = shown.images[0].data_uri.split(",")
     assert header == "data:image/jpeg;base64"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (40, 30)
     broken = show(make_row(turn("q", "a", images=1), ["none.png"]), collator)
@@ -70,7 +71,35 @@ def test_a_sample_is_what_the_collator_makes(collator, photos):
 
 def test_thumbnails_are_small():
     large = thumbnail(Image.effect_noise((3000, 1500), 90).convert("RGB"))
-    assert Image.open(io.BytesIO(large)).size == (288, 144) and len(large) < 40_000
+    assert Image.open(io.BytesIO(large.jpeg)).size == (large.width, large.height) == (288, 144)
+    assert len(large.jpeg) < 40_000
+
+
+def test_boxes_lie_on_the_picture_with_their_words(collator, photos):
+    collator = MultimodalCollator(collator.processor)
+    cat, place = {"type": "ref", "text": "一只猫"}, "objects.bbox[0]"
+    row = make_row(turn("在哪？", "x", images=1), photos)  # 40 x 30 pixels
+    row["messages"][1]["content"] = [
+        cat,
+        box_part([10, 6, 30, 27], "pixels", 0, place),
+        box_part([0.5, 0.5], "unit", 0, "k"),
+    ]
+    for each in (row, {**row, "extras": packed(row)}):
+        shown = show(each, collator)
+        boxed, point = shown.images[0].boxes
+        assert boxed[:5] == (10.0, 6.0, 20.0, 21.0, "一只猫") and boxed.title == f"{place}: [10, 6, 30, 27] (pixels)"
+        assert point[:4] == (20.0, 15.0, 0, 0)
+    assert "一只猫[0.250,0.200,0.750,0.900;0.500,0.500]" in "".join(
+        g.text for g in shown.groups if g.role == "assistant"
+    )
+    outside = {
+        **row,
+        "messages": [
+            row["messages"][0],
+            {"role": "assistant", "content": [box_part([0, 0, 99, 9], "pixels", 0, place)]},
+        ],
+    }
+    assert f'"{place}" is [0, 0, 99, 9] (pixels), outside of its picture of 40 x 30' in show(outside, collator).problem
 
 
 def test_samples_are_of_every_source(collator, photos):

@@ -17,6 +17,7 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.data.source import source_rows
 from vlm_sft.prepare.convert import ROWS_PER_SHARD, TARGETS, convert_rows
 from vlm_sft.recipe.sections import Source
+from vlm_sft.rows.messages import box_part
 
 
 def png(colour: int) -> bytes:
@@ -172,3 +173,16 @@ def test_what_is_no_picture_is_not_copied(to, tmp_path):
         with pytest.raises(UserError, match=what):
             convert_rows(rows, to, out, copy_images=True)
         assert not out.exists() and not list(tmp_path.glob("*_images"))
+
+
+def test_boxes_are_written_as_they_are_and_read_back(tmp_path):
+    boxed = row(IMAGE, text("在哪？"), images=[{"path": str(tmp_path / "a.png"), "bytes": None}])
+    parts = [{"type": "ref", "text": "猫"}, box_part([1, 2, 30.5, 4], "pixels", 0, "objects.bbox[0]"), text("!")]
+    boxed["messages"][1]["content"] = parts
+    convert_rows([boxed], "messages", tmp_path / "x.jsonl")
+    (again,) = read(tmp_path / "x.jsonl")
+    back = again["messages"][1]["content"]
+    assert [back[0], back[2]] == [{"type": "ref", "text": "猫"}, text("!")]
+    assert {**back[1], "key": ""} == {**parts[1], "key": ""}
+    with pytest.raises(UserError, match="it has boxes, which LLaVA's format writes as text: write --to messages"):
+        convert_rows([boxed], "llava", tmp_path / "x.json")

@@ -14,7 +14,7 @@ from vlm_sft.base.errors import RowError
 from vlm_sft.data.dataset import load_source
 from vlm_sft.data.streaming import stream_mixture
 from vlm_sft.recipe.sections import Source
-from vlm_sft.rows.boxes import SCALES, problem_of, to_unit, typed_boxes
+from vlm_sft.rows.boxes import SCALES, has_typed_boxes, problem_of, to_unit
 from vlm_sft.rows.formats import examples_of
 from vlm_sft.rows.messages import answers_of, box_part, normalise_messages, packed, row_key, unpacked
 
@@ -112,7 +112,17 @@ def test_boxes_typed_in_text_are_read_where_the_source_says_what_they_count(text
 def test_location_tokens_say_themselves_what_they_count():
     (found,) = numbers(row("<loc0256><loc0128><loc0512><loc1023> cat"), "pixels")
     assert found == ([128 / 1024, 0.25, 1023 / 1024, 0.5], "unit", 0)
-    assert typed_boxes("<loc0256><loc0128><loc0512><loc1023> and [1, 2, 3, 4]<box>(1,2),(3,4)</box>") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        ("<loc0256><loc0128><loc0512><loc1023> 猫", True), ("<box>(1,2),(3,4)</box>", True),
+        ('{"bbox_2d": [1, 2, 3, 4]}', True), ("<|box_start|>", True), ("[1, 2, 3, 4]", False), ("<loc0001>", False),
+    ],
+)  # fmt: skip
+def test_typed_boxes_are_known_where_they_can_be_nothing_else(text, boxes):
+    assert has_typed_boxes(text) is boxes
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers.image_utils import ChannelDimension
 from ..base.errors import RowError, UserError, row_error
 from ..reading.images import image_size
 from ..rows.boxes import to_unit
-from ..rows.messages import Message, Part
+from ..rows.messages import Message, Part, has_boxes
 from ..templates.notations import joined, written_box, written_group
 
 if TYPE_CHECKING:
@@ -59,16 +59,6 @@ class Seen(NamedTuple):
         return kept if kept == found else None
 
 
-def has_boxes(messages: Sequence[Message]) -> bool:
-    """Whether messages have boxes, or words for them, that are to be written."""
-    return any(
-        part["type"] in ("box", "ref")
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-    )
-
-
 def write_boxes(
     processor: VLMProcessor,
     messages: Sequence[Message],
@@ -95,6 +85,26 @@ def write_boxes(
         message if isinstance(message["content"], str) else {**message, "content": writer.write(message["content"])}
         for message in messages
     ]
+
+
+def in_units(messages: Sequence[Message], images: Sequence[Any], where: str) -> list[Message]:
+    """Messages with every box in 0 to 1 of its picture.
+
+    Args:
+        messages: As rows have them.
+        images: The row's images, as they lie in their files.
+        where: The row in words.
+
+    Raises:
+        RowError: A box lies outside of its picture.
+    """
+
+    def in_unit(part: Part) -> Part:
+        if part["type"] != "box":
+            return part
+        return {**part, "box": to_unit(part, file_size(images[part["image"]], where), where), "scale": "unit"}
+
+    return [{**message, "content": [in_unit(part) for part in message["content"]]} for message in messages]
 
 
 def file_size(image: Any, where: str, fetch: Callable[[str], str] | None = None) -> tuple[int, int]:

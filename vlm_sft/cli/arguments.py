@@ -34,6 +34,14 @@ def _run(value: str) -> str:
     return value
 
 
+def _scale(given: str | None) -> str | None:
+    from ..rows.boxes import SCALES
+
+    if given is not None and given not in SCALES:
+        raise UserError(f"--boxes must be one of {', '.join(SCALES)}, not {given}.")
+    return given
+
+
 Bundle = Annotated[
     str,
     typer.Argument(
@@ -55,6 +63,14 @@ RunFolder = Annotated[
 ImageFolders = Annotated[
     list[str] | None,
     typer.Option("--image-folder", metavar="DIR", help="Further folder in which images may lie; may be repeated."),
+]
+Boxes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCALE",
+        callback=_scale,
+        help="What numbers of boxes in questions count: pixels, unit (0 to 1) or thousand; else they are text.",
+    ),
 ]
 Options = Annotated[
     list[str] | None,

@@ -10,7 +10,7 @@ import typer
 from ..base.console import quiet_libraries
 from ..base.errors import UserError
 from ..train import Trust
-from .arguments import Bundle, ImageFolders, LocalBundle, Options, RunFolder, settings_of
+from .arguments import Boxes, Bundle, ImageFolders, LocalBundle, Options, RunFolder, settings_of
 
 bundles_app = typer.Typer()
 
@@ -25,6 +25,7 @@ def chat(
         ),
     ] = None,
     image: Annotated[list[str] | None, typer.Option("--image", help="Image to talk about; may be repeated.")] = None,
+    boxes: Boxes = None,
     options: Options = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -32,8 +33,14 @@ def chat(
     quiet_libraries()  # before the first heavy import
     from ..inference.chat import chat as run
 
-    settings = settings_of(options)
-    run(bundle, images=image or [], question=question, options=settings, trust_remote_code=trust_remote_code)
+    run(
+        bundle,
+        images=image or [],
+        question=question,
+        options=settings_of(options),
+        trust_remote_code=trust_remote_code,
+        boxes=boxes,
+    )
 
 
 @bundles_app.command()
@@ -44,6 +51,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     images: Annotated[str | None, typer.Option(help="Folder that relative image paths start from.")] = None,
     image_folder: ImageFolders = None,
+    boxes: Boxes = None,
     options: Options = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -60,6 +68,7 @@ def generate(
         image_folders=image_folder or (),
         options=settings_of(options),
         trust_remote_code=trust_remote_code,
+        boxes=boxes,
     )
 
 

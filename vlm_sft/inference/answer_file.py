@@ -33,6 +33,7 @@ def generate(
     options: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     image_folders: Sequence[str] = (),
+    boxes: str | None = None,
 ) -> None:
     """Answers a file of questions.
 
@@ -47,6 +48,7 @@ def generate(
         options: For transformers' `generate`, over the recipe's `generation`.
         trust_remote_code: See `vlm_sft.load`.
         image_folders: Further folders in which images may lie, beside `images` and the folder of the input.
+        boxes: What the numbers of boxes count where a row does not say it, as a source's `boxes`.
 
     Raises:
         UserError: A file is wrong, or some rows could not be answered (after all others were).
@@ -72,7 +74,7 @@ def generate(
     with _append(target, size) as write, RowProgress(console, "answers") as progress:
         answered = errors = 0
         while batch := list(islice(todo, batch_size)):
-            lines = answer_rows(model, processor, batch, images, settings, image_folders)
+            lines = answer_rows(model, processor, batch, images, settings, image_folders, boxes)
             write(lines)
             done |= {str(line["id"]): line.get("error") for line in lines}
             answered, errors = answered + len(lines), errors + sum("error" in line for line in lines)
@@ -118,6 +120,7 @@ def answer_rows(
     images: str | None,
     options: dict[str, Any],
     image_folders: Sequence[str] = (),
+    boxes: str | None = None,
 ) -> list[dict[str, Any]]:
     """One line a row: its columns and `answer`, or `error` where the row cannot be asked.
 
@@ -129,7 +132,7 @@ def answer_rows(
         line = question.kept()
         lines.append(line)
         try:
-            row = conversation(question, images, image_folders)
+            row = conversation(question, images, image_folders, boxes)
             # Each by itself first, so that one bad row does not take the others with it.
             check_length(model, len(encode_question(processor, row).input_ids))
             asked.append((line, row))

@@ -20,6 +20,9 @@ from ..base.words import closest
 from ..batch.pictures import PictureError, read_pictures
 from ..batch.processor import VLMProcessor
 from ..reading.images import load_image
+from ..rows.boxes import place_boxes
+from ..rows.messages import Part, image_part
+from ..rows.raw_row import RowView
 from .generation import PromptTooLongError, stream_answer
 from .settings import check_options, ignores_text, open_bundle
 
@@ -38,6 +41,7 @@ def chat(
     question: str | None = None,
     options: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    boxes: str | None = None,
 ) -> None:
     """Talks about images.
 
@@ -47,6 +51,7 @@ def chat(
         question: Asked once, and only the answer is printed; without it a conversation is held over standard input.
         options: For transformers' `generate`, over the recipe's `generation`.
         trust_remote_code: See `vlm_sft.load`.
+        boxes: What the numbers of boxes in questions count, as a source's `boxes`; None: they are text.
 
     Raises:
         UserError: The bundle, an image or an option is wrong; within a conversation errors are said and it goes on.
@@ -59,7 +64,7 @@ def chat(
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with console.status(f"Loading {bundle}"):
         model, processor, settings = open_bundle(bundle, options or {}, trust_remote_code)
-        talk = Conversation(model, processor, settings, read_pictures(processor, loaded, images))
+        talk = Conversation(model, processor, settings, read_pictures(processor, loaded, images), boxes)
     if question is None:
         Prompt(talk, console).run()
         return
@@ -77,12 +82,18 @@ class Conversation:
         processor: Its processor.
         options: For `generate`.
         waiting: Images of the next question.
+        boxes: What the numbers of boxes in questions count; None: they are text.
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: VLMProcessor, options: dict[str, Any], waiting: list[Image.Image]
+        self,
+        model: PreTrainedModel,
+        processor: VLMProcessor,
+        options: dict[str, Any],
+        waiting: list[Image.Image],
+        boxes: str | None = None,
     ) -> None:
-        self.model, self.processor, self.options = model, processor, options
+        self.model, self.processor, self.options, self.boxes = model, processor, options, boxes
         self.captions_only = ignores_text(processor)
         self.messages: list[dict[str, Any]] = []
         self.images: list[Image.Image] = []
@@ -109,9 +120,12 @@ class Conversation:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError("The question is not UTF-8 text: set the terminal to UTF-8 (LANG=zh_CN.UTF-8).") from None
-        content: list[dict[str, str]] = [{"type": "image"} for _ in self.waiting]
+        content: list[Part] = [image_part() for _ in self.waiting]
         content += [{"type": "text", "text": text}] if text.strip() else []
-        return Answer(self, {"role": "user", "content": content})
+        question = {"role": "user", "content": content}
+        images = len(self.images) + len(self.waiting)
+        (question,) = place_boxes(RowView({}, "the question", {}), [question], images, self.boxes)
+        return Answer(self, question)
 
 
 class Answer:

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..base.errors import UserError
+from ..batch.box_text import in_units
 from ..reading.image_refs import Folders, resolve_image
 from ..reading.images import load_image
 from ..reading.locations import Row, read_rows
 from ..rows.formats import examples_of
 from ..rows.messages import split_marks
+
+_KEPT = ("images", "image", "objects", "bboxes", "bbox")
 
 
 class QuestionRow(NamedTuple):
@@ -52,13 +55,16 @@ def read_questions(path: str) -> Iterator[QuestionRow]:
         yield QuestionRow(number if own is None else own, row)
 
 
-def conversation(question: QuestionRow, images: str | None, image_folders: Sequence[str] = ()) -> dict[str, Any]:
+def conversation(
+    question: QuestionRow, images: str | None, image_folders: Sequence[str] = (), boxes: str | None = None
+) -> dict[str, Any]:
     """A row as `{"messages", "images", "id"}`, images decoded.
 
     Args:
         question: The row.
         images: Folder that relative paths start from; None: that of the row's file.
         image_folders: Further folders in which its images may lie.
+        boxes: What the numbers of its boxes count where it does not say it, as a source's `boxes`.
 
     Raises:
         UserError: The row has no question, its marks and images differ in number, or an image cannot be read.
@@ -66,13 +72,14 @@ def conversation(question: QuestionRow, images: str | None, image_folders: Seque
     values, where = question.row.values, question.row.where
     if values.get("messages") is None:
         values = _as_messages(values, where)
-    example = next(iter(examples_of(values, "messages", where=where)))
+    example = next(iter(examples_of(values, "messages", where=where, boxes=boxes)))
     folder = images or question.row.folder
     folder = None if folder is None else os.path.abspath(os.path.expanduser(folder))
     named = [each for each in (folder, question.row.folder, *image_folders) if each is not None]
     refs = [resolve_image(image, folder, where, within=Folders(named)) for image in example.images]
     loaded = [load_image(image, where=where) for image in refs]
-    return {"messages": example.messages, "images": loaded, "id": question.id}
+    # Boxes in pixels are of the file, and what was loaded may have another size.
+    return {"messages": in_units(example.messages, refs, where), "images": loaded, "id": question.id}
 
 
 def _as_messages(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -88,5 +95,5 @@ def _as_messages(values: dict[str, Any], where: str) -> dict[str, Any]:
         content = [{"type": "image"}] * count + content
     return {
         "messages": [{"role": "user", "content": content}],
-        **{name: values[name] for name in ("images", "image") if values.get(name) not in (None, "")},
+        **{name: values[name] for name in _KEPT if values.get(name) not in (None, "")},
     }

@@ -32,6 +32,7 @@ class Question:
         id: Of the row.
         format: Of its source.
         refused: Why it cannot be asked, or "".
+        answer: The message that is right, where it has boxes, whose text is known when a model writes them.
     """
 
     messages: list[dict[str, Any]]
@@ -40,6 +41,7 @@ class Question:
     id: str = ""
     format: str = ""
     refused: str = ""
+    answer: dict[str, Any] | None = None
 
 
 FEWEST_ANSWERS = 4  # with fewer, VQA accuracy gives no answer full marks: three of the others must agree with it
@@ -152,21 +154,24 @@ def score(
 
 def gather(rows: Iterable[dict[str, Any]], format: str = "") -> list[Question]:  # noqa: A002
     """Rows → questions; the last answer of a row is its reference."""
-    from ..rows.messages import unpacked
+    from ..rows.messages import has_boxes, unpacked
 
     questions = []
     for row in map(unpacked, rows):
         if row["messages"][-1]["role"] != "assistant":
             raise UserError(f"row {row['id']}: its last message is no answer to compare with; end it with one.")
-        reference = "".join(part["text"] or "" for part in row["messages"][-1]["content"])
-        questions.append(Question(row["messages"][:-1], row["images"], [reference], str(row["id"]), format))
+        *asked, answer = row["messages"]
+        reference = "".join(part["text"] or "" for part in answer["content"])
+        boxed = answer if has_boxes([answer]) else None
+        questions.append(Question(asked, row["images"], [reference], str(row["id"]), format, answer=boxed))
     return questions
 
 
 def merge(questions: Sequence[Question], processor: VLMProcessor) -> list[Question]:
     """Makes one question of those whose prompt (as the template renders it) and images are the same; see `Question`."""
+    questions = [_written(question, processor) for question in questions]
     if questions and questions[0].format in METRICS:
-        return list(questions)
+        return questions
     merged: dict[tuple[Any, ...], Question] = {}
     for question in questions:
         prompt = processor.render(question.messages, add_generation_prompt=True).text
@@ -174,6 +179,18 @@ def merge(questions: Sequence[Question], processor: VLMProcessor) -> list[Questi
         first = merged.setdefault(key, replace(question, references=[]))
         first.references += [reference for reference in question.references if reference not in first.references]
     return list(merged.values())
+
+
+def _written(question: Question, processor: VLMProcessor) -> Question:
+    """A question with its boxes, and those of its answer, as this model writes them."""
+    from ..batch.box_text import write_boxes
+
+    messages = [*question.messages, *([question.answer] if question.answer else [])]
+    written = list(write_boxes(processor, messages, question.images, f"row {question.id}"))
+    if question.answer is None:
+        return replace(question, messages=written)
+    *asked, answer = written
+    return replace(question, messages=asked, references=["".join(part["text"] or "" for part in answer["content"])])
 
 
 def ask(

@@ -12,6 +12,7 @@ from ..batch.tokenizer_coverage import Coverage
 from ..data.image_files import Leak
 from ..data.ledger import Ledger, names_of
 from ..model.freeze import part_of
+from ..rows.boxes import has_typed_boxes
 from ..rows.messages import answers_of, row_key
 from ..templates.literals import find_markers, role_markers
 from .freeze_proof import Proof
@@ -55,6 +56,8 @@ class Evidence:
         rows: Training rows that were looked at, none twice.
         template: The chat template's source.
         ends_with: What the template puts after an answer.
+        box_notation: How boxes are written.
+        as_written: Sources whose typed boxes are meant to stay text.
         coverage: Language → how well the tokenizer knows it.
         leaks: Training images that are held-out ones.
         proof: What real steps showed.
@@ -67,6 +70,8 @@ class Evidence:
     rows: list[dict[str, Any]] = field(default_factory=list)
     template: str = ""
     ends_with: str = ""
+    box_notation: str = ""
+    as_written: frozenset[str] = frozenset()
     coverage: dict[str, Coverage] = field(default_factory=dict)
     leaks: list[Leak] = field(default_factory=list)
     proof: Proof | None = None
@@ -114,6 +119,31 @@ def unused_keys(evidence: Evidence) -> Iterator[Finding]:
             if of.unused:
                 sentence = f'{name}: the source "{source}" has keys that are not used: {names_of(of.unused)}.'
                 yield Finding(NOTE, sentence, "If one holds what is to be learnt, map it in `columns`.")
+
+
+def boxes_taken(evidence: Evidence) -> Iterator[Finding]:
+    """What the numbers of boxes were taken for, and boxes that stay text because nobody says what they count."""
+    found: dict[str, Counter[str]] = {}
+    typed: dict[str, list[str]] = {}
+    for row in evidence.rows:
+        parts = [part for message in row["messages"] for part in message["content"]]
+        if scales := {part["scale"] for part in parts if part["type"] == "box"}:
+            found.setdefault(row["source"], Counter()).update(scales)
+        unsaid = not scales and row["images"] and row["source"] not in evidence.as_written
+        if unsaid and any(part["type"] == "text" and has_typed_boxes(part["text"]) for part in parts):
+            typed.setdefault(row["source"], []).append(row["id"])
+    for source, counts in found.items():
+        taken = " and ".join(f"{scale} in {_count(rows, 'row')}" for scale, rows in counts.items())
+        written = f"they are written in the notation {evidence.box_notation}"
+        yield Finding(NOTE, f'The numbers of boxes in the source "{source}" are taken for {taken}; {written}.')
+    for source, rows in typed.items():
+        sentence = (
+            f'{_count(len(rows), "row")} of the source "{source}" {_hold(rows)} boxes typed in text, which stay text.'
+        )
+        mend = (
+            "Set the source's `boxes` to what their numbers count, or to as_written if the text is right for the model."
+        )
+        yield Finding(WARNING, sentence, mend, rows[:EXAMPLES])
 
 
 def foreign_markers(evidence: Evidence) -> Iterator[Finding]:
@@ -230,8 +260,8 @@ def tight_memory(evidence: Evidence) -> Iterator[Finding]:
 
 
 CHECKS = (
-    rejected_rows, shortened_rows, unused_keys, foreign_markers, early_ends, hollow_answers, common_answers,
-    repeated_rows, leaked_images, poor_coverage, unproven_tensors, tight_memory,
+    rejected_rows, shortened_rows, unused_keys, boxes_taken, foreign_markers, early_ends, hollow_answers,
+    common_answers, repeated_rows, leaked_images, poor_coverage, unproven_tensors, tight_memory,
 )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
         test = (load_source(source, seed=args.seed, reject=lambda error: None) for source in recipe.data.test)
         train, held_out = rows[0], [*([rows[1]] if rows[1] else []), *test]
         with console.status("Looking at texts and images"):
-            look_at(evidence, collator, train, held_out)
+            look_at(evidence, collator, train, held_out, recipe.data.train)
             report.samples = show_samples(evidence.rows, collator)
         report.sources = shares_of_sources(recipe.data, evidence.ledgers["train"], evidence.rows)
         report.languages = shares_of_languages(recipe.data, evidence.rows)

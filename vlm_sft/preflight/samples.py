@@ -6,10 +6,10 @@ import base64
 import copy
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -17,11 +17,13 @@ from datasets import Dataset
 from ..base.errors import RowError
 from ..base.languages import language_of
 from ..base.names import IGNORED
+from ..batch.box_text import file_size, write_boxes
 from ..batch.token_view import TokenGroup, token_groups
 from ..batch.tokenizer_coverage import coverage_of
 from ..data.image_files import shared_images
 from ..data.mixture import SHARES
 from ..data.streaming import first_rows
+from ..rows.boxes import AS_WRITTEN, to_unit
 from ..rows.messages import answers_of, unpacked
 from .checks import Evidence, Finding, check
 
@@ -32,13 +34,39 @@ if TYPE_CHECKING:
     from ..batch.collator import MultimodalCollator
     from ..batch.processor import VLMProcessor
     from ..data.ledger import Ledger
-    from ..recipe.sections import Data
+    from ..recipe.sections import Data, Source
 
 LOOKED_AT = 20_000  # rows whose text is read
 GLANCED_AT = 1_000  # rows whose text is read at the start of a training
 MEASURED = 2_000  # of these, rows whose whole length is counted, and answers given to the tokenizer
 SHOWN = 8  # samples
 THUMBNAIL = 288  # pixels of the longer side
+
+
+class Drawn(NamedTuple):
+    """A box on a picture, in its pixels: a point has no width. What it shows in words, and what the row says of it."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    label: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A small JPEG file, its size in pixels, and the boxes on it."""
+
+    jpeg: bytes
+    width: int
+    height: int
+    boxes: list[Drawn] = field(default_factory=list)
+
+    @property
+    def data_uri(self) -> str:
+        """The file, to be put into a page."""
+        return f"data:image/jpeg;base64,{base64.b64encode(self.jpeg).decode()}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +79,7 @@ class Shown:
         tokens: How many it has.
         learned: How many of them are in the loss.
         turns_lost: Turns it lost to fit.
-        images: JPEG files.
+        images: Its images, small.
         groups: Its tokens, as they are shown.
         problem: Why it cannot be trained on, or "".
     """
@@ -61,14 +89,9 @@ class Shown:
     tokens: int = 0
     learned: int = 0
     turns_lost: int = 0
-    images: list[bytes] = field(default_factory=list)
+    images: list[Picture] = field(default_factory=list)
     groups: list[TokenGroup] = field(default_factory=list)
     problem: str = ""
-
-    @property
-    def data_uris(self) -> list[str]:
-        """The images, to be put into a page."""
-        return [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in self.images]
 
 
 @dataclass(frozen=True)
@@ -99,35 +122,44 @@ def _once(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def look_at(
-    evidence: Evidence, collator: MultimodalCollator, train: Dataset | IterableDataset, held_out: Iterable[Dataset]
+    evidence: Evidence,
+    collator: MultimodalCollator,
+    train: Dataset | IterableDataset,
+    held_out: Iterable[Dataset],
+    sources: Sequence[Source] = (),
 ) -> None:
     """Fills in what rows tell: texts, coverage, leaks between the training rows and each data set held out."""
     processor = collator.processor
-    read_texts(evidence, processor, sample_rows(train))
+    read_texts(evidence, processor, sample_rows(train), sources)
     others = [row for rows in held_out for row in rows.select_columns(["images", "id"])]
     if others:
         every = train.select_columns(["images", "id"]) if isinstance(train, Dataset) else evidence.rows
         evidence.leaks = shared_images(every, others)
 
 
-def read_texts(evidence: Evidence, processor: VLMProcessor, rows: list[dict[str, Any]]) -> None:
-    """Fills in what the texts of some rows tell."""
+def read_texts(
+    evidence: Evidence, processor: VLMProcessor, rows: list[dict[str, Any]], sources: Sequence[Source] = ()
+) -> None:
+    """Fills in what the texts of some rows tell; `sources` are theirs."""
+    evidence.box_notation = processor.box_notation
+    evidence.as_written = frozenset(str(source.name) for source in sources if source.boxes == AS_WRITTEN)
     evidence.template, evidence.ends_with = str(processor.chat_template), processor.end_of_answer.strip(" ")
     evidence.rows = rows
     answers = (text for row in evenly(rows, MEASURED) for text in answers_of(row))
     evidence.coverage = coverage_of(answers, processor.tokenizer)
 
 
-def glance(train: Dataset | IterableDataset, processor: VLMProcessor) -> list[Finding]:
+def glance(train: Dataset | IterableDataset, processor: VLMProcessor, sources: Sequence[Source] = ()) -> list[Finding]:
     """What the texts of a few rows tell: the part of preflight that every training begins with.
 
     Args:
         train: Training rows; of a stream nothing is read.
         processor: A `VLMProcessor`.
+        sources: Of the training rows.
     """
     evidence = Evidence()
     if isinstance(train, Dataset):
-        read_texts(evidence, processor, sample_rows(train, GLANCED_AT))
+        read_texts(evidence, processor, sample_rows(train, GLANCED_AT), sources)
     return check(evidence)
 
 
@@ -161,8 +193,11 @@ def show_samples(rows: Sequence[dict[str, Any]], collator: MultimodalCollator, c
 
 def show(row: dict[str, Any], collator: MultimodalCollator) -> Shown:
     """One row as a sample, with its tokens and small images."""
+    row, where = unpacked(row), f"row {row['id']}"
     try:
         sample = collator.encode(row)
+        messages = write_boxes(collator.processor, row["messages"], row["images"], where, collator.fetch)
+        boxes = boxes_on(row, where, collator.fetch)
     except RowError as error:
         return Shown(row["id"], row["source"], problem=str(error))
     labels = sample.chat.labels
@@ -172,17 +207,45 @@ def show(row: dict[str, Any], collator: MultimodalCollator) -> Shown:
         tokens=len(labels),
         learned=sum(label != IGNORED for label in labels),
         turns_lost=sample.turns_lost,
-        images=[thumbnail(image) for image in sample.images],
-        groups=token_groups(sample, row["messages"], collator.processor),
+        images=[thumbnail(image, boxes.get(number, ())) for number, image in enumerate(sample.images)],
+        groups=token_groups(sample, messages, collator.processor),
     )
 
 
-def thumbnail(image: Image.Image) -> bytes:
-    """A small JPEG of an RGB image."""
+def boxes_on(
+    row: dict[str, Any], where: str, fetch: Callable[[str], str] | None = None
+) -> dict[int, list[tuple[list[float], str, str]]]:
+    """The boxes of a row by the number of their image: in 0 to 1 of it, with their words and what the row says of them.
+
+    Args:
+        row: With its `extras` where they belong.
+        where: It in words.
+        fetch: See `load_image`.
+    """
+    found: dict[int, list[tuple[list[float], str, str]]] = {}
+    for message in row["messages"]:
+        label = ""
+        for part in message["content"]:
+            if part["type"] == "box":
+                box = to_unit(part, file_size(row["images"][part["image"]], where, fetch), where)
+                title = f"{part['key']}: {part['box']} ({part['scale']})"
+                found.setdefault(part["image"], []).append((box, label, title))
+            else:
+                label = part["text"] if part["type"] == "ref" else ""
+    return found
+
+
+def thumbnail(image: Image.Image, boxes: Iterable[tuple[list[float], str, str]] = ()) -> Picture:
+    """A small JPEG of an RGB image, and where boxes in 0 to 1 of it lie on that."""
     small, file = image.copy(), io.BytesIO()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(file, "JPEG", quality=75)
-    return file.getvalue()
+    drawn = []
+    for box, label, title in boxes:
+        left, top, *corner = (round(number * small.size[i % 2], 1) for i, number in enumerate(box))
+        right, bottom = corner or (left, top)
+        drawn.append(Drawn(left, top, round(right - left, 1), round(bottom - top, 1), label, title))
+    return Picture(file.getvalue(), *small.size, drawn)
 
 
 def shares_of_sources(data: Data, ledger: Ledger, rows: Sequence[dict[str, Any]]) -> list[Share]:

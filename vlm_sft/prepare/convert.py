@@ -23,7 +23,7 @@ from ..reading.image_kinds import ending_of
 from ..reading.image_options import SIZES
 from ..reading.image_refs import is_url
 from ..reading.images import load_image
-from ..rows.messages import KEPT
+from ..rows.messages import KEPT, has_boxes
 
 ROWS_PER_SHARD = 1000
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -148,7 +148,7 @@ def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages without what says nothing: Arrow gives an image the text None."""
 
     def plain(part: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
+        return {name: value for name, value in part.items() if value is not None and name != "key"}
 
     return [{**m, "content": [plain(part) for part in m["content"]]} for m in messages]
 
@@ -175,6 +175,9 @@ def _turn(message: dict[str, Any], where: str) -> dict[str, Any]:
     if message["role"] == "user" and IMAGE_TOKEN in text:
         what = f"its text holds {IMAGE_TOKEN}, which LLaVA's format takes for an image"
         raise row_error(where, what, "write --to messages, or change the text", "mark in text")
+    if has_boxes([message]):
+        what = "it has boxes, which LLaVA's format writes as text"
+        raise row_error(where, what, "write --to messages", "box in text")
     marks = f"{IMAGE_TOKEN}\n" * sum(part["type"] == "image" for part in parts)
     if marks and message["role"] != "user":
         what = "an answer of it holds an image, for which LLaVA's format has no place"

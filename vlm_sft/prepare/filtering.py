@@ -117,7 +117,7 @@ def _scores_of(batch: list[dict[str, Any]], scorer: Callable[..., list[float]], 
 
 def text_of(row: dict[str, Any], roles: Sequence[str]) -> str:
     """What some speakers of a row say, in one line."""
-    said = [p["text"] for m in row["messages"] if m["role"] in roles for p in m["content"] if p["type"] == "text"]
+    said = [p["text"] for m in row["messages"] if m["role"] in roles for p in m["content"] if p.get("text")]
     return one_line(" ".join(said))
 
 

@@ -45,6 +45,7 @@ TYPED = re.compile(
 )
 """Boxes, points and their words as people type them: Qwen-VL's and Qwen2-VL's, InternVL's, PaliGemma's tokens, JSON of
 Qwen2.5, and the lists of Shikra and LLaVA."""
+ANY_TYPED = re.compile(r"<box>|<\|box_start\|>|(?:<loc\d{4}>){4}|\"(?:bbox|point)_2d\"\s*:\s*\[")
 UNREAD = re.compile(r"<\|(?:box|quad)_start\|>|<(?:box|quad)>")
 
 
@@ -322,11 +323,9 @@ def to_unit(part: Mapping[str, Any], size: tuple[int, int], where: str) -> list[
     return kept
 
 
-def typed_boxes(text: str) -> int:
-    """How many boxes a text has in a way of writing that is nothing else; bare lists of numbers are not counted."""
-    return sum(
-        match["list"] is None and match["ref1"] is None and match["ref2"] is None for match in TYPED.finditer(text)
-    )
+def has_typed_boxes(text: str) -> bool:
+    """Whether a text has boxes in a way of writing that is nothing else; a bare list of numbers may be anything."""
+    return ANY_TYPED.search(text) is not None
 
 
 def _is_number(value: Any) -> bool:

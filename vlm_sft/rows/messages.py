@@ -92,6 +92,16 @@ def ref_part(text: str) -> Part:
     return {"type": "ref", "text": text}
 
 
+def has_boxes(messages: Sequence[Message]) -> bool:
+    """Whether messages have boxes, or words for them, that are to be written."""
+    return any(
+        part["type"] in ("box", "ref")
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+    )
+
+
 def spoken(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(role, text) of every message of a row; what stands around an image is joined, a box is its numbers."""
     return [(m["role"], "".join(_said(part) for part in m["content"])) for m in row["messages"]]
