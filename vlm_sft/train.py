@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .base.console import make_console, quiet_libraries, say
+from .base.console import make_console, quiet_libraries, say, tell
 from .base.errors import UserError, exit_on_user_error, first_to_say
 from .base.interrupts import Interrupts
 from .base.names import CURVES, METRICS
@@ -180,7 +179,7 @@ def run(
     except KeyboardInterrupt:
         sentence = "Stopped at once; what was saved before is whole: go on with --resume."
         if first_to_say(sentence):
-            print(sentence, file=sys.stderr)
+            tell(sentence, stderr=True)
         raise SystemExit(130) from None
     _leave_process_group()
 
@@ -269,7 +268,7 @@ def _until_a_signal(trainer: VLMSFTTrainer, pushes: PushCallback | None) -> Iter
         yield
         step = trainer.state.global_step
         if trainer.interrupted and trainer.is_world_process_zero():
-            print(f"Saved at step {step:,}; go on with --resume.", file=sys.stderr)
+            tell(f"Saved at step {step:,}; go on with --resume.", stderr=True)
             if pushes is not None:
                 pushes.stop(Path(trainer.args.output_dir) / f"{PREFIX}{step}", step)
     if trainer.interrupted:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from vlm_sft.bundle.card import shown, write_card
 
@@ -124,3 +126,49 @@ def test_what_a_stranger_wrote_stays_where_it_stands(bundle):
     assert r"| 1 | a \| b # Title | projector | {{ 7 * 7 }} |" in text
     *_, last = text.split("</details>")
     assert text.count("\n````") == 2 and last == "\n", "a longer fence holds the prompt's"
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "<script>alert(1)</script>",
+    "![x](https://evil.example/a.png)",
+    "[click](https://evil.example)",
+    "https://evil.example",
+    "www.evil.example",
+    "**bold** __bold__ ~~gone~~ a*b*c",
+    "`code` ``` $x$",
+    "a\n\n# Title\n\n- item\n\n---\n",
+    "| a | b |",
+    "&lt;b&gt; &#60;b>",
+    "\\\\[click](https://evil.example)",
+    "@everyone mail@evil.example",
+    "# Title",
+    "\x1b[2J\u202e",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_strangers_markdown_and_html_are_text_on_the_card(text, bundle):
+    """Read as the Hub reads it: a renderer finds none of its elements, and the words are all there."""
+    stage = {"recipe": text, "trained": [text], "adapter": True, "data": [text]}
+    source = {"read": 1, "used": 1, "truncated": 0, "rejected": {text: 1}, "examples": {}, "met": {}}
+    results = {"caption_exact_match": None, "answer_accuracy": 0.5, "answer_accuracy_blank_image": None, "split": text,
+               "answer_accuracy_by_kind": {text: 0.5}, "metrics_by_kind": {text: {text: 0.5}}}  # fmt: skip
+    pieces = {"language_model": {"pretrained": f"x{text}", **PIECE, "fingerprint": text}}
+    ledger = {text: {"max_rejected": 0, "sources": {text: source}}}
+    changed = bundle(recipe={"init_from": f"x{text}", "chat_template": f"x{text}"}, stages=[stage], results=results,
+                     pieces=pieces, ledger=ledger, versions={text: text})  # fmt: skip
+    body = ModelCard(write_card(changed).read_text(encoding="utf-8")).text
+    body = body.split("<details>")[0]  # the recipe stands in its fence
+    blocks = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body)
+    tokens = [token for block in blocks for token in (block, *(block.children or []))]
+    assert {token.type for token in tokens if token.type.endswith("_open")} <= PLAIN
+    assert not [token for token in tokens if token.type.startswith(("html", "image", "hr"))]
+    links = re.findall(r"https?://|www\.|(?<=\S)@", re.sub(r"`+[^`]+`+|```.*?```", "", body, flags=re.DOTALL))
+    assert links == [], "the Hub makes links of these too"
+    headings = [blocks[number + 1].content for number, block in enumerate(blocks) if block.type == "heading_open"]
+    assert len(headings) == len(ORDER) and all(map(str.startswith, headings, ORDER))
+
+
+ORDER = ("ziya_stage2", "Load it", "Stages", "Frozen pieces", "Data", "Results on the", "Parity", "Made with", "Recipe")
+PLAIN = {"heading_open", "paragraph_open"} | {f"{part}_open" for part in ("table", "thead", "tbody", "tr", "th", "td")}

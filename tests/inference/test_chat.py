@@ -24,6 +24,7 @@ from PIL import Image
 from support.paths import ROOT
 from support.tiny_pieces import tiny_recipe
 from vlm_sft import answer, load, load_recipe
+from vlm_sft.base.console import harmless
 from vlm_sft.base.errors import UserError
 from vlm_sft.batch.processor import VLMProcessor
 from vlm_sft.cli.main import main
@@ -311,7 +312,7 @@ def test_tab_completes_commands_and_paths(tmp_path):
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    assert chat_module._harmless("猫\x1b[2J\ta\r\n🙂") == "猫\ufffd[2J\ta\ufffd\n🙂"
+    assert harmless("猫\x1b[2J\ta\r\n🙂") == "猫\ufffd[2J\ta\ufffd\n🙂"
 
 
 # ------------------------------------------------------------------------------------------------------- real processes

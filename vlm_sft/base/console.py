@@ -1,33 +1,85 @@
-"""What a person sees: standard error, of the first process alone, in whole lines; and what libraries may not say."""
+"""What a person sees: standard error, of the first process alone, in whole lines; and what libraries may not say.
+
+All that is printed goes through `make_console` or `tell`: names of files, sources and keys, answers, templates and
+ledgers are a stranger's words, and a terminal obeys control sequences in them (it fills the clipboard, hides text,
+makes links), and rich its markup.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
+import sys
 import warnings
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
 
 WIDTH_OF_LOGS = 120  # a table in a log file is not cut to the width of a terminal that is not there
+# Control characters but line breaks and tabs, marks that turn the direction of what follows, and what is no text.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff]")
 
 
-def make_console(stderr: bool = True) -> Console:
-    """A console that speaks on the first process of a launch alone.
+def harmless(text: str) -> str:
+    """A text of which a terminal obeys nothing, character by character: no sequence comes through in pieces."""
+    return UNSAFE.sub("\ufffd", text)
+
+
+def harmless_json(value: Any, indent: int | None = None) -> str:
+    """JSON with what is unsafe to print as escapes, which a reader of JSON takes for the same text."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def tell(text: str = "", *, stderr: bool = False, end: str = "\n") -> None:
+    """Prints a text as it is, but for what a terminal would obey."""
+    print(harmless(text), end=end, file=sys.stderr if stderr else sys.stdout, flush=True)
+
+
+def make_console(
+    stderr: bool = True, *, quiet: bool | None = None, soft_wrap: bool = False, highlight: bool = True
+) -> Console:
+    """A console that speaks on the first process of a launch alone, and prints brackets and control characters as text.
 
     Args:
         stderr: Standard error, so that standard output stays free for results.
+        quiet: Whether it says nothing; None: it does on the first process.
+        soft_wrap: Leaves the breaking of lines to the terminal.
+        highlight: Colours numbers and paths.
     """
-    from rich.console import Console
+    if quiet is None:
+        quiet = os.environ.get("RANK", "0") != "0"
+    options: dict[str, Any] = {"stderr": stderr, "quiet": quiet, "soft_wrap": soft_wrap, "highlight": highlight}
+    options |= {"markup": False, "emoji": False}
+    console: Console = _console_class()(**options)
+    return console if console.is_terminal else _console_class()(**options, width=WIDTH_OF_LOGS)
 
-    console = Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0")
-    return console if console.is_terminal else Console(stderr=stderr, quiet=console.quiet, width=WIDTH_OF_LOGS)
+
+@cache
+def _console_class() -> type[Console]:
+    """Made when it is asked for, because rich takes its time to be imported."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Harmless(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            """What rich itself does with the terminal stays: its segments say that they are controls."""
+            for segment in super().render(renderable, options):
+                unsafe = not segment.control and UNSAFE.search(segment.text)
+                yield segment._replace(text=harmless(segment.text)) if unsafe else segment
+
+    return Harmless
 
 
 def say(console: Console, message: str) -> None:
     """Prints a message as it is: brackets are no markup, and a log file's lines are not broken."""
-    console.print(message, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    console.print(harmless(message), markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def quiet_libraries() -> None:

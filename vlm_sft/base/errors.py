@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
+
+from .console import tell
 
 # What gloo says where the process at the other end of a connection has ended.
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
@@ -73,16 +74,16 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         sentence = sentence_of(error)
         if first_to_say(sentence):
-            print(f"error{process}: {sentence}", file=sys.stderr)
+            tell(f"error{process}: {sentence}", stderr=True)
         raise SystemExit(2) from None
     except Exception as error:
         if trouble := _of_the_disk(error):
             if first_to_say(trouble):
-                print(f"error{process}: {trouble}", file=sys.stderr)
+                tell(f"error{process}: {trouble}", stderr=True)
             raise SystemExit(2) from None
         if not (isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_IS_GONE)):
             raise
-        print(f"process {rank} stops: another process ended, and its own message says why.", file=sys.stderr)
+        tell(f"process {rank} stops: another process ended, and its own message says why.", stderr=True)
         # The launcher ends this process once it has seen the other fail first, and reports that one as the cause.
         time.sleep(PATIENCE)
         raise SystemExit(1) from None

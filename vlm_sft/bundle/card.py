@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
 from huggingface_hub import CardData, ModelCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..base.console import harmless, harmless_json
 from ..base.names import CARD, CURVES, MANIFEST, METRICS, RECIPE, SCORES
 from ..base.whole_files import read_text
 from ..recipe.yaml_file import dump_yaml
@@ -36,7 +38,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     head |= bases_of(manifest["pieces"], "adapter")
     told = recipe.get("hub") or {}
     head |= {key: told[key] for key in ("license", "language") if told.get(key)}
-    written = dump_yaml(without_folders(recipe)).rstrip()
+    written = harmless(dump_yaml(without_folders(recipe))).rstrip()
     return render_card(
         folder,
         "bundle/card.md.jinja",
@@ -67,11 +69,20 @@ def render_card(folder: Path, template: str, head: Mapping[str, Any], **values: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(shown=shown, cell=_cell)
+    environment.filters.update(shown=shown, cell=quoted, code=in_code, literal=_literal, shell=_for_a_shell)
     text = environment.get_template(template).render(head=CardData(**head).to_yaml(), **values)
     path = folder / CARD
     ModelCard(text.rstrip() + "\n").save(path)
     return path
+
+
+def _literal(value: object) -> str:
+    """A text as Python, and a shell, read it: between quotation marks, on one line."""
+    return harmless_json(str(value))
+
+
+def _for_a_shell(name: str) -> str:
+    return name if re.fullmatch(r"[\w ./-]+", name) else quote(harmless(name))
 
 
 def bases_of(pieces: Mapping[str, Mapping[str, Any]], relation: str) -> dict[str, Any]:
@@ -108,9 +119,27 @@ def without_folders(value: Any) -> Any:
     return Path(value).name if whole else _FOLDERS.sub("", value)
 
 
-def _cell(text: str) -> str:
-    """Text that stays in its cell of a table."""
-    return " ".join(text.split()).replace("|", r"\|")
+# What Markdown takes for more than text: its marks where they can begin or end something, and what it makes links of.
+_MARKS = re.compile(r"[\\`|\[\]$]|[*~]+(?=\S)|(?<=\S)[*~]+|(?<![^\W_])_+(?=\S)|(?<=\S)_+(?![^\W_])")
+_LINKS = re.compile(r"(?<=\w)://|(?<=www)\.|@(?=\w)", re.IGNORECASE)
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+
+
+def quoted(value: object) -> str:
+    """A stranger's words on a card as text: no Markdown, no HTML, no link, on one line, in its cell of a table."""
+    text = " ".join(harmless(str(value)).split())
+    text = re.sub(r"[<>&]", lambda found: _ENTITIES[found[0]], text)
+    text = _MARKS.sub(lambda found: "".join(f"\\{mark}" for mark in found[0]), text)
+    text = _LINKS.sub(lambda found: "".join(f"&#{ord(mark)};" if mark in ":.@" else mark for mark in found[0]), text)
+    return re.sub(r"^([#+*-]+|\d+(?=[.)]))(?=\s|$|[.)])", r"\\\1", text)
+
+
+def in_code(value: object) -> str:
+    """A stranger's words as code on a card, with as many backticks around them as they need."""
+    text = " ".join(harmless(str(value)).split()).replace("|", r"\|") or " "
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if "`" in (text[0], text[-1]) else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _read(path: Path) -> Any:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..base.console import tell
 from ..base.errors import UserError, exit_on_user_error
 from ..base.names import IGNORED
 from ..model.freeze import part_of
@@ -159,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     tensors = load_file(probe)
     # The run before this one executed the same code, as its recipe said.
     model, _ = load(bundle, device=device, trust_remote_code=True)
-    print(json.dumps(measure(tensors["logits"], probe_logits(model, tensors), without_adapter(model, tensors))))
+    tell(json.dumps(measure(tensors["logits"], probe_logits(model, tensors), without_adapter(model, tensors))))
 
 
 if __name__ == "__main__":

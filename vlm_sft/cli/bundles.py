@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..base.console import quiet_libraries
+from ..base.console import quiet_libraries, tell
 from ..base.errors import UserError
 from ..train import Trust
 from .arguments import Boxes, Bundle, ImageFolders, LocalBundle, Options, RunFolder, settings_of
@@ -129,7 +129,7 @@ def export(
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype must be float32, bfloat16 or float16, not {dtype}.")
     found = run(bundle, out, to, keep_adapter=keep_adapter, dtype=dtype, trust_remote_code=trust_remote_code)
-    typer.echo(
+    tell(
         f"{out}: logits of {found['positions']} positions, compared in a fresh process, differ from the bundle's by at "
         f"most {found['max_difference']:.2g} (allowed {found['tolerance']:.2g})."
     )
@@ -153,4 +153,4 @@ def push(
     from ..bundle.hub import push_bundle
 
     enable_progress_bars() if sys.stderr.isatty() else None
-    typer.echo(push_bundle(bundle, repo, private=private, revision=revision, message=message, rows=rows))
+    tell(push_bundle(bundle, repo, private=private, revision=revision, message=message, rows=rows))

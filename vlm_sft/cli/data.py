@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..base.console import make_console
+from ..base.console import harmless_json, make_console, tell
 from ..base.errors import UserError
 from .arguments import ImageFolders
 
@@ -52,7 +51,7 @@ def convert(
 
     rows = RowsOf(src, kind, images, column, max_rejected, image_folder)
     written = convert_rows(rows, to, out, copy_images=copy_images)
-    typer.echo(f"{out}: {written:,} rows.")
+    tell(f"{out}: {written:,} rows.")
 
 
 @data_app.command()
@@ -73,7 +72,7 @@ def stats(
     for row in RowsOf(src, kind, images, column, max_rejected, image_folder):
         found.add(row)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
+        tell(harmless_json(found.as_dict(), indent=2))
     else:
         make_console(stderr=False).print(stats_table(found.as_dict()))
 
@@ -127,12 +126,12 @@ def filter_(
     limit = threshold_of_share(found, keep) if keep is not None else threshold
     histogram = draw_histogram(found, f"{out}.histogram.png", limit, title=f"{src}: {model}")
     _say_scores(found, console)
-    typer.echo(f"Scores: {file}\nHistogram: {histogram}")
+    tell(f"Scores: {file}\nHistogram: {histogram}")
     if limit is None:
-        typer.echo("Nothing was filtered: choose by the histogram, then run again with --threshold or --keep.")
+        tell("Nothing was filtered: choose by the histogram, then run again with --threshold or --keep.")
         return
     kept = convert_rows(kept_rows(rows, found, limit), to, out)
-    typer.echo(f"{out}: {kept:,} of {len(found):,} rows have a score of {limit:.4g} or more, or no image.")
+    tell(f"{out}: {kept:,} of {len(found):,} rows have a score of {limit:.4g} or more, or no image.")
 
 
 def _say_scores(scores: list[Score], console: Console) -> None:

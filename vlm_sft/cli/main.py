@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..base.console import tell
 from ..base.errors import exit_on_user_error
 from ..base.names import PREFLIGHT_PAGE
 from ..base.processes import let_threads_sleep
@@ -32,7 +33,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         from .. import __version__
 
-        typer.echo(__version__)
+        tell(__version__)
         raise typer.Exit()
 
 
@@ -77,10 +78,10 @@ def apply_delta(
     """Put a language model together that is published as a delta (Ziya-LLaMA, Vicuna), shard by shard."""
     from ..pieces.delta import apply_delta as run
 
-    done = run(base, delta, out, tables, say=typer.echo)
+    done = run(base, delta, out, tables, say=tell)
     how = "the delta's own, not added" if done["tables"] == "whole" else "added, as everything else"
     rows = "".join(f"; {name} has {more} rows more than the base" for name, more in done["rows_added"].items())
-    typer.echo(
+    tell(
         f"{out}: {done['tensors']} tensors, {done['summed']} of them base + delta; embeddings and head: {how}{rows}; "
         f"{done['left_out']} computed tables left out; {done['bytes'] / 1e9:.2f} GB in {done['shards']} shards."
     )

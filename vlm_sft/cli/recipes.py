@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..base.console import tell
 from ..base.errors import UserError
 from ..base.whole_files import read_text
 
@@ -27,7 +28,7 @@ def list_() -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
     for name in names:
         line = f"{name:<{indent}}{_title(recipe_path(name))}"
-        typer.echo(textwrap.fill(line, max(width, indent + 20), subsequent_indent=" " * indent))
+        tell(textwrap.fill(line, max(width, indent + 20), subsequent_indent=" " * indent))
 
 
 @recipes_app.command()
@@ -37,7 +38,7 @@ def show(
     """Print a recipe."""
     from ..base.assets import recipe_path
 
-    typer.echo(read_text(recipe_path(name)), nl=False)
+    tell(read_text(recipe_path(name)), end="")
 
 
 @recipes_app.command()
@@ -59,7 +60,7 @@ def copy(
     except OSError as error:
         raise UserError(f"the folder {goal.parent} cannot be made ({error.strerror}); name another.") from error
     shutil.copyfile(source, goal)
-    typer.echo(f"{goal}")
+    tell(f"{goal}")
     schema = goal.parent / "recipe.schema.json"
     if not schema.exists():
         shutil.copyfile(assets_root() / "recipes" / schema.name, schema)
@@ -67,7 +68,7 @@ def copy(
     for folder in sorted(_bundled_examples(load_recipe(source).resolved())):
         if not folder.exists():
             shutil.copytree(assets_root() / folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
-            typer.echo(f"{folder}")
+            tell(f"{folder}")
 
 
 def _bundled_examples(value: object) -> set[Path]:

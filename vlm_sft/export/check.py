@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
+from ..base.console import tell
 from ..base.names import PROCESSOR_CONFIG
 from ..base.whole_files import read_text
 from ..stack.judge import measure
@@ -95,4 +96,4 @@ def prepare(processor: ProcessorMixin, messages: list[dict[str, Any]], images: l
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare(Path(sys.argv[1]), Path(sys.argv[2]))))
+    tell(json.dumps(compare(Path(sys.argv[1]), Path(sys.argv[2]))))

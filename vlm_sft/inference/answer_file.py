@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
+from ..base.console import make_console
 from ..base.errors import RowError, UserError
 from ..base.progress import RowProgress
 from ..base.whole_files import IrregularError, read_bytes, write_whole
@@ -22,6 +22,9 @@ from ..batch.processor import VLMProcessor
 from .generation import answer_each, check_length, encode_question
 from .questions import QuestionRow, conversation, read_questions
 from .settings import check_options, ignores_text, open_bundle
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def generate(
@@ -59,7 +62,7 @@ def generate(
     target = Path(output).expanduser()
     if target.exists() and os.path.exists(input) and target.samefile(input):
         raise UserError(f"--output {output} is the input itself: give another file.")
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = make_console(highlight=False, soft_wrap=True)
     earlier, size = read_answers(target)
     order = check_questions(input, earlier, target)
     done = {key: line.get("error") for key, line in earlier.items()}  # whole lines would fill the memory

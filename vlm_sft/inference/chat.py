@@ -8,13 +8,13 @@ import os
 import shlex
 import sys
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from transformers import PreTrainedModel
 
+from ..base.console import make_console, tell
 from ..base.errors import UserError
 from ..base.words import closest
 from ..batch.pictures import PictureError, read_pictures
@@ -25,6 +25,9 @@ from ..rows.messages import Part, image_part
 from ..rows.raw_row import RowView
 from .generation import PromptTooLongError, stream_answer
 from .settings import check_options, ignores_text, open_bundle
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COMMANDS = {
     "/image": "/image PATH   add an image to the next question    给下一个问题加图片",
@@ -61,7 +64,7 @@ def chat(
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding must not end the conversation
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = make_console(highlight=False, soft_wrap=True)
     with console.status(f"Loading {bundle}"):
         model, processor, settings = open_bundle(bundle, options or {}, trust_remote_code)
         talk = Conversation(model, processor, settings, read_pictures(processor, loaded, images), boxes)
@@ -71,7 +74,7 @@ def chat(
     if talk.captions_only and question:
         console.print(CAPTIONS_ONLY)
     if not _write_answer(talk.ask(question)):
-        print()
+        tell()
 
 
 class Conversation:
@@ -208,7 +211,7 @@ class Prompt:
         count = len(self.talk.waiting)
         prompt = f"[{count} image{'s' if count > 1 else ''}] > " if count else "> "
         if not sys.stdout.isatty():  # `input` would write the prompt among the answers
-            print(prompt, end="", file=sys.stderr, flush=True)
+            tell(prompt, end="", stderr=True)
             prompt = ""
         return input(prompt)
 
@@ -304,17 +307,12 @@ def _write_answer(answer: Answer) -> bool:
     try:
         with closing(answer):
             for piece in answer:
-                print(_harmless(piece) if at_terminal else piece, end="", flush=True)
+                tell(piece, end="") if at_terminal else print(piece, end="", flush=True)  # a file gets what was said
                 wrote = True
     finally:
         if wrote:
-            print(flush=True)
+            tell()
     return wrote
-
-
-def _harmless(text: str) -> str:
-    """Without control characters, with which a model could move the cursor or change the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t\u3000" else "\ufffd" for c in text)
 
 
 def _use_readline() -> None:

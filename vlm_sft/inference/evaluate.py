@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base.console import quiet_libraries, say
+from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError
 from ..base.names import METRICS, SCORES
 from ..base.whole_files import read_text
@@ -117,7 +117,6 @@ def train_seconds(folder: Path) -> float | None:
 
 def _print(results: dict[str, Any], target: Path) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     own = results["metrics_by_kind"]
@@ -143,6 +142,6 @@ def _print(results: dict[str, Any], target: Path) -> None:
     for name, share, count in lines:
         if share is not None:
             table.add_row(name, f"{share:.1%}", f"{count:,}")
-    console = Console()
+    console = make_console(stderr=False, quiet=False)
     console.print(table)
     say(console, f"Written to {target}.")

@@ -114,13 +114,13 @@ def spread(values: Sequence[int]) -> dict[str, float]:
 
 def stats_table(found: dict[str, Any]) -> Table:
     """`DataStats.as_dict()` for a person."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     rows, answers = found["rows"], found["answers"]
     table = Table(title=f"{rows:,} rows", title_justify="left", show_header=False)
     for source, count in found["rows_by_source"].items():
-        table.add_row(f"from {escape(source)}", _share(count, rows))
+        table.add_row(Text(f"from {source}"), _share(count, rows))
     table.add_row("without an image", _share(found["text_only"], rows))
     table.add_row("repeated, word for word", _share(found["repeated_rows"], rows))
     table.add_row("images", f"{found['images']:,}, {found['different_images']:,} of them different")
@@ -130,15 +130,15 @@ def stats_table(found: dict[str, Any]) -> Table:
         table.add_row(f"width in pixels, {looked}", _line(found["image_width"]))
         table.add_row(f"height in pixels, {looked}", _line(found["image_height"]))
     if found["unreadable"]:
-        first = escape(found["unreadable"][0])
-        table.add_row("images that cannot be opened", f"[red]{len(found['unreadable']):,}, the first in {first}[/red]")
+        unreadable = f"{len(found['unreadable']):,}, the first in {found['unreadable'][0]}"
+        table.add_row("images that cannot be opened", Text(unreadable, "red"))
     table.add_row("answers", f"{answers:,}, {found['different_answers']:,} of them different")
     table.add_row("answers in a row", _line(found["answers_in_a_row"]))
     table.add_row("characters of an answer", _line(found["answer_length"]))
     table.add_row("languages", ", ".join(f"{name}: {_share(n, answers)}" for name, n in found["languages"].items()))
     for answer, count in found["commonest_answers"].items():
         shown = answer if len(answer) <= 40 else f"{answer[:39]}…"
-        table.add_row(f"answer {escape(repr(shown))}", _share(count, answers))
+        table.add_row(Text(f"answer {shown!r}"), _share(count, answers))
     return table
 
 

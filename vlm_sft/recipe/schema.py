@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..base.assets import list_recipes, recipe_path
+from ..base.console import tell
 from ..base.errors import UserError
 from ..base.names import MANIFEST, PARTS
 from ..base.whole_files import check_regular
@@ -209,4 +210,4 @@ def _keys_at(path: KeyPath) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+    tell(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))

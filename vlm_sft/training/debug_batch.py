@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..base.console import make_console
 from ..base.errors import UserError
 from ..base.names import IGNORED
 from ..base.whole_files import read_text
@@ -43,7 +43,7 @@ def run(folder: str, step: int | None = None, checkpoint: str | None = None, tru
     rows = find_rows(recipe, [name for ids in record["rows"] for name in ids])
     collator = MultimodalCollator(processor, max_length=recipe.sft.get("max_length"))
     loss = record["loss"]
-    console = Console(soft_wrap=True)
+    console = make_console(stderr=False, soft_wrap=True)
     console.print(f"Step {record['step']:,} ({record['why']}): loss {loss:g} in training. Looked at with {bundle}.")
     table = Table("row", "loss", "tokens", "in the loss", "images (width × height, mean, spread)", "finite")
     for row in rows:

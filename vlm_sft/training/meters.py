@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
 from torch import nn
 
+from ..base.console import make_console
 from ..batch.collator import REJECTED, SEEN
 from ..batch.counts import LABEL_POSITIONS
 from ..batch.image_swap import with_other_images
@@ -188,7 +188,7 @@ class RowsMet:
         for row in rejected:
             ledger.meet(*row)
         notes[mode] = ledger.as_dict()
-        ledger.check(Console(stderr=True, quiet=not self.accelerator.is_main_process), mode)
+        ledger.check(make_console(quiet=not self.accelerator.is_main_process), mode)
 
 
 def ledgers_of(provenance: Provenance | None) -> dict[str, Ledger]:

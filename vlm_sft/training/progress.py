@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..base.console import make_console
 from ..base.words import duration
 
 # How each number of a log is said, the important ones first.
@@ -38,7 +39,7 @@ class RichProgress(TrainerCallback):
     """
 
     def __init__(self, console: Console | None = None, heartbeat: float = 60.0) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or make_console(quiet=False)
         self.heartbeat = heartbeat
         self._said = 0.0  # when the last line was printed
         self._ended = threading.Event()

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import statistics
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..base.console import tell
 from ..base.errors import UserError
 from ..base.interrupts import SIGNALS, shield_worker
 from ..base.names import STRANGE_STEPS
@@ -283,7 +283,7 @@ class Watch(TrainerCallback):
         trainer._tr_loss.copy_(total)
 
     def _say(self, what: str, parts: list[tuple[list[str], float]]) -> None:
-        print(f"step {self.trainer.state.global_step + 1:,}: {what}; rows {_names(parts, most=3)}", file=sys.stderr)
+        tell(f"step {self.trainer.state.global_step + 1:,}: {what}; rows {_names(parts, most=3)}", stderr=True)
 
     def _record(self, why: str, parts: list[tuple[list[str], float]], gradient: float) -> None:
         """Appends a line to `watch.jsonl`."""
