@@ -37,6 +37,7 @@ from vlm_sft.batch.pictures import (
     load_picture,
     picture_size,
     read_pictures,
+    why,
 )
 from vlm_sft.batch.processor import VLMProcessor
 from vlm_sft.templates.template import load_template
@@ -306,6 +307,15 @@ def test_rows_of_a_batch_are_named(choosy):
     with pytest.raises(PictureError, match=r"^row b: the image x.png of 8 x 8"):
         image_inputs(choosy, [Pictures([blue], where="row a"), Pictures([blue, red], ["", ""], "row b", ["", "x.png"])])
     check_pictures(choosy, Pictures([]))
+
+
+def test_a_side_that_is_rounded_to_nothing_is_said_as_that():
+    for name in ("fuyu", "bridgetower"):
+        with pytest.raises(
+            RowError, match=r"5 x 5,000 pixels is refused .* \(resized, its short side has no pixel left\): "
+        ):
+            MultimodalCollator(made(name))([row_of(file_of(Image.new("L", (5, 5000))))])
+    assert len(why(ValueError("x" * 3000))) == 200 and why(AssertionError()) == "AssertionError"
 
 
 def test_what_is_odd():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -44,6 +45,34 @@ def test_scores_are_means_over_images_and_errors_are_kept_beside(photos, tmp_pat
     assert [score.score for score in found] == [0.0, pytest.approx(60 / 255), None, None]
     assert [score.error is None for score in found] == [True, True, True, False] and "HTML" in found[3].error
     assert [r["id"] for r in kept_rows(rows, found, 0.1)] == ["s/2", "s/3"]
+
+
+class Choosy(Redness):
+    """Raises what image processors raise, for pictures of one pixel's height."""
+
+    processor = SimpleNamespace(image_processor=SimpleNamespace(size={"shortest_edge": 224}, do_resize=True))
+
+    def __call__(self, images, texts):
+        if any(image.height == 1 for image in images):
+            raise ZeroDivisionError
+        return super().__call__(images, texts)
+
+
+def test_a_picture_that_the_scorer_refuses_is_the_error_of_its_row(photos, tmp_path):
+    line, thread = str(tmp_path / "线.png"), str(tmp_path / "thread.png")
+    Image.new("RGB", (60, 1)).save(line)
+    Image.new("L", (9000, 2)).save(thread)
+    rows = [row(1, photos[0]), row(2, photos[0], line), row(3, thread), row(4, photos[4])]
+    found = score_rows(rows, Choosy(), tmp_path / "scores.jsonl", ABOUT, batch_size=4)
+    assert [score.score for score in found] == [0.0, None, None, pytest.approx(120 / 255)]
+    assert found[1].error.startswith("s/2: the image ") and "is refused by the scoring model (ZeroDi" in found[1].error
+    assert "has 9,000 x 2 pixels, of which the image processor would make 1,008,000 x 224" in found[2].error
+
+    def broken(images, texts):
+        raise KeyError("weights")
+
+    with pytest.raises(KeyError, match="weights"):
+        score_rows(rows[:1], broken, tmp_path / "other.jsonl", ABOUT)
 
 
 def test_a_rerun_goes_on_where_it_was(photos, tmp_path):

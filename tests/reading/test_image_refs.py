@@ -104,7 +104,7 @@ def encoded_picture(kind: str, size=(64, 64)) -> tuple[str, bytes]:
     return base64.b64encode(buffer.getvalue()).decode(), buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO"])
 def test_bare_base64_is_the_picture(kind):
     text, data = encoded_picture(kind)
     broken_lines = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
@@ -114,12 +114,24 @@ def test_bare_base64_is_the_picture(kind):
 
 
 def test_what_is_neither_path_nor_picture_is_never_a_long_path_in_a_message():
-    for text in (base64.b64encode(b"no picture" * 300).decode(), "a" * 3000, "图" * 200, "/".join("ab" * 3000)):
+    strokes = base64.b64encode(b"%PDF-1.7 " + bytes(range(255, 200, -1)) * 40).decode()
+    half_uri, quoted = f"image/png;base64,{strokes[:3000]}", f'"{encoded_picture("PNG", (20, 20))[0]}"'
+    assert max(map(len, strokes.split("/"))) < 255 < 2900 < len(strokes), "each part could be a file's name"
+    texts = (base64.b64encode(b"no picture" * 300).decode(), "a" * 3000, "图" * 200, "/".join("ab" * 3000), strokes)
+    for text in (*texts, half_uri, quoted, strokes[:1000], f"b'{strokes}'", "\n".join(strokes)):
         with pytest.raises(RowError) as error:
             resolve_image(text, "/图", "row 1")
         assert f"has {len(text):,} letters, which is no path and no base64 of an image" in str(error.value)
         assert len(str(error.value)) < 250
     assert resolve_image("a" * 100 + ".png", "/图", "row 1")["path"] == "/图/" + "a" * 100 + ".png"
+
+
+def test_a_long_path_is_one_where_the_file_is_there(tmp_path):
+    name = "/".join(["很长的文件夹" * 8] * 9) + "/1.png"
+    assert len(name) > 400
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_bytes(b"x")
+    assert resolve_image(name, str(tmp_path), "row 1")["path"] == str(tmp_path / name)
 
 
 @pytest.mark.parametrize(

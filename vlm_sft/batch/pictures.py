@@ -6,6 +6,7 @@ tried again row by row and picture by picture; where none fails by itself, the e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from ..base.words import reason_of
 from ..reading.images import MAX_PIXELS, image_size, load_image, too_long
 
 BLANK = (64, 64)  # (width, height) of a picture that every image processor and tower takes
+NO_SIDE = re.compile(r"Size must contain .*(height|width)=0\b")
 ODD_SIDE, ODD_SHAPE = 28, 8.0  # shorter, or longer by its width, than what image processors are made for
 
 
@@ -65,9 +67,16 @@ def refused(where: str, name: str, size: tuple[int, int], by: str, error: Except
     what = f"the image {name}" if name else "an image"
     sentence = (
         f"{where and where + ': '}{what} of {size[0]:,} x {size[1]:,} pixels is refused by {by} "
-        f"({reason_of(error)[:200]}): give it another shape or format, or remove {'the row' if where else 'it'}."
+        f"({why(error)}): give it another shape or format, or remove {'the row' if where else 'it'}."
     )
     return PictureError(sentence, where=where, reason="image refused")
+
+
+def why(error: Exception) -> str:
+    """What an image processor says, in the words of a sentence."""
+    said = reason_of(error)
+    # transformers takes a side of 0 pixels for one that was not given.
+    return "resized, its short side has no pixel left" if NO_SIDE.search(said) else said[:200]
 
 
 def load_picture(

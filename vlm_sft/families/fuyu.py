@@ -17,11 +17,6 @@ class FuyuProcessor(FamilyProcessor):
 
     def _read(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[str]]:
         # As in transformers, models/fuyu/processing_fuyu.py, _process_images.
-        most = self.image_processor.size
-        for image in images:
-            scale = min(1.0, most.height / image.height, most.width / image.width)
-            if int(min(image.size) * scale) < 1:
-                raise ValueError(f"made to fit {most.width:,} x {most.height:,} pixels it has none on its short side")
         given = self.image_processor(list(images), **self._image_options())
         size = self.image_processor.patch_size
         patches, texts = [], []

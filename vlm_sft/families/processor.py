@@ -19,9 +19,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
-from ..base.words import reason_of
 from ..batch.box_text import Seen
 from ..batch.encoding import EncodedChat, in_loss, pad, supervised_characters
+from ..batch.pictures import why
 from ..batch.processor import VLMProcessor
 from ..batch.typed_text import control_tokens, tokenize_chat
 from ..templates.render import RenderedChat
@@ -246,7 +246,7 @@ class FamilyProcessor(VLMProcessor):
 def _refused(size: tuple[int, int], error: Exception) -> RowError:
     return RowError(
         f"an image of {size[0]:,} x {size[1]:,} pixels is refused by the model's own processor "
-        f"({reason_of(error)}): cut it or remove the row.",
+        f"({why(error)}): cut it or remove the row.",
         reason="image too large",
     )
 

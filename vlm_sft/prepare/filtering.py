@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..base.errors import UserError
 from ..base.whole_files import read_bytes
 from ..base.words import one_line, reason_of
-from ..reading.images import load_image
+from ..batch.pictures import BLANK, name_of, refused
+from ..reading.images import MAX_PIXELS, grown_size, load_image, too_long
 
 # What of a row is compared with its image.
 TEXTS: dict[str, tuple[str, ...]] = {"answers": ("assistant",), "all": ("user", "assistant")}
@@ -96,12 +98,12 @@ def score_rows(
 
 
 def _scores_of(batch: list[dict[str, Any]], scorer: Callable[..., list[float]], roles: Sequence[str]) -> list[Score]:
-    """Scores of a batch; one broken image does not take the others with it."""
+    """Scores of a batch; a broken image, or one that the model refuses, does not take the others with it."""
     images, texts, owners = [], [], []
     errors: dict[int, str] = {}
     for number, row in enumerate(batch):
         try:
-            opened = [load_image(image, where=row["id"]) for image in row["images"]]
+            opened = [_opened(image, row["id"], scorer) for image in row["images"]]
         except UserError as error:
             errors[number] = str(error)
             continue
@@ -109,10 +111,30 @@ def _scores_of(batch: list[dict[str, Any]], scorer: Callable[..., list[float]], 
         texts += [text_of(row, roles)] * len(opened)
         owners += [number] * len(opened)
     values: dict[int, list[float]] = {}
-    for owner, value in zip(owners, scorer(images, texts), strict=True):
+    try:
+        scores = scorer(images, texts)
+    except Exception as error:  # image processors raise anything, over the whole batch
+        if isinstance(error, UserError | torch.OutOfMemoryError):
+            raise
+        if len(batch) > 1:
+            return [score for row in batch for score in _scores_of([row], scorer, roles)]
+        scorer([Image.new("RGB", BLANK)], texts[:1])  # what fails on this too is no picture's fault
+        name = " ".join(filter(None, map(name_of, batch[0]["images"])))
+        refusal = refused(batch[0]["id"], name, images[0].size, "the scoring model", error)
+        return [Score(batch[0]["id"], None, str(refusal))]
+    for owner, value in zip(owners, scores, strict=True):
         values.setdefault(owner, []).append(value)
     means = {owner: sum(scores) / len(scores) for owner, scores in values.items()}
     return [Score(row["id"], means.get(number), errors.get(number)) for number, row in enumerate(batch)]
+
+
+def _opened(image: dict[str, Any], where: str, scorer: object) -> Image.Image:
+    """A picture of which the scorer's image processor makes no more pixels than may be decoded."""
+    loaded = load_image(image, where=where)
+    grown = grown_size(loaded.size, getattr(getattr(scorer, "processor", None), "image_processor", None))
+    if grown[0] * grown[1] > MAX_PIXELS:
+        raise too_long(where, name_of(image) or "in the row", loaded, grown, MAX_PIXELS)
+    return loaded
 
 
 def text_of(row: dict[str, Any], roles: Sequence[str]) -> str:

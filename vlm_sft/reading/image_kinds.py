@@ -21,6 +21,9 @@ KINDS = (
     ImageKind(b"BM", "BMP", "bmp"),
     ImageKind(b"II*\0", "TIFF", "tif"),
     ImageKind(b"MM\0*", "TIFF", "tif"),
+    ImageKind(b"\0\0\0\x0cjP  ", "JPEG2000", "jp2"),
+    ImageKind(b"\xff\x4f\xff\x51", "JPEG2000", "j2k"),
+    ImageKind(b"\0\0\1\0", "ICO", "ico"),
 )
 
 _NOT_IMAGES = {

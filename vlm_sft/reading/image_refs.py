@@ -17,7 +17,8 @@ from .image_kinds import kind_of
 from .image_options import sizes_of
 
 FEWEST_LETTERS = 88  # of base64 that may be an image: the smallest GIF has 43 bytes, and a PNG has 67
-LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes that Linux takes
+LONGEST_NAME = 255  # bytes of a file's name that Linux takes
+LONGEST_LIKELY = 400  # letters of a path beyond which it is believed where the file is there alone
 _URL_SAFE = str.maketrans("-_", "+/")
 
 
@@ -104,20 +105,28 @@ def resolve_image(
         raise row_error(where, f"the image path {path[:200]!a} is blank or no text", "correct it", "not text")
     if len(path) > FEWEST_LETTERS and (decoded := _from_base64(path)) is not None:
         return {"path": None, "bytes": decoded, **sizes}
-    if len(os.fsencode(path)) > LONGEST_PATH or max(map(len, os.fsencode(path).split(b"/"))) > LONGEST_NAME:
+    whole = os.path.abspath(os.path.join(folder or "", path))
+    if not _likely(whole):
         what = f"the image {short(path)} has {len(path):,} letters, which is no path and no base64 of an image"
         raise row_error(where, what, "write the path of a file, or the bytes of an image in base64", "not an image")
     if not os.path.isabs(path) and folder is None:
         raise UserError(
             f"{where}: the image path {path} is relative, but rows of the Hub lie in no folder: set `images`."
         )
-    path = os.path.abspath(os.path.join(folder or "", path))
+    path = whole
     within = Folders([folder] if folder else []) if within is None else within
     if not within.hold(path):
         lies = f"outside {' and '.join(within.named)}" if within.named else "in a folder that the source does not name"
         mend = "move it there, or name its folder (a source's `image_folders`, a command's --image-folder)"
         raise row_error(where, f"the image {path} lies {lies}", mend, "image outside")
     return {"path": path, "bytes": None, **sizes}
+
+
+def _likely(path: str) -> bool:
+    """Whether an absolute path can be one: in base64 stands a stroke here and there, so that no part is too long."""
+    if max(map(len, os.fsencode(path).split(b"/"))) > LONGEST_NAME:
+        return False
+    return len(path) <= LONGEST_LIKELY or os.path.exists(path)
 
 
 def _from_file_uri(uri: str) -> str:
