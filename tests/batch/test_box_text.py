@@ -235,3 +235,13 @@ def test_a_saved_processor_writes_as_before(tmp_path):
     assert before.startswith("<ref>猫</ref><box>(100,100),(600,600)</box>")
     processor.save_pretrained(tmp_path)
     assert said(VLMProcessor.from_pretrained(tmp_path), row(CAT, box(20, 10, 120, 60))) == before
+
+
+def test_a_family_of_which_every_picture_has_the_same_tokens_still_has_its_own_place_for_boxes():
+    size, wanted = (400, 200), [0.25, 0.25, 0.75, 0.75]
+    processor = processor_of("qwen2_5_vl", min_pixels=64, max_pixels=64)  # as many tokens for each of them
+    (_, high, wide) = processor.image_inputs([Image.new("RGB", size)])["image_grid_thw"][0].tolist()
+    numbers = json.loads(said(processor, row(box(*wanted, scale="unit"), size=size)).split("<|im_end|>")[0])
+    assert numbers == [round(n * 4 * (wide, high)[i % 2]) for i, n in enumerate(wanted)]
+    whole = processor_of("smolvlm", do_image_splitting=False)
+    assert said(whole, row(box(20, 10, 120, 60))).startswith("[0.100,0.100,0.600,0.600]")

@@ -11,7 +11,7 @@ from support.tiny_families import TINY, processor_of
 from support.tiny_pieces import TOKENIZERS, make_tokenizer, tokenizer_of
 from vlm_sft.base.names import IGNORED
 from vlm_sft.batch.encoding import supervised_characters, tokenize
-from vlm_sft.batch.typed_text import control_tokens, tokenize_chat
+from vlm_sft.batch.typed_text import control_tokens, tokenize_chat, unsaid_tokens
 from vlm_sft.templates.render import RenderedChat
 from vlm_sft.templates.template import load_template
 
@@ -154,3 +154,18 @@ def test_a_text_without_control_tokens_is_tokenised_as_ever(messages, name):
         number = processor.tokenizer.convert_tokens_to_ids(token)
         places = [start for i, (start, _) in zip(*found, strict=True) if i == number]
         assert not {start + 1 for start in places} & set(chat.typed)
+
+
+def test_an_answer_is_shown_with_the_tokens_that_say_where_things_are():
+    places = ["<box>", "</box>", "<|object_ref_start|>", "<loc0001>"]
+    tokenizer = with_specials(make_tokenizer(), *places, "<think>", "<|im_end|>")
+    unsaid = unsaid_tokens(tokenizer)
+    assert not unsaid & set(tokenizer.convert_tokens_to_ids(places))
+    assert unsaid >= set(tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>", "<think>"]))
+    ids = tokenizer("<|im_end|><box>(1,2)</box> 猫</s>", add_special_tokens=False).input_ids
+    assert tokenizer.decode([i for i in ids if i not in unsaid]).replace(" ", "") == "<box>(1,2)</box>猫"
+    plain = make_tokenizer()
+    ids = plain("a 猫</s> b<s>").input_ids
+    assert plain.decode([i for i in ids if i not in unsaid_tokens(plain)]) == plain.decode(
+        ids, skip_special_tokens=True
+    )

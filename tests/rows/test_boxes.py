@@ -170,6 +170,11 @@ def test_a_column_that_no_text_speaks_of_is_counted():
     assert counted >= {"bbox"}
 
 
+def test_numbers_in_a_row_without_pictures_are_text():
+    values = row("[5, 2, 1, 6]", images=0, question="list?")
+    assert answer_of(values, "pixels") == [{"type": "text", "text": "[5, 2, 1, 6]"}]
+
+
 def test_marks_in_a_row_without_pictures_are_text():
     assert answer_of(row("write <bbox>", images=0, question="ms-swift?")) == [{"type": "text", "text": "write <bbox>"}]
 

@@ -22,9 +22,9 @@ from .encoding import tokenize
 
 # Words of an answer, though many tokenizers call them special: where things are (`<|box_start|>`, `<ref>`, `<loc0001>`,
 # `<patch_index_0001>`), and what a model thinks or calls.
-WORDS = re.compile(
-    r"</?\|?/?(?:box|ref|quad|point|poly|loc|seg|det|object|phrase|grounding|delimiter|patch_index|think|tool)", re.I
-)
+_PLACES = r"box|ref|quad|point|poly|loc|seg|det|object|phrase|grounding|delimiter|patch_index"
+PLACES = re.compile(rf"</?\|?/?(?:{_PLACES})", re.I)
+WORDS = re.compile(rf"</?\|?/?(?:{_PLACES}|think|tool)", re.I)
 MARKUP = re.compile(r"[<\[|]\S+")  # a token of a template that is not called special: `<|user|>`, but no line break
 
 # A character in front of a text keeps tokenizers from adding a space of their own.
@@ -32,6 +32,7 @@ ANCHOR = "\n"
 
 Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and where in the text each lies
 
+_UNSAID: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
 _CONTROL: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[object, ...], tuple[str, ...]]] = WeakKeyDictionary()
 
 
@@ -56,6 +57,14 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, own: Itera
                 found.add(token.content)
         remembered[key] = tuple(sorted(text for text in found if len(text) > 1 and not WORDS.match(text)))
     return remembered[key]
+
+
+def unsaid_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the special tokens that are not shown as part of an answer: all but those that say where things are."""
+    if tokenizer not in _UNSAID:
+        added = tokenizer.added_tokens_decoder.items()
+        _UNSAID[tokenizer] = frozenset(id_ for id_, token in added if token.special and not PLACES.match(token.content))
+    return _UNSAID[tokenizer]
 
 
 def tokenize_chat(

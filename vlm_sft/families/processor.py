@@ -169,7 +169,7 @@ class FamilyProcessor(VLMProcessor):
 
     def seen(self, size: tuple[int, int]) -> Seen:
         """See `VLMProcessor.seen`; of a processor that cuts images into tiles, all of the picture in its own size."""
-        if not self.reads_sizes:
+        if self._makes_one_picture:
             return super().seen(size)
         images = self.image_processor
         if getattr(images, "merge_size", None) is None:
@@ -185,8 +185,13 @@ class FamilyProcessor(VLMProcessor):
 
     def check_seen(self) -> None:
         """See `VLMProcessor.check_seen`; what is cut into tiles is the whole picture."""
-        if not self.reads_sizes:
+        if self._makes_one_picture:
             super().check_seen()
+
+    @property
+    def _makes_one_picture(self) -> bool:
+        """Whether every image becomes one picture of a fixed size, and is neither cut into tiles nor kept as it is."""
+        return not self.reads_sizes and not self.family.counted
 
     def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """What the model takes for RGB images, as its own processor names it."""

@@ -20,6 +20,7 @@ from ..batch.box_text import write_boxes
 from ..batch.encoding import EncodedChat
 from ..batch.pictures import Pictures, image_inputs, load_picture, name_of, picture_size
 from ..batch.processor import VLMProcessor
+from ..batch.typed_text import unsaid_tokens
 from ..recipe.library_names import GENERATION
 from ..rows.messages import unpacked
 from .picture_fault import pictures_named, place_of
@@ -219,8 +220,9 @@ def _before(ends: Sequence[int], ids: list[int]) -> list[int]:
 
 
 def _decode(processor: VLMProcessor, ids: list[int]) -> str:
+    unsaid = unsaid_tokens(processor.tokenizer)
     # Cleaning up would take back spaces that a stream has shown already.
-    text: str = processor.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text: str = processor.tokenizer.decode([i for i in ids if i not in unsaid], clean_up_tokenization_spaces=False)
     return text
 
 

@@ -69,8 +69,8 @@ def place_boxes(row: RowView, messages: list[Message], images: int, scale: str |
         RowError: marks and boxes differ in number, a box is none, or nothing says what it counts or which image it is
             on.
     """
-    typed = scale in SCALES
-    given = _given(row, messages, images, scale if typed else None)
+    typed = scale in SCALES and images > 0  # without a picture, four numbers are no box
+    given = _given(row, messages, images, scale if scale in SCALES else None)
     for part in (part for message in messages for part in message["content"]):
         if part["type"] == "box":  # the row wrote the part itself
             _check_image(row, part["image"], images, part["key"])
