@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.pictures import COPIES, photo, write
 from vlm_sft.cli import main as cli
 from vlm_sft.prepare import scorer
 
@@ -54,6 +55,31 @@ def test_stats(run, caption_file):
     code, out, _ = run("stats", caption_file, "--format", "caption")
     assert code == 0 and "8 rows" in out and "zh: 2 (25.0%)" in out
     assert json.loads(run("stats", caption_file, "--format", "caption", "--json")[1])["images"] == 8
+
+
+def test_stats_of_a_recipe_name_images_that_look_like_held_out_ones(run, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_sft.data.looks.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    files = {"训练": [photo(n) for n in range(4)], "评测": [COPIES["darker"](photo(2)), photo(9)]}
+    sources = {}
+    for name, pictures in files.items():
+        rows = [
+            {"image": write(each, tmp_path / name / f"图{n}.png"), "caption": "图"} for n, each in enumerate(pictures)
+        ]
+        rows.append({"image": "坏.png", "caption": "坏"})
+        (tmp_path / name / "坏.png").write_bytes(b"\x89PNG")
+        sources[name] = tmp_path / name / "rows.jsonl"
+        sources[name].write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    train, held_out = ([{"path": str(path), "format": "caption", "name": name}] for name, path in sources.items())
+    recipe = recipe_file(data={"train": train, "eval": held_out})
+    code, out, err = run("stats", recipe, "--json")
+    found = json.loads(out)["look_alikes"]
+    assert code == 0 and found["between"] == [{"train": "训练", "held_out": "评测", "images": 1}]
+    assert [(pair["train"]["row"], pair["held_out"]["row"]) for pair in found["pairs"]] == [("训练/3", "评测/1")]
+    assert "Not compared by look: 1 held-out image that cannot be read; the first: row 评测/3: the image" in err
+    assert "1 (20.0%), 1 (33.3%) held-out images" in run("stats", recipe)[1]
+    assert json.loads(run("stats", recipe, "--json", "--look-images", "0")[1])["look_alikes"] is None
+    sample = json.loads(run("stats", recipe, "--json", "--look-images", "2")[1])["look_alikes"]
+    assert sample["looked_at"] == {"train": 2, "held_out": 2}
 
 
 def test_wrong_rows_stop_or_are_said(run, tmp_path, photos):

@@ -8,6 +8,7 @@ from support.conversations import make_row, turn
 from vlm_sft.batch.tokenizer_coverage import Coverage
 from vlm_sft.data.image_files import Leak
 from vlm_sft.data.ledger import Ledger, SourceLedger
+from vlm_sft.data.look_alikes import Compared, LookAlike, LookAlikes, Place
 from vlm_sft.preflight.checks import CHECKS, ERROR, NOTE, WARNING, Evidence, boxes_taken, check
 from vlm_sft.preflight.freeze_proof import Proof
 from vlm_sft.rows.messages import box_part
@@ -86,6 +87,21 @@ def test_leaks_name_both_rows(photos):
     (found,) = check(seen(photos, "a cat", leaks=[Leak("train/1", "test/2")]))
     assert found.sentence == "1 training image is among the evaluation images, byte for byte."
     assert list(found.where) == ["train/1 = test/2"]
+
+
+def test_look_alikes_are_a_warning_with_count_share_and_pairs(photos):
+    pair = LookAlike(Place("train/1", "train", "a/猫.png"), Place("test/2", "test", None), 0.984, True)
+    found = LookAlikes([pair], Compared(400, 500), Compared(8, 8))
+    (finding,) = check(seen(photos, "a cat", look_alikes=found))
+    assert (finding.level, finding.sentence) == (
+        WARNING, "1 training image (0.2%) looks like 1 held-out image (12.5%) with other bytes.",
+    )  # fmt: skip
+    assert list(finding.where) == ["train/1 (a/猫.png) ≈ test/2: 0.98 mirrored"] and "take copies out" in finding.mend
+    found.pairs += [pair._replace(train=Place(f"train/{n}", "train", None)) for n in range(2, 10)]
+    (finding,) = check(seen(photos, "a cat", look_alikes=found))
+    assert finding.sentence == "9 training images (2.2%) look like 1 held-out image (12.5%) with other bytes."
+    assert len(finding.where) == 3
+    assert check(seen(photos, "a cat", look_alikes=LookAlikes(train=Compared(4, 4)))) == []
 
 
 def test_poor_coverage(photos):

@@ -15,10 +15,12 @@ from PIL import Image
 from vlm_sft.batch.token_view import TokenGroup
 from vlm_sft.batch.tokenizer_coverage import Coverage
 from vlm_sft.data.ledger import Ledger, SourceLedger
+from vlm_sft.data.look_alikes import Compared, LookAlike, LookAlikes, Place
 from vlm_sft.model.freeze import PartRow
 from vlm_sft.preflight.checks import ERROR, WARNING, Evidence, Finding
 from vlm_sft.preflight.freeze_proof import Proof
 from vlm_sft.preflight.page import BARS, WIDTH, Report, histogram, render_page
+from vlm_sft.preflight.pairs import ShownPair
 from vlm_sft.preflight.samples import Share, Shown, thumbnail
 
 EVIL = """<script>document.title='pwned'</script>"><img src=x onerror="document.title='pwned'">'&lt;猫 {{ 7*7 }}"""
@@ -40,10 +42,13 @@ def full_report(text=EVIL) -> Report:
     picture = thumbnail(
         Image.new("RGB", (40, 30), "red"), [([0.25, 0.2, 0.75, 0.9], text, text), ([0.5, 0.5], "", text)]
     )
+    pair = LookAlike(Place(text, text, text), Place(text, text, None), 0.971, True)
+    alike = LookAlikes([pair] * 3, Compared(40, 40), Compared(8, 8), 2)
     return Report(
         text, text, [Finding(ERROR, text, text, [text]), Finding(WARNING, text)],
-        Evidence({"train": ledger}, coverage=coverage, proof=proof), [5, 50, 500], 100,
+        Evidence({"train": ledger}, coverage=coverage, proof=proof, look_alikes=alike), [5, 50, 500], 100,
         [Shown(text, text, 6, 2, 1, [picture], groups), Shown(text, text, problem=text)],
+        [ShownPair(pair, picture, picture), ShownPair(pair, picture, None)],
         [Share(text, 0.5, 0.25, 1)], [Share("zh", None, 1.0, 4)], plan,
         None, [text], [text],
     )  # fmt: skip
@@ -95,7 +100,9 @@ def test_a_browser_shows_samples_and_runs_nothing(tmp_path):
     assert tokens[0]["title"] == "ids 9 9 · position 0 – 1 · image · not in the loss"
     assert tokens[3]["title"] == "ids 3 4 · position 4 – 5 · assistant · in the loss"
     assert "image · 2 tokens" in page.text and page.text.count(EVIL) > 15
-    assert [given["src"][:23] for tag, given in page.tags if tag == "img"] == ["data:image/jpeg;base64,"]
+    assert [given["src"][:23] for tag, given in page.tags if tag == "img"] == ["data:image/jpeg;base64,"] * 3
+    assert "0.97 mirrored 镜像" in page.text and "40 training images and 8 held-out images" in page.text
+    assert "not there any more" in page.text and "… 1 more;" in page.text
 
 
 def test_no_markup_comes_from_rows_and_nothing_is_loaded():
@@ -116,6 +123,7 @@ def test_labels_are_in_both_languages():
     page = render_page(full_report("word"))
     for english, chinese in (
         ("Samples", "样本"),
+        ("Images that look alike", "相似图像"),
         ("Lengths", "长度"),
         ("Tokenizer coverage of the answers", "分词器覆盖"),
     ):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from support.pictures import COPIES, photo, write
 from support.tiny_families import tiny
 from vlm_sft.cli import main as cli
 
@@ -91,6 +92,26 @@ def test_a_leak_is_a_warning(preflight, recipe_file, caption_file, tmp_path, pho
             "test": write_rows(tmp_path, [{"image": str(copy), "caption": "seen"}])}  # fmt: skip
     code, said, _ = preflight(recipe_file(data=data), "--no-model")
     assert code == 0 and "1 training image is among the evaluation images, byte for byte." in said
+
+
+def test_look_alikes_are_a_warning_and_pairs_on_the_page(preflight, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_sft.data.looks.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "评测").mkdir()
+    train = [{"image": write(photo(n), tmp_path / f"照片{n}.png"), "caption": f"照片 {n}"} for n in range(6)]
+    test = [
+        {"image": write(COPIES["all of it"](photo(n)), tmp_path / "评测" / f"{n}.jpg"), "caption": "副本"}
+        for n in (2, 9)
+    ]
+    data = {"train": write_rows(tmp_path, train), "test": [{**write_rows(tmp_path / "评测", test)[0], "name": "测试"}]}
+    code, said, page = preflight(recipe_file(data=data), "--no-model")
+    assert (
+        code == 0 and "warning: 1 training image (16.7%) looks like 1 held-out image (50.0%) with other bytes." in said
+    )
+    assert "照片2.png) ≈ 测试/1 (" in said and "Images that look alike" in page and "mirrored 镜像" in page
+    code, said, page = preflight(recipe_file(data=data), "--no-model", "data.look_images=0")
+    assert code == 0 and "with other bytes" not in said and "data.look_images: 0: images were compared byte" in page
+    code, said, page = preflight(recipe_file(data=data), "--no-model", "data.look_images=3")
+    assert "Of 6 training images 3, drawn at random, were compared by look" in page
 
 
 def test_a_projector_that_no_image_reaches_cannot_be_trained(preflight, recipe_file, tmp_path):

@@ -127,8 +127,8 @@ def test_a_glance_reads_texts_alone(collator, photos):
 
 def test_texts_are_read_without_opening_an_image(collator, tmp_path, monkeypatch):
     photos = [str(tmp_path / f"{n}.png") for n in range(30)]
-    for photo in photos:
-        Image.new("RGB", (4, 4)).save(photo)
+    for path in photos:
+        Image.new("RGB", (4, 4)).save(path)
     rows = [make_row(turn("q", f"picture {n}", images=1), photos[n:], n) for n in range(30)]
     opened = []
 

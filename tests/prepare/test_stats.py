@@ -7,6 +7,7 @@ import io
 from PIL import Image
 from rich.console import Console
 
+from vlm_sft.data.look_alikes import Compared, LookAlike, LookAlikes, Place
 from vlm_sft.prepare.stats import DataStats, spread, stats_table
 
 
@@ -62,6 +63,20 @@ def test_the_table_says_it_in_words_and_takes_brackets_as_text(tmp_path):
     shown = console.export_text()
     assert "from s" in shown and "4 (66.7%)" in shown
     assert "1, the first in t/2" in shown and "[red]x[/blue]" in shown
+
+
+def test_look_alikes_stand_in_the_table_and_the_numbers():
+    pair = LookAlike(Place("s/[1]", "s", "照片.png"), Place("e/2", "e", None), 0.98765, True)
+    found = DataStats(look_alikes=LookAlikes([pair], Compared(10, 12), Compared(4, 4), repeated=2))
+    found.add(row("?", ["a cat"], [], "s/1"))
+    numbers = found.as_dict()
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(stats_table(numbers))
+    shown = console.export_text()
+    for words in ("2 (20.0%) of 10 looked at", "1 (10.0%), 1 (25.0%) held-out images", "from s in e", "0.99 mirrored"):
+        assert words in shown
+    assert "s/[1] (照片.png) ≈ e/2" in shown
+    assert numbers["look_alikes"]["pairs"][0]["likeness"] == 0.9877 and numbers["look_alikes"]["train_like_train"] == 2
 
 
 def test_of_nothing_there_is_no_spread():

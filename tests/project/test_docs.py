@@ -216,6 +216,9 @@ class ThreeRows(rows_of.RowsOf):
                 "id": f"s/{number}",
             }
 
+    def quietly(self, held_out=False):
+        return [] if held_out else self
+
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:

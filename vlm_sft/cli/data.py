@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..base.console import harmless_json, make_console, tell
+from ..base.console import harmless_json, make_console, say, tell
 from ..base.errors import UserError
 from .arguments import ImageFolders
 
@@ -62,15 +62,29 @@ def stats(
     image_folder: ImageFolders = None,
     column: Columns = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    look_images: Annotated[
+        int | None,
+        typer.Option(min=0, help="Images compared by look; 0: none. Default: the recipe's data.look_images, or 20000."),
+    ] = None,
     max_rejected: Rejected = 1.0,
 ) -> None:
-    """Count rows, images, answers, languages and repetitions."""
+    """Count rows, images, answers, languages, repetitions, and images that look like others or like held-out ones."""
+    from ..base.progress import RowProgress
+    from ..data.look_alikes import find_look_alikes
     from ..prepare.rows_of import RowsOf
     from ..prepare.stats import DataStats, stats_table
 
-    found = DataStats()
-    for row in RowsOf(src, kind, images, column, max_rejected, image_folder):
+    found, console = DataStats(), make_console()
+    rows = RowsOf(src, kind, images, column, max_rejected, image_folder)
+    for row in rows:
         found.add(row)
+    most = rows.look_images if look_images is None else look_images
+    if most != 0:
+        with RowProgress(console, src) as progress:
+            train, held_out = rows.quietly(), rows.quietly(held_out=True)
+            found.look_alikes = find_look_alikes(train, held_out, most=most, tick=progress.tell)
+        for sentence in found.look_alikes.left_out():
+            say(console, sentence)
     if as_json:
         tell(harmless_json(found.as_dict(), indent=2))
     else:

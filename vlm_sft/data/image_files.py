@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,10 +107,10 @@ def shared_images(train: Iterable[dict[str, Any]], held_out: Iterable[dict[str, 
             if size in sizes
         }
         owners: dict[bytes, str] = {}
-        for digest, (_, row) in zip(pool.map(_digest, (i for i, _ in held.values())), held.values(), strict=True):
+        for digest, (_, row) in zip(pool.map(digest_of, (i for i, _ in held.values())), held.values(), strict=True):
             if digest is not None:
                 owners.setdefault(digest, row)
-        digests = pool.map(_digest, (image for image, _ in likely.values()))
+        digests = pool.map(digest_of, (image for image, _ in likely.values()))
         pairs = zip(digests, likely.values(), strict=True)
         return [Leak(row, owners[digest]) for digest, (_, row) in pairs if digest in owners]
 
@@ -139,7 +139,8 @@ def _size(image: dict[str, Any]) -> int | None:
         return None
 
 
-def _digest(image: dict[str, Any]) -> bytes | None:
+def digest_of(image: Mapping[str, Any]) -> bytes | None:
+    """A digest of the bytes of an image, of a file or embedded; None for a file that cannot be read."""
     if image["bytes"] is not None:
         return hashlib.blake2b(image["bytes"], digest_size=16).digest()
     try:

@@ -11,6 +11,7 @@ from typing import Any
 from ..batch.tokenizer_coverage import Coverage
 from ..data.image_files import Leak
 from ..data.ledger import Ledger, names_of
+from ..data.look_alikes import LookAlikes
 from ..model.freeze import part_of
 from ..rows.boxes import has_typed_boxes
 from ..rows.messages import answers_of, row_key
@@ -60,6 +61,7 @@ class Evidence:
         as_written: Sources whose typed boxes are meant to stay text.
         coverage: Language → how well the tokenizer knows it.
         leaks: Training images that are held-out ones.
+        look_alikes: Training images that look like held-out ones.
         proof: What real steps showed.
         stopped: Why the real steps ended before their time, or None.
         memory: Bytes that are estimated for a device, and that it has; or None.
@@ -74,6 +76,7 @@ class Evidence:
     as_written: frozenset[str] = frozenset()
     coverage: dict[str, Coverage] = field(default_factory=dict)
     leaks: list[Leak] = field(default_factory=list)
+    look_alikes: LookAlikes | None = None
     proof: Proof | None = None
     stopped: str | None = None
     memory: tuple[int, int] | None = None
@@ -211,6 +214,20 @@ def leaked_images(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(WARNING, sentence, "Evaluation would look better than it is: take them out of one.", where)
 
 
+def look_alike_images(evidence: Evidence) -> Iterator[Finding]:
+    """Training images that look like held-out ones: copies that were resized, saved anew, cut or mirrored."""
+    if (found := evidence.look_alikes) is None or not (pairs := found.pairs):
+        return
+    ours, theirs = len(pairs), found.held_out_found
+    sentence = (
+        f"{_count(ours, 'training image')} ({ours / found.train.looked_at:.1%}) "
+        f"{'looks' if ours == 1 else 'look'} like {_count(theirs, 'held-out image')} "
+        f"({theirs / found.held_out.looked_at:.1%}) with other bytes."
+    )
+    mend = "Look at the pairs below; evaluation would look better than it is: take copies out of one."
+    yield Finding(WARNING, sentence, mend, list(map(str, pairs[:EXAMPLES])))
+
+
 def poor_coverage(evidence: Evidence) -> Iterator[Finding]:
     """Languages that the tokenizer hardly knows."""
     for language, found in evidence.coverage.items():
@@ -261,7 +278,7 @@ def tight_memory(evidence: Evidence) -> Iterator[Finding]:
 
 CHECKS = (
     rejected_rows, shortened_rows, unused_keys, boxes_taken, foreign_markers, early_ends, hollow_answers,
-    common_answers, repeated_rows, leaked_images, poor_coverage, unproven_tensors, tight_memory,
+    common_answers, repeated_rows, leaked_images, look_alike_images, poor_coverage, unproven_tensors, tight_memory,
 )  # fmt: skip
 
 

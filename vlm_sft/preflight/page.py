@@ -13,6 +13,7 @@ from ..base.words import gib, short_count
 from ..model.freeze import PartRow
 from .checks import ERROR, WARNING, Evidence, Finding
 from .memory import Estimate
+from .pairs import ShownPair
 from .samples import Share, Shown
 
 BARS = 40
@@ -32,6 +33,7 @@ class Report:
         lengths: Tokens of rows, uncut.
         max_length: Where they are cut, or None.
         samples: Some rows.
+        pairs: Some training images beside the held-out ones that they look like.
         sources: The mixture by source.
         languages: The mixture by language.
         plan: The freeze plan by part.
@@ -47,6 +49,7 @@ class Report:
     lengths: list[int] = field(default_factory=list)
     max_length: int | None = None
     samples: list[Shown] = field(default_factory=list)
+    pairs: list[ShownPair] = field(default_factory=list)
     sources: list[Share] = field(default_factory=list)
     languages: list[Share] = field(default_factory=list)
     plan: list[PartRow] = field(default_factory=list)

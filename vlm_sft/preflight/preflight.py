@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from ..batch.collator import MultimodalCollator
+    from ..data.look_alikes import LookAlikes
     from ..families.kind import Composed
     from ..recipe.schema import Recipe
     from .checks import Evidence
@@ -50,6 +51,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     from .checks import Evidence, check
     from .dry_run import on_any_machine
     from .page import Report, render_page
+    from .pairs import compare_looks, show_pairs
     from .samples import look_at, shares_of_languages, shares_of_sources, show_samples
 
     _check_output(output)
@@ -70,6 +72,9 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
         train, held_out = rows[0], [*([rows[1]] if rows[1] else []), *test]
         with console.status("Looking at texts and images"):
             look_at(evidence, collator, train, held_out, recipe.data.train)
+            every = train if recipe.data.streaming is False else evidence.rows
+            evidence.look_alikes = compare_looks(every, held_out, recipe.data.look_images, args.seed)
+            report.pairs = show_pairs(evidence.look_alikes)
             report.samples = show_samples(evidence.rows, collator)
         report.sources = shares_of_sources(recipe.data, evidence.ledgers["train"], evidence.rows)
         report.languages = shares_of_languages(recipe.data, evidence.rows)
@@ -78,7 +83,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     if rows is not None and with_model:
         _take_steps(tolerant, collator, composed, evidence, console)
         report.time = _time(evidence.proof, args, launch, rows[0]) if evidence.proof else []
-    report.left_out += _left_out(recipe, rows is not None, with_model)
+    report.left_out += _left_out(recipe, rows is not None, with_model, evidence.look_alikes)
     report.findings = check(evidence)
     output.write_text(render_page(report), encoding="utf-8")
     return report
@@ -195,7 +200,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def _left_out(recipe: Recipe, has_rows: bool, with_model: bool) -> list[str]:
+def _left_out(recipe: Recipe, has_rows: bool, with_model: bool, look_alikes: LookAlikes | None) -> list[str]:
     """Sentences on what was not looked at."""
     found = []
     if not has_rows:
@@ -205,7 +210,10 @@ def _left_out(recipe: Recipe, has_rows: bool, with_model: bool) -> list[str]:
     if has_rows and recipe.data.streaming:
         found.append("data.streaming: only the first rows of the stream were looked at, also for shared images.")
     if has_rows and recipe.data.eval + recipe.data.test:
-        found.append("Shared images are found where the files are the same byte for byte; a copy saved anew is not.")
+        if look_alikes is None:
+            found.append("data.look_images: 0: images were compared byte for byte and not by look.")
+        else:
+            found += look_alikes.left_out()
     return found
 
 

@@ -235,10 +235,10 @@ def boxes_on(
     return found
 
 
-def thumbnail(image: Image.Image, boxes: Iterable[tuple[list[float], str, str]] = ()) -> Picture:
-    """A small JPEG of an RGB image, and where boxes in 0 to 1 of it lie on that."""
+def thumbnail(image: Image.Image, boxes: Iterable[tuple[list[float], str, str]] = (), side: int = THUMBNAIL) -> Picture:
+    """A small JPEG of an RGB image, `side` pixels at most, and where boxes in 0 to 1 of it lie on that."""
     small, file = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((side, side))
     small.save(file, "JPEG", quality=75)
     drawn = []
     for box, label, title in boxes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..base.errors import UserError
 from ..data.ledger import Ledger, SourceLedger, ledger_table
 from ..data.source import name_of, source_rows
 from ..recipe.schema import load_recipe
-from ..recipe.sections import Source
+from ..recipe.sections import Data, Source
 
 
 class RowsOf:
@@ -42,7 +42,7 @@ class RowsOf:
         max_rejected: float,
         image_folders: list[str] | None = None,
     ) -> None:
-        self.sources = _sources(src, kind, images, columns, image_folders or [])
+        self.sources, self.held_out, self.look_images = _sources(src, kind, images, columns, image_folders or [])
         self.max_rejected = max_rejected
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -61,9 +61,27 @@ class RowsOf:
         if any(source.lost or source.unused for source in ledger.sources.values()):
             console.print(ledger_table({"data": ledger}))
 
+    def quietly(self, held_out: bool = False) -> Iterable[dict[str, Any]]:
+        """The same rows, or those of the recipe's `data.eval` and `data.test`, read anew each time.
+
+        Rows that are wrong are left out and nothing is said of them.
+        """
+        return _Quietly(self.held_out if held_out else self.sources)
+
     def describe(self) -> list[dict[str, Any]]:
         """What the rows depend on, for a file that is made of them."""
         return [source.model_dump(mode="json") for source in self.sources]
+
+
+class _Quietly:
+    """Rows of sources, read anew each time."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for source in self._sources:
+            yield from source_rows(source, reject=lambda error: None)
 
 
 def _count_keys(counted: SourceLedger, keys: set[str]) -> None:
@@ -72,12 +90,13 @@ def _count_keys(counted: SourceLedger, keys: set[str]) -> None:
 
 def _sources(
     src: str, kind: str | None, images: str | None, columns: list[str] | None, image_folders: list[str]
-) -> list[Source]:
-    """The training sources of a recipe, or one that the options describe."""
+) -> tuple[list[Source], list[Source], int | None]:
+    """The training sources of a recipe, those held out and its `look_images`; or what the options describe."""
     if src.endswith((".yaml", ".yml")) or (kind is None and src in list_recipes()):
         if kind or images or columns or image_folders:
             raise UserError(f"{src} is a recipe, which says itself what its sources hold: leave out --format.")
-        return load_recipe(src).data.train
+        data = load_recipe(src).data
+        return data.train, [*data.eval, *data.test], data.look_images
     if kind is None:
         raise UserError(f"What does {src} hold? Give --format, as a recipe does (messages, llava, caption, …).")
     pairs = [column.partition("=") for column in columns or []]
@@ -85,7 +104,8 @@ def _sources(
         raise UserError(f"--column {wrong} must be OURS=THEIRS, like --column caption=text.")
     try:
         mapped = {ours: theirs for ours, _, theirs in pairs}
-        return [Source(path=src, format=kind, images=images, image_folders=image_folders, columns=mapped)]  # type: ignore[arg-type]
+        source = Source(path=src, format=kind, images=images, image_folders=image_folders, columns=mapped)  # type: ignore[arg-type]
+        return [source], [], Data.model_fields["look_images"].default
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise UserError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}.") from None

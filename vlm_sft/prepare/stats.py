@@ -12,6 +12,7 @@ import numpy as np
 
 from ..base.errors import RowError
 from ..base.languages import language_of
+from ..data.look_alikes import LookAlikes
 from ..reading.image_refs import image_key, is_url
 from ..reading.images import image_size
 from ..rows.messages import answers_of, row_key
@@ -37,6 +38,7 @@ class DataStats:
         repeated_rows: Rows whose text and images came before.
         sizes: (width, height) of the first `OPENED` different images.
         unreadable: Ids of rows with an image among those that cannot be opened.
+        look_alikes: Images that look like others; None where nobody looked.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -48,6 +50,7 @@ class DataStats:
     repeated_rows: int = 0
     sizes: list[tuple[int, int]] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    look_alikes: LookAlikes | None = None
     _lengths: array[int] = field(default_factory=lambda: array("l"))
     _turns: array[int] = field(default_factory=lambda: array("l"))
     _rows_seen: set[bytes] = field(default_factory=set)
@@ -95,6 +98,7 @@ class DataStats:
             "image_height": spread([height for _, height in self.sizes]),
             "images_opened": len(self.sizes) + len(self.unreadable),
             "unreadable": self.unreadable,
+            "look_alikes": None if self.look_alikes is None else self.look_alikes.as_dict(),
             "answers": self.answers.total(),
             "different_answers": len(self.answers),
             "answers_in_a_row": spread(self._turns),
@@ -132,6 +136,8 @@ def stats_table(found: dict[str, Any]) -> Table:
     if found["unreadable"]:
         unreadable = f"{len(found['unreadable']):,}, the first in {found['unreadable'][0]}"
         table.add_row("images that cannot be opened", Text(unreadable, "red"))
+    if found["look_alikes"]:
+        _add_look_alikes(table, found["look_alikes"])
     table.add_row("answers", f"{answers:,}, {found['different_answers']:,} of them different")
     table.add_row("answers in a row", _line(found["answers_in_a_row"]))
     table.add_row("characters of an answer", _line(found["answer_length"]))
@@ -140,6 +146,24 @@ def stats_table(found: dict[str, Any]) -> Table:
         shown = answer if len(answer) <= 40 else f"{answer[:39]}…"
         table.add_row(Text(f"answer {shown!r}"), _share(count, answers))
     return table
+
+
+def _add_look_alikes(table: Table, found: dict[str, Any]) -> None:
+    """Rows on `LookAlikes.as_dict()`: how many images look like others, and the first pairs."""
+    from rich.text import Text
+
+    looked = found["looked_at"]
+    alike = f"{_share(found['train_like_train'], looked['train'])} of {looked['train']:,} looked at"
+    table.add_row("images that look like another", alike)
+    if not looked["held_out"]:
+        return
+    theirs = f"{_share(found['held_out_found'], looked['held_out'])} held-out images"
+    table.add_row("that look like held-out ones", f"{_share(found['train_like_held_out'], looked['train'])}, {theirs}")
+    for each in found["between"]:
+        table.add_row(Text(f"from {each['train']} in {each['held_out']}"), f"{each['images']:,}")
+    for pair in found["pairs"][:COMMONEST]:
+        places = (f"{p['row']} ({p['path']})" if p["path"] else p["row"] for p in (pair["train"], pair["held_out"]))
+        table.add_row(f"{pair['likeness']:.2f}{' mirrored' if pair['mirrored'] else ''}", Text(" ≈ ".join(places)))
 
 
 def _share(part: int, whole: int) -> str:

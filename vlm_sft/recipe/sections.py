@@ -263,6 +263,8 @@ class Data(RecipeModel):
     """How many rows of each source are rendered and tokenised before the first step, an even sample; null: all."""
     decode_rows: Annotated[int, Field(ge=0)] | None = 500
     """How many of the measured rows of each source have their images decoded before the first step; null: all."""
+    look_images: Annotated[int, Field(ge=0)] | None = 20_000
+    """How many training images preflight compares by look with as many held-out ones, drawn at random; null: all."""
     url_cache: str | None = None
     """Folder that fetched images are kept in. Unset: `vlm_sft/images` in the user's cache folder."""
     languages: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
