@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -316,6 +317,25 @@ def forked_processes(forge):
     """What tests and the code under test start by `subprocess.run` is forked, not imported anew; see `Forge`."""
     with forge.in_place_of_processes():
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves():
+    """An empty picture in place of a run's curves, which take a second; a test of just them asks for `drawn_curves`."""
+    from vlm_sft.bundle.curves import draw_curves
+
+    def draw(history, path, **kwargs):
+        Image.new("RGB", (1, 1)).save(path)
+        return Path(path)
+
+    with mock.patch("vlm_sft.bundle.curves.draw_curves", draw):
+        yield draw_curves
+
+
+@pytest.fixture
+def drawn_curves(curves, monkeypatch):
+    """Curves are drawn at the end of a run."""
+    monkeypatch.setattr("vlm_sft.bundle.curves.draw_curves", curves)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from support.paths import accelerate_config
@@ -30,8 +31,10 @@ def no_parity(monkeypatch):
     monkeypatch.setattr("vlm_sft.bundle.parity.check_parity", lambda *args: FAKE_PARITY)
 
 
-def test_a_stage_trains_and_writes_a_bundle_that_gives_the_same_logits(recipe_file, capsys):
+def test_a_stage_trains_and_writes_a_bundle_that_gives_the_same_logits(recipe_file, capsys, drawn_curves):
     folder = run(recipe_file())
+    with Image.open(folder / "curves.png") as picture:
+        assert picture.width > 1000
     names = {p.name for p in folder.iterdir()}
     assert {"bundle.json", "recipe.yaml", "trained.safetensors", "chat_template.jinja", "curves.png"} <= names
     assert not any(n.startswith(("model", "adapter")) for n in names), "no frozen weight, no adapter"
