@@ -184,7 +184,7 @@ def _names_of_checkpoints(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def write_source(source: Source, stem: Path, photos: list[str]) -> dict[str, str]:
+def write_source(source: Source, stem: Path, photos: list[str]) -> dict[str, Any]:
     """Writes what a source names, in its format; returns the keys that name it."""
     if source.format not in DOCUMENTS:
         keys = {"path": write_rows(source.format, stem, photos)}
@@ -198,6 +198,8 @@ def write_source(source: Source, stem: Path, photos: list[str]) -> dict[str, str
         keys["image_name"] = "{id}" + Path(photos[0]).suffix
     if source.images is not None or source.format in DOCUMENTS:
         keys["images"] = str(Path(photos[0]).parent)
+    else:
+        keys["image_folders"] = [str(Path(photos[0]).parent)]
     return keys
 
 
