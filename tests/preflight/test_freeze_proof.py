@@ -14,6 +14,7 @@ from vlm_sft.preflight.freeze_proof import FEWEST, SETTINGS, Witness, fingerprin
 from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.kinds import compose
 from vlm_sft.training.build_trainer import build_collator, build_trainer
+from vlm_sft.training.run_rows import RunRows
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ def trainer(recipe_file, tmp_path):
                "per_device_train_batch_size": 4, **changes.pop("sft", {}), **SETTINGS}  # fmt: skip
         recipe = load_recipe(recipe_file(sft=sft, **changes))
         args, composed = build_sft_config(recipe), compose(recipe)
-        rows = (load_mixture(recipe.data.train), None, {})
+        rows = RunRows(load_mixture(recipe.data.train), None, {})
         return build_trainer(
             recipe, args, build_collator(recipe, composed.processor, args), rows, composed, lambda line: None
         )

@@ -11,6 +11,8 @@ from support.recipe_texts import TEXT, problem, write
 from vlm_sft.base.errors import UserError
 from vlm_sft.recipe.schema import Recipe, load_recipe
 
+WEIGHED = ["data.sampling=weights", "data.train.0.weight=1", "data.train.1.weight=1"]
+
 
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
@@ -33,8 +35,11 @@ def recipe_file(tmp_path: Path) -> Path:
         ),
         (["lora.layer_replication=[[0, 1]]"], "`lora.layer_replication` cannot be used: it makes another language"),
         (["lora.target_parameters=[experts.up]"], "`lora.target_parameters` cannot be used: an adapter of bare"),
-        (["sft.train_sampling_strategy=group_by_length"], "needs the length of every row, which rows with images"),
-        (["sft.train_sampling_strategy=batch_rebalance"], "use random or sequential."),
+        (["sft.train_sampling_strategy=batch_rebalance"], "use random, sequential or group_by_length."),
+        (
+            ["sft.train_sampling_strategy=group_by_length", "data.streaming=true", "sft.max_steps=9", *WEIGHED],
+            "needs the length of every row, which a stream does not know; remove it, or set `data.streaming` to false.",
+        ),
         (["lora.r=0"], "the rank `lora.r` must be above zero, not 0; to do without LoRA, remove `lora`."),
         (["lora.modules_to_save=[projector]"], "to train projector beside LoRA, write `train: {projector: <learning"),
         (["stack.resampler={type: qformer}"], "type qformer needs `pretrained`: the Hub id or folder of a checkpoint"),

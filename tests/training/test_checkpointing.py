@@ -57,8 +57,9 @@ def test_a_disk_that_is_full_leaves_what_was_saved(forge, mixed_recipe):
         {"save_strategy": "epoch", "logging_strategy": "epoch"},
         {"gradient_accumulation_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 7},
         {"gradient_accumulation_steps": 3, "num_train_epochs": 3, "max_steps": -1, "dataloader_num_workers": 1},
+        {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2},
     ],
-    ids=["saves at an epoch's end", "saves where an epoch ends by step", "an epoch of uneven steps"],
+    ids=["saves at an epoch's end", "saves where an epoch ends by step", "an epoch of uneven steps", "rows by length"],
 )
 def test_each_checkpoint_goes_on_to_the_same_end(forge, mixed_recipe, settings):
     path, calm = mixed_recipe("whole", **{"save_total_limit": None, **settings})

@@ -8,6 +8,12 @@ PARTS = ("vision_tower", "resampler", "projector", "language_model")
 IMAGE_TOKEN = "<image>"
 """Stands for an image, in the text of a row and in that of a rendered conversation."""
 
+VIDEO_TOKEN = "<video>"
+"""Stands for a video, in the text of a row; a conversation has its frames in its place."""
+
+GROUPED = "group_by_length"
+"""The value of `sft.train_sampling_strategy` with which rows of similar length come together."""
+
 IGNORED = -100
 """The label of a token that is not in the loss, as torch's cross entropy has it."""
 

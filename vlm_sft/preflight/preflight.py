@@ -6,7 +6,7 @@ import math
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base.console import make_console, say
 from ..base.errors import UserError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..data.look_alikes import LookAlikes
     from ..families.kind import Composed
     from ..recipe.schema import Recipe
+    from ..training.run_rows import RunRows
     from .checks import Evidence
     from .freeze_proof import Proof
     from .launch import Launch
@@ -96,7 +97,7 @@ def _load(
     args: SFTConfig,
     evidence: Evidence,
     console: Console,
-) -> tuple[Dataset | IterableDataset, Dataset | None, dict[str, Any]] | None:
+) -> RunRows | None:
     """The rows, and the ledgers by the recipe's own threshold; None where no row of a source is left."""
     from ..data.ledger import Ledger
     from ..training.run_rows import load_rows
@@ -149,12 +150,14 @@ def _take_steps(
     console: Console,
 ) -> None:
     """Trains some steps through the trainer of the recipe, into a folder that is removed."""
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
 
     from ..base.console import quiet_libraries
     from ..data.dataset import ROW_FEATURES
     from ..recipe.libraries import build_sft_config
+    from ..rows.messages import IN_EXTRAS
     from ..training.build_trainer import build_trainer
+    from ..training.run_rows import RunRows
     from .freeze_proof import MOST, SETTINGS, prove
 
     folder = tempfile.TemporaryDirectory(prefix="vlm-sft-preflight-", ignore_cleanup_errors=True)
@@ -168,9 +171,10 @@ def _take_steps(
         shown = [row for row in evidence.rows if row["images"]] or evidence.rows
         count = MOST * args.train_batch_size
         some = [shown[i * max(1, len(shown) // count) % len(shown)] for i in range(count)]
-        rows = Dataset.from_list([{key: row[key] for key in ROW_FEATURES} for row in some], features=ROW_FEATURES)
+        features = Features({**ROW_FEATURES, IN_EXTRAS: Value("string")})
+        rows = Dataset.from_list([{key: row.get(key) for key in features} for row in some], features=features)
         try:
-            trainer = build_trainer(changed, args, collator, (rows, None, {}), composed, partial(say, console))
+            trainer = build_trainer(changed, args, collator, RunRows(rows, None, {}), composed, partial(say, console))
             evidence.proof = prove(trainer)
         except UserError as error:
             evidence.stopped = str(error)

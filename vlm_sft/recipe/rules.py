@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..base.assets import template_path
 from ..base.errors import UserError
-from ..base.names import PARTS
+from ..base.names import GROUPED, PARTS
 from ..base.words import closest
 from .passed_on import names_that_pass
 from .sections import Data, Hub, Stack
@@ -52,7 +52,7 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
         _sources_are_told_apart(recipe.data),
         _stream_has_an_end_and_weights(recipe.data, recipe.sft.get("max_steps")),
         _collator_is_a_class(recipe.collator),
-        _sft_fits(recipe.sft, evaluates=bool(recipe.data.eval)),
+        _sft_fits(recipe.sft, evaluates=bool(recipe.data.eval), streaming=recipe.data.streaming),
         _hub_can_be(recipe.hub),
     )
     return next(rules, None)
@@ -201,15 +201,21 @@ def _collator_is_a_class(collator: str | None) -> Broken:
         yield ("collator",), f'`collator` must look like my_package.my_module:MyCollator, not "{collator}".'
 
 
-def _sft_fits(sft: dict[str, Any], evaluates: bool) -> Broken:
+def _sft_fits(sft: dict[str, Any], evaluates: bool, streaming: bool) -> Broken:
     output = sft.get("output_dir")
     if not isinstance(output, str) or not output:
         yield ("sft", "output_dir"), "`sft.output_dir` is missing: the folder that checkpoints and the bundle go to."
-    if (strategy := sft.get("train_sampling_strategy")) in ("group_by_length", "batch_rebalance"):
+    if (strategy := sft.get("train_sampling_strategy")) == "batch_rebalance":
         yield (
             ("sft", "train_sampling_strategy"),
             f"`sft.train_sampling_strategy: {strategy}` needs the length of every row, which rows with images do not "
-            f"have before they are made into batches; use random or sequential.",
+            f"have before they are made into batches; use random, sequential or {GROUPED}.",
+        )
+    if strategy == GROUPED and streaming:
+        yield (
+            ("sft", "train_sampling_strategy"),
+            f"`sft.train_sampling_strategy: {GROUPED}` needs the length of every row, which a stream does not know; "
+            "remove it, or set `data.streaming` to false.",
         )
     yield from _numbers_that_train(sft)
     rate = sft.get("learning_rate")

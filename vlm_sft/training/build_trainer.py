@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import set_seed
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..families.kind import Composed
     from ..recipe.schema import Recipe
     from ..stack.build_stack import Stack
+    from .run_rows import RunRows
 
 
 def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> MultimodalCollator:
@@ -60,7 +61,7 @@ def build_trainer(
     recipe: Recipe,
     args: SFTConfig,
     collator: MultimodalCollator,
-    rows: tuple[Dataset, Dataset | None, dict[str, Any]],
+    rows: RunRows,
     composed: Composed,
     say: Callable[[str], None],
 ) -> VLMSFTTrainer:
@@ -70,14 +71,14 @@ def build_trainer(
         recipe: A validated recipe.
         args: Its `sft:`.
         collator: Makes the batches.
-        rows: What `load_rows` returned: training rows, evaluation rows or None, notes on them.
+        rows: What `load_rows` returned.
         composed: What `compose` returned.
         say: Told what is taken over, scaled or odd.
 
     Raises:
         UserError: A piece or the earlier stage does not fit.
     """
-    train_rows, eval_rows, notes = rows
+    train_rows, eval_rows, notes, lengths = rows
     set_seed(args.seed)
     stack = build_stack(recipe, say, composed)
     if args.resume_from_checkpoint:
@@ -89,7 +90,7 @@ def build_trainer(
     elif recipe.stack and recipe.stack.projector.init == "match_embeddings":
         factor = _match_embeddings(stack, collator, train_rows)
         say(f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
-    return VLMSFTTrainer(
+    trainer = VLMSFTTrainer(
         stack.model,
         args,
         collator,
@@ -101,6 +102,8 @@ def build_trainer(
         provenance=Provenance(recipe, stack.pieces, notes),
         **recipe.watch.model_dump(),
     )
+    trainer.lengths = lengths
+    return trainer
 
 
 def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset) -> float:

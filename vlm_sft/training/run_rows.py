@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..base.errors import UserError
+from ..base.names import GROUPED
 from ..base.processes import cores_for_each, one_process_first, share_work
 from ..data.ledger import Ledger, ledger_table
 from .row_check import Findings, look_over, summary
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
     from ..recipe.sections import Data, Source
 
 
+class RunRows(NamedTuple):
+    """The rows of a run.
+
+    Attributes:
+        train: Training rows.
+        eval: Evaluation rows, or None.
+        notes: What goes into the bundle: `train_rows` and `eval_rows` as `summary` gives them, and `ledger`, which has
+            `train` and `eval` as `Ledger.as_dict` gives them.
+        lengths: Tokens of each training row, where the run groups rows by them; else None.
+    """
+
+    train: Dataset | IterableDataset
+    eval: Dataset | None
+    notes: dict[str, Any]
+    lengths: list[int] | None = None
+
+
 FIRST_ROWS = 1000  # of each source of a stream, looked over before the first step
 
 
@@ -33,7 +51,7 @@ def load_rows(
     args: SFTConfig,
     console: Console,
     seen: dict[str, Ledger] | None = None,
-) -> tuple[Dataset | IterableDataset, Dataset | None, dict[str, Any]]:
+) -> RunRows:
     """Training rows, evaluation rows and the notes on them that go into the bundle.
 
     Every image file is looked for, and rows are measured and images decoded as `data.measure_rows` and
@@ -47,10 +65,6 @@ def load_rows(
         console: Told how many rows there are and how long, and shown the ledger.
         seen: Filled with the ledgers, of a stream with that of its first rows, also where an error is raised.
 
-    Returns:
-        Training rows, evaluation rows or None, and notes: `train_rows` and `eval_rows` as `summary` gives them, and
-        `ledger`, which has `train` and `eval` as `Ledger.as_dict` gives them.
-
     Raises:
         UserError: A source cannot be read, more rows are wrong than `data.max_rejected` allows, or there are fewer rows
             than processes.
@@ -60,14 +74,17 @@ def load_rows(
     seen = {} if seen is None else seen
     seen["train"] = Ledger(data.max_rejected) if data.streaming else ledgers["train"]
     seed = args.data_seed or args.seed
+    grouped = args.train_sampling_strategy == GROUPED and not data.streaming
     look = partial(_look_over, data=data, collator=collator, console=console)
+    lengths: list[int] | None = None
     if data.streaming:
         shards = args.world_size * max(1, args.dataloader_num_workers)
         first, ledger = seen["train"], ledgers["train"]
         train, notes["train_rows"] = _load_stream(data, first, ledger, look, console, seed=seed, shards=shards)
     else:
-        train, notes["train_rows"] = _load_set(
-            "train", data.train, ledgers["train"], look, console, data.sampling, languages=data.languages, seed=seed
+        look_at, ledger = partial(look, sampled=not grouped), ledgers["train"]
+        train, notes["train_rows"], lengths = _load_set(
+            "train", data.train, ledger, look_at, console, data.sampling, languages=data.languages, seed=seed
         )
         if (count := len(train)) < args.world_size:
             raise UserError(
@@ -77,11 +94,12 @@ def load_rows(
     rows = None
     if data.eval:
         ledgers["eval"] = seen["eval"] = Ledger(data.max_rejected)
-        rows, notes["eval_rows"] = _load_set(
+        rows, notes["eval_rows"], _ = _load_set(
             "eval", data.eval, ledgers["eval"], look, console, "proportional", seed=args.seed
         )
     console.print(ledger_table(ledgers))
-    return train, rows, {**notes, "ledger": {name: ledger.as_dict() for name, ledger in ledgers.items()}}
+    notes["ledger"] = {name: ledger.as_dict() for name, ledger in ledgers.items()}
+    return RunRows(train, rows, notes, lengths if grouped else None)
 
 
 def _load_stream(
@@ -137,8 +155,12 @@ def _load_set(
     *,
     languages: dict[str, float] | None = None,
     seed: int,
-) -> tuple[Dataset, dict[str, Any]]:
-    """Reads, looks over and mixes the sources of a set; a rejected row is left out before the mixture is drawn."""
+) -> tuple[Dataset, dict[str, Any], list[int] | None]:
+    """Reads, looks over and mixes the sources of a set; a rejected row is left out before the mixture is drawn.
+
+    Returns:
+        The mixture, its summary, and the length of each of its rows, where all rows were measured.
+    """
     from ..base.progress import RowProgress
     from ..data.dataset import mix, read_source
     from ..data.row_cache import worth_waiting_for
@@ -177,13 +199,25 @@ def _load_set(
         entry.repeated = len(drawn) - entry.used
     counts = summary(findings, len(rows))
     console.print(f"{name}: {describe_rows(counts)}", highlight=False)
-    return rows, counts
+    lengths = [length for found in findings for length in found.lengths]
+    whole = counts["measured"] == counts["read"]
+    return rows, counts, [lengths[number] for number in order] if whole else None
 
 
 def _look_over(
-    name: str, parts: Sequence[Dataset], *, seed: int, data: Data, collator: MultimodalCollator, console: Console
+    name: str,
+    parts: Sequence[Dataset],
+    *,
+    seed: int,
+    data: Data,
+    collator: MultimodalCollator,
+    console: Console,
+    sampled: bool = True,
 ) -> list[Findings]:
-    """Looks over the rows of each source, shared by all processes and their cores, and says how far it is."""
+    """Looks over the rows of each source, shared by all processes and their cores, and says how far it is.
+
+    `sampled` False: all rows are measured, whatever `data.measure_rows` says.
+    """
     from ..base.progress import RowProgress
 
     cores = cores_for_each()
@@ -196,7 +230,7 @@ def _look_over(
             return look_over(
                 part,
                 collator,
-                measure=data.measure_rows,
+                measure=data.measure_rows if sampled else None,
                 decode=data.decode_rows,
                 seed=seed,
                 share=(process, processes),

@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..base.errors import UserError
 from ..base.interrupts import Interrupts, workers_end_with_errors
+from ..batch.by_length import GroupsByLength
 from ..bundle.load import load_trained
 from ..bundle.manifest import Provenance, held_parts
 from ..bundle.save import save_bundle
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from ..batch.processor import VLMProcessor
 
 
-class VLMSFTTrainer(SFTTrainer):
+class VLMSFTTrainer(GroupsByLength, SFTTrainer):
     """Trains a composed stack.
 
     Args:

@@ -1,0 +1,113 @@
+"""`group_by_length`: each row once an epoch, less padding, the same order in all processes and after a resume."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from vlm_sft import load_recipe
+from vlm_sft.batch.by_length import ByLength
+from vlm_sft.recipe.libraries import build_sft_config
+from vlm_sft.stack.kinds import compose
+from vlm_sft.training.build_trainer import build_collator, build_trainer
+from vlm_sft.training.run_rows import RunRows, load_rows
+
+LENGTHS = [1 + (number * 37) % 100 for number in range(90)]
+
+
+def test_each_row_once_an_epoch_in_an_order_of_the_seed_and_the_epoch():
+    orders = []
+    for seed, epoch in ((3, 0), (3, 0), (3, 1), (4, 0)):
+        sampler = ByLength(LENGTHS, 6, seed)
+        sampler.set_epoch(epoch)
+        torch.manual_seed(epoch)  # the global one plays no part
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(90)) and len(sampler) == 90
+    assert orders[0] == orders[1] and orders[0] != orders[2] and orders[0] != orders[3]
+    spread = [max(step) - min(step) for step in lengths_of(orders[0], 6)]
+    assert sorted(spread)[len(spread) // 2] <= 30  # at random it is above 80
+    assert max(orders[0][:6], key=LENGTHS.__getitem__) == LENGTHS.index(max(LENGTHS))  # the longest first
+
+
+def lengths_of(order: list[int], size: int) -> list[list[int]]:
+    return [[LENGTHS[number] for number in order[start : start + size]] for start in range(0, len(order), size)]
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_processes_share_one_order(epoch):
+    ranks = []
+    for rank in (0, 1):
+        torch.manual_seed(rank)
+        loader = DataLoader(list(range(90)), batch_size=3, sampler=ByLength(LENGTHS, 6, 5))
+        shared = prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
+        shared.set_epoch(epoch)
+        ranks.append([batch.tolist() for batch in shared])
+    both = [row for pair in zip(*ranks, strict=True) for batch in pair for row in batch]
+    assert sorted(both) == list(range(90))
+    steps = [[LENGTHS[row] for batch in pair for row in batch] for pair in zip(*ranks, strict=True)]
+    spread = sorted(max(step) - min(step) for step in steps)
+    assert spread[len(spread) // 2] <= 30
+
+
+@pytest.fixture
+def make(tmp_path, recipe_file, photos):
+    """Strategy → a trainer of 240 rows, and what is said of them; answers have 1 to 24 words."""
+    lines = [{"image": photos[k % 8], "caption": " ".join(["猫"] * (1 + k * 7 % 24)), "id": str(k)} for k in range(240)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    def make(strategy: str, given: bool = True, **data):
+        sft = {"output_dir": str(tmp_path / strategy), "learning_rate": 1e-3, "bf16": False, "report_to": "none",
+               "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2,
+               "train_sampling_strategy": strategy, "use_cpu": True, "save_strategy": "no"}  # fmt: skip
+        source = {"path": str(file), "format": "caption"}
+        recipe = load_recipe(recipe_file(sft=sft, data={"train": [source], "eval": [source], **data}))
+        args, composed = build_sft_config(recipe), compose(recipe)
+        collator = build_collator(recipe, composed.processor, args)
+        rows = load_rows(recipe, collator, args, Console(quiet=True))
+        rows = rows if given else RunRows(*rows[:3])
+        return build_trainer(recipe, args, collator, rows, composed, lambda line: None)
+
+    return make
+
+
+def padding(trainer) -> tuple[float, list[int]]:
+    """Share of padding in an epoch, and the lengths of its rows in order."""
+    masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+    return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks), [
+        n for m in masks for n in m.sum(1).tolist()
+    ]
+
+
+def test_a_run_pads_less_and_sees_every_row(make):
+    grouped, random = make("group_by_length", measure_rows=5), make("random")
+    share, lengths = padding(grouped)
+    other, others = padding(random)
+    assert sorted(lengths) == sorted(others) == sorted(grouped.lengths) and len(lengths) == 240
+    assert random.lengths is None and share < other / 3, (share, other)
+    # Known from the measurement of all rows; a trainer that is not told them measures for itself.
+    alone = make("group_by_length", given=False)
+    assert padding(alone) == (share, lengths) and alone.lengths == grouped.lengths
+    sizes = [batch["attention_mask"].sum(1).tolist() for batch in grouped.get_eval_dataloader()]
+    assert [n for batch in sizes for n in batch] == grouped.lengths  # evaluation keeps the order of the file
+
+
+def test_lengths_are_those_of_the_mixture(make, tmp_path, photos):
+    wrong = {"image": photos[0], "caption": "x" * 4000}  # too long, and left out
+    file = tmp_path / "more.jsonl"
+    rows = [{"image": photos[0], "caption": "a " * n} for n in (1, 30)] + [wrong, {"image": photos[1], "caption": "b"}]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    sources = [
+        {"path": str(tmp_path / "rows.jsonl"), "format": "caption"},
+        {"path": str(file), "format": "caption", "repeat": 3},
+    ]
+    trainer = make("group_by_length", train=sources, sampling="sqrt", max_rejected=0.5)
+    rows = trainer.train_dataset
+    collator = trainer.data_collator
+    assert trainer.lengths == [len(collator.encode(row, with_images=False).chat.input_ids) for row in rows]
+    assert len({row["source"] for row in rows}) == 2
