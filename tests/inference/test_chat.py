@@ -21,6 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
+from support.films import film, frame_of
 from support.paths import ROOT
 from support.tiny_pieces import tiny_recipe
 from vlm_sft import answer, load, load_recipe
@@ -29,7 +30,7 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.batch.processor import VLMProcessor
 from vlm_sft.cli.main import main
 from vlm_sft.inference import chat as chat_module
-from vlm_sft.inference.chat import Conversation, chat, split_paths
+from vlm_sft.inference.chat import Conversation, chat
 from vlm_sft.templates.template import load_template
 from vlm_sft.train import train
 
@@ -60,14 +61,14 @@ def loaded(bundle):
 def talk(monkeypatch, capsys, loaded):
     """Holds a conversation of given lines; returns the answers and what was said beside them."""
 
-    def hold(*lines: str, template: str = "ziya", images=(), options=None) -> tuple[list[str], list[str]]:
+    def hold(*lines: str, template: str = "ziya", images=(), options=None, videos=()) -> tuple[list[str], list[str]]:
         model, processor = loaded[template]
         monkeypatch.setattr(
             chat_module, "open_bundle", lambda bundle, given, trust: (model, processor, {"max_new_tokens": 8, **given})
         )
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         capsys.readouterr()
-        chat("bundle", list(images), None, options)
+        chat("bundle", list(images), None, options, videos=list(videos))
         out, err = capsys.readouterr()
         return out.splitlines(), err.splitlines()
 
@@ -159,7 +160,7 @@ def test_mistakes_are_said_in_a_sentence_and_the_conversation_goes_on(talk, scri
     )  # fmt: skip
     assert answers == ["a"]
     assert said[0] == "There is no command /imag; did you mean /image?"
-    assert said[1] == "There is no command /zzz; there are /image, /reset, /help, /quit."
+    assert said[1] == "There is no command /zzz; there are /image, /video, /reset, /help, /quit."
     assert said[2] == "Say which image: /image PATH."
     assert said[3].startswith("The image nope.png was not found in the folder .")
     assert said[4].startswith("The image nope.png was not found")
@@ -167,6 +168,34 @@ def test_mistakes_are_said_in_a_sentence_and_the_conversation_goes_on(talk, scri
     assert said[6] == f"To add an image, type /image {photos[0]}"
     assert said[7].startswith("The question is not UTF-8 text")
     assert len(said) == 8
+
+
+def test_videos_are_added_as_frames_with_their_times(talk, scripted, photos, tmp_path):
+    clip = film(tmp_path / "片 段.mp4")
+    asked = scripted(["a", "b"], ["c"])
+    answers, said = talk(
+        "/video",
+        "/video none.mp4",
+        f"/video {photos[0]}",
+        str(clip),
+        f"/image {photos[0]}",
+        f"/video '{clip}'",
+        "谁？",
+        "And?",
+    )
+    assert answers == ["ab", "c"]
+    assert said[0] == "Say which video: /video PATH." and said[3] == f"To add a video, type /video {clip}"
+    assert said[1].startswith("The video ") and "none.mp4 was not found" in said[1]
+    assert "is a picture that does not move: name it under `images`" in said[2] and len(said) == 4
+    (messages, images), (later, _) = asked
+    assert [part["type"] for part in messages[0]["content"]] == ["image", *["text", "image"] * 8, "text"]
+    assert messages[0]["content"][1]["text"] == "<0.0 seconds>" and len(images) == 9
+    assert [frame_of(image) for image in images[1:]] == [0, 6, 11, 17, 22, 28, 33, 39]
+    assert later[0] == messages[0] and len(later) == 3
+    scripted(["a"])
+    assert talk("hi", videos=[str(clip)]) == (["a"], [])
+    with pytest.raises(UserError, match=r"none.mp4 was not found"):
+        talk("hi", videos=["none.mp4"])
 
 
 def test_a_conversation_that_is_too_long_is_said_and_can_be_reset(talk):
@@ -287,30 +316,6 @@ def test_what_is_wrong_with_the_command_is_an_error(bundle, arguments, says):
 # ---------------------------------------------------------------------------------------------------------------- paths
 
 
-def test_paths_are_read_as_people_write_them(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("a b.png", "it's.png", "c.png", "d.png"):
-        (tmp_path / name).touch()
-    assert split_paths("a b.png") == ["a b.png"]
-    assert split_paths("it's.png") == ["it's.png"]
-    assert split_paths("'a b.png' c.png") == ["a b.png", "c.png"]
-    assert split_paths(r"a\ b.png") == ["a b.png"]
-    assert split_paths("~/c.png d.png") == [f"{tmp_path}/c.png", "d.png"]
-    assert split_paths("no such.png") == ["no such.png"], "meant as one path, so that the error names it"
-    assert split_paths("it's gone.png") == ["it's gone.png"]
-
-
-def test_tab_completes_commands_and_paths(tmp_path):
-    (tmp_path / "图 1.png").touch()
-    (tmp_path / "图片").mkdir()
-    complete = chat_module._complete
-    assert [complete("/re", state) for state in range(2)] == ["/reset ", None]
-    found = [complete(f"/image {tmp_path}/图", state) for state in range(3)]
-    assert found == [f"/image {tmp_path}/图 1.png", f"/image {tmp_path}/图片/", None]
-    assert complete("", 0) is None
-
-
 def test_control_characters_do_not_reach_the_terminal():
     assert harmless("猫\x1b[2J\ta\r\n🙂") == "猫\ufffd[2J\ta\ufffd\n🙂"
 
@@ -410,8 +415,8 @@ def test_boxes_in_questions_are_those_of_the_picture_where_the_command_says_so(l
     monkeypatch.setattr(chat_module, "stream_answer", stream)
     picture = Image.open(photos[0]).convert("RGB")
     for boxes, types in (("pixels", ["image", "text", "box", "text"]), (None, ["image", "text"])):
-        talk = Conversation(*loaded["ziya"], {}, [picture], boxes)
+        talk = Conversation(*loaded["ziya"], {}, [("", picture)], boxes)
         list(talk.ask("What is [1, 2, 3, 4]?"))
         assert [part["type"] for part in asked[-1][0]["content"]] == types
     with pytest.raises(UserError, match="which has no width or height"):
-        Conversation(*loaded["ziya"], {}, [picture], "pixels").ask("[3, 2, 1, 4]")
+        Conversation(*loaded["ziya"], {}, [("", picture)], "pixels").ask("[3, 2, 1, 4]")

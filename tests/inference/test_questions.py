@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from support.conversations import make_processor
+from support.films import animation, film, frame_of
 from vlm_sft.base.errors import UserError
 from vlm_sft.inference.questions import QuestionRow, conversation, read_questions
 from vlm_sft.reading.locations import Row
+from vlm_sft.rows.videos import Sampling
 
 
 def ask(values: dict, folder=None) -> QuestionRow:
@@ -92,3 +95,28 @@ def test_boxes_typed_in_a_question_are_read_where_the_command_says_what_they_cou
     assert conversation(ask(typed, tmp_path), None)["messages"][0]["content"][1]["text"] == typed["question"]
     with pytest.raises(UserError, match="outside of its picture of 200 x 100 pixels"):
         conversation(ask({**typed, "question": "<bbox>", "bbox": [1, 2, 201, 5]}, tmp_path), None, boxes="pixels")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"video": "a.mp4", "question": "谁？"}, "0|3.9|谁？"),
+        ({"videos": ["a.mp4"], "question": "谁在<video>里？"}, "谁在|0|3.9|里？"),
+        ({"video": "a.mp4", "image": "b.gif", "question": "?"}, "|0|3.9|?"),
+        ({"video": "a.mp4", "messages": [{"role": "user", "content": "谁？"}]}, "0|3.9|谁？"),
+    ],
+)
+def test_videos_are_shown_as_the_bundle_says(tmp_path, values, text):
+    film(tmp_path / "a.mp4")
+    animation(tmp_path / "b.gif", frames=2)
+    processor = make_processor("vicuna_v1")
+    processor.video = Sampling(frames=2, time="{time}")
+    found = conversation(ask(values, tmp_path), None, processor=processor)
+    said = "|".join(part["text"] for part in found["messages"][-1]["content"] if part.get("text"))
+    assert said == text.replace("0|", "0.0|").lstrip("|")
+    assert [frame_of(image) for image in found["images"]][-2:] == [0, 39]
+    assert len(found["images"]) == sum(part["type"] == "image" for part in found["messages"][-1]["content"])
+    processor.one_image = True
+    with pytest.raises(UserError, match="images, and this model was made for one"):
+        conversation(ask(values, tmp_path), None, processor=processor)
+    assert len(conversation(ask({**values}, tmp_path), None)["images"]) >= 8  # without a bundle: as ever

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from support.films import film, frame_of
 from vlm_sft.base.errors import UserError
 from vlm_sft.data.source import source_rows
 from vlm_sft.prepare.convert import ROWS_PER_SHARD, TARGETS, convert_rows
+from vlm_sft.reading.images import load_image
 from vlm_sft.recipe.sections import Source
 from vlm_sft.rows.messages import box_part
 
@@ -186,3 +188,19 @@ def test_boxes_are_written_as_they_are_and_read_back(tmp_path):
     assert {**back[1], "key": ""} == {**parts[1], "key": ""}
     with pytest.raises(UserError, match="it has boxes, which LLaVA's format writes as text: write --to messages"):
         convert_rows([boxed], "llava", tmp_path / "x.json")
+
+
+def test_frames_of_videos_become_pictures_with_their_times(tmp_path):
+    given = {"video": str(film(tmp_path / "a.mp4")), "caption": "变亮了。"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(given))
+    source = Source(path=str(tmp_path / "rows.jsonl"), format="caption", name="s", video={"frames": 3})
+    for to, name in (("messages", "out.jsonl"), ("webdataset", "shards")):
+        convert_rows(source_rows(source), to, tmp_path / "made" / name)
+        (back,) = read(tmp_path / "made" / name)
+        assert [part.get("text") for part in back["messages"][0]["content"]][::2] == [
+            "<0.0 seconds>", "<2.0 seconds>", "<3.9 seconds>",
+        ]  # fmt: skip
+        assert all("time" not in image and "max_pixels" not in image for image in back["images"])
+        assert [frame_of(load_image(image)) for image in back["images"]] == [0, 20, 39]
+    with pytest.raises(UserError, match="times between its frames, for which LLaVA's format has no place"):
+        convert_rows(source_rows(source), "llava", tmp_path / "out.json")

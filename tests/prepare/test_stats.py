@@ -7,6 +7,7 @@ import io
 from PIL import Image
 from rich.console import Console
 
+from support.films import film
 from vlm_sft.data.look_alikes import Compared, LookAlike, LookAlikes, Place
 from vlm_sft.prepare.stats import DataStats, spread, stats_table
 
@@ -83,3 +84,16 @@ def test_of_nothing_there_is_no_spread():
     assert spread([]) == {} and DataStats().as_dict()["answers"] == 0
     Console(file=io.StringIO()).print(stats_table({**DataStats().as_dict(), "answers_in_a_row": spread([0]),
                                                    "answer_length": spread([0])}))  # fmt: skip
+
+
+def test_frames_of_videos_are_counted(tmp_path):
+    clips = [{"path": str(film(tmp_path / f"{name}.mp4", frames=4)), "bytes": None} for name in "ab"]
+    found = DataStats()
+    found.add(row("?", ["yes"], [{**clips[0], "time": t} for t in (0.0, 0.3)], "s/1"))
+    found.add(row("?", ["no"], [{**clip, "time": 0.3, "max_pixels": 768} for clip in clips], "s/2"))
+    said = found.as_dict()
+    assert (said["images"], said["different_images"], said["frames"], said["different_videos"]) == (4, 3, 4, 2)
+    assert said["image_width"]["min"] == 32 and said["image_width"]["max"] == 64 and not said["unreadable"]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(stats_table(said))
+    assert "4, of 2 videos" in console.export_text()

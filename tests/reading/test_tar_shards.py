@@ -175,3 +175,10 @@ def test_any_damage_is_rows_or_a_sentence(tmp_path_factory, data):
     rows, message = rows_or_sentence(path)
     assert "\n" not in message
     assert all(isinstance(row, dict | RowError) for row in rows)
+
+
+def test_videos_are_their_own_column(tmp_path):
+    members = {"1.mp4": b"A", "1.json": '{"video": "old.mp4"}', "2.a.webm": b"B", "2.b.mkv": b"C", "2.jpg": b"D"}
+    (_, one), (_, two) = read_tar(shard(tmp_path / "a.tar", members))
+    assert one == {"id": "1", "video": {"path": "1.mp4", "bytes": b"A"}}
+    assert [video["bytes"] for video in two["videos"]] == [b"B", b"C"] and two["image"]["bytes"] == b"D"

@@ -48,7 +48,7 @@ class RowError(UserError):
 
 def row_error(where: str, what: str, mend: str, reason: str) -> RowError:
     """The error of one row: where it is, what is wrong with it, how to mend it, and the words to count it by."""
-    return RowError(f"{where}: {what}: {mend}.", where=where, reason=reason)
+    return RowError(f"{where and where + ': '}{what}: {mend}.", where=where, reason=reason)
 
 
 def raise_it(error: RowError) -> None:

@@ -16,12 +16,13 @@ from PIL import Image
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED
-from ..reading.image_options import SIZES
+from ..reading.image_refs import SIZES, TIME
+from ..reading.video import Films
 from ..rows.messages import Message, unpacked
 from ..templates.render import RenderedChat
 from .box_text import write_boxes
 from .encoding import EncodedChat, pad
-from .pictures import Pictures, check_pictures, load_picture, name_of, picture_size
+from .pictures import Pictures, check_frames, check_pictures, load_picture, name_of, picture_size
 from .processor import VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
@@ -78,6 +79,7 @@ class MultimodalCollator:
     drop_rejected: bool = False
     count_rows: bool = False
     _decoded: dict[tuple[Any, ...], Image.Image] | None = None
+    _films: Films | None = None  # of the row that is encoded
 
     def __init__(
         self,
@@ -187,16 +189,24 @@ class MultimodalCollator:
                 where=where,
                 reason="marks differ",
             )
-        sizes = []
-        if self.processor.reads_sizes:
-            limit, fetch = self.max_pixels, self.fetch
-            sizes = [picture_size(image, where=where, max_pixels=limit, fetch=fetch) for image in images]
-        chat, kept = self._fit(messages, where, sizes)
-        images = images[: chat.num_images]
-        if not any(label != IGNORED for label in chat.labels):
-            sentence = f"{where}: no token would be in the loss; give the row an answer from the assistant."
-            raise RowError(sentence, where=where, reason="no answer")
-        decoded = [self.decode(image, where) for image in images] if with_images else []
+        check_frames(self.processor, images, where)
+        self._films = Films()
+        try:
+            sizes = []
+            if self.processor.reads_sizes:
+                limit, fetch, films = self.max_pixels, self.fetch, self._films
+                sizes = [
+                    picture_size(image, where=where, max_pixels=limit, fetch=fetch, films=films) for image in images
+                ]
+            chat, kept = self._fit(messages, where, sizes)
+            images = images[: chat.num_images]
+            if not any(label != IGNORED for label in chat.labels):
+                sentence = f"{where}: no token would be in the loss; give the row an answer from the assistant."
+                raise RowError(sentence, where=where, reason="no answer")
+            decoded = [self.decode(image, where) for image in images] if with_images else []
+        finally:
+            self._films.close()
+            self._films = None
         lost, instructions = (len(messages) - kept + 1) // 2, self.processor.instructions(messages[:kept])
         names = [name_of(image) for image in images]
         return Sample(chat, decoded, str(row["id"]), turns_lost=lost, instructions=instructions, names=names)
@@ -212,11 +222,17 @@ class MultimodalCollator:
             RowError: As `load_picture`.
         """
         file = image.get("path") if image.get("bytes") is None else image["bytes"]
-        key = (file, *(image.get(name) for name in SIZES))
+        key = (file, *(image.get(name) for name in (*SIZES, TIME)))
         if self._decoded is not None and key in self._decoded:
             return self._decoded[key]
         loaded = load_picture(
-            self.processor, image, where=where, max_pixels=self.max_pixels, side=self.side, fetch=self.fetch
+            self.processor,
+            image,
+            where=where,
+            max_pixels=self.max_pixels,
+            side=self.side,
+            fetch=self.fetch,
+            films=self._films,
         )
         if self._decoded is not None:
             self._decoded[key] = loaded

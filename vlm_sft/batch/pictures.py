@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from PIL import Image
 
-from ..base.errors import RowError
+from ..base.errors import RowError, row_error
 from ..base.words import reason_of
 from ..reading.images import MAX_PIXELS, image_size, load_image, too_long
+from ..reading.video import Films
+from ..rows.videos import shows_frames
 
 BLANK = (64, 64)  # (width, height) of a picture that every image processor and tower takes
 NO_SIDE = re.compile(r"Size must contain .*(height|width)=0\b")
@@ -26,6 +28,7 @@ class ReadsPictures(Protocol):
     """What is asked of a processor here; see `VLMProcessor`."""
 
     reads_sizes: bool
+    one_image: bool
 
     def grown_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) of the largest picture on the way."""
@@ -87,12 +90,13 @@ def load_picture(
     max_pixels: int = MAX_PIXELS,
     side: int | None = None,
     fetch: Callable[[str], str] | None = None,
+    films: Films | None = None,
 ) -> Image.Image:
     """One image of a row as RGB, of which the processor makes no more pixels than `max_pixels`.
 
     Args and Raises: see `load_image`.
     """
-    loaded = load_image(image, where=where, max_pixels=max_pixels, side=side, fetch=fetch)
+    loaded = load_image(image, where=where, max_pixels=max_pixels, side=side, fetch=fetch, films=films)
     grown = processor.grown_size(loaded.size)
     if grown[0] * grown[1] > max_pixels:
         raise too_long(where, name_of(image) or "in the row", loaded, grown, max_pixels)
@@ -105,15 +109,16 @@ def picture_size(
     where: str = "",
     max_pixels: int = MAX_PIXELS,
     fetch: Callable[[str], str] | None = None,
+    films: Films | None = None,
 ) -> tuple[int, int]:
     """(width, height) of one image of a row, mostly from the head of its file.
 
     Raises:
         RowError: As `load_image`; also where its head says that it has more than `max_pixels`.
     """
-    size = image_size(image, where=where, fetch=fetch)
+    size = image_size(image, where=where, fetch=fetch, films=films)
     if size[0] * size[1] > max_pixels:
-        load_image(image, where=where, max_pixels=max_pixels, fetch=fetch)
+        load_image(image, where=where, max_pixels=max_pixels, fetch=fetch, films=films)
     return size
 
 
@@ -169,6 +174,18 @@ def read_pictures(processor: ReadsPictures, images: Sequence[Any], names: Sequen
     loaded = [load_picture(processor, image) for image in images]
     check_pictures(processor, Pictures(loaded, names=names))
     return loaded
+
+
+def check_frames(processor: ReadsPictures, images: Sequence[Any], where: str) -> None:
+    """Looks whether a model can be shown a row's video.
+
+    Raises:
+        RowError: It takes one image, and the video is shown as several.
+    """
+    if processor.one_image and len(images) > 1 and shows_frames(images):
+        what = f"its video is shown as {len(images)} images, and this model was made for one"
+        mend = "set `video: {frames: 1}`, or take a model that reads several (docs/systems.md)"
+        raise row_error(where, what, mend, "one image only")
 
 
 def is_odd(image: Image.Image) -> bool:

@@ -19,6 +19,7 @@ from ..base.names import IGNORED, IMAGE_TOKEN
 from ..base.whole_files import check_entries
 from ..reading.images import grown_size, needed_side
 from ..rows.messages import Message
+from ..rows.videos import Sampling
 from ..templates.notations import DEFAULT, GRID_SIDE, Notation, missing_token, notation_of
 from ..templates.render import RenderedChat, render
 from ..templates.template import end_of_answer, owns_bos
@@ -55,6 +56,7 @@ class VLMProcessor(ProcessorMixin):
     Attributes:
         qformer_tokenizer: Tokenizer of a resampler that reads the instruction, or None. It is saved along.
         reads_sizes: Whether the number of tokens of an image depends on its size, so that `sizes` must be given.
+        video, one_image: Which frames of a video are shown; whether the model was made for one image, so that none are.
 
     Raises:
         UserError: The tokenizer cannot tell where in the text its tokens lie.
@@ -62,6 +64,8 @@ class VLMProcessor(ProcessorMixin):
 
     reads_sizes = False
     _notation: Notation | None = None  # once it was looked at
+    one_image = False
+    video = Sampling()
 
     def __init__(
         self,

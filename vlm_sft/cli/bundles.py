@@ -26,10 +26,11 @@ def chat(
     ] = None,
     image: Annotated[list[str] | None, typer.Option("--image", help="Image to talk about; may be repeated.")] = None,
     boxes: Boxes = None,
+    video: Annotated[list[str] | None, typer.Option("--video", help="Video to talk about; may be repeated.")] = None,
     options: Options = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Talk about images. In the conversation: /image PATH, /reset, /quit."""
+    """Talk about images and videos. In the conversation: /image PATH, /video PATH, /reset, /quit."""
     quiet_libraries()  # before the first heavy import
     from ..inference.chat import chat as run
 
@@ -40,6 +41,7 @@ def chat(
         options=settings_of(options),
         trust_remote_code=trust_remote_code,
         boxes=boxes,
+        videos=video or [],
     )
 
 

@@ -51,7 +51,8 @@ def convert(
 
     rows = RowsOf(src, kind, images, column, max_rejected, image_folder)
     written = convert_rows(rows, to, out, copy_images=copy_images)
-    tell(f"{out}: {written:,} rows.")
+    frames = f" {rows.frames:,} frames of videos were written as pictures." if rows.frames else ""
+    tell(f"{out}: {written:,} rows.{frames}")
 
 
 @data_app.command()

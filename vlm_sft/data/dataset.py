@@ -19,7 +19,7 @@ from datasets.fingerprint import Hasher
 
 from ..base.errors import RowError, UserError, raise_it
 from ..base.words import short
-from ..rows.messages import IN_EXTRAS, packed
+from ..rows.messages import IN_EXTRAS, each_once, packed
 from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
 from .row_cache import LANGUAGE, keeper_of
 from .source import SourceLike, check_source, name_of, rows_with_language
@@ -132,6 +132,7 @@ def _read(
 
     def rows() -> Iterator[dict[str, Any]]:
         for row, language in rows_with_language(source, seed=seed, reject=reject, languages=languages, unused=unused):
+            row = each_once(row)
             extras.append(packed(row))
             if languages:
                 found.append(sys.intern(language))

@@ -126,7 +126,7 @@ def _by_key(rows: Iterable[dict[str, Any]]) -> dict[Any, tuple[dict[str, Any], s
 def _images(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
     for row in rows:
         for image in row["images"]:
-            if image["bytes"] is not None or not is_url(image["path"]):
+            if image["bytes"] is not None or (image["path"] and not is_url(image["path"])):
                 yield image, row["id"]
 
 

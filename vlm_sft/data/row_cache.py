@@ -55,7 +55,8 @@ class Keeper:
     """
 
     def __init__(self, source: SourceLike, files: list[Path], seed: int, languages: bool) -> None:
-        said = {name: getattr(source, name) for name in SourceLike.__annotations__ if name not in _OF_THE_MIXTURE}
+        names = {*SourceLike.__annotations__, "frames_shown"} - _OF_THE_MIXTURE
+        said = {name: getattr(source, name) for name in names}
         images = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
         paths = [os.path.abspath(file) for file in files]
         drawn = seed if source.prompts else None

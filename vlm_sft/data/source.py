@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from ..reading.published import PUBLISHED, check_pattern, read_published
 from ..rows.formats import FORMATS, QUESTION_MARK, answers_in, examples_of, no_prompt
 from ..rows.messages import normalise_messages
 from ..rows.raw_row import RowView
+from ..rows.videos import Sampling, with_frames
 
 
 class SourceLike(Protocol):
@@ -38,6 +40,9 @@ class SourceLike(Protocol):
     max_rows: int | None
     allow_urls: bool
     repeat: int
+
+    @property
+    def frames_shown(self) -> Any: ...
 
 
 def name_of(source: SourceLike) -> str:
@@ -227,10 +232,13 @@ def _examples(
         boxes=source.boxes,
     )
     examples = list(found)
+    sampling = Sampling(**source.frames_shown.model_dump())
+    resolve = partial(resolve_image, folder=folder, where=row.where, allow_urls=source.allow_urls, within=within)
     for k, example in enumerate(examples, start=1):
+        messages, images = with_frames(example, resolve, row.where, sampling)
         ready = {
-            "messages": _checked(example.messages, row.where),
-            "images": [resolve_image(each, folder, row.where, source.allow_urls, within) for each in example.images],
+            "messages": _checked(messages, row.where),
+            "images": images,
             "source": name,
             "id": f"{name}/{example.id or number}" + (f"#{k}" if len(examples) > 1 else ""),
         }

@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Features, IterableDataset, Value
 
 from ..base.errors import RowError, UserError
-from ..rows.messages import IN_EXTRAS, packed
+from ..rows.messages import IN_EXTRAS, each_once, packed
 from .dataset import ROW_FEATURES
 from .source import SourceLike, name_of, source_rows
 
@@ -95,11 +95,11 @@ class _Stream:
     def _rows(self, source: SourceLike) -> Iterator[dict[str, Any]]:
         """One pass; a rejected row stands where the file has it."""
         if not self.keep_rejected:
-            for row in source_rows(source, seed=self.seed, stream=True):
+            for row in map(each_once, source_rows(source, seed=self.seed, stream=True)):
                 yield {**row, IN_EXTRAS: packed(row), "rejected": None}
             return
         rejected: list[RowError] = []
-        for row in source_rows(source, seed=self.seed, reject=rejected.append, stream=True):
+        for row in map(each_once, source_rows(source, seed=self.seed, reject=rejected.append, stream=True)):
             yield from self._marked(source, rejected)
             yield {**row, IN_EXTRAS: packed(row), "rejected": None}
         yield from self._marked(source, rejected)

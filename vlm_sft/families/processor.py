@@ -75,6 +75,7 @@ class FamilyProcessor(VLMProcessor):
         self.box_notation = box_notation or family.boxes
         self.image_token, self.image_token_id = self._placeholder(), place_id
         self.pad_to_square, self.qformer_tokenizer, self.added_tokens = False, None, []
+        self.one_image = family.one_image
         self._expansions: dict[tuple[int, int], str] = {}
         # Its arithmetic may not know an option of its processor, and then only pictures say the truth.
         self._counts = bool(family.counted) and all(self._count(shape) == self._look(shape) for shape in SHAPES)

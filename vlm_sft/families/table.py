@@ -30,6 +30,7 @@ class Family:
         boxes: How boxes are written, a key of `NOTATIONS`; of a family that was taught no notation, `DEFAULT`.
         vllm: Whether vLLM has a class for it.
         no_export: Why it is not exported to its own class, or "".
+        one_image: Whether it was made for one image, so that the frames of a video are refused.
     """
 
     processor: str
@@ -41,6 +42,7 @@ class Family:
     boxes: str = DEFAULT
     vllm: bool = True
     no_export: str = ""
+    one_image: bool = False
 
 
 # By `model_type`. Which parameters are which part is said in `PART_NAMES` of `model/freeze.py`.
@@ -58,7 +60,7 @@ FAMILIES: dict[str, Family] = {
                         prompt="rendered.replace(bos_token, '', 1).removesuffix('\\n')", boxes="paligemma"),
     "internvl": Family("InternVLProcessor", {"": "internvl"}, counted="patches", boxes="internvl"),
     "gemma3": Family("Gemma3Processor", {"": "gemma3"}, "token_type_ids"),
-    "kosmos-2": Family("Kosmos2Processor", {"": "kosmos2"}, "image_embeds_position_mask", vllm=False,
+    "kosmos-2": Family("Kosmos2Processor", {"": "kosmos2"}, "image_embeds_position_mask", vllm=False, one_image=True,
                        prompt="rendered.removeprefix(bos_token ~ image_token ~ ' ')", boxes="kosmos2"),
     "fuyu": Family("FuyuProcessor", {"": "fuyu"},
                    no_export="its own processor cannot cut images without torchvision"),

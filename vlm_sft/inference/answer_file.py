@@ -135,7 +135,7 @@ def answer_rows(
         line = question.kept()
         lines.append(line)
         try:
-            row = conversation(question, images, image_folders, boxes)
+            row = conversation(question, images, image_folders, boxes, processor)
             # Each by itself first, so that one bad row does not take the others with it.
             check_length(model, len(encode_question(processor, row).input_ids))
             asked.append((line, row))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import os
-import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +19,28 @@ from ..base.words import closest
 from ..batch.pictures import PictureError, read_pictures
 from ..batch.processor import VLMProcessor
 from ..reading.images import load_image
+from ..reading.tar_shards import VIDEO_ENDINGS
+from ..reading.video import Films
 from ..rows.boxes import place_boxes
-from ..rows.messages import Part, image_part
+from ..rows.messages import Part, image_part, text_part
 from ..rows.raw_row import RowView
 from .generation import PromptTooLongError, stream_answer
+from .questions import frames_of_file
 from .settings import check_options, ignores_text, open_bundle
+from .typed_line import split_paths, use_readline
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 COMMANDS = {
     "/image": "/image PATH   add an image to the next question    给下一个问题加图片",
+    "/video": "/video PATH   add a video to the next question     给下一个问题加视频",
     "/reset": "/reset        forget the conversation              清空对话",
     "/help": "/help         show this                            显示帮助",
     "/quit": "/quit         leave; Ctrl-D does too               退出",
 }
+Shown = tuple[str, Image.Image]  # what stands before an image: "", or of a frame its time
+
 CAPTIONS_ONLY = "This bundle's template shows the model images only: words are ignored, and Enter asks for a caption."
 
 
@@ -45,8 +51,9 @@ def chat(
     options: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     boxes: str | None = None,
+    videos: Sequence[str] = (),
 ) -> None:
-    """Talks about images.
+    """Talks about images and videos.
 
     Args:
         bundle: Folder of a trained model.
@@ -55,19 +62,26 @@ def chat(
         options: For transformers' `generate`, over the recipe's `generation`.
         trust_remote_code: See `vlm_sft.load`.
         boxes: What the numbers of boxes in questions count, as a source's `boxes`; None: they are text.
+        videos: Video files, likewise; of each the frames are shown that the recipe says.
 
     Raises:
         UserError: The bundle, an image or an option is wrong; within a conversation errors are said and it goes on.
     """
     check_options(options or {})
     loaded = [load_image(os.path.expanduser(path)) for path in images]
+    with Films() as films:
+        for path in videos:
+            films.open({"path": os.path.expanduser(path), "bytes": None}, "")
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding must not end the conversation
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     console = make_console(highlight=False, soft_wrap=True)
     with console.status(f"Loading {bundle}"):
         model, processor, settings = open_bundle(bundle, options or {}, trust_remote_code)
-        talk = Conversation(model, processor, settings, read_pictures(processor, loaded, images), boxes)
+        waiting: list[Shown] = [("", image) for image in read_pictures(processor, loaded, images)]
+        talk = Conversation(model, processor, settings, waiting, boxes)
+    for path in videos:
+        talk.waiting += frames_of_file(path, talk.processor)
     if question is None:
         Prompt(talk, console).run()
         return
@@ -84,7 +98,7 @@ class Conversation:
         model: The model.
         processor: Its processor.
         options: For `generate`.
-        waiting: Images of the next question.
+        waiting: Images of the next question, and what stands before each.
         boxes: What the numbers of boxes in questions count; None: they are text.
     """
 
@@ -93,7 +107,7 @@ class Conversation:
         model: PreTrainedModel,
         processor: VLMProcessor,
         options: dict[str, Any],
-        waiting: list[Image.Image],
+        waiting: list[Shown],
         boxes: str | None = None,
     ) -> None:
         self.model, self.processor, self.options, self.boxes = model, processor, options, boxes
@@ -113,7 +127,7 @@ class Conversation:
             UserError: There is nothing to ask.
         """
         if self.captions_only:  # was trained on one caption each, so every caption stands for itself
-            self.waiting = self.waiting or self.images
+            self.waiting = self.waiting or [("", image) for image in self.images]
             self.messages, self.images = [], []
             if not self.waiting:
                 raise UserError("There is no image to describe: give one.")
@@ -123,7 +137,9 @@ class Conversation:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError("The question is not UTF-8 text: set the terminal to UTF-8 (LANG=zh_CN.UTF-8).") from None
-        content: list[Part] = [image_part() for _ in self.waiting]
+        content: list[Part] = []
+        for said, _ in self.waiting:
+            content += [*([text_part(said)] if said else []), image_part()]
         content += [{"type": "text", "text": text}] if text.strip() else []
         question = {"role": "user", "content": content}
         images = len(self.images) + len(self.waiting)
@@ -137,8 +153,9 @@ class Answer:
     def __init__(self, talk: Conversation, question: dict[str, Any]) -> None:
         self._talk, self._question = talk, question
         self._said = ""
+        self._images = [*talk.images, *(image for _, image in talk.waiting)]
         self._pieces = stream_answer(
-            talk.model, talk.processor, [*talk.messages, question], [*talk.images, *talk.waiting], **talk.options
+            talk.model, talk.processor, [*talk.messages, question], self._images, **talk.options
         )
 
     def __iter__(self) -> Answer:
@@ -162,7 +179,7 @@ class Answer:
             talk = self._talk
             answer = {"role": "assistant", "content": [{"type": "text", "text": self._said}]}
             talk.messages += [self._question, answer]
-            talk.images += talk.waiting
+            talk.images = self._images
             talk.waiting = []
 
 
@@ -180,7 +197,7 @@ class Prompt:
         self.talk, self.console = talk, console
         self.at_terminal = sys.stdin.isatty()
         if self.at_terminal:
-            _use_readline()
+            use_readline(COMMANDS)
 
     def run(self) -> None:
         """Holds the conversation until it is left."""
@@ -243,13 +260,18 @@ class Prompt:
         word, *rest = line.split(maxsplit=1)  # also at the wide space of Chinese input methods
         if word == "/image":
             self.add_images(*rest)
+        elif word == "/video":
+            self.add_videos(*rest)
         elif word == "/reset":
             self.talk.reset()
             self.console.print("The conversation and its images are forgotten.")
         elif word == "/help":
             self.console.print("\n".join(COMMANDS.values()))
         elif os.path.exists(line):
-            raise UserError(f"To add an image, type /image {line}")
+            named = (
+                "a video, type /video" if line.rpartition(".")[2].lower() in VIDEO_ENDINGS else "an image, type /image"
+            )
+            raise UserError(f"To add {named} {line}")
         else:
             near = closest(word, COMMANDS)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}."
@@ -279,26 +301,23 @@ class Prompt:
             raise UserError("Say which image: /image PATH.")
         paths = split_paths(given)
         images = read_pictures(self.talk.processor, paths, paths)
-        self.talk.waiting += images
+        self.talk.waiting += [("", image) for image in images]
         if self.at_terminal:
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
             self.console.print(f"Added ({sizes}); now ask about it.")
 
+    def add_videos(self, given: str = "") -> None:
+        """Adds videos to the next question.
 
-def split_paths(given: str) -> list[str]:
-    """Paths as people type or drop them: with spaces, in quotes, with backslashes, several in a row.
-
-    What is a file as it stands is one path. Else quotes and backslashes are read as a shell reads them; if none of the
-    words found is a file, the whole was meant as one path (which an error can name).
-    """
-    whole = os.path.expanduser(given)
-    if os.path.exists(whole):
-        return [whole]
-    try:
-        words = [os.path.expanduser(word) for word in shlex.split(given)]
-    except ValueError:  # a quotation mark that is not closed
-        return [whole]
-    return words if len(words) == 1 or any(map(os.path.exists, words)) else [whole]
+        Raises:
+            UserError: No path is given, or a video cannot be read; then none of them is added.
+        """
+        if not given:
+            raise UserError("Say which video: /video PATH.")
+        frames = [frame for path in split_paths(given) for frame in frames_of_file(path, self.talk.processor)]
+        self.talk.waiting += frames
+        if self.at_terminal:
+            self.console.print(f"Added ({len(frames)} frames); now ask about it.")
 
 
 def _write_answer(answer: Answer) -> bool:
@@ -313,24 +332,3 @@ def _write_answer(answer: Answer) -> bool:
         if wrote:
             tell()
     return wrote
-
-
-def _use_readline() -> None:
-    """History and editing for `input`, and completion of commands and of the path after /image."""
-    try:
-        import readline
-    except ImportError:  # Windows
-        return
-    readline.set_completer_delims("")
-    readline.set_completer(_complete)
-    readline.parse_and_bind("tab: complete")
-
-
-def _complete(line: str, state: int) -> str | None:
-    if line.startswith("/image "):
-        start = line.removeprefix("/image ")
-        paths = glob.glob(glob.escape(os.path.expanduser(start)) + "*")
-        found = [f"/image {path}{'/' if os.path.isdir(path) else ''}" for path in sorted(paths)]
-    else:
-        found = [command + " " for command in COMMANDS if line and command.startswith(line)]
-    return found[state] if state < len(found) else None

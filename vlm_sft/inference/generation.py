@@ -18,9 +18,10 @@ from transformers.generation.streamers import BaseStreamer
 from ..base.errors import RowError, UserError
 from ..batch.box_text import write_boxes
 from ..batch.encoding import EncodedChat
-from ..batch.pictures import Pictures, image_inputs, load_picture, name_of, picture_size
+from ..batch.pictures import Pictures, check_frames, image_inputs, load_picture, name_of, picture_size
 from ..batch.processor import VLMProcessor
 from ..batch.typed_text import unsaid_tokens
+from ..reading.video import Films
 from ..recipe.library_names import GENERATION
 from ..rows.messages import unpacked
 from .picture_fault import pictures_named, place_of
@@ -58,8 +59,7 @@ def prepare(
         device: Where the model is.
 
     Raises:
-        UserError: A conversation is malformed, has too few images, or an image cannot be read or is refused by the
-            model's image processor.
+        UserError: A conversation is malformed, has too few images, or an image cannot be read or is refused.
     """
     encoded, pictures = [], []
     for number, row in enumerate(conversations):
@@ -68,7 +68,8 @@ def prepare(
         chat = encode_question(processor, row, where)
         encoded.append(chat)
         given = row["images"][: chat.num_images]
-        loaded = [load_picture(processor, image, where=where) for image in given]
+        with Films() as films:
+            loaded = [load_picture(processor, image, where=where, films=films) for image in given]
         said = processor.instructions(row["messages"])[: chat.num_images]
         pictures.append(Pictures(loaded, said, where, [name_of(image) for image in given]))
     batch = processor.batch(encoded, side="left")
@@ -81,7 +82,9 @@ def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "
     """Ids of one conversation up to where the answer begins; see `prepare`."""
     row = with_boxes_written(processor, row, where)
     messages, place = row["messages"], f"{where}: " if where else ""
-    sizes = [picture_size(image, where=where) for image in row["images"]] if processor.reads_sizes else []
+    check_frames(processor, row["images"], where)
+    with Films() as films:
+        sizes = [picture_size(image, where=where, films=films) for image in row["images"] if processor.reads_sizes]
     messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     try:
         chat = processor.encode_chat(messages, add_generation_prompt=True, sizes=sizes)

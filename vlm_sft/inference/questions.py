@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
+
+from PIL import Image
 
 from ..base.errors import UserError
 from ..batch.box_text import in_units
+from ..batch.pictures import check_frames
+from ..batch.processor import VLMProcessor
 from ..reading.image_refs import Folders, resolve_image
 from ..reading.images import load_image
 from ..reading.locations import Row, read_rows
+from ..reading.video import Films
 from ..rows.formats import examples_of
 from ..rows.messages import split_marks
+from ..rows.raw_row import is_given
+from ..rows.videos import COLUMNS as VIDEOS
+from ..rows.videos import Sampling, frames_of, with_frames
 
-_KEPT = ("images", "image", "objects", "bboxes", "bbox")
+_KEPT = ("images", "image", "videos", "video", "objects", "bboxes", "bbox")
 
 
 class QuestionRow(NamedTuple):
@@ -56,7 +65,11 @@ def read_questions(path: str) -> Iterator[QuestionRow]:
 
 
 def conversation(
-    question: QuestionRow, images: str | None, image_folders: Sequence[str] = (), boxes: str | None = None
+    question: QuestionRow,
+    images: str | None,
+    image_folders: Sequence[str] = (),
+    boxes: str | None = None,
+    processor: VLMProcessor | None = None,
 ) -> dict[str, Any]:
     """A row as `{"messages", "images", "id"}`, images decoded.
 
@@ -65,6 +78,7 @@ def conversation(
         images: Folder that relative paths start from; None: that of the row's file.
         image_folders: Further folders in which its images may lie.
         boxes: What the numbers of its boxes count where it does not say it, as a source's `boxes`.
+        processor: Says which frames of videos are shown, and whether its model takes them.
 
     Raises:
         UserError: The row has no question, its marks and images differ in number, or an image cannot be read.
@@ -76,10 +90,27 @@ def conversation(
     folder = images or question.row.folder
     folder = None if folder is None else os.path.abspath(os.path.expanduser(folder))
     named = [each for each in (folder, question.row.folder, *image_folders) if each is not None]
-    refs = [resolve_image(image, folder, where, within=Folders(named)) for image in example.images]
-    loaded = [load_image(image, where=where) for image in refs]
+    resolve = partial(resolve_image, folder=folder, where=where, within=Folders(named))
+    messages, refs = with_frames(example, resolve, where, Sampling() if processor is None else processor.video)
+    if processor is not None:
+        check_frames(processor, refs, where)
+    with Films() as films:
+        loaded = [load_image(image, where=where, films=films) for image in refs]
     # Boxes in pixels are of the file, and what was loaded may have another size.
-    return {"messages": in_units(example.messages, refs, where), "images": loaded, "id": question.id}
+    return {"messages": in_units(messages, refs, where), "images": loaded, "id": question.id}
+
+
+def frames_of_file(path: str, processor: VLMProcessor) -> list[tuple[str, Image.Image]]:
+    """The frames of a video file that a model is shown, each with what stands before it.
+
+    Raises:
+        UserError: It cannot be read, or the model takes one image only.
+    """
+    file = {"path": os.path.abspath(os.path.expanduser(path)), "bytes": None}
+    named = frames_of({"file": path}, lambda given, **more: file, "", processor.video)
+    check_frames(processor, [image for _, image in named], "")
+    with Films() as films:
+        return [(said, load_image(image, films=films)) for said, image in named]
 
 
 def _as_messages(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -89,11 +120,12 @@ def _as_messages(values: dict[str, Any], where: str) -> dict[str, Any]:
         problem = problem if "question" in values else "is missing, and so are messages"
         raise UserError(f'{where}: "question" {problem}: write a question.')
     content = split_marks(str(text).strip())
-    given = values.get("image") if values.get("images") is None else values["images"]
-    count = len(given) if isinstance(given, list) else int(given not in (None, ""))
-    if not any(part["type"] == "image" for part in content):
-        content = [{"type": "image"}] * count + content
+    for name, column in (("video", VIDEOS), ("image", ("images", "image"))):
+        given = next((values[key] for key in column if is_given(values.get(key))), None)
+        count = len(given) if isinstance(given, list) else int(given is not None)
+        if not any(part["type"] == name for part in content):
+            content = [{"type": name} for _ in range(count)] + content
     return {
         "messages": [{"role": "user", "content": content}],
-        **{name: values[name] for name in _KEPT if values.get(name) not in (None, "")},
+        **{name: values[name] for name in _KEPT if is_given(values.get(name))},
     }

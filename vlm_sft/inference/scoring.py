@@ -175,7 +175,7 @@ def merge(questions: Sequence[Question], processor: VLMProcessor) -> list[Questi
     merged: dict[tuple[Any, ...], Question] = {}
     for question in questions:
         prompt = processor.render(question.messages, add_generation_prompt=True).text
-        key = (prompt, *[image["bytes"] or image["path"] for image in question.images])
+        key = (prompt, *[(image["bytes"] or image["path"], image.get("time")) for image in question.images])
         first = merged.setdefault(key, replace(question, references=[]))
         first.references += [reference for reference in question.references if reference not in first.references]
     return list(merged.values())

@@ -24,6 +24,7 @@ from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
 from ..recipe.library_names import GENERATION
 from ..recipe.passed_on import flaw
+from ..rows.videos import Sampling
 
 DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": None}
@@ -140,6 +141,7 @@ def open_bundle(
     folder = find_bundle(bundle)
     model, processor = load(folder, trust_remote_code=trust_remote_code)
     recipe = recipe_of(folder, read_manifest(folder))
+    processor.video = Sampling(**recipe.data.video.model_dump())
     return model, processor, {**recipe.generation, **options}  # type: ignore[return-value]
 
 

@@ -20,10 +20,11 @@ from ..base.names import IMAGE_TOKEN
 from ..base.whole_files import IrregularError, read_bytes, written_beside
 from ..base.words import reason_of
 from ..reading.image_kinds import ending_of
-from ..reading.image_options import SIZES
-from ..reading.image_refs import is_url
+from ..reading.image_refs import SIZES, TIME, is_url
 from ..reading.images import load_image
+from ..reading.video import Films
 from ..rows.messages import KEPT, has_boxes
+from ..rows.videos import shows_frames
 
 ROWS_PER_SHARD = 1000
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -33,30 +34,32 @@ class Images:
     """Says how a written row names its images, and stores those that must lie beside OUT.
 
     An image file below the folder of OUT is named relative to it, so that the folder can be moved; any other by its
-    absolute path. Embedded images are stored, each picture once.
+    absolute path. Embedded images and frames of videos are stored, each picture once.
 
     Args:
         out: The file that is written.
         stage: Where images are stored until it is whole.
         copy: Stores every image, not only embedded ones.
+        films: Keeps the video of a frame open for the next one.
     """
 
-    def __init__(self, out: Path, stage: Path, copy: bool) -> None:
+    def __init__(self, out: Path, stage: Path, copy: bool, films: Films) -> None:
+        self.films = films
         self.home, self.stage, self.copy = out.parent.resolve(), stage, copy
         self.folder = images_folder(out).name
 
     def entry(self, image: dict[str, Any], where: str) -> Any:
         """What to write for an image of a row: its path, with the size that the row asks for where it does."""
-        sizes = {key: image[key] for key in SIZES if key in image}
+        sizes = {key: image[key] for key in SIZES if key in image and TIME not in image}
         return {"path": self.name(image, where), **sizes} if sizes else self.name(image, where)
 
     def name(self, image: dict[str, Any], where: str) -> str:
         """The path to write for an image of a row."""
         path = image["path"]
-        if image["bytes"] is None and (is_url(path) or not self.copy):
+        if TIME not in image and image["bytes"] is None and (is_url(path) or not self.copy):
             below = not is_url(path) and Path(path).is_relative_to(self.home)
             return os.path.relpath(path, self.home) if below else path
-        data = encoded(image, where)
+        data = encoded(image, where, self.films)
         self.stage.mkdir(exist_ok=True)
         file = self.stage / f"{hashlib.sha256(data).hexdigest()[:24]}.{ending_of(data)}"
         if not file.exists():
@@ -91,9 +94,9 @@ def convert_rows(rows: Iterable[dict[str, Any]], to: str, out: str | Path, *, co
         if path.exists():
             raise UserError(f"{path} exists already: give another OUT or remove it.")
     try:
-        with written_beside(out) as beside:
+        with written_beside(out) as beside, Films() as films:
             images = images_folder(beside)
-            written = write(rows, beside, Images(out, images, copy_images))
+            written = write(rows, beside, Images(out, images, copy_images, films))
             if not written:
                 raise UserError("There are no rows to write: look at the source.")
             if images.exists():  # first, so that a file never names images that are not there
@@ -108,12 +111,16 @@ def images_folder(out: Path) -> Path:
     return out.with_name(f"{out.stem}_images")
 
 
-def encoded(image: dict[str, Any], where: str) -> bytes:
-    """The encoded picture of a row, read from its file where it is not embedded.
+def encoded(image: dict[str, Any], where: str, films: Films | None = None) -> bytes:
+    """The encoded picture of a row, read from its file where it is not embedded; of a video's frame a JPEG.
 
     Raises:
         RowError: It is behind a URL, or its file cannot be read or is no picture.
     """
+    if TIME in image:
+        file = io.BytesIO()
+        load_image(image, where=where, films=films).save(file, "JPEG", quality=95)
+        return file.getvalue()
     if image["bytes"] is not None:
         return image["bytes"]
     if is_url(image["path"]):
@@ -159,6 +166,9 @@ def _llava(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
     with out.open("w", encoding="utf-8") as file:
         for row in rows:
             named = [images.entry(image, row["id"]) for image in row["images"]]
+            if shows_frames(row["images"]):
+                what = "its video has times between its frames, for which LLaVA's format has no place"
+                raise row_error(row["id"], what, "write --to messages", "mark in text")
             line: dict[str, Any] = {"id": row["id"]}
             if named:
                 line["image"] = named[0] if len(named) == 1 else named
@@ -197,19 +207,19 @@ def _webdataset(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> in
             break
         with tarfile.open(out / f"{shard:06d}.tar", "w") as archive:
             for number, row in chain([first], islice(numbered, ROWS_PER_SHARD - 1)):
-                _add_sample(archive, f"{number:09d}", row)
+                _add_sample(archive, f"{number:09d}", row, images.films)
                 written = number + 1
     return written
 
 
-def _add_sample(archive: tarfile.TarFile, key: str, row: dict[str, Any]) -> None:
+def _add_sample(archive: tarfile.TarFile, key: str, row: dict[str, Any], films: Films) -> None:
     document = {"id": row["id"], "messages": _plain(row["messages"])}
     _add(archive, f"{key}.json", json.dumps(document, ensure_ascii=False).encode())
     for number, image in enumerate(row["images"]):
-        if size := next((key for key in SIZES if key in image), None):
+        if size := next((key for key in SIZES if key in image and TIME not in image), None):
             what = f"an image of it has {size}, for which shards have no place"
             raise row_error(row["id"], what, "write --to messages", "key refused")
-        data = encoded(image, row["id"])
+        data = encoded(image, row["id"], films)
         _add(archive, f"{key}.{number}.{ending_of(data)}", data)
 
 

@@ -22,6 +22,7 @@ from ..base.whole_files import read_bytes
 from ..base.words import one_line, reason_of
 from ..batch.pictures import BLANK, name_of, refused
 from ..reading.images import MAX_PIXELS, grown_size, load_image, too_long
+from ..reading.video import Films
 
 # What of a row is compared with its image.
 TEXTS: dict[str, tuple[str, ...]] = {"answers": ("assistant",), "all": ("user", "assistant")}
@@ -103,7 +104,8 @@ def _scores_of(batch: list[dict[str, Any]], scorer: Callable[..., list[float]], 
     errors: dict[int, str] = {}
     for number, row in enumerate(batch):
         try:
-            opened = [_opened(image, row["id"], scorer) for image in row["images"]]
+            with Films() as films:
+                opened = [_opened(image, row["id"], scorer, films) for image in row["images"]]
         except UserError as error:
             errors[number] = str(error)
             continue
@@ -128,9 +130,9 @@ def _scores_of(batch: list[dict[str, Any]], scorer: Callable[..., list[float]], 
     return [Score(row["id"], means.get(number), errors.get(number)) for number, row in enumerate(batch)]
 
 
-def _opened(image: dict[str, Any], where: str, scorer: object) -> Image.Image:
+def _opened(image: dict[str, Any], where: str, scorer: object, films: Films) -> Image.Image:
     """A picture of which the scorer's image processor makes no more pixels than may be decoded."""
-    loaded = load_image(image, where=where)
+    loaded = load_image(image, where=where, films=films)
     grown = grown_size(loaded.size, getattr(getattr(scorer, "processor", None), "image_processor", None))
     if grown[0] * grown[1] > MAX_PIXELS:
         raise too_long(where, name_of(image) or "in the row", loaded, grown, MAX_PIXELS)

@@ -13,12 +13,13 @@ from ..base.console import make_console
 from ..base.errors import UserError
 from ..data.ledger import Ledger, SourceLedger, ledger_table
 from ..data.source import name_of, source_rows
+from ..reading.image_refs import TIME
 from ..recipe.schema import load_recipe
 from ..recipe.sections import Data, Source
 
 
 class RowsOf:
-    """The rows of SRC, read anew each time that they are iterated.
+    """The rows of SRC, read anew each time that they are iterated; `frames` are the frames of videos among them so far.
 
     Args:
         src: A recipe, whose training sources are read; else what a source's `path` says.
@@ -44,6 +45,7 @@ class RowsOf:
     ) -> None:
         self.sources, self.held_out, self.look_images = _sources(src, kind, images, columns, image_folders or [])
         self.max_rejected = max_rejected
+        self.frames = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields the rows and then, if any was left out, prints the ledger."""
@@ -55,6 +57,7 @@ class RowsOf:
             for row in source_rows(source, reject=ledger.rejecter(name), unused=count):
                 counted.read += 1
                 counted.used += 1
+                self.frames += sum(TIME in image for image in row["images"])
                 yield row
         console = make_console()
         ledger.check(console)

@@ -13,8 +13,9 @@ import numpy as np
 from ..base.errors import RowError
 from ..base.languages import language_of
 from ..data.look_alikes import LookAlikes
-from ..reading.image_refs import image_key, is_url
+from ..reading.image_refs import TIME, image_key, is_url
 from ..reading.images import image_size
+from ..reading.video import Films
 from ..rows.messages import answers_of, row_key
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class DataStats:
     Attributes:
         rows: Rows by source.
         text_only: Rows without an image.
-        images: Images, each time that one is used.
+        images: Images, each time that one is used; frames of videos are images.
+        frames: Of these, frames of videos.
         images_in_a_row: Number of images → rows.
         languages: Language → answers, as `languages.language_of` tells it.
         answers: Hash of an answer → how often it is given.
@@ -44,6 +46,7 @@ class DataStats:
     rows: Counter[str] = field(default_factory=Counter)
     text_only: int = 0
     images: int = 0
+    frames: int = 0
     images_in_a_row: Counter[int] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
@@ -55,6 +58,7 @@ class DataStats:
     _turns: array[int] = field(default_factory=lambda: array("l"))
     _rows_seen: set[bytes] = field(default_factory=set)
     _images_seen: set[bytes] = field(default_factory=set)
+    _videos_seen: set[bytes] = field(default_factory=set)
 
     def add(self, row: dict[str, Any]) -> None:
         """Counts a row `{"messages", "images", "source", "id"}`."""
@@ -62,6 +66,9 @@ class DataStats:
         self.images_in_a_row[len(row["images"])] += 1
         self.images += len(row["images"])
         self.text_only += not row["images"]
+        frames = [image for image in row["images"] if TIME in image]
+        self.frames += len(frames)
+        self._videos_seen |= {image_key({**image, TIME: 0}) for image in frames}
         answers = answers_of(row)
         self._turns.append(len(answers))
         for answer in answers:
@@ -70,16 +77,17 @@ class DataStats:
             self._lengths.append(len(answer))
         self.repeated_rows += (whole := row_key(row)) in self._rows_seen
         self._rows_seen.add(whole)
-        for image in row["images"]:
-            if (key := image_key(image)) not in self._images_seen:
-                self._images_seen.add(key)
-                self._look_at(image, row["id"])
+        with Films() as films:
+            for image in row["images"]:
+                if (key := image_key(image)) not in self._images_seen:
+                    self._images_seen.add(key)
+                    self._look_at(image, row["id"], films)
 
-    def _look_at(self, image: dict[str, Any], row: str) -> None:
+    def _look_at(self, image: dict[str, Any], row: str, films: Films) -> None:
         if len(self.sizes) + len(self.unreadable) >= OPENED or (image["bytes"] is None and is_url(image["path"])):
             return
         try:
-            self.sizes.append(image_size(image))
+            self.sizes.append(image_size(image, where=row, films=films))
         except RowError:
             self.unreadable.append(row)
 
@@ -93,6 +101,8 @@ class DataStats:
             "repeated_rows": self.repeated_rows,
             "images": self.images,
             "different_images": len(self._images_seen),
+            "frames": self.frames,
+            "different_videos": len(self._videos_seen),
             "images_in_a_row": {str(n): rows for n, rows in sorted(self.images_in_a_row.items())},
             "image_width": spread([width for width, _ in self.sizes]),
             "image_height": spread([height for _, height in self.sizes]),
@@ -128,6 +138,8 @@ def stats_table(found: dict[str, Any]) -> Table:
     table.add_row("without an image", _share(found["text_only"], rows))
     table.add_row("repeated, word for word", _share(found["repeated_rows"], rows))
     table.add_row("images", f"{found['images']:,}, {found['different_images']:,} of them different")
+    if found["frames"]:
+        table.add_row("of these, frames of videos", f"{found['frames']:,}, of {found['different_videos']:,} videos")
     table.add_row("images in a row", ", ".join(f"{n}: {_share(k, rows)}" for n, k in found["images_in_a_row"].items()))
     if found["image_width"]:
         looked = f"of {found['images_opened']:,} opened"

@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -17,9 +17,9 @@ from ..base.errors import RowError, row_error
 from ..base.whole_files import IrregularError, open_regular
 from ..base.words import reason_of
 from .image_kinds import describe_unreadable, kind_of
-from .image_options import size_asked
-from .image_refs import is_url
+from .image_refs import TIME, is_url, size_asked
 from .png_text import without_texts
+from .video import Films
 
 MAX_PIXELS = 178_956_970  # where PIL itself calls an image a decompression bomb
 # A JPEG is decoded at a half, a quarter or an eighth of its size where that still has so many times the pixels needed
@@ -38,6 +38,7 @@ def load_image(
     max_pixels: int = MAX_PIXELS,
     side: int | None = None,
     fetch: Callable[[str], str] | None = None,
+    films: Films | None = None,
 ) -> Image.Image:
     """Decode one image to 8-bit RGB, upright.
 
@@ -46,13 +47,14 @@ def load_image(
 
     Args:
         image: a row's ``{"path": ..., "bytes": ...}`` (bytes win), maybe with the sizes of
-            `image_options`, a path, encoded bytes, or a PIL image.
+            `image_refs` or, of a video's frame, its time; a path, encoded bytes, or a PIL image.
         where: put in front of every error, for instance ``captions/17``.
         max_pixels: the largest width times height. It is compared before anything is decoded. PIL's own limit
             (178,956,970 by default) holds as well.
         side: pixels that are needed on each side. A JPEG of at least four times as many is decoded smaller, which is
             several times faster; its sides never become shorter than ``ENOUGH * side``. None decodes all of it.
         fetch: gives the file in which the image of a URL lies, `fetch.Fetcher`; None refuses URLs.
+        films: keeps the video of a frame open for the next one; None opens it for this one.
 
     Returns:
         A new PIL image of mode RGB with no reference to the file or to `image`.
@@ -60,6 +62,9 @@ def load_image(
     Raises:
         RowError: the image is missing, a folder, unreadable, empty, truncated, damaged, too large or not an image.
     """
+    if isinstance(image, Mapping) and TIME in image:
+        with nullcontext(films) if films is not None else Films() as films:
+            return _to_rgb(films.frame(image, where, max_pixels))
     try:
         limits = _Limits(max_pixels, side)
         loaded = _load(image, f"{where}: " if where else "", limits, fetch)
@@ -130,6 +135,7 @@ def image_size(
     *,
     where: str = "",
     fetch: Callable[[str], str] | None = None,
+    films: Films | None = None,
 ) -> tuple[int, int]:
     """(width, height) in pixels that `load_image` will give, mostly from the head of the file alone.
 
@@ -137,6 +143,9 @@ def image_size(
     """
     if isinstance(image, Image.Image):
         return _upright_size(image)
+    if isinstance(image, Mapping) and TIME in image:
+        with nullcontext(films) if films is not None else Films() as films:
+            return films.size(image, where)
     source = image.get("bytes") or image.get("path") if isinstance(image, Mapping) else image
     try:
         stream = io.BytesIO(source) if isinstance(source, bytes) else open_regular(str(source))

@@ -19,6 +19,7 @@ from ..base.whole_files import open_regular
 from .json_text import parse_json
 
 IMAGE_ENDINGS = frozenset("jpg jpeg png webp bmp gif tif tiff ppm pgm".split())
+VIDEO_ENDINGS = frozenset("mp4 webm mkv mov avi m4v".split())
 LARGEST_MEMBER = 2**28
 _LARGEST_HEADER = 2**14  # of a long name; tarfile reads it with patterns that take quadratic time
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
@@ -42,7 +43,8 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
     """Yield one row for each key of a shard, in order; a sample that is wrong by itself is yielded as its error.
 
     A row has `id` (the key), the keys of the `.json` member, `text` of the `.txt` member, and `image` as
-    ``{"path": name, "bytes": ...}`` or, of several, `images`. Any other member is a column under its ending, as text.
+    ``{"path": name, "bytes": ...}`` or, of several, `images`, and likewise `video` or `videos`. Any
+    other member is a column under its ending, as text.
 
     Raises:
         UserError: the archive is damaged, cut off or compressed.
@@ -107,6 +109,7 @@ class _Sample:
         self.columns: dict[str, Any] = {}
         self.document: dict[str, Any] = {}
         self.images: list[dict[str, Any]] = []
+        self.videos: list[dict[str, Any]] = []
         self.problem: RowError | None = None
 
     def add(self, ending: str, name: str, data: bytes | None) -> None:
@@ -129,6 +132,8 @@ class _Sample:
         column = "text" if ending == "txt" else ending
         if ending.rpartition(".")[2] in IMAGE_ENDINGS:
             self.images.append({"path": name, "bytes": data})
+        elif ending.rpartition(".")[2] in VIDEO_ENDINGS:
+            self.videos.append({"path": name, "bytes": data})
         elif column in self.columns:
             raise row_error(self.where, f"there are two members with the ending .{ending}", "pack one", "member twice")
         elif column == "json":
@@ -143,9 +148,11 @@ class _Sample:
         """Members win over the JSON, which may name the file that the image once was."""
         if self.problem is not None:
             return self.problem
-        images = self.images[0] if len(self.images) == 1 else self.images
-        column = {"image" if len(self.images) == 1 else "images": images} if images else {}
-        return {"id": self.key} | self.document | self.columns | column
+        columns: dict[str, Any] = {}
+        for name, found in (("image", self.images), ("video", self.videos)):
+            if found:
+                columns |= {name: found[0]} if len(found) == 1 else {f"{name}s": found}
+        return {"id": self.key} | self.document | self.columns | columns
 
 
 def _text(data: bytes) -> str | bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -193,6 +193,31 @@ def _check_prompts(value: Any) -> Any:
     return value
 
 
+class Video(RecipeModel):
+    """Which frames of a video are shown, where its row does not say it; see docs/data_formats.md."""
+
+    frames: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """So many, from the first to the last in equal steps; unset, and without `fps`: 8."""
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """So many a second, in place of `frames`."""
+    min_frames: Annotated[int, Field(ge=1, le=4096)] = 1
+    """With `fps`: at least so many, then in equal steps."""
+    max_frames: Annotated[int, Field(ge=1, le=4096)] = 64
+    """With `fps`: at most so many, then in equal steps."""
+    max_pixels: Annotated[int, Field(ge=1)] = 262_144
+    """Width times height of a frame at most; a larger one is scaled down."""
+    time: str = "<{time} seconds>"
+    """Text before each frame: `{time}` is its second (12.5), `{clock}` its minute and second (00:12); "" for none."""
+
+    @model_validator(mode="after")
+    def _one_count(self) -> Video:
+        if self.frames is not None and self.fps is not None:
+            raise PydanticCustomError("video", "`frames` and `fps` both say how many frames there are; keep one")
+        if self.min_frames > self.max_frames:
+            raise PydanticCustomError("video", "`min_frames` is above `max_frames`; correct one of them")
+        return self
+
+
 class Source(RecipeModel):
     """One source of rows: local files or a dataset on the Hub."""
 
@@ -233,6 +258,14 @@ class Source(RecipeModel):
     """Fetch images that are URLs, within limits and never from private addresses; see docs/images.md."""
     repeat: Annotated[int, Field(ge=1)] = 1
     """Take part as if every row were there so many times."""
+    video: Video | None = None
+    """Which frames of videos are shown. Unset: as `data.video` says."""
+    _video_of_data: Video = PrivateAttr(default_factory=Video)
+
+    @property
+    def frames_shown(self) -> Video:
+        """Which frames of videos are shown: as the source says, else as its recipe does."""
+        return self.video or self._video_of_data
 
     @model_validator(mode="after")
     def _name_it(self) -> Source:
@@ -267,8 +300,16 @@ class Data(RecipeModel):
     """How many training images preflight compares by look with as many held-out ones, drawn at random; null: all."""
     url_cache: str | None = None
     """Folder that fetched images are kept in. Unset: `vlm_sft/images` in the user's cache folder."""
+    video: Video = Field(default_factory=Video)
+    """Which frames of videos are shown, of sources that do not say it, and of those given to the trained model."""
     languages: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     """Language → its share of the training rows; `{zh: 1, en: 1}` for as many of each. Unset: as the sources are."""
+
+    @model_validator(mode="after")
+    def _share_video(self) -> Data:
+        for source in (*self.train, *self.eval, *self.test):
+            source._video_of_data = self.video
+        return self
 
 
 class Hub(RecipeModel):

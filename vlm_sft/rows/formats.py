@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..base.languages import language_of
-from ..base.names import IMAGE_TOKEN
+from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN
 from ..base.words import kind, short
 from .boxes import place_boxes
 from .keys import ROLES, check_left, role_of
 from .marks import read_marks
-from .messages import Example, Message, Part, answer_message, check_marks, image_part, split_marks, text_part
+from .messages import Example, Message, answer_message, check_marks, image_part, split_marks, text_part
 from .raw_row import RowView, is_given
 from .turns import COLUMN_REFERENCES, FROM_AND_VALUE, image_entry, message_of, raw_turns, read_turn, tools_in
+from .videos import COLUMNS as VIDEOS
+from .videos import place_videos
 
 QUESTION_MARK = "{question}"
 
@@ -79,7 +81,8 @@ def examples_of(
     read_marks(row)
     own_id = row.get("id")
     own_id = None if own_id is None else row.text(own_id, "id")
-    examples = [_with_row_keys(row, example, boxes) for example in FORMATS[format_name].examples(row, draw_prompt)]
+    found = FORMATS[format_name].examples(row, draw_prompt)
+    examples = [place_videos(row, _with_row_keys(row, example, boxes)) for example in found]
     row.get("language", "mask")
     check_left(row, "row", row.values, row.read, "")
     unused(row.unused)
@@ -129,7 +132,8 @@ def _messages(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
         return
     check_marks(row, inline.count(None), len(images))
     column = iter(images)
-    yield Example(messages, [next(column) if image is None else image for image in inline])
+    images = [next(column) if image is None else image for image in inline]
+    yield Example(messages, images, marked=not written_as_text)
 
 
 # ------------------------------------------------------------------------------------------------------------ llava
@@ -158,17 +162,15 @@ def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
         text = row.text(turn.content, f"{key}.value")
         if not messages and turn.role == "assistant":
             continue  # upstream skips an answer to nothing, which shared chats begin with now and then
-        count = text.count(IMAGE_TOKEN) if turn.role == "user" else 0
-        marks += count
-        content = _in_front(text, count) if count else [text_part(text)]
+        shown = [part for part in split_marks(text) if part["type"] != "text"] if turn.role == "user" else []
+        marks += sum(part["type"] == "image" for part in shown)
+        if shown:
+            text = text.replace(IMAGE_TOKEN, "").replace(VIDEO_TOKEN, "").strip()
+            text = "\n" + text if text else ""
+        content = [*shown, *([text_part(text)] if text or not shown else [])]
         messages.append({"role": turn.role, "content": content, **turn.more})
     check_marks(row, marks, len(images))
-    yield Example(messages, images)
-
-
-def _in_front(text: str, count: int) -> list[Part]:
-    text = text.replace(IMAGE_TOKEN, "").strip()
-    return [image_part() for _ in range(count)] + ([text_part("\n" + text)] if text else [])
+    yield Example(messages, images, marked=True)
 
 
 # -------------------------------------------------------------------------------------------------- caption and vqa
@@ -189,7 +191,7 @@ def _caption(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
 def _vqa(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     images = _some_images(row)
     question = row.text(row.need("question"), "question").strip()
-    if not question.replace(IMAGE_TOKEN, "").strip():
+    if not question.replace(IMAGE_TOKEN, "").replace(VIDEO_TOKEN, "").strip():
         raise row.error('"question" is empty', "write a question or remove the row", "no question")
     key = "answer" if row.get("answer") is not None else "answers"
     row.need("answer", "answers")
@@ -241,9 +243,11 @@ def _cauldron(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
 
 
 def _some_images(row: RowView) -> list[Any]:
-    row.need("image", "images")
+    filmed = any(is_given(row.values.get(name)) for name in VIDEOS)
+    if not filmed:
+        row.need("image", "images")
     images = _entries(row, "image", "images")
-    if not images:
+    if not images and not filmed:
         raise row.error('"image" is empty', "name the image file or remove the row", "no image")
     return images
 
@@ -274,7 +278,7 @@ def _language(row: RowView, text: str) -> str:
     return re.split("[-_]", own.lower())[0] if isinstance(own, str) and own else language_of(text)
 
 
-_ANY = ("system", "tools", "objects", "bboxes", "bbox", "id", "language")
+_ANY = ("video", "videos", "system", "tools", "objects", "bboxes", "bbox", "id", "language")
 _CHATS = (
     "messages", "conversations", "prompt", "completion", "query", "response", "instruction", "input", "output",
     "history",

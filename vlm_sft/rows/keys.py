@@ -31,7 +31,8 @@ class Key(NamedTuple):
 _ONE_ANSWER = "keep the answer to learn in the row's messages and remove the key"
 _GOOD_ONES = "keep the rows with good answers and remove the key"
 _TOOLS = "remove the row, or write what is called and what it gives into the text"
-_NO_VIDEO = "train on pictures of it under `images`, or remove the row"
+_NO_VIDEO = 'write it as a part of its own, {"type": "video", "video": ...}, or under the row\'s `videos`'
+_OF_VIDEO = "write it beside the file of a video"
 _NO_AUDIO = "write what is heard into the text, or remove the row"
 
 KEYS: dict[str, dict[str, Key]] = {
@@ -59,8 +60,8 @@ KEYS: dict[str, dict[str, Key]] = {
         "kto_tag": Key("whether the answer is a good one: ms-swift", _GOOD_ONES),
         "label": Key("whether the answer is a good one: TRL", _GOOD_ONES, of=bool),
         "functions": Key("what may be called", _TOOLS),
-        "videos": Key("films", _NO_VIDEO),
-        "video": Key("a film", _NO_VIDEO),
+        "videos": Key("videos"),
+        "video": Key("a video"),
         "audios": Key("sounds", _NO_AUDIO),
         "audio": Key("a sound", _NO_AUDIO),
         "objects": Key("boxes and the words for them: ms-swift"),
@@ -91,10 +92,12 @@ KEYS: dict[str, dict[str, Key]] = {
         "name": Key("which of several people speaks", "write the name into the text, or remove the key"),
         "images": Key("pictures of one message", "write them as parts of its content, or under the row's `images`"),
         "image": Key("a picture of one message", "write it as a part of its content, or under the row's `images`"),
+        "videos": Key("videos of one message", _NO_VIDEO),
+        "video": Key("a video of one message", _NO_VIDEO),
         "audio": Key("a sound", _NO_AUDIO),
     },
     "part": {
-        "type": Key("text, image, or a box and the words for it"),
+        "type": Key("text, image, video, or a box and the words for it"),
         "box": Key("the numbers of a box"),
         "scale": Key("what the numbers of a box count"),
         "text": Key("text"),
@@ -111,7 +114,18 @@ KEYS: dict[str, dict[str, Key]] = {
         "resized_height": Key("the height a picture is brought to: Qwen"),
         "resized_width": Key("the width a picture is brought to: Qwen"),
         "file_id": Key("a file that OpenAI keeps", "give the picture itself as `image`"),
-        "video": Key("a film", _NO_VIDEO),
+        "video": Key("a video", _NO_VIDEO),
+        "video_url": Key("where a video is", _NO_VIDEO),
+        "fps": Key("frames a second of a video: Qwen", _OF_VIDEO),
+        "sample_fps": Key("frames a second of a list of pictures: Qwen", _OF_VIDEO),
+        "frames": Key("frames of a video", _OF_VIDEO),
+        "nframes": Key("frames of a video: Qwen", _OF_VIDEO),
+        "num_frames": Key("frames of a video", _OF_VIDEO),
+        "min_frames": Key("frames of a video at least: Qwen", _OF_VIDEO),
+        "max_frames": Key("frames of a video at most: Qwen", _OF_VIDEO),
+        "video_start": Key("the second that a video begins at: Qwen", _OF_VIDEO),
+        "video_end": Key("the second that a video ends at: Qwen", _OF_VIDEO),
+        "total_pixels": Key("pixels of all frames: Qwen", "write `max_pixels`, which is of each frame"),
         "audio": Key("a sound", _NO_AUDIO),
     },
 }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..base.errors import UserError
-from ..base.names import IMAGE_TOKEN
-from ..reading.image_options import SIZES
-from ..reading.image_refs import image_key
+from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN
+from ..reading.image_refs import SIZES, TIME, image_key
 from .raw_row import RowView
 
 Part = dict[str, Any]
@@ -21,6 +21,8 @@ KEPT = ("loss", "reasoning_content", "tools")
 before an answer; and, of the first message, the tools there are. Templates decide what is printed of the last two."""
 PLACE = ("box", "scale", "image", "key")
 """What a part of type `box` has beside its type; see `box_part`."""
+SAME = "same"
+"""What an image of a stored row has in place of its bytes where these are another image's: its number."""
 IN_EXTRAS = "extras"
 """The column of a dataset for what some rows say beyond its features, as JSON: see `packed`."""
 
@@ -29,26 +31,29 @@ class Example(NamedTuple):
     """One conversation.
 
     Attributes:
-        messages: ``{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}]}``, and the parts of
-            `box_part` and `ref_part`.
+        messages: ``{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}]}``, the parts of
+            `box_part` and `ref_part`, and of type `video` the place of a video, until `videos.with_frames` puts its
+            frames there.
         images: what the row gives for each placeholder: a path, bytes, a data URI or ``{"path", "bytes"}``.
         id: the row's own id, if it has one.
         language: of what is learnt, such as ``zh``: the row's own `language`, else as `languages.language_of` says.
+        marked: whether every video has a mark, so that one without is an error.
     """
 
     messages: list[Message]
     images: list[Any]
     id: str | None = None
     language: str = ""
+    marked: bool = False
 
 
 def split_marks(text: str) -> list[Part]:
-    """Cut text at every ``<image>``; the text between stays as it is, line breaks included."""
-    if IMAGE_TOKEN not in text:
+    """Cut text at every ``<image>`` and ``<video>``; the text between stays as it is, line breaks included."""
+    if IMAGE_TOKEN not in text and VIDEO_TOKEN not in text:
         return [text_part(text)] if text else []
-    first, *rest = text.split(IMAGE_TOKEN)
-    parts = [text_part(first)] + [part for piece in rest for part in (image_part(), text_part(piece))]
-    return [part for part in parts if part["text"] != ""]
+    pieces = re.split(f"({IMAGE_TOKEN}|{VIDEO_TOKEN})", text)
+    places = {IMAGE_TOKEN: image_part, VIDEO_TOKEN: video_part}
+    return [places[piece]() if piece in places else text_part(piece) for piece in pieces if piece]
 
 
 def answer_message(answer: str) -> Message:
@@ -59,10 +64,8 @@ def answer_message(answer: str) -> Message:
 def check_marks(row: RowView, marks: int, images: int) -> None:
     """Look that a row has as many places for images as images; else it is a `RowError`."""
     if marks != images:
-        found = f"{_plural(marks, 'image mark')} ({IMAGE_TOKEN} in user text, or image parts)"
-        raise row.error(
-            f"{found} but {_plural(images, 'image')}", "give every mark its image, in order", "marks differ"
-        )
+        found = f"{plural(marks, 'image mark')} ({IMAGE_TOKEN} in user text, or image parts)"
+        raise row.error(f"{found} but {plural(images, 'image')}", "give every mark its image, in order", "marks differ")
 
 
 def text_part(text: str) -> Part:
@@ -102,6 +105,11 @@ def has_boxes(messages: Sequence[Message]) -> bool:
     )
 
 
+def video_part(entry: dict[str, Any] | None = None) -> Part:
+    """The place of a video; None: of the row's next one."""
+    return {"type": "video", "text": None, "video": entry}
+
+
 def spoken(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(role, text) of every message of a row; what stands around an image is joined, a box is its numbers."""
     return [(m["role"], "".join(_said(part) for part in m["content"])) for m in row["messages"]]
@@ -128,8 +136,21 @@ def packed(row: Mapping[str, Any]) -> str | None:
     None for most rows, which say no more; `unpacked` puts it back.
     """
     messages = {i: more for i, m in enumerate(row["messages"]) if (more := _more_of(m))}
-    images = {i: more for i, image in enumerate(row["images"]) if (more := {k: image[k] for k in SIZES if k in image})}
+    images = {}
+    for i, image in enumerate(row["images"]):
+        if more := {k: image[k] for k in (*SIZES, TIME, SAME) if k in image}:
+            images[i] = more
     return json.dumps({"messages": messages, "images": images}, ensure_ascii=False) if messages or images else None
+
+
+def each_once(row: dict[str, Any]) -> dict[str, Any]:
+    """A row, to be stored, in which the frames of an embedded video have its bytes once; `unpacked` puts them back."""
+    firsts: dict[int, int] = {}
+    images = list(row["images"])
+    for i, image in enumerate(images):
+        if TIME in image and image["bytes"] is not None and (first := firsts.setdefault(id(image["bytes"]), i)) != i:
+            images[i] = {**image, "path": None, "bytes": None, SAME: first}
+    return {**row, "images": images} if len(firsts) else row
 
 
 def _more_of(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,6 +169,9 @@ def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
     for message in found["messages"]:
         if boxes := message.pop("boxes", None):
             message["content"] = [{**part, **boxes.get(str(i), {})} for i, part in enumerate(message["content"])]
+    for image in found["images"]:
+        if (first := image.pop(SAME, None)) is not None:
+            image |= {name: found["images"][first][name] for name in ("path", "bytes")}
     return found
 
 
@@ -231,5 +255,6 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, (dict, Mapping))  # the first is found ten times faster
 
 
-def _plural(count: int, what: str) -> str:
+def plural(count: int, what: str) -> str:
+    """A number and what it counts."""
     return f"{count} {what}{'' if count == 1 else 's'}"

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..base.words import kind, short
-from ..reading.image_options import OPTIONS
+from ..reading.image_refs import OPTIONS
 from .boxes import given_box
 from .keys import ASSISTANT, SYSTEM, USER, check_left, role_of
-from .messages import PLACE, Message, Part, image_part, ref_part, split_marks, text_part
+from .messages import PLACE, Message, Part, image_part, ref_part, split_marks, text_part, video_part
 from .raw_row import RowView, is_given
+from .videos import REFERENCES as VIDEOS
+from .videos import video_entry
 
 # Whether a value that is true puts the answer into the loss.
 SWITCHES = {
@@ -204,7 +206,7 @@ def _part(row: RowView, part: Any, key: str, inline: list[Any]) -> Part:
         raise row.error(f"{key} is {kind(part)}, not an object with a type", 'write {"type": "text", "text": ...}')
     named = part.get("type")
     if named is None:  # Qwen's first rows
-        named = next((name for name in ("image", "text") if is_given(part.get(name))), None)
+        named = next((name for name in ("image", "video", "text") if is_given(part.get(name))), None)
     if named in _TEXTS:
         check_left(row, "part", part, ("type", "text"), f"{key}.")
         return text_part(row.text(part.get("text"), f"{key}.text"))
@@ -214,8 +216,13 @@ def _part(row: RowView, part: Any, key: str, inline: list[Any]) -> Part:
     if named == "ref":
         check_left(row, "part", part, ("type", "text"), f"{key}.")
         return ref_part(row.text(part.get("text"), f"{key}.text"))
+    if named in ("video", "video_url"):
+        own = any(is_given(part.get(name)) for name in VIDEOS)
+        if not own:
+            check_left(row, "part", part, ("type",), f"{key}.")
+        return video_part(video_entry(row, part, key) if own else None)
     if named not in _IMAGES:
-        mend = 'only "text" and "image" are known; correct the row'
+        mend = 'only "text", "image" and "video" are known; correct the row'
         raise row.error(f'{key} has the type "{short(str(named))}"', mend)
     of_column = all(part.get(name) is None for name in _REFERENCES)
     unsaid = ("type", "index") if of_column else ("type",)
