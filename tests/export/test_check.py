@@ -17,9 +17,9 @@ from vlm_sft.export.check import (
     PROBE,
     QUESTION,
     compare,
+    inputs_of,
     is_prompt,
     noise_picture,
-    prepare,
     read_processor,
 )
 
@@ -48,7 +48,7 @@ def probe(tmp_path):
     folder.mkdir()
     noise_picture().save(folder / PICTURE)
     (folder / CONVERSATION).write_text(json.dumps(QUESTION, ensure_ascii=False), encoding="utf-8")
-    text, inputs = prepare(read_processor(export), QUESTION, [noise_picture()])
+    text, inputs = inputs_of(read_processor(export), QUESTION, [noise_picture()])
     assert text.startswith("<image>What is this? 这是什么？") and inputs["input_ids"].shape[1] > 20
     model = AutoModelForImageTextToText.from_pretrained(export).eval()
     with torch.no_grad():

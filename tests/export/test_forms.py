@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, pipeline
 from support.tiny_families import TINY, tiny
 from vlm_sft import answer, load
 from vlm_sft.base.errors import UserError
-from vlm_sft.export.check import compare, noise_picture, prepare, read_processor
+from vlm_sft.export.check import compare, inputs_of, noise_picture, read_processor
 from vlm_sft.export.export import export
 from vlm_sft.export.forms import FamilyForm
 from vlm_sft.export.native_model import renamed
@@ -75,7 +75,7 @@ def test_a_model_whose_processor_knows_no_conversations_is_asked_by_its_prompt(s
     card = (out / "README.md").read_text()
     assert "prompt = processor.tokenizer.apply_chat_template(messages, tokenize=False)" in card
     processor, model = read_processor(out), AutoModelForImageTextToText.from_pretrained(out)
-    prompt, inputs = prepare(processor, [QUESTION], [noise_picture()])
+    prompt, inputs = inputs_of(processor, [QUESTION], [noise_picture()])
     assert prompt == "Question: What is this? 这是什么？ Answer:"
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
 

@@ -8,7 +8,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from support.bundles import BLIP2, LLAVA, MESSAGES
-from vlm_sft.export.check import noise_picture, prepare
+from vlm_sft.export.check import inputs_of, noise_picture
 from vlm_sft.export.native_processor import native_processor, native_template, question_template
 from vlm_sft.stack.build_stack import build_stack
 
@@ -36,7 +36,7 @@ def test_tokens_and_pixels_are_those_of_our_processor(case, bundle_recipe):
     native = native_processor(built.model, built.processor)
     assert type(native) is LlavaProcessor
     assert (type(native.image_processor) is LlavaImageProcessorPil) == (case == "LLaVA, padded to a square")
-    _, inputs = prepare(native, MESSAGES, [picture])
+    _, inputs = inputs_of(native, MESSAGES, [picture])
     assert inputs["input_ids"][0].tolist() == wanted and "这" in native.decode(wanted)
     assert (inputs["pixel_values"] - pixels).abs().max() <= 1e-3
 

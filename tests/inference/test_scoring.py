@@ -9,7 +9,7 @@ import pytest
 from support.conversations import make_processor, turn
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.inference import scoring
-from vlm_sft.inference.scoring import Question, collect, gather, measure, merge
+from vlm_sft.inference.scoring import Question, collect, gather, merge, score
 from vlm_sft.recipe.sections import Source
 from vlm_sft.rows.messages import box_part
 
@@ -70,7 +70,7 @@ def test_shares_are_those_counted_by_hand(monkeypatch, processor, photos, source
     known = {("", photos[0]): "A red ３.", ("", photos[1]): "一只猫", ("", photos[2]): "two cats", ("", photos[3]): ""}
     known |= {("what colour?", photos[0]): "red", ("what colour?", photos[1]): "blue", "1+1?": "2", "1+2?": "12"}
     answers = Answers(monkeypatch, known)
-    assert measure(None, processor, sources) == {
+    assert score(None, processor, collect(sources), 32, {}) == {
         "caption_exact_match": 0.5,  # one in English, one in Chinese, of four photos
         "answer_accuracy": 0.75,
         "answer_accuracy_blank_image": 0.5,  # `red` is right once; of the sums, one stays right
@@ -105,7 +105,7 @@ def test_a_question_that_cannot_be_asked_counts_as_wrong_and_is_counted(monkeypa
         ]
 
     monkeypatch.setattr("vlm_sft.inference.generation.answer_each", answer_each)
-    results = measure(None, processor, sources, batch_size=3)
+    results = score(None, processor, collect(sources), 3, {})
     assert results["refused"]["questions"] == 2 and results["refused"]["first"].endswith(": refused")
     assert results["questions"] == {"captions": 4, "answers": {"colour": 2, "captions": 2}}
     assert results["answer_accuracy_by_kind"]["colour"] == 0.5
@@ -114,11 +114,11 @@ def test_a_question_that_cannot_be_asked_counts_as_wrong_and_is_counted(monkeypa
 
 def test_what_was_not_measured_is_none(monkeypatch, processor, sources):
     Answers(monkeypatch, {"1+1?": "2", "1+2?": "3"})
-    results = measure(None, processor, [sources[-1]])
+    results = score(None, processor, collect([sources[-1]]), 32, {})
     assert results["answer_accuracy"] == 1 and results["answer_accuracy_blank_image"] is None
     assert results["caption_exact_match"] is None
     monkeypatch.setattr(scoring, "ask", lambda model, processor, questions, *more: ["x"] * len(questions))
-    results = measure(None, processor, sources[:2])
+    results = score(None, processor, collect(sources[:2]), 32, {})
     assert results["caption_exact_match"] == 0 and results["answer_accuracy"] is None
     assert results["answer_accuracy_by_kind"] == {}
 

@@ -15,8 +15,8 @@ from ..stack.kinds import kind_of
 from .load import load_trained
 from .manifest import read_manifest
 
-# What must be as it was for features to mean the same, and the key of the recipe that says it.
-FEATURES = {
+# What must be as it was for a tower's features to mean the same → the key of the recipe that says it.
+READ_FROM_TOWER = {
     "vision_feature_layer": "stack.vision_tower.feature_layer",
     "vision_feature_select": "stack.vision_tower.feature_select",
 }
@@ -51,7 +51,7 @@ def hand_over(stack: Stack, folder: str | Path) -> list[str]:
             f"{config.get('projector_options')}, but this recipe asks for {ours.projector_type} "
             f"{ours.projector_options}; use the same projector."
         )
-    for name, key in FEATURES.items():
+    for name, key in READ_FROM_TOWER.items():
         if (old := config.get(name)) != (new := getattr(ours, name, None)):
             raise UserError(
                 f"init_from {str(folder)!r} was trained with {key}: {old}, but this recipe has {new}; use the same."

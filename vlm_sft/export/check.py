@@ -51,7 +51,7 @@ def compare(export: Path, probe: Path) -> dict[str, Any]:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, export / ADAPTER_FOLDER)
-    text, inputs = prepare(processor, messages, [Image.open(probe / PICTURE).convert("RGB")])
+    text, inputs = inputs_of(processor, messages, [Image.open(probe / PICTURE).convert("RGB")])
     same_ids = all(inputs[name].tolist() == wanted[name].tolist() for name in wanted if name.endswith("input_ids"))
     result: dict[str, Any] = {"text": text, "ids": same_ids, "positions": wanted["logits"].shape[1]}
     result["chats"] = bool(processor.chat_template)
@@ -80,7 +80,7 @@ def is_prompt(messages: list[dict[str, Any]]) -> bool:
     return messages[-1]["role"] == "user"
 
 
-def prepare(processor: ProcessorMixin, messages: list[dict[str, Any]], images: list[Image.Image]) -> tuple[str, Any]:
+def inputs_of(processor: ProcessorMixin, messages: list[dict[str, Any]], images: list[Image.Image]) -> tuple[str, Any]:
     """(prompt, what the model takes), as a user of transformers makes it.
 
     InstructBLIP's processor knows no conversations: the question by itself is the prompt. That of KOSMOS-2 has

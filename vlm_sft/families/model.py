@@ -20,7 +20,7 @@ from ..model.positions import ExactRotations
 from ..model.sharding import others_wait_for
 
 # What of the image path's output goes to the language model; Fuyu's has only a last hidden state.
-FEATURES = ("pooler_output", "deepstack_features")
+IMAGE_OUTPUTS = ("pooler_output", "deepstack_features")
 
 
 class FamilyModel(ExactRotations, PreTrainedModel):
@@ -98,7 +98,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
     def idle_image_path(self) -> torch.Tensor:
         """Zero, as a function of every parameter of the image path."""
         output = self.base_model.get_image_features(**self._blank_inputs())
-        features = [output.get(name) for name in FEATURES if output.get(name) is not None]
+        features = [output.get(name) for name in IMAGE_OUTPUTS if output.get(name) is not None]
         zero = torch.zeros((), device=self.device)
         return sum((tensor.float().sum() for tensor in _tensors(features or output.last_hidden_state)), zero) * 0.0
 

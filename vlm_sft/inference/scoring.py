@@ -47,34 +47,6 @@ class Question:
 FEWEST_ANSWERS = 4  # with fewer, VQA accuracy gives no answer full marks: three of the others must agree with it
 
 
-def measure(
-    model: nn.Module,
-    processor: VLMProcessor,
-    sources: Sequence[Source],
-    batch_size: int = 32,
-    max_rows: int | None = None,
-    options: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Answers every question of some sources and compares.
-
-    Args:
-        model: The model, in evaluation mode.
-        processor: Its processor.
-        sources: Sources of the format `caption` count as captions, all others as answers, one kind a source.
-        batch_size: Questions at a time.
-        max_rows: Only the first so many rows of each source.
-        options: For `generate`.
-
-    Returns:
-        `caption_exact_match`, `answer_accuracy`, `answer_accuracy_blank_image` (None where nothing measures them),
-        `answer_accuracy_by_kind` (source name → accuracy), `metrics_by_kind` (source name → metric → its mean, where
-        the format has metrics of its own: the accuracy is then the first of them), `questions` (how many), `wrong`
-        (the first wrong answers of each kind, to look at) and, where some could not be asked because of their pictures
-        and count as wrong, `refused` (how many `questions`, and why the `first`).
-    """
-    return score(model, processor, collect(sources, max_rows), batch_size, options or {})
-
-
 def collect(sources: Sequence[Source], max_rows: int | None = None) -> dict[str | None, list[Question]]:
     """Questions by kind: the name of their source, and None for captions, whose sources may share their images.
 
@@ -113,7 +85,22 @@ def score(
     batch_size: int,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Asks the questions of `collect` and compares; see `measure`."""
+    """Asks a model, in evaluation mode, the questions of `collect` and compares.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        questions: By kind; those of the kind None are captions.
+        batch_size: Questions at a time.
+        options: For `generate`.
+
+    Returns:
+        `caption_exact_match`, `answer_accuracy`, `answer_accuracy_blank_image` (None where nothing measures them),
+        `answer_accuracy_by_kind` (source name → accuracy), `metrics_by_kind` (source name → metric → its mean, where
+        the format has metrics of its own: the accuracy is then the first of them), `questions` (how many), `wrong`
+        (the first wrong answers of each kind, to look at) and, where some could not be asked because of their pictures
+        and count as wrong, `refused` (how many `questions`, and why the `first`).
+    """
     captions: list[float] = []
     answers: dict[str, dict[str, list[float]]] = {}
     blank: list[float] = []
