@@ -20,7 +20,8 @@ from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN
 from ..base.whole_files import read_text
 from ..rows.messages import Message, normalise_messages
-from .sandbox import MARKS, compile_template, run_template, variables_of, words_of
+from .process import ask
+from .sandbox import MARKS
 from .typed import mark_typed
 
 
@@ -90,8 +91,9 @@ def render(
     texts += _check_printed(chat, tools, source, label)
     begin, end, image, inside = _unused_characters(4, source, bos_token or "", eos_token or "", *texts)
     chat, tools = mark_typed(chat, control, inside), mark_typed(tools, control, inside)
-    marked = run_template(
-        compile_template(source, label),
+    marked = ask(
+        "render",
+        source,
         label,
         messages=chat,
         add_generation_prompt=add_generation_prompt,
@@ -114,10 +116,10 @@ def _check_printed(chat: Sequence[Message], tools: Any, source: str, label: str)
     """The texts of what messages have beside their contents; refuses what the template would leave out."""
     if any(part["type"] in ("box", "ref") for message in chat for part in message["content"]):
         raise UserError("the conversation has boxes, which `MultimodalCollator.encode` writes as text: encode its row.")
-    if tools and "tools" not in variables_of(source):
+    if tools and "tools" not in ask("variables", source, label):
         raise UserError(f"the row has tools, which {label} does not print; use one that does, or remove them.")
     thinks = next((i for i, message in enumerate(chat) if message.get("reasoning_content")), None)
-    if thinks is not None and "reasoning_content" not in words_of(source):
+    if thinks is not None and "reasoning_content" not in ask("words", source, label):
         raise UserError(
             f"message {thinks} has reasoning_content, which {label} does not print; use one that does, write it into "
             f"the answer, or remove it."

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
+from .process import ask
 from .render import RenderedChat, render, resolve
-from .sandbox import HOW_TO_MARK, RefusedError, compile_template, variables_of
+from .sandbox import HOW_TO_MARK, RefusedError
 
 
 def load_template(template: str | Path) -> str:
@@ -22,7 +23,7 @@ def load_template(template: str | Path) -> str:
             answer, or asks for an answer in other words than it is trained on.
     """
     source, label = resolve(template)
-    compile_template(source, label)
+    ask("check", source, label)
     turn = _probe()
     try:
         prompt, full = render(turn[:1], template, True), render(turn, template)
@@ -66,8 +67,8 @@ def owns_bos(template: str | Path) -> bool:
     Where it does not, BOS is the processor's to prepend.
     """
     source, label = resolve(template)
-    compile_template(source, label)
-    return "bos_token" in variables_of(source)
+    ask("check", source, label)
+    return "bos_token" in ask("variables", source, label)
 
 
 def _probe() -> list[dict[str, Any]]:
