@@ -12,7 +12,7 @@ STAMP := .venv/.setup-done
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
             OMP_WAIT_POLICY=PASSIVE MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=
 
-.PHONY: help setup lint format types test test-fast demo schema build clean
+.PHONY: help setup lint format types test test-fast audit demo schema build clean
 
 help:
 	@echo 'make setup      create .venv and install everything, as pinned in constraints.txt'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test       lint, types and all tests'
 	@echo 'make test-fast  the tests that are not marked slow'
 	@echo 'make lint       ruff, mypy and the layers of imports; make format mends what ruff can mend'
+	@echo 'make audit      look up the pinned versions among known vulnerabilities (asks the network)'
 	@echo 'make schema     write recipes/recipe.schema.json anew'
 	@echo 'make build      wheel and sdist into dist/'
 	@echo 'make clean      remove caches, outputs/ and data/'
@@ -51,6 +52,14 @@ test: lint
 
 test-fast: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
+
+# pip-audit lives beside the project, so that its own packages are not among those that it looks up.
+audit: .venv-audit/bin/pip-audit
+	.venv-audit/bin/python .ci/audit.py
+
+.venv-audit/bin/pip-audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.10,<3'
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh

@@ -142,7 +142,8 @@ class LookCache:
         """The looks that are there."""
         if self._connection is None:
             return {}
-        question = f"SELECT stamp, look FROM looks WHERE stamp IN ({', '.join('?' * len(stamps))})"
+        places = ", ".join("?" * len(stamps))
+        question = f"SELECT stamp, look FROM looks WHERE stamp IN ({places})"  # noqa: S608  # question marks alone
         try:
             return {stamp: look for stamp, look in self._connection.execute(question, stamps) if len(look) == BYTES}
         except sqlite3.Error:  # a damaged file: all is seen anew

@@ -286,7 +286,7 @@ def parse_assignment(text: str) -> tuple[KeyPath, Any]:
     parts = match["key"].replace("[", ".").replace("]", "").split(".")
     path = tuple(int(part) if part.isdigit() else part for part in parts)
     try:
-        return path, yaml.load(match["value"], Loader=_Loader)
+        return path, yaml.load(match["value"], Loader=_Loader)  # noqa: S506  # a SafeLoader
     except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f'override "{text}": the value is not YAML; put quotes around it.') from error
 
