@@ -41,7 +41,7 @@ def test_boxes_from_rows_to_answers(pieces, caption_file, tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<rect") >= 5 and "outside of its picture of 60 x 45 pixels" in page
 
-    model, processor = load(train(loaded))
+    _, processor = load(train(loaded))
     row = next(iter(load_source(Source(path=str(tmp_path / "boxes.jsonl"), format="messages"))))
     text = processor.tokenizer.decode(MultimodalCollator(processor).encode(row).chat.input_ids)
     assert "找<ref>猫</ref>" in text and "<box>(100,100),(500,500)</box>。" in text

@@ -6,15 +6,13 @@ import json
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from support.source_files import write
 from vlm_sft.base.errors import RowError
 from vlm_sft.data.dataset import load_source
 from vlm_sft.data.streaming import stream_mixture
 from vlm_sft.recipe.sections import Source
-from vlm_sft.rows.boxes import SCALES, has_typed_boxes, problem_of, to_unit
+from vlm_sft.rows.boxes import has_typed_boxes
 from vlm_sft.rows.formats import examples_of
 from vlm_sft.rows.messages import answers_of, box_part, normalise_messages, packed, row_key, unpacked
 
@@ -97,6 +95,8 @@ def test_every_format_has_boxes(format_name):
         ("<|box_start|>(1,2),(3,4)<|box_end|>", [[1, 2, 3, 4]]),
         ("<|box_start|> (1, 2), (3, 4) <|box_end|><|box_start|>(5,6)<|box_end|>", [[1, 2, 3, 4], [5, 6]]),
         ("<ref>猫</ref><box>(1,2),(3,4)</box>", [[1, 2, 3, 4]]),
+        ("<box>[1, 2, 3, 4]</box><|box_start|>[5,6,7,8]<|box_end|>", [[1, 2, 3, 4], [5, 6, 7, 8]]),
+        ("[.5, 1., 3e0, 4] but [1, 2, 3] and [1, 2, 3, 4, 5] and [a, 2, 3, 4]", [[0.5, 1.0, 3.0, 4]]),
         ("<ref>a</ref><box>[[1, 2, 3, 4], [5, 6, 7, 8]]</box>", [[1, 2, 3, 4], [5, 6, 7, 8]]),
         ('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"point_2d": [5, 6]}]', [[1, 2, 3, 4], [5, 6]]),
         ("猫[1.0,2,3,4.5;5,6,7,8] and [9, 10, 11, 12]", [[1.0, 2, 3, 4.5], [5, 6, 7, 8], [9, 10, 11, 12]]),
@@ -136,6 +136,7 @@ def test_typed_boxes_are_known_where_they_can_be_nothing_else(text, boxes):
         (row("<bbox>", objects={"bbox": [[1, 2, 5, 6]], "bbox_type": "xywh"}), None, '"objects.bbox_type" is "xywh"'),
         (row("<bbox>", objects={"bbox": [[0.1, 0.2, 0.5, 0.6]]}), None, 'no number of "objects.bbox" is above 1'),
         (row("<bbox>", objects={"bbox": [[1, 2, 5, 6, 7, 8]]}), None, "has 6 numbers, as a polygon has: write the box"),
+        (row("<bbox>", objects={"bbox": [[]]}), None, "has 0 numbers: write [x1, y1, x2, y2]"),
         (row("<bbox>", objects={"bbox": [[1, 2, 5]]}), None, "has 3 numbers: write [x1, y1, x2, y2]"),
         (row("<bbox>", objects={"bbox": [[1, 2, "5", 6]]}), None, "write numbers"),
         (row("<bbox>", objects={"bbox": [[1, 2, float("nan"), 6]]}), None, "write numbers"),
@@ -213,32 +214,3 @@ def test_a_conversation_of_a_box_alone_is_an_answer():
     ]
     assert normalise_messages(messages)[1]["content"] == [box_part([1, 2], "pixels", 0, "k")]
     assert packed({"messages": normalise_messages(messages), "images": []})
-
-
-SIZES = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
-
-
-@settings(max_examples=100, deadline=None)
-@given(size=SIZES, box=st.tuples(*[st.floats(0, 0.5)] * 2, *[st.floats(0.501, 1)] * 2))
-def test_every_scale_says_the_same_box(size, box):
-    side = max(size)
-    said = {
-        "unit": list(box),
-        "thousand": [number * 1000 for number in box],
-        "pixels": [number * size[i % 2] for i, number in enumerate(box)],
-        "padded": [((side - size[i % 2]) // 2 + number * size[i % 2]) / side for i, number in enumerate(box)],
-    }
-    assert set(said) == set(SCALES)
-    for scale, values in said.items():
-        assert problem_of(values, scale) is None
-        assert to_unit(box_part(values, scale, 0, "k"), size, WHERE) == pytest.approx(box, abs=1e-9)
-
-
-def test_a_box_outside_its_picture_names_row_key_and_size():
-    with pytest.raises(RowError) as error:
-        to_unit(box_part([10, 10, 101, 40], "pixels", 0, "objects.bbox[3]"), (100, 50), "row s/7")
-    assert str(error.value).startswith(
-        'row s/7: "objects.bbox[3]" is [10, 10, 101, 40] (pixels), outside of its picture'
-    )
-    assert "100 x 50 pixels" in str(error.value)
-    assert to_unit(box_part([10, 10, 100.4, 40], "pixels", 0, "k"), (100, 50), "")[2] == 1.0

@@ -16,7 +16,7 @@ from transformers.image_utils import ChannelDimension
 
 from ..base.errors import RowError, UserError, row_error
 from ..reading.images import image_size
-from ..rows.boxes import to_unit
+from ..rows.box import to_unit
 from ..rows.messages import Message, Part, has_boxes
 from ..templates.notations import joined, written_box, written_group
 

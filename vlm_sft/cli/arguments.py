@@ -35,7 +35,7 @@ def _run(value: str) -> str:
 
 
 def _scale(given: str | None) -> str | None:
-    from ..rows.boxes import SCALES
+    from ..rows.box import SCALES
 
     if given is not None and given not in SCALES:
         raise UserError(f"--boxes must be one of {', '.join(SCALES)}, not {given}.")

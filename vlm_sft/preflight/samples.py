@@ -23,7 +23,8 @@ from ..batch.tokenizer_coverage import coverage_of
 from ..data.image_files import shared_images
 from ..data.mixture import SHARES
 from ..data.streaming import first_rows
-from ..rows.boxes import AS_WRITTEN, to_unit
+from ..rows.box import to_unit
+from ..rows.boxes import AS_WRITTEN
 from ..rows.messages import answers_of, unpacked
 from .checks import Evidence, Finding, check
 

@@ -8,35 +8,32 @@ what their numbers count.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..base.errors import row_error
 from ..base.words import kind, short
-from .messages import Message, Part, box_part, ref_part, text_part
+from .box import SCALES, check_image, checked_box, either, is_number, only_image
+from .messages import Message, Part, ref_part, text_part
 from .raw_row import RowView, is_given
 
-SCALES: dict[str, float | None] = {"pixels": None, "unit": 1.0, "thousand": 1000.0, "padded": 1.0}
-"""What numbers count → their largest: pixels of the upright picture, 0 to 1 or 0 to 1000 of its sides, or 0 to 1 of the
-square that the picture is centred on (LLaVA's own data)."""
 AS_WRITTEN = "as_written"  # boxes typed in text stay as they are, and it is meant
 BBOX_TYPES = {"real": "pixels", "norm1": "unit", "norm1000": "thousand"}  # ms-swift's words
 BOX_MARK, REF_MARK = "<bbox>", "<ref-object>"
-SLACK = 0.5  # pixels that a box may stick out of its picture; so far it is cut
 LOCATIONS = 1024  # steps of PaliGemma's location tokens on each side
 
 _NAMES = ("ref", "bbox", "bbox_type", "image_id")
 _OF_OLDER_SWIFT = {"caption": "ref", "label": "ref", "bbox_2d": "bbox", "image": "image_id"}
 
-_N = r"\s*-?\d+(?:\.\d+)?\s*"
+_NUMBER = r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+_N = rf"\s*{_NUMBER}\s*"
 _PAIR = rf"\({_N},{_N}\)"
 _FOUR = rf"{_N},{_N},{_N},{_N}"
 TYPED = re.compile(
     r"(?:<\|object_ref_start\|>(?P<ref1>.*?)<\|object_ref_end\|>|<ref>(?P<ref2>.*?)</ref>)"
     rf"|(?:<\|box_start\|>\s*(?P<pairs1>{_PAIR}(?:\s*,\s*{_PAIR})?)\s*<\|box_end\|>"
     rf"|<box>\s*(?P<pairs2>{_PAIR}(?:\s*,\s*{_PAIR})?)\s*</box>)"
+    rf"|(?:<box>|<\|box_start\|>)\s*\[(?P<inner>{_FOUR})\]\s*(?:</box>|<\|box_end\|>)"
     rf"|<box>\s*\[\s*(?P<lists>\[{_FOUR}\](?:\s*,\s*\[{_FOUR}\])*)\s*\]\s*</box>"
     r"|(?P<tokens>(?:<loc\d{4}>){4})"
     rf"|(?P<open>\"point_2d\"\s*:\s*)\[(?P<point>{_N},{_N})\]"
@@ -73,7 +70,7 @@ def place_boxes(row: RowView, messages: list[Message], images: int, scale: str |
     given = _given(row, messages, images, scale if scale in SCALES else None)
     for part in (part for message in messages for part in message["content"]):
         if part["type"] == "box":  # the row wrote the part itself
-            _check_image(row, part["image"], images, part["key"])
+            check_image(row, part["image"], images, part["key"])
         elif given is None and images and part["text"] and (BOX_MARK in part["text"] or REF_MARK in part["text"]):
             what = f"the messages have {BOX_MARK} or {REF_MARK}, but the row has no boxes"
             raise row.error(what, "give it `objects`, or remove the marks", "marks differ")
@@ -116,9 +113,9 @@ def _given(row: RowView, messages: Sequence[Message], images: int, scale: str | 
     row.get(column)
     if scale is None:
         what = f'nothing says what the numbers of "{column}" count'
-        raise row.error(what, f"set the source's `boxes` to {_or(SCALES)}", "box unclear")
+        raise row.error(what, f"set the source's `boxes` to {either(SCALES)}", "box unclear")
     values = _listed(row, row.values[column], column)
-    return Given([_box(row, box, scale, _only(row, key, images), key, images) for key, box in values], [])
+    return Given([checked_box(row, box, scale, only_image(row, key, images), key, images) for key, box in values], [])
 
 
 def _objects(row: RowView, objects: Any, images: int, scale: str | None) -> Given | None:
@@ -132,11 +129,12 @@ def _objects(row: RowView, objects: Any, images: int, scale: str | None) -> Give
     if is_given(own):
         if own not in {*BBOX_TYPES, *SCALES}:
             what = f'"objects.bbox_type" is "{short(str(own))}"'
-            raise row.error(what, f"it must be {_or(BBOX_TYPES)}", "box unclear")
+            raise row.error(what, f"it must be {either(BBOX_TYPES)}", "box unclear")
         scale = BBOX_TYPES.get(own, own)
     elif scale is None:
         scale = "pixels"  # what ms-swift says of rows that do not
-        if values and all(_is_number(n) and n <= 1 for _, box in values for n in box):
+        every = [number for _, box in values for number in box]
+        if every and all(is_number(number) and number <= 1 for number in every):
             what = 'no number of "objects.bbox" is above 1, and without a "bbox_type" they would count pixels'
             raise row.error(what, 'write "bbox_type": "norm1", or set the source\'s `boxes`', "box unclear")
     numbers = fields.get("image_id")
@@ -145,7 +143,7 @@ def _objects(row: RowView, objects: Any, images: int, scale: str | None) -> Give
         what = '"objects.image_id" is no list of numbers, one for each box'
         raise row.error(what, "count the images from 0", "wrong type")
     numbers += [0] * (len(values) - len(numbers))  # as ms-swift has it
-    boxes = [_box(row, box, scale, n, key, images) for (key, box), n in zip(values, numbers, strict=True)]
+    boxes = [checked_box(row, box, scale, n, key, images) for (key, box), n in zip(values, numbers, strict=True)]
     refs = fields.get("ref")
     refs = refs if isinstance(refs, list) else [] if refs is None else [refs]
     return Given(boxes, [ref_part(row.text(ref, f"objects.ref[{i}]")) for i, ref in enumerate(refs)])
@@ -178,7 +176,7 @@ def _fields(row: RowView, objects: Any) -> dict[str, Any]:
 def _listed(row: RowView, value: Any, key: str) -> list[tuple[str, Sequence[Any]]]:
     """(place in the row, numbers) of each box; four numbers alone are one box."""
     value = [] if value is None else value
-    if isinstance(value, list | tuple) and value and all(_is_number(number) for number in value):
+    if isinstance(value, list | tuple) and value and all(is_number(number) for number in value):
         return [(key, value)]
     if not isinstance(value, list | tuple) or any(not isinstance(box, list | tuple) for box in value):
         raise row.error(f'"{key}" is no list of boxes', "write [[x1, y1, x2, y2], …]")
@@ -213,7 +211,7 @@ def _typed(row: RowView, text: str, scale: str, images: int, key: str) -> list[P
             continue
         for box, own in _numbers_of(match, scale):
             place = f"{key}, box {count + 1} of its text"
-            parts.append(_box(row, box, own, _only(row, place, images), place, images))
+            parts.append(checked_box(row, box, own, only_image(row, place, images), place, images))
             count += 1
     _check_read(row, text[end:], key)
     return [part for part in [*parts, text_part(text[end:])] if part["text"] != ""]
@@ -232,106 +230,12 @@ def _numbers_of(match: re.Match[str], scale: str) -> Iterator[tuple[list[float],
         top, left, bottom, right = (int(step) / LOCATIONS for step in re.findall(r"\d{4}", match["tokens"]))
         yield [left, top, right, bottom], "unit"
         return
-    lists, pairs = match["list"] or match["lists"], match["pairs1"] or match["pairs2"]
+    lists, pairs = match["list"] or match["lists"] or match["inner"], match["pairs1"] or match["pairs2"]
     for piece in re.split(r";|\]\s*,\s*\[", lists) if lists else [pairs or match["point"]]:
-        yield [float(number) if "." in number else int(number) for number in re.findall(r"-?[\d.]+", piece)], scale
-
-
-# --------------------------------------------------------------------------------------------------------------- a box
-
-
-def given_box(row: RowView, part: Mapping[str, Any], key: str) -> Part:
-    """A part of type `box` that a row writes itself, as `vlm-sft data convert` does."""
-    box, scale, image = part.get("box"), part.get("scale"), part.get("image", 0)
-    if scale not in SCALES or not isinstance(box, list) or type(image) is not int:
-        what = f"{key} is no box"
-        raise row.error(what, f'write {{"type": "box", "box": [x1, y1, x2, y2], "scale": …}}, of {_or(SCALES)}')
-    return _box(row, box, scale, image, f"{key}.box", None)
-
-
-def _check_image(row: RowView, image: int, images: int, key: str) -> None:
-    if not 0 <= image < images:
-        have = f"image {image} (from 0), and the row has {images}" if images else "an image, and the row has none"
-        raise row.error(f'"{key}" is a box on {have}', "correct the row", "box without image")
-
-
-def _box(row: RowView, box: Sequence[Any], scale: str, image: int, key: str, images: int | None) -> Part:
-    """A box whose numbers can be one."""
-    if images is not None:
-        _check_image(row, image, images, key)
-    if problem := problem_of(box, scale):
-        what, mend = problem
-        raise row.error(f'"{key}" {what}', mend, "box wrong")
-    return box_part(box, scale, image, key)
-
-
-def _only(row: RowView, key: str, images: int) -> int:
-    if images > 1:
-        what = f'"{key}" is a box, the row has {images} images, and nothing says which it lies on'
-        raise row.error(what, "write the boxes as ms-swift's `objects` with `image_id`", "box unclear")
-    return 0
-
-
-def problem_of(box: Sequence[Any], scale: str) -> tuple[str, str] | None:
-    """What is wrong with the numbers of a box or point, and how to mend it; None where nothing is."""
-    said = short(str(list(box)))
-    if not all(_is_number(number) for number in box):
-        return f"is {said}", "write numbers"
-    if len(box) not in (2, 4):
-        if len(box) >= 6 and len(box) % 2 == 0:
-            return f"has {len(box)} numbers, as a polygon has", "write the box around it, [x1, y1, x2, y2]"
-        return f"has {len(box)} numbers", "write [x1, y1, x2, y2] for a box or [x, y] for a point"
-    if len(box) == 4 and (box[2] <= box[0] or box[3] <= box[1]):
-        mend = "write [x1, y1, x2, y2], the left upper corner first"
-        return f"is {said}, which has no width or height (x2 <= x1 or y2 <= y1)", mend
-    most = SCALES[scale]
-    if min(box) < (0 if most else -SLACK) or (most and max(box) > most):
-        unit = f"0 to {most:g}" if most else "pixels from 0 on"
-        mend = "correct it" if most is None else "correct it, or what the source's `boxes` or its bbox_type says"
-        return f"is {said}, outside of its picture ({scale}: {unit})", mend
-    return None
-
-
-def to_unit(part: Mapping[str, Any], size: tuple[int, int], where: str) -> list[float]:
-    """A box part's numbers as 0 to 1 of the sides of its picture.
-
-    Args:
-        part: as `box_part` makes it.
-        size: (width, height) in pixels of the upright picture, as it lies in the file.
-        where: the row in words.
-
-    Raises:
-        RowError: the box lies outside of its picture.
-    """
-    convert: Callable[[float, int], float]
-    side = max(size)
-    convert = {
-        "pixels": lambda number, length: number / length,
-        "unit": lambda number, length: number,
-        "thousand": lambda number, length: number / 1000,
-        "padded": lambda number, length: (number * side - (side - length) // 2) / length,
-    }[part["scale"]]
-    lengths = [size[i % 2] for i in range(len(part["box"]))]
-    found = [convert(number, length) for number, length in zip(part["box"], lengths, strict=True)]
-    slack = math.inf if part["scale"] == "padded" and len(found) == 4 else SLACK
-    over = any(not -slack <= number * length <= length + slack for number, length in zip(found, lengths, strict=True))
-    kept = [min(max(number, 0.0), 1.0) for number in found]
-    if over or (len(kept) == 4 and (kept[2] <= kept[0] or kept[3] <= kept[1])):
-        what = f'"{part["key"]}" is {short(str(part["box"]))} ({part["scale"]}), outside of its picture of '
-        mend = "correct it, or what the source's `boxes` or its bbox_type says"
-        raise row_error(where, f"{what}{size[0]:,} x {size[1]:,} pixels", mend, "box wrong")
-    return kept
+        said = re.findall(_NUMBER, piece)
+        yield [int(number) if re.fullmatch(r"-?\d+", number) else float(number) for number in said], scale
 
 
 def has_typed_boxes(text: str) -> bool:
     """Whether a text has boxes in a way of writing that is nothing else; a bare list of numbers may be anything."""
     return ANY_TYPED.search(text) is not None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _or(names: Mapping[str, Any]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}"

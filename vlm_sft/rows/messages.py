@@ -83,7 +83,7 @@ def box_part(box: Sequence[float], scale: str, image: int, key: str) -> Part:
 
     Args:
         box: numbers as the row has them.
-        scale: what they count; a key of `boxes.SCALES`.
+        scale: what they count; a key of `box.SCALES`.
         image: number of the image among the row's, from 0.
         key: where in the row it stands, for errors.
     """

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..base.words import kind, short
 from ..reading.image_refs import OPTIONS
-from .boxes import given_box
+from .box import given_box
 from .keys import ASSISTANT, SYSTEM, USER, check_left, role_of
 from .messages import PLACE, Message, Part, image_part, ref_part, split_marks, text_part, video_part
 from .raw_row import RowView, is_given
