@@ -115,7 +115,7 @@ def test_every_shape_is_shown_as_it_is_or_refused_by_row_and_the_others_go_on(na
             refused += 1
             ((source, row, reason, sentence),) = lost
             assert (source, row) == ("x", "odd") and reason in ("image refused", "image too large")
-            assert re.match(r"row odd: .*x [\d,]+ pixels.*(: give|: cut) .*remove the row\.$", sentence), sentence
+            assert re.match(r"row odd: the image odd\.png (of|has) [\d,]+ x [\d,]+ pixels.*remove the row\.$", sentence)
             assert same(left, plain), shape
             with pytest.raises(RowError, match=re.escape(sentence)):
                 collator([odd])

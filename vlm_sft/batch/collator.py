@@ -22,7 +22,7 @@ from ..rows.messages import Message, unpacked
 from ..templates.render import RenderedChat
 from .box_text import write_boxes
 from .encoding import EncodedChat, pad
-from .pictures import Pictures, check_frames, check_pictures, load_picture, name_of, picture_size
+from .pictures import Pictures, check_frames, check_pictures, load_picture, name_of, picture_sizes
 from .processor import VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
@@ -40,8 +40,8 @@ class Sample:
         turns_lost: Turns dropped from the end to fit `max_length`.
         loss_weights: S factors on the loss, or None for 1 everywhere.
         instructions: What the user says beside each image, for a resampler that reads it.
-        names: Paths of the images, "" where one has none, for messages.
         extra: Anything a subclass wants to carry to `collate`.
+        names: Paths of the images, "" where one has none, for messages.
     """
 
     chat: EncodedChat
@@ -50,8 +50,8 @@ class Sample:
     turns_lost: int = 0
     loss_weights: list[float] | None = None
     instructions: list[str] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
 
 
 class MultimodalCollator:
@@ -192,12 +192,8 @@ class MultimodalCollator:
         check_frames(self.processor, images, where)
         self._films = Films()
         try:
-            sizes = []
-            if self.processor.reads_sizes:
-                limit, fetch, films = self.max_pixels, self.fetch, self._films
-                sizes = [
-                    picture_size(image, where=where, max_pixels=limit, fetch=fetch, films=films) for image in images
-                ]
+            limit, fetch, films = self.max_pixels, self.fetch, self._films
+            sizes = picture_sizes(self.processor, images, where=where, max_pixels=limit, fetch=fetch, films=films)
             chat, kept = self._fit(messages, where, sizes)
             images = images[: chat.num_images]
             if not any(label != IGNORED for label in chat.labels):

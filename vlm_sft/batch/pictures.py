@@ -33,6 +33,9 @@ class ReadsPictures(Protocol):
     def grown_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) of the largest picture on the way."""
 
+    def expansion(self, size: tuple[int, int]) -> str:
+        """What stands for an image of that size in the text, of a processor that `reads_sizes`."""
+
     def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str]) -> dict[str, torch.Tensor]:
         """What the model takes for images."""
 
@@ -120,6 +123,33 @@ def picture_size(
     if size[0] * size[1] > max_pixels:
         load_image(image, where=where, max_pixels=max_pixels, fetch=fetch, films=films)
     return size
+
+
+def picture_sizes(
+    processor: ReadsPictures,
+    images: Sequence[Any],
+    *,
+    where: str = "",
+    max_pixels: int = MAX_PIXELS,
+    fetch: Callable[[str], str] | None = None,
+    films: Films | None = None,
+) -> list[tuple[int, int]]:
+    """(width, height) of a row's images where the number of their tokens depends on it, else nothing.
+
+    Raises:
+        RowError: As `picture_size`, or the model's own processor takes no image of such a shape.
+    """
+    sizes = []
+    for image in images if processor.reads_sizes else ():
+        sizes.append(picture_size(image, where=where, max_pixels=max_pixels, fetch=fetch, films=films))
+        try:
+            processor.expansion(sizes[-1])
+        except RowError as error:
+            said = str(error).replace(
+                "an image of", f"the image {name_of(image)} of" if name_of(image) else "an image of"
+            )
+            raise RowError(f"{where and where + ': '}{said}", where=where, reason=error.reason) from error
+    return sizes
 
 
 def name_of(image: object) -> str:

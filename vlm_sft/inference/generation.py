@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..base.errors import RowError, UserError
 from ..batch.box_text import write_boxes
 from ..batch.encoding import EncodedChat
-from ..batch.pictures import Pictures, check_frames, image_inputs, load_picture, name_of, picture_size
+from ..batch.pictures import Pictures, check_frames, image_inputs, load_picture, name_of, picture_sizes
 from ..batch.processor import VLMProcessor
 from ..batch.typed_text import unsaid_tokens
 from ..reading.video import Films
@@ -84,7 +84,7 @@ def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "
     messages, place = row["messages"], f"{where}: " if where else ""
     check_frames(processor, row["images"], where)
     with Films() as films:
-        sizes = [picture_size(image, where=where, films=films) for image in row["images"] if processor.reads_sizes]
+        sizes = picture_sizes(processor, row["images"], where=where, films=films)
     messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     try:
         chat = processor.encode_chat(messages, add_generation_prompt=True, sizes=sizes)
