@@ -214,6 +214,16 @@ def test_a_box_outside_its_picture_and_one_without_a_picture():
         assert str(error.value).startswith('row s/1: "objects.bbox[0]" is')
 
 
+def test_a_picture_that_cannot_be_read_is_named_once():
+    given = {**row(box(1, 2, 3, 4)), "images": [{"path": "/nowhere/a.png", "bytes": None}]}
+    with pytest.raises(RowError) as error:
+        MultimodalCollator(make_processor()).encode(given)
+    assert str(error.value).count("row s/1") == 1 and "a.png was not found" in str(error.value)
+    with pytest.raises(RowError, match="row s/1: an image of 1 x 900 pixels is refused") as error:
+        MultimodalCollator(processor_of("qwen2_5_vl")).encode(row(box(0, 1, 1, 4), size=(1, 900)))
+    assert str(error.value).count("row s/1") == 1
+
+
 def test_boxes_are_of_the_upright_picture():
     stream = io.BytesIO()
     exif = Image.Exif()

@@ -160,9 +160,10 @@ class _Writer:
                 what = f'"{key}" is a box on image {image} (from 0), and the row has {len(self.images)}'
                 raise row_error(self.where, what, "correct the row", "box without image")
             given = self.images[image]
+            size = image_size(given, where=self.where, fetch=self.fetch)
             try:
-                seen = self.processor.seen(image_size(given, where=self.where, fetch=self.fetch))
-            except RowError as error:
+                seen = self.processor.seen(size)
+            except RowError as error:  # which knows a size alone
                 raise RowError(f"{self.where}: {error}", where=self.where, reason=error.reason) from error
             self.sizes[image] = file_size(given, self.where, self.fetch), seen
         return self.sizes[image]
