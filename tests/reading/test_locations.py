@@ -11,6 +11,7 @@ import pytest
 from support.source_files import LINES, values
 from support.source_files import refused_file as refused
 from support.source_files import write_file as write
+from vlm_sft.base.errors import UserError
 from vlm_sft.reading.locations import list_files, read_rows
 
 
@@ -150,3 +151,23 @@ def test_hub_offline_for_real(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "could not be loaded" in refused("owner/no-such-dataset")
+
+
+def test_a_saved_dataset_names_nothing_elsewhere(tmp_path):
+    saved = datasets.Dataset.from_list([{"a": 1}])
+    for name in ("elsewhere", "one"):
+        saved.save_to_disk(str(tmp_path / name))
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "two"))
+    arrow = next((tmp_path / "elsewhere").glob("*.arrow"))
+    for folder, file, key in (("one", "state.json", "_data_files"), ("two", "train/state.json", "_data_files")):
+        for named in (f"../{arrow.parent.name}/{arrow.name}", str(arrow), "..", 5):
+            path = tmp_path / folder / file
+            whole = path.read_text(encoding="utf-8")
+            path.write_text(json.dumps(json.loads(whole) | {key: [{"filename": named}]}), encoding="utf-8")
+            with pytest.raises(UserError, match=r"state\.json names .*, which is nothing beside it; it is refused"):
+                list(read_rows(str(tmp_path / folder)))
+            path.write_text(whole, encoding="utf-8")
+        assert len(list(read_rows(str(tmp_path / folder)))) == 1
+    (tmp_path / "two" / "dataset_dict.json").write_text('{"splits": ["../elsewhere"]}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"dataset_dict\.json names '\.\./elsewhere', which is nothing beside it"):
+        list(read_rows(str(tmp_path / "two"), split="../elsewhere"))

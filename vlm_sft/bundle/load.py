@@ -11,9 +11,11 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GenerationConfig
 
 from ..base.errors import UserError
 from ..base.names import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED
+from ..base.words import one_line
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan
 from ..model.sharding import fill
@@ -22,10 +24,11 @@ from ..recipe.library_names import LORA, UNSAID
 from ..recipe.passed_on import flaw
 from ..recipe.safety import pieces_in, read_json, refuse_code
 from ..recipe.schema import Recipe, load_recipe
+from ..recipe.sections import Limits
 from ..recipe.yaml_file import YamlFile, texts_in
 from ..stack.build_stack import build_stack
 from ..stack.kinds import kind_of
-from ..stack.lora import add_adapter
+from ..stack.lora import add_adapter, add_empty_adapter
 from .hub import find_bundle, is_fetched, is_name
 from .manifest import read_manifest
 from .save import parameters_of
@@ -79,7 +82,20 @@ def load(
     model = model.to(device) if dtype is None else model.to(device, dtype)
     for name, value in recipe.generation.items():
         setattr(stack.model.generation_config, name, value)
+    check_answers(stack.model.generation_config, recipe.bounds, str(folder))
     return model.eval(), processor
+
+
+def check_answers(config: GenerationConfig, limits: Limits, where: str) -> None:
+    """Refuses beams and caches beyond the limits, whoever asks for them: the recipe, or the base's own settings.
+
+    Raises:
+        UserError: It names the setting and the limit.
+    """
+    for name, limit in (("num_beams", "beams"), ("max_cache_len", "cache_tokens")):
+        value, most = getattr(config, name, None), getattr(limits, limit)
+        if isinstance(value, int | float) and value > most:
+            raise UserError(f"{where!r}: {name} is {value:,}, but at most {most:,} are allowed (`limits.{limit}`).")
 
 
 def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
@@ -128,12 +144,33 @@ def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:
         if not (folder / name).is_file():
             raise UserError(f"{str(folder)!r} has no {name}, but its model has an adapter; it is no whole bundle.")
     _check_names(folder)
-    config = PeftConfig.from_pretrained(str(folder))
-    _check_ranks(config, folder)
-    base, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns of any name but its own
-    config.init_lora_weights = True
-    wrapped = add_adapter(model, config)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        _check_ranks(config, folder)
+        base, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns of any but its own
+        config.init_lora_weights = True
+        wrapped = add_adapter(model, config) if config.use_dora else _add_filled_later(folder, model, config)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a word where a number should be
+        where = repr(str(folder / ADAPTER_CONFIG))
+        raise UserError(f"{where} is no adapter that PEFT can read: {one_line(error)}") from error
     config.base_model_name_or_path = base
+    return wrapped
+
+
+def _add_filled_later(folder: Path, model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Takes memory for an adapter when its tensors were compared with those of the file."""
+    wrapped = add_empty_adapter(model, config)
+    own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    with safe_open(folder / ADAPTER, framework="pt") as file:
+        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    check_keys(shapes, own, folder / ADAPTER)
+    for module in wrapped.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.zeros_like(parameter, device="cpu")
+                module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
     return wrapped
 
 
@@ -152,14 +189,13 @@ def _check_ranks(config: PeftConfig, folder: Path) -> None:
     where = repr(str(folder / ADAPTER_CONFIG))
     try:
         with safe_open(folder / ADAPTER, framework="pt") as file:
-            sizes = [size for name in file.keys() for size in file.get_slice(name).get_shape()]  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            names = [name for name in file.keys() if "lora_A" in name or "lora_embedding_A" in name]  # noqa: SIM118
+            held = {file.get_slice(name).get_shape()[0] for name in names}
+    except (SafetensorError, OSError, IndexError) as error:
         raise UserError(f"{str(folder / ADAPTER)!r} is no whole safetensors file: {error}.") from error
     rank = max([config.r, *(config.rank_pattern or {}).values()])
-    if rank > max(sizes, default=0):
-        raise UserError(
-            f"{where} has the rank {rank:,}, but its tensors have no side longer than {max(sizes, default=0):,}."
-        )
+    if rank > max(held, default=0):
+        raise UserError(f"{where} has the rank {rank:,}, but its tensors have the rank {max(held, default=0):,}.")
 
 
 def load_trained(folder: Path, model: nn.Module, plan: FreezePlan) -> None:

@@ -16,10 +16,12 @@ from ..base.errors import UserError
 from ..base.names import PARTS, TEMPLATE
 from ..base.whole_files import read_text
 from ..base.words import one_line
+from ..pieces.beside import check_processor, check_tokenizer
 from ..pieces.load_parts import check_size, from_pretrained
 from ..pieces.part_configs import find_model
 from ..pieces.quantization import leave_out, outside_language_model, quantise_empty, settle
 from ..recipe.libraries import build_quantization_config
+from ..recipe.safety import check_picture
 from ..templates.template import load_template
 from .fuyu import FuyuProcessor
 from .kind import Composed
@@ -143,11 +145,16 @@ def load_processor(
         UserError: The processor cannot be read, or refuses an option.
     """
     family = family_of(config.model_type, spec.pretrained)
+    check_tokenizer(spec.pretrained, spec.revision, KEY)
+    check_processor(spec.pretrained, spec.revision, KEY)
     try:
         # The PIL backend everywhere, as for a tower: the same pixels on every machine.
         kind = without_videos(getattr(transformers, family.processor))
         options = {"revision": spec.revision, "backend": "pil", "trust_remote_code": False}
         native = kind.from_pretrained(spec.pretrained, **options, **spec.processor)
+        check_picture(native.image_processor.to_dict(), f"{KEY}: {spec.pretrained!r} with `model.processor`")
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"{KEY}: the processor of {spec.pretrained!r} cannot be read: {one_line(error)}") from error
     place = getattr(config, "image_token_id", None)

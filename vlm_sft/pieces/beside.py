@@ -1,16 +1,45 @@
-"""What lies beside the weights of a checkpoint and is obeyed too: its settings for generating."""
+"""What lies beside the weights of a checkpoint and is obeyed too: looked at before transformers reads it.
+
+A checkpoint is read by the files that are expected of it. What would make transformers load other weights, fetch code
+or let short texts grow is refused with its name; what is fingerprinted is what is loaded.
+"""
 
 from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..base.errors import UserError
+from ..base.names import ADAPTER_CONFIG, CONFIG, PROCESSOR_CONFIG
 from ..recipe.library_names import GENERATION, UNSAID
 from ..recipe.passed_on import flaw
+from ..recipe.safety import check_picture, read_json
+from .checkpoints import fetch_file
 
 # Of a `generation_config.json`: what transformers writes there itself, and what runs code or compiles.
 _WRITTEN = ("_from_model_config", "transformers_version", "_original_object_hash", "_commit_hash")
 _NEUTRAL = (*UNSAID, 0, 1)
+
+# Keys of a `config.json`, at any depth, and of what stands beside it, that name another file, code or repository.
+_ELSEWHERE = {
+    *("transformers_weights", "configuration_files", "gguf_file", "adapter_kwargs", "custom_generate"),
+    *("use_kernels", "kernel_config", "kernel", "kernels", "use_pretrained_backbone"),
+}
+# Keys whose value is a word, which is a repository as soon as it holds one of these.
+_WORDS = ("attn_implementation", "experts_implementation", "backbone", "architecture")
+_MARKS = ("/", "\\", ":")
+# Of a `tokenizer_config.json`: names of files that transformers replaces by those of the checkpoint, and others.
+_REPLACED = {"tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "added_tokens_file", "spm_file"}
+_SENTENCEPIECE = {"enable_sampling", "nbest_size", "alpha"}
+
+# A normalizer, or a decoder, may make this many characters of one: published ones make 18 (NFKD of one Arabic sign).
+MOST_GROWTH = 64
+LONGEST_TOKEN = 10_000
 
 
 def keep_plain_generation(model: PreTrainedModel, where: str) -> None:
@@ -31,3 +60,144 @@ def keep_plain_generation(model: PreTrainedModel, where: str) -> None:
             setattr(config, name, None)
         elif sentence := flaw(GENERATION, name, value):
             raise UserError(f"{where}: its generation_config.json is refused: {sentence}")
+
+
+def check_config_names(config: Mapping[str, Any], where: str, file: str = CONFIG) -> None:
+    """Refuses what a `config.json` says beside sizes: kernels, other files, other repositories.
+
+    Args:
+        config: What stands in the file.
+        where: Named in the message.
+        file: What the file is called.
+
+    Raises:
+        UserError: It names the key.
+    """
+    for name, value in _entries(config):
+        word = name.strip("_").removesuffix("_internal")
+        named = [value, *(value.values() if isinstance(value, Mapping) else ())]
+        other = word in _WORDS and any(isinstance(each, str) and any(m in each for m in _MARKS) for each in named)
+        if other or (word in _ELSEWHERE and value not in UNSAID):
+            raise UserError(
+                f"{where}: its {file} says {name}: {value!r}, which makes transformers fetch or read something else; "
+                f"remove it there."
+            )
+
+
+def refuse_adapter(pretrained: str, revision: str | None, key: str) -> None:
+    """Refuses a checkpoint with an adapter beside its weights: transformers would put it in, or follow it elsewhere.
+
+    Raises:
+        UserError: There is an `adapter_config.json`.
+    """
+    if fetch_file(pretrained, ADAPTER_CONFIG, revision, key, required=False) is not None:
+        raise UserError(
+            f"{key}: {pretrained!r} has an {ADAPTER_CONFIG} beside its weights, which would change them without a "
+            f"word; merge the adapter first, or name a checkpoint without one."
+        )
+
+
+def check_tokenizer(pretrained: str, revision: str | None, key: str, subfolder: str = "") -> None:
+    """Looks at a tokenizer's files before transformers reads them.
+
+    Args:
+        pretrained: Folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
+        key: The recipe's key, or what else messages begin with.
+        subfolder: Where the files are in it.
+
+    Raises:
+        UserError: They name other files, or make long texts of short ones.
+    """
+    settings = _read(pretrained, f"{subfolder}/tokenizer_config.json".lstrip("/"), revision, key)
+    where = f"{key}: {pretrained!r}"
+    for name, value in settings.items():
+        elsewhere = name.endswith(("_file", "_files", "_path", "_dir", "_object")) and name not in _REPLACED
+        elsewhere |= name in ("vocab", "merges", "mecab_kwargs", "sudachi_kwargs", "jumanpp_kwargs", *_ELSEWHERE)
+        elsewhere |= name == "sp_model_kwargs" and bool(set(value or ()) - _SENTENCEPIECE)
+        if elsewhere and value not in UNSAID:
+            raise UserError(f"{where}: its tokenizer_config.json says {name}: {value!r}; it is refused.")
+    check_growth(_read(pretrained, f"{subfolder}/tokenizer.json".lstrip("/"), revision, key), where)
+
+
+def check_processor(pretrained: str, revision: str | None, key: str) -> None:
+    """The same for the files of an image processor.
+
+    Raises:
+        UserError: They name other files or code, or make more of an image than any model takes.
+    """
+    for file in ("preprocessor_config.json", PROCESSOR_CONFIG):
+        settings = _read(pretrained, file, revision, key)
+        check_config_names(settings, f"{key}: {pretrained!r}", file)
+        check_picture(settings, f"{key}: {pretrained!r}", file)
+
+
+def check_growth(tokenizer: Mapping[str, Any], where: str) -> None:
+    """Refuses a `tokenizer.json` that makes very long texts of short ones, or has endless tokens.
+
+    Args:
+        tokenizer: What stands in the file.
+        where: Named in the message.
+
+    Raises:
+        UserError: It does.
+    """
+    for part in ("normalizer", "decoder"):
+        if (growth := _growth(tokenizer.get(part))) > MOST_GROWTH:
+            raise UserError(
+                f"{where}: the {part} of its tokenizer.json makes up to {growth:,.0f} characters of one; more than "
+                f"{MOST_GROWTH} are refused."
+            )
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    tokens = [entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary or ()]
+    tokens += [each.get("content") for each in tokenizer.get("added_tokens") or () if isinstance(each, Mapping)]
+    longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
+    if longest > LONGEST_TOKEN:
+        raise UserError(f"{where}: its tokenizer.json has a token of {longest:,} characters; it is refused.")
+
+
+def _growth(step: object) -> float:
+    """How many characters one character may become in a step of a `tokenizer.json`, and in those within it."""
+    if not isinstance(step, Mapping):
+        return 1
+    within = [entry for value in step.values() if isinstance(value, list) for entry in value]
+    inner = math.prod(map(_growth, within))
+    texts = [value for name, value in step.items() if name in ("content", "prepend", "replacement", "prefix", "suffix")]
+    longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+    if step.get("type") == "Replace":
+        pattern = step.get("pattern")
+        given = pattern.get("String") if isinstance(pattern, Mapping) else pattern
+        # A regular expression may match nothing, between any two characters.
+        grown = longest / len(given) if isinstance(given, str) and given else longest + 1
+    elif step.get("type") == "Precompiled":
+        grown = _longest_precompiled(step.get("precompiled_charsmap"))
+    else:
+        grown = longest
+    return max(grown, 1) * inner
+
+
+def _longest_precompiled(charsmap: object) -> int:
+    """The longest text in sentencepiece's table of replacements: a trie of so many bytes, then texts ended by zeros."""
+    try:
+        table = base64.b64decode(charsmap or "") if isinstance(charsmap, str) else bytes(charsmap or ())  # type: ignore[call-overload]
+    except (ValueError, TypeError):
+        return 1  # no table, which the tokenizers library says
+    return max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")), default=0)
+
+
+def _entries(value: object) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every entry of mappings, at any depth."""
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield str(name), entry
+            yield from _entries(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _entries(entry)
+
+
+def _read(pretrained: str, name: str, revision: str | None, key: str) -> dict[str, Any]:
+    """A mapping in a JSON file of a checkpoint; empty where it has no such file."""
+    path = fetch_file(pretrained, name, revision, key, required=False)
+    return {} if path is None or not Path(path).is_file() else read_json(Path(path), "checkpoint")

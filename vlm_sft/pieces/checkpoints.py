@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from ..base.errors import UserError
 from ..base.hub import hub_is_away, look_for_hub
 from ..base.names import CONFIG
 from ..base.whole_files import check_entries, check_regular, read_text
+from ..recipe.safety import LARGEST_TEXT, check_length
 
 # In the order in which transformers looks for them, so that both read the same file where a folder has several.
 WEIGHT_FILES = (
@@ -32,6 +35,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# How the file of a shard is called: it lies beside its index.
+_SHARD = re.compile(r"(?!\.)[\w.+=-]+\.(safetensors|bin|pt|pth)")
 
 
 class Checkpoint:
@@ -75,16 +80,43 @@ class Checkpoint:
             self._paths[name] = path
             if not name.endswith(".index.json"):
                 return dict.fromkeys(self._names(path), name)
-            try:
-                return dict(json.loads(read_text(path))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.key}: {name} of {self.pretrained!r} is no index of weight files.") from error
+            return self._read_index(path, name)
         if not Path(self.pretrained).exists():
             raise unreachable(self.pretrained, self.key)
         raise UserError(
             f"{self.key}: {self.pretrained!r} has no weights that can be read here ({', '.join(candidates)}); check "
             f"the folder or the Hub id."
         )
+
+    def _read_index(self, path: str, name: str) -> dict[str, str]:
+        """The map of an index; its files lie beside it, so that nothing elsewhere is read."""
+        where = f"{self.key}: {name} of {self.pretrained!r}"
+        check_length(path, LARGEST_TEXT)
+        try:
+            found = dict(json.loads(read_text(path))["weight_map"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise (
+                error if isinstance(error, UserError) else UserError(f"{where} is no index of weight files.")
+            ) from error
+        for file in found.values():
+            if not isinstance(file, str) or not _SHARD.fullmatch(file):
+                raise UserError(f"{where} names {file!r}, which is no weight file beside it; it is refused.")
+        return found
+
+    def check_shards(self) -> None:
+        """Compares an index with the files that it names: transformers loads all that they hold.
+
+        Raises:
+            UserError: A file holds a tensor that the index does not say it holds.
+        """
+        files = {name for name in self.files.values() if not Path(name).is_absolute()}
+        for file in sorted(files) if len(files) > 1 or not files <= set(WEIGHT_FILES) else ():
+            more = set(self._names(self._path(file))) - {name for name, its in self.files.items() if its == file}
+            if more:
+                raise UserError(
+                    f"{self.key}: {file} of {self.pretrained!r} holds {min(more)!r}, which its index does not say; "
+                    f"fetch the checkpoint again."
+                )
 
     def _of_file(self, path: str) -> dict[str, str]:
         return dict.fromkeys(self._names(path), str(Path(path).resolve()))
@@ -182,6 +214,7 @@ def _open(path: str, key: str) -> safe_open:
 
 def _load_bin(path: str, key: str) -> dict[str, torch.Tensor]:
     """Tensors of a file that `torch.save` wrote; never runs code that is in it."""
+    _check_archive(path, key)
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -197,10 +230,35 @@ def _load_bin(path: str, key: str) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{key}: the file {path!r} cannot be read as weights; fetch it again.") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):  # LAVIS, MiniGPT-4
+        if any(isinstance(value, torch.Tensor) for value in state.values()):
+            raise UserError(f"{key}: the file {path!r} holds tensors beside `model`; only one of both can be meant.")
         state = state["model"]
     if not isinstance(state, dict):
         raise UserError(f"{key}: the file {path!r} holds no tensors by name.")
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    for name, tensor in tensors.items():
+        if not _is_whole(tensor):
+            raise UserError(
+                f"{key}: the tensor {name!r} in {path!r} is larger than what the file holds of it; it is refused."
+            )
+    return tensors
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a place in memory for each of its numbers: strides of zero and sparse ones have not."""
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _check_archive(path: str, key: str) -> None:
+    """`torch.save` never compresses; an archive that does unpacks to more than the file holds."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+        if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
+            raise UserError(f"{key}: the file {path!r} is a packed archive, which torch never writes; it is refused.")
 
 
 def fetch_file(pretrained: str, name: str, revision: str | None, key: str, required: bool = True) -> Any:

@@ -25,7 +25,7 @@ from ..model.losses import scales_as_its_class
 from ..model.parts import VISION_MODELS, build_vision_tower, mark_initialised
 from ..model.positions import INTERPOLATING, TABLES, fit_positions
 from ..recipe.safety import check_weights
-from .beside import keep_plain_generation
+from .beside import keep_plain_generation, refuse_adapter
 from .checkpoints import WEIGHT_FILES, Checkpoint
 from .layouts import Origin, detect
 from .piece import Piece
@@ -155,13 +155,16 @@ def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig
 
 def _check_filled(empty: nn.Module, checkpoint: Checkpoint) -> None:
     parameters = sum(parameter.numel() for parameter in empty.parameters())
-    check_weights(parameters, checkpoint.size, f"{checkpoint.key}: {checkpoint.pretrained!r}")
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())
+    check_weights(parameters, checkpoint.size, f"{checkpoint.key}: {checkpoint.pretrained!r}", buffers)
 
 
 def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **options: Any) -> PreTrainedModel:
     """`from_pretrained`, but a tensor that the checkpoint lacks is an error: transformers would draw it at random."""
     # A class is chosen by the checkpoint's own configuration, unless the part is picked out of it under other names.
     config = piece.whole if piece.renamed is None else piece.config
+    refuse_adapter(piece.pretrained, piece.revision, piece.key)
+    piece.checkpoint.check_shards()
     try:
         model, found = auto_class.from_pretrained(
             piece.pretrained,

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from ..base.errors import UserError
 from ..model.positions import INTERPOLATING
 from ..recipe.passed_on import is_plain
+from ..recipe.safety import check_config
 from .layouts import Shapes, at, detect
 from .piece import FOREIGN, Piece, specs_of
 
@@ -69,6 +70,7 @@ def find_vision_tower(spec: VisionTower) -> Piece[VisionTower]:
 
 
 def _at_image_size(config: PreTrainedConfig, size: int | None, key: str) -> PreTrainedConfig:
+    check_config({"image_size": size}, key, "the recipe")
     if size is None or config.model_type in INTERPOLATING or not hasattr(config, "patch_size"):
         return config
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
@@ -159,6 +161,7 @@ def state(config: PreTrainedConfig, stated: Mapping[str, Any], key: str) -> PreT
         if not is_plain(value):
             raise UserError(f"{key}.config: `{name}` takes numbers and words, not {value!r}.")
         setattr(config, name, value)
+    check_config(dict(stated), f"{key}.config", "it")
     return config
 
 

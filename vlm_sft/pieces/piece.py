@@ -15,6 +15,7 @@ from ..base.names import CONFIG, PARTS
 from ..base.whole_files import read_text
 from ..base.words import one_line
 from ..recipe.safety import LIMITS, check_config, check_length
+from .beside import check_config_names
 from .checkpoints import Checkpoint, fetch_file, unreachable
 from .layouts import Origin
 
@@ -90,7 +91,8 @@ class Piece(Generic[SpecT]):
         """`config.json` as it stands; empty where there is none, or none that can be read.
 
         Raises:
-            UserError: Its numbers are beyond reason: some classes fill the memory while they read them.
+            UserError: Its numbers are beyond reason (some classes fill the memory while they read them), or it names
+            something else to read.
         """
         if self._config_file is None:
             return {}
@@ -99,8 +101,11 @@ class Piece(Generic[SpecT]):
             raw = json.loads(read_text(self._config_file))
         except (ValueError, RecursionError):
             return {}
-        check_config(raw, f"{self.key}: {self.pretrained!r}")
-        return raw
+        where = f"{self.key}: {self.pretrained!r}"
+        check_config(raw, where)
+        if not self.trusts_code:
+            check_config_names(raw, where)
+        return raw if isinstance(raw, dict) else {}
 
     @property
     def is_foreign(self) -> bool:

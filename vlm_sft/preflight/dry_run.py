@@ -75,7 +75,7 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
 
     from ..recipe.libraries import build_sft_config, computes_in
     from ..stack.build_stack import build_empty_stack
-    from ..stack.lora import add_adapter, lora_config
+    from ..stack.lora import add_empty_adapter, lora_config
     from ..stack.text_fit import check_texts
     from .memory import estimate
     from .step_memory import Step, count_step
@@ -84,7 +84,7 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
     check_texts(stack.model.config, stack.processor, args.max_length)
     model: nn.Module = stack.model
     if (config := lora_config(recipe, model)) is not None:
-        model = add_adapter(model, config)
+        model = add_empty_adapter(model, config)
         stack.plan.apply(model)
     computes = getattr(torch, computes_in(recipe))
     found = estimate(model, None, launch, args.optim.value, computes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from json import JSONDecoder
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from ..base.errors import RowError, UserError, row_error
 from ..base.whole_files import check_regular, open_regular
 from ..base.words import closest, first_line, reason_of, short
 from .json_text import BOM, is_json, key_twice, lines_of, parse_json, parse_rows, read_text
+from .table_rows import batch_size, check_count, table_rows
 from .tar_shards import read_tar
 
 Found = Iterator[tuple[str, Any]]
 """(place in words, row as it is written or the `RowError` that it is)."""
 
 HEAD = 2**20  # bytes that `about_rows` looks at
-BATCH = 256  # rows of a parquet file or dataset held as Python objects at a time
 
 
 def read_file(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
@@ -194,7 +194,9 @@ def _read_parquet(path: Path) -> Found:
     import pyarrow.parquet as pq
 
     with open_regular(path) as opened, pq.ParquetFile(opened) as file:
-        yield from _batch_rows(path, file.iter_batches(batch_size=BATCH))
+        check_count(path, file.metadata.num_rows)
+        size = batch_size(opened, file.metadata)
+        yield from table_rows(path, file.iter_batches(batch_size=size))
 
 
 def _read_arrow(path: Path) -> Found:
@@ -205,20 +207,10 @@ def _read_arrow(path: Path) -> Found:
     with pa.memory_map(str(path)) as mapped:
         if mapped.read(6) == b"ARROW1":
             file = pa.ipc.open_file(mapped)
-            yield from _batch_rows(path, (file.get_batch(i) for i in range(file.num_record_batches)))
+            yield from table_rows(path, (file.get_batch(i) for i in range(file.num_record_batches)))
         else:
             mapped.seek(0)
-            yield from _batch_rows(path, pa.ipc.open_stream(mapped))
-
-
-def _batch_rows(path: Path, batches: Iterable[Any]) -> Found:
-    number = 0
-    for batch in batches:
-        batch.validate(full=True)
-        for start in range(0, len(batch), BATCH):  # a batch of a file may have any size
-            for values in batch.slice(start, BATCH).to_pylist():
-                number += 1
-                yield f"{path}, row {number}", values
+            yield from table_rows(path, pa.ipc.open_stream(mapped))
 
 
 def _damaged(kind: str, reader: Callable[[Path], Found]) -> Callable[[Path], Found]:

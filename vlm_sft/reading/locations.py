@@ -7,6 +7,7 @@ place (`captions.jsonl, line 3`) and the folder that its relative paths start fr
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from ..base.errors import RowError, UserError
 from ..base.hub import look_for_hub
 from ..base.whole_files import check_entries
 from ..base.words import first_line
-from .files import BATCH, FILE_READERS, TEXT_FILES, no_such_file, read_file
+from .files import FILE_READERS, TEXT_FILES, no_such_file, read_file
+from .table_rows import BATCH
 
 
 class Row(NamedTuple):
@@ -199,11 +201,28 @@ def _of_split(folder: Path, files: list[Path], split: str, depth: int) -> list[P
     raise UserError(f'The folder {folder} has no split "{split}" (it holds {there}): set the source\'s `split`.')
 
 
+def _check_saved(folder: Path) -> None:
+    """Refuses a saved dataset that names files or splits elsewhere, which `datasets` would read."""
+    for path in (folder / "dataset_dict.json", folder / "state.json", *sorted(folder.glob("*/state.json"))):
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            files = [*content.get("_data_files", ()), *(content.get("_indices_data_files") or ())]
+            names = [*(file["filename"] for file in files), *content.get("splits", ())]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # half a folder, as `datasets` says
+        for name in names:
+            if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
+                raise UserError(f"{path} names {name!r}, which is nothing beside it; it is refused.")
+
+
 def _read_saved(folder: Path, split: str) -> Iterator[Row]:
     import datasets
 
     for place in (folder, *(each for each in folder.iterdir() if each.is_dir())):
         check_entries(place)
+    _check_saved(folder)
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever half a folder makes datasets raise

@@ -53,6 +53,7 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
         _stream_has_an_end_and_weights(recipe.data, recipe.sft.get("max_steps")),
         _collator_is_a_class(recipe.collator),
         _sft_fits(recipe.sft, evaluates=bool(recipe.data.eval), streaming=recipe.data.streaming),
+        _answers_are_bounded(recipe),
         _hub_can_be(recipe.hub),
     )
     return next(rules, None)
@@ -242,6 +243,16 @@ def _numbers_that_train(sft: dict[str, Any]) -> Broken:
             ("sft", "max_steps"),
             f"`sft.max_steps` must be above zero, not {steps}; left out, `sft.num_train_epochs` says how long.",
         )
+
+
+def _answers_are_bounded(recipe: Recipe) -> Broken:
+    for key, limit in (("num_beams", "beams"), ("max_cache_len", "cache_tokens")):
+        value, most = recipe.generation.get(key), getattr(recipe.limits, limit)
+        if _is_number(value) and value > most:
+            yield (
+                ("generation", key),
+                f"`generation.{key}` is {value:,}, but `limits.{limit}` is {most:,}; lower it, or raise the limit.",
+            )
 
 
 def _hub_can_be(hub: Hub | None) -> Broken:

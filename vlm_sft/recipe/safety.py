@@ -33,6 +33,11 @@ LARGEST_TEXT = 256 * MEGABYTE
 TEXTS = (".json", ".yaml", ".jinja", ".txt", ".md")
 # What a configuration may say: more than any published model has, and little enough to be built without weights.
 LARGEST_IMAGE, LARGEST_NUMBER = 10_000, 10**8
+LARGEST_TABLES = 256 * MEGABYTE
+# Pixels of what a processor makes of one image, and the tiles that it cuts it into.
+LARGEST_PICTURE, MOST_TILES = 25_000_000, 256
+_TILES = ("max_patches", "min_patches", "pan_and_scan_max_num_crops")
+_SIDES = ("height", "width", "shortest_edge", "longest_edge", "patch_size", "merge_size", "temporal_patch_size")
 MOST = {
     re.compile(r"layers?$|^depths?$|^n_layer|blocks$"): 1000,
     re.compile(r"^num_labels$"): 100_000,
@@ -66,8 +71,12 @@ def check_length(path: str | Path, limit: int) -> None:
         raise UserError(f"{str(path)!r} has {size:,} bytes, more than the {limit:,} that such a file may have.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, whole: str = "bundle") -> dict[str, Any]:
     """A mapping in a JSON file of a bounded size.
+
+    Args:
+        path: The file.
+        whole: What it belongs to, for messages.
 
     Raises:
         UserError: It is too large, cannot be read, or is no mapping.
@@ -78,9 +87,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error}; the bundle is not whole.") from error
+        raise UserError(f"{str(path)!r} cannot be read: {error}; the {whole} is not whole.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} holds no mapping; the bundle is not whole.")
+        raise UserError(f"{str(path)!r} holds no mapping; the {whole} is not whole.")
     return content
 
 
@@ -98,12 +107,13 @@ def check_pieces(pieces: object, where: str) -> None:
             raise UserError(f"{where!r}: what it says of {part!r} is not what a bundle has; the bundle is not whole.")
 
 
-def check_config(config: Mapping[str, Any], where: str) -> None:
+def check_config(config: Mapping[str, Any], where: str, who: str = "its config.json") -> None:
     """Looks at the numbers of a `config.json` before a model is made of them.
 
     Args:
         config: What stands in the file.
         where: Named in the message.
+        who: Says the numbers.
 
     Raises:
         UserError: A number is larger than that of any model.
@@ -111,21 +121,33 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     for name, value in _numbers(config):
         most = next((limit for pattern, limit in MOST.items() if pattern.search(name)), LARGEST_NUMBER)
         if value > most:
-            raise UserError(f"{where}: its config.json says {name}: {value:,}; no model has more than {most:,}.")
+            raise UserError(f"{where}: {who} says {name}: {value:,}; no model has more than {most:,}.")
 
 
-def check_picture(settings: Mapping[str, Any], where: str) -> None:
-    """The same for the sizes in a `preprocessor_config.json`.
+def check_picture(settings: Mapping[str, Any], where: str, file: str = "preprocessor_config.json") -> None:
+    """The same for the sizes in the file of an image processor, or of a processor with one in it.
+
+    Args:
+        settings: What stands in the file, or what `to_dict` gives.
+        where: Named in the message.
+        file: Its name.
 
     Raises:
-        UserError: An image would become larger than any tower takes.
+        UserError: An image would become larger, or more tiles or tokens, than any tower takes.
     """
-    for name, value in _numbers({key: settings.get(key) for key in ("size", "crop_size", "pad_size")}):
-        if value > LARGEST_IMAGE:
-            raise UserError(
-                f"{where}: its preprocessor_config.json says {name}: {value:,}; no model has more than "
-                f"{LARGEST_IMAGE:,}."
-            )
+    # Qwen-VL's edges are numbers of pixels.
+    inner = settings.get("image_processor")
+    kinds = [each.get("image_processor_type") for each in (settings, inner) if isinstance(each, Mapping)]
+    areas = any(str(kind).startswith("Qwen2VL") for kind in kinds)
+    for name, value in _numbers(settings):
+        if name in ("max_pixels", "min_pixels") or (areas and name in ("shortest_edge", "longest_edge")):
+            most = LARGEST_PICTURE
+        else:
+            most = MOST_TILES if name in _TILES else LARGEST_IMAGE
+        if value > most:
+            raise UserError(f"{where}: its {file} says {name}: {value:,}; no model has more than {most:,}.")
+        if value < 1 and name in _SIDES:
+            raise UserError(f"{where}: its {file} says {name}: {value:,}, which is no size.")
 
 
 def _numbers(value: object, name: str = "") -> Iterator[tuple[str, int]]:
@@ -140,12 +162,23 @@ def _numbers(value: object, name: str = "") -> Iterator[tuple[str, int]]:
         yield name, value
 
 
-def check_weights(parameters: int, size: int, where: str) -> None:
+def check_weights(parameters: int, size: int, where: str, buffers: int = 0) -> None:
     """Compares a model made without weights with the files that are to fill it.
 
+    Args:
+        parameters: How many it has.
+        size: Bytes of the files.
+        where: Named in the message.
+        buffers: Bytes of its tables, which no file holds.
+
     Raises:
-        UserError: The files hold less than one bit for each parameter.
+        UserError: The files hold less than one bit for each parameter, or the tables are larger than the weights.
     """
+    if buffers > size + LARGEST_TABLES:
+        raise UserError(
+            f"{where}: its config.json asks for tables of {buffers:,} bytes beside weights of {size:,}; no model has "
+            f"such."
+        )
     if parameters > 8 * size + MEGABYTE:
         raise UserError(
             f"{where}: its config.json describes {parameters:,} parameters, but its weights have {size:,} bytes; is it "

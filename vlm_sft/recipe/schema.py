@@ -21,7 +21,7 @@ from ..base.names import MANIFEST, PARTS
 from ..base.whole_files import check_regular
 from ..base.words import closest
 from .rules import first_broken_rule
-from .sections import BoxNotation, Data, Hub, PretrainedModel, RecipeModel, Stack, Watch
+from .sections import BoxNotation, Data, Hub, Limits, PretrainedModel, RecipeModel, Stack, Watch
 from .yaml_file import KeyPath, YamlFile, dump_yaml
 
 _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
@@ -63,6 +63,8 @@ class Recipe(RecipeModel):
     """What happens to steps whose loss is not finite or jumps."""
     generation: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `transformers.GenerationConfig` for chat, generate and evaluate."""
+    limits: Limits = Field(default_factory=Limits)
+    """What the recipe may ask for, counted before memory is taken."""
     hub: Hub | None = None
     """Where the bundle is pushed to. A push that fails never stops training; see docs/hub.md."""
 
@@ -87,6 +89,16 @@ class Recipe(RecipeModel):
     def strange(self) -> bool:
         """Whether it may be a stranger's: it came with a bundle, and not from the user's own hand."""
         return self._strange
+
+    @property
+    def bounds(self) -> Limits:
+        """Its `limits`; of a recipe that may be a stranger's only as far as they are not above the defaults."""
+        usual, given = Limits(), self.limits
+        if not self.strange:
+            return given
+        lower = {name: min(getattr(usual, name), getattr(given, name)) for name in Limits.model_fields}
+        typed = {name: getattr(given, name) for name in lower if self.is_typed(("limits", name))}
+        return Limits(**{**lower, **typed})
 
     @property
     def parts(self) -> Stack:

@@ -21,6 +21,7 @@ from omegaconf.resolvers import oc
 
 from ..base.errors import UserError, find_secrets, without_tokens
 from ..base.whole_files import read_text
+from .interpolations import check_expansion
 
 KeyPath = tuple[str | int, ...]
 
@@ -159,6 +160,9 @@ class YamlFile:
                 OmegaConf.update(config, ".".join(map(str, path)), value, merge=False, force_add=True)
             except OmegaConfBaseException as error:
                 raise self._unfilled(error) from error
+        written = OmegaConf.to_container(config)
+        assert isinstance(written, dict)
+        check_expansion(written, self.name)
         try:
             with _own_environment(self.name):
                 resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

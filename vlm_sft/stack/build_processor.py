@@ -20,6 +20,7 @@ from ..base.hub import look_for_hub
 from ..base.words import one_line
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
 from ..model.configuration import VLMConfig, image_size_of
+from ..pieces.beside import check_processor, check_tokenizer
 from ..pieces.checkpoints import unreachable
 from ..pieces.piece import Piece
 from ..recipe.safety import check_picture
@@ -38,6 +39,7 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     assert recipe.chat_template is not None
     tower, lm = pieces["vision_tower"], pieces["language_model"]
     image_processor = _load_image_processor(tower, config)
+    check_tokenizer(lm.pretrained, lm.revision, lm.key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(lm.pretrained, revision=lm.revision, trust_remote_code=lm.trusts_code)
     except (OSError, ValueError) as error:
@@ -63,6 +65,7 @@ def _load_qformer_tokenizer(piece: Piece[Resampler], config: VLMConfig) -> PreTr
     source, revision, subfolder = (named, None, "") if named else (piece.pretrained, piece.revision, QFORMER_TOKENIZER)
     if named and not Path(named).exists():
         look_for_hub()
+    check_tokenizer(source, revision, "stack.resampler.tokenizer", subfolder)
     try:
         tokenizer = load_qformer_tokenizer(source, subfolder, revision=revision)
     except (OSError, ValueError) as error:
@@ -87,6 +90,7 @@ def _load_image_processor(tower: Piece[VisionTower], config: VLMConfig) -> BaseI
     try:
         # The PIL backend everywhere: the torchvision one resizes slightly differently, and a bundle must give the
         # same pixels on every machine.
+        check_processor(tower.pretrained, tower.revision, tower.key)
         images = _read_image_processor(tower)
         check_picture(images.to_dict(), f"{tower.key}: {tower.pretrained!r}")
         return images if tower.spec.image_size is None else _at_image_size(images, tower.spec.image_size)

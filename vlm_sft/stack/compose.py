@@ -57,6 +57,11 @@ def compose_stack(recipe: Recipe) -> Composed:
     if resampler is not None:
         _check_widths(config.tower_width, resampler)
     config.num_image_tokens = processor.num_image_tokens = count_image_tokens(config, size)
+    if config.num_image_tokens > (most := recipe.bounds.image_tokens):
+        raise UserError(
+            f"stack: an image becomes {config.num_image_tokens:,} tokens, but `limits.image_tokens` is {most:,}; use a "
+            f"resampler or a smaller image_size, or raise the limit."
+        )
     config.image_token_id = processor.image_token_id
     return Composed(config, processor, pieces)
 

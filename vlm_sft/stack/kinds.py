@@ -10,13 +10,16 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..batch.processor import VLMProcessor
+from ..base.errors import UserError
+from ..base.names import PROCESSOR_CONFIG
+from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor
 from ..families.build_family import FamilyKind
 from ..families.kind import Composed, Kind
 from ..model.connectors import build_projector
 from ..model.modeling import VLMForConditionalGeneration
 from ..model.parts import Parts
 from ..model.positions import cast
+from ..pieces.beside import check_processor, check_tokenizer
 from ..pieces.load_parts import load_language_model, load_projector_weights, load_resampler, load_vision_tower
 from ..pieces.piece import specs_of
 from ..pieces.quantization import quantise_empty
@@ -101,7 +104,16 @@ class StackKind:
 
     def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> VLMProcessor:
         """See `Kind`."""
-        return VLMProcessor.from_pretrained(str(folder), trust_remote_code=False)
+        check_processor(str(folder), None, "processor")
+        for subfolder in ("", QFORMER_TOKENIZER):
+            check_tokenizer(str(folder), None, "processor", subfolder)
+        processor = VLMProcessor.from_pretrained(str(folder), trust_remote_code=False)
+        if processor.num_image_tokens != config.num_image_tokens:
+            raise UserError(
+                f"{str(folder)!r}: {PROCESSOR_CONFIG} says that an image is {processor.num_image_tokens:,} tokens, but "
+                f"the model makes {config.num_image_tokens:,} of one; the bundle is not whole."
+            )
+        return processor
 
 
 def kind_of(pieces: Collection[str]) -> Kind:

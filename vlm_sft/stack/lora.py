@@ -40,7 +40,27 @@ def lora_config(recipe: Recipe, model: nn.Module) -> LoraConfig | None:
         whole = options.get("layers_to_transform") is not None  # PEFT takes no expression then
         options["target_modules"] = _root_targets(model, names, whole)
     options.setdefault("task_type", "CAUSAL_LM")
-    return LoraConfig(**options)
+    config = LoraConfig(**options)
+    _check_rank(config, model)
+    return config
+
+
+def _check_rank(config: LoraConfig, model: nn.Module) -> None:
+    """A rank beyond every layer's width adapts nothing more, and asks for memory without bound."""
+    ranks = [rank for rank in (config.r, *(config.rank_pattern or {}).values()) if isinstance(rank, int)]
+    # Quantised weights are flat, and say their shape as attributes.
+    shapes = [(m.in_features, m.out_features) if hasattr(m, "in_features") else m.weight.shape
+              for m in model.modules() if _is_linear(m)]  # fmt: skip
+    widest = max(map(max, shapes), default=0)
+    if widest and max(ranks) > widest:
+        raise UserError(
+            f"lora.r: the rank {max(ranks):,} is above {widest:,}, the width of the widest layer; lower it."
+        )
+
+
+def add_empty_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """`add_adapter` without memory for the adapter's own tensors: they lie on the meta device."""
+    return add_adapter(model, config, low_cpu_mem_usage=True)
 
 
 def add_adapter(model: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:

@@ -1,0 +1,87 @@
+"""Tables that say one large value many times, or rows without bytes, in little memory and one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_sft.base.errors import RowError, UserError
+from vlm_sft.reading import table_rows
+from vlm_sft.reading.files import read_file
+from vlm_sft.reading.table_rows import batch_size
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A budget of 64 kB a row."""
+    monkeypatch.setattr(table_rows, "LARGEST_ROW", 2**16)
+
+
+def write_arrow(path, table):
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+def test_rows_without_bytes_have_an_end(tmp_path):
+    path = write_arrow(tmp_path / "a.arrow", pa.table({"nothing": pa.nulls(10**9)}))
+    assert path.stat().st_size < 1000
+    with pytest.raises(UserError, match=r"says that it has 1,000,000,000 rows in [\d,]+ bytes; it is refused"):
+        next(iter(read_file(path)))
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([2 * 10**9], pa.int32()), pa.array(["猫"]))
+    with pytest.raises(UserError, match=r"says that it has 2,000,000,000 rows"):
+        next(iter(read_file(write_arrow(tmp_path / "b.arrow", pa.table({"runs": runs})))))
+    pq.write_table(pa.table({"a": pa.nulls(3 * 10**6, pa.bool_())}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"says that it has 3,000,000 rows"):
+        next(iter(read_file(tmp_path / "c.parquet")))
+
+
+def test_one_value_for_many_rows_is_held_row_by_row(small, tmp_path, monkeypatch):
+    words = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0, 2]), pa.array(["x" * 40_000, "猫", "y" * 70_000]))
+    found = [values for _, values in read_file(write_arrow(tmp_path / "a.arrow", pa.table({"text": words})))]
+    assert [len(each["text"]) for each in found[:3]] == [40_000, 1, 40_000]
+    assert isinstance(found[3], RowError) and "row 4: the row has" in str(found[3])
+    views = pa.array(["x" * 70_000, "猫"], pa.string_view())
+    found = [values for _, values in read_file(write_arrow(tmp_path / "b.arrow", pa.table({"text": views})))]
+    assert isinstance(found[0], RowError) and found[1] == {"text": "猫"}
+
+
+def test_a_large_value_shared_in_lists_is_refused(small, tmp_path):
+    words = pa.DictionaryArray.from_arrays(pa.array([0] * 1000), pa.array(["x" * 40_000]))
+    lists = pa.ListArray.from_arrays(pa.array([0, 1000]), words)
+    with pytest.raises(UserError, match="shares a large value among the entries of lists"):
+        list(read_file(write_arrow(tmp_path / "a.arrow", pa.table({"texts": lists}))))
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd", "gzip"])
+def test_a_large_value_of_parquet_is_read_few_rows_at_a_time(codec, tmp_path):
+    for length, rows in ((3_000_000, 89), (100, 256), (300_000_000, 1)):
+        if length > 10**8 and codec != "zstd":
+            continue
+        path = tmp_path / f"{length}.parquet"
+        texts = pa.DictionaryArray.from_arrays(pa.array([0] * 4), pa.array(["x" * length]))
+        pq.write_table(pa.table({"text": texts}), path, compression=codec, dictionary_pagesize_limit=2**30)
+        with open(path, "rb") as opened:
+            assert batch_size(opened, pq.ParquetFile(path).metadata) == rows
+    assert len([*read_file(tmp_path / "100.parquet")]) == 4
+
+
+KINDS = {
+    "plain": lambda array: array,
+    "dictionary": lambda array: array.dictionary_encode(),
+    "view": lambda array: array.cast(pa.string_view()),
+    "struct": lambda array: pa.StructArray.from_arrays([array], ["a"]),
+    "list": lambda array: pa.array([[text] for text in array.to_pylist()], pa.list_(pa.string())),
+}
+
+
+@given(st.lists(st.none() | st.text(max_size=5), max_size=9), st.sampled_from(sorted(KINDS)))
+def test_what_is_read_is_what_pyarrow_reads(texts, kind):
+    batch = pa.record_batch([KINDS[kind](pa.array(texts, pa.string()))], ["x"])
+    found = [values for _, values in table_rows.table_rows(Path(__file__), [batch])]
+    assert found == batch.to_pylist()

@@ -1,0 +1,112 @@
+"""How large a recipe becomes once its `${…}` are filled in, counted before they are.
+
+Thirty lines that name each other twice make a text of a billion characters.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from ..base.errors import UserError
+
+# Characters, and entries of mappings and lists, of a recipe with everything filled in.
+LARGEST_RECIPE = 8 * 2**20
+
+_OPEN = re.compile(r"\$\{")
+# Of a name within `${…}`: keys and list indices; what stands before a colon is one of OmegaConf's functions.
+_FUNCTION = re.compile(r"^(?P<name>[\w.]+):(?P<arguments>.*)$", re.DOTALL)
+_PARTS = re.compile(r"[^.\[\]]+")
+
+
+class _Recipe:
+    """The values of a recipe, and what was counted of them already."""
+
+    def __init__(self, data: dict[Any, Any], name: str) -> None:
+        self.data, self.name = data, name
+        self.counted: dict[tuple[str, ...], int] = {}
+        self.within: set[tuple[str, ...]] = set()
+
+    def at(self, path: tuple[str, ...]) -> int:
+        """The size of what stands at a place; 0 where nothing does, which OmegaConf says."""
+        if path in self.within:
+            raise UserError(f"{self.name}: `{'.'.join(path)}` names itself by ${{…}}; it cannot be filled in.")
+        if path not in self.counted:
+            here: Any = self.data
+            for part in path:
+                if isinstance(here, str) and "${" in here:
+                    return self.of(here, path)
+                entries = dict(enumerate(here)) if isinstance(here, list) else here if isinstance(here, dict) else {}
+                here = next((value for key, value in entries.items() if str(key) == part), None)
+            self.within.add(path)
+            self.counted[path] = self.of(here, path)
+            self.within.discard(path)
+        return self.counted[path]
+
+    def of(self, value: object, path: tuple[str, ...]) -> int:
+        """The size of a value that stands at a place."""
+        if isinstance(value, dict | list):
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            total = 1 + sum(len(str(key)) + self.at((*path, str(key))) for key, _ in entries)
+        elif isinstance(value, str):
+            total = self._text(value, path)
+        else:
+            total = 1
+        if total > LARGEST_RECIPE:
+            raise UserError(
+                f"{self.name} would have more than {LARGEST_RECIPE:,} characters with its ${{…}} filled in; it is "
+                f"refused."
+            )
+        return total
+
+    def _text(self, text: str, path: tuple[str, ...]) -> int:
+        total, end = len(text), 0
+        for match in _OPEN.finditer(text):
+            if match.start() < end:
+                continue  # within another, which was counted
+            end = _closing(text, match.end())
+            total += self._reference(text[match.end() : end], path)
+        return total
+
+    def _reference(self, inner: str, path: tuple[str, ...]) -> int:
+        if found := _FUNCTION.match(inner):
+            if found["name"] == "oc.env":
+                name, _, default = found["arguments"].partition(",")
+                return max(len(os.environ.get(name.strip(), "")), len(default)) + self._text(default + name, path)
+            # Others take names of keys (`oc.select`, `oc.dict.values`) or texts (`oc.decode`, `oc.create`).
+            return self._text(found["arguments"], path) + self._named(found["arguments"].partition(",")[0], path)
+        return self._text(inner, path) + self._named(inner, path)
+
+    def _named(self, name: str, path: tuple[str, ...]) -> int:
+        if "${" in name:  # which key that is shows when it is filled in: any
+            return self.at(()) if () not in self.within else LARGEST_RECIPE + 1
+        dots = len(name) - len(name.lstrip("."))
+        start = path[: len(path) - dots] if dots else ()
+        return self.at((*start, *_PARTS.findall(name.lstrip("."))))
+
+
+def check_expansion(data: dict[Any, Any], name: str) -> None:
+    """Counts what a recipe becomes with its `${…}` filled in.
+
+    Args:
+        data: The recipe as it is written, with its overrides.
+        name: What messages call it.
+
+    Raises:
+        UserError: It would become too large, or a value names itself.
+    """
+    try:
+        _Recipe(data, name).at(())
+    except RecursionError as error:
+        raise UserError(f"{name} has ${{…}} that name each other too often; it is refused.") from error
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the brace is closed that was opened before `start`; the end of the text where it is not."""
+    depth = 1
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if not depth:
+            return place
+    return len(text)
