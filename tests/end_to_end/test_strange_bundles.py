@@ -371,8 +371,15 @@ def test_a_dry_run_makes_no_adapter(bundle, tmp_path, capsys):
 NUMBERS = {
     "stack.vision_tower.image_size": (10**7, r"the recipe says image_size: 10,000,000; no model has more than 10,000"),
     "stack.vision_tower.config": ({"num_hidden_layers": 10**6}, r"num_hidden_layers: 1,000,000; no model has more"),
-    "generation": ({"num_beams": 10**6}, r"`generation\.num_beams` is 1,000,000, but `limits\.beams` is 64"),
+    "generation": ({"num_beams": 10**6}, r"`num_beams` is 1,000,000, but `limits\.beams` is 64"),
     "limits": ({"beams": 10**6}, None),
+    "generation ": ({"num_beams": "9"}, r"`num_beams` must be a whole number from 1, not '9'"),
+    "generation  ": (
+        {"stop_strings": ["x" * 500_000]},
+        r"`stop_strings` has at most 64 texts of at most 200 characters",
+    ),
+    "stack.vision_tower.config ": ({"patch_size": 0}, "no vision tower can be made of its configuration"),
+    "stack.vision_tower.image_size ": (9996, r"9,996 x 9,996; no model has more than 25,000,000 pixels"),
 }
 
 
@@ -380,7 +387,7 @@ NUMBERS = {
 def test_numbers_of_a_recipe(key, bundle):
     value, sentence = NUMBERS[key]
     recipe = yaml.safe_load((bundle / "recipe.yaml").read_text(encoding="utf-8"))
-    *parents, last = key.split(".")
+    *parents, last = key.strip().split(".")
     here = recipe
     for parent in parents:
         here = here[parent]
@@ -395,7 +402,7 @@ def test_numbers_of_a_recipe(key, bundle):
 def test_a_bundle_cannot_raise_its_own_limits(bundle):
     asks = {"generation": {"num_beams": 1000}, "limits": {"beams": 10**6, "cache_tokens": 10**12}}
     edit(bundle / "recipe.yaml", **asks)
-    refused(bundle, r"num_beams is 1,000, but at most 64 are allowed \(`limits\.beams`\)")
+    refused(bundle, r"`num_beams` is 1,000, but `limits\.beams` is 64")
     bounds = load_recipe(bundle / "recipe.yaml", ["limits.beams=2000"]).bounds
     assert (bounds.beams, bounds.cache_tokens) == (2000, 1_048_576)
 
@@ -403,7 +410,7 @@ def test_a_bundle_cannot_raise_its_own_limits(bundle):
 def test_a_base_asks_for_no_more_beams_than_a_recipe(bundle, tmp_path):
     base = other_base(bundle, tmp_path)
     (base / "generation_config.json").write_text('{"num_beams": 100000}', encoding="utf-8")
-    refused(bundle, r"num_beams is 100,000, but at most 64 are allowed")
+    refused(bundle, r"`num_beams` is 100,000, but `limits\.beams` is 64")
 
 
 def test_a_thin_picture_in_a_question_is_refused(bundle, tmp_path):

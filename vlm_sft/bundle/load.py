@@ -11,7 +11,6 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GenerationConfig
 
 from ..base.errors import UserError
 from ..base.names import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED
@@ -21,10 +20,9 @@ from ..model.freeze import FreezePlan
 from ..model.sharding import fill
 from ..pieces.fingerprints import compare_pieces
 from ..recipe.library_names import LORA, UNSAID
-from ..recipe.passed_on import flaw
+from ..recipe.passed_on import flaw, flaw_of_answers
 from ..recipe.safety import pieces_in, read_json, refuse_code
 from ..recipe.schema import Recipe, load_recipe
-from ..recipe.sections import Limits
 from ..recipe.yaml_file import YamlFile, texts_in
 from ..stack.build_stack import build_stack
 from ..stack.kinds import kind_of
@@ -32,6 +30,9 @@ from ..stack.lora import add_adapter, add_empty_adapter
 from .hub import find_bundle, is_fetched, is_name
 from .manifest import read_manifest
 from .save import parameters_of
+
+# Numbers in the mappings of an adapter's options (groups, samples, buffers), all of which stand for memory.
+MOST_OF_AN_OPTION = 10_000
 
 
 def load(
@@ -82,20 +83,9 @@ def load(
     model = model.to(device) if dtype is None else model.to(device, dtype)
     for name, value in recipe.generation.items():
         setattr(stack.model.generation_config, name, value)
-    check_answers(stack.model.generation_config, recipe.bounds, str(folder))
+    if found := flaw_of_answers(vars(stack.model.generation_config), recipe.bounds):  # the base's own say some too
+        raise UserError(f"{str(folder)!r}: {found[1]}")
     return model.eval(), processor
-
-
-def check_answers(config: GenerationConfig, limits: Limits, where: str) -> None:
-    """Refuses beams and caches beyond the limits, whoever asks for them: the recipe, or the base's own settings.
-
-    Raises:
-        UserError: It names the setting and the limit.
-    """
-    for name, limit in (("num_beams", "beams"), ("max_cache_len", "cache_tokens")):
-        value, most = getattr(config, name, None), getattr(limits, limit)
-        if isinstance(value, int | float) and value > most:
-            raise UserError(f"{where!r}: {name} is {value:,}, but at most {most:,} are allowed (`limits.{limit}`).")
 
 
 def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
@@ -152,7 +142,7 @@ def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:
         wrapped = add_adapter(model, config) if config.use_dora else _add_filled_later(folder, model, config)
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a word where a number should be
+    except Exception as error:  # whatever a word where a number should be makes PEFT raise
         where = repr(str(folder / ADAPTER_CONFIG))
         raise UserError(f"{where} is no adapter that PEFT can read: {one_line(error)}") from error
     config.base_model_name_or_path = base
@@ -182,6 +172,11 @@ def _check_names(folder: Path) -> None:
     for name, value in settings.items():
         if value not in UNSAID and (sentence := flaw(LORA, name, value)):
             raise UserError(f"{where} asks for `{name}`, which is refused: {sentence}")
+        largest = (
+            max((each for each in value.values() if isinstance(each, int)), default=0) if isinstance(value, dict) else 0
+        )
+        if LORA.mappings.get(name) and largest > MOST_OF_AN_OPTION:
+            raise UserError(f"{where} says {largest:,} in `{name}`; more than {MOST_OF_AN_OPTION:,} are refused.")
 
 
 def _check_ranks(config: PeftConfig, folder: Path) -> None:

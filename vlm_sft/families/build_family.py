@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ..recipe.sections import PretrainedModel
 
 KEY = "model.pretrained"
+# What a processor itself, and not that of its images, may be told of how many tokens an image becomes.
+TOKENS = ("image_seq_length", "image_seq_len", "num_additional_image_tokens", "num_patch_index_tokens")
 # Models whose class, or whose processor, needs more than the others'.
 MODELS: dict[str, type[FamilyModel]] = {"kosmos-2": Kosmos2}
 PROCESSORS: dict[str, type[FamilyProcessor]] = {"kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor}
@@ -153,6 +155,7 @@ def load_processor(
         options = {"revision": spec.revision, "backend": "pil", "trust_remote_code": False}
         native = kind.from_pretrained(spec.pretrained, **options, **spec.processor)
         check_picture(native.image_processor.to_dict(), f"{KEY}: {spec.pretrained!r} with `model.processor`")
+        check_picture({name: spec.processor.get(name) for name in TOKENS}, KEY, "`model.processor`")
     except UserError:
         raise
     except (OSError, ValueError, TypeError, ImportError) as error:

@@ -22,13 +22,9 @@ from ..batch.pictures import Pictures, check_frames, image_inputs, load_picture,
 from ..batch.processor import VLMProcessor
 from ..batch.typed_text import unsaid_tokens
 from ..reading.video import Films
-from ..recipe.library_names import GENERATION
 from ..rows.messages import unpacked
 from .picture_fault import pictures_named, place_of
-from .settings import ends_of, generation_options
-
-# What `answer` and `stream_answer` also pass on: a caller in Python makes them, and no file can say them.
-OBJECTS = {"tokenizer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
+from .settings import ends_of, generation_options, refusal, split_settings
 
 
 class PromptTooLongError(UserError):
@@ -204,15 +200,15 @@ def _generate(
 ) -> torch.Tensor:
     """Calls `generate`; returns new tokens alone."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
-    known = GENERATION.names - set(GENERATION.never)
-    if strange := set(settings) - known - OBJECTS:
-        raise UserError(f"generation has no setting {min(strange)!r} that is handed on; see docs/security.md.")
-    config = GenerationConfig(**{name: value for name, value in settings.items() if name in known})
-    more |= {name: value for name, value in settings.items() if name not in known}
+    known, objects = split_settings(settings)
+    config, more = GenerationConfig(**known), more | objects
     given = core.generation_inputs(batch, config.num_beams or core.generation_config.num_beams or 1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*with `inputs_embeds` and without `input_ids`")
-        output: torch.Tensor = model.generate(**given, generation_config=config, **more)
+        try:
+            output: torch.Tensor = model.generate(**given, generation_config=config, **more)
+        except (ValueError, TypeError, ImportError) as error:
+            raise refusal(error) from error
     # Given embeddings, `generate` returns what is new alone.
     return output[:, batch["input_ids"].shape[1] :] if "input_ids" in given else output
 

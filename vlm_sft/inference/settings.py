@@ -41,6 +41,30 @@ PROCESSORS: dict[str, Any] = {
 """Each refuses, in words, what it cannot work with."""
 
 
+# What `answer` and `stream_answer` also pass on: a caller in Python makes them, and no file can say them.
+OBJECTS = {"tokenizer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
+
+
+def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of an answer: those of `GenerationConfig`, and objects that are handed to `generate` beside it.
+
+    Raises:
+        UserError: One is neither: it is never handed on, whoever says it.
+    """
+    known = GENERATION.names - set(GENERATION.never)
+    if strange := set(settings) - known - OBJECTS:
+        raise UserError(f"generation has no setting {min(strange)!r} that is handed on; see docs/security.md.")
+    objects = {name: value for name, value in settings.items() if name in OBJECTS}
+    return {name: value for name, value in settings.items() if name not in OBJECTS}, objects
+
+
+def refusal(error: Exception) -> Exception:
+    """What `generate` raises of settings that it cannot work with, in one sentence."""
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"the model cannot answer with these settings of `generation`: {one_line(error)}")
+
+
 def check_options(options: dict[str, Any]) -> None:
     """Refuses generation settings that are on no list of ours, or that transformers does not take.
 

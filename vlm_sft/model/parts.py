@@ -10,6 +10,8 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
 from transformers.models.instructblip.modeling_instructblip import InstructBlipVisionModel
 
+from ..base.errors import UserError
+from ..base.words import one_line
 from .configuration import VLMConfig
 from .connectors import build_projector, build_resampler
 from .mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig, MPLUGOwlVisionModel
@@ -36,9 +38,17 @@ class Parts:
 
 
 def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """Makes the encoder that a vision configuration describes, with random weights."""
+    """Makes the encoder that a vision configuration describes, with random weights.
+
+    Raises:
+        UserError: A number or word of it is none that its class can work with.
+    """
     model_class = VISION_MODELS.get(config.model_type)
-    tower = model_class._from_config(config) if model_class else AutoModel.from_config(config)
+    try:
+        tower = model_class._from_config(config) if model_class else AutoModel.from_config(config)
+    except (ArithmeticError, LookupError, TypeError) as error:
+        kind = config.model_type
+        raise UserError(f"no vision tower can be made of its configuration ({kind}): {one_line(error)}.") from error
     if eps := getattr(config, "post_layernorm_eps", None):  # LAVIS: another one than inside the tower
         tower.post_layernorm.eps = eps
     return tower

@@ -40,6 +40,7 @@ _SENTENCEPIECE = {"enable_sampling", "nbest_size", "alpha"}
 # A normalizer, or a decoder, may make this many characters of one: published ones make 18 (NFKD of one Arabic sign).
 MOST_GROWTH = 64
 LONGEST_TOKEN = 10_000
+MOST_ADDED = 1000
 
 
 def keep_plain_generation(model: PreTrainedModel, where: str) -> None:
@@ -148,6 +149,8 @@ def check_growth(tokenizer: Mapping[str, Any], where: str) -> None:
                 f"{where}: the {part} of its tokenizer.json makes up to {growth:,.0f} characters of one; more than "
                 f"{MOST_GROWTH} are refused."
             )
+    if (more := _added(tokenizer.get("post_processor"))) > MOST_ADDED:
+        raise UserError(f"{where}: its tokenizer.json puts {more:,} tokens around each text; it is refused.")
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     tokens = [entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary or ()]
@@ -177,13 +180,30 @@ def _growth(step: object) -> float:
     return max(grown, 1) * inner
 
 
-def _longest_precompiled(charsmap: object) -> int:
+def _added(step: object) -> int:
+    """Tokens that the last step of a `tokenizer.json` puts around a text, and those within it."""
+    if not isinstance(step, Mapping):
+        return 0
+    tokens = step.get("special_tokens")
+    ids = (
+        [each.get("ids") for each in tokens.values() if isinstance(each, Mapping)]
+        if isinstance(tokens, Mapping)
+        else []
+    )
+    longest = max((len(each) for each in ids if isinstance(each, list)), default=0)
+    places = max((len(step[name]) for name in ("single", "pair") if isinstance(step.get(name), list)), default=0)
+    within = [entry for value in step.values() if isinstance(value, list) for entry in value]
+    return longest * places + sum(map(_added, within))
+
+
+def _longest_precompiled(charsmap: object) -> float:
     """The longest text in sentencepiece's table of replacements: a trie of so many bytes, then texts ended by zeros."""
     try:
         table = base64.b64decode(charsmap or "") if isinstance(charsmap, str) else bytes(charsmap or ())  # type: ignore[call-overload]
     except (ValueError, TypeError):
-        return 1  # no table, which the tokenizers library says
-    return max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")), default=0)
+        return math.inf
+    end = 4 + int.from_bytes(table[:4], "little")
+    return max(map(len, table[end:].split(b"\0"))) if table and end <= len(table) else math.inf if table else 1
 
 
 def _entries(value: object) -> Iterator[tuple[str, Any]]:
@@ -199,5 +219,7 @@ def _entries(value: object) -> Iterator[tuple[str, Any]]:
 
 def _read(pretrained: str, name: str, revision: str | None, key: str) -> dict[str, Any]:
     """A mapping in a JSON file of a checkpoint; empty where it has no such file."""
+    if Path(pretrained).is_file():  # a bare file of weights
+        return {}
     path = fetch_file(pretrained, name, revision, key, required=False)
     return {} if path is None or not Path(path).is_file() else read_json(Path(path), "checkpoint")

@@ -146,9 +146,11 @@ def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig
             empty = make(copy.deepcopy(config))
     except ValueError:
         return None
-    except RuntimeError as error:  # more bytes than can be counted
+    except UserError:
+        raise
+    except Exception as error:  # more bytes than can be counted, or a number that its class cannot work with
         where = f"{checkpoint.key}: {checkpoint.pretrained!r}"
-        raise UserError(f"{where}: no model can be made of its config.json ({error}).") from error
+        raise UserError(f"{where}: no model can be made of its config.json ({one_line(error)}).") from error
     _check_filled(empty, checkpoint)
     return empty
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..base.errors import UserError
+from ..base.words import one_line
 from ..model.positions import INTERPOLATING
 from ..recipe.passed_on import is_plain
 from ..recipe.safety import check_config
@@ -160,7 +161,10 @@ def state(config: PreTrainedConfig, stated: Mapping[str, Any], key: str) -> PreT
             raise UserError(f"{key}.config: a {type(config).__name__} has no setting {name!r}.")
         if not is_plain(value):
             raise UserError(f"{key}.config: `{name}` takes numbers and words, not {value!r}.")
-        setattr(config, name, value)
+        try:
+            setattr(config, name, value)
+        except Exception as error:  # transformers checks some types when a value is set
+            raise UserError(f"{key}.config: `{name}` cannot be {value!r}: {one_line(error)}") from error
     check_config(dict(stated), f"{key}.config", "it")
     return config
 

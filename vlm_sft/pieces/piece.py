@@ -128,7 +128,9 @@ class Piece(Generic[SpecT]):
             )
         except OSError as error:
             raise unreachable(self.pretrained, self.key) from error
-        except (ValueError, ImportError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever a value of a wrong type makes a class raise
             raise UserError(
                 f"{self.key}: transformers cannot read the config.json of {self.pretrained!r}: {one_line(error)}"
             ) from error

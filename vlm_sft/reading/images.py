@@ -16,9 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..base.errors import RowError, row_error
 from ..base.whole_files import IrregularError, open_regular
 from ..base.words import reason_of
-from .image_kinds import describe_unreadable, kind_of
+from .image_kinds import describe_unreadable, kind_of, without_texts
 from .image_refs import TIME, is_url, size_asked
-from .png_text import without_texts
 from .video import Films
 
 MAX_PIXELS = 178_956_970  # where PIL itself calls an image a decompression bomb

@@ -27,28 +27,34 @@ class _Recipe:
         self.data, self.name = data, name
         self.counted: dict[tuple[str, ...], int] = {}
         self.within: set[tuple[str, ...]] = set()
+        self.unknown = 0  # references to a key that shows when they are filled in
 
     def at(self, path: tuple[str, ...]) -> int:
         """The size of what stands at a place; 0 where nothing does, which OmegaConf says."""
-        if path in self.within:
-            raise UserError(f"{self.name}: `{'.'.join(path)}` names itself by ${{…}}; it cannot be filled in.")
-        if path not in self.counted:
-            here: Any = self.data
-            for part in path:
-                if isinstance(here, str) and "${" in here:
-                    return self.of(here, path)
-                entries = dict(enumerate(here)) if isinstance(here, list) else here if isinstance(here, dict) else {}
-                here = next((value for key, value in entries.items() if str(key) == part), None)
-            self.within.add(path)
-            self.counted[path] = self.of(here, path)
-            self.within.discard(path)
-        return self.counted[path]
+        here: Any = self.data
+        for part in path:
+            if isinstance(here, str) and "${" in here:
+                return self.of(here, path)
+            if isinstance(here, list):
+                here = here[int(part)] if part.isdigit() and int(part) < len(here) else None
+            else:
+                here = here.get(part) if isinstance(here, dict) else None
+        return self.of(here, path)
 
     def of(self, value: object, path: tuple[str, ...]) -> int:
         """The size of a value that stands at a place."""
+        if path in self.within:
+            raise UserError(f"{self.name}: `{'.'.join(path)}` names itself by ${{…}}; it cannot be filled in.")
+        if path not in self.counted:
+            self.within.add(path)
+            self.counted[path] = self._count(value, path)
+            self.within.discard(path)
+        return self.counted[path]
+
+    def _count(self, value: object, path: tuple[str, ...]) -> int:
         if isinstance(value, dict | list):
             entries = value.items() if isinstance(value, dict) else enumerate(value)
-            total = 1 + sum(len(str(key)) + self.at((*path, str(key))) for key, _ in entries)
+            total = 1 + sum(len(str(key)) + self.of(entry, (*path, str(key))) for key, entry in entries)
         elif isinstance(value, str):
             total = self._text(value, path)
         else:
@@ -74,13 +80,22 @@ class _Recipe:
             if found["name"] == "oc.env":
                 name, _, default = found["arguments"].partition(",")
                 return max(len(os.environ.get(name.strip(), "")), len(default)) + self._text(default + name, path)
-            # Others take names of keys (`oc.select`, `oc.dict.values`) or texts (`oc.decode`, `oc.create`).
-            return self._text(found["arguments"], path) + self._named(found["arguments"].partition(",")[0], path)
+            arguments = found["arguments"]
+            if found["name"] in ("oc.decode", "oc.create"):  # read a text as YAML, which may name keys again
+                if "${" in arguments.replace("${oc.env:", ""):
+                    raise UserError(f"{self.name}: `${{{inner[:60]}}}` cannot be counted; write the value itself.")
+                return self._text(arguments, path)
+            return self._text(arguments, path) + self._named(arguments.partition(",")[0], path)
         return self._text(inner, path) + self._named(inner, path)
 
     def _named(self, name: str, path: tuple[str, ...]) -> int:
-        if "${" in name:  # which key that is shows when it is filled in: any
-            return self.at(()) if () not in self.within else LARGEST_RECIPE + 1
+        if "${" in name:
+            self.unknown += 1
+            if self.unknown > 1:
+                raise UserError(
+                    f"{self.name}: only one key may be named by another, like ${{a.${{b}}}}; write the name."
+                )
+            return 0  # as large as what was counted already, at most
         dots = len(name) - len(name.lstrip("."))
         start = path[: len(path) - dots] if dots else ()
         return self.at((*start, *_PARTS.findall(name.lstrip("."))))

@@ -16,6 +16,7 @@ from .yaml_file import KeyPath
 
 if TYPE_CHECKING:
     from .schema import Recipe
+    from .sections import Limits
 
 
 def names_that_pass(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -59,6 +60,30 @@ def _flaw_of_mapping(passed_on: PassedOn, name: str, value: Mapping[str, Any], p
             return f'unknown key "{prefix}{name}.{key}"; it has {", ".join(sorted(keys))}.'
         if isinstance(entry, Mapping) or not is_plain(entry):
             return f"`{prefix}{name}.{key}` takes numbers and words, not {entry!r}."
+    return None
+
+
+# Texts that end an answer: transformers makes a table of each letter of each, for every token.
+MOST_STOPS, LONGEST_STOP = 64, 200
+
+
+def flaw_of_answers(settings: Mapping[str, Any], limits: Limits) -> tuple[str, str] | None:
+    """What is wrong with settings for generating that take memory: (name, sentence); None where nothing is.
+
+    Args:
+        settings: Of a recipe's `generation`, or of a model.
+        limits: What they may ask for.
+    """
+    for name, limit in (("num_beams", "beams"), ("max_cache_len", "cache_tokens")):
+        value, most = settings.get(name), getattr(limits, limit)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            return name, f"`{name}` must be a whole number from 1, not {value!r}."
+        if value is not None and value > most:
+            return name, f"`{name}` is {value:,}, but `limits.{limit}` is {most:,}; lower it, or raise the limit."
+    stops = settings.get("stop_strings") or ()
+    stops = [stops] if isinstance(stops, str) else list(stops)
+    if len(stops) > MOST_STOPS or any(not isinstance(stop, str) or len(stop) > LONGEST_STOP for stop in stops):
+        return "stop_strings", f"`stop_strings` has at most {MOST_STOPS} texts of at most {LONGEST_STOP} characters."
     return None
 
 

@@ -16,7 +16,7 @@ from ..base.assets import template_path
 from ..base.errors import UserError
 from ..base.names import GROUPED, PARTS
 from ..base.words import closest
-from .passed_on import names_that_pass
+from .passed_on import flaw_of_answers, names_that_pass
 from .sections import Data, Hub, Stack
 from .yaml_file import KeyPath
 
@@ -246,13 +246,8 @@ def _numbers_that_train(sft: dict[str, Any]) -> Broken:
 
 
 def _answers_are_bounded(recipe: Recipe) -> Broken:
-    for key, limit in (("num_beams", "beams"), ("max_cache_len", "cache_tokens")):
-        value, most = recipe.generation.get(key), getattr(recipe.limits, limit)
-        if _is_number(value) and value > most:
-            yield (
-                ("generation", key),
-                f"`generation.{key}` is {value:,}, but `limits.{limit}` is {most:,}; lower it, or raise the limit.",
-            )
+    if found := flaw_of_answers(recipe.generation, recipe.limits):
+        yield ("generation", found[0]), f"`generation`: {found[1]}"
 
 
 def _hub_can_be(hub: Hub | None) -> Broken:

@@ -119,6 +119,8 @@ def check_config(config: Mapping[str, Any], where: str, who: str = "its config.j
         UserError: A number is larger than that of any model.
     """
     for name, value in _numbers(config):
+        if isinstance(value, float):
+            continue  # no size
         most = next((limit for pattern, limit in MOST.items() if pattern.search(name)), LARGEST_NUMBER)
         if value > most:
             raise UserError(f"{where}: {who} says {name}: {value:,}; no model has more than {most:,}.")
@@ -146,19 +148,40 @@ def check_picture(settings: Mapping[str, Any], where: str, file: str = "preproce
             most = MOST_TILES if name in _TILES else LARGEST_IMAGE
         if value > most:
             raise UserError(f"{where}: its {file} says {name}: {value:,}; no model has more than {most:,}.")
-        if value < 1 and name in _SIDES:
+        if name in _SIDES and (value < 1 or isinstance(value, float)):
             raise UserError(f"{where}: its {file} says {name}: {value:,}, which is no size.")
+    for name, height, width in _areas(settings):
+        if height * width > LARGEST_PICTURE:
+            raise UserError(
+                f"{where}: its {file} says {name}: {height:,} x {width:,}; no model has more than {LARGEST_PICTURE:,} "
+                f"pixels."
+            )
 
 
-def _numbers(value: object, name: str = "") -> Iterator[tuple[str, int]]:
-    """(key, number) of every whole number in mappings and lists."""
+def _areas(value: object, name: str = "") -> Iterator[tuple[str, float, float]]:
+    """(key, height, width) of every rectangle in mappings and lists."""
+    if isinstance(value, Mapping):
+        height, width = value.get("height"), value.get("width")
+        if isinstance(height, int | float) and isinstance(width, int | float):
+            yield name, height, width
+        for key, entry in value.items():
+            yield from _areas(entry, str(key))
+    elif isinstance(value, list | tuple):
+        if name == "image_grid_pinpoints" and len(value) == 2 and all(isinstance(side, int) for side in value):
+            yield name, value[0], value[1]
+        for entry in value:
+            yield from _areas(entry, name)
+
+
+def _numbers(value: object, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, number) of every number in mappings and lists."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
             yield from _numbers(entry, str(key))
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from _numbers(entry, name)
-    elif isinstance(value, int) and not isinstance(value, bool):
+    elif isinstance(value, int | float) and not isinstance(value, bool) and (value == value):
         yield name, value
 
 

@@ -92,8 +92,10 @@ def _load_image_processor(tower: Piece[VisionTower], config: VLMConfig) -> BaseI
         # same pixels on every machine.
         check_processor(tower.pretrained, tower.revision, tower.key)
         images = _read_image_processor(tower)
+        if tower.spec.image_size is not None:
+            images = _at_image_size(images, tower.spec.image_size)
         check_picture(images.to_dict(), f"{tower.key}: {tower.pretrained!r}")
-        return images if tower.spec.image_size is None else _at_image_size(images, tower.spec.image_size)
+        return images
     except UserError:
         raise
     except (OSError, ValueError) as error:

@@ -24,7 +24,7 @@ from ..pieces.load_parts import load_language_model, load_projector_weights, loa
 from ..pieces.piece import specs_of
 from ..pieces.quantization import quantise_empty
 from ..recipe.libraries import build_quantization_config
-from .compose import compose_stack
+from .compose import check_image_size, compose_stack
 from .precision import precision_warning
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class StackKind:
                 f"{str(folder)!r}: {PROCESSOR_CONFIG} says that an image is {processor.num_image_tokens:,} tokens, but "
                 f"the model makes {config.num_image_tokens:,} of one; the bundle is not whole."
             )
+        check_image_size(config, processor, str(folder))
         return processor
 
 
