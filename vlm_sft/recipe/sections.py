@@ -179,7 +179,6 @@ class PretrainedModel(RecipeModel):
     """Arguments of the model's own processor, for example `{max_pixels: 1003520}` (Qwen-VL)."""
 
 
-# What a recipe says of one base piece.
 AnyPiece = VisionTower | Resampler | AnyProjector | LanguageModel | PretrainedModel
 
 
@@ -346,6 +345,6 @@ class Limits(RecipeModel):
     image_tokens: Annotated[int, Field(ge=1)] = 65_536
     """Most tokens of an image."""
     beams: Annotated[int, Field(ge=1)] = 64
-    """Most beams of an answer; each keeps a cache of its own."""
+    """Most beams of an answer."""
     cache_tokens: Annotated[int, Field(ge=1)] = 1_048_576
     """Most tokens of a cache that is taken before an answer begins (`generation.max_cache_len`)."""
