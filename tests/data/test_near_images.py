@@ -89,6 +89,15 @@ def test_where_all_look_alike_a_part_is_compared_and_said(monkeypatch):
     assert 0.001 < found.compared < 0.5 and 0 < len(found.pairs) <= 200
 
 
+def test_in_a_crowd_every_copy_still_has_a_partner():
+    crowd = looks([COPIES["half the size"](PHOTOS[0])] * 400)
+    found = near_pairs(
+        looks([PHOTOS[0], PHOTOS[1], COPIES["mirrored"](PHOTOS[0])]), np.concatenate([crowd, looks(PHOTOS[1:3])])
+    )
+    assert [(pair.first, pair.mirrored) for pair in found.pairs] == [(0, False), (1, False), (2, True)]
+    assert found.pairs[1].second == 400 and repeated(crowd) == 399
+
+
 def test_blocks_change_nothing(monkeypatch):
     held_out = looks([COPIES["all of it"](picture) for picture in PHOTOS[:12]])
     whole = near_pairs(looks(PHOTOS), held_out)

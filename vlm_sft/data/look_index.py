@@ -29,6 +29,7 @@ CUTS: tuple[Cut, ...] = (
 )  # fmt: skip
 NEAR_BITS, FAR_BITS = 7, 24  # of 64, that may differ in one of the hashes, and in the other
 PAIRS = 2**19  # candidates at a time
+CROWD = 64  # near ones of a hash that are told at a time: where thousands look alike, any few of them will do
 _CHUNKS = 4  # of 16 bits: two pictures that differ in 7 of 64 differ in one at most of some chunk
 _MASKS = np.array([0, *(1 << bit for bit in range(16))], np.uint64)
 
@@ -141,7 +142,7 @@ class Index:
         )
 
     def near(self, bits: Bits) -> Iterator[tuple[Numbers, Numbers]]:
-        """Numbers of hashes and of those here that are near them; a pair may come several times."""
+        """Numbers of hashes and of those here that are near them, of a crowd some; a pair may come several times."""
         for kind, chunk, order, starts in self._chunks:
             for mask in _MASKS:
                 keys = (_chunk(bits[:, kind], chunk) ^ mask).astype(np.int64)
@@ -156,8 +157,10 @@ class Index:
                     near = np.bitwise_count(bits[query, kind] ^ self.bits[found, kind]) <= NEAR_BITS
                     query, found = query[near], found[near]
                     other = np.bitwise_count(bits[query, 1 - kind] ^ self.bits[found, 1 - kind]) <= FAR_BITS
-                    if other.any():
-                        yield query[other], found[other]
+                    query, found = query[other], found[other]
+                    few = np.arange(len(query)) - np.searchsorted(query, query) < CROWD
+                    if few.any():
+                        yield query[few], found[few]
 
 
 def _chunk(bits: Bits, number: int) -> Bits:

@@ -28,7 +28,7 @@ COLOURED, SAME_COLOURS, PALE, BUSY_GREY = 1.5, 0.9, 0.25, 0.4
 PARTNERS = 4  # likeliest candidates of a picture that are laid over it
 BLOCK = 8192  # pictures at a time
 PAIRS_LAID = 256  # pairs that are laid over each other at a time
-MOST_PAIRS = 4_000_000_000  # candidates that are counted bit by bit: about a minute
+MOST_PAIRS = 1_000_000_000  # candidates whose bits are counted: within a minute
 _HALF = SIDE // 2
 
 
