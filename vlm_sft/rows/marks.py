@@ -33,7 +33,7 @@ def read_marks(row: RowView) -> None:
         RowError: the marks name images that the row does not have, or leave some out.
     """
     texts = list(_asked(row.values))
-    marks = [mark for text in texts for mark in _MARK.finditer(text)] if any(map(_MARK.search, texts)) else []
+    marks = [mark for text in texts for mark in _MARK.finditer(text)]
     files = [mark["file"].strip() for mark in marks if mark["file"]]
     key = next((name for name in ("images", "image") if is_given(row.values.get(name))), "images")
     given = row.values.get(key)
@@ -64,13 +64,16 @@ def _in_order(row: RowView, key: str, given: Any, marks: list[re.Match[str]]) ->
 
 
 def _asked(values: Mapping[str, Any]) -> Iterator[str]:
-    """Every text that is not an answer."""
+    """Every text that is not an answer and may hold a mark."""
     for name in _TURNS:
         turns = values.get(name)
         for turn in turns if isinstance(turns, list) else ():
-            if _is_asked(turn):
-                yield from (turn[key] for key in _SAID if isinstance(turn.get(key), str))
-    yield from (values[name] for name in _ASKED if isinstance(values.get(name), str))
+            for key, text in turn.items() if isinstance(turn, dict) else ():
+                if isinstance(text, str) and "<" in text and key in _SAID and _is_asked(turn):
+                    yield text
+    for key, text in values.items():
+        if isinstance(text, str) and "<" in text and key in _ASKED:
+            yield text
 
 
 def _is_asked(turn: Any) -> bool:
