@@ -114,7 +114,7 @@ def test_chat(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     asked = {"images": ["a.png", "b.png"], "question": "这是什么？", "options": options}
     talked = {"images": [], "question": None, "options": {}}
     assert calls == [
-        ("inference.chat.chat", ("outputs/x",), {**given, "trust_remote_code": False, "boxes": None})
+        ("inference.chat.chat", ("outputs/x",), {**given, "videos": [], "trust_remote_code": False, "boxes": None})
         for given in (asked, talked)
     ]
 
