@@ -146,3 +146,13 @@ def test_a_family_for_one_image_says_so_before_weights_are_read(rows_file):
     )
     (row, *_) = load_mixture([Source(path=rows_file, format="messages", video={"frames": 1})])
     assert len(collator.encode(row).images) == 1
+
+
+@pytest.mark.slow
+def test_preflight_shows_frames_and_takes_real_steps(tmp_path, pieces, rows_file):
+    path, page = recipe_of(tmp_path, pieces, rows_file), tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["preflight", str(path), "--output", str(page)])
+    assert page.is_file(), (done.output, done.exception)
+    shown = page.read_text(encoding="utf-8")
+    assert shown.count("data:image/jpeg;base64") >= 3 + 5 + 3 and "Traceback" not in done.output, done.output[-1500:]
+    assert "moved" in shown or "moves" in shown

@@ -217,6 +217,7 @@ def make_bad(folder: Path) -> dict[str, Path]:
     os.mkfifo(folder / "pipe.mp4")
     Image.new("RGB", (9, 9)).save(folder / "still.jpg")
     Image.new("RGB", (9, 9)).save(folder / "still.gif")
+    film(folder / "raw.h264", frames=3, codec="libx264")
     (folder / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:4,\n{folder / 'whole.mp4'}\n#EXT-X-ENDLIST\n")
     (folder / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{folder / 'whole.mp4'}'\n")
     return {path.name: path for path in folder.iterdir()}
@@ -233,9 +234,10 @@ def make_bad(folder: Path) -> dict[str, Path]:
         ("pipe.mp4", "is not a regular file", "video missing"),
         ("still.jpg", "is a picture (JPEG): name it under `images`", "not a video"),
         ("still.gif", "is a picture that does not move", "not a video"),
+        ("raw.h264", "is in a container that is not read: write it anew as mp4", "video damaged"),
         # Playlists name other files.
         ("list.m3u8", "is damaged or no video", "video damaged"),
-        ("list.mp4", "is damaged or no video", "video damaged"),
+        ("list.mp4", "is in a container that is not read", "video damaged"),
     ],
 )
 def test_what_is_no_video_is_one_sentence(tmp_path, name, expected, reason):

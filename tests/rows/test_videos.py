@@ -89,6 +89,8 @@ TWO = "<0.0 seconds><image><3.9 seconds><image>"
             spoken("?\n<video>") | {"video": "a.mp4"},
             f"{TWO}\n?",
         ),
+        ("messages", chat("<VIDEO>说", video="a.mp4"), f"{TWO}说"),
+        ("messages", chat("看<|vision_start|><|video_pad|><|vision_end|>", video="a.mp4"), f"看{TWO}"),
         ("caption", {"video": "a.mp4", "caption": "猫"}, TWO),
         ("vqa", {"video": "a.mp4", "question": "谁？", "answer": "猫"}, f"{TWO}谁？"),
         ("vqa", {"video": "a.mp4", "question": "谁在<video>里？", "answer": "猫"}, f"谁在{TWO}里？"),
@@ -132,6 +134,7 @@ def test_later_turns_and_several_captions(folder):
     [
         ({"fps": 0.5}, [0.0, 2.0]),
         ({"fps": 1, "video_start": 2}, [2.0, 3.0]),
+        ({"nframes": 3, "video_start": 3.95}, [3.9]),
         ({"nframes": 3}, [0.0, 2.0, 3.9]),
         ({"num_frames": 3, "video_end": 2.0}, [0.0, 1.0, 1.9]),
         ({"fps": 10, "max_frames": 2}, [0.0, 3.9]),
@@ -201,7 +204,15 @@ def test_a_list_of_pictures_is_a_video(folder, more):
         (chat("?", video="0.png"), "is a picture that does not move: name it under `images`"),
         (chat([{"type": "video", "video": "a.mp4", "fps": 2, "nframes": 4}]), "has fps and nframes: keep one of them"),
         (chat([{"type": "video", "video": "a.mp4", "fps": 0}]), "content[0].fps is 0: write a number above zero"),
-        (chat([{"type": "video", "video": "a.mp4", "nframes": 2.5}]), "nframes is 2.5: write a whole number from 1 on"),
+        (chat([{"type": "video", "video": "a.mp4", "nframes": 2.5}]), "nframes is 2.5: write a whole number from 1 to"),
+        (
+            chat([{"type": "video", "video": "a.mp4", "nframes": 5000}]),
+            "write a whole number from 1 to 4096",
+        ),
+        (
+            chat([{"type": "video", "video": "a.mp4", "video_start": -1}]),
+            "is -1: write a number from zero on",
+        ),
         (chat([{"type": "video", "video": "a.mp4", "nframes": 2, "num_frames": 3}]), "says twice and differently"),
         (chat([{"type": "video", "video": "a.mp4", "video_start": 9}]), "4.0 seconds is to be shown from 9 to 4"),
         (chat([{"type": "video", "video": "a.mp4", "total_pixels": 9}]), '"messages[0].content[0].total_pixels"'),
@@ -244,7 +255,8 @@ def test_an_embedded_video_is_kept_once(folder):
     assert [image["bytes"] is None for image in row["images"]] == [False, True, True, True, True]
     streamed = next(iter(stream_mixture([source], buffer=1)))
     assert sum(len(image["bytes"] or b"") for image in streamed["images"]) == len(encoded)
-    for stored in (row, streamed):
+    columns = {name: row[name] for name in ("images", "id", "extras")}
+    for stored in (row, streamed, columns):
         images = unpacked(stored)["images"]
         assert [set(image) for image in images] == [{"path", "bytes", "time", "max_pixels"}] * 5
         assert [frame_of(load_image(image)) for image in images] == [0, 10, 20, 29, 39]

@@ -155,7 +155,7 @@ def _take_steps(
     from ..base.console import quiet_libraries
     from ..data.dataset import ROW_FEATURES
     from ..recipe.libraries import build_sft_config
-    from ..rows.messages import IN_EXTRAS
+    from ..rows.messages import IN_EXTRAS, each_once, packed
     from ..training.build_trainer import build_trainer
     from ..training.run_rows import RunRows
     from .freeze_proof import MOST, SETTINGS, prove
@@ -172,7 +172,8 @@ def _take_steps(
         count = MOST * args.train_batch_size
         some = [shown[i * max(1, len(shown) // count) % len(shown)] for i in range(count)]
         features = Features({**ROW_FEATURES, IN_EXTRAS: Value("string")})
-        rows = Dataset.from_list([{key: row.get(key) for key in features} for row in some], features=features)
+        kept = [{**each_once(row), IN_EXTRAS: row.get(IN_EXTRAS) or packed(each_once(row))} for row in some]
+        rows = Dataset.from_list([{key: row[key] for key in features} for row in kept], features=features)
         try:
             trainer = build_trainer(changed, args, collator, RunRows(rows, None, {}), composed, partial(say, console))
             evidence.proof = prove(trainer)

@@ -60,7 +60,8 @@ def describe_unreadable(head: bytes) -> str:
     if (kind := kind_of(head)) is not None:
         return f"starts like a {kind.name} but is truncated or damaged: download it again or remove the row"
     if head[4:8] == b"ftyp":
-        return "is not an image that can be read (it looks like HEIC or a video): convert it to JPEG or PNG"
+        mend = "convert it to JPEG or PNG, or name a video under `video`"
+        return f"is not an image that can be read (it looks like HEIC or a video): {mend}"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     looks = next((name for magic, name in _NOT_IMAGES.items() if text.startswith(magic)), None)
     if looks is None and not head.strip(b"\0"):

@@ -109,8 +109,10 @@ def _readable(video: Mapping[str, Any], where: str) -> Iterator[None]:
         what, mend, reason = problem.args
         raise row_error(where, f"{name} {what}", mend, reason) from None
     except Exception as error:  # FFmpeg and Pillow raise anything on a damaged file
-        what = f"{name} is damaged or no video ({reason_of(error).partition(': ')[0]})"
-        raise row_error(where, what, "write it anew or remove the row", "video damaged") from None
+        why = reason_of(error).partition(": ")[0]  # FFmpeg's, of a container that is not in the list, says nothing
+        found = "in a container that is not read" if why == "Invalid argument" else f"damaged or no video ({why})"
+        mend = "write it anew as mp4 or remove the row"
+        raise row_error(where, f"{name} is {found}", mend, "video damaged") from None
 
 
 def open_film(video: Mapping[str, Any], where: str) -> Film:

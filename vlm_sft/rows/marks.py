@@ -10,13 +10,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..base.names import IMAGE_TOKEN
+from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN
 from .raw_row import RowView, is_given
 
 _MARK = re.compile(
     r"<img>(?P<file>[^<>\n]{1,1000})</img>"
     r"|<\|image_(?P<number>\d{1,3})\|>|<image[ _-]?(?P<other>\d{1,3})>"
     r"|<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|image\|>|<image_placeholder>|<ImageHere>|<Image>|<IMAGE>"
+)
+_VIDEO_MARK = re.compile(
+    r"<\|vision_start\|><\|video_pad\|><\|vision_end\|>|<\|video\|>|<video_placeholder>|<VideoHere>|<Video>|<VIDEO>"
 )
 _TURNS = ("messages", "conversations", "conversation", "texts")
 _SAID = ("content", "value", "human", "user")
@@ -28,11 +31,16 @@ def read_marks(row: RowView) -> None:
     """Puts `<image>` in place of another format's marks, in `row.values`, and the images there in the marks' order.
 
     A row that has no images, or `<image>` too, says other marks as text; files named in the text are always images.
+    The words for a video become `<video>` likewise.
 
     Raises:
         RowError: the marks name images that the row does not have, or leave some out.
     """
     texts = list(_asked(row.values))
+    filmed = any(is_given(row.values.get(name)) for name in ("videos", "video"))
+    if filmed and not any(VIDEO_TOKEN in text for text in texts):
+        row.values = _replaced(row.values, _VIDEO_MARK, VIDEO_TOKEN)
+        texts = list(_asked(row.values))
     marks = [mark for text in texts for mark in _MARK.finditer(text)]
     files = [mark["file"].strip() for mark in marks if mark["file"]]
     key = next((name for name in ("images", "image") if is_given(row.values.get(name))), "images")
@@ -42,7 +50,7 @@ def read_marks(row: RowView) -> None:
     if files and (is_given(given) or len(files) < len(marks)):
         what = "the text names the files of images (<img>…</img>), and others are given beside them"
         raise row.error(what, "give all of them in one way", "marks differ")
-    row.values = {**_replaced(row.values), key: files or _in_order(row, key, given, marks)}
+    row.values = {**_replaced(row.values, _MARK, IMAGE_TOKEN), key: files or _in_order(row, key, given, marks)}
 
 
 def _in_order(row: RowView, key: str, given: Any, marks: list[re.Match[str]]) -> list[Any]:
@@ -80,9 +88,9 @@ def _is_asked(turn: Any) -> bool:
     return isinstance(turn, dict) and str(turn.get("role") or turn.get("from")).lower() not in _ANSWERS
 
 
-def _replaced(values: Mapping[str, Any]) -> dict[str, Any]:
+def _replaced(values: Mapping[str, Any], mark: re.Pattern[str], token: str) -> dict[str, Any]:
     def of(entry: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-        return {k: _MARK.sub(IMAGE_TOKEN, v) if k in keys and isinstance(v, str) else v for k, v in entry.items()}
+        return {k: mark.sub(token, v) if k in keys and isinstance(v, str) else v for k, v in entry.items()}
 
     found = of(values, _ASKED)
     for name in _TURNS:

@@ -160,16 +160,17 @@ def _more_of(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a dataset with what its `extras` say at its messages and images, where they belong."""
+    """A row of a dataset, or some columns of it, with what its `extras` say at its messages and images."""
     found = {key: value for key, value in row.items() if key != IN_EXTRAS}
     if row.get(IN_EXTRAS) is None:
         return found
     for column, more in json.loads(row[IN_EXTRAS]).items():
-        found[column] = [{**entry, **more.get(str(i), {})} for i, entry in enumerate(found[column])]
-    for message in found["messages"]:
+        if column in found:
+            found[column] = [{**entry, **more.get(str(i), {})} for i, entry in enumerate(found[column])]
+    for message in found.get("messages", ()):
         if boxes := message.pop("boxes", None):
             message["content"] = [{**part, **boxes.get(str(i), {})} for i, part in enumerate(message["content"])]
-    for image in found["images"]:
+    for image in found.get("images", ()):
         if (first := image.pop(SAME, None)) is not None:
             image |= {name: found["images"][first][name] for name in ("path", "bytes")}
     return found

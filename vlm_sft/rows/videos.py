@@ -27,6 +27,7 @@ _NUMBERS = {
 }  # fmt: skip
 """What Qwen and others call what a video's entry may say → what it is called here."""
 _WHOLE = ("frames", "max_frames", "min_frames")
+MOST_FRAMES = 4096  # of a video, whoever asks
 FRAMES = 8  # of a video for which nobody says how many
 FRAMES_A_SECOND = 2.0  # of a list of pictures that does not say it, as Qwen has it
 
@@ -79,10 +80,10 @@ def video_entry(row: RowView, video: Any, key: str) -> dict[str, Any]:
     for name, ours in _NUMBERS.items():
         if (value := video.get(name)) is None:
             continue
-        least = 0 if ours in ("start", "end") else 1e-6
+        least, bound = (0, "from zero on") if ours in ("start", "end") else (1e-6, "above zero")
         number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < float("inf")
-        if not number or (ours in _WHOLE and value % 1):
-            mend = "write a whole number from 1 on" if ours in _WHOLE else "write a number above zero"
+        if not number or (ours in _WHOLE and (value % 1 or value > MOST_FRAMES)):
+            mend = f"write a whole number from 1 to {MOST_FRAMES}" if ours in _WHOLE else f"write a number {bound}"
             raise row.error(f"{key}.{name} is {short(str(value))}", mend)
         if ours in entry and entry[ours] != value:
             raise row.error(f"{key} says twice and differently what {ours} is", "keep one of them", "marks differ")
@@ -213,7 +214,8 @@ def times_of(film: Film, sampling: Sampling, where: str, start: float = 0.0, end
             return [round(start + number / sampling.fps, 4) for number in range(wanted)]
         wanted = max(sampling.min_frames, min(wanted, sampling.max_frames))
     if step:  # at the beginning of a frame, so that what is written is when it was filmed
-        first, there = round(start / step), round((last - start) / step) + 1
+        first = math.floor(start / step + 1e-6)
+        there = max(0, math.floor(last / step + 1e-6) - first) + 1
         return [round((first + number) * step, 4) for number in evenly(there, wanted)]
     return [round(start + (last - start) * number / 999, 4) for number in evenly(1000, wanted)]
 
