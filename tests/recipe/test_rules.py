@@ -103,9 +103,7 @@ def test_rules_hold_for_recipes_made_in_python(recipe_file: Path) -> None:
 
 def test_a_token_in_a_recipe_is_refused_and_not_repeated(recipe_file: Path) -> None:
     token = "hf_" + "SecretThatNobodyMaySee"
-    with pytest.raises(
-        UserError, match=r"`sft\.hub_token` cannot be used: a token does not belong in a file"
-    ) as caught:
+    with pytest.raises(UserError, match="would hold what looks like a token or key; a recipe is saved") as caught:
         load_recipe(recipe_file, [f"sft.hub_token={token}"])
     assert token not in str(caught.value)
 
