@@ -57,6 +57,30 @@ def raise_it(error: RowError) -> None:
 
 
 @contextmanager
+def refused_by_library(sentence: str) -> Iterator[None]:
+    """Turns whatever a library raises over what stands in somebody's file into one sentence.
+
+    A number where a text belongs meets a library anywhere: it raises what that line happens to raise.
+
+    Args:
+        sentence: What is said, without its full stop; the library's words follow in brackets.
+
+    Raises:
+        UserError: In place of any exception but those of memory, our own assertions, and a `UserError`.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, AssertionError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        said = " ".join(str(error).split())[:300]
+        words = said if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
+        raise UserError(f"{sentence} ({words}).") from error
+
+
+@contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Ends the program with exit code 2 and one line on stderr, without a traceback, when a `UserError` is raised.
 

@@ -14,6 +14,7 @@ from huggingface_hub import CardData, ModelCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..base.console import harmless, harmless_json
+from ..base.errors import refused_by_library
 from ..base.names import CARD, CURVES, MANIFEST, METRICS, RECIPE, SCORES
 from ..base.whole_files import read_text
 from ..recipe.yaml_file import dump_yaml
@@ -29,7 +30,11 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     Returns:
         The path of the card.
     """
-    folder = Path(folder)
+    with refused_by_library(f"The card of {str(folder)!r} cannot be written from what its files say; mend them"):
+        return _write_card(Path(folder), repo_id)
+
+
+def _write_card(folder: Path, repo_id: str | None) -> Path:
     manifest = _read(folder / MANIFEST)
     recipe = yaml.safe_load(read_text(folder / RECIPE))
     head: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "library_name": "vlm_sft", "tags": ["vlm_sft", "trl"]}

@@ -70,6 +70,6 @@ def hand_over(stack: Stack, folder: str | Path) -> list[str]:
 
 def _read_config(folder: Path) -> dict:
     try:
-        return json.loads(read_text(folder / CONFIG))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(read_text(folder / CONFIG)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"init_from {str(folder)!r}: its config.json cannot be read ({error}).") from error

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ..base.errors import UserError
+from ..base.errors import UserError, refused_by_library
 from ..base.names import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED
 from ..base.words import one_line
 from ..batch.processor import VLMProcessor
@@ -75,10 +75,8 @@ def load(
         model = _add_adapter(folder, model)
     load_trained(folder, model, stack.plan)
     model.requires_grad_(False)
-    try:
+    with refused_by_library(f"{str(folder)!r} is no whole bundle: its processor cannot be read"):
         processor = kind_of(stack.pieces).read_processor(folder, recipe, stack.model.config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(folder)!r} is no whole bundle: its processor cannot be read ({error}).") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device) if dtype is None else model.to(device, dtype)
     for name, value in recipe.generation.items():

@@ -158,7 +158,7 @@ def load_processor(
         check_picture({name: spec.processor.get(name) for name in TOKENS}, KEY, "`model.processor`")
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever odd values in its files meet there
         raise UserError(f"{KEY}: the processor of {spec.pretrained!r} cannot be read: {one_line(error)}") from error
     place = getattr(config, "image_token_id", None)
     if place is None:  # KOSMOS-2: the frame's token, which no answer may write either

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.console import make_console, quiet_libraries, say
-from ..base.errors import UserError
+from ..base.errors import UserError, refused_by_library
 from ..base.names import METRICS, SCORES
 from ..base.whole_files import read_text
 from .scoring import collect, score
@@ -111,8 +111,9 @@ def train_seconds(folder: Path) -> float | None:
     path = folder / METRICS
     if not path.is_file():
         return None
-    runtimes = [row["train_runtime"] for row in json.loads(read_text(path)) if "train_runtime" in row]
-    return round(sum(runtimes), 1) if runtimes else None
+    with refused_by_library(f"{str(path)!r} holds no list of numbers; remove it"):
+        runtimes = [row["train_runtime"] for row in json.loads(read_text(path)) if "train_runtime" in row]
+        return round(sum(runtimes), 1) if runtimes else None
 
 
 def _print(results: dict[str, Any], target: Path) -> None:

@@ -101,11 +101,13 @@ class Piece(Generic[SpecT]):
             raw = json.loads(read_text(self._config_file))
         except (ValueError, RecursionError):
             return {}
+        if not isinstance(raw, dict):
+            return {}
         where = f"{self.key}: {self.pretrained!r}"
         check_config(raw, where)
         if not self.trusts_code:
             check_config_names(raw, where)
-        return raw if isinstance(raw, dict) else {}
+        return raw
 
     @property
     def is_foreign(self) -> bool:

@@ -42,7 +42,7 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     check_tokenizer(lm.pretrained, lm.revision, lm.key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(lm.pretrained, revision=lm.revision, trust_remote_code=lm.trusts_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever odd values in its files meet there
         raise unreachable(lm.pretrained, lm.key, "tokenizer") from error
     processor = VLMProcessor(
         image_processor=image_processor,
@@ -98,7 +98,7 @@ def _load_image_processor(tower: Piece[VisionTower], config: VLMConfig) -> BaseI
         return images
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever odd values in its file meet there
         raise UserError(
             f"{tower.key}: {tower.pretrained!r} has no image processor (preprocessor_config.json)."
         ) from error

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..base.errors import UserError
+from ..base.errors import UserError, refused_by_library
 from ..batch.processor import VLMProcessor
 from ..families.kind import Composed
 from ..model.configuration import VLMConfig, image_size_of
@@ -51,7 +51,8 @@ def compose_stack(recipe: Recipe) -> Composed:
         config.num_query_tokens = resampler.num_query_tokens
     _check_feature_layer(tower.spec.feature_layer, tower.config)
     processor = build_processor(recipe, config, pieces)
-    size = check_image_size(config, processor, tower.pretrained)
+    with refused_by_library(f"{tower.key}: the image processor of {tower.pretrained!r} cannot be used"):
+        size = check_image_size(config, processor, tower.pretrained)
     if (width := measure_tower(config, *size, tower.key)) != getattr(tower.config, "hidden_size", None):
         config.vision_width = width
     if resampler is not None:

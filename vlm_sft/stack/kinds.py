@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..base.errors import UserError
+from ..base.errors import UserError, refused_by_library
 from ..base.names import PROCESSOR_CONFIG
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor
 from ..families.build_family import FamilyKind
@@ -134,5 +134,6 @@ def compose(recipe: Recipe) -> Composed:
     Raises:
         UserError: A piece cannot be had, or two do not fit.
     """
-    unset_hf_deepspeed_config()
-    return kind_of(specs_of(recipe)).compose(recipe)
+    with refused_by_library("The base pieces cannot be put together from what their files say; fetch them again"):
+        unset_hf_deepspeed_config()
+        return kind_of(specs_of(recipe)).compose(recipe)
