@@ -120,6 +120,6 @@ def test_nothing_else_opens_a_file_to_read_it(path):
         assert own not in ("read_text", "read_bytes"), f"line {call.lineno}"
         if own == "open" or getattr(call.func, "id", None) == "open":
             writes = any(getattr(each, "value", None) in ("w", "a", "ab", "ab+") for each in call.args)
-            of_a_library = own == "open" and getattr(call.func.value, "id", "") in ("Image", "tarfile", "os")
+            of_a_library = own == "open" and getattr(call.func.value, "id", "") in ("Image", "tarfile", "os", "av", "films", "self")
             of_a_library |= own == "open" and not call.args  # of a class of ours, without a path
             assert writes or of_a_library, f"line {call.lineno}: open it with base/whole_files.py"

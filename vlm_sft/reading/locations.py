@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..base.errors import RowError, UserError
 from ..base.hub import look_for_hub
-from ..base.whole_files import check_entries
+from ..base.whole_files import check_entries, read_text
 from ..base.words import first_line
 from .files import FILE_READERS, TEXT_FILES, no_such_file, read_file
 from .table_rows import BATCH
@@ -207,7 +207,7 @@ def _check_saved(folder: Path) -> None:
         if not path.is_file():
             continue
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
             files = [*content.get("_data_files", ()), *(content.get("_indices_data_files") or ())]
             names = [*(file["filename"] for file in files), *content.get("splits", ())]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
