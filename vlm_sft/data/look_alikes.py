@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..reading.image_refs import image_key, is_url
+from ..reading.image_refs import TIME, image_key, is_url
 from ..rows.messages import unpacked
 from .image_files import digest_of
 from .looks import Entry, read_looks
 from .near_images import is_flat, near_pairs, repeated
 
-TIME = "time"  # in the entry of a video's frame, which is no picture that somebody copies
 SAME = 0.99  # likeness from which two pictures may be the same bytes
 Tick = Callable[[str, int, int, str], None]
 
