@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..base.errors import RowError, row_error
+from ..base.whole_files import open_regular
 from ..base.words import reason_of
 from .image_kinds import kind_of
 from .image_refs import size_asked
@@ -142,7 +143,7 @@ def _head(path: str) -> bytes:
         if not stat.S_ISREG(mode):  # opening a named pipe would wait for ever
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise _ProblemError(f"is {kind}", "correct the path or remove the row", "video missing")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read(64)
     except (FileNotFoundError, NotADirectoryError):
         raise _ProblemError("was not found", "correct the path or remove the row", "video missing") from None
