@@ -49,8 +49,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         UserError: Anything a user can mend.
     """
+    from .bundle.handover import check_adapter, settle_adapter
     from .bundle.hub import check_access
-    from .bundle.manifest import read_manifest
     from .bundle.run_folder import settle_resume, sweep
     from .preflight.samples import glance
     from .stack.kinds import compose
@@ -61,15 +61,15 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
     with _own_folder(recipe) as (args, console):
         settle_resume(args, resume=resume, say=partial(say, console))
+        recipe = settle_adapter(recipe, args.resume_from_checkpoint)
         if args.resume_from_checkpoint:
             check_resumption(recipe, args.resume_from_checkpoint, partial(say, console))
         on_first_process(partial(sweep, args.output_dir))
         if recipe.hub:
             on_first_process(partial(check_access, recipe.hub.repo_id))
-        if recipe.init_from:
-            read_manifest(recipe.init_from)
         composed = compose(recipe)
         check_texts(composed.config, composed.processor, args.max_length)
+        check_adapter(recipe, composed, args.resume_from_checkpoint)
         collator = build_collator(recipe, composed.processor, args)
         rows = load_rows(recipe, collator, args, console)
         for finding in on_first_process(partial(glance, rows[0], composed.processor, recipe.data.train)):

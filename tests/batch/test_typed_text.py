@@ -12,6 +12,7 @@ from support.tiny_pieces import TOKENIZERS, make_tokenizer, tokenizer_of
 from vlm_sft.base.names import IGNORED
 from vlm_sft.batch.encoding import supervised_characters, tokenize
 from vlm_sft.batch.typed_text import control_tokens, tokenize_chat, unsaid_tokens
+from vlm_sft.stack.vocabulary import add_words
 from vlm_sft.templates.render import RenderedChat
 from vlm_sft.templates.template import load_template
 
@@ -169,3 +170,19 @@ def test_an_answer_is_shown_with_the_tokens_that_say_where_things_are():
     assert plain.decode([i for i in ids if i not in unsaid_tokens(plain)]) == plain.decode(
         ids, skip_special_tokens=True
     )
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "unigram"])
+def test_words_that_the_recipe_added_stay_tokens_beside_typed_control_tokens(kind):
+    tokenizer = with_specials(tokenizer_of(kind))
+    words = [word.id for word in add_words(tokenizer, ["<defect>", "缺陷"], load_template("chatml"), ["<image>"])]
+    processor = make_processor("chatml", tokenizer)
+    specials = set(processor.tokenizer.convert_tokens_to_ids(["</s>", *CHATML])) - {processor.tokenizer.unk_token_id}
+    plain, chat = (
+        processor.encode_chat(said(question, answer), sizes=SIZES)
+        for question, answer in (("what?", "this"), ("is <defect> </s>?", "</s>缺陷 <defect></s>缺陷"))
+    )
+    assert [t for t in chat.input_ids if t in specials] == [t for t in plain.input_ids if t in specials]
+    assert [token for token in chat.input_ids if token in words] == [words[i] for i in (0, 1, 0, 1)]
+    answer = processor.tokenizer.decode([label for label in chat.labels if label != IGNORED], skip_special_tokens=True)
+    assert "</s>缺陷<defect></s>缺陷" in answer.replace(" ", "")

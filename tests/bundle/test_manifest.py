@@ -38,8 +38,8 @@ def test_a_folder_that_is_no_bundle_or_one_of_a_later_format(recipe, tmp_path):
     with pytest.raises(UserError, match=r"is no bundle: it has no bundle\.json; give the output_dir of a finished run"):
         load(tmp_path)
     trained(recipe(), tmp_path / "bundle")
-    update_manifest(tmp_path / "bundle", {"format": 2})
-    with pytest.raises(UserError, match=r"has the format 2, this version reads 1; upgrade vlm_sft"):
+    update_manifest(tmp_path / "bundle", {"format": 3})
+    with pytest.raises(UserError, match=r"has the format 3, this version reads 1 and 2; upgrade vlm_sft"):
         load(tmp_path / "bundle")
     for content, words in (("{", "cannot be read"), ("[]", "holds no mapping")):
         (tmp_path / "bundle" / "bundle.json").write_text(content)

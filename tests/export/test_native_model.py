@@ -9,7 +9,6 @@ from transformers import GenerationConfig
 from support.bundles import BLIP2, LLAVA
 from vlm_sft.base.errors import UserError
 from vlm_sft.export.native_model import (
-    grow_vocabulary,
     llava_features,
     native_form,
     native_generation,
@@ -17,6 +16,7 @@ from vlm_sft.export.native_model import (
     to_causal_lm,
 )
 from vlm_sft.stack.build_stack import build_stack
+from vlm_sft.stack.vocabulary import grow_vocabulary
 
 NONE = {
     "pixel_shuffle": ({**LLAVA, "projector": {"type": "pixel_shuffle"}}, "no class has a pixel_shuffle projector"),

@@ -104,3 +104,10 @@ def test_fingerprints_know_every_bit():
 
 def test_buffers_are_witnessed():
     assert set(Witness(nn.BatchNorm1d(2)).frozen) == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_words_that_no_row_has_are_told_from_what_does_not_move(trainer):
+    """No gradient reaches their rows of the embeddings; those of the head learn from every answer."""
+    proof = prove(trainer(lora={"r": 2, "add_tokens": ["<defect>"]}))
+    assert [name.split(".")[-4] for name in proof.unused] == ["embed_tokens"] and not proof.still
+    assert any("lm_head.token_adapter" in name for name in proof.moved)

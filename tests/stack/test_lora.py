@@ -7,7 +7,7 @@ from peft import get_peft_model
 
 from vlm_sft.base.errors import UserError
 from vlm_sft.stack.build_stack import build_empty_stack
-from vlm_sft.stack.lora import lora_config
+from vlm_sft.stack.lora import lora_config, try_adapter
 
 
 @pytest.fixture
@@ -108,3 +108,24 @@ def test_options_that_would_be_lost_without_a_word_are_refused(option, sentence,
 
     with pytest.raises(UserError, match=sentence):
         build(recipe("clip", lora={"r": 2, **option}))
+
+
+def test_what_peft_refuses_is_said_of_a_model_without_weights(recipe):
+    made = recipe("clip", lora={"r": 2, "layers_to_transform": [7]})
+    with pytest.raises(UserError, match=r"recipe\.yaml, line \d+: PEFT cannot put `lora` into this model: .*\.$"):
+        try_adapter(made, build_empty_stack(made).model)
+    for lora in ({"r": 2}, {"r": 4, "init_lora_weights": "orthogonal"}, {"r": 2, "use_dora": True}):
+        made = recipe("clip", lora=lora)
+        assert try_adapter(made, build_empty_stack(made).model).r == lora["r"]
+    assert try_adapter(recipe("clip"), build_empty_stack(made).model) is None
+
+
+@pytest.mark.parametrize(("lm", "tables"), [("llama", ["language_model.embed_tokens", "lm_head"]), ("gpt2", ["wte"])])
+def test_new_words_are_rows_of_the_tables_and_no_others(lm, tables, recipe):
+    made = recipe("clip", lm=lm, lora={"r": 2, "add_tokens": ["<defect>", "缺陷"]})
+    stack = build_empty_stack(made)
+    rows = lora_config(made, stack.model).trainable_token_indices
+    assert [name.endswith(end) for name, end in zip(rows, tables, strict=True)] == [True] * len(tables)
+    assert all(ids == [word.id for word in stack.processor.words] for ids in rows.values())
+    with pytest.raises(UserError, match=r"trainable_token_indices cannot be used.*\(new words: `lora\.add_tokens`\)"):
+        lora_config(recipe("clip", lora={"r": 2, "trainable_token_indices": [5]}), stack.model)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlm_sft.bundle.handover import hand_over
+from vlm_sft.bundle.handover import hand_over, settle_adapter
 from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.save import save_bundle
+from vlm_sft.stack.adapters import fill_adapter
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.lora import add_adapter, lora_config
 
@@ -28,16 +30,20 @@ ALTERED = {
 }
 
 
-def trained(made, folder, state_dict=False):
-    """A bundle of a model whose trained parameters have moved; gives the model that was saved."""
+def trained(made, folder, state_dict=False, moves=True):
+    """A bundle of a model whose trained parameters have moved (unless not); gives the model that was saved."""
+    made = settle_adapter(made)
     stack = build_stack(made)
     if made.init_from:
-        hand_over(stack, made.init_from)
+        hand_over(stack, made.init_from, made.lora_from)
     model = stack.model
     if (lora := lora_config(made, model)) is not None:
         model = add_adapter(model, lora)
+    if made.lora_from == "continue":
+        fill_adapter(Path(made.init_from), model)
     stack.plan.apply(model)
-    move(model)
+    if moves:
+        move(model)
     state = {n: t.clone() for n, t in model.state_dict().items()} if state_dict else None
     save_bundle(folder, model, stack.processor, stack.plan, Provenance(made, stack.pieces), state_dict=state)
     return model.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,6 +17,20 @@ from ..templates.render import RenderedChat
 
 UNLEARNED = 2  # what `supervised_characters` says of an answer that is not learned is above
 PAD = "<pad>"  # added where a tokenizer has no pad token
+
+
+class Word(NamedTuple):
+    """A word that was added.
+
+    Attributes:
+        text: The word.
+        id: Its token.
+        pieces: The tokens that it was cut into before; none where the tokenizer did not know it at all.
+    """
+
+    text: str
+    id: int
+    pieces: tuple[int, ...]
 
 
 @dataclass

@@ -24,15 +24,7 @@ from ..templates.notations import DEFAULT, GRID_SIDE, Notation, missing_token, n
 from ..templates.render import RenderedChat, render
 from ..templates.template import end_of_answer, owns_bos
 from .box_text import Seen, check_seen, seen_through
-from .encoding import (
-    PAD,
-    EncodedChat,
-    add_missing_tokens,
-    first_id_of,
-    in_loss,
-    pad,
-    supervised_characters,
-)
+from .encoding import PAD, EncodedChat, Word, add_missing_tokens, first_id_of, in_loss, pad, supervised_characters
 from .typed_text import control_tokens, tokenize_chat
 
 # Where transformers' InstructBLIP, and a bundle, keep the tokenizer of the Q-Former; the tokens that LAVIS gives it.
@@ -57,6 +49,7 @@ class VLMProcessor(ProcessorMixin):
         qformer_tokenizer: Tokenizer of a resampler that reads the instruction, or None. It is saved along.
         reads_sizes: Whether the number of tokens of an image depends on its size, so that `sizes` must be given.
         video, one_image: Which frames of a video are shown; whether the model was made for one image, so that none are.
+        words: Words that its tokenizer was given for this run (`add_words`).
 
     Raises:
         UserError: The tokenizer cannot tell where in the text its tokens lie.
@@ -66,6 +59,7 @@ class VLMProcessor(ProcessorMixin):
     _notation: Notation | None = None  # once it was looked at
     one_image = False
     video = Sampling()
+    words: Sequence[Word] = ()
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ from .run_folder import nearest_bundle
 
 # What a bundle consists of. Anything else in its folder stays where it is: optimizer states, checkpoints, logs.
 SHARED = (
-    *(MANIFEST, RECIPE, TRAINED, ADAPTER_CONFIG, ADAPTER),
+    *(MANIFEST, RECIPE, TRAINED, ADAPTER_CONFIG, ADAPTER, f"merged_*/{ADAPTER_CONFIG}", f"merged_*/{ADAPTER}"),
     *(CONFIG, "generation_config.json", PROCESSOR_CONFIG, "preprocessor_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *(TEMPLATE, "qformer_tokenizer/*", METRICS, SCORES, CURVES, CARD),

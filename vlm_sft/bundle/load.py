@@ -7,32 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from peft import PeftModel
 from torch import nn
 
 from ..base.errors import UserError, refused_by_library
-from ..base.names import ADAPTER, ADAPTER_CONFIG, RECIPE, TEMPLATE, TRAINED
-from ..base.words import one_line
+from ..base.names import RECIPE, TEMPLATE, TRAINED
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan
 from ..model.sharding import fill
 from ..pieces.fingerprints import compare_pieces
-from ..recipe.library_names import LORA, UNSAID
-from ..recipe.passed_on import flaw, flaw_of_answers
-from ..recipe.safety import pieces_in, read_json, refuse_code
+from ..recipe.passed_on import flaw_of_answers
+from ..recipe.safety import pieces_in, refuse_code
 from ..recipe.schema import Recipe, load_recipe
 from ..recipe.yaml_file import YamlFile, texts_in
+from ..stack.adapters import check_keys, fill_adapter, merge_again, open_adapter, read_tensors
 from ..stack.build_stack import build_stack
 from ..stack.kinds import kind_of
-from ..stack.lora import add_adapter, add_empty_adapter
 from .hub import find_bundle, is_fetched, is_name
 from .manifest import read_manifest
 from .save import parameters_of
-
-# Numbers in the mappings of an adapter's options (groups, samples, buffers), all of which stand for memory.
-MOST_OF_AN_OPTION = 10_000
 
 
 def load(
@@ -71,12 +64,14 @@ def load(
     stack = build_stack(recipe)
     compare_pieces(manifest["pieces"], stack.pieces, str(folder))
     model: nn.Module = stack.model
+    merge_again(folder, manifest, model)
     if manifest["adapter"]:
-        model = _add_adapter(folder, model)
+        model = open_adapter(folder, model)
     load_trained(folder, model, stack.plan)
     model.requires_grad_(False)
     with refused_by_library(f"{str(folder)!r} is no whole bundle: its processor cannot be read"):
         processor = kind_of(stack.pieces).read_processor(folder, recipe, stack.model.config)
+    processor.words = stack.processor.words
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device) if dtype is None else model.to(device, dtype)
     for name, value in recipe.generation.items():
@@ -126,71 +121,6 @@ def _refuse_paths(recipe: Recipe, where: str) -> None:
             )
 
 
-def _add_adapter(folder: Path, model: nn.Module) -> PeftModel:
-    """Wraps the model as it was in training; weights come later, key by key."""
-    for name in (ADAPTER_CONFIG, ADAPTER):
-        if not (folder / name).is_file():
-            raise UserError(f"{str(folder)!r} has no {name}, but its model has an adapter; it is no whole bundle.")
-    _check_names(folder)
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        _check_ranks(config, folder)
-        base, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns of any but its own
-        config.init_lora_weights = True
-        wrapped = add_adapter(model, config) if config.use_dora else _add_filled_later(folder, model, config)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a word where a number should be makes PEFT raise
-        where = repr(str(folder / ADAPTER_CONFIG))
-        raise UserError(f"{where} is no adapter that PEFT can read: {one_line(error)}") from error
-    config.base_model_name_or_path = base
-    return wrapped
-
-
-def _add_filled_later(folder: Path, model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Takes memory for an adapter when its tensors were compared with those of the file."""
-    wrapped = add_empty_adapter(model, config)
-    own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    with safe_open(folder / ADAPTER, framework="pt") as file:
-        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
-    check_keys(shapes, own, folder / ADAPTER)
-    for module in wrapped.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                empty = torch.zeros_like(parameter, device="cpu")
-                module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
-    return wrapped
-
-
-def _check_names(folder: Path) -> None:
-    """Refuses what the file of an adapter can ask for beside LoRA, before PEFT reads it."""
-    where, settings = repr(str(folder / ADAPTER_CONFIG)), read_json(folder / ADAPTER_CONFIG)
-    if (kind := settings.get("peft_type")) != "LORA":
-        raise UserError(f"{where} is no LoRA adapter but {kind}; it is refused.")
-    for name, value in settings.items():
-        if value not in UNSAID and (sentence := flaw(LORA, name, value)):
-            raise UserError(f"{where} asks for `{name}`, which is refused: {sentence}")
-        largest = (
-            max((each for each in value.values() if isinstance(each, int)), default=0) if isinstance(value, dict) else 0
-        )
-        if LORA.mappings.get(name) and largest > MOST_OF_AN_OPTION:
-            raise UserError(f"{where} says {largest:,} in `{name}`; more than {MOST_OF_AN_OPTION:,} are refused.")
-
-
-def _check_ranks(config: PeftConfig, folder: Path) -> None:
-    """Refuses ranks that an adapter's tensors do not have."""
-    where = repr(str(folder / ADAPTER_CONFIG))
-    try:
-        with safe_open(folder / ADAPTER, framework="pt") as file:
-            names = [name for name in file.keys() if "lora_A" in name or "lora_embedding_A" in name]  # noqa: SIM118
-            held = {file.get_slice(name).get_shape()[0] for name in names}
-    except (SafetensorError, OSError, IndexError) as error:
-        raise UserError(f"{str(folder / ADAPTER)!r} is no whole safetensors file: {error}.") from error
-    rank = max([config.r, *(config.rank_pattern or {}).values()])
-    if rank > max(held, default=0):
-        raise UserError(f"{where} has the rank {rank:,}, but its tensors have the rank {max(held, default=0):,}.")
-
-
 def load_trained(folder: Path, model: nn.Module, plan: FreezePlan) -> None:
     """Puts what a bundle holds (and its adapter, where the model has one) into a model, key by key.
 
@@ -203,42 +133,22 @@ def load_trained(folder: Path, model: nn.Module, plan: FreezePlan) -> None:
         UserError: A key is missing, too many, or of another shape.
     """
     held = set(read_manifest(folder).get("held", ()))
-    saved = _read_tensors(folder / TRAINED)
+    saved = read_tensors(folder / TRAINED)
     wanted = parameters_of(model, held | set(plan.train))
+    _lengthen(saved, model, wanted)
     check_keys(saved, wanted, folder / TRAINED)
     for name, parameter in wanted.items():
         fill(parameter, saved[name])
     if isinstance(model, PeftModel):
-        adapter = _read_tensors(folder / ADAPTER)
-        own = get_peft_model_state_dict(model, save_embedding_layers=False)
-        check_keys(adapter, own, folder / ADAPTER)
-        for name, tensor in own.items():  # which shares its memory with the model's
-            fill(tensor, adapter[name])
+        fill_adapter(folder, model)
 
 
-def check_keys(saved: dict[str, torch.Tensor], wanted: dict[str, Any], path: Path) -> None:
-    """Compares names and shapes of tensors in a file with those a model needs.
-
-    Raises:
-        UserError: One is missing, too many, or of another shape; the message names it.
-    """
-    if missing := sorted(set(wanted) - set(saved)):
-        raise UserError(f"{str(path)!r} lacks {len(missing)} trained tensors, for instance {missing[0]!r}.")
-    if extra := sorted(set(saved) - set(wanted)):
-        raise UserError(f"{str(path)!r} holds {len(extra)} tensors that this model has not, for instance {extra[0]!r}.")
-    for name, tensor in wanted.items():
-        if saved[name].shape != tensor.shape:
-            raise UserError(
-                f"{str(path)!r}: tensor {name!r} has the shape {tuple(saved[name].shape)}, but this model needs "
-                f"{tuple(tensor.shape)}."
-            )
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Safetensors alone: nothing in a bundle is ever unpickled."""
-    if not path.is_file():
-        raise UserError(f"{str(path.parent)!r} is no whole bundle: it has no {path.name}.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{str(path)!r} is no whole safetensors file: {error}.") from error
+def _lengthen(saved: dict[str, torch.Tensor], model: nn.Module, wanted: dict[str, nn.Parameter]) -> None:
+    """Gives tables that were trained whole before new words came the rows of those words, as the model has them."""
+    core: Any = model
+    if isinstance(core, PeftModel):  # whose words were learned, and saved with the rest
+        return
+    tables = {id(core.get_input_embeddings().weight), id(core.get_output_embeddings().weight)}
+    for name, parameter in wanted.items():
+        if id(parameter) in tables and name in saved and len(saved[name]) < len(parameter):
+            saved[name] = torch.cat([saved[name], parameter[len(saved[name]) :].detach().to(saved[name])])

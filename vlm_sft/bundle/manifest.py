@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
 from ..base.names import MANIFEST
-from ..base.whole_files import read_text, write_json
+from ..base.whole_files import write_json
 from ..recipe.safety import check_folder, check_pieces, read_json
 from .run_folder import find_manifest
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from ..recipe.schema import Recipe
 
 FORMAT = 1
+# What a bundle is that stands on merged adapters or has new words: a version that knows neither must not load it.
+FURTHER = 2
 LIBRARIES = ("vlm_sft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 
 
@@ -31,28 +32,35 @@ class Provenance:
         recipe: The resolved recipe.
         pieces: Part → id, revision and fingerprint, as `Stack.pieces`.
         notes: Anything else worth keeping (rows used and rejected, for instance).
+        earlier: What `stages_so_far` says of the bundle that this stage started from; None to look when it is saved.
     """
 
     recipe: Recipe
     pieces: dict[str, dict[str, Any]]
     notes: dict[str, Any] = field(default_factory=dict)
+    earlier: list[dict[str, Any]] | None = None
 
 
-def make_manifest(plan: FreezePlan, provenance: Provenance | None, adapter: bool) -> dict[str, Any]:
+def make_manifest(
+    plan: FreezePlan, provenance: Provenance | None, adapter: bool, merged: Sequence[str] = ()
+) -> dict[str, Any]:
     """What `bundle.json` says.
 
     Args:
         plan: Says which parts are trained.
         provenance: The recipe and its pieces; without it the bundle cannot name its base.
         adapter: Whether the bundle has one.
+        merged: The bundles whose adapters were merged into its base, in their order.
     """
     pieces = provenance.pieces if provenance else {}
+    words = provenance.recipe.words if provenance else []
     return {
-        "format": FORMAT,
+        "format": FURTHER if merged or words else FORMAT,
         "pieces": pieces,
         "trained": sorted(plan.train),
         "held": sorted(held_parts(plan, pieces)),
         "adapter": adapter,
+        **({"merged": list(merged)} if merged else {}),
         "stages": stages_of(plan, provenance, adapter) if provenance else [],
         "versions": {name: _version(name) for name in LIBRARIES},
         **(provenance.notes if provenance else {}),
@@ -62,15 +70,22 @@ def make_manifest(plan: FreezePlan, provenance: Provenance | None, adapter: bool
 def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[dict[str, Any]]:
     """What each stage up to this one trained, and on which sources; the earlier ones as their bundles say."""
     recipe = provenance.recipe
-    earlier = Path(recipe.init_from or "") / MANIFEST
-    told = json.loads(read_text(earlier)).get("stages", []) if earlier.is_file() else []
+    told = provenance.earlier
+    if told is None:
+        told = stages_so_far(recipe.init_from) if (Path(recipe.init_from or "") / MANIFEST).is_file() else []
     this = {
         "recipe": recipe.path.stem if recipe.path else None,
         "trained": sorted(plan.train),
         "adapter": adapter,
+        **({"lora_from": recipe.lora_from} if recipe.lora_from else {}),
         "data": [source.name for source in recipe.data.train],
     }
     return [*told, this]
+
+
+def stages_so_far(folder: str | Path | None) -> list[dict[str, Any]]:
+    """What a bundle says of the stages up to its own."""
+    return list(read_manifest(folder or "").get("stages", []))
 
 
 def held_parts(plan: FreezePlan, pieces: Mapping[str, dict[str, Any]]) -> set[str]:
@@ -97,11 +112,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = find_manifest(folder)
     check_folder(Path(folder))
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in (FORMAT, FURTHER):
         raise UserError(
-            f"{str(path)!r} has the format {manifest.get('format')}, this version reads {FORMAT}; upgrade vlm_sft."
+            f"{str(path)!r} has the format {manifest.get('format')}, this version reads {FORMAT} and {FURTHER}; "
+            f"upgrade vlm_sft."
         )
     check_pieces(manifest.get("pieces"), str(path))
+    if not isinstance(manifest.get("merged", []), list):
+        raise UserError(f"{str(path)!r}: what it says of merged adapters is no list; the bundle is not whole.")
     return manifest
 
 

@@ -6,6 +6,7 @@
 | `recipe.yaml` | the resolved recipe |
 | `trained.safetensors` | parameters of the parts that are not as their base is (LoRA's apart), under their full names |
 | `adapter_config.json`, `adapter_model.safetensors` | LoRA, as PEFT writes it |
+| `merged_1`, … | adapters of earlier stages that were merged, in their order, as PEFT writes them |
 | `config.json`, tokenizer, image processor, `chat_template.jinja` | configuration and processor |
 """
 
@@ -30,6 +31,7 @@ from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan, is_adapter, part_of
 from ..pieces.piece import specs_of
 from ..recipe.libraries import settle_precision
+from ..stack.adapters import MERGED, merged_in, write_merged_adapters
 from ..stack.kinds import kind_of
 from .manifest import Provenance, make_manifest
 
@@ -56,7 +58,8 @@ def save_bundle(
         UserError: The folder cannot be written.
     """
     folder = Path(folder)
-    manifest = make_manifest(plan, provenance, isinstance(model, PeftModel))
+    merged = [adapter.source for adapter in merged_in(model)]
+    manifest = make_manifest(plan, provenance, isinstance(model, PeftModel), merged)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as beside:
@@ -65,6 +68,7 @@ def save_bundle(
             save_file(tensors, unfinished / TRAINED, metadata={"format": "pt"})
             if isinstance(model, PeftModel):
                 _save_adapter(model, unfinished, provenance, state_dict)
+            write_merged_adapters(model, unfinished)
             core = model.get_base_model() if isinstance(model, PeftModel) else model
             core.config.save_pretrained(unfinished)
             processor.save_pretrained(unfinished)
@@ -77,6 +81,10 @@ def save_bundle(
                 if (folder / path.name).is_dir():
                     shutil.rmtree(folder / path.name)
                 os.replace(path, folder / path.name)
+            for stale in set(folder.glob(MERGED.format("*"))) - {
+                folder / MERGED.format(number) for number in range(1, len(merged) + 1)
+            }:
+                shutil.rmtree(stale)
     except (OSError, SafetensorError) as error:
         raise UserError(f"The bundle cannot be written to {str(folder)!r}: {reason_of(error)}.") from error
 
@@ -105,7 +113,7 @@ def plain_name(name: str) -> str:
     """A parameter's name in the composed model, whatever PEFT or DDP put around it."""
     for wrapper in ("module.", "base_model.model."):
         name = name.removeprefix(wrapper)
-    return name.replace(".base_layer.", ".")
+    return name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
 
 
 def _save_adapter(

@@ -31,6 +31,8 @@ from .merged import write_merged
 from .merging import Comparison
 from .native_model import renamed
 
+# In PEFT's files: before the names of modules, a stack's head, and after a table's name where its new rows are.
+PREFIX, HEAD, ROWS = "base_model.model.", "lm_head", ".token_adapter.trainable_tokens_delta"
 TARGETS = ("transformers", "vllm", "bundle-merged")
 
 
@@ -139,12 +141,19 @@ def _keep_adapter(model: PeftModel, form: Form, folder: Path) -> None:
     (folder / CARD).unlink(missing_ok=True)
     config = json.loads(read_text(folder / ADAPTER_CONFIG))
     config["base_model_name_or_path"] = None
-    if names := form.adapter_names():
-        state = load_file(folder / ADAPTER)
+    state, names = load_file(folder / ADAPTER), form.adapter_names()
+    tables = config.get("trainable_token_indices") or {}
+    if len(tables) == 1 and form.head_stands_alone():
+        ((table, rows),) = tables.items()
+        tables[HEAD] = rows
+        state[PREFIX + HEAD + ROWS] = state[PREFIX + table + ROWS].clone()
+    if names or tables:
         moved = {renamed(name, names): tensor for name, tensor in state.items()}
         save_file(moved, folder / ADAPTER, metadata={"format": "pt"})
-        modules = sorted({name.split(".lora_")[0].removeprefix("base_model.model.") for name in moved})
-        config["target_modules"] = modules
+        layers = {name.split(".lora_")[0] for name in moved if ".lora_" in name}
+        config["target_modules"] = sorted(layer.removeprefix(PREFIX) for layer in layers)
+        kept = {renamed(PREFIX + name, names).removeprefix(PREFIX): ids for name, ids in tables.items()}
+        config["trainable_token_indices"] = kept or None
     write_json(folder / ADAPTER_CONFIG, config)
 
 

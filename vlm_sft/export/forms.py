@@ -70,6 +70,10 @@ class Form(ABC):
         """Beginnings of names in PEFT's files → the same in the native class, where they differ."""
         return {}
 
+    def head_stands_alone(self) -> bool:
+        """Whether PEFT takes the native class's head for one of its own, though that of the bundle's model is tied."""
+        return False
+
     def save(self, native: PreTrainedModel, out: Path, to: str) -> None:
         """Writes the weights and configurations of what `native` gave, under the names that the target reads."""
         native.save_pretrained(out)
@@ -109,13 +113,19 @@ class StackForm(Form):
         """See `Form`."""
         if self.name == "llava":
             return {}
-        inner = self.model.model.language_model
-        prefix = next(n for n, m in to_causal_lm(self.model).named_modules() if m is inner)
+        inner, head = self.model.model.language_model, self.model.lm_head
+        names = {id(module): name for name, module in to_causal_lm(self.model).named_modules()}
+        prefix = names[id(inner)]
         return {
+            "base_model.model.lm_head": f"base_model.model.language_model.{names[id(head)]}",
             "base_model.model.model.language_model.": f"base_model.model.language_model.{prefix}.",
             "base_model.model.model.vision_tower.": "base_model.model.vision_model.",
             "base_model.model.model.resampler.": "base_model.model.",
         }
+
+    def head_stands_alone(self) -> bool:
+        """See `Form`: BLIP's classes have it inside another model, and LLaVA's unties what it cannot find."""
+        return self.name != "llava" or not hasattr(self.model.model.language_model, "embed_tokens")
 
     def save(self, native: PreTrainedModel, out: Path, to: str) -> None:
         """See `Form`."""

@@ -22,6 +22,7 @@ from ..pieces.fingerprints import entries_of
 from ..pieces.part_configs import find_pieces
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import YamlFile
+from ..stack.adapters import forget_merged
 from ..stack.kinds import kind_of
 from ..stack.precision import dtypes_of
 from .check import QUESTION, noise_picture
@@ -54,6 +55,7 @@ def write_merged(
     comparison = Comparison(model, lambda model: probe_logits(model, batch))
     adapted = {part_of(name.split(".lora_")[0]) for name, _ in model.named_parameters() if is_adapter(name)}
     model = comparison.merge(model)
+    adapted |= forget_merged(model)
     kind = kind_of(manifest["pieces"])
     merged = _recipe(recipe, kind, bundle, out / kind.base, dtype)
     WRITERS[kind.base](out / kind.base, model, processor, merged)
@@ -91,7 +93,12 @@ WRITERS = {"language_model": _write_language_model, "model": _write_model}
 
 def _recipe(recipe: Recipe, kind: Kind, bundle: Path, folder: Path, dtype: torch.dtype) -> Recipe:
     """The bundle's recipe with the merged piece in place of its base, and without LoRA."""
-    changes = {"pretrained": str(folder.resolve()), "revision": None, "dtype": str(dtype).removeprefix("torch.")}
+    changes: dict[str, Any] = {
+        "pretrained": str(folder.resolve()),
+        "revision": None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "added_tokens": [],  # its tokenizer has them
+    }
     rates = {part: rate for part, rate in recipe.train.items() if part != "language_model"}
     # The bundle's own template is read when it is loaded; its name is what people know it by.
     name = YamlFile.read(bundle / RECIPE).data["chat_template"]
@@ -100,6 +107,7 @@ def _recipe(recipe: Recipe, kind: Kind, bundle: Path, folder: Path, dtype: torch
             "chat_template": name,
             "train": rates or {"projector": float(recipe.sft.get("learning_rate", 2e-5))},
             "lora": None,
+            "lora_from": None,
             "quantization": None,
         }
     )

@@ -29,6 +29,7 @@ from ..batch.processor import VLMProcessor
 from ..inference.settings import generation_options
 from ..model.configuration import count_patches, image_size_of
 from ..model.modeling import VLMForConditionalGeneration
+from ..stack.vocabulary import grow_vocabulary
 
 NO_FORM = "This bundle has no native form in transformers: {}; use --to bundle-merged, or load it with vlm_sft."
 # Resampler → model type, name, and the towers that its class holds (the two ViTs compute the same).
@@ -62,7 +63,8 @@ def native_form(model: VLMForConditionalGeneration) -> str:
     text, head = model.model.language_model.config, model.lm_head
     if any(getattr(text, name, None) for name in SCALINGS) or getattr(head, "bias", None) is not None:
         raise UserError(NO_FORM.format(f"LLaVA's class leaves out what {text.model_type!r} does after its head"))
-    if model.get_input_embeddings().embedding_dim != text.hidden_size:
+    table = model.get_input_embeddings()
+    if getattr(table, "original_module", table).embedding_dim != text.hidden_size:
         raise UserError(NO_FORM.format("its language model embeds narrower than it computes"))
     llava_features(model)
     return "llava"
@@ -117,30 +119,6 @@ def to_causal_lm(model: VLMForConditionalGeneration) -> PreTrainedModel:
     causal.set_output_embeddings(model.lm_head)
     causal.generation_config = model.generation_config
     return causal
-
-
-@torch.no_grad()
-def grow_vocabulary(model: VLMForConditionalGeneration, rows: int) -> None:
-    """Gives embeddings and head at least so many rows, because native classes look the placeholder up.
-
-    A new row is the mean of the others, so its logit is the mean of theirs and never the highest.
-    """
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is table.weight
-    old = table.num_embeddings
-    config = model.model.language_model.config
-    if rows <= old:
-        return
-    for module, names in ((table, ("weight",)), (head, ("weight", "bias"))):
-        for name in names:
-            if getattr(module, name, None) is None or (tied and module is head and name == "weight"):
-                continue
-            weight = getattr(module, name).data
-            mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-            setattr(module, name, nn.Parameter(torch.cat([weight, mean.expand(rows - old, *weight.shape[1:])])))
-    if tied:
-        head.weight = table.weight
-    table.num_embeddings = head.out_features = config.vocab_size = rows
 
 
 def native_model(

@@ -35,7 +35,8 @@ PART_NAMES = {
     "lm_head": "language_model",
 }
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.")
-ADAPTER_MARK = ".lora_"
+NEW_ROWS = ".trainable_tokens_delta"  # the rows of new words, as PEFT keeps them beside a table
+ADAPTER_MARKS = (".lora_", NEW_ROWS)
 
 
 def part_of(name: str) -> str:
@@ -69,7 +70,7 @@ def part_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter was put there by PEFT, by its name in the model."""
-    return ADAPTER_MARK in name
+    return any(mark in name for mark in ADAPTER_MARKS)
 
 
 @dataclass
@@ -82,6 +83,7 @@ class PartRow:
         total: Parameters without adapters.
         trained: How many of them are trained.
         adapted: Parameters of its adapters.
+        words: New words, whose rows are learned.
         dtypes: Types of its weights.
         learning_rate: Peak learning rate of what learns in it, or None.
     """
@@ -91,6 +93,7 @@ class PartRow:
     total: int = 0
     trained: int = 0
     adapted: int = 0
+    words: int = 0
     dtypes: set[str] = field(default_factory=set)
     learning_rate: float | None = None
 
@@ -158,6 +161,7 @@ class FreezePlan:
             row, size = rows[part_of(name)], _size(parameter)
             if is_adapter(name):
                 row.adapted += size
+                row.words = len(parameter) if NEW_ROWS in name else row.words
                 row.learning_rate = row.learning_rate or self.adapter_rate
             else:
                 row.total += size
@@ -195,6 +199,9 @@ class FreezePlan:
                 f"{row.learning_rate:g}" if learns else "–",
                 style="bold" if learns else "dim",
             )
+            if row.words:
+                words = f"embedding rows, {row.words} word{'s'[: row.words != 1]}"
+                table.add_row("", words, "", "", "in LoRA", "", "", style="bold")
         return table
 
 

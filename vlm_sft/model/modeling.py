@@ -181,10 +181,10 @@ class VLMModel(VLMPreTrainedModel):
 
         A batch without images still runs the image path once, with weight zero, where other processes wait for it.
         """
-        table = self.get_input_embeddings()
-        image_mask = input_ids == self.config.image_token_id
-        # The placeholder and an added pad token may lie beyond the matrix; neither is ever looked at.
-        embeds = table(torch.where(image_mask | (input_ids >= table.num_embeddings), 0, input_ids))
+        table, image_mask = self.get_input_embeddings(), input_ids == self.config.image_token_id
+        # The placeholder and a pad token may lie beyond the matrix (which PEFT may wrap); neither is looked at.
+        rows = getattr(table, "original_module", table).num_embeddings
+        embeds = table(torch.where(image_mask | (input_ids >= rows), 0, input_ids))
         tokens = int(image_mask.sum()) if image_token_count is None else image_token_count
         if pixel_values is None:
             self._check_image_count(tokens, 0)

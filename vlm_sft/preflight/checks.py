@@ -12,7 +12,7 @@ from ..batch.tokenizer_coverage import Coverage
 from ..data.image_files import Leak
 from ..data.ledger import Ledger, names_of
 from ..data.look_alikes import LookAlikes
-from ..model.freeze import part_of
+from ..model.freeze import NEW_ROWS, part_of
 from ..rows.boxes import has_typed_boxes
 from ..rows.messages import answers_of, row_key
 from ..templates.literals import find_markers, role_markers
@@ -258,9 +258,10 @@ def unproven_tensors(evidence: Evidence) -> Iterator[Finding]:
         level = ERROR if idle else NOTE
         are = "is" if len(proof.unused) == 1 else "are"
         sentence = f"{_count(len(proof.unused), 'tensor')} of trained parts {are} not used."
-        yield Finding(
-            level, sentence, "Nothing flows through what lies behind `feature_layer`.", proof.unused[:EXAMPLES]
-        )
+        hint = "Nothing flows through what lies behind `feature_layer`."
+        if any(NEW_ROWS in name for name in proof.unused):
+            hint = "No row that was tried has the new words of `lora.add_tokens`."
+        yield Finding(level, sentence, hint, proof.unused[:EXAMPLES])
 
 
 def tight_memory(evidence: Evidence) -> Iterator[Finding]:

@@ -29,7 +29,9 @@ SIZES = ((1280, 960), (640, 480), (320, 240), (64, 64))
 
 def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
     """Prints what a run of a recipe would be; reads configurations and tokenizers, but no weights."""
+    from ..bundle.handover import check_adapter, settle_adapter
     from ..recipe.libraries import validate_libraries
+    from ..stack.kinds import compose
     from ..stack.precision import precision_warning
     from .memory import known_optimizer
 
@@ -37,6 +39,9 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
         console.print(message, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
     validate_libraries(recipe)
+    recipe = settle_adapter(recipe, planned=True)
+    if recipe.lora_from == "continue":
+        check_adapter(recipe, compose(recipe))
     console.print(recipe.to_yaml(), markup=False, highlight=False)
     weighed = weigh(recipe, launch)
     if warning := precision_warning(recipe, weighed.stack.model.config):

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
+from ..model.freeze import NEW_ROWS
+
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -105,11 +107,15 @@ class Witness(TrainerCallback):
         if state.global_step >= FEWEST and not reached:
             control.should_training_stop = True
 
+    def is_idle(self, name: str) -> bool:
+        """Whether a tensor holds new words of which no row had any: nothing could move it."""
+        return NEW_ROWS in name and name not in self.moved and self.gradients.get(name) == 0
+
     def still(self) -> dict[str, str]:
         """Trained tensors that got a gradient and did not move → why."""
         found = {}
         for name, largest in self.gradients.items():
-            if name in self.moved:
+            if name in self.moved or self.is_idle(name):
                 continue
             if largest == 0:
                 found[name] = "its gradient is zero"
@@ -137,7 +143,7 @@ def prove(trainer: VLMSFTTrainer) -> Proof:
         losses=[entry["loss"] for entry in logs],
         moved=list(witness.moved),
         still=witness.still(),
-        unused=[name for name in witness.trained if name not in witness.gradients],
+        unused=[name for name in witness.trained if name not in witness.gradients or witness.is_idle(name)],
         frozen=len(witness.frozen),
         changed=[name for name, tensor in witness.frozen.items() if fingerprint(tensor) != witness.before[name]],
         rows=trainer.args.train_batch_size,

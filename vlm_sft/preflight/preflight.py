@@ -44,10 +44,9 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     Raises:
         UserError: The recipe is wrong, a source or a piece cannot be had, or the page cannot be written.
     """
+    from ..bundle.handover import settle_adapter
     from ..data.dataset import load_source
     from ..recipe.libraries import build_sft_config, validate_libraries
-    from ..stack.kinds import compose
-    from ..stack.text_fit import check_texts
     from ..training.build_trainer import build_collator
     from .checks import Evidence, check
     from .dry_run import on_any_machine
@@ -57,11 +56,11 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
 
     _check_output(output)
     validate_libraries(recipe)
+    recipe = settle_adapter(recipe, planned=True)
     # Wrong rows are left out here and judged by the recipe's own threshold, so that the page shows all of them.
     tolerant = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_rejected": 1.0})})
     args = build_sft_config(recipe if with_model else on_any_machine(recipe))
-    composed = compose(recipe)
-    check_texts(composed.config, composed.processor, args.max_length)
+    composed = _compose(recipe, args.max_length)
     collator = build_collator(tolerant, composed.processor, args)
     evidence = Evidence()
     name = Path(recipe.path).stem if recipe.path else "recipe"
@@ -88,6 +87,18 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     report.findings = check(evidence)
     output.write_text(render_page(report), encoding="utf-8")
     return report
+
+
+def _compose(recipe: Recipe, max_length: int | None) -> Composed:
+    """The model before any weight is read, which rows, answers and LoRA of the recipe suit."""
+    from ..bundle.handover import check_adapter
+    from ..stack.kinds import compose
+    from ..stack.text_fit import check_texts
+
+    composed = compose(recipe)
+    check_texts(composed.config, composed.processor, max_length)
+    check_adapter(recipe, composed)
+    return composed
 
 
 def _load(

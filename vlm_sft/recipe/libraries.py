@@ -39,6 +39,9 @@ _QUANTIZATION: dict[str, Any] = {
     "llm_int8_has_fp16_weight": bool,
 }
 
+# What a recipe says under `lora:` and PEFT does not know.
+OWN_LORA_KEYS: dict[str, Any] = {"add_tokens": list[str]}
+
 
 def validate_libraries(recipe: Recipe) -> None:
     """Checks `sft:`, `lora:` and `quantization:` against the installed libraries, on their real classes.
@@ -100,10 +103,10 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
 
     if recipe.lora is None:
         return None
-    _check_types(recipe, "lora", recipe.lora, typing.get_type_hints(LoraConfig))
+    _check_types(recipe, "lora", recipe.lora, {**typing.get_type_hints(LoraConfig), **OWN_LORA_KEYS})
     refuse_strange(recipe, "lora")
     try:
-        return LoraConfig(**recipe.lora)
+        return LoraConfig(**{key: value for key, value in recipe.lora.items() if key not in OWN_LORA_KEYS})
     except (ValueError, TypeError) as error:
         raise UserError(f"{recipe.where(('lora',))}: peft.LoraConfig refuses `lora`: {one_line(error)}") from error
 

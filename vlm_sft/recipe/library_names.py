@@ -26,6 +26,7 @@ class PassedOn:
         own: Names that say where a file, a server or a piece of code is: name → what it says. Only the user's own
             recipe, or an override that the user typed, may have them.
         never: Name → why no recipe has it.
+        ours: Names that we read ourselves; the library never sees them.
     """
 
     library: str
@@ -33,6 +34,7 @@ class PassedOn:
     mappings: Mapping[str, frozenset[str] | None] = field(default_factory=dict)
     own: Mapping[str, str] = field(default_factory=dict)
     never: Mapping[str, str] = field(default_factory=dict)
+    ours: frozenset[str] = frozenset()
 
     @property
     def names(self) -> set[str]:
@@ -125,12 +127,13 @@ LORA = PassedOn(
     _words(
         "task_type peft_type peft_version inference_mode r target_modules exclude_modules lora_alpha",
         "lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform",
-        "layers_pattern trainable_token_indices use_dora alora_invocation_tokens use_qalora qalora_group_size",
+        "layers_pattern use_dora alora_invocation_tokens use_qalora qalora_group_size",
         "lora_bias ensure_weight_tying",
     ),
     mappings={
         "rank_pattern": None,
         "alpha_pattern": None,
+        "trainable_token_indices": None,
         "runtime_config": _words("ephemeral_gpu_offload"),
         "velora_config": _words("num_groups scale init_type"),
         "monteclora_config": _words("num_samples use_entropy dirichlet_prior sample_scaler kl_loss_weight buffer_size"),
@@ -151,6 +154,7 @@ LORA = PassedOn(
         "target_parameters": "an adapter of bare parameters is not rooted at the language model; name linear layers in "
         "`lora.target_modules`",
     },
+    ours=frozenset({"add_tokens"}),
 )
 # PEFT's default, which names the module that it would import if `megatron_config` were there.
 DEFAULTS = {"megatron_core": "megatron.core"}

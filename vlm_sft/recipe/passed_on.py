@@ -37,8 +37,10 @@ def flaw(passed_on: PassedOn, name: str, value: Any, prefix: str = "") -> str | 
         value: Its value.
         prefix: What messages put before the name (`lora.`).
     """
+    if name in passed_on.ours:
+        return None
     if name not in passed_on.names:
-        hint = closest(name, passed_on.names - set(passed_on.never))
+        hint = closest(name, passed_on.names - set(passed_on.never) | passed_on.ours)
         advice = f'did you mean "{hint}"?' if hint else f"{passed_on.library} has nothing like it."
         return f'unknown key "{prefix}{name}"; {advice}'
     if name in passed_on.never:

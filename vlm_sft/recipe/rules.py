@@ -45,6 +45,7 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
         names_that_pass(recipe),
         _trained_parts_exist(recipe.train, recipe.stack),
         _something_is_trained(recipe),
+        _lora_comes_from_a_bundle(recipe),
         _lora_or_full(recipe.lora, recipe.train),
         _quantised_is_frozen(recipe),
         _pieces_fit_their_options(recipe.stack),
@@ -69,7 +70,7 @@ def _stack_or_model(recipe: Recipe) -> Broken:
 
 
 def _something_is_trained(recipe: Recipe) -> Broken:
-    if not recipe.train and recipe.lora is None:
+    if not recipe.train and not _has_lora(recipe):
         yield ("train",), "nothing would be trained; name a part under `train` (part: learning rate) or add `lora`."
 
 
@@ -88,6 +89,33 @@ def _trained_parts_exist(train: dict[str, float], stack: Stack | None) -> Broken
         yield ("train", "resampler"), "`train.resampler` is set but the stack has no resampler; remove it or add one."
 
 
+def _has_lora(recipe: Recipe) -> bool:
+    return recipe.lora is not None or recipe.lora_from == "continue"
+
+
+def _lora_comes_from_a_bundle(recipe: Recipe) -> Broken:
+    if recipe.lora_from is None:
+        return
+    if recipe.init_from is None:
+        yield (
+            ("lora_from",),
+            "`lora_from` says what becomes of the LoRA of `init_from`; name that bundle, or remove it.",
+        )
+    if recipe.lora_from == "continue" and "language_model" in recipe.train:
+        yield (
+            ("train", "language_model"),
+            "the language model cannot be trained whole while its LoRA is trained on; remove `train.language_model`, "
+            "or merge the LoRA first (`lora_from: merge`).",
+        )
+    if recipe.lora_from == "merge" and recipe.quantization is not None:
+        yield (
+            ("lora_from",),
+            "LoRA cannot be merged into a language model in 4 or 8 bits, which are too few to hold it; train it on "
+            "(`lora_from: continue`), or write the merged one with `vlm-sft export --to bundle-merged` and start "
+            "from that bundle.",
+        )
+
+
 def _lora_or_full(lora: dict[str, Any] | None, train: dict[str, float]) -> Broken:
     if lora is None:
         return
@@ -100,6 +128,8 @@ def _lora_or_full(lora: dict[str, Any] | None, train: dict[str, float]) -> Broke
         yield ("lora", "r"), f"the rank `lora.r` must be above zero, not {rank}; to do without LoRA, remove `lora`."
     if _is_number(dropout := lora.get("lora_dropout")) and not 0 <= dropout < 1:
         yield ("lora", "lora_dropout"), f"`lora.lora_dropout` must be zero or above and below one, not {dropout}."
+    if not all(word.strip() for word in lora.get("add_tokens") or [] if isinstance(word, str)):
+        yield ("lora", "add_tokens"), "`lora.add_tokens` holds an empty word; remove it."
     # PEFT copies whole modules named there, and silently neither trains nor saves bare parameters such as query tokens.
     for name in lora.get("modules_to_save") or []:
         if name in PARTS:
@@ -118,7 +148,7 @@ def _quantised_is_frozen(recipe: Recipe) -> Broken:
             "a quantised language model cannot be trained whole; remove `train.language_model` (`lora` learns beside "
             "it) or `quantization`.",
         )
-    if recipe.lora is None:
+    if not _has_lora(recipe):
         yield (
             ("quantization",),
             "`quantization` needs `lora`, which learns beside the quantised weights; add `lora` or remove it.",

@@ -57,7 +57,8 @@ def check_folder(folder: Path) -> None:
     root = folder.resolve()
     # In the cache of `huggingface_hub` every file is a link to a blob of the same repository.
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    for path in (*sorted(folder.iterdir()), *sorted((folder / "qformer_tokenizer").glob("*"))):
+    inside = (path for name in ("qformer_tokenizer", "merged_*") for path in folder.glob(f"{name}/*"))
+    for path in (*sorted(folder.iterdir()), *sorted(inside)):
         real = path.resolve()
         if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
             raise UserError(f"{str(path)!r} leads out of its bundle; put the file itself there.")

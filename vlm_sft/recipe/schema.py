@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -21,11 +21,12 @@ from ..base.names import MANIFEST, PARTS
 from ..base.whole_files import check_regular
 from ..base.words import closest
 from .rules import first_broken_rule
-from .sections import BoxNotation, Data, Hub, Limits, PretrainedModel, RecipeModel, Stack, Watch
+from .sections import BoxNotation, Data, Hub, LanguageModel, Limits, PretrainedModel, RecipeModel, Stack, Watch
 from .yaml_file import KeyPath, YamlFile, dump_yaml
 
 _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
 _SFT_SCHEMA: dict[str, Any] = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
+_LORA_SCHEMA: dict[str, Any] = {"properties": {"add_tokens": {"type": "array", "items": {"type": "string"}}}}
 
 
 class Recipe(RecipeModel):
@@ -37,6 +38,9 @@ class Recipe(RecipeModel):
     """An existing VLM to start from, in place of `stack`."""
     init_from: str | None = None
     """Bundle of the earlier stage to start from. Its parts must be the same; what differs is named."""
+    lora_from: Literal["continue", "merge"] | None = None
+    """What becomes of the LoRA of `init_from`: `continue` trains it on, `merge` puts it into the weights below, beside
+    which a new one starts."""
     chat_template: str | None = None
     """Name of a chat template that ships, or path of a `.jinja` file with generation markers. With `model`, unset is
     the model's own."""
@@ -47,8 +51,9 @@ class Recipe(RecipeModel):
     docs/data_formats.md."""
     train: dict[str, float] = Field(default_factory=dict, json_schema_extra=_TRAIN_SCHEMA)
     """Part → peak learning rate. What is not named is frozen."""
-    lora: dict[str, Any] | None = None
-    """LoRA on the language model: arguments of `peft.LoraConfig`. Its learning rate is `sft.learning_rate`."""
+    lora: dict[str, Any] | None = Field(default=None, json_schema_extra=_LORA_SCHEMA)
+    """LoRA on the language model: arguments of `peft.LoraConfig`, and `add_tokens`, new words that are learned with it.
+    Its learning rate is `sft.learning_rate`."""
     quantization: dict[str, Any] | None = None
     """QLoRA: the language model alone is loaded in 4 or 8 bits; arguments of `transformers.BitsAndBytesConfig`."""
     data: Data
@@ -105,6 +110,23 @@ class Recipe(RecipeModel):
         """The stack, of a recipe that is known to have one."""
         assert self.stack is not None, "the recipe starts from an existing model"
         return self.stack
+
+    @property
+    def text_piece(self) -> LanguageModel | PretrainedModel:
+        """The piece whose tokenizer is used."""
+        return self.model or self.parts.language_model
+
+    @property
+    def words(self) -> list[str]:
+        """The words that its tokenizer is given: those of earlier stages, then its own."""
+        return [*self.text_piece.added_tokens, *((self.lora or {}).get("add_tokens") or ())]
+
+    def with_words(self, words: list[str]) -> Recipe:
+        """A copy in which these are the words of earlier stages."""
+        piece = self.text_piece.model_copy(update={"added_tokens": words})
+        if self.model:
+            return self.model_copy(update={"model": piece})
+        return self.model_copy(update={"stack": self.parts.model_copy(update={"language_model": piece})})
 
     def resolved(self) -> dict[str, Any]:
         """Returns the recipe with overrides, interpolations and defaults filled in, as plain dicts and lists."""

@@ -60,8 +60,7 @@ class Resampler(_Picked):
     """The part that turns patch features into a fixed number of query features. Leave it out for LLaVA."""
 
     type: Literal["qformer", "instruct_qformer", "abstractor", "cross_attention"]
-    """`qformer` (BLIP-2), `instruct_qformer` (InstructBLIP: reads the instruction too), `abstractor` (mPLUG-Owl) or
-    `cross_attention` (Qwen-VL)."""
+    """`qformer` (BLIP-2), `instruct_qformer`, `abstractor` (mPLUG-Owl) or `cross_attention` (Qwen-VL)."""
     pretrained: str | None = None
     """Hub id or folder of any checkpoint that contains the resampler, or a weight file of LAVIS or MiniGPT-4."""
     tokenizer: str | None = None
@@ -88,8 +87,7 @@ class Linear(_Projector):
     """One linear layer, or a relative of it; its sizes come from its neighbours, as those of every projector."""
 
     type: Literal["linear", "linear_end", "linear_no_bias"]
-    """`linear` (BLIP-2, MiniGPT-4), `linear_end` (mPLUG-Owl: a learned token ends the image) or `linear_no_bias`
-    (Qwen-VL)."""
+    """`linear` (BLIP-2, MiniGPT-4), `linear_end` (mPLUG-Owl: and a learned token) or `linear_no_bias` (Qwen-VL)."""
 
 
 class MLP(_Projector):
@@ -145,6 +143,8 @@ class LanguageModel(_Piece):
 
     pretrained: str
     """Hub id or folder of any causal language model of transformers."""
+    added_tokens: list[str] = Field(default_factory=list)
+    """Words that an earlier stage added to its tokenizer (`lora.add_tokens`); `init_from` fills them in."""
     dtype: Dtype | None = None
     """Type of the weights; unset: float32 where trained, else what `sft:` computes in."""
     attn_implementation: str | None = None
@@ -171,6 +171,8 @@ class PretrainedModel(RecipeModel):
     """Hub id or folder: LLaVA-1.5 and 1.6, Qwen2.5-VL, Qwen3-VL, Idefics3, SmolVLM, PaliGemma, InternVL, Gemma 3, …"""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
+    added_tokens: list[str] = Field(default_factory=list)
+    """Words that an earlier stage added to its tokenizer (`lora.add_tokens`); `init_from` fills them in."""
     dtype: Dtype | None = None
     """Type of the weights that are not trained; unset: what `sft:` computes in."""
     attn_implementation: str | None = None
@@ -230,8 +232,7 @@ class Source(RecipeModel):
     images: str | None = None
     """Folder that relative image paths start from. Default: the folder of `path`."""
     image_folders: list[str] = Field(default_factory=list)
-    """Further folders in which images may lie; rows that name others, beside `images` and the folder of `path`, are
-    refused."""
+    """Further folders, beside `images` and that of `path`, in which images may lie; rows with others are refused."""
     split: str = "train"
     """Split of a Hub dataset."""
     revision: str | None = None
@@ -243,8 +244,7 @@ class Source(RecipeModel):
     image_name: str | None = None
     """coco, cc_sbu_align, vqav2, gqa: how image files are called, `{id}` or `{id:012}` in it. Default: as published."""
     prompts: Annotated[list[str] | dict[str, list[str]], BeforeValidator(_check_prompts)] = Field(default_factory=list)
-    """Captions and questions: what the user asks; one is drawn for each row, seeded. By language: `{en: […], zh: […]}`.
-    Around a question they hold `{question}`."""
+    """What the user asks, drawn for each row, seeded; or `{en: […], zh: […]}`. A question is `{question}` there."""
     boxes: Literal["pixels", "unit", "thousand", "padded", "as_written"] | None = None
     """What the numbers of boxes count where a row does not say it: pixels of its picture, 0 to 1 or 0 to 1000 of the
     picture's sides, or 0 to 1 of the square that it is centred on (LLaVA). It makes boxes of those typed in text too;

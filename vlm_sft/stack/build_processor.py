@@ -17,6 +17,7 @@ from transformers import (
 
 from ..base.errors import UserError
 from ..base.hub import look_for_hub
+from ..base.names import IMAGE_TOKEN
 from ..base.words import one_line
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
 from ..model.configuration import VLMConfig, image_size_of
@@ -25,6 +26,7 @@ from ..pieces.checkpoints import unreachable
 from ..pieces.piece import Piece
 from ..recipe.safety import check_picture
 from ..templates.template import load_template
+from .vocabulary import add_words
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -44,15 +46,19 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
         tokenizer = AutoTokenizer.from_pretrained(lm.pretrained, revision=lm.revision, trust_remote_code=lm.trusts_code)
     except Exception as error:  # whatever odd values in its files meet there
         raise unreachable(lm.pretrained, lm.key, "tokenizer") from error
+    template = load_template(recipe.chat_template)
+    # Before the image token and padding, which need no row of a table.
+    words = add_words(tokenizer, recipe.words, template, [IMAGE_TOKEN])
     processor = VLMProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        chat_template=load_template(recipe.chat_template),
+        chat_template=template,
         num_image_tokens=config.num_image_tokens,
         pad_to_square=tower.spec.pad_to_square,
         system=recipe.system,
         box_notation=recipe.box_notation,
     )
+    processor.words = words
     resampler = pieces.get("resampler")
     if resampler is not None and resampler.spec.type == "instruct_qformer":
         processor.qformer_tokenizer = _load_qformer_tokenizer(resampler, config)

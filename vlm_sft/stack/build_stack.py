@@ -5,6 +5,7 @@ The same code composes real weights for a run and empty tensors for a dry run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from ..model.modeling import VLMForConditionalGeneration
 from ..pieces.fingerprints import entries_of
 from .kinds import compose, kind_of
 from .precision import dtypes_of
+from .vocabulary import make_room, start_words
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -60,14 +62,23 @@ def build_stack(
     for remark in kind.remarks(recipe, composed):
         say(remark)
     model = kind.load(recipe, composed, dtypes_of(recipe))
+    make_room(model, composed.processor.words)
+    start_words(model, composed.processor.words)
     plan = _apply_plan(recipe, model)
     return Stack(model, composed.processor, plan, entries_of(composed.pieces, model))
 
 
-def build_empty_stack(recipe: Recipe) -> Stack:
-    """The same stack on the meta device: every size and name, no weight is read."""
-    composed = compose(recipe)
+def build_empty_stack(recipe: Recipe, composed: Composed | None = None) -> Stack:
+    """The same stack on the meta device: every size and name, no weight is read.
+
+    Args:
+        recipe: A validated recipe.
+        composed: What `compose` gave, where it was called before; it is left as it is.
+    """
+    composed = composed or compose(recipe)
+    composed = composed._replace(config=copy.deepcopy(composed.config))
     model = kind_of(composed.pieces).empty(recipe, composed, dtypes_of(recipe))
+    make_room(model, composed.processor.words)
     return Stack(model, composed.processor, _apply_plan(recipe, model), {})
 
 

@@ -26,6 +26,7 @@ from ..pieces.quantization import quantise_empty
 from ..recipe.libraries import build_quantization_config
 from .compose import check_image_size, compose_stack
 from .precision import precision_warning
+from .vocabulary import add_words
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -136,4 +137,8 @@ def compose(recipe: Recipe) -> Composed:
     """
     with refused_by_library("The base pieces cannot be put together from what their files say; fetch them again"):
         unset_hf_deepspeed_config()
-        return kind_of(specs_of(recipe)).compose(recipe)
+        composed = kind_of(specs_of(recipe)).compose(recipe)
+    if not (processor := composed.processor).words:  # a stack's were added before its image token
+        template = str(processor.chat_template)
+        processor.words = add_words(processor.tokenizer, recipe.words, template, processor.control_tokens)
+    return composed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..base.errors import UserError
+from ..base.words import one_line
 from ..model.freeze import part_modules
-from ..recipe.libraries import build_lora_config
+from ..recipe.libraries import OWN_LORA_KEYS, build_lora_config
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -30,7 +32,7 @@ def lora_config(recipe: Recipe, model: nn.Module) -> LoraConfig | None:
     """
     if build_lora_config(recipe) is None:  # says which key is wrong, and where
         return None
-    options = dict(recipe.lora or {})
+    options = {key: value for key, value in (recipe.lora or {}).items() if key not in OWN_LORA_KEYS}
     _refuse_what_is_not_lora(options)
     targets = options.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
@@ -40,6 +42,8 @@ def lora_config(recipe: Recipe, model: nn.Module) -> LoraConfig | None:
         whole = options.get("layers_to_transform") is not None  # PEFT takes no expression then
         options["target_modules"] = _root_targets(model, names, whole)
     options.setdefault("task_type", "CAUSAL_LM")
+    if words := (recipe.lora or {}).get("add_tokens"):
+        options["trainable_token_indices"] = _new_rows(model, len(words))
     config = LoraConfig(**options)
     _check_rank(config, model)
     return config
@@ -61,6 +65,43 @@ def _check_rank(config: LoraConfig, model: nn.Module) -> None:
 def add_empty_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
     """`add_adapter` without memory for the adapter's own tensors: they lie on the meta device."""
     return add_adapter(model, config, low_cpu_mem_usage=True)
+
+
+def _new_rows(model: nn.Module, count: int) -> dict[str, list[int]]:
+    """Whole name of a table → the rows of the last so many words; a tied head follows the embeddings by itself."""
+    core: Any = model
+    tables = [core.get_input_embeddings()]
+    if (head := core.get_output_embeddings()).weight is not tables[0].weight:
+        tables.append(head)
+    names = {id(module): name for name, module in core.named_modules()}
+    return {names[id(table)]: core.word_ids[-count:] for table in tables}
+
+
+def try_adapter(recipe: Recipe, model: nn.Module) -> LoraConfig | None:
+    """Puts the recipe's LoRA into a model without weights, so that what PEFT refuses is said before any is read.
+
+    Args:
+        recipe: A validated recipe.
+        model: On the meta device; it is used up.
+
+    Returns:
+        What `lora_config` gives.
+
+    Raises:
+        UserError: PEFT refuses it, or it matches nothing.
+    """
+    config = lora_config(recipe, model)
+    if config is None:
+        return None
+    try:
+        add_adapter(model, copy.deepcopy(config))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{recipe.where(('lora',))}: PEFT cannot put `lora` into this model: {one_line(error).rstrip('.')}."
+        ) from error
+    except (RuntimeError, AttributeError):  # an initialisation that needs weights
+        pass
+    return config
 
 
 def add_adapter(model: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
@@ -86,7 +127,10 @@ def _refuse_what_is_not_lora(options: dict[str, Any]) -> None:
         raise UserError("lora.bias must be none: biases are trained with their part, by naming the part under `train`.")
     for key in ("modules_to_save", "trainable_token_indices"):
         if options.get(key):
-            raise UserError(f"lora.{key} cannot be used: what is trained beside LoRA is said under `train`; remove it.")
+            words = " (new words: `lora.add_tokens`)" if key == "trainable_token_indices" else ""
+            raise UserError(
+                f"lora.{key} cannot be used: what is trained beside LoRA is said under `train`{words}; remove it."
+            )
     start = options.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise UserError(

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import set_seed
@@ -14,10 +15,11 @@ from ..base.errors import UserError
 from ..base.names import INSTRUCTION
 from ..batch.collator import MultimodalCollator, load_collator_class
 from ..bundle.handover import hand_over
-from ..bundle.manifest import Provenance, read_manifest
+from ..bundle.manifest import Provenance, read_manifest, stages_so_far
 from ..pieces.fingerprints import compare_pieces
 from ..reading.fetch import Fetcher
 from ..recipe.safety import refuse_strange_collator
+from ..stack.adapters import fill_adapter
 from ..stack.build_stack import build_stack, match_embeddings
 from ..stack.lora import lora_config
 from .trainer import VLMSFTTrainer
@@ -84,9 +86,12 @@ def build_trainer(
     if args.resume_from_checkpoint:
         begun = read_manifest(args.resume_from_checkpoint)["pieces"]
         compare_pieces(begun, stack.pieces, str(args.resume_from_checkpoint))
+    earlier = None
     if recipe.init_from:
-        parts = ", ".join(hand_over(stack, recipe.init_from))
-        say(f"Starting from {recipe.init_from}: {parts} taken over; the frozen pieces are the same.")
+        # What has begun needs its first bundle no more: a checkpoint has all of it.
+        begun = args.resume_from_checkpoint
+        earlier = stages_so_far(begun)[:-1] if begun else stages_so_far(recipe.init_from)
+        _take_over(recipe, stack, begun, say)
     elif recipe.stack and recipe.stack.projector.init == "match_embeddings":
         factor = _match_embeddings(stack, collator, train_rows)
         say(f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
@@ -99,11 +104,26 @@ def build_trainer(
         lora_config(recipe, stack.model),
         plan=stack.plan,
         eval_dataset=eval_rows,
-        provenance=Provenance(recipe, stack.pieces, notes),
+        provenance=Provenance(recipe, stack.pieces, notes, earlier),
         **recipe.watch.model_dump(),
     )
     trainer.lengths = lengths
+    if recipe.lora_from == "continue" and not args.resume_from_checkpoint:
+        fill_adapter(Path(str(recipe.init_from)), trainer.accelerator.unwrap_model(trainer.model))
     return trainer
+
+
+def _take_over(recipe: Recipe, stack: Stack, begun: str | None, say: Callable[[str], None]) -> None:
+    """Puts what the earlier stage trained into the stack, from its bundle or from a checkpoint of this run."""
+    first = str(recipe.init_from)
+    if begun:
+        hand_over(stack, begun, "continue")  # whatever was merged is in the checkpoint
+        for part, entry in read_manifest(begun)["pieces"].items():
+            stack.pieces[part] |= {key: entry[key] for key in ("init_from", "held") if key in entry}
+        return
+    parts = ", ".join(hand_over(stack, first, recipe.lora_from))
+    lora = {"merge": "; its LoRA is merged", "continue": "; its LoRA is trained on", None: ""}[recipe.lora_from]
+    say(f"Starting from {first}: {parts or 'nothing'} taken over{lora}; the frozen pieces are the same.")
 
 
 def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset) -> float:
