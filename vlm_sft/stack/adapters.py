@@ -19,6 +19,7 @@ from torch import nn
 
 from ..base.errors import UserError
 from ..base.names import ADAPTER, ADAPTER_CONFIG
+from ..base.whole_files import read_bytes
 from ..base.words import one_line
 from ..model.freeze import is_quantised, part_of
 from ..model.sharding import fill
@@ -74,7 +75,7 @@ def merge_adapter(folder: Path, model: nn.Module, source: str) -> None:
         wrapped.merge_and_unload(safe_merge=True)  # in place
     except ValueError as error:
         raise UserError(f"{str(folder / ADAPTER)!r} cannot be merged: {error}") from error
-    merged_in(model).append(Merged(source, *((folder / name).read_bytes() for name in (ADAPTER_CONFIG, ADAPTER))))
+    merged_in(model).append(Merged(source, *(read_bytes(folder / name) for name in (ADAPTER_CONFIG, ADAPTER))))
 
 
 def merge_again(folder: Path, manifest: dict[str, Any], model: nn.Module) -> None:
