@@ -38,7 +38,7 @@ def full_report(text=EVIL) -> Report:
         TokenGroup("\n", "template", False, (2,), 3),
         TokenGroup(text, "assistant", True, (3, 4), 4),
     ]
-    plan = [PartRow("projector", text, 10, 10, 0, {"float32"}, 1e-3)]
+    plan = [PartRow("projector", text, total=10, trained=10, dtypes={"float32"}, learning_rate=1e-3)]
     picture = thumbnail(
         Image.new("RGB", (40, 30), "red"), [([0.25, 0.2, 0.75, 0.9], text, text), ([0.5, 0.5], "", text)]
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -132,7 +133,11 @@ SIMPLE = "{% generation %}{{ messages[1].content[0].text }}{% endgeneration %}"
 def test_it_ends_with_the_one_that_asks_however_that_ends(end, rendering):
     """Also in the middle of a template that would go on for minutes."""
     greedy = GREEDY["maps"] + SIMPLE if rendering else ""
-    asker = subprocess.Popen([sys.executable, "-c", ASKER, SIMPLE, greedy], stdout=subprocess.PIPE, text=True)
+    asker = subprocess.Popen(
+        [sys.executable, "-c", ASKER, SIMPLE, greedy], stdout=subprocess.PIPE, text=True,
+        # Tests that run in the background ignore interrupts, and programs inherit that; at a terminal none does.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     child = int(asker.stdout.readline())
     if rendering:
         assert asker.stdout.readline() == "begins\n"

@@ -341,8 +341,7 @@ class _Animation:
         self._image.seek(wanted)
 
     def picture(self, size: tuple[int, int]) -> Image.Image:
-        picture = self._image.convert("RGBA")
-        return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+        return self._image.convert("RGBA").resize(size, Image.Resampling.BICUBIC)  # of its own size, it stays as it is
 
     def close(self) -> None:
         self._image.close()
