@@ -129,3 +129,21 @@ def test_a_truncated_one_is_refused_still(share):
     data = png(Image.effect_noise((64, 64), 90), CHUNKS["zTXt"])
     with pytest.raises(RowError, match=r"row s/1: the embedded image is truncated or damaged .*: download it again"):
         load_image(data[: int(len(data) * share)], where="row s/1")
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_size_of_a_png_is_that_of_the_upright_picture_and_no_pixel_is_read_for_it(behind, tmp_path, monkeypatch):
+    """EXIF may stand behind the pixels; without any, a large picture costs no more than a small one."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, turned = io.BytesIO(), io.BytesIO()
+    Image.effect_noise((300, 200), 90).save(plain, "PNG")
+    data = plain.getvalue()
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    cut = data.index(b"IEND") - 4 if behind else data.index(b"IDAT") - 4
+    turned.write(data[:cut] + chunk + data[cut:])
+    assert image_size(turned.getvalue()) == load_image(turned.getvalue()).size == (200, 300)
+    (tmp_path / "图.png").write_bytes(data)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("the pixels were read"))
+    assert image_size(data) == image_size(tmp_path / "图.png") == (300, 200)

@@ -5,6 +5,7 @@ colour profile are too long for Pillow, without them, which no pixel needs.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
@@ -101,6 +102,18 @@ def without_texts(stream: IO[bytes], max_pixels: int) -> Iterator[io.BytesIO]:
         bare, left_out_now = _copied(stream, (), max_pixels)
         if bare is not None and left_out_now > left_out:
             yield bare
+
+
+def may_be_turned(stream: IO[bytes]) -> bool:
+    """Whether a PNG has anything that could say how it is turned, also behind its pixels, which are passed over."""
+    place = stream.seek(0, os.SEEK_CUR)
+    stream.seek(len(SIGNATURE))
+    found = False
+    while not found and len(head := stream.read(8)) == 8:
+        found = head[4:] == b"eXIf" or (head[4:] in TEXTS and head[4:] != b"iCCP")
+        stream.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    stream.seek(place)
+    return found
 
 
 def _copied(stream: IO[bytes], keep: tuple[bytes, ...], max_pixels: int) -> tuple[io.BytesIO | None, int]:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..base.errors import RowError, row_error
 from ..base.whole_files import IrregularError, open_regular
 from ..base.words import reason_of
-from .image_kinds import describe_unreadable, kind_of, without_texts
+from .image_kinds import describe_unreadable, kind_of, may_be_turned, without_texts
 from .image_refs import TIME, is_url, size_asked
 from .video import Films
 
@@ -149,7 +149,8 @@ def image_size(
     try:
         stream = io.BytesIO(source) if isinstance(source, bytes) else open_regular(str(source))
         with stream, Image.open(stream, formats=_formats()) as opened:
-            size = _upright_size(opened)
+            # Pillow reads all pixels of a PNG to look for EXIF behind them.
+            size = opened.size if opened.format == "PNG" and not may_be_turned(stream) else _upright_size(opened)
             return size_asked(size, image) if isinstance(image, Mapping) else size
     except Exception:  # whatever it is, `load_image` says it in a sentence, or reads it in another way
         return load_image(image, where=where, fetch=fetch).size
