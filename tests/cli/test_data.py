@@ -57,6 +57,13 @@ def test_stats(run, caption_file):
     assert json.loads(run("stats", caption_file, "--format", "caption", "--json")[1])["images"] == 8
 
 
+def test_stats_of_rows_of_which_none_can_be_used(run, tmp_path):
+    turns = [{"role": "user", "content": "<video>什么？"}, {"role": "assistant", "content": "a cat"}]
+    (tmp_path / "v.jsonl").write_text(json.dumps({"video": "没有.mp4", "messages": turns}), encoding="utf-8")
+    code, out, err = run("stats", tmp_path / "v.jsonl", "--format", "messages")
+    assert code == 2 and "没有.mp4 was not found" in err and "No row of" in err and not out
+
+
 def test_stats_of_a_recipe_name_images_that_look_like_held_out_ones(run, recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr("vlm_sft.data.looks.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     files = {"训练": [photo(n) for n in range(4)], "评测": [COPIES["darker"](photo(2)), photo(9)]}

@@ -79,6 +79,8 @@ def stats(
     rows = RowsOf(src, kind, images, column, max_rejected, image_folder)
     for row in rows:
         found.add(row)
+    if not found.rows:
+        raise UserError(f"No row of {src} can be counted, for the reasons above: correct the rows, or --format.")
     most = rows.look_images if look_images is None else look_images
     if most != 0:
         with RowProgress(console, src) as progress:
