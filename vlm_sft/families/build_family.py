@@ -17,6 +17,7 @@ from ..base.names import PARTS, TEMPLATE
 from ..base.whole_files import read_text
 from ..base.words import one_line
 from ..pieces.beside import check_processor, check_tokenizer
+from ..pieces.expected import IMAGES, TOKENIZER, laid_out
 from ..pieces.load_parts import check_size, from_pretrained
 from ..pieces.part_configs import find_model
 from ..pieces.quantization import leave_out, outside_language_model, quantise_empty, settle
@@ -152,8 +153,8 @@ def load_processor(
     try:
         # The PIL backend everywhere, as for a tower: the same pixels on every machine.
         kind = without_videos(getattr(transformers, family.processor))
-        options = {"revision": spec.revision, "backend": "pil", "trust_remote_code": False}
-        native = kind.from_pretrained(spec.pretrained, **options, **spec.processor)
+        folder = laid_out(spec.pretrained, spec.revision, KEY, (*TOKENIZER, *IMAGES))
+        native = kind.from_pretrained(folder, backend="pil", trust_remote_code=False, **spec.processor)
         check_picture(native.image_processor.to_dict(), f"{KEY}: {spec.pretrained!r} with `model.processor`")
         check_picture({name: spec.processor.get(name) for name in TOKENS}, KEY, "`model.processor`")
     except UserError:

@@ -127,6 +127,11 @@ class Checkpoint:
         with _open(path, self.key) as file:
             return list(file.keys())
 
+    def paths(self) -> dict[str, str]:
+        """Name of each of its own files of weights, and of their index → where it lies on this machine."""
+        names = {name for name in self.files.values() if not Path(name).is_absolute()}
+        return {**self._paths, **{name: self._path(name) for name in names}}
+
     @property
     def size(self) -> int:
         """Bytes of the files."""

@@ -27,6 +27,7 @@ from ..model.positions import INTERPOLATING, TABLES, fit_positions
 from ..recipe.safety import check_weights
 from .beside import keep_plain_generation, refuse_adapter
 from .checkpoints import WEIGHT_FILES, Checkpoint
+from .expected import MODEL, laid_out, name_again
 from .layouts import Origin, detect
 from .piece import Piece
 from .quantization import HEADS, leave_out, settle
@@ -167,11 +168,14 @@ def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **opti
     config = piece.whole if piece.renamed is None else piece.config
     refuse_adapter(piece.pretrained, piece.revision, piece.key)
     piece.checkpoint.check_shards()
+    place, revision = piece.pretrained, piece.revision
+    if not piece.trusts_code:
+        place, revision = laid_out(place, revision, piece.key, MODEL, piece.checkpoint), None
     try:
         model, found = auto_class.from_pretrained(
-            piece.pretrained,
+            place,
             config=copy.deepcopy(config),
-            revision=piece.revision,
+            revision=revision,
             trust_remote_code=piece.trusts_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # what does not fit is named below, instead of in a log
@@ -183,7 +187,8 @@ def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **opti
             f"code: they are refused; use a checkpoint in safetensors."
         ) from error
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{piece.key}: transformers cannot load {piece.pretrained!r}: {one_line(error)}") from error
+        said = one_line(error).replace(place, piece.pretrained)
+        raise UserError(f"{piece.key}: transformers cannot load {piece.pretrained!r}: {said}") from error
     for name, got, wanted in found["mismatched_keys"]:
         check_shape(name, got, wanted, f"{piece.key}: {piece.pretrained!r}")
     if missing := sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED)):
@@ -191,6 +196,7 @@ def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **opti
             f"{piece.key}: {piece.pretrained!r} lacks {len(missing)} tensors of this model, for instance "
             f"{missing[0]!r}; is it the right checkpoint, and whole?"
         )
+    name_again(model, piece.pretrained)
     keep_plain_generation(model, f"{piece.key}: {piece.pretrained!r}")
     return model
 

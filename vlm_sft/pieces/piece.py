@@ -17,6 +17,7 @@ from ..base.words import one_line
 from ..recipe.safety import LIMITS, check_config, check_length
 from .beside import check_config_names
 from .checkpoints import Checkpoint, fetch_file, unreachable
+from .expected import laid_out
 from .layouts import Origin
 
 if TYPE_CHECKING:
@@ -124,17 +125,22 @@ class Piece(Generic[SpecT]):
         if Path(self.pretrained).exists() and not (Path(self.pretrained) / CONFIG).is_file():
             raise unreachable(self.pretrained, self.key)
         _ = self.raw  # its numbers are looked at before a class reads them
+        place = self.pretrained
         try:
-            return AutoConfig.from_pretrained(
-                self.pretrained, revision=self.revision, trust_remote_code=self.trusts_code
-            )
+            if self.trusts_code:
+                return AutoConfig.from_pretrained(self.pretrained, revision=self.revision, trust_remote_code=True)
+            place = laid_out(self.pretrained, self.revision, self.key, (CONFIG,))
+            config = AutoConfig.from_pretrained(place)
+            config.name_or_path = self.pretrained
+            return config
         except OSError as error:
             raise unreachable(self.pretrained, self.key) from error
         except UserError:
             raise
         except Exception as error:  # whatever a value of a wrong type makes a class raise
+            said = one_line(error).replace(place, self.pretrained)
             raise UserError(
-                f"{self.key}: transformers cannot read the config.json of {self.pretrained!r}: {one_line(error)}"
+                f"{self.key}: transformers cannot read the config.json of {self.pretrained!r}: {said}"
             ) from error
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +10,12 @@ from PIL import Image
 from torch.nn import functional
 
 from ..base.errors import UserError
-from ..base.hub import look_for_hub
-from ..base.whole_files import check_entries
+from ..base.names import CONFIG
 from ..base.words import one_line
-from ..pieces.checkpoints import unreachable
+from ..pieces.checkpoints import WEIGHT_FILES, Checkpoint
+from ..pieces.expected import IMAGES, MODEL, TOKENIZER, laid_out
+
+KEY = "--model"
 
 
 class Scorer:
@@ -34,11 +35,8 @@ class Scorer:
     def __init__(self, path: str, device: str | torch.device | None = None) -> None:
         from transformers import AutoConfig, AutoModel, AutoProcessor, BlipForImageTextRetrieval
 
-        if not Path(path).exists():
-            look_for_hub()
         try:
-            check_entries(path)
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(laid_out(path, None, KEY, (CONFIG,)))
             kind = config.model_type
             if kind not in SCORES:
                 raise UserError(
@@ -48,13 +46,13 @@ class Scorer:
             if kind == "blip" and "BlipForImageTextRetrieval" not in (config.architectures or ()):
                 raise UserError(f"--model {path} has no matching head: give a BLIP-ITM model, like blip-itm-base-coco.")
             model_class = BlipForImageTextRetrieval if kind == "blip" else AutoModel
-            self.model = model_class.from_pretrained(path, use_safetensors=True, dtype=torch.float32).eval()
-            self.processor = AutoProcessor.from_pretrained(path, use_fast=False)
+            weights = Checkpoint(path, None, KEY, WEIGHT_FILES[:2])  # in safetensors
+            place = laid_out(path, None, KEY, (*MODEL, *IMAGES, *TOKENIZER), weights)
+            self.model = model_class.from_pretrained(place, use_safetensors=True, dtype=torch.float32).eval()
+            self.processor = AutoProcessor.from_pretrained(place, use_fast=False)
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, UserError):
                 raise
-            if isinstance(error, OSError) and not Path(path).exists():
-                raise unreachable(str(path), "--model") from None
             raise UserError(f"--model {path} cannot be loaded: {one_line(error)[:300]}") from None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device)

@@ -17,12 +17,13 @@ from transformers import (
 
 from ..base.errors import UserError
 from ..base.hub import look_for_hub
-from ..base.names import IMAGE_TOKEN
+from ..base.names import CONFIG, IMAGE_TOKEN
 from ..base.words import one_line
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
 from ..model.configuration import VLMConfig, image_size_of
 from ..pieces.beside import check_processor, check_tokenizer
 from ..pieces.checkpoints import unreachable
+from ..pieces.expected import IMAGES, TOKENIZER, laid_out
 from ..pieces.piece import Piece
 from ..recipe.safety import check_picture
 from ..templates.template import load_template
@@ -43,7 +44,10 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     image_processor = _load_image_processor(tower, config)
     check_tokenizer(lm.pretrained, lm.revision, lm.key)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(lm.pretrained, revision=lm.revision, trust_remote_code=lm.trusts_code)
+        if lm.trusts_code:
+            tokenizer = AutoTokenizer.from_pretrained(lm.pretrained, revision=lm.revision, trust_remote_code=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(laid_out(lm.pretrained, lm.revision, lm.key, TOKENIZER))
     except Exception as error:  # whatever odd values in its files meet there
         raise unreachable(lm.pretrained, lm.key, "tokenizer") from error
     template = load_template(recipe.chat_template)
@@ -73,7 +77,8 @@ def _load_qformer_tokenizer(piece: Piece[Resampler], config: VLMConfig) -> PreTr
         look_for_hub()
     check_tokenizer(source, revision, "stack.resampler.tokenizer", subfolder)
     try:
-        tokenizer = load_qformer_tokenizer(source, subfolder, revision=revision)
+        names = [f"{subfolder}/{name}".lstrip("/") for name in TOKENIZER]
+        tokenizer = load_qformer_tokenizer(laid_out(source, revision, piece.key, names), subfolder)
     except (OSError, ValueError) as error:
         raise UserError(
             f"stack.resampler: {source!r} has no tokenizer for the instruction that the "
@@ -111,11 +116,13 @@ def _load_image_processor(tower: Piece[VisionTower], config: VLMConfig) -> BaseI
 
 
 def _read_image_processor(tower: Piece[VisionTower]) -> BaseImageProcessor:
-    options = {"revision": tower.revision, "trust_remote_code": tower.trusts_code}
+    place, options = tower.pretrained, {"revision": tower.revision, "trust_remote_code": True}
+    if not tower.trusts_code:
+        place, options = laid_out(place, tower.revision, tower.key, (CONFIG, *IMAGES)), {}
     try:
-        return AutoImageProcessor.from_pretrained(tower.pretrained, backend="pil", **options)
+        return AutoImageProcessor.from_pretrained(place, backend="pil", **options)
     except ImportError as error:  # a class that has no PIL side
-        settings, _ = BaseImageProcessor.get_image_processor_dict(tower.pretrained, revision=tower.revision)
+        settings, _ = BaseImageProcessor.get_image_processor_dict(place, revision=options.get("revision"))
         if not str(settings.get("image_processor_type")).startswith(LIKE_VIT):
             raise UserError(
                 f"{tower.key}: the image processor of {tower.pretrained!r} cannot be used here ({one_line(error)}); "

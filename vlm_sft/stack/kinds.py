@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..base.errors import UserError, refused_by_library
-from ..base.names import PROCESSOR_CONFIG
+from ..base.names import PROCESSOR_CONFIG, TEMPLATE
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor
 from ..families.build_family import FamilyKind
 from ..families.kind import Composed, Kind
@@ -20,6 +20,7 @@ from ..model.modeling import VLMForConditionalGeneration
 from ..model.parts import Parts
 from ..model.positions import cast
 from ..pieces.beside import check_processor, check_tokenizer
+from ..pieces.expected import IMAGES, TOKENIZER, laid_out
 from ..pieces.load_parts import load_language_model, load_projector_weights, load_resampler, load_vision_tower
 from ..pieces.piece import specs_of
 from ..pieces.quantization import quantise_empty
@@ -108,7 +109,9 @@ class StackKind:
         check_processor(str(folder), None, "processor")
         for subfolder in ("", QFORMER_TOKENIZER):
             check_tokenizer(str(folder), None, "processor", subfolder)
-        processor = VLMProcessor.from_pretrained(str(folder), trust_remote_code=False)
+        inner = (f"{QFORMER_TOKENIZER}/{name}" for name in TOKENIZER)
+        place = laid_out(str(folder), None, "processor", (*TOKENIZER, *IMAGES, TEMPLATE, *inner))
+        processor = VLMProcessor.from_pretrained(place, trust_remote_code=False)
         if processor.num_image_tokens != config.num_image_tokens:
             raise UserError(
                 f"{str(folder)!r}: {PROCESSOR_CONFIG} says that an image is {processor.num_image_tokens:,} tokens, but "

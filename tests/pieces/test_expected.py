@@ -1,0 +1,107 @@
+"""Of a checkpoint the expected files are read, and whatever else lies in it is never opened."""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+from support.tiny_pieces import tiny_stack
+from vlm_sft import load_recipe
+from vlm_sft.base.errors import UserError
+from vlm_sft.pieces.checkpoints import Checkpoint
+from vlm_sft.pieces.expected import IMAGES, MODEL, TOKENIZER, laid_out
+from vlm_sft.stack.build_stack import build_stack
+
+OPENED: list[str] | None = None
+
+
+def watch(event: str, arguments: tuple) -> None:
+    if OPENED is not None and event == "open" and isinstance(arguments[0], str | os.PathLike):
+        OPENED.append(os.path.realpath(arguments[0]))
+
+
+sys.addaudithook(watch)
+
+# What libraries obey, or obeyed, beside the files that are expected; and what only lies there.
+STRANGE = (
+    *("additional_chat_templates/x.jinja", "chat_template.jinja", "chat_template.json", "tokenizer.4.0.0.json"),
+    *("tekken.json", "qwen.tiktoken", "config.4.0.0.json", "modeling_llama.py", "custom_generate/generate.py"),
+    *("audio_tokenizer_config.json", "video_preprocessor_config.json", "pytorch_model.bin", "model.fp16.safetensors"),
+    *("model.safetensors.index.json", "adapter_model.safetensors", "quantize_config.json", "README.md", "tf_model.h5"),
+    *("onnx/model.onnx", ".gitattributes", "training_args.bin", "二.json", "modelcard.json", "processor.py"),
+)
+
+
+@pytest.mark.parametrize("model", ["llama", "opt"])
+def test_a_file_that_is_not_expected_is_never_opened(model, pieces, recipe_file, tmp_path):
+    global OPENED
+    bases = {}
+    for name in ("clip", model):
+        bases[name] = str(tmp_path / name)
+        shutil.copytree(pieces[name], tmp_path / name)
+    stack = tiny_stack({**pieces, **bases}, tower="clip", resampler=None, lm=model)
+    recipe = load_recipe(recipe_file(stack=stack))
+    plain = build_stack(recipe)
+    for base in bases.values():
+        for name in STRANGE:
+            (Path(base) / name).parent.mkdir(exist_ok=True)
+            (Path(base) / name).write_text('{"weight_map": {}, "chat_template": "evil", "a": "{{ evil }}"}')
+    OPENED = []
+    try:
+        found = build_stack(recipe)
+    finally:
+        opened, OPENED = OPENED, None
+    inside = {str(Path(path).relative_to(b)) for path in opened for b in bases.values() if path.startswith(b + os.sep)}
+    assert {"config.json", "tokenizer.json"} <= inside <= {*MODEL, *IMAGES, *TOKENIZER, "model.safetensors"}, inside
+    assert found.pieces == plain.pieces
+    before, after = plain.model.state_dict(), found.model.state_dict()
+    kept = [name for name in before if not name.startswith("model.projector.")]
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert found.processor.tokenizer.chat_template is None
+    said = json.dumps([found.model.config.to_dict(), found.processor.tokenizer.init_kwargs], default=str)
+    assert "vlm-sft-expected" not in said.replace(found.processor.tokenizer.name_or_path, "")
+
+
+def test_the_folder_holds_what_is_expected_and_nothing_else(pieces, tmp_path):
+    base = shutil.copytree(pieces["llama"], tmp_path / "base")
+    for name in STRANGE:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("{}")
+    names = (*MODEL, *IMAGES, *TOKENIZER)
+    folder = Path(laid_out(str(base), None, "key", names, Checkpoint(str(base))))
+    held = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= held <= {*names, "model.safetensors"}
+    assert laid_out(str(base), None, "key", names, Checkpoint(str(base))) == str(folder)
+    with pytest.raises(UserError, match=r"key: the folder .* has no config\.json"):
+        laid_out(str(tmp_path), None, "key", names)
+
+
+# Vocabularies of tokenizers that no language model here has: of speech, of two languages, of single words, slow ones.
+OTHERS = {
+    *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "source.spm", "target.spm", "dict.txt", "bpe.codes"),
+    *("entity_vocab.json", "word_shape.json", "word_pronunciation.json", "normalizer.json", "emoji.json"),
+    *("spm_char.model", "byte_maps.json", "merges.txt", "genres.json", "lyrics.json", "artists.json"),
+    *("question_encoder_tokenizer", "prophetnet.tokenizer", "tekken.json", "vocab"),
+}
+
+
+def test_every_vocabulary_of_transformers_was_judged():
+    named = set()
+    for package in pkgutil.iter_modules(transformers.models.__path__):
+        try:
+            module = import_module(f"transformers.models.{package.name}.tokenization_{package.name}")
+        except (ImportError, NameError):  # pop2piano names a package that is not there
+            continue
+        named |= {v for v in getattr(module, "VOCAB_FILES_NAMES", {}).values() if isinstance(v, str)}
+    assert len(TOKENIZER_MAPPING_NAMES) > 50 and len(named) > 10
+    assert named <= {*TOKENIZER, *OTHERS}, sorted(named - {*TOKENIZER, *OTHERS})
