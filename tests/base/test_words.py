@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from vlm_sft.base.words import closest, duration, first_line, gib, kind, one_line, reason_of, short, short_count
+from vlm_sft.base.words import (
+    closest,
+    duration,
+    first_line,
+    gib,
+    kind,
+    language_of,
+    one_line,
+    reason_of,
+    short,
+    short_count,
+)
 
 
 def test_closest() -> None:
@@ -48,3 +59,27 @@ def test_counts_have_three_digits(number, words):
 def test_sizes_and_times():
     assert [gib(size) for size in (2**20, 2**28, 3 * 2**30)] == ["1.0 MiB", "0.25 GiB", "3.00 GiB"]
     assert [duration(seconds) for seconds in (0.4, 750, 86_399, 198_000)] == ["0:00:00", "0:12:30", "23:59:59", "2d 7h"]
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("", "en"),
+        ("3, 4!", "en"),
+        ("a red 3 at the top left", "en"),
+        ("Ein roter Bus fährt über die Brücke.", "en"),
+        ("左上角是红色的3", "zh"),
+        ("漢字與繁體", "zh"),
+        ("这是一张 iPhone 拍的照片", "zh"),
+        ("The sign says 中国", "en"),
+        ("赤い3があります", "en"),
+        ("왼쪽 위에 漢字", "en"),
+        ("𠮷", "zh"),
+    ],
+)
+def test_language_of(text, language):
+    assert language_of(text) == language
+
+
+def test_a_long_text_is_decided_by_its_start():
+    assert language_of("猫" * 3000 + "x" * 100_000) == "zh"

@@ -39,7 +39,7 @@ def recipe_path(name: str) -> Path:
     Raises:
         UserError: no recipe of that name ships; the message names the closest one.
     """
-    return _find("recipes", ".yaml", name, "recipe", list_recipes())
+    return _find("recipes", ".yaml", name, "recipe")
 
 
 def template_path(name: str) -> Path:
@@ -56,7 +56,7 @@ def template_path(name: str) -> Path:
         if path.is_file():
             return path
         raise UserError(f'the chat template file "{name}" does not exist{_closest(path.stem, list_templates())}.')
-    return _find("chat_templates", ".jinja", name, "chat template", list_templates())
+    return _find("chat_templates", ".jinja", name, "chat template")
 
 
 def _names(folder: str, suffix: str) -> list[str]:
@@ -64,14 +64,13 @@ def _names(folder: str, suffix: str) -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob(f"*{suffix}"))
 
 
-def _find(folder: str, suffix: str, name: str, kind: str, names: list[str]) -> Path:
-    if name in names:
+def _find(folder: str, suffix: str, name: str, kind: str) -> Path:
+    if name in (names := _names(folder, suffix)):
         return assets_root() / folder / f"{name}{suffix}"
     raise UserError(f'there is no {kind} "{name}"{_closest(name, names)}.')
 
 
 def _closest(name: str, names: list[str]) -> str:
-    hint = closest(name, names)
-    if hint:
+    if hint := closest(name, names):
         return f'; the closest that ships is "{hint}"'
     return f"; these ship: {', '.join(names)}" if names else ""

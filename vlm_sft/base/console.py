@@ -55,10 +55,12 @@ def make_console(
     """
     if quiet is None:
         quiet = os.environ.get("RANK", "0") != "0"
-    options: dict[str, Any] = {"stderr": stderr, "quiet": quiet, "soft_wrap": soft_wrap, "highlight": highlight}
-    options |= {"markup": False, "emoji": False}
-    console: Console = _console_class()(**options)
-    return console if console.is_terminal else _console_class()(**options, width=WIDTH_OF_LOGS)
+    console = _console_class()(
+        stderr=stderr, quiet=quiet, soft_wrap=soft_wrap, highlight=highlight, markup=False, emoji=False
+    )
+    if not console.is_terminal:
+        console.width = WIDTH_OF_LOGS
+    return console
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import Any
 from zlib import crc32
 
 from .console import tell
+from .words import one_line
 
 # What gloo says where the process at the other end of a connection has ended.
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
@@ -75,7 +76,7 @@ def refused_by_library(sentence: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error)[:300]
         words = said if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
         raise UserError(f"{sentence} ({words}).") from error
 
@@ -95,15 +96,11 @@ def exit_on_user_error() -> Iterator[None]:
     process = "" if rank == "0" else f" (process {rank})"
     try:
         yield
-    except UserError as error:
-        sentence = sentence_of(error)
-        if first_to_say(sentence):
-            tell(f"error{process}: {sentence}", stderr=True)
-        raise SystemExit(2) from None
     except Exception as error:
-        if trouble := _of_the_disk(error):
-            if first_to_say(trouble):
-                tell(f"error{process}: {trouble}", stderr=True)
+        sentence = sentence_of(error) if isinstance(error, UserError) else _of_the_disk(error)
+        if sentence is not None:
+            if first_to_say(sentence):
+                tell(f"error{process}: {sentence}", stderr=True)
             raise SystemExit(2) from None
         if not (isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_IS_GONE)):
             raise
@@ -121,10 +118,8 @@ def first_to_say(sentence: str) -> bool:
         return True
     try:
         os.close(os.open(Path(given).parent.parent / f"said-{crc32(sentence.encode())}", os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
     return True
 
 
@@ -209,10 +204,7 @@ def _rules() -> list[Any]:
 
     from detect_secrets.plugins.base import BasePlugin
 
-    modules = [import_module(f"detect_secrets.plugins.{name}") for name in _RULES]
-    kinds = {kind for module in modules for kind in vars(module).values() if _is_rule(kind, module, BasePlugin)}
-    return [kind() for kind in sorted(kinds, key=lambda kind: kind.__name__)]
-
-
-def _is_rule(kind: Any, module: Any, base: type) -> bool:
-    return isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == module.__name__
+    modules = {f"detect_secrets.plugins.{name}" for name in _RULES}
+    found = {each for module in modules for each in vars(import_module(module)).values() if isinstance(each, type)}
+    rules = [kind for kind in found if issubclass(kind, BasePlugin) and kind.__module__ in modules]
+    return [rule() for rule in sorted(rules, key=lambda rule: rule.__name__)]

@@ -105,12 +105,14 @@ def share_work(work: Callable[[int, int], Found]) -> list[Found]:
     except UserError as error:
         outcome = UserError(str(error))
     outcomes: list[Found | UserError] = gather_object([outcome])
-    found = []
-    for each in outcomes:
-        if isinstance(each, UserError):
-            raise each
-        found.append(each)
-    return found
+    if errors := [each for each in outcomes if isinstance(each, UserError)]:
+        raise errors[0]
+    return [each for each in outcomes if not isinstance(each, UserError)]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cores_for_each() -> int:
@@ -121,8 +123,7 @@ def cores_for_each() -> int:
     # What torchrun and the MPIs say; without a word of theirs all processes may be on this machine.
     said = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
     local = get_int_from_env(said, PartialState().num_processes)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // max(1, local))
+    return max(1, cores() // max(1, local))
 
 
 # -- one run in a folder ----------------------------------------------------------------------------------------------

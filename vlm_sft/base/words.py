@@ -1,10 +1,17 @@
-"""Values in the words of a message: on one line, short, with units that a person reads."""
+"""Values in the words of a message: on one line, short, with units that a person reads; and the language of a text."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from datetime import timedelta
+
+CHINESE, OTHER = "zh", "en"
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+_KANA_HANGUL = re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\uac00-\ud7af]")
+_WORD = re.compile(r"[^\W\d_]+")
+_LONG = 2000  # characters that decide; a long conversation does not take longer
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:
@@ -59,3 +66,20 @@ def duration(seconds: float) -> str:
     """`0:12:30`, from a day on `2d 7h`."""
     whole = round(seconds)
     return f"{whole // 86400}d {whole % 86400 // 3600}h" if whole >= 86400 else str(timedelta(seconds=whole))
+
+
+def language_of(text: str) -> str:
+    """`zh` where there are at least as many Chinese characters as words of other scripts, else `en`.
+
+    A Chinese sentence with a few Latin names in it is Chinese, an English one that quotes a sign is not. Text with
+    Japanese kana or Korean letters is `en`, which stands for every other language: data in, say, German and Chinese
+    says so in a `language` column.
+    """
+    text = text[:_LONG]
+    if text.isascii():
+        return OTHER
+    others, runs = _HAN.subn(" ", text)
+    chinese = len(text) - len(others) + runs
+    if not chinese or _KANA_HANGUL.search(text):
+        return OTHER
+    return CHINESE if chinese >= len(_WORD.findall(others)) else OTHER

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ..base.languages import language_of
+from ..base.words import language_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

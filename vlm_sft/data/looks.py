@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..base.errors import RowError
+from ..base.processes import cores
 from ..reading.images import load_image
 
 SIDE, COLOUR = 32, 8  # pixels of a side of the grey levels, and of the two channels of colour
@@ -69,8 +70,7 @@ def read_looks(images: Iterable[Entry], count: int, tick: Callable[[int, int], N
         looks = np.memmap(file, np.uint8, "r+", shape=(count, BYTES)) if count else np.zeros((0, BYTES), np.uint8)
     found = Looks(looks, [], np.ones(count, bool), [])
     todo = iter(images)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(cores, MOST_THREADS)) as pool, closing(LookCache.open()) as kept:
+    with ThreadPoolExecutor(min(cores(), MOST_THREADS)) as pool, closing(LookCache.open()) as kept:
         for start in range(0, count, CHUNK):
             chunk = list(islice(todo, CHUNK))
             stamps = list(pool.map(stamp_of, [image for image, _ in chunk]))

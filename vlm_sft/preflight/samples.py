@@ -15,8 +15,8 @@ import numpy as np
 from datasets import Dataset
 
 from ..base.errors import RowError
-from ..base.languages import language_of
 from ..base.names import IGNORED
+from ..base.words import language_of
 from ..batch.box_text import file_size, write_boxes
 from ..batch.token_view import TokenGroup, token_groups
 from ..batch.tokenizer_coverage import coverage_of

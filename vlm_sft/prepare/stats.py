@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.errors import RowError
-from ..base.languages import language_of
+from ..base.words import language_of
 from ..data.look_alikes import LookAlikes
 from ..reading.image_refs import TIME, image_key, is_url
 from ..reading.images import image_size
@@ -35,7 +35,7 @@ class DataStats:
         images: Images, each time that one is used; frames of videos are images.
         frames: Of these, frames of videos.
         images_in_a_row: Number of images → rows.
-        languages: Language → answers, as `languages.language_of` tells it.
+        languages: Language → answers, as `words.language_of` tells it.
         answers: Hash of an answer → how often it is given.
         repeated_rows: Rows whose text and images came before.
         sizes: (width, height) of the first `OPENED` different images.

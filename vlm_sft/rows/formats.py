@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..base.languages import language_of
 from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN
-from ..base.words import kind, short
+from ..base.words import kind, language_of, short
 from .boxes import place_boxes
 from .keys import ROLES, check_left, role_of
 from .marks import read_marks

@@ -36,7 +36,7 @@ class Example(NamedTuple):
             frames there.
         images: what the row gives for each placeholder: a path, bytes, a data URI or ``{"path", "bytes"}``.
         id: the row's own id, if it has one.
-        language: of what is learnt, such as ``zh``: the row's own `language`, else as `languages.language_of` says.
+        language: of what is learnt, such as ``zh``: the row's own `language`, else as `words.language_of` says.
         marked: whether every video has a mark, so that one without is an error.
     """
 
