@@ -14,7 +14,7 @@ from ..base.errors import RowError, UserError, raise_it
 from ..base.words import closest, short
 from ..reading.image_refs import Folders, resolve_image
 from ..reading.locations import Row, folders_of_hub, list_files, read_rows
-from ..reading.published import PUBLISHED, check_pattern, read_published
+from ..reading.published import ANNOTATED, PUBLISHED, check_pattern, read_published
 from ..rows.formats import FORMATS, QUESTION_MARK, answers_in, examples_of, no_prompt
 from ..rows.messages import normalise_messages
 from ..rows.raw_row import RowView
@@ -123,12 +123,11 @@ def check_source(source: SourceLike) -> None:
         raise UserError(f'The source "{name}" has the format "{source.format}": it must be one of {known}.')
     _check_columns(source, name)
     _check_prompts(source, name)
-    published = PUBLISHED.get(source.format)
     if source.image_name is not None:
-        if published is None:
+        if source.format not in PUBLISHED:
             raise UserError(f'The source "{name}" has image_name, but its rows name their images: remove it.')
         check_pattern(source.image_name, name)
-    wants = published is not None and published.has_annotations
+    wants = source.format in ANNOTATED
     if (source.annotations is not None) != wants:
         what = "no `annotations`, which hold its answers: name their file" if wants else "annotations: remove them"
         raise UserError(f'The source "{name}" of format {source.format} has {what}.')

@@ -8,12 +8,13 @@ import ipaddress
 import os
 import socket
 import ssl
+import string
 import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from ..base.errors import RowError
 from ..base.whole_files import write_whole
@@ -89,13 +90,11 @@ class Fetcher:
         for attempt in range(1, ATTEMPTS + 1):
             last = attempt == ATTEMPTS
             try:
-                body = self._follow(url, last)
+                if (body := self._follow(url, last)) is not None:
+                    return body
             except (OSError, http.client.HTTPException) as error:
                 if last:
                     raise _refuse(url, f"did not answer ({reason_of(error)})") from None
-                body = None
-            if body is not None:
-                return body
             time.sleep(2.0 ** (attempt - 2))
         raise AssertionError("the last attempt returns or raises")
 
@@ -107,7 +106,8 @@ class Fetcher:
             with _Deadline(self.seconds) as deadline, closing(self._open(url, parts, deadline)) as connection:
                 target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
                 headers = {"Host": _host_header(parts), "Accept": "image/*", "Accept-Encoding": "identity"}
-                connection.request("GET", _ascii(target), headers={**headers, "User-Agent": "vlm_sft"})
+                target = quote(target, safe=string.punctuation, errors="replace")  # as HTTP takes it
+                connection.request("GET", target, headers={**headers, "User-Agent": "vlm_sft"})
                 response = connection.getresponse()
                 if response.status in BUSY and not last:
                     return None
@@ -234,12 +234,6 @@ def _checked_parts(url: str, at: str) -> SplitResult:
 
 def _host_header(parts: SplitResult) -> str:
     return parts.netloc.encode("idna").decode("ascii")
-
-
-def _ascii(target: str) -> str:
-    """A path and query as HTTP takes them: what is no ASCII, and white space, percent-encoded."""
-    safe = (chr(byte) if 32 < byte < 127 else f"%{byte:02X}" for byte in target.encode("utf-8", "replace"))
-    return "".join(safe)
 
 
 def _resolve(host: str, port: int) -> list[str]:

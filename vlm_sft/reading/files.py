@@ -165,11 +165,9 @@ def _read_table(path: Path) -> Found:
             where = f"{path}, line {line}"
             if "\0more" in values or None in values.values():
                 more = "more" if "\0more" in values else "fewer"
+                what = f"the row has {more} fields than the header"
                 mend = "put text that contains the delimiter in quotation marks"
-                yield (
-                    where,
-                    row_error(where, f"the row has {more} fields than the header", mend, "wrong number of fields"),
-                )
+                yield where, row_error(where, what, mend, "wrong number of fields")
             else:
                 yield where, values
 
@@ -224,9 +222,8 @@ def _damaged(kind: str, reader: Callable[[Path], Found]) -> Callable[[Path], Fou
         except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
-                f"{path}: not {kind} file, or a damaged one ({first_line(error)}): write it again."
-            ) from None
+            what = f"{path}: not {kind} file, or a damaged one"
+            raise UserError(f"{what} ({first_line(error)}): write it again.") from None
 
     return read
 

@@ -7,7 +7,6 @@ first; what its own processor does to a picture comes after it.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import math
 import os
@@ -107,9 +106,8 @@ def resolve_image(
         image = name if encoded is None else encoded
     if isinstance(image, bytes):
         if not image:
-            raise row_error(
-                where, f"an embedded {word} is empty (0 bytes)", "write it again or remove the row", "image empty"
-            )
+            what = f"an embedded {word} is empty (0 bytes)"
+            raise row_error(where, what, "write it again or remove the row", "image empty")
         return {"path": name if isinstance(name, str) else None, "bytes": image, **sizes}
     if not isinstance(image, str):
         raise row_error(where, f"{noun} is neither a path nor bytes", "write the path of a file", "wrong type")
@@ -138,9 +136,8 @@ def _placed(path: str, folder: str | None, where: str, within: Folders | None, n
         what = f"the {word} {short(path)} has {len(path):,} letters, which is no path and no base64 of {noun}"
         raise row_error(where, what, f"write the path of a file, or the bytes of {noun} in base64", "not an image")
     if not os.path.isabs(path) and folder is None:
-        raise UserError(
-            f"{where}: the {word} path {path} is relative, but rows of the Hub lie in no folder: set `images`."
-        )
+        what = f"{where}: the {word} path {path} is relative, but rows of the Hub lie in no folder"
+        raise UserError(f"{what}: set `images`.")
     within = Folders([folder] if folder else []) if within is None else within
     if not within.hold(whole):
         lies = f"outside {' and '.join(within.named)}" if within.named else "in a folder that the source does not name"
@@ -168,14 +165,11 @@ def _from_base64(text: str) -> bytes | None:
     letters = "".join(text.split()).translate(_URL_SAFE)
     try:
         head = base64.b64decode(letters[:64], validate=True)
-    except (binascii.Error, ValueError):
-        return None
-    # A long name of letters alone may be a file; a picture's first bytes say that it is none.
-    if kind_of(head) is None and head[4:8] != b"ftyp":
-        return None
-    try:
+        # A long name of letters alone may be a file; a picture's first bytes say that it is none.
+        if kind_of(head) is None and head[4:8] != b"ftyp":
+            return None
         return base64.b64decode(letters.rstrip("=") + "=" * (-len(letters.rstrip("=")) % 4), validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         return None
 
 
@@ -183,7 +177,7 @@ def _from_data_uri(uri: str, where: str) -> bytes:
     head, _, data = uri.partition(",")
     try:
         decoded = base64.b64decode(data, validate=True) if head.endswith(";base64") else b""
-    except (binascii.Error, ValueError):
+    except ValueError:
         decoded = b""
     if not decoded:
         what = f"the data URI {uri[:40]!a}... holds no base64 image"

@@ -64,69 +64,69 @@ def load_image(
     if isinstance(image, Mapping) and TIME in image:
         with nullcontext(films) if films is not None else Films() as films:
             return _to_rgb(films.frame(image, where, max_pixels))
-    try:
-        limits = _Limits(max_pixels, side)
-        loaded = _load(image, f"{where}: " if where else "", limits, fetch)
-        return _resized(loaded, image, where, limits) if isinstance(image, Mapping) else loaded
-    except RowError as error:
-        error.where = where
-        raise
-
-
-def _resized(loaded: Image.Image, image: Mapping[str, Any], where: str, limits: _Limits) -> Image.Image:
-    """A picture in the size that its entry asks for."""
-    asked = size_asked(loaded.size, image)
-    if asked == loaded.size:
+    wanted = _Wanted(where, "the image", max_pixels, side)
+    if not isinstance(image, Mapping):
+        return _load(image, wanted, fetch)
+    if (encoded := image.get("bytes")) is not None:
+        name = f" {image['path']}" if image.get("path") else ""
+        loaded = _from_stream(io.BytesIO(encoded), wanted._replace(name=f"the embedded image{name}"))
+    elif image.get("path"):
+        loaded = _load(str(image["path"]), wanted, fetch)
+    else:
+        raise wanted.error("has neither a path nor bytes", "give one of them", "image missing")
+    if (asked := size_asked(loaded.size, image)) == loaded.size:
         return loaded
-    if asked[0] * asked[1] > limits.max_pixels:
+    if asked[0] * asked[1] > max_pixels:
         what = f"an image of {loaded.width:,} x {loaded.height:,} pixels is to become {asked[0]:,} x {asked[1]:,}"
-        mend = f"at most {limits.max_pixels:,} pixels are made: ask for fewer in the row"
+        mend = f"at most {max_pixels:,} pixels are made: ask for fewer in the row"
         raise row_error(where, what, mend, "image too large")
     return loaded.resize(asked, Image.Resampling.BICUBIC)
 
 
-class _Limits(NamedTuple):
+class _Wanted(NamedTuple):
+    """What an image is called, how large it may be, and how large it is needed; see `load_image`."""
+
+    where: str
+    name: str
     max_pixels: int
     side: int | None
 
+    def error(self, what: str, mend: str, reason: str) -> RowError:
+        """The error of this image."""
+        return row_error(self.where, f"{self.name} {what}", mend, reason)
 
-def _load(
-    image: Mapping[str, Any] | str | Path | bytes | Image.Image,
-    prefix: str,
-    limits: _Limits,
-    fetch: Callable[[str], str] | None,
-) -> Image.Image:
-    if isinstance(image, Mapping):
-        encoded, path = image.get("bytes"), image.get("path")
-        if encoded is not None:
-            name = f" {path}" if path else ""
-            return _from_stream(io.BytesIO(encoded), f"{prefix}the embedded image{name}", limits)
-        if not path:
-            raise RowError(f"{prefix}the image has neither a path nor bytes: give one of them.", reason="image missing")
-        image = str(path)
+    def too_large(self, pixels: str) -> RowError:
+        """Of one that has so many pixels."""
+        allowed = f"has {pixels}, more than the {self.max_pixels:,} allowed"
+        return self.error(allowed, "scale it down or remove the row", "image too large")
+
+    def damaged(self, error: Exception) -> RowError:
+        """Of one that cannot be decoded."""
+        what = f"is truncated or damaged ({reason_of(error)})"
+        return self.error(what, "download it again or remove the row", "image damaged")
+
+
+def _load(image: object, wanted: _Wanted, fetch: Callable[[str], str] | None) -> Image.Image:
     if isinstance(image, Image.Image):
-        return _decode(image, f"{prefix}the image", limits)
+        return _decode(image, wanted)
     if isinstance(image, bytes | bytearray | memoryview):
-        return _from_stream(io.BytesIO(image), f"{prefix}the embedded image", limits)
-    if isinstance(image, str | Path):
-        path = str(image)
-        if not is_url(path):
-            return _from_file(path, prefix, limits)
-        if fetch is None:
-            raise RowError(
-                f"{prefix}the image {path} is a URL and no URL is fetched: download it first and give the path of the "
-                "file.",
-                reason="image is a URL",
-            )
-        try:
-            file = fetch(path)
-        except RowError as error:
-            raise RowError(f"{prefix}{error}", reason=error.reason) from None
-        return _from_file(file, prefix, limits, f"{prefix}the image {path}")
-    raise RowError(
-        f"{prefix}the image is of type {type(image).__name__}: give a path, encoded bytes or a PIL image.",
-        reason="not an image",
-    )
+        return _from_stream(io.BytesIO(image), wanted._replace(name="the embedded image"))
+    if not isinstance(image, str | Path):
+        mend = "give a path, encoded bytes or a PIL image"
+        raise wanted.error(f"is of type {type(image).__name__}", mend, "not an image")
+    path = str(image)
+    wanted = wanted._replace(name=f"the image {path}")
+    if not is_url(path):
+        return _from_file(path, wanted)
+    if fetch is None:
+        mend = "download it first and give the path of the file"
+        raise wanted.error("is a URL and no URL is fetched", mend, "image is a URL")
+    try:
+        path = fetch(path)
+    except RowError as error:
+        prefix = f"{wanted.where}: " if wanted.where else ""
+        raise RowError(f"{prefix}{error}", where=wanted.where, reason=error.reason) from None
+    return _from_file(path, wanted)
 
 
 def image_size(
@@ -166,83 +166,77 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _from_file(path: str, prefix: str, limits: _Limits, what: str = "") -> Image.Image:
-    what = what or f"{prefix}the image {path}"
+def _from_file(path: str, wanted: _Wanted) -> Image.Image:
     try:
         with open_regular(path) as stream:
-            return _from_stream(stream, what, limits)
+            return _from_stream(stream, wanted)
     except IrregularError as error:
-        raise RowError(
-            f"{what} is {error.what}, no image file: give the path of one.", reason="image missing"
-        ) from None
+        raise wanted.error(f"is {error.what}, no image file", "give the path of one", "image missing") from None
     except (FileNotFoundError, NotADirectoryError):
-        raise RowError(f"{prefix}{_missing(path, of_row=bool(prefix))}", reason="image missing") from None
+        raise _missing(path, wanted.where) from None
     except PermissionError:
-        raise RowError(
-            f"{what} may not be read by this user: change its permissions.", reason="image unreadable"
-        ) from None
+        raise wanted.error("may not be read by this user", "change its permissions", "image unreadable") from None
     except (OSError, ValueError) as error:
         if isinstance(error, RowError):
             raise
-        raise RowError(
-            f"{what} cannot be opened ({reason_of(error)}): check the path and the disk.", reason="image unreadable"
-        ) from None
+        what = f"cannot be opened ({reason_of(error)})"
+        raise wanted.error(what, "check the path and the disk", "image unreadable") from None
 
 
-def _missing(path: str, of_row: bool) -> str:
+def _missing(path: str, where: str) -> RowError:
+    """The error of a file that is not there, with the one beside it that has another ending."""
     folder, name = os.path.split(path)
     folder = folder or "."
     if not os.path.isdir(folder):
-        return f"the image {name} was not found because the folder {folder} does not exist: correct the path."
+        what = f"the image {name} was not found because the folder {folder} does not exist"
+        return row_error(where, what, "correct the path", "image missing")
     stem = os.path.splitext(name)[0]
     near = (stem + ending for ending in (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG"))
     hint = next((f" (but {n} is there)" for n in near if os.path.exists(os.path.join(folder, n))), "")
-    mend = "correct the path in the data or the source's `images` folder" if of_row else "correct the path"
-    return f"the image {name} was not found in the folder {folder}{hint}: {mend}."
+    mend = "correct the path in the data or the source's `images` folder" if where else "correct the path"
+    return row_error(where, f"the image {name} was not found in the folder {folder}{hint}", mend, "image missing")
 
 
-def _from_stream(stream: IO[bytes], what: str, limits: _Limits) -> Image.Image:
-    head = stream.read(64)
-    if not head:
-        raise RowError(f"{what} is empty (0 bytes): download it again or remove the row.", reason="image empty")
+def _from_stream(stream: IO[bytes], wanted: _Wanted) -> Image.Image:
+    if not (head := stream.read(64)):
+        raise wanted.error("is empty (0 bytes)", "download it again or remove the row", "image empty")
     with warnings.catch_warnings():
         # PIL warns about odd but readable files; what cannot be read is an error below.
         warnings.simplefilter("ignore")
         try:
-            return _opened(stream, head, what, limits)
+            return _opened(stream, head, wanted)
         except RowError as error:
-            for shorter in without_texts(stream, limits.max_pixels) if error.reason == "image damaged" else ():
+            for shorter in without_texts(stream, wanted.max_pixels) if error.reason == "image damaged" else ():
                 with suppress(RowError):
-                    return _opened(shorter, head, what, limits)
+                    return _opened(shorter, head, wanted)
             raise
 
 
-def _opened(stream: IO[bytes], head: bytes, what: str, limits: _Limits) -> Image.Image:
+def _opened(stream: IO[bytes], head: bytes, wanted: _Wanted) -> Image.Image:
     stream.seek(0)
     try:
         image = Image.open(stream, formats=_formats())
     except Image.DecompressionBombError:
-        raise RowError(_too_large(what, None, limits.max_pixels), reason="image too large") from None
+        raise wanted.too_large("more pixels than PIL allows") from None
     except UnidentifiedImageError:
-        damaged = kind_of(head) is not None
-        reason = "image damaged" if damaged else "not an image"
-        raise RowError(f"{what} {describe_unreadable(head)}.", reason=reason) from None
+        what, _, mend = describe_unreadable(head).partition(": ")  # it ends with what to do
+        raise wanted.error(what, mend, "not an image" if kind_of(head) is None else "image damaged") from None
     except Exception as error:  # the plugins let SyntaxError, struct.error, IndexError ... through
-        raise RowError(_damaged(what, error), reason="image damaged") from None
+        raise wanted.damaged(error) from None
     with image:
-        return _decode(image, what, limits)
+        return _decode(image, wanted)
 
 
-def _decode(image: Image.Image, what: str, limits: _Limits) -> Image.Image:
-    if image.width * image.height > limits.max_pixels:
-        raise RowError(_too_large(what, image.size, limits.max_pixels), reason="image too large")
+def _decode(image: Image.Image, wanted: _Wanted) -> Image.Image:
+    if image.width * image.height > wanted.max_pixels:
+        raise wanted.too_large(f"{image.width} x {image.height} pixels")
     try:
-        if limits.side is not None:
-            image.draft(None, (ENOUGH * limits.side,) * 2)  # only JPEG can; it keeps at least so many pixels
+        if wanted.side is not None:
+            image.draft(None, (ENOUGH * wanted.side,) * 2)  # only JPEG can; it keeps at least so many pixels
         image.load()
         return _to_rgb(_upright(image))
-    except Exception as error:  # as in _from_stream: decoders raise anything
-        raise RowError(_damaged(what, error), reason="image damaged") from None
+    except Exception as error:  # as in _opened: decoders raise anything
+        raise wanted.damaged(error) from None
 
 
 def needed_side(image_processor: object) -> int | None:
@@ -303,11 +297,6 @@ def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
     return np.rint(pixels * (255.0 / full)).astype(np.uint8)
 
 
-def _too_large(what: str, size: tuple[int, int] | None, max_pixels: int) -> str:
-    pixels = f"has {size[0]} x {size[1]} pixels" if size else "has more pixels than PIL allows"
-    return f"{what} {pixels}, more than the {max_pixels:,} allowed: scale it down or remove the row."
-
-
 def too_long(where: str, name: str, image: Image.Image, grown: tuple[int, int], max_pixels: int) -> RowError:
     """The error of an image of which `grown_size` has more than `max_pixels`."""
     sentence = (
@@ -315,7 +304,3 @@ def too_long(where: str, name: str, image: Image.Image, grown: tuple[int, int], 
         f"make {grown[0]:,} x {grown[1]:,}, more than the {max_pixels:,} allowed: cut it or remove the row."
     )
     return RowError(sentence, where=where, reason="image too large")
-
-
-def _damaged(what: str, error: Exception) -> str:
-    return f"{what} is truncated or damaged ({reason_of(error)}): download it again or remove the row."

@@ -21,6 +21,8 @@ from ..base.words import first_line
 from .files import FILE_READERS, TEXT_FILES, no_such_file, read_file
 from .table_rows import BATCH
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
 
 class Row(NamedTuple):
     """One row as it is in the file.
@@ -81,12 +83,10 @@ def _all_rows(path: str, split: str, revision: str | None, stream: bool) -> Iter
     elif os.path.lexists(path) or _is_pattern(path):
         for file in list_files(path):
             yield from _file_rows(file)
-    elif os.path.splitext(path)[1].lower() in FILE_READERS:
+    elif Path(path).suffix.lower() in FILE_READERS or not _HUB_ID.fullmatch(path):
         raise no_such_file(Path(path))
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path, re.ASCII):
-        yield from _read_hub(path, split, revision, stream)
     else:
-        raise no_such_file(Path(path))
+        yield from _read_hub(path, split, revision, stream)
 
 
 def list_files(path: str) -> list[Path]:
@@ -103,8 +103,7 @@ def list_files(path: str) -> list[Path]:
     if "**" in path:
         # Not glob's own: it follows links to folders, and two that point back are followed 2**40 ways.
         start = Path(path[: re.search(r"[*?\[]", path).start()] + "x").parent  # type: ignore[union-attr]
-        found = (str(file) for file in start.glob(os.path.relpath(path, start)) if not file.name.startswith("."))
-        files = sorted(found)
+        files = sorted(str(file) for file in start.glob(os.path.relpath(path, start)) if file.name[0] != ".")
     else:
         files = sorted(glob.glob(path))
     if not files:

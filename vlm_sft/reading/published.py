@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..base.errors import RowError, UserError, row_error
 from ..base.words import kind, short
@@ -120,10 +120,8 @@ def _vqav2_row(where: str, entry: dict[str, Any], answers: dict[Any, Any], patte
 def _gqa(document: Document, pattern: str | None, annotations: Sequence[Document]) -> Rows:
     """`train_balanced_questions.json`: an object of question id to question; a row for each."""
     if not isinstance(document.value, dict):
-        what = f"the top level is {kind(document.value)}, not an object of question ids"
-        raise UserError(
-            f"{document.path}: {what}: name a file of GQA questions, such as train_balanced_questions.json."
-        )
+        what = f"{document.path}: the top level is {kind(document.value)}, not an object of question ids"
+        raise UserError(f"{what}: name a file of GQA questions, such as train_balanced_questions.json.")
     for number, entry in document.value.items():
         where = f"{document.path}, question {short(number)}"
         yield where, _guarded(_with_image, where, _checked(where, entry), number, "imageId", pattern or "{id}.jpg")
@@ -157,18 +155,16 @@ def _id(entry: dict[str, Any], key: str = "id") -> bool:
     return isinstance(entry.get(key), int | str)
 
 
-class _Published(NamedTuple):
-    rows: Callable[[Document, str | None, Sequence[Document]], Rows]
-    has_annotations: bool = False
-
-
-PUBLISHED = {
-    "coco": _Published(_coco),
-    "vqav2": _Published(_vqav2, has_annotations=True),
-    "gqa": _Published(_gqa),
-    "cc_sbu_align": _Published(_cc_sbu_align),
+PUBLISHED: dict[str, Callable[[Document, str | None, Sequence[Document]], Rows]] = {
+    "coco": _coco,
+    "vqav2": _vqav2,
+    "gqa": _gqa,
+    "cc_sbu_align": _cc_sbu_align,
 }
 """Format to how its documents become rows."""
+
+ANNOTATED = frozenset(("vqav2",))
+"""Of these, the formats whose answers are documents of their own."""
 
 
 def read_published(
@@ -187,5 +183,5 @@ def read_published(
     """
     answers = [Document(path) for path in annotations]
     for path in files:
-        for where, row in PUBLISHED[format_name].rows(Document(path), image_name, answers):
+        for where, row in PUBLISHED[format_name](Document(path), image_name, answers):
             yield path, where, row

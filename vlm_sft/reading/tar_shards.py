@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ class _Sample:
                 raise row_error(self.where, f"{shown} is not an object with named values", "correct it", "wrong type")
             self.document = document
         else:
-            self.columns[column] = _text(data)
+            self.columns[column] = data
+            with suppress(UnicodeDecodeError):  # what is no text stays as it is
+                self.columns[column] = data.decode("utf-8")
 
     def row(self) -> dict[str, Any] | RowError:
         """Members win over the JSON, which may name the file that the image once was."""
@@ -153,10 +156,3 @@ class _Sample:
             if found:
                 columns |= {name: found[0]} if len(found) == 1 else {f"{name}s": found}
         return {"id": self.key} | self.document | self.columns | columns
-
-
-def _text(data: bytes) -> str | bytes:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return data

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..base.errors import RowError, row_error
-from ..base.whole_files import open_regular
+from ..base.whole_files import IrregularError, open_regular
 from ..base.words import reason_of
 from .image_kinds import kind_of
 from .image_refs import size_asked
@@ -139,12 +137,11 @@ def open_film(video: Mapping[str, Any], where: str) -> Film:
 
 def _head(path: str) -> bytes:
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # opening a named pipe would wait for ever
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise _ProblemError(f"is {kind}", "correct the path or remove the row", "video missing")
         with open_regular(path) as file:
             return file.read(64)
+    except IrregularError as error:
+        kind = error.what if error.what == "a folder" else "not a regular file"
+        raise _ProblemError(f"is {kind}", "correct the path or remove the row", "video missing") from None
     except (FileNotFoundError, NotADirectoryError):
         raise _ProblemError("was not found", "correct the path or remove the row", "video missing") from None
     except OSError as error:
