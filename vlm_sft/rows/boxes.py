@@ -78,11 +78,14 @@ def place_boxes(row: RowView, messages: list[Message], images: int, scale: str |
         return messages
     found: dict[str, Iterator[Part]] = {}
     if given is not None:
-        _check_marks(row, messages, given)
-        found = {BOX_MARK: iter(given.boxes), REF_MARK: iter(given.refs)}
-    return [
-        _placed(row, message, index, images, scale if typed else None, found) for index, message in enumerate(messages)
-    ]
+        said = _texts(messages)
+        for mark, parts, what in ((BOX_MARK, given.boxes, "boxes"), (REF_MARK, given.refs, "words for them (ref)")):
+            if (marks := said.count(mark)) != len(parts):
+                problem = f"the messages have {mark} {marks} times, but the row has {len(parts)} {what}"
+                raise row.error(problem, f"write {mark} where each of them belongs", "marks differ")
+            found[mark] = iter(parts)
+    scale = scale if typed else None
+    return [_placed(row, message, index, images, scale, found) for index, message in enumerate(messages)]
 
 
 def _placed(
@@ -185,14 +188,6 @@ def _listed(row: RowView, value: Any, key: str) -> list[tuple[str, Sequence[Any]
 
 def _texts(messages: Sequence[Message]) -> str:
     return "".join(part["text"] for m in messages for part in m["content"] if part["type"] == "text")
-
-
-def _check_marks(row: RowView, messages: Sequence[Message], given: Given) -> None:
-    said = _texts(messages)
-    for mark, parts, what in ((BOX_MARK, given.boxes, "boxes"), (REF_MARK, given.refs, "words for them (ref)")):
-        if (marks := said.count(mark)) != len(parts):
-            found = f"the messages have {mark} {marks} times, but the row has {len(parts)} {what}"
-            raise row.error(found, f"write {mark} where each of them belongs", "marks differ")
 
 
 # ---------------------------------------------------------------------------------------------------------------- text

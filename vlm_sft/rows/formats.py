@@ -143,9 +143,7 @@ def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
 
     Upstream keeps one mark of several in a message; here each image keeps its own, so that none is lost.
     """
-    turns = row.need("conversations")
-    if not isinstance(turns, list):
-        raise row.error(f'"conversations" is {kind(turns)}, not a list', 'write a list of {"from": ..., "value": ...}')
+    turns = row.listed("conversations", '{"from": ..., "value": ...}')
     images = _entries(row, "image", "images")
     messages: list[Message] = []
     marks = 0
@@ -154,10 +152,8 @@ def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
         turn = read_turn(row, raw, key, FROM_AND_VALUE)
         if turn.role not in ("user", "assistant", "system"):
             speaker = raw.get("from", raw.get("role"))
-            known = ", ".join(ROLES)
-            raise row.error(
-                f'{key} has from: "{short(str(speaker))}"', f"{known} are known; correct the row", "wrong role"
-            )
+            mend = f"{', '.join(ROLES)} are known; correct the row"
+            raise row.error(f'{key} has from: "{short(str(speaker))}"', mend, "wrong role")
         text = row.text(turn.content, f"{key}.value")
         if not messages and turn.role == "assistant":
             continue  # upstream skips an answer to nothing, which shared chats begin with now and then
@@ -218,9 +214,7 @@ def answers_in(row: RowView, key: str) -> list[str]:
 def _cauldron(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     """The Cauldron's rows: `images`, and `texts` of {user, assistant}; the images stand in front of all turns."""
     images = _entries(row, "images", "image")
-    turns = row.need("texts")
-    if not isinstance(turns, list):
-        raise row.error(f'"texts" is {kind(turns)}, not a list', 'write a list of {"user": ..., "assistant": ...}')
+    turns = row.listed("texts", '{"user": ..., "assistant": ...}')
     messages: list[Message] = []
     for index, turn in enumerate(turns):
         key = f"texts[{index}]"

@@ -97,12 +97,8 @@ def ref_part(text: str) -> Part:
 
 def has_boxes(messages: Sequence[Message]) -> bool:
     """Whether messages have boxes, or words for them, that are to be written."""
-    return any(
-        part["type"] in ("box", "ref")
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-    )
+    contents = (message["content"] for message in messages if not isinstance(message["content"], str))
+    return any(part["type"] in ("box", "ref") for content in contents for part in content)
 
 
 def video_part(entry: dict[str, Any] | None = None) -> Part:
@@ -135,8 +131,12 @@ def packed(row: Mapping[str, Any]) -> str | None:
 
     None for most rows, which say no more; `unpacked` puts it back.
     """
-    messages = {i: more for i, m in enumerate(row["messages"]) if (more := _more_of(m))}
-    images = {}
+    messages, images = {}, {}
+    for i, message in enumerate(row["messages"]):
+        parts = enumerate(message["content"])
+        boxes = {k: {key: part[key] for key in PLACE} for k, part in parts if part["type"] == "box"}
+        if more := {key: message[key] for key in KEPT if key in message} | ({"boxes": boxes} if boxes else {}):
+            messages[i] = more
     for i, image in enumerate(row["images"]):
         if more := {k: image[k] for k in (*SIZES, TIME, SAME) if k in image}:
             images[i] = more
@@ -150,13 +150,7 @@ def each_once(row: dict[str, Any]) -> dict[str, Any]:
     for i, image in enumerate(images):
         if TIME in image and image["bytes"] is not None and (first := firsts.setdefault(id(image["bytes"]), i)) != i:
             images[i] = {**image, "path": None, "bytes": None, SAME: first}
-    return {**row, "images": images} if len(firsts) else row
-
-
-def _more_of(message: Mapping[str, Any]) -> dict[str, Any]:
-    more = {key: message[key] for key in KEPT if key in message}
-    boxes = {i: {key: part[key] for key in PLACE} for i, part in enumerate(message["content"]) if part["type"] == "box"}
-    return {**more, "boxes": boxes} if boxes else more
+    return {**row, "images": images} if firsts else row
 
 
 def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:

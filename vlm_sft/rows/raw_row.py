@@ -53,6 +53,12 @@ class RowView:
         mend = f"map it with `columns: {{{key}: {short(near)}}}` or rename it"
         raise self.error(f"{missing} is missing (the row has {there})", mend, "key missing")
 
+    def listed(self, key: str, entries: str) -> list[Any]:
+        """A column that must be a list of such entries, in words."""
+        if not isinstance(value := self.need(key), list):
+            raise self.error(f'"{key}" is {kind(value)}, not a list', f"write a list of {entries}")
+        return value
+
     def text(self, value: Any, key: str) -> str:
         """`value` as text; whole numbers are written out, since answers such as 3 come as numbers in JSON."""
         if not isinstance(value, str):

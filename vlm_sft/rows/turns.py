@@ -107,9 +107,8 @@ def _learned(row: RowView, turn: Mapping[str, Any], role: Any, key: str) -> bool
         if (value := turn.get(name)) is None:
             continue
         if not isinstance(value, int | float) or value not in (0, 1):
-            shown = short(str(value))
             mend = "write true, false, 1 or 0: a part of a loss cannot be had"
-            raise row.error(f"{key}.{name} is {shown}, which is not a switch", mend)
+            raise row.error(f"{key}.{name} is {short(str(value))}, which is not a switch", mend)
         said[name] = bool(value) == positive
     if len(set(said.values())) > 1:
         raise row.error(f"{key} has {' and '.join(said)}, which do not agree", "keep one of them")
@@ -122,7 +121,7 @@ def _learned(row: RowView, turn: Mapping[str, Any], role: Any, key: str) -> bool
 
 def raw_turns(row: RowView) -> list[Turn]:
     """The messages of a row, under whichever of the known keys they are, with the row's `history`."""
-    earlier = [turn for pair in _history(row) for turn in pair]
+    earlier = _history(row)
     if row.values.get("messages") is None:
         for name in ("conversations", "conversation"):
             if row.get(name) is not None:
@@ -136,11 +135,8 @@ def raw_turns(row: RowView) -> list[Turn]:
 
 
 def _listed(row: RowView, name: str, names: str) -> list[Turn]:
-    turns = row.need(name)
-    if not isinstance(turns, list):
-        raise row.error(f'"{name}" is {kind(turns)}, not a list', f"write a list of objects with {names}")
     found: list[Turn] = []
-    for index, turn in enumerate(turns):
+    for index, turn in enumerate(row.listed(name, f"objects with {names}")):
         key = f"{name}[{index}]"
         if isinstance(turn, dict) and "human" in turn and "assistant" in turn:  # ms-swift's pairs
             check_left(row, "message", turn, ("human", "assistant"), f"{key}.")
@@ -166,7 +162,7 @@ def _pair(row: RowView, asked: str, answered: str) -> list[Turn]:
     return turns
 
 
-def _history(row: RowView) -> list[tuple[Turn, Turn]]:
+def _history(row: RowView) -> list[Turn]:
     """The pairs of `history`: Alpaca of LLaMA-Factory, query and response of ms-swift."""
     pairs = row.get("history")
     if not is_given(pairs):
@@ -175,11 +171,10 @@ def _history(row: RowView) -> list[tuple[Turn, Turn]]:
         raise row.error('"history" is no list of pairs', "write a list of [question, answer]")
     if row.get("messages", "conversations", "conversation") is not None:
         raise row.error('the row has "history" beside a list of its turns', "write all turns into the list")
-    places = [f"history[{index}]" for index in range(len(pairs))]
-    return [
-        (Turn(USER, asked, {}, f"{key}[0]"), Turn(ASSISTANT, answer, {}, f"{key}[1]"))
-        for key, (asked, answer) in zip(places, pairs, strict=True)
-    ]
+    turns = []
+    for index, (asked, answer) in enumerate(pairs):
+        turns += [Turn(USER, asked, {}, f"history[{index}][0]"), Turn(ASSISTANT, answer, {}, f"history[{index}][1]")]
+    return turns
 
 
 def message_of(row: RowView, turn: Turn, inline: list[Any], marks: Sequence[str] = (USER,)) -> Message:
@@ -207,15 +202,12 @@ def _part(row: RowView, part: Any, key: str, inline: list[Any]) -> Part:
     named = part.get("type")
     if named is None:  # Qwen's first rows
         named = next((name for name in ("image", "video", "text") if is_given(part.get(name))), None)
-    if named in _TEXTS:
-        check_left(row, "part", part, ("type", "text"), f"{key}.")
-        return text_part(row.text(part.get("text"), f"{key}.text"))
     if named == "box":
         check_left(row, "part", part, ("type", *PLACE), f"{key}.")
         return given_box(row, part, key)
-    if named == "ref":
+    if named == "ref" or named in _TEXTS:
         check_left(row, "part", part, ("type", "text"), f"{key}.")
-        return ref_part(row.text(part.get("text"), f"{key}.text"))
+        return (ref_part if named == "ref" else text_part)(row.text(part.get("text"), f"{key}.text"))
     if named in ("video", "video_url"):
         own = any(is_given(part.get(name)) for name in VIDEOS)
         if not own:

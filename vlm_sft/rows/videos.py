@@ -153,13 +153,11 @@ def with_frames(
                 found.append(next(left))
             parts.append(part)
         messages.append({**message, "content": parts})
-    return [_on_images(message, place) for message in messages], found
-
-
-def _on_images(message: Message, place: Mapping[int, int]) -> Message:
-    """A message whose boxes name their images by the number among all."""
-    parts = [{**p, "image": place[p["image"]]} if p["type"] == "box" else p for p in message["content"]]
-    return {**message, "content": parts}
+    for message in messages:  # when all images have their places, for a box may name one that comes later
+        message["content"] = [
+            {**part, "image": place[part["image"]]} if part["type"] == "box" else part for part in message["content"]
+        ]
+    return messages, found
 
 
 def frames_of(
@@ -170,10 +168,8 @@ def frames_of(
     sizes = {name: entry[name] for name in SIZES if name in entry}
     if isinstance(file, list):
         pictures = [resolve(picture, noun="a frame") for picture in file]
-        rate, most = (
-            entry.get("fps", FRAMES_A_SECOND),
-            entry.get("frames", entry.get("max_frames", sampling.max_frames)),
-        )
+        rate = entry.get("fps", FRAMES_A_SECOND)
+        most = entry.get("frames", entry.get("max_frames", sampling.max_frames))
         return [(sampling.written(k / rate), {**pictures[k], **sizes}) for k in evenly(len(pictures), most)]
     if not sizes.keys() - {"min_pixels"} and sizes.get("min_pixels", 0) <= sampling.max_pixels:
         sizes["max_pixels"] = sampling.max_pixels
