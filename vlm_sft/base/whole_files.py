@@ -7,6 +7,7 @@ is opened by `open_regular`, or looked at by `check_regular` before a library op
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -143,6 +144,17 @@ def read_bytes(path: str | Path) -> bytes:
     """The bytes of a file; raises as `open_regular`."""
     with open_regular(path) as file:
         return file.read()
+
+
+def digest(content: bytes) -> bytes:
+    """16 bytes that stand for some content."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def file_digest(path: str | Path) -> bytes:
+    """What `digest` gives of a file's content; raises as `open_regular`."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def read_text(path: str | Path, encoding: str = "utf-8", errors: str = "strict") -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow.compute as pc
 
 from ..base.errors import UserError
-from ..base.whole_files import open_regular
+from ..base.whole_files import digest, file_digest
 from ..reading.image_refs import is_url
 
 if TYPE_CHECKING:
@@ -62,9 +61,8 @@ def missing_images(
     groups = iter(lambda: list(islice(todo, GROUP)), [])
     bad: dict[str, str] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
-        for number, problems in enumerate(
-            pool.map(lambda paths: [(path, _problem(path)) for path in paths], groups), start=1
-        ):
+        found = pool.map(lambda paths: [(path, _problem(path)) for path in paths], groups)
+        for number, problems in enumerate(found, start=1):
             bad.update((path, problem) for path, problem in problems if problem is not None)
             tick(min(number * GROUP, len(paths)), len(paths))
     return len(paths), bad
@@ -78,6 +76,10 @@ def _problem(path: str) -> str | None:
     if not stat.S_ISREG(status.st_mode):
         return "is not a file"
     return None if status.st_size else "is empty (0 bytes)"
+
+
+Shown = tuple[dict[str, Any], str]
+"""An image, and the id of a row that shows it."""
 
 
 class Leak(NamedTuple):
@@ -98,39 +100,31 @@ def shared_images(train: Iterable[dict[str, Any]], held_out: Iterable[dict[str, 
         held_out: Likewise; of an image in several rows, the first is named.
     """
     with ThreadPoolExecutor(WORKERS) as pool:
-        held = _by_key(held_out)
-        sizes = set(pool.map(_size, (image for image, _ in held.values()))) - {None}
-        ours = _by_key(train)
-        likely = {
-            key: found
-            for (key, found), size in zip(ours.items(), pool.map(_size, (i for i, _ in ours.values())), strict=True)
-            if size in sizes
-        }
-        owners: dict[bytes, str] = {}
-        for digest, (_, row) in zip(pool.map(digest_of, (i for i, _ in held.values())), held.values(), strict=True):
-            if digest is not None:
-                owners.setdefault(digest, row)
-        digests = pool.map(digest_of, (image for image, _ in likely.values()))
-        pairs = zip(digests, likely.values(), strict=True)
-        return [Leak(row, owners[digest]) for digest, (_, row) in pairs if digest in owners]
+        theirs = _different(held_out)
+        sizes = set(pool.map(_size, theirs)) - {None}
+        ours = _different(train)
+        likely = [each for each, size in zip(ours, pool.map(_size, ours), strict=True) if size in sizes]
+        owners: dict[bytes | None, str] = {}
+        for found, (_, row) in zip(pool.map(_digest, theirs), theirs, strict=True):
+            owners.setdefault(found, row)
+        owners.pop(None, None)
+        pairs = zip(pool.map(_digest, likely), likely, strict=True)
+        return [Leak(row, owners[found]) for found, (_, row) in pairs if found in owners]
 
 
-def _by_key(rows: Iterable[dict[str, Any]]) -> dict[Any, tuple[dict[str, Any], str]]:
-    """Path or bytes of each different image → the image and the first row that shows it."""
-    found: dict[Any, tuple[dict[str, Any], str]] = {}
-    for image, row in _images(rows):
-        found.setdefault(image["path"] if image["bytes"] is None else image["bytes"], (image, row))
-    return found
-
-
-def _images(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+def _different(rows: Iterable[dict[str, Any]]) -> list[Shown]:
+    """Each different image, by its path or bytes, and the first row that shows it."""
+    found: dict[Any, Shown] = {}
     for row in rows:
         for image in row["images"]:
-            if image["bytes"] is not None or (image["path"] and not is_url(image["path"])):
-                yield image, row["id"]
+            path, encoded = image["path"], image["bytes"]
+            if encoded is not None or (path and not is_url(path)):
+                found.setdefault(path if encoded is None else encoded, (image, row["id"]))
+    return list(found.values())
 
 
-def _size(image: dict[str, Any]) -> int | None:
+def _size(shown: Shown) -> int | None:
+    image, _ = shown
     if image["bytes"] is not None:
         return len(image["bytes"])
     try:
@@ -139,12 +133,15 @@ def _size(image: dict[str, Any]) -> int | None:
         return None
 
 
+def _digest(shown: Shown) -> bytes | None:
+    return digest_of(shown[0])
+
+
 def digest_of(image: Mapping[str, Any]) -> bytes | None:
     """A digest of the bytes of an image, of a file or embedded; None for a file that cannot be read."""
     if image["bytes"] is not None:
-        return hashlib.blake2b(image["bytes"], digest_size=16).digest()
+        return digest(image["bytes"])
     try:
-        with open_regular(image["path"]) as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+        return file_digest(image["path"])
     except OSError:
         return None

@@ -97,28 +97,21 @@ class LookAlikes:
 
     def as_dict(self) -> dict[str, Any]:
         """All numbers and pairs, ready for JSON."""
+        names = {"images": "of", "looked_at": "looked_at", "unreadable": "unreadable", "blank": "flat", "urls": "urls"}
         sides = {"train": self.train, "held_out": self.held_out}
         return {
-            "images": {name: side.of for name, side in sides.items()},
-            "looked_at": {name: side.looked_at for name, side in sides.items()},
-            "unreadable": {name: side.unreadable for name, side in sides.items()},
-            "blank": {name: side.flat for name, side in sides.items()},
-            "urls": {name: side.urls for name, side in sides.items()},
+            **{name: {s: getattr(side, ours) for s, side in sides.items()} for name, ours in names.items()},
             "searched": self.searched,
             "train_like_train": self.repeated,
             "train_like_held_out": len(self.pairs),
             "held_out_found": self.held_out_found,
             "between": [{"train": a, "held_out": b, "images": count} for a, b, count in self.between()],
             "pairs": [
-                {
-                    "train": pair.train._asdict(),
-                    "held_out": pair.held_out._asdict(),
-                    "likeness": round(pair.likeness, 4),
-                    "mirrored": pair.mirrored,
-                }
-                for pair in self.pairs
+                {**p._asdict(), "train": p.train._asdict(), "held_out": p.held_out._asdict(),
+                 "likeness": round(p.likeness, 4)}
+                for p in self.pairs
             ],
-        }
+        }  # fmt: skip
 
     def left_out(self) -> list[str]:
         """Sentences on what was not compared."""
@@ -234,10 +227,8 @@ def find_look_alikes(
     """
     if most == 0:
         return LookAlikes()
-    ours, theirs = (
-        _Side(train, "training images", most, seed, tick),
-        _Side(held_out, "held-out images", most, seed, tick),
-    )
+    ours = _Side(train, "training images", most, seed, tick)
+    theirs = _Side(held_out, "held-out images", most, seed, tick)
     near = near_pairs(ours.looks, theirs.looks, lambda done, of: tick("tried", done, of, "ways to compare"))
     same = ours.keys.keys() & theirs.keys.keys()
     pairs = []

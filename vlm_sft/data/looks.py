@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sqlite3
 import tempfile
@@ -20,6 +19,7 @@ from PIL import Image
 
 from ..base.errors import RowError
 from ..base.processes import cores
+from ..base.whole_files import digest
 from ..reading.images import load_image
 
 SIDE, COLOUR = 32, 8  # pixels of a side of the grey levels, and of the two channels of colour
@@ -101,13 +101,13 @@ def _seen(entry: Entry) -> NDArray[np.uint8] | str:
 def stamp_of(image: Mapping[str, Any]) -> bytes:
     """What stands for an image as it is now: its bytes, or a file's path, size and time; b"" for a file not there."""
     if image["bytes"] is not None:
-        return hashlib.blake2b(image["bytes"], digest_size=16).digest()
+        return digest(image["bytes"])
     try:
         status = os.stat(image["path"])
     except (OSError, ValueError):
         return b""
     said = f"{os.path.abspath(image['path'])}\0{status.st_size}\0{status.st_mtime_ns}"
-    return hashlib.blake2b(said.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+    return digest(said.encode("utf-8", "surrogateescape"))
 
 
 class LookCache:

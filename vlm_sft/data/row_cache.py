@@ -6,7 +6,6 @@ and of this package), and it is read anew and overwritten where that has changed
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, config, is_caching_enabled
 
 from ..base.errors import RowError, UserError
-from ..base.whole_files import open_regular, read_bytes, written_beside
+from ..base.whole_files import digest, file_digest, read_bytes, written_beside
 from ..reading.files import TEXT_FILES, about_rows
 from ..reading.locations import list_files, text_files
 from .source import SourceLike
@@ -61,7 +60,7 @@ class Keeper:
         paths = [os.path.abspath(file) for file in files]
         drawn = seed if source.prompts else None
         text = json.dumps([said, images, paths, drawn, languages], sort_keys=True, default=str)
-        name = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+        name = digest(text.encode("utf-8", "replace")).hex()
         self.path = Path(config.HF_DATASETS_CACHE) / "vlm_sft" / f"{name}.arrow"
         self.files = files
         self._read_from = ""
@@ -75,7 +74,7 @@ class Keeper:
     def read_from(self) -> str:
         """A digest of the data files' bytes, as they are when it is first asked for, and of this package's."""
         if not self._read_from:
-            self._read_from = " ".join([_code(), *map(_digest, self.files)])
+            self._read_from = " ".join([_code(), *(file_digest(file).hex() for file in self.files)])
         return self._read_from
 
     def load(self) -> Kept | None:
@@ -94,7 +93,9 @@ class Keeper:
     def save(self, table: pa.Table, rejected: Iterable[RowError], unused: Mapping[str, int]) -> Kept | None:
         """Keeps what was read; None where it is not worth it, or cannot be written."""
         errors = [(str(error), error.where, error.reason) for error in rejected]
-        if len(table) < FEWEST or len(errors) > MOST_REJECTED or _has_images(table):
+        chunks = (chunk.flatten() for chunk in table.column("images").chunks)
+        embedded = any(len(images) > pc.struct_field(images, "bytes").null_count for images in chunks)
+        if len(table) < FEWEST or len(errors) > MOST_REJECTED or embedded:
             return None
         note = json.dumps({"read_from": self.read_from, "rejected": errors, "unused": unused}).encode()
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _NOTE: note})
@@ -133,21 +134,7 @@ def _may_be_kept(source: SourceLike) -> bool:
     return is_caching_enabled() and (source.max_rows is None or source.max_rows >= FEWEST)
 
 
-def _has_images(table: pa.Table) -> bool:
-    """Whether any image is embedded."""
-    flat = (chunk.flatten() for chunk in table.column("images").chunks)
-    return any(len(images) > pc.struct_field(images, "bytes").null_count for images in flat)
-
-
-def _digest(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 @cache
 def _code() -> str:
     """Rows that an older or edited package has read are not taken for those of this one."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in (path for room in _ROOMS for path in sorted(room.glob("*.py"))):
-        digest.update(read_bytes(path))
-    return digest.hexdigest()
+    return digest(b"".join(read_bytes(path) for room in _ROOMS for path in sorted(room.glob("*.py")))).hex()

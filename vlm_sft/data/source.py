@@ -121,7 +121,13 @@ def check_source(source: SourceLike) -> None:
     if source.format not in FORMATS:
         known = ", ".join(FORMATS)
         raise UserError(f'The source "{name}" has the format "{source.format}": it must be one of {known}.')
-    _check_columns(source, name)
+    columns = FORMATS[source.format].columns
+    if strange := next((ours for ours in source.columns if ours not in columns), None):
+        hint = f'; did you mean "{near}"' if (near := closest(strange, columns)) else ""
+        raise UserError(
+            f'The source "{name}" maps the column "{strange}", which the format {source.format} does not have{hint}: '
+            f"it has {', '.join(columns)}."
+        )
     _check_prompts(source, name)
     if source.image_name is not None:
         if source.format not in PUBLISHED:
@@ -134,17 +140,6 @@ def check_source(source: SourceLike) -> None:
     for folder in (*([] if source.images is None else [source.images]), *source.image_folders):
         if not os.path.isdir(os.path.expanduser(folder)):
             raise UserError(f'The source "{name}" takes its images from {folder}, which is no folder: correct it.')
-
-
-def _check_columns(source: SourceLike, name: str) -> None:
-    known = FORMATS[source.format].columns
-    for ours in source.columns:
-        if ours not in known:
-            hint = f'; did you mean "{near}"' if (near := closest(ours, known)) else ""
-            raise UserError(
-                f'The source "{name}" maps the column "{ours}", which the format {source.format} does not have{hint}: '
-                f"it has {', '.join(known)}."
-            )
 
 
 def _check_prompts(source: SourceLike, name: str) -> None:
@@ -170,6 +165,7 @@ def _rows(
     languages: bool,
     unused: Callable[[set[str]], None],
 ) -> Iterator[tuple[dict[str, Any], str]]:
+    name, sampling = name_of(source), Sampling(**source.frames_shown.model_dump())
     images_folder = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
     unseen = set(source.columns.values())
     of_file: Path | str | None = ""
@@ -178,11 +174,28 @@ def _rows(
         if row.folder is not of_file:
             of_file, within = row.folder, _folders_of(source, row.folder)
             folder = images_folder or (None if row.folder is None else os.path.abspath(row.folder))
+        draw = _prompts_of(source, f"{seed}/{name}/{number}", row.where) if source.prompts else no_prompt
+        resolve = partial(resolve_image, folder=folder, where=row.where, allow_urls=source.allow_urls, within=within)
+        ready = []  # all of a row before any of it: one wrong caption of five rejects the row, not a part of it
         try:
-            # All of a row before any of it: one wrong caption of five rejects the row, not a part of it.
-            yield from list(_examples(source, row, number, folder, within, seed, languages, unused))
+            if row.problem is not None:
+                raise row.problem
+            said: dict[str, Any] = {
+                "where": row.where,
+                "columns": source.columns,
+                "boxes": source.boxes,
+                "draw_prompt": draw,
+            }
+            examples = list(examples_of(row.values, source.format, **said, languages=languages, unused=unused))
+            for k, example in enumerate(examples, start=1):
+                messages, images = with_frames(example, resolve, row.where, sampling)
+                key = f"{name}/{example.id or number}" + (f"#{k}" if len(examples) > 1 else "")
+                whole = {"messages": _checked(messages, row.where), "images": images, "source": name, "id": key}
+                ready.append((whole, example.language))
         except RowError as error:
             reject(error)
+        else:
+            yield from ready
     if unseen:
         raise UserError(
             f'No row of {source.path} has the column "{min(unseen)}" that `columns` maps: correct the name.'
@@ -203,45 +216,6 @@ def _raw_rows(source: SourceLike, stream: bool) -> Iterator[Row]:
     answers = [] if source.annotations is None else list_files(source.annotations)
     for path, where, found in read_published(source.format, list_files(source.path), source.image_name, answers):
         yield Row.of(where, path.parent, found)
-
-
-def _examples(
-    source: SourceLike,
-    row: Row,
-    number: int,
-    folder: str | None,
-    within: Folders,
-    seed: int,
-    languages: bool,
-    unused: Callable[[set[str]], None],
-) -> Iterator[tuple[dict[str, Any], str]]:
-    """The conversations of one row, each as a row of the contract with its language."""
-    if row.problem is not None:
-        raise row.problem
-    name = name_of(source)
-    draw = _prompts_of(source, f"{seed}/{name}/{number}", row.where) if source.prompts else no_prompt
-    found = examples_of(
-        row.values,
-        source.format,
-        where=row.where,
-        columns=source.columns,
-        draw_prompt=draw,
-        languages=languages,
-        unused=unused,
-        boxes=source.boxes,
-    )
-    examples = list(found)
-    sampling = Sampling(**source.frames_shown.model_dump())
-    resolve = partial(resolve_image, folder=folder, where=row.where, allow_urls=source.allow_urls, within=within)
-    for k, example in enumerate(examples, start=1):
-        messages, images = with_frames(example, resolve, row.where, sampling)
-        ready = {
-            "messages": _checked(messages, row.where),
-            "images": images,
-            "source": name,
-            "id": f"{name}/{example.id or number}" + (f"#{k}" if len(examples) > 1 else ""),
-        }
-        yield ready, example.language
 
 
 def _prompts_of(source: SourceLike, seed: str, where: str) -> Callable[[str], str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import Features, IterableDataset, Value
 
-from ..base.errors import RowError, UserError
+from ..base.errors import RowError, UserError, raise_it
 from ..rows.messages import IN_EXTRAS, each_once, packed
 from .dataset import ROW_FEATURES
 from .source import SourceLike, name_of, source_rows
@@ -94,12 +94,9 @@ class _Stream:
 
     def _rows(self, source: SourceLike) -> Iterator[dict[str, Any]]:
         """One pass; a rejected row stands where the file has it."""
-        if not self.keep_rejected:
-            for row in map(each_once, source_rows(source, seed=self.seed, stream=True)):
-                yield {**row, IN_EXTRAS: packed(row), "rejected": None}
-            return
         rejected: list[RowError] = []
-        for row in map(each_once, source_rows(source, seed=self.seed, reject=rejected.append, stream=True)):
+        reject = rejected.append if self.keep_rejected else raise_it
+        for row in map(each_once, source_rows(source, seed=self.seed, reject=reject, stream=True)):
             yield from self._marked(source, rejected)
             yield {**row, IN_EXTRAS: packed(row), "rejected": None}
         yield from self._marked(source, rejected)
@@ -114,10 +111,4 @@ class _Stream:
 
 def first_rows(rows: Any, count: int) -> list[dict[str, Any]]:
     """The first good rows of a dataset or a stream."""
-    found: list[dict[str, Any]] = []
-    for row in rows:
-        if len(found) == count:
-            break
-        if row.get("rejected") is None:
-            found.append(row)
-    return found
+    return list(itertools.islice((row for row in rows if row.get("rejected") is None), count))

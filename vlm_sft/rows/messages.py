@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN
+from ..base.whole_files import digest
 from ..reading.image_refs import SIZES, TIME, image_key
 from .raw_row import RowView
 
@@ -123,7 +123,7 @@ def answers_of(row: Mapping[str, Any]) -> list[str]:
 def row_key(row: Mapping[str, Any]) -> bytes:
     """A digest of what a row says and shows: equal for rows that differ in source and id alone."""
     said = repr((spoken(row), [image_key(image) for image in row["images"]]))
-    return hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=16).digest()
+    return digest(said.encode("utf-8", "replace"))
 
 
 def packed(row: Mapping[str, Any]) -> str | None:
