@@ -90,3 +90,10 @@ def test_what_passes_becomes_no_larger_than_was_counted(data):
     except (UserError, OmegaConfBaseException, RecursionError):
         return
     assert size(filled) <= total
+
+
+def test_a_mapping_in_a_text_is_counted_with_its_marks():
+    data = {"b": {"a": "", "b": ""}, "a": "xy${b}"}
+    filled = OmegaConf.to_container(OmegaConf.create(data), resolve=True)
+    assert filled["a"] == "xy{'a': '', 'b': ''}"
+    assert size(filled) <= interpolations._Recipe(data, "it").at(())

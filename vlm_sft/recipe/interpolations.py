@@ -13,6 +13,7 @@ from ..base.errors import UserError
 
 # Characters, and entries of mappings and lists, of a recipe with everything filled in.
 LARGEST_RECIPE = 8 * 2**20
+MARKS = 8  # characters around an entry (`'a': 'b', `) of a mapping that a text names, for it is written into the text
 
 _OPEN = re.compile(r"\$\{")
 # Of a name within `${…}`: keys and list indices; what stands before a colon is one of OmegaConf's functions.
@@ -54,7 +55,7 @@ class _Recipe:
     def _count(self, value: object, path: tuple[str, ...]) -> int:
         if isinstance(value, dict | list):
             entries = value.items() if isinstance(value, dict) else enumerate(value)
-            total = 1 + sum(len(str(key)) + self.of(entry, (*path, str(key))) for key, entry in entries)
+            total = 2 + sum(MARKS + len(str(key)) + self.of(entry, (*path, str(key))) for key, entry in entries)
         elif isinstance(value, str):
             total = self._text(value, path)
         else:
@@ -76,17 +77,17 @@ class _Recipe:
         return total
 
     def _reference(self, inner: str, path: tuple[str, ...]) -> int:
-        if found := _FUNCTION.match(inner):
-            if found["name"] == "oc.env":
-                name, _, default = found["arguments"].partition(",")
-                return max(len(os.environ.get(name.strip(), "")), len(default)) + self._text(default + name, path)
-            arguments = found["arguments"]
-            if found["name"] in ("oc.decode", "oc.create"):  # read a text as YAML, which may name keys again
-                if "${" in arguments.replace("${oc.env:", ""):
-                    raise UserError(f"{self.name}: `${{{inner[:60]}}}` cannot be counted; write the value itself.")
-                return self._text(arguments, path)
-            return self._text(arguments, path) + self._named(arguments.partition(",")[0], path)
-        return self._text(inner, path) + self._named(inner, path)
+        if (found := _FUNCTION.match(inner)) is None:
+            return self._text(inner, path) + self._named(inner, path)
+        arguments = found["arguments"]
+        first, _, default = arguments.partition(",")
+        if found["name"] == "oc.env":
+            return max(len(os.environ.get(first.strip(), "")), len(default)) + self._text(default + first, path)
+        if found["name"] not in ("oc.decode", "oc.create"):
+            return self._text(arguments, path) + self._named(first, path)
+        if "${" in arguments.replace("${oc.env:", ""):  # both read a text as YAML, which may name keys again
+            raise UserError(f"{self.name}: `${{{inner[:60]}}}` cannot be counted; write the value itself.")
+        return self._text(arguments, path)
 
     def _named(self, name: str, path: tuple[str, ...]) -> int:
         if "${" in name:
