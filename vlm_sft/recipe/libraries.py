@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from ..base.errors import UserError
 from ..base.words import one_line
 from .passed_on import refuse_strange
 
@@ -108,7 +107,7 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
     try:
         return LoraConfig(**{key: value for key, value in recipe.lora.items() if key not in OWN_LORA_KEYS})
     except (ValueError, TypeError) as error:
-        raise UserError(f"{recipe.where(('lora',))}: peft.LoraConfig refuses `lora`: {one_line(error)}") from error
+        raise recipe.error(("lora",), f"peft.LoraConfig refuses `lora`: {one_line(error)}") from error
 
 
 def build_quantization_config(recipe: Recipe, compute_dtype: str = "float32") -> BitsAndBytesConfig | None:
@@ -133,8 +132,8 @@ def build_quantization_config(recipe: Recipe, compute_dtype: str = "float32") ->
             **{"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute_dtype, **recipe.quantization}
         )
     except (ValueError, TypeError, ImportError) as error:
-        where = recipe.where(("quantization",))
-        raise UserError(f"{where}: BitsAndBytesConfig refuses `quantization`: {one_line(error)}") from error
+        refusal = f"BitsAndBytesConfig refuses `quantization`: {one_line(error)}"
+        raise recipe.error(("quantization",), refusal) from error
 
 
 def _build_sft(recipe: Recipe, arguments: dict[str, Any]) -> SFTConfig:
@@ -146,12 +145,10 @@ def _build_sft(recipe: Recipe, arguments: dict[str, Any]) -> SFTConfig:
         return SFTConfig(**{**arguments, "remove_unused_columns": False})
     except (ValueError, TypeError, ImportError, OSError) as error:
         if "setup doesn't support bf16" in str(error):
-            where = recipe.where(("sft", "bf16"))
-            raise UserError(
-                f"{where}: this machine cannot compute in bf16 or tf32; set sft.bf16=false (or leave it out) and leave "
-                "tf32 out."
-            ) from error
-        raise UserError(f"{recipe.where(('sft',))}: trl.SFTConfig refuses `sft`: {one_line(error)}") from error
+            mend = "set sft.bf16=false (or leave it out) and leave tf32 out"
+            sentence = f"this machine cannot compute in bf16 or tf32; {mend}."
+            raise recipe.error(("sft", "bf16"), sentence) from error
+        raise recipe.error(("sft",), f"trl.SFTConfig refuses `sft`: {one_line(error)}") from error
 
 
 def _check_installed(recipe: Recipe, args: SFTConfig) -> None:
@@ -162,21 +159,17 @@ def _check_installed(recipe: Recipe, args: SFTConfig) -> None:
     try:
         integration_utils.get_reporting_integration_callbacks(args.report_to)
     except ValueError as error:
-        raise UserError(f"{recipe.where(('sft', 'report_to'))}: `sft.report_to`: {one_line(error)}") from error
+        raise recipe.error(("sft", "report_to"), f"`sft.report_to`: {one_line(error)}") from error
     for tracker in args.report_to:
         is_there = getattr(integration_utils, f"is_{tracker.removesuffix('_ml')}_available", lambda: True)
         if not is_there():
-            where = recipe.where(("sft", "report_to"))
-            raise UserError(
-                f"{where}: `sft.report_to` names {tracker}, which is not installed; `pip install {tracker}`, or leave "
-                f"it out (sft.report_to=none)."
-            )
+            mend = f"`pip install {tracker}`, or leave it out (sft.report_to=none)"
+            sentence = f"`sft.report_to` names {tracker}, which is not installed; {mend}."
+            raise recipe.error(("sft", "report_to"), sentence)
     if args.use_liger_kernel and not is_liger_kernel_available():
-        where = recipe.where(("sft", "use_liger_kernel"))
-        raise UserError(
-            f"{where}: `sft.use_liger_kernel` needs a package that is not installed; `pip install liger-kernel`, or "
-            f"leave it out."
-        )
+        mend = "`pip install liger-kernel`, or leave it out"
+        sentence = f"`sft.use_liger_kernel` needs a package that is not installed; {mend}."
+        raise recipe.error(("sft", "use_liger_kernel"), sentence)
     _check_optimizer(recipe, args)
 
 
@@ -190,10 +183,8 @@ def _check_optimizer(recipe: Recipe, args: SFTConfig) -> None:
     except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         if args.optim_target_modules and not isinstance(error, ImportError):
             return  # it looks for layers that this stand-in has not
-        where, reason = recipe.where(("sft", "optim")), one_line(error).rstrip(".")
-        raise UserError(
-            f"{where}: `sft.optim: {args.optim.value}` cannot be used here: {reason}; mend that, or use adamw_torch."
-        ) from error
+        why = f"`sft.optim: {args.optim.value}` cannot be used here: {one_line(error).rstrip('.')}"
+        raise recipe.error(("sft", "optim"), f"{why}; mend that, or use adamw_torch.") from error
 
 
 def _check_schedule(recipe: Recipe, args: SFTConfig) -> None:
@@ -206,11 +197,9 @@ def _check_schedule(recipe: Recipe, args: SFTConfig) -> None:
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs))
     except (ValueError, TypeError) as error:
-        where = recipe.where(("sft", "lr_scheduler_type"))
-        raise UserError(
-            f"{where}: the schedule {args.lr_scheduler_type.value} cannot be made with `sft.lr_scheduler_kwargs` "
-            f"{kwargs or 'left out'}: {one_line(error)}"
-        ) from error
+        given = f"`sft.lr_scheduler_kwargs` {kwargs or 'left out'}: {one_line(error)}"
+        sentence = f"the schedule {args.lr_scheduler_type.value} cannot be made with {given}"
+        raise recipe.error(("sft", "lr_scheduler_type"), sentence) from error
 
 
 def _check_types(recipe: Recipe, section: str, given: dict[str, Any], hints: dict[str, Any]) -> None:
@@ -221,7 +210,6 @@ def _check_types(recipe: Recipe, section: str, given: dict[str, Any], hints: dic
     for key, value in given.items():
         if key not in hints:
             continue  # another version of the library, which refuses it in its own words
-        where = recipe.where((section, key))
         try:
             adapter = TypeAdapter(hints[key], config=ConfigDict(strict=True, arbitrary_types_allowed=True))
         except PydanticUserError:
@@ -232,4 +220,4 @@ def _check_types(recipe: Recipe, section: str, given: dict[str, Any], hints: dic
             adapter.validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].replace("Input should be", "must be", 1)
-            raise UserError(f'{where}: "{section}.{key}" {reason}, not {value!r}.') from error
+            raise recipe.error((section, key), f'"{section}.{key}" {reason}, not {value!r}.') from error

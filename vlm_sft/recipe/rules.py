@@ -23,17 +23,16 @@ from .yaml_file import KeyPath
 if TYPE_CHECKING:
     from .schema import Recipe
 
-Broken = Iterator[tuple[KeyPath, str]]
+Broken = Iterator[tuple[str | KeyPath, str]]
+"""(Key with dots, or its parts, sentence)."""
 
 _COLLATOR = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
 
 # Numbers of `trl.SFTConfig` that neither it nor the libraries below refuse in words, and what they must be.
-_ABOVE_ZERO: tuple[str, ...] = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
+_ABOVE_ZERO = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("num_train_epochs", "max_length", "save_steps", "eval_steps", "adam_epsilon"),
 )
-_ABOVE_ZERO += ("num_train_epochs", "max_length", "save_steps", "eval_steps", "adam_epsilon")
 _FROM_ZERO = ("weight_decay", "warmup_steps", "dataloader_num_workers", "seed", "data_seed")
 _BELOW_ONE = ("adam_beta1", "adam_beta2")
 
@@ -57,21 +56,26 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
         _answers_are_bounded(recipe),
         _hub_can_be(recipe.hub),
     )
-    return next(rules, None)
+    if (found := next(rules, None)) is None:
+        return None
+    key, sentence = found
+    if isinstance(key, str):
+        key = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    return key, sentence
 
 
 def _stack_or_model(recipe: Recipe) -> Broken:
     if recipe.stack is None and recipe.model is None:
-        yield ("stack",), 'the key "stack" is missing: the parts of the model (or `model`: an existing VLM).'
+        yield "stack", 'the key "stack" is missing: the parts of the model (or `model`: an existing VLM).'
     if recipe.stack is not None and recipe.model is not None:
-        yield ("model",), "`model` is an existing VLM and `stack` composes one; keep one of them."
+        yield "model", "`model` is an existing VLM and `stack` composes one; keep one of them."
     if recipe.stack is not None and recipe.chat_template is None:
-        yield ("chat_template",), 'the key "chat_template" is missing.'
+        yield "chat_template", 'the key "chat_template" is missing.'
 
 
 def _something_is_trained(recipe: Recipe) -> Broken:
     if not recipe.train and not _has_lora(recipe):
-        yield ("train",), "nothing would be trained; name a part under `train` (part: learning rate) or add `lora`."
+        yield "train", "nothing would be trained; name a part under `train` (part: learning rate) or add `lora`."
 
 
 def _trained_parts_exist(train: dict[str, float], stack: Stack | None) -> Broken:
@@ -81,12 +85,10 @@ def _trained_parts_exist(train: dict[str, float], stack: Stack | None) -> Broken
             advice = f'did you mean "{hint}"?' if hint else f"the parts are {', '.join(PARTS)}."
             yield ("train", part), f'unknown part "{part}" under `train`; {advice}'
         if not (rate > 0 and math.isfinite(rate)):
-            yield (
-                ("train", part),
-                f"the learning rate of {part} must be above zero, not {rate:g}; left out, it is frozen.",
-            )
+            wrong = f"the learning rate of {part} must be above zero, not {rate:g}"
+            yield ("train", part), f"{wrong}; left out, it is frozen."
     if "resampler" in train and (stack is None or stack.resampler is None):
-        yield ("train", "resampler"), "`train.resampler` is set but the stack has no resampler; remove it or add one."
+        yield "train.resampler", "`train.resampler` is set but the stack has no resampler; remove it or add one."
 
 
 def _has_lora(recipe: Recipe) -> bool:
@@ -97,19 +99,16 @@ def _lora_comes_from_a_bundle(recipe: Recipe) -> Broken:
     if recipe.lora_from is None:
         return
     if recipe.init_from is None:
-        yield (
-            ("lora_from",),
-            "`lora_from` says what becomes of the LoRA of `init_from`; name that bundle, or remove it.",
-        )
+        yield "lora_from", "`lora_from` says what becomes of the LoRA of `init_from`; name that bundle, or remove it."
     if recipe.lora_from == "continue" and "language_model" in recipe.train:
         yield (
-            ("train", "language_model"),
+            "train.language_model",
             "the language model cannot be trained whole while its LoRA is trained on; remove `train.language_model`, "
             "or merge the LoRA first (`lora_from: merge`).",
         )
     if recipe.lora_from == "merge" and recipe.quantization is not None:
         yield (
-            ("lora_from",),
+            "lora_from",
             "LoRA cannot be merged into a language model in 4 or 8 bits, which are too few to hold it; train it on "
             "(`lora_from: continue`), or write the merged one with `vlm-sft export --to bundle-merged` and start "
             "from that bundle.",
@@ -120,23 +119,18 @@ def _lora_or_full(lora: dict[str, Any] | None, train: dict[str, float]) -> Broke
     if lora is None:
         return
     if "language_model" in train:
-        yield (
-            ("train", "language_model"),
-            "the language model cannot be trained whole and by LoRA at once; remove `train.language_model` or `lora`.",
-        )
+        mend = "remove `train.language_model` or `lora`"
+        yield "train.language_model", f"the language model cannot be trained whole and by LoRA at once; {mend}."
     if _is_number(rank := lora.get("r")) and rank <= 0:
-        yield ("lora", "r"), f"the rank `lora.r` must be above zero, not {rank}; to do without LoRA, remove `lora`."
+        yield "lora.r", f"the rank `lora.r` must be above zero, not {rank}; to do without LoRA, remove `lora`."
     if _is_number(dropout := lora.get("lora_dropout")) and not 0 <= dropout < 1:
-        yield ("lora", "lora_dropout"), f"`lora.lora_dropout` must be zero or above and below one, not {dropout}."
+        yield "lora.lora_dropout", f"`lora.lora_dropout` must be zero or above and below one, not {dropout}."
     if not all(word.strip() for word in lora.get("add_tokens") or [] if isinstance(word, str)):
-        yield ("lora", "add_tokens"), "`lora.add_tokens` holds an empty word; remove it."
+        yield "lora.add_tokens", "`lora.add_tokens` holds an empty word; remove it."
     # PEFT copies whole modules named there, and silently neither trains nor saves bare parameters such as query tokens.
     for name in lora.get("modules_to_save") or []:
         if name in PARTS:
-            yield (
-                ("lora", "modules_to_save"),
-                f"to train {name} beside LoRA, write `train: {{{name}: <learning rate>}}`.",
-            )
+            yield "lora.modules_to_save", f"to train {name} beside LoRA, write `train: {{{name}: <learning rate>}}`."
 
 
 def _quantised_is_frozen(recipe: Recipe) -> Broken:
@@ -144,17 +138,15 @@ def _quantised_is_frozen(recipe: Recipe) -> Broken:
         return
     if "language_model" in recipe.train:
         yield (
-            ("train", "language_model"),
+            "train.language_model",
             "a quantised language model cannot be trained whole; remove `train.language_model` (`lora` learns beside "
             "it) or `quantization`.",
         )
     if not _has_lora(recipe):
-        yield (
-            ("quantization",),
-            "`quantization` needs `lora`, which learns beside the quantised weights; add `lora` or remove it.",
-        )
+        mend = "add `lora` or remove it"
+        yield "quantization", f"`quantization` needs `lora`, which learns beside the quantised weights; {mend}."
     if [bool(recipe.quantization.get(key)) for key in ("load_in_4bit", "load_in_8bit")] in ([False] * 2, [True] * 2):
-        yield ("quantization",), "`quantization` needs one of `load_in_4bit: true` and `load_in_8bit: true`."
+        yield "quantization", "`quantization` needs one of `load_in_4bit: true` and `load_in_8bit: true`."
 
 
 def _pieces_fit_their_options(stack: Stack | None) -> Broken:
@@ -163,20 +155,15 @@ def _pieces_fit_their_options(stack: Stack | None) -> Broken:
     resampler, projector = stack.resampler, stack.projector
     if resampler is not None and resampler.pretrained is None:
         yield (
-            ("stack", "resampler"),
+            "stack.resampler",
             f"a resampler of type {resampler.type} needs `pretrained`: the Hub id or folder of a checkpoint that "
             f"contains one.",
         )
     if resampler is not None and resampler.tokenizer is not None and resampler.type != "instruct_qformer":
-        yield (
-            ("stack", "resampler", "tokenizer"),
-            f"a resampler of type {resampler.type} reads no text; remove `tokenizer`, or use type instruct_qformer.",
-        )
+        mend = "remove `tokenizer`, or use type instruct_qformer"
+        yield "stack.resampler.tokenizer", f"a resampler of type {resampler.type} reads no text; {mend}."
     if projector.pretrained is not None and projector.init != "default":
-        yield (
-            ("stack", "projector", "init"),
-            "a pretrained projector is not initialised; remove `init` or `pretrained`.",
-        )
+        yield "stack.projector.init", "a pretrained projector is not initialised; remove `init` or `pretrained`."
 
 
 def _template_exists(template: str | None) -> Broken:
@@ -185,7 +172,7 @@ def _template_exists(template: str | None) -> Broken:
     try:
         template_path(template)
     except UserError as error:
-        yield ("chat_template",), str(error)
+        yield "chat_template", str(error)
 
 
 def _sources_are_told_apart(data: Data) -> Broken:
@@ -193,69 +180,61 @@ def _sources_are_told_apart(data: Data) -> Broken:
         names: set[str | None] = set()
         for index, source in enumerate(getattr(data, group)):
             if source.name in names:
-                yield (
-                    ("data", group, index),
-                    f'two sources of data.{group} are called "{source.name}"; give one of them another `name`.',
-                )
+                called = f'two sources of data.{group} are called "{source.name}"'
+                yield f"data.{group}.{index}", f"{called}; give one of them another `name`."
             names.add(source.name)
     if data.sampling == "weights":
         for index, source in enumerate(data.train):
             if "weight" not in source.model_fields_set:
-                yield ("data", "train", index), f'`sampling: weights` needs a `weight` for source "{source.name}" too.'
+                yield f"data.train.{index}", f'`sampling: weights` needs a `weight` for source "{source.name}" too.'
 
 
 def _stream_has_an_end_and_weights(data: Data, steps: Any) -> Broken:
     if not data.streaming:
         if data.shuffle_buffer != type(data).model_fields["shuffle_buffer"].default:
-            yield ("data", "shuffle_buffer"), "`data.shuffle_buffer` belongs to `data.streaming: true`; remove it."
+            yield "data.shuffle_buffer", "`data.shuffle_buffer` belongs to `data.streaming: true`; remove it."
         return
     if not _is_number(steps) or steps <= 0:
-        yield ("data", "streaming"), "`data.streaming` has no end of its own; say how long to train: `sft.max_steps`."
+        yield "data.streaming", "`data.streaming` has no end of its own; say how long to train: `sft.max_steps`."
     if len(data.train) > 1 and data.sampling != "weights":
         yield (
-            ("data", "sampling"),
+            "data.sampling",
             "`data.streaming` does not know the sizes of its sources; set `sampling: weights` and give each source a "
             "`weight`, such as its number of rows.",
         )
     if data.languages:
-        yield ("data", "languages"), "`data.languages` needs to know all rows, which a stream does not; remove one."
+        yield "data.languages", "`data.languages` needs to know all rows, which a stream does not; remove one."
     for index, source in enumerate(data.train):
         if source.repeat > 1:
-            yield (
-                ("data", "train", index, "repeat"),
-                "a stream repeats every source without end; give it a larger `weight` instead of `repeat`.",
-            )
+            mend = "give it a larger `weight` instead of `repeat`"
+            yield f"data.train.{index}.repeat", f"a stream repeats every source without end; {mend}."
 
 
 def _collator_is_a_class(collator: str | None) -> Broken:
     if collator is not None and not _COLLATOR.match(collator):
-        yield ("collator",), f'`collator` must look like my_package.my_module:MyCollator, not "{collator}".'
+        yield "collator", f'`collator` must look like my_package.my_module:MyCollator, not "{collator}".'
 
 
 def _sft_fits(sft: dict[str, Any], evaluates: bool, streaming: bool) -> Broken:
     output = sft.get("output_dir")
     if not isinstance(output, str) or not output:
-        yield ("sft", "output_dir"), "`sft.output_dir` is missing: the folder that checkpoints and the bundle go to."
-    if (strategy := sft.get("train_sampling_strategy")) == "batch_rebalance":
-        yield (
-            ("sft", "train_sampling_strategy"),
-            f"`sft.train_sampling_strategy: {strategy}` needs the length of every row, which rows with images do not "
-            f"have before they are made into batches; use random, sequential or {GROUPED}.",
-        )
+        yield "sft.output_dir", "`sft.output_dir` is missing: the folder that checkpoints and the bundle go to."
+    strategy = sft.get("train_sampling_strategy")
+    needs = f"`sft.train_sampling_strategy: {strategy}` needs the length of every row"
+    if strategy == "batch_rebalance":
+        lacks = "rows with images do not have before they are made into batches"
+        yield "sft.train_sampling_strategy", f"{needs}, which {lacks}; use random, sequential or {GROUPED}."
     if strategy == GROUPED and streaming:
-        yield (
-            ("sft", "train_sampling_strategy"),
-            f"`sft.train_sampling_strategy: {GROUPED}` needs the length of every row, which a stream does not know; "
-            "remove it, or set `data.streaming` to false.",
-        )
+        mend = "remove it, or set `data.streaming` to false"
+        yield "sft.train_sampling_strategy", f"{needs}, which a stream does not know; {mend}."
     yield from _numbers_that_train(sft)
     rate = sft.get("learning_rate")
     if rate is not None and not (_is_number(rate) and rate > 0 and math.isfinite(rate)):
-        yield ("sft", "learning_rate"), f"`sft.learning_rate` must be a number above zero, not {rate!r}."
+        yield "sft.learning_rate", f"`sft.learning_rate` must be a number above zero, not {rate!r}."
     if sft.get("bf16") and sft.get("fp16"):
-        yield ("sft", "fp16"), "`sft.bf16` and `sft.fp16` cannot both be true; keep one."
+        yield "sft.fp16", "`sft.bf16` and `sft.fp16` cannot both be true; keep one."
     if sft.get("eval_strategy", "no") not in ("no", None) and not evaluates:
-        yield ("sft", "eval_strategy"), "`sft.eval_strategy` asks for evaluations but `data.eval` has no source."
+        yield "sft.eval_strategy", "`sft.eval_strategy` asks for evaluations but `data.eval` has no source."
 
 
 def _numbers_that_train(sft: dict[str, Any]) -> Broken:
@@ -263,21 +242,19 @@ def _numbers_that_train(sft: dict[str, Any]) -> Broken:
         for key in keys:
             value = sft.get(key)
             if _is_number(value) and not (value > 0 or (value == 0 and keys is _FROM_ZERO)):
-                yield ("sft", key), f"`sft.{key}` must be {least}, not {value}."
+                yield f"sft.{key}", f"`sft.{key}` must be {least}, not {value}."
     for key in _BELOW_ONE:
         if _is_number(value := sft.get(key)) and not 0 <= value < 1:
-            yield ("sft", key), f"`sft.{key}` must be zero or above and below one, not {value}."
+            yield f"sft.{key}", f"`sft.{key}` must be zero or above and below one, not {value}."
     steps = sft.get("max_steps")
     if _is_number(steps) and (steps == 0 or steps < -1):
-        yield (
-            ("sft", "max_steps"),
-            f"`sft.max_steps` must be above zero, not {steps}; left out, `sft.num_train_epochs` says how long.",
-        )
+        mend = "left out, `sft.num_train_epochs` says how long"
+        yield "sft.max_steps", f"`sft.max_steps` must be above zero, not {steps}; {mend}."
 
 
 def _answers_are_bounded(recipe: Recipe) -> Broken:
     if found := flaw_of_answers(recipe.generation, recipe.limits):
-        yield ("generation", found[0]), f"`generation`: {found[1]}"
+        yield f"generation.{found[0]}", f"`generation`: {found[1]}"
 
 
 def _hub_can_be(hub: Hub | None) -> Broken:
@@ -289,11 +266,8 @@ def _hub_can_be(hub: Hub | None) -> Broken:
     try:
         validate_repo_id(hub.repo_id)
     except HFValidationError:
-        yield (
-            ("hub", "repo_id"),
-            f'"{hub.repo_id}" cannot be a repository of the Hub; write name/repository, of letters, digits, '
-            f'"-", "_" and ".".',
-        )
+        mend = 'write name/repository, of letters, digits, "-", "_" and "."'
+        yield "hub.repo_id", f'"{hub.repo_id}" cannot be a repository of the Hub; {mend}.'
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

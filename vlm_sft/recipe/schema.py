@@ -79,8 +79,7 @@ class Recipe(RecipeModel):
 
     @model_validator(mode="after")
     def _keep_rules(self) -> Recipe:
-        broken = first_broken_rule(self)
-        if broken is not None:
+        if (broken := first_broken_rule(self)) is not None:
             path, sentence = broken
             raise PydanticCustomError("rule", "{sentence}", {"sentence": sentence, "path": path})
         return self
@@ -144,6 +143,10 @@ class Recipe(RecipeModel):
         """Says where a key was set, for messages: `recipes/x.yaml, line 12` or `override "sft.max_steps=1"`."""
         return self._file.where(path) if self._file is not None else "the recipe"
 
+    def error(self, path: KeyPath, sentence: str) -> UserError:
+        """A sentence on what a key says, behind where it was set."""
+        return UserError(f"{self.where(path)}: {sentence}")
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe, puts overrides on top, fills in `${...}` and checks all of it, without weights and without torch.
@@ -162,14 +165,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     found = _find_recipe(path)
     file = YamlFile.read(found)
-    data = file.resolve(overrides)
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = Recipe.model_validate(file.resolve(overrides))
     except ValidationError as error:
         raise UserError(_sentence(error, file)) from error
-    recipe._file = file
-    recipe._path = found
-    recipe._strange = (found.parent / MANIFEST).is_file()
+    recipe._file, recipe._path, recipe._strange = file, found, (found.parent / MANIFEST).is_file()
     return recipe
 
 
@@ -186,17 +186,16 @@ def _find_recipe(path: str | Path) -> Path:
     if given.is_dir():
         raise UserError(f"{path} is a folder; name the recipe's YAML file in it.")
     check_regular(given)
-    shipped = list_recipes()
-    if str(path) in shipped:
+    if str(path) in (shipped := list_recipes()):
         return recipe_path(str(path))
     beside = sorted(str(other) for other in given.parent.glob("*.yaml")) if given.parent.is_dir() else []
     if hint := closest(str(given), beside):
-        raise UserError(f"the recipe {path} does not exist; did you mean {hint}?")
-    hint = closest(given.stem, shipped)
-    raise UserError(
-        f"the recipe {path} does not exist; "
-        + (f'"{hint}" ships with vlm_sft and can be named like that.' if hint else f"these ship: {', '.join(shipped)}.")
-    )
+        advice = f"did you mean {hint}?"
+    elif hint := closest(given.stem, shipped):
+        advice = f'"{hint}" ships with vlm_sft and can be named like that.'
+    else:
+        advice = f"these ship: {', '.join(shipped)}."
+    raise UserError(f"the recipe {path} does not exist; {advice}")
 
 
 def _sentence(error: ValidationError, file: YamlFile) -> str:

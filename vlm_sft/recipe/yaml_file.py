@@ -151,38 +151,31 @@ class YamlFile:
         Raises:
             UserError: an override that is not understood or points nowhere, or an interpolation that fails.
         """
-        config = self._config()
-        for override in overrides:
-            path, value = parse_assignment(override)
-            self._overrides.append((path, override))
-            self._check_parents(config, path, override)
-            try:
-                OmegaConf.update(config, ".".join(map(str, path)), value, merge=False, force_add=True)
-            except OmegaConfBaseException as error:
-                raise self._unfilled(error) from error
-        written = OmegaConf.to_container(config)
-        assert isinstance(written, dict)
-        check_expansion(written, self.name)
         try:
+            config = OmegaConf.create(self.data)
+            for override in overrides:
+                path, value = parse_assignment(override)
+                self._overrides.append((path, override))
+                self._check_parents(config, path, override)
+                OmegaConf.update(config, ".".join(map(str, path)), value, merge=False, force_add=True)
+            written = OmegaConf.to_container(config)
+            assert isinstance(written, dict)
+            check_expansion(written, self.name)
             with _own_environment(self.name):
                 resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
-            raise self._unfilled(error) from error
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from error
+            sentence = f'{self.name}: "{error.full_key}" cannot be filled in: {_why_unfilled(error)}.'
+            raise UserError(sentence) from error
         assert isinstance(resolved, dict)
-        self._refuse_secrets(resolved)
+        if found := next(find_secrets(texts_in(resolved)), None):
+            raise UserError(
+                f"{self.name} would hold {found[0]}; a recipe is saved with the bundle and shared, so it holds no "
+                f"secrets: remove it."
+            )
         self.data = {str(key): value for key, value in resolved.items()}
         return self.data
-
-    def _config(self) -> DictConfig:
-        try:
-            return OmegaConf.create(self.data)
-        except OmegaConfBaseException as error:
-            raise self._unfilled(error) from error
-
-    def _unfilled(self, error: OmegaConfBaseException) -> UserError:
-        if isinstance(error.__cause__, UserError):
-            return error.__cause__
-        return UserError(f'{self.name}: "{error.full_key}" cannot be filled in: {_why_unfilled(error)}.')
 
     def is_overridden(self, path: KeyPath) -> bool:
         """Whether an override set this key, or a mapping that it is in."""
@@ -214,14 +207,6 @@ class YamlFile:
             for index, item in enumerate(node.value):
                 self._lines[(*path, index)] = item.start_mark.line + 1
                 self._note_lines(item, (*path, index), [*parents, node])
-
-    def _refuse_secrets(self, resolved: dict[Any, Any]) -> None:
-        """What a recipe holds is saved with the bundle, printed and pushed."""
-        if found := next(find_secrets(texts_in(resolved)), None):
-            raise UserError(
-                f"{self.name} would hold {found[0]}; a recipe is saved with the bundle and shared, so it holds no "
-                f"secrets: remove it."
-            )
 
     def _check_parents(self, config: DictConfig, path: KeyPath, override: str) -> None:
         """OmegaConf would quietly replace a number by a mapping, and says of a bad index only its type."""
