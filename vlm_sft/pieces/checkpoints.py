@@ -1,7 +1,7 @@
 """Reads checkpoints: lists their tensors, takes single ones, and knows two of them apart.
 
-Works on folders, on Hub repositories and on single weight files, on one file or shards, on safetensors or (weights
-only) `.bin`.
+Works on folders, on Hub repositories and on single weight files, on one file or shards, on safetensors, GGUF or
+(weights only) `.bin`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..base.hub import hub_is_away, look_for_hub
 from ..base.names import CONFIG
 from ..base.whole_files import check_entries, check_regular, read_text
 from ..recipe.safety import LARGEST_TEXT, check_length
+from .gguf_files import GgufFile, is_gguf
 
 # In the order in which transformers looks for them, so that both read the same file where a folder has several.
 WEIGHT_FILES = (
@@ -122,9 +123,9 @@ class Checkpoint:
         return dict.fromkeys(self._names(path), str(Path(path).resolve()))
 
     def _names(self, path: str) -> list[str]:
-        if not path.endswith(".safetensors"):
+        if (file := _open(path, self.key)) is None:
             return list(_load_bin(path, self.key))
-        with _open(path, self.key) as file:
+        with file:
             return list(file.keys())
 
     def paths(self) -> dict[str, str]:
@@ -184,8 +185,8 @@ class Checkpoint:
             by_file.setdefault(self.files[name], []).append(name)
         for file_name, wanted in sorted(by_file.items()):
             path = self._path(file_name)
-            if path.endswith(".safetensors"):
-                with _open(path, self.key) as file:
+            if (opened := _open(path, self.key)) is not None:
+                with opened as file:
                     self._check_index(wanted, set(file.keys()), file_name)
                     for name in wanted:
                         piece = file.get_slice(name)
@@ -206,7 +207,12 @@ class Checkpoint:
             )
 
 
-def _open(path: str, key: str) -> safe_open:
+def _open(path: str, key: str) -> safe_open | GgufFile | None:
+    """A file whose tensors are read one by one; None where it is none of that kind."""
+    if is_gguf(path):
+        return GgufFile(path, key)
+    if not path.endswith(".safetensors"):
+        return None
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

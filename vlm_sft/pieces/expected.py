@@ -8,6 +8,7 @@ to obey: what was looked at and fingerprinted is what is loaded. Everything else
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -15,10 +16,13 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..base.errors import refused_by_library
 from ..base.names import CONFIG, PROCESSOR_CONFIG
+from ..recipe.safety import check_config
 from .checkpoints import Checkpoint, fetch_file, unreachable
+from .gguf_files import GgufFile
 
 MODEL = (CONFIG, "generation_config.json")
 """Beside the weights, which a `Checkpoint` lists."""
@@ -68,12 +72,41 @@ def laid_out(
         links |= {name: os.path.realpath(path) for name, path in weights.paths().items()}
     if not links:
         raise unreachable(pretrained, key)
-    place = _root() / hashlib.sha256(repr([pretrained, sorted(links.items())]).encode()).hexdigest()[:16]
-    shutil.rmtree(place, ignore_errors=True)
+    place = _kept(repr([pretrained, sorted(links.items())]))
     for name, path in links.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).symlink_to(path)
     return str(place)
+
+
+@cache
+def unpacked(path: str, key: str) -> str:
+    """The same for a GGUF file: a folder with its configuration and tokenizer, as transformers reads them out of it.
+
+    Args:
+        path: The file.
+        key: The recipe's key, for messages.
+
+    Raises:
+        UserError: The file is not whole, or transformers knows no such language model or tokenizer.
+    """
+    GgufFile(path, key)  # transformers believes what a file says of its lengths
+    place, file = _kept(path), os.path.realpath(path)
+    with refused_by_library(f"{key}: transformers cannot read the GGUF file {path!r}"):
+        found, _ = PreTrainedConfig.get_config_dict(str(place), gguf_file=file)
+        config = {name: value for name, value in found.items() if not name.startswith("_")}
+        check_config(config, f"{key}: {path!r}", "its metadata")
+        PreTrainedTokenizerFast.from_pretrained(str(place), gguf_file=file).save_pretrained(str(place))
+        (place / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return str(place)
+
+
+def _kept(name: str) -> Path:
+    """An empty folder, by what it is for."""
+    place = _root() / hashlib.sha256(name.encode()).hexdigest()[:16]
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    return place
 
 
 @cache

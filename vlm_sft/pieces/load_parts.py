@@ -7,6 +7,7 @@ their names: the one prefix under which every tensor of the part stands, or a ta
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from ..base.errors import UserError
 from ..base.names import TRAINED
@@ -28,6 +29,7 @@ from ..recipe.safety import check_weights
 from .beside import keep_plain_generation, refuse_adapter
 from .checkpoints import WEIGHT_FILES, Checkpoint
 from .expected import MODEL, laid_out, name_again
+from .gguf_files import check_gguf_names
 from .layouts import Origin, detect
 from .piece import Piece
 from .quantization import HEADS, leave_out, settle
@@ -120,9 +122,12 @@ def load_language_model(piece: Piece[LanguageModel], dtype: torch.dtype, **optio
     if quantised is not None and quantised.llm_int8_skip_modules is not None:
         leave_out(quantised, HEADS)  # transformers does it by itself only as long as nothing else is named
     if not piece.spec.trust_remote_code:
-        check_size(AutoModelForCausalLM.from_config, piece.config, piece.checkpoint)
+        empty = check_size(AutoModelForCausalLM.from_config, piece.config, piece.checkpoint)
+        if piece.is_gguf and empty is not None:
+            check_gguf_names(empty, piece.checkpoint.files, f"{piece.key}: the GGUF file {piece.pretrained!r}")
     options.update(dtype=dtype, attn_implementation=piece.spec.attn_implementation)
-    model = from_pretrained(AutoModelForCausalLM, piece, **options)
+    load = _from_gguf if piece.is_gguf else from_pretrained
+    model = load(AutoModelForCausalLM, piece, **options)
     if not scales_as_its_class(model):
         raise UserError(
             f"{piece.key}: {piece.config.model_type} models change their logits after the head in a way that is not "
@@ -131,6 +136,25 @@ def load_language_model(piece: Piece[LanguageModel], dtype: torch.dtype, **optio
     if quantised is not None:
         settle(model)
     return model
+
+
+def _from_gguf(auto_class: type[PreTrainedModel], piece: Piece[Any], **options: Any) -> PreTrainedModel:
+    """`from_pretrained` of a GGUF file, every tensor dequantised; what comes is a model like any other.
+
+    transformers takes such a model for one that can neither be trained nor saved, and does not quantise it anew.
+    """
+    quantised = options.pop("quantization_config", None)
+    file = os.path.realpath(piece.pretrained)
+    model = from_pretrained(
+        auto_class, piece, gguf_file=file, quantization_config=GgufConfig(dequantize=True), **options
+    )
+    settle(model)
+    if quantised is None:
+        return model
+    tensors = model.state_dict()
+    return type(model).from_pretrained(
+        None, config=model.config, state_dict=tensors, quantization_config=quantised, **options
+    )
 
 
 def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
@@ -166,9 +190,9 @@ def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **opti
     """`from_pretrained`, but a tensor that the checkpoint lacks is an error: transformers would draw it at random."""
     # A class is chosen by the checkpoint's own configuration, unless the part is picked out of it under other names.
     config = piece.whole if piece.renamed is None else piece.config
-    refuse_adapter(piece.pretrained, piece.revision, piece.key)
+    refuse_adapter(piece.place, piece.revision, piece.key)
     piece.checkpoint.check_shards()
-    place, revision = piece.pretrained, piece.revision
+    place, revision = piece.place, piece.revision
     if not piece.trusts_code:
         place, revision = laid_out(place, revision, piece.key, MODEL, piece.checkpoint), None
     try:

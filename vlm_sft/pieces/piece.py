@@ -17,7 +17,8 @@ from ..base.words import one_line
 from ..recipe.safety import LIMITS, check_config, check_length
 from .beside import check_config_names
 from .checkpoints import Checkpoint, fetch_file, unreachable
-from .expected import laid_out
+from .expected import laid_out, unpacked
+from .gguf_files import is_gguf
 from .layouts import Origin
 
 if TYPE_CHECKING:
@@ -74,8 +75,18 @@ class Piece(Generic[SpecT]):
         self.key = f"{self.section}.pretrained"
 
     @cached_property
+    def is_gguf(self) -> bool:
+        """Whether it is a language model in a GGUF file."""
+        return self.part == "language_model" and is_gguf(self.pretrained)
+
+    @cached_property
+    def place(self) -> str:
+        """Where its small files are: Hub id, folder or file; of a GGUF file the folder that it is unpacked to."""
+        return unpacked(self.pretrained, self.key) if self.is_gguf else self.pretrained
+
+    @cached_property
     def _config_file(self) -> str | None:
-        return fetch_file(self.pretrained, CONFIG, self.spec.revision, self.key, required=False)
+        return fetch_file(self.place, CONFIG, self.spec.revision, self.key, required=False)
 
     @cached_property
     def revision(self) -> str | None:
@@ -122,14 +133,14 @@ class Piece(Generic[SpecT]):
         Raises:
             UserError: There is none, or it cannot be had.
         """
-        if Path(self.pretrained).exists() and not (Path(self.pretrained) / CONFIG).is_file():
+        if Path(self.place).exists() and not (Path(self.place) / CONFIG).is_file():
             raise unreachable(self.pretrained, self.key)
         _ = self.raw  # its numbers are looked at before a class reads them
-        place = self.pretrained
+        place = self.place
         try:
             if self.trusts_code:
-                return AutoConfig.from_pretrained(self.pretrained, revision=self.revision, trust_remote_code=True)
-            place = laid_out(self.pretrained, self.revision, self.key, (CONFIG,))
+                return AutoConfig.from_pretrained(place, revision=self.revision, trust_remote_code=True)
+            place = laid_out(self.place, self.revision, self.key, (CONFIG,))
             config = AutoConfig.from_pretrained(place)
             config.name_or_path = self.pretrained
             return config

@@ -42,12 +42,12 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     assert recipe.chat_template is not None
     tower, lm = pieces["vision_tower"], pieces["language_model"]
     image_processor = _load_image_processor(tower, config)
-    check_tokenizer(lm.pretrained, lm.revision, lm.key)
+    check_tokenizer(lm.place, lm.revision, lm.key)
     try:
         if lm.trusts_code:
-            tokenizer = AutoTokenizer.from_pretrained(lm.pretrained, revision=lm.revision, trust_remote_code=True)
+            tokenizer = AutoTokenizer.from_pretrained(lm.place, revision=lm.revision, trust_remote_code=True)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(laid_out(lm.pretrained, lm.revision, lm.key, TOKENIZER))
+            tokenizer = AutoTokenizer.from_pretrained(laid_out(lm.place, lm.revision, lm.key, TOKENIZER))
     except Exception as error:  # whatever odd values in its files meet there
         raise unreachable(lm.pretrained, lm.key, "tokenizer") from error
     template = load_template(recipe.chat_template)

@@ -21,6 +21,7 @@ from ..model.parts import Parts
 from ..model.positions import cast
 from ..pieces.beside import check_processor, check_tokenizer
 from ..pieces.expected import IMAGES, TOKENIZER, laid_out
+from ..pieces.gguf_files import unpacking
 from ..pieces.load_parts import load_language_model, load_projector_weights, load_resampler, load_vision_tower
 from ..pieces.piece import specs_of
 from ..pieces.quantization import quantise_empty
@@ -51,6 +52,8 @@ class StackKind:
         for token in composed.processor.added_tokens:
             yield f"The tokenizer of {language_model} had no {token} token: it was added (no embedding is)."
         for piece in composed.pieces.values():
+            if piece.is_gguf:
+                yield f"{piece.section}: {unpacking(piece.pretrained, piece.key)}"
             if piece.trusts_code:
                 yield f"{piece.section}.trust_remote_code is on: code from {piece.pretrained} is executed."
         if warning := precision_warning(recipe, composed.config):

@@ -1,0 +1,251 @@
+"""GGUF files, as llama.cpp has them: a language model in one file, dequantised when it is loaded.
+
+transformers reads configuration, tokenizer and weights out of such a file. Here the file is looked at before it is
+believed, and its tensors are listed and fingerprinted like those of any other checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.quants import dequantize
+from transformers import PreTrainedModel
+from transformers.integrations.gguf import is_gguf_arch_supported
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+from ..base.errors import UserError
+from ..base.words import one_line
+
+MAGIC, VERSIONS, ALIGNMENT, MOST_AXES = b"GGUF", (2, 3), 32, 4
+# Metadata values of a fixed length: their type → how `struct` reads one.
+NUMBERS = {
+    GGUFValueType[name]: form
+    for name, form in {
+        "UINT8": "<B",
+        "INT8": "<b",
+        "UINT16": "<H",
+        "INT16": "<h",
+        "UINT32": "<I",
+        "INT32": "<i",
+        "FLOAT32": "<f",
+        "BOOL": "<?",
+        "UINT64": "<Q",
+        "INT64": "<q",
+        "FLOAT64": "<d",
+    }.items()
+}
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a file.
+
+    Attributes:
+        shape: As torch has it, the slowest axis first.
+        kind: How its numbers are written.
+        start: Its first byte.
+    """
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    start: int
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row, which is the last axis; blocks never reach over its end."""
+        numbers, size = GGML_QUANT_SIZES[self.kind]
+        return (self.shape[-1] if self.shape else 1) // numbers * size
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape[:-1]) * self.row
+
+
+def is_gguf(path: str) -> bool:
+    """Whether something is a file, and a GGUF by its first bytes or (one that was cut off) by its name."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC or path.endswith(".gguf")
+
+
+class GgufFile:
+    """The tensors of a GGUF file, with the methods by which safetensors files are read here.
+
+    Args:
+        path: The file.
+        key: The recipe's key, for messages.
+
+    Raises:
+        UserError: It is no whole GGUF file, or one that cannot be read here. Nothing in it is believed before: what
+            it says of its lengths is compared with its own, so that no number in it costs memory or time.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self.places = _places(file, os.path.getsize(path))
+        except OSError as error:
+            raise UserError(f"{key}: the file {path!r} cannot be read: {one_line(error)}.") from error
+        except (ValueError, KeyError, struct.error) as error:
+            raise UserError(
+                f"{key}: the file {path!r} is no whole GGUF file ({one_line(error)}); fetch it again."
+            ) from error
+
+    def __enter__(self) -> GgufFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is held open."""
+
+    def keys(self) -> list[str]:
+        """Names of the tensors, as llama.cpp calls them."""
+        return list(self.places)
+
+    def get_slice(self, name: str) -> _Slice:
+        """A tensor that is read by rows."""
+        return _Slice(self, self.places[name])
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, dequantised."""
+        return self.get_slice(name)[:]
+
+
+def unpacking(path: str, key: str) -> str:
+    """A sentence on what loading a GGUF file does to its weights."""
+    places = GgufFile(path, key).places.values()
+    sizes: Counter[str] = Counter()
+    for place in places:
+        sizes[place.kind.name] += place.size
+    numbers = sum(math.prod(place.shape) for place in places)
+    kinds = ", ".join(name for name, _ in sizes.most_common())
+    return (
+        f"{path} is a GGUF file ({kinds}); its {numbers:,} weights are dequantised, so they take the memory of a model "
+        f"that was never quantised and keep what rounding took from them."
+    )
+
+
+def check_gguf_names(empty: PreTrainedModel, names: Iterable[str], where: str) -> None:
+    """Refuses a file with a tensor that transformers has no place for, which it would leave out without a word.
+
+    Such a model is another one: the factors of Llama 3's positions (`rope_freqs`) lie in a tensor, for instance.
+
+    Args:
+        empty: The model, without weights.
+        names: Those of the file's tensors.
+        where: Named in the message.
+
+    Raises:
+        UserError: It names the tensor.
+    """
+    config = empty.config
+    if is_gguf_arch_supported(config.model_type):  # this loader says so itself
+        return
+    name = config.model_type.removesuffix("_text")
+    kinds = (TENSOR_PROCESSORS.get(name.replace("_", between)) for between in ("_", "", "-"))
+    kind = next(filter(None, kinds), TensorProcessor)
+    known = get_gguf_hf_weights_map(empty, kind(config=config.to_dict()))
+    # Experts are found by the names of their stacks, without what follows them.
+    left = sorted(name for name in names if name not in known and name.removesuffix(".weight") not in known)
+    if left:
+        raise UserError(
+            f"{where} holds {left[0]!r}, which transformers has no place for in a {config.model_type} model, so it "
+            f"would be another model; use its folder of safetensors."
+        )
+
+
+class _Slice:
+    def __init__(self, file: GgufFile, place: Place) -> None:
+        self.file, self.place = file, place
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.place.shape
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        place = self.place
+        shape = (len(range(*rows.indices(place.shape[0]))), *place.shape[1:]) if place.shape else ()
+        size = math.prod(shape[:-1]) * place.row
+        raw = np.fromfile(self.file.path, np.uint8, size, offset=place.start).reshape(*shape[:-1], place.row)
+        return torch.from_numpy(dequantize(raw, place.kind).reshape(shape).copy())
+
+
+class _Reader:
+    """Takes one value after the other out of a file, never more than it holds; a ValueError says what is wrong."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.left = file, size
+
+    def take(self, count: int) -> bytes:
+        """So many bytes."""
+        if count > self.left:
+            raise ValueError("it ends before what it announces")
+        self.left -= count
+        return self.file.read(count)
+
+    def number(self, form: str) -> Any:
+        """A number, as `struct` calls its form."""
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def text(self) -> bytes:
+        """A text behind its length."""
+        return self.take(self.number("<Q"))
+
+    def value(self) -> object:
+        """A value behind its type; None for a list, which is passed over."""
+        kind = GGUFValueType(self.number("<I"))
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind])
+        if kind == GGUFValueType.STRING:
+            return self.text()
+        inner, count = GGUFValueType(self.number("<I")), self.number("<Q")
+        if inner in NUMBERS:
+            self.take(count * struct.calcsize(NUMBERS[inner]))
+        elif inner == GGUFValueType.STRING:
+            for _ in range(count):
+                self.text()
+        else:
+            raise ValueError("it has lists of lists")
+        return None
+
+    def place(self) -> Place:
+        """What follows the name of a tensor."""
+        if (axes := self.number("<I")) > MOST_AXES:
+            raise ValueError(f"a tensor has {axes:,} axes")
+        shape = tuple(self.number("<Q") for _ in range(axes))[::-1]
+        return Place(shape, GGMLQuantizationType(self.number("<I")), self.number("<Q"))
+
+
+def _places(file: BinaryIO, size: int) -> dict[str, Place]:
+    """Name of each tensor → where it is; raises a ValueError that says what is wrong with the file."""
+    reader = _Reader(file, size)
+    if reader.take(len(MAGIC)) != MAGIC:
+        raise ValueError("it does not begin like one")
+    if (version := reader.number("<I")) not in VERSIONS:
+        raise ValueError(f"its version {version:,} is not read")
+    tensors, entries = reader.number("<Q"), reader.number("<Q")
+    alignment: object = ALIGNMENT
+    for _ in range(entries):
+        name, found = reader.text(), reader.value()
+        alignment = found if name == b"general.alignment" else alignment
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError("its alignment is no length")
+    places: dict[str, Place] = {}
+    for _ in range(tensors):
+        if (tensor := reader.text().decode()) in places:
+            raise ValueError(f"its tensor {tensor!r} is there twice")
+        places[tensor] = reader.place()
+    start = math.ceil((size - reader.left) / alignment) * alignment
+    for tensor, place in places.items():
+        places[tensor] = place = place._replace(start=start + place.start)
+        if (place.shape and place.shape[-1] % GGML_QUANT_SIZES[place.kind][0]) or place.start + place.size > size:
+            raise ValueError(f"its tensor {tensor!r} of the shape {place.shape} is not whole in it")
+    return places
