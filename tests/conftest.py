@@ -39,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+@pytest.fixture(autouse=True)
+def _usual_limits(monkeypatch) -> None:
+    """Limits that a recipe of one test raised do not hold in the next."""
+    monkeypatch.setenv("VLM_SFT_LIMITS", "")
+
+
 @pytest.fixture(scope="session")
 def tokenizer_files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")

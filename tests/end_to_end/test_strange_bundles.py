@@ -18,6 +18,7 @@ from support.bundles import trained
 from support.tiny_pieces import tiny_recipe
 from vlm_sft import answer, load, load_recipe
 from vlm_sft.base.errors import UserError
+from vlm_sft.base.limits import limits
 from vlm_sft.cli import main as cli
 from vlm_sft.inference.settings import open_bundle
 from vlm_sft.pieces.checkpoints import Checkpoint
@@ -333,13 +334,14 @@ def test_tables_that_no_file_holds_are_counted(bundle):
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_takes_memory_for_the_tensors_that_it_has(bundle):
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_takes_memory_for_the_tensors_that_it_has(dora, bundle):
     """One large A among small ones, and a rank as large for every layer: none is made."""
     state = load_file(bundle / "adapter_model.safetensors")
     name = next(name for name in sorted(state) if "lora_A" in name)
     state[name] = torch.zeros(200_000, state[name].shape[1])
     save_file(state, bundle / "adapter_model.safetensors", metadata={"format": "pt"})
-    edit(bundle / "adapter_config.json", r=200_000)
+    edit(bundle / "adapter_config.json", r=200_000, use_dora=dora)
     made = []
     with pytest.MonkeyPatch.context() as patch:
         plain = torch.zeros_like
@@ -403,8 +405,8 @@ def test_a_bundle_cannot_raise_its_own_limits(bundle):
     asks = {"generation": {"num_beams": 1000}, "limits": {"beams": 10**6, "cache_tokens": 10**12}}
     edit(bundle / "recipe.yaml", **asks)
     refused(bundle, r"`num_beams` is 1,000, but `limits\.beams` is 64")
-    bounds = load_recipe(bundle / "recipe.yaml", ["limits.beams=2000"]).bounds
-    assert (bounds.beams, bounds.cache_tokens) == (2000, 1_048_576)
+    load_recipe(bundle / "recipe.yaml", ["limits.beams=2000"])
+    assert (limits().beams, limits().cache_tokens) == (2000, 1_048_576)
 
 
 def test_a_base_asks_for_no_more_beams_than_a_recipe(bundle, tmp_path):

@@ -210,3 +210,10 @@ def test_what_is_saved_gives_the_same_ids(name, tmp_path):
     again = processor_of(name, tmp_path)
     assert again.encode_chat(TURN, sizes=SIZES) == processor.encode_chat(TURN, sizes=SIZES)
     assert (tmp_path / "chat_template.jinja").read_text() == processor.chat_template
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3"])  # tiny, it makes one token
+def test_an_image_of_an_existing_model_is_as_many_tokens_as_the_limit_says(name, monkeypatch):
+    monkeypatch.setenv("VLM_SFT_LIMITS", "image_tokens=1")
+    with pytest.raises(UserError, match=r"an image becomes [\d,]+ tokens, but `limits\.image_tokens` is 1; let the"):
+        processor_of(name)

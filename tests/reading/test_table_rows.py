@@ -19,7 +19,7 @@ from vlm_sft.reading.table_rows import batch_size
 @pytest.fixture
 def small(monkeypatch):
     """A budget of 64 kB a row."""
-    monkeypatch.setattr(table_rows, "LARGEST_ROW", 2**16)
+    monkeypatch.setenv("VLM_SFT_LIMITS", f"row_bytes={2**16}")
 
 
 def write_arrow(path, table):
@@ -67,8 +67,56 @@ def test_a_large_value_of_parquet_is_read_few_rows_at_a_time(codec, tmp_path):
         texts = pa.DictionaryArray.from_arrays(pa.array([0] * 4), pa.array(["x" * length]))
         pq.write_table(pa.table({"text": texts}), path, compression=codec, dictionary_pagesize_limit=2**30)
         with open(path, "rb") as opened:
-            assert batch_size(opened, pq.ParquetFile(path).metadata) == rows
+            assert batch_size(opened, pq.ParquetFile(path).metadata, path) == rows
     assert len([*read_file(tmp_path / "100.parquet")]) == 4
+
+
+def test_pages_are_bounded_together_before_any_is_unpacked(tmp_path, monkeypatch):
+    """Twenty columns of a megabyte each, in a few kilobytes; what a page's own header says counts, not the footer."""
+    path = tmp_path / "wide.parquet"
+    table = pa.table({f"c{i}": pa.array(["x" * 10**6, "猫"]) for i in range(20)})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 100_000 and len([*read_file(path)]) == 2
+    monkeypatch.setenv("VLM_SFT_LIMITS", f"page_bytes={10**7}")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *args, **options: pytest.fail("it was read"))
+    with pytest.raises(
+        UserError, match=r"pages unpack to 1\d,\d+,\d+ bytes, more than the 10,000,000 of `limits\.page"
+    ):
+        list(read_file(path))
+
+
+def test_values_that_begin_as_the_one_before_are_read_few_at_a_time(tmp_path):
+    path = tmp_path / "same.parquet"
+    table = pa.table({"text": ["x" * 3_000_000] * 200})
+    pq.write_table(table, path, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"})
+    assert path.stat().st_size < 10**7
+    with open(path, "rb") as opened:
+        assert batch_size(opened, pq.ParquetFile(path).metadata, path) < 100
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_of_a_pages_header_are_a_struct_or_an_error(data):
+    try:
+        found, end = table_rows.thrift_struct(data, 0)
+    except (IndexError, ValueError):
+        return
+    assert isinstance(found, dict) and 0 < end <= len(data)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"data_page_version": "2.0"}, {"use_dictionary": False}, {"compression": "gzip"}]
+)
+def test_every_page_of_a_file_is_seen(options, tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"n": list(range(5000)), "t": [f"猫{i}" for i in range(5000)]}), path, data_page_size=500, **options
+    )
+    with open(path, "rb") as opened:
+        group = pq.ParquetFile(path).metadata.row_group(0)
+        sizes = [size for number in range(2) for size, _ in table_rows._pages(opened, group.column(number))]
+    assert len(sizes) >= 10
+    headers = sum(group.column(number).total_uncompressed_size for number in range(2)) - sum(sizes)
+    assert 0 < headers < 200 * len(sizes)
 
 
 KINDS = {

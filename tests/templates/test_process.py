@@ -46,8 +46,7 @@ def own_process(monkeypatch):
     """Little memory and time, and a process that is made with them."""
     if process._CHILD is not None:
         process._CHILD.end()
-    monkeypatch.setattr(process, "SECONDS", 1)
-    monkeypatch.setattr(process, "MEMORY", 2**28)
+    monkeypatch.setenv("VLM_SFT_LIMITS", f"template_seconds=1,template_bytes={2**28}")
     yield
     if process._CHILD is not None:
         process._CHILD.end()
@@ -115,13 +114,13 @@ def test_threads_take_turns():
 
 
 ASKER = """
-import sys, time
+import os, sys, time
 from vlm_sft.templates import process
 from vlm_sft.templates.render import render
 render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], sys.argv[1])
 print(process._CHILD.process.pid, flush=True)
 if sys.argv[2]:
-    process.SECONDS = 100
+    os.environ["VLM_SFT_LIMITS"] = "template_seconds=100"
     print("begins", flush=True)
     render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], sys.argv[2])
 time.sleep(60)

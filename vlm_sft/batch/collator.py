@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..base.errors import RowError, UserError
+from ..base.limits import limits
 from ..base.names import IGNORED
 from ..reading.image_refs import SIZES, TIME
 from ..reading.video import Films
@@ -65,7 +66,7 @@ class MultimodalCollator:
         max_length: Longest row in tokens, image tokens included; None for no limit. A longer conversation loses whole
             turns from its end; one that does not fit with a single turn is an error that names it.
         pad_to_multiple_of: Rounds the padded length up.
-        max_pixels: Largest image, in pixels, that is decoded.
+        max_pixels: Largest image, in pixels, that is decoded; default `limits.image_pixels`.
         reduce: Decodes a JPEG smaller where it has far more pixels than the image processor needs; see `load_image`.
 
     Attributes:
@@ -86,13 +87,13 @@ class MultimodalCollator:
         processor: VLMProcessor,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
-        max_pixels: int = 178_956_970,
+        max_pixels: int | None = None,
         reduce: bool = True,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.max_pixels = max_pixels
+        self.max_pixels = max_pixels or limits().image_pixels
         self.side = processor.needed_side if reduce else None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from ..base.errors import RowError, row_error
+from ..base.limits import limits
 from ..base.words import reason_of
-from ..reading.images import MAX_PIXELS, image_size, load_image, too_long
+from ..reading.images import image_size, load_image, too_long
 from ..reading.video import Films
 from ..rows.videos import shows_frames
 
@@ -90,7 +91,7 @@ def load_picture(
     image: Mapping[str, Any] | str | bytes | Image.Image,
     *,
     where: str = "",
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     side: int | None = None,
     fetch: Callable[[str], str] | None = None,
     films: Films | None = None,
@@ -101,8 +102,8 @@ def load_picture(
     """
     loaded = load_image(image, where=where, max_pixels=max_pixels, side=side, fetch=fetch, films=films)
     grown = processor.grown_size(loaded.size)
-    if grown[0] * grown[1] > max_pixels:
-        raise too_long(where, name_of(image) or "in the row", loaded, grown, max_pixels)
+    if grown[0] * grown[1] > (most := max_pixels or limits().image_pixels):
+        raise too_long(where, name_of(image) or "in the row", loaded, grown, most)
     return loaded
 
 
@@ -110,7 +111,7 @@ def picture_size(
     image: Mapping[str, Any] | str | bytes | Image.Image,
     *,
     where: str = "",
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     fetch: Callable[[str], str] | None = None,
     films: Films | None = None,
 ) -> tuple[int, int]:
@@ -120,7 +121,7 @@ def picture_size(
         RowError: As `load_image`; also where its head says that it has more than `max_pixels`.
     """
     size = image_size(image, where=where, fetch=fetch, films=films)
-    if size[0] * size[1] > max_pixels:
+    if size[0] * size[1] > (max_pixels or limits().image_pixels):
         load_image(image, where=where, max_pixels=max_pixels, fetch=fetch, films=films)
     return size
 
@@ -130,7 +131,7 @@ def picture_sizes(
     images: Sequence[Any],
     *,
     where: str = "",
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     fetch: Callable[[str], str] | None = None,
     films: Films | None = None,
 ) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..base.errors import UserError, refused_by_library
+from ..base.limits import limits
 from ..base.names import RECIPE, TEMPLATE, TRAINED
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan
@@ -76,7 +77,7 @@ def load(
     model = model.to(device) if dtype is None else model.to(device, dtype)
     for name, value in recipe.generation.items():
         setattr(stack.model.generation_config, name, value)
-    if found := flaw_of_answers(vars(stack.model.generation_config), recipe.bounds):  # the base's own say some too
+    if found := flaw_of_answers(vars(stack.model.generation_config), limits()):  # the base's own say some too
         raise UserError(f"{str(folder)!r}: {found[1]}")
     return model.eval(), processor
 

@@ -6,6 +6,7 @@ there for an image of that size, and the spans of the mask move along.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBa
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from ..base.errors import RowError, UserError
+from ..base.limits import limits
 from ..base.names import IGNORED
 from ..batch.box_text import Seen
 from ..batch.encoding import EncodedChat, in_loss, pad, supervised_characters
@@ -80,6 +82,7 @@ class FamilyProcessor(VLMProcessor):
         # Its arithmetic may not know an option of its processor, and then only pictures say the truth.
         self._counts = bool(family.counted) and all(self._count(shape) == self._look(shape) for shape in SHAPES)
         counts = {self.count_image_tokens(shape) for shape in SHAPES}
+        self._bound(max(counts))
         self.num_image_tokens = counts.pop() if len(counts) == 1 else 0
         self.reads_sizes = not self.num_image_tokens
 
@@ -111,15 +114,27 @@ class FamilyProcessor(VLMProcessor):
 
     def _look(self, size: tuple[int, int]) -> str:
         """`expansion`, asked with a blank image of that size."""
-        return self._read([Image.new("RGB", size)])[1][0]
+        text = self._read([Image.new("RGB", size)])[1][0]
+        self._bound(text.count(self.image_token))
+        return text
+
+    def _bound(self, tokens: int) -> None:
+        """Refuses an image that is too many tokens, before they are made or encoded."""
+        if tokens > (most := limits().image_tokens):
+            raise UserError(
+                f"model: an image becomes {tokens:,} tokens, but `limits.image_tokens` is {most:,}; let the processor "
+                f"make a smaller one (`model.processor`), or raise the limit."
+            )
 
     def _count(self, size: tuple[int, int]) -> str:
         """`expansion`, by the arithmetic of the model's own classes that `Family.counted` names."""
         width, height = size
         if self.family.counted == "tokens":
             (tokens,) = self.native._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens
+            self._bound(tokens)
             return self.native.image_token * tokens
         found = self.image_processor.get_number_of_image_patches(height, width, self._image_options())
+        self._bound(math.prod(found[1:]) if isinstance(found, tuple) else found)
         if self.family.counted == "patches":
             return self.native.replace_image_token({"num_patches": [found]}, 0)
         _, rows, columns = found

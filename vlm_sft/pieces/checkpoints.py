@@ -26,7 +26,7 @@ from ..base.errors import UserError
 from ..base.hub import hub_is_away, look_for_hub
 from ..base.names import CONFIG
 from ..base.whole_files import check_entries, check_regular, read_text
-from ..recipe.safety import LARGEST_TEXT, check_length
+from ..recipe.safety import check_length, most_bytes
 from .gguf_files import GgufFile, is_gguf
 
 # In the order in which transformers looks for them, so that both read the same file where a folder has several.
@@ -92,7 +92,7 @@ class Checkpoint:
     def _read_index(self, path: str, name: str) -> dict[str, str]:
         """The map of an index; its files lie beside it, so that nothing elsewhere is read."""
         where = f"{self.key}: {name} of {self.pretrained!r}"
-        check_length(path, LARGEST_TEXT)
+        check_length(path, most_bytes(name))
         try:
             found = dict(json.loads(read_text(path))["weight_map"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:

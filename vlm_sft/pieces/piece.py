@@ -14,7 +14,7 @@ from ..base.errors import UserError
 from ..base.names import CONFIG, PARTS
 from ..base.whole_files import read_text
 from ..base.words import one_line
-from ..recipe.safety import LIMITS, check_config, check_length
+from ..recipe.safety import check_config, check_length, most_bytes
 from .beside import check_config_names
 from .checkpoints import Checkpoint, fetch_file, unreachable
 from .expected import laid_out, unpacked
@@ -108,7 +108,7 @@ class Piece(Generic[SpecT]):
         """
         if self._config_file is None:
             return {}
-        check_length(self._config_file, LIMITS[CONFIG])
+        check_length(self._config_file, most_bytes(CONFIG))
         try:
             raw = json.loads(read_text(self._config_file))
         except (ValueError, RecursionError):

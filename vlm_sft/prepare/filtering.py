@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 from ..base.errors import UserError
+from ..base.limits import limits
 from ..base.whole_files import read_bytes
 from ..base.words import one_line, reason_of
 from ..batch.pictures import BLANK, name_of, refused
-from ..reading.images import MAX_PIXELS, grown_size, load_image, too_long
+from ..reading.images import grown_size, load_image, too_long
 from ..reading.video import Films
 
 # What of a row is compared with its image.
@@ -134,8 +135,8 @@ def _opened(image: dict[str, Any], where: str, scorer: object, films: Films) -> 
     """A picture of which the scorer's image processor makes no more pixels than may be decoded."""
     loaded = load_image(image, where=where, films=films)
     grown = grown_size(loaded.size, getattr(getattr(scorer, "processor", None), "image_processor", None))
-    if grown[0] * grown[1] > MAX_PIXELS:
-        raise too_long(where, name_of(image) or "in the row", loaded, grown, MAX_PIXELS)
+    if grown[0] * grown[1] > (most := limits().image_pixels):
+        raise too_long(where, name_of(image) or "in the row", loaded, grown, most)
     return loaded
 
 

@@ -193,7 +193,7 @@ def _read_parquet(path: Path) -> Found:
 
     with open_regular(path) as opened, pq.ParquetFile(opened) as file:
         check_count(path, file.metadata.num_rows)
-        size = batch_size(opened, file.metadata)
+        size = batch_size(opened, file.metadata, path)
         yield from table_rows(path, file.iter_batches(batch_size=size))
 
 

@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..base.errors import RowError, row_error
+from ..base.limits import limits
 from ..base.whole_files import IrregularError, open_regular
 from ..base.words import reason_of
 from .image_kinds import describe_unreadable, kind_of, may_be_turned, without_texts
 from .image_refs import TIME, is_url, size_asked
 from .video import Films
 
-MAX_PIXELS = 178_956_970  # where PIL itself calls an image a decompression bomb
 # A JPEG is decoded at a half, a quarter or an eighth of its size where that still has so many times the pixels needed
 # on each side. At 2 the result, once resized, is within a mean of TOLERANCE (of 255) of the full decode.
 ENOUGH, TOLERANCE = 2, 2.0
@@ -34,7 +34,7 @@ def load_image(
     image: Mapping[str, Any] | str | Path | bytes | Image.Image,
     *,
     where: str = "",
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     side: int | None = None,
     fetch: Callable[[str], str] | None = None,
     films: Films | None = None,
@@ -48,8 +48,7 @@ def load_image(
         image: a row's ``{"path": ..., "bytes": ...}`` (bytes win), maybe with the sizes of
             `image_refs` or, of a video's frame, its time; a path, encoded bytes, or a PIL image.
         where: put in front of every error, for instance ``captions/17``.
-        max_pixels: the largest width times height. It is compared before anything is decoded. PIL's own limit
-            (178,956,970 by default) holds as well.
+        max_pixels: the largest width times height, compared before anything is decoded; None for that of `limits`.
         side: pixels that are needed on each side. A JPEG of at least four times as many is decoded smaller, which is
             several times faster; its sides never become shorter than ``ENOUGH * side``. None decodes all of it.
         fetch: gives the file in which the image of a URL lies, `fetch.Fetcher`; None refuses URLs.
@@ -61,6 +60,7 @@ def load_image(
     Raises:
         RowError: the image is missing, a folder, unreadable, empty, truncated, damaged, too large or not an image.
     """
+    max_pixels = max_pixels or limits().image_pixels
     if isinstance(image, Mapping) and TIME in image:
         with nullcontext(films) if films is not None else Films() as films:
             return _to_rgb(films.frame(image, where, max_pixels))
@@ -214,6 +214,8 @@ def _from_stream(stream: IO[bytes], wanted: _Wanted) -> Image.Image:
 
 def _opened(stream: IO[bytes], head: bytes, wanted: _Wanted) -> Image.Image:
     stream.seek(0)
+    if Image.MAX_IMAGE_PIXELS is not None and wanted.max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = wanted.max_pixels  # PIL's own limit, where the user has raised ours
     try:
         image = Image.open(stream, formats=_formats())
     except Image.DecompressionBombError:

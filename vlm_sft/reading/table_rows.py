@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..base.errors import UserError, row_error
+from ..base.limits import limits
 
 BATCH = 256  # rows of a parquet file or dataset held as Python objects at a time
-LARGEST_ROW = 256 * 2**20
-"""Bytes of one row, and of the rows that are Python objects at a time."""
 # Rows that a file of so many bytes may have: eight a byte are true or false alone, well packed.
 FREE_ROWS, ROWS_A_BYTE = 1_000_000, 8
-DICTIONARY_PAGE = 2
+# Parquet's numbers of a kind of page, and of an encoding in which values begin as the one before does.
+DICTIONARY_PAGE, PREFIXES = 2, 7
+HEADERS = 2**10, 2**20  # bytes that are looked at for the header of a page
 
 
 def check_count(path: Path, rows: int) -> None:
@@ -29,43 +30,106 @@ def check_count(path: Path, rows: int) -> None:
         raise UserError(f"{path} says that it has {rows:,} rows in {size:,} bytes; it is refused.")
 
 
-def batch_size(opened: BinaryIO, metadata: Any) -> int:
+def batch_size(opened: BinaryIO, metadata: Any, path: Path) -> int:
     """Rows of a parquet file that may be read at a time: each may be a value of its dictionaries, whole.
 
     Args:
         opened: The file.
         metadata: pyarrow's.
+        path: Named in messages.
+
+    Raises:
+        UserError: Pages that are unpacked together have more bytes than `limits.page_bytes`.
+        ValueError: The header of a page cannot be read.
     """
-    largest = 0
+    largest, most = 0, limits().page_bytes
     for group in range(metadata.num_row_groups):
+        together = 0
         for number in range(metadata.num_columns):
             column = metadata.row_group(group).column(number)
-            start = column.data_page_offset
-            if column.has_dictionary_page and 0 < column.dictionary_page_offset < start:
-                start = column.dictionary_page_offset
-            largest = max(largest, _dictionary_bytes(opened, start))
-    return max(1, min(BATCH, LARGEST_ROW // max(largest, 1)))
+            pages = list(_pages(opened, column))
+            together += max((size for size, _ in pages), default=0)
+            if together > most:
+                raise UserError(
+                    f"{path} says that its pages unpack to {together:,} bytes, more than the {most:,} of "
+                    f"`limits.page_bytes`; write it with smaller pages, or raise the limit."
+                )
+            largest = max(largest, *(size for size, shares in pages if shares), 0)
+    return max(1, min(BATCH, limits().row_bytes // max(largest, 1)))
 
 
-def _dictionary_bytes(opened: BinaryIO, start: int) -> int:
-    """Bytes, unpacked, of the dictionary page that a column begins with; 0 where it begins with another one.
+def _pages(opened: BinaryIO, column: Any) -> Iterator[tuple[int, bool]]:
+    """(bytes unpacked, whether values in it share bytes) of each page of a column, as the header of the page says.
 
-    The header of a page is Thrift's compact protocol: field 1 is the kind of page, field 2 the size, both as zigzag
-    numbers of seven bits a byte.
+    The footer says it too, but is not what is obeyed.
     """
-    opened.seek(max(start, 0))
-    head = opened.read(16)
-    numbers: list[int] = []
-    place = 0
-    while len(numbers) < 2 and place < len(head) and head[place] == 0x15:
-        value, shift, place = 0, 0, place + 1
-        while place < len(head):
-            value |= (head[place] & 0x7F) << shift
-            shift, place = shift + 7, place + 1
-            if not head[place - 1] & 0x80:
-                break
-        numbers.append(value >> 1)
-    return numbers[1] if len(numbers) == 2 and numbers[0] == DICTIONARY_PAGE else 0
+    place = column.data_page_offset
+    if column.has_dictionary_page and 0 < column.dictionary_page_offset < place:
+        place = column.dictionary_page_offset
+    end = place + column.total_compressed_size
+    while 0 <= place < end:
+        header, length = _read_header(opened, place)
+        if (packed := header.get(3, -1)) < 0 or (size := header.get(2, -1)) < 0:
+            raise ValueError("a page has no size")
+        place += length + packed
+        coded = (header.get(5) or {}).get(2), (header.get(8) or {}).get(4)
+        yield size, header.get(1) == DICTIONARY_PAGE or PREFIXES in coded
+
+
+def _read_header(opened: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
+    """The fields of a page's header by their numbers, and its bytes; a few, unless it has long statistics."""
+    for much in HEADERS:
+        opened.seek(place)
+        try:
+            return thrift_struct(opened.read(much), 0)
+        except IndexError:
+            continue
+    raise ValueError("the header of a page is cut off")
+
+
+def thrift_struct(data: bytes, place: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """A struct of Thrift's compact protocol at a place: its fields by number, and where it ends.
+
+    Raises:
+        IndexError: It goes on behind the data.
+        ValueError: It has a kind of field that is not there, or structs in structs without end.
+    """
+    found: dict[int, Any] = {}
+    field = 0
+    while head := data[place]:
+        place += 1
+        if head >> 4:
+            field += head >> 4
+        else:
+            field, place = _number(data, place)
+        found[field], place = _value(data, place, head & 15, depth)
+    return found, place + 1
+
+
+def _number(data: bytes, place: int, zigzag: bool = True) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 70:
+        byte, place = data[place], place + 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if not byte & 0x80:
+            return ((value >> 1) ^ -(value & 1) if zigzag else value), place
+    raise ValueError("a number without end")
+
+
+def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
+    if kind in (1, 2):  # true or false, which the kind itself says
+        return kind == 1, place
+    if kind in (3, 7):  # a byte, a float of eight
+        return None, place + (1 if kind == 3 else 8)
+    if kind in (4, 5, 6):
+        return _number(data, place)
+    if kind == 8:  # a text, passed over
+        size, place = _number(data, place, zigzag=False)
+        return None, place + size
+    if kind == 12 and depth < 8:
+        return thrift_struct(data, place, depth + 1)
+    raise ValueError("a page's header has a field that no such header has")
 
 
 def table_rows(path: Path, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -74,19 +138,21 @@ def table_rows(path: Path, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: A batch has more rows than its file can hold, or shares a large value among entries of lists.
     """
-    number = 0
+    number, most = 0, limits().row_bytes
     for batch in batches:
         batch.validate(full=True)
         check_count(path, number + len(batch))
         shared = sum(_shared(column, path) for column in batch.columns)
         for start in range(0, len(batch), BATCH):
             part = batch.slice(start, BATCH)
-            alone = shared * len(part) > LARGEST_ROW or part.nbytes > LARGEST_ROW
+            alone = shared * len(part) > most or part.nbytes > most
             for piece in (part.slice(i, 1) for i in range(len(part))) if alone else (part,):
-                if alone and (size := sum(map(_bytes_of_row, piece.columns))) > LARGEST_ROW:
+                if alone and (size := sum(map(_bytes_of_row, piece.columns))) > most:
                     number += 1
                     where = f"{path}, row {number}"
-                    sentence = f"the row has {size:,} bytes, more than the {LARGEST_ROW:,} that one may have"
+                    sentence = (
+                        f"the row has {size:,} bytes, more than the {most:,} that one may have (`limits.row_bytes`)"
+                    )
                     yield where, row_error(where, sentence, "cut it or remove it", "row too large")
                     continue
                 for values in piece.to_pylist():
@@ -110,7 +176,7 @@ def _shared(array: Any, path: Path) -> int:
     if "view" in str(kind):
         return int(array.get_total_buffer_size())
     inner = [array.keys, array.items] if pa.types.is_map(kind) else [array.values] if hasattr(array, "values") else []
-    if inner and sum(_shared(each, path) for each in inner) > LARGEST_ROW // BATCH:
+    if inner and sum(_shared(each, path) for each in inner) > limits().row_bytes // BATCH:
         raise UserError(f"{path} shares a large value among the entries of lists, each of which would be whole.")
     return 0
 

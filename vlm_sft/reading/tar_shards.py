@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import RowError, UserError, row_error
+from ..base.limits import limits
 from ..base.whole_files import open_regular
 from .json_text import parse_json
 
 IMAGE_ENDINGS = frozenset("jpg jpeg png webp bmp gif tif tiff ppm pgm".split())
 VIDEO_ENDINGS = frozenset("mp4 webm mkv mov avi m4v".split())
-LARGEST_MEMBER = 2**28
 _LARGEST_HEADER = 2**14  # of a long name; tarfile reads it with patterns that take quadratic time
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
 
@@ -78,7 +78,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
                 before = archive.offset
                 if member.isdir():
                     continue
-                readable = member.isreg() and not member.issparse() and member.size <= LARGEST_MEMBER
+                readable = member.isreg() and not member.issparse() and member.size <= limits().row_bytes
                 stream = archive.extractfile(member) if readable else None
                 yield member, stream.read() if stream is not None else None
             _check_end(path, archive.offset)
@@ -128,7 +128,7 @@ class _Sample:
         if name.encode("utf-8", "ignore").decode() != name:
             raise row_error(self.where, f"the name {shown} is not UTF-8", "pack it under a plain name", "wrong name")
         if data is None:
-            what = f"the member {shown} is a link, sparse or larger than {LARGEST_MEMBER >> 20} MiB"
+            what = f"the member {shown} is a link, sparse or larger than {limits().row_bytes >> 20} MiB"
             raise row_error(self.where, what, "pack the file itself", "not a file")
         column = "text" if ending == "txt" else ending
         if ending.rpartition(".")[2] in IMAGE_ENDINGS:

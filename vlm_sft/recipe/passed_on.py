@@ -10,13 +10,13 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
+from ..base.limits import Limits
 from ..base.words import closest
 from .library_names import DEFAULTS, HERE, PASSED_ON, UNSAID, PassedOn
 from .yaml_file import KeyPath
 
 if TYPE_CHECKING:
     from .schema import Recipe
-    from .sections import Limits
 
 
 def names_that_pass(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -69,15 +69,15 @@ def _flaw_of_mapping(passed_on: PassedOn, name: str, value: Mapping[str, Any], p
 MOST_STOPS, LONGEST_STOP = 64, 200
 
 
-def flaw_of_answers(settings: Mapping[str, Any], limits: Limits) -> tuple[str, str] | None:
+def flaw_of_answers(settings: Mapping[str, Any], most_of: Limits) -> tuple[str, str] | None:
     """What is wrong with settings for generating that take memory: (name, sentence); None where nothing is.
 
     Args:
         settings: Of a recipe's `generation`, or of a model.
-        limits: What they may ask for.
+        most_of: What they may ask for.
     """
     for name, limit in (("num_beams", "beams"), ("max_cache_len", "cache_tokens")):
-        value, most = settings.get(name), getattr(limits, limit)
+        value, most = settings.get(name), getattr(most_of, limit)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             return name, f"`{name}` must be a whole number from 1, not {value!r}."
         if value is not None and value > most:

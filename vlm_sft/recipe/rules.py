@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..base.assets import template_path
 from ..base.errors import UserError
+from ..base.limits import limits
 from ..base.names import GROUPED, PARTS
 from ..base.words import closest
 from .passed_on import flaw_of_answers, names_that_pass
@@ -253,7 +255,7 @@ def _numbers_that_train(sft: dict[str, Any]) -> Broken:
 
 
 def _answers_are_bounded(recipe: Recipe) -> Broken:
-    if found := flaw_of_answers(recipe.generation, recipe.limits):
+    if found := flaw_of_answers(recipe.generation, replace(limits(), **recipe.limits.model_dump(exclude_unset=True))):
         yield f"generation.{found[0]}", f"`generation`: {found[1]}"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
+from ..base.limits import MEGABYTE, limits
 from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE
 from ..base.whole_files import check_entries, read_text
 
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from .schema import Recipe
     from .sections import AnyPiece
 
-MEGABYTE = 2**20
-# Bytes; the largest published tokenizer.json has some 35 MB.
+# Bytes of files that need no more, whoever asks; that of other texts is `limits.text_bytes`.
 LIMITS = {
     RECIPE: MEGABYTE,
     TEMPLATE: MEGABYTE,
@@ -29,13 +29,9 @@ LIMITS = {
     MANIFEST: 16 * MEGABYTE,
     CONFIG: 16 * MEGABYTE,
 }
-LARGEST_TEXT = 256 * MEGABYTE
 TEXTS = (".json", ".yaml", ".jinja", ".txt", ".md")
 # What a configuration may say: more than any published model has, and little enough to be built without weights.
 LARGEST_IMAGE, LARGEST_NUMBER = 10_000, 10**8
-LARGEST_TABLES = 256 * MEGABYTE
-# Pixels of what a processor makes of one image, and the tiles that it cuts it into.
-LARGEST_PICTURE, MOST_TILES = 25_000_000, 256
 _TILES = ("max_patches", "min_patches", "pan_and_scan_max_num_crops")
 _SIDES = ("height", "width", "shortest_edge", "longest_edge", "patch_size", "merge_size", "temporal_patch_size")
 MOST = {
@@ -63,7 +59,12 @@ def check_folder(folder: Path) -> None:
         if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
             raise UserError(f"{str(path)!r} leads out of its bundle; put the file itself there.")
         if path.suffix in TEXTS and path.is_file():
-            check_length(path, LIMITS.get(path.name, LARGEST_TEXT))
+            check_length(path, most_bytes(path.name))
+
+
+def most_bytes(name: str) -> int:
+    """Bytes that a text file of this name may have."""
+    return LIMITS.get(name, limits().text_bytes)
 
 
 def check_length(path: str | Path, limit: int) -> None:
@@ -83,7 +84,7 @@ def read_json(path: Path, whole: str = "bundle") -> dict[str, Any]:
         UserError: It is too large, cannot be read, or is no mapping.
     """
     try:
-        check_length(path, LIMITS.get(path.name, LARGEST_TEXT))
+        check_length(path, most_bytes(path.name))
         content = json.loads(read_text(path))
     except UserError:
         raise
@@ -144,18 +145,18 @@ def check_picture(settings: Mapping[str, Any], where: str, file: str = "preproce
     areas = any(str(kind).startswith("Qwen2VL") for kind in kinds)
     for name, value in _numbers(settings):
         if name in ("max_pixels", "min_pixels") or (areas and name in ("shortest_edge", "longest_edge")):
-            most = LARGEST_PICTURE
+            most = limits().picture_pixels
         else:
-            most = MOST_TILES if name in _TILES else LARGEST_IMAGE
+            most = limits().picture_tiles if name in _TILES else LARGEST_IMAGE
         if value > most:
             raise UserError(f"{where}: its {file} says {name}: {value:,}; no model has more than {most:,}.")
         if name in _SIDES and (value < 1 or isinstance(value, float)):
             raise UserError(f"{where}: its {file} says {name}: {value:,}, which is no size.")
     for name, height, width in _areas(settings):
-        if height * width > LARGEST_PICTURE:
+        if height * width > (pixels := limits().picture_pixels):
             raise UserError(
-                f"{where}: its {file} says {name}: {height:,} x {width:,}; no model has more than {LARGEST_PICTURE:,} "
-                f"pixels."
+                f"{where}: its {file} says {name}: {height:,} x {width:,}; no model has more than {pixels:,} pixels "
+                f"(`limits.picture_pixels`)."
             )
 
 
@@ -198,7 +199,7 @@ def check_weights(parameters: int, size: int, where: str, buffers: int = 0) -> N
     Raises:
         UserError: The files hold less than one bit for each parameter, or the tables are larger than the weights.
     """
-    if buffers > size + LARGEST_TABLES:
+    if buffers > size + limits().table_bytes:
         raise UserError(
             f"{where}: its config.json asks for tables of {buffers:,} bytes beside weights of {size:,}; no model has "
             f"such."

@@ -8,25 +8,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..base.assets import list_recipes, recipe_path
 from ..base.console import tell
 from ..base.errors import UserError
+from ..base.limits import Limits as Budget
+from ..base.limits import hold
 from ..base.names import MANIFEST, PARTS
 from ..base.whole_files import check_regular
 from ..base.words import closest
 from .rules import first_broken_rule
-from .sections import BoxNotation, Data, Hub, LanguageModel, Limits, PretrainedModel, RecipeModel, Stack, Watch
+from .sections import BoxNotation, Data, Hub, LanguageModel, PretrainedModel, RecipeModel, Stack, Watch
 from .yaml_file import KeyPath, YamlFile, dump_yaml
 
 _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
 _SFT_SCHEMA: dict[str, Any] = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
 _LORA_SCHEMA: dict[str, Any] = {"properties": {"add_tokens": {"type": "array", "items": {"type": "string"}}}}
+_LIMITS: dict[str, Any] = {
+    each.name: (Annotated[int, Field(ge=1, description=each.metadata["what"])], each.default) for each in fields(Budget)
+}
+if TYPE_CHECKING:
+    Limits = RecipeModel
+else:
+    Limits = create_model("Limits", __base__=RecipeModel, __doc__="What may be taken before it is refused.", **_LIMITS)
 
 
 class Recipe(RecipeModel):
@@ -69,7 +79,7 @@ class Recipe(RecipeModel):
     generation: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `transformers.GenerationConfig` for chat, generate and evaluate."""
     limits: Limits = Field(default_factory=Limits)
-    """What the recipe may ask for, counted before memory is taken."""
+    """What may be taken before it is refused; a bundle's recipe raises none of them for who loads it."""
     hub: Hub | None = None
     """Where the bundle is pushed to. A push that fails never stops training; see docs/hub.md."""
 
@@ -93,16 +103,6 @@ class Recipe(RecipeModel):
     def strange(self) -> bool:
         """Whether it may be a stranger's: it came with a bundle, and not from the user's own hand."""
         return self._strange
-
-    @property
-    def bounds(self) -> Limits:
-        """Its `limits`; of a recipe that may be a stranger's only as far as they are not above the defaults."""
-        usual, given = Limits(), self.limits
-        if not self.strange:
-            return given
-        lower = {name: min(getattr(usual, name), getattr(given, name)) for name in Limits.model_fields}
-        typed = {name: getattr(given, name) for name in lower if self.is_typed(("limits", name))}
-        return Limits(**{**lower, **typed})
 
     @property
     def parts(self) -> Stack:
@@ -157,8 +157,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             (`data.train.0.max_rows=10`), a mapping or a list replaces the old one.
 
     Returns:
-        The checked recipe. Types inside `sft:`, `lora:` and `quantization:` are checked by `validate_libraries`. A
-        recipe beside a `bundle.json` came with a bundle, which may be a stranger's: see `Recipe.strange`.
+        The checked recipe. Its `limits` hold in this process from now on, those of a stranger's where they were typed.
+        Types inside `sft:`, `lora:` and `quantization:` are checked by `validate_libraries`. A recipe beside a
+        `bundle.json` came with a bundle, which may be a stranger's: see `Recipe.strange`.
 
     Raises:
         UserError: one sentence that says what is wrong and where: file and line, or the override.
@@ -170,6 +171,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise UserError(_sentence(error, file)) from error
     recipe._file, recipe._path, recipe._strange = file, found, (found.parent / MANIFEST).is_file()
+    given = recipe.limits.model_dump(exclude_unset=True)
+    hold({name: value for name, value in given.items() if not recipe.strange or recipe.is_typed(("limits", name))})
     return recipe
 
 

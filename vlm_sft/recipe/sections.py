@@ -337,14 +337,3 @@ class Watch(RecipeModel):
     """A loss or gradient that is not finite: `stop`, or `skip` the step. Either way the rows are written down."""
     jump: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
     """A loss above the median of the last 50 by more than so many spreads is logged with its rows; null for never."""
-
-
-class Limits(RecipeModel):
-    """What a run may take before it is refused. A bundle's recipe cannot raise them for who loads it."""
-
-    image_tokens: Annotated[int, Field(ge=1)] = 65_536
-    """Most tokens of an image."""
-    beams: Annotated[int, Field(ge=1)] = 64
-    """Most beams of an answer."""
-    cache_tokens: Annotated[int, Field(ge=1)] = 1_048_576
-    """Most tokens of a cache that is taken before an answer begins (`generation.max_cache_len`)."""

@@ -7,6 +7,7 @@ are long gone, and take a thousandth of the room that merged weights would.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from ..recipe.safety import read_json
 from .lora import add_adapter, add_empty_adapter
 
 MERGED = "merged_{}"
+DORA = "lora_magnitude_vector"
 # Numbers in the mappings of an adapter's options (groups, samples, buffers), all of which stand for memory.
 MOST_OF_AN_OPTION = 10_000
 
@@ -121,7 +123,7 @@ def open_adapter(folder: Path, model: nn.Module) -> PeftModel:
         _check_ranks(config, folder)
         base, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns of any but its own
         config.init_lora_weights = True
-        wrapped = add_adapter(model, config) if config.use_dora else _add_filled_later(folder, model, config)
+        wrapped = _add_compared(folder, model, config)
     except UserError:
         raise
     except Exception as error:  # whatever a word where a number should be makes PEFT raise
@@ -146,13 +148,16 @@ def read_config(folder: Path) -> LoraConfig:
     return config
 
 
-def _add_filled_later(folder: Path, model: nn.Module, config: PeftConfig) -> PeftModel:
+def _add_compared(folder: Path, model: nn.Module, config: LoraConfig) -> PeftModel:
     """Takes memory for an adapter when its tensors were compared with those of the file."""
-    wrapped = add_empty_adapter(model, config)
+    wrapped = add_empty_adapter(model, replace(config, use_dora=False))
     own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     with safe_open(folder / ADAPTER, framework="pt") as file:
-        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+        names = [name for name in file.keys() if not (config.use_dora and DORA in name)]  # noqa: SIM118
+        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     check_keys(shapes, own, folder / ADAPTER)
+    if config.use_dora:  # it measures the weights while it is made, which takes memory of its own
+        return add_adapter(wrapped.unload(), config)
     for module in wrapped.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:

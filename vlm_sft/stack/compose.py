@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..base.errors import UserError, refused_by_library
+from ..base.limits import limits
 from ..batch.processor import VLMProcessor
 from ..families.kind import Composed
 from ..model.configuration import VLMConfig, image_size_of
@@ -58,7 +59,7 @@ def compose_stack(recipe: Recipe) -> Composed:
     if resampler is not None:
         _check_widths(config.tower_width, resampler)
     config.num_image_tokens = processor.num_image_tokens = count_image_tokens(config, size)
-    if config.num_image_tokens > (most := recipe.bounds.image_tokens):
+    if config.num_image_tokens > (most := limits().image_tokens):
         raise UserError(
             f"stack: an image becomes {config.num_image_tokens:,} tokens, but `limits.image_tokens` is {most:,}; use a "
             f"resampler or a smaller image_size, or raise the limit."

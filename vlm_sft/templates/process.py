@@ -25,11 +25,10 @@ from typing import Any
 
 from ..base.assets import list_templates, template_path
 from ..base.errors import UserError
+from ..base.limits import limits
 from ..base.whole_files import read_text
 from .sandbox import RefusedError, compile_template, run_template, variables_of, words_of
 
-MEMORY = 2**30  # bytes of addresses; Python, jinja and the longest conversation take some 100 MB
-SECONDS = 10  # of a core, for one question
 LONGEST_WAIT = 120.0  # seconds; a busy machine gives a process little of a core
 LARGEST_ANSWER = 2**28
 MOST_SOURCES = 64
@@ -76,8 +75,9 @@ class _Child:
     """The process that renders, seen from the one that asks."""
 
     def __init__(self) -> None:
+        self.memory = limits().template_bytes
         program = (
-            f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({MEMORY}, {os.getpid()})"
+            f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({self.memory}, {os.getpid()})"
         )
         zone = {"TZ": os.environ["TZ"]} if "TZ" in os.environ else {}
         try:
@@ -100,7 +100,8 @@ class _Child:
     def ask(self, work: str, source: str, label: str, variables: Mapping[str, Any]) -> Any:
         """See `ask`. Whatever interrupts it ends the process too, whose answer nobody would read."""
         key = _hash(source)
-        given = {"seconds": SECONDS, "source": None if key in self.sent else source, "variables": variables}
+        seconds = limits().template_seconds
+        given = {"seconds": seconds, "source": None if key in self.sent else source, "variables": variables}
         self.sent.add(key)
         try:
             answer = self._answer(json.dumps({"work": work, "key": key, "label": label, **given}).encode() + b"\n")
@@ -110,8 +111,8 @@ class _Child:
         if answer is None:
             self.end()
             raise UserError(
-                f"{label} takes more than {SECONDS} seconds or {MEMORY >> 20:,} MiB for one conversation; do not use "
-                f"templates like it."
+                f"{label} takes more than {seconds} seconds or {self.memory >> 20:,} MiB for one conversation "
+                f"(`limits.template_seconds`, `limits.template_bytes`); do not use templates like it."
             )
         if "error" in answer:
             raise (RefusedError if answer["refused"] else UserError)(answer["error"])
@@ -163,8 +164,10 @@ _LOCK = threading.RLock()
 
 def _child() -> _Child:
     global _CHILD
-    if _CHILD is not None and (_CHILD.process.poll() is not None or len(_CHILD.sent) >= MOST_SOURCES):
-        _CHILD.end()
+    if (old := _CHILD) is not None:
+        other = old.memory != limits().template_bytes or len(old.sent) >= MOST_SOURCES
+        if other or old.process.poll() is not None:
+            old.end()
     if _CHILD is None:
         _CHILD = _Child()
     return _CHILD

@@ -1,0 +1,75 @@
+"""The budget: how much a stranger's file may take before it is refused, in one place.
+
+What a person may need more of is a field here and a key of the same name under `limits` of a recipe. The environment
+variable `VLM_SFT_LIMITS` holds what differs from the defaults: a recipe of the user's own, and overrides that were
+typed, write it (`hold`), so that every process that is started has it too; for commands without such a recipe the user
+sets it. What lies in a bundle never does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+
+from .errors import UserError
+
+ENVIRONMENT = "VLM_SFT_LIMITS"
+MEGABYTE = 2**20
+
+
+def _most(default: int, what: str) -> int:
+    found: int = field(default=default, metadata={"what": what})
+    return found
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be taken; `metadata["what"]` of each field says of what."""
+
+    image_pixels: int = _most(178_956_970, "Most pixels of an image, also after it was resized.")
+    image_tokens: int = _most(65_536, "Most tokens of an image.")
+    picture_pixels: int = _most(16_777_216, "Most pixels that a processor makes of an image for the model.")
+    picture_tiles: int = _most(256, "Most tiles that a processor cuts an image into.")
+    row_bytes: int = _most(256 * MEGABYTE, "Most bytes of a row of a table, and of a member of a tar file.")
+    page_bytes: int = _most(1024 * MEGABYTE, "Most bytes of a page of a parquet file, unpacked.")
+    text_bytes: int = _most(256 * MEGABYTE, "Most bytes of a text file of a bundle or base, such as a tokenizer.")
+    table_bytes: int = _most(256 * MEGABYTE, "Most bytes of a model's tables that no file holds, beyond its weights.")
+    template_bytes: int = _most(1024 * MEGABYTE, "Most bytes of memory of the process that renders templates.")
+    template_seconds: int = _most(10, "Most seconds of a core for a template and one conversation.")
+    beams: int = _most(64, "Most beams of an answer.")
+    cache_tokens: int = _most(1_048_576, "Most tokens of a cache that is taken before an answer (`max_cache_len`).")
+
+
+def limits() -> Limits:
+    """What holds in this process.
+
+    Raises:
+        UserError: `VLM_SFT_LIMITS` names no limit, or says no number.
+    """
+    return _parsed(os.environ.get(ENVIRONMENT, ""))
+
+
+def hold(given: Mapping[str, int]) -> None:
+    """Lets these limits hold from now on, here and in processes that are started; the others stay as they are.
+
+    Args:
+        given: By names of `Limits`.
+    """
+    new, usual = replace(limits(), **given), Limits()
+    changed = {each.name: getattr(new, each.name) for each in fields(Limits)}
+    words = (f"{name}={value}" for name, value in changed.items() if value != getattr(usual, name))
+    os.environ[ENVIRONMENT] = ",".join(words)
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str) -> Limits:
+    found = {}
+    for word in filter(None, (each.strip() for each in text.split(","))):
+        name, _, value = word.partition("=")
+        if name not in Limits.__dataclass_fields__ or not value.isdecimal() or int(value) < 1:
+            known = ", ".join(each.name for each in fields(Limits))
+            raise UserError(f"{ENVIRONMENT}: {word!r} is no limit; write name=number, of {known}.")
+        found[name] = int(value)
+    return Limits(**found)
