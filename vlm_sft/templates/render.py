@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -200,13 +201,7 @@ def resolve(template: str | Path) -> tuple[str, str]:
 
 def _unused_characters(count: int, *texts: str) -> list[str]:
     """Characters that occur in none of `texts` (from a private-use plane, so that hardly any is ever skipped)."""
-    found: list[str] = []
-    code = 0xF0000
-    while len(found) < count:
-        if not any(chr(code) in text for text in texts):
-            found.append(chr(code))
-        code += 1
-    return found
+    return list(islice((c for c in map(chr, range(0xF0000, 0x110000)) if not any(c in text for text in texts)), count))
 
 
 def _replace_marks(

@@ -34,6 +34,7 @@ class RefusedError(UserError):
     """The template itself called `raise_exception`."""
 
 
+@lru_cache(maxsize=64)
 def compile_template(source: str, label: str) -> jinja2.Template:
     """Compiles a chat template.
 
@@ -44,7 +45,19 @@ def compile_template(source: str, label: str) -> jinja2.Template:
     Raises:
         UserError: It is not jinja (the message names the line), or it has no `{% generation %}` markers.
     """
-    return _compile(source, label)
+    if len(source) > MAX_SOURCE:
+        raise UserError(f"{label} has more than {MAX_SOURCE:,} characters; do not use templates like it.")
+    environment = _environment()
+    try:
+        tree = environment.limit(environment.parse(source))
+        compiled = environment.from_string(tree)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{label}, line {error.lineno}: {reason_of(error)}; mend the jinja there.") from error
+    except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's own compiler: brackets in brackets in …
+        raise UserError(f"{label} is nested too deeply; do not use templates like it.") from error
+    if not any(attribute.name == "_mark" for attribute in tree.find_all(nodes.ExtensionAttribute)):
+        raise UserError(f"{label} has no generation markers; {HOW_TO_MARK}.")
+    return compiled
 
 
 def run_template(compiled: jinja2.Template, label: str, **variables: Any) -> str:
@@ -63,7 +76,15 @@ def run_template(compiled: jinja2.Template, label: str, **variables: Any) -> str
         with budget():
             return compiled.render(**variables)
     except Exception as error:  # whatever a template can be made to raise is a fault of the template
-        raise _runtime_error(error, label) from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _FILE]
+        where = f"{label}, line {lines[-1]}" if lines else label
+        if isinstance(error, RefusedError):
+            raise RefusedError(f"{where}: {reason_of(error)}.") from error
+        if isinstance(error, SecurityError):
+            sentence = f"{where} tried to leave its sandbox ({reason_of(error)}); do not use templates like it."
+            raise UserError(sentence) from error
+        sentence = f"{where} fails with {type(error).__name__}: {reason_of(error)}; mend the jinja there."
+        raise UserError(sentence) from error
 
 
 @lru_cache(maxsize=64)  # asked for every row; parsing takes longer than rendering
@@ -135,10 +156,6 @@ def _raise_exception(message: str) -> NoReturn:
     raise RefusedError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
 @lru_cache(maxsize=1)
 def _environment() -> _Sandbox:
     """What transformers gives a chat template, so that one file serves both."""
@@ -148,7 +165,9 @@ def _environment() -> _Sandbox:
         undefined=_Undefined,
         extensions=[_Generation, jinja2.ext.loopcontrols],
     )
-    environment.filters["tojson"] = limited(_tojson)
+    environment.filters["tojson"] = limited(
+        lambda value, ensure_ascii=False, **more: json.dumps(value, ensure_ascii=ensure_ascii, **more)
+    )
     environment.globals.update(
         raise_exception=_raise_exception,
         strftime_now=lambda layout: datetime.now().strftime(layout),
@@ -156,30 +175,3 @@ def _environment() -> _Sandbox:
         dict=lambda *args, **kwargs: dict(*args, **kwargs),  # the class would bring its attributes into the sandbox
     )
     return environment
-
-
-@lru_cache(maxsize=64)
-def _compile(source: str, label: str) -> jinja2.Template:
-    if len(source) > MAX_SOURCE:
-        raise UserError(f"{label} has more than {MAX_SOURCE:,} characters; do not use templates like it.")
-    environment = _environment()
-    try:
-        tree = environment.limit(environment.parse(source))
-        compiled = environment.from_string(tree)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{label}, line {error.lineno}: {reason_of(error)}; mend the jinja there.") from error
-    except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's own compiler: brackets in brackets in …
-        raise UserError(f"{label} is nested too deeply; do not use templates like it.") from error
-    if not any(attribute.name == "_mark" for attribute in tree.find_all(nodes.ExtensionAttribute)):
-        raise UserError(f"{label} has no generation markers; {HOW_TO_MARK}.")
-    return compiled
-
-
-def _runtime_error(error: Exception, label: str) -> UserError:
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _FILE]
-    where = f"{label}, line {lines[-1]}" if lines else label
-    if isinstance(error, RefusedError):
-        return RefusedError(f"{where}: {reason_of(error)}.")
-    if isinstance(error, SecurityError):
-        return UserError(f"{where} tried to leave its sandbox ({reason_of(error)}); do not use templates like it.")
-    return UserError(f"{where} fails with {type(error).__name__}: {reason_of(error)}; mend the jinja there.")

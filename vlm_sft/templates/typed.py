@@ -46,11 +46,7 @@ def _marked(parts: Sequence[Mapping[str, Any]], control: tuple[str, ...], mark: 
     places = sorted({match.start() + 1 for pattern in patterns for match in pattern.finditer(whole)})
     if any("written" in part for part in parts):
         offsets = accumulate(map(len, texts), initial=0)
-        ours = [
-            (low + at, high + at)
-            for part, at in zip(parts, offsets, strict=False)
-            for low, high in part.get("written", ())
-        ]
+        ours = [(a + at, b + at) for part, at in zip(parts, offsets, strict=False) for a, b in part.get("written", ())]
         places = [place for place in places if not any(low < place < high for low, high in ours)]
     marked, start = [], 0
     for text in texts:
