@@ -27,7 +27,9 @@ def list_() -> None:
     # A pipe gets one line a recipe, a terminal lines that are not broken within a word.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
     for name in names:
-        line = f"{name:<{indent}}{_title(recipe_path(name))}"
+        comments = (line for line in read_text(recipe_path(name)).splitlines() if line.startswith("# "))
+        title = next((line for line in comments if "$schema" not in line), "")  # that one is for the editor
+        line = f"{name:<{indent}}{title.removeprefix('# ')}"
         tell(textwrap.fill(line, max(width, indent + 20), subsequent_indent=" " * indent))
 
 
@@ -83,11 +85,3 @@ def _bundled_examples(value: object) -> set[Path]:
         folder = Path(*Path(value).parts[:2])
         return {folder} if (assets_root() / folder).is_dir() else set()
     return set()
-
-
-def _title(recipe: Path) -> str:
-    """The first comment line of a recipe that is not for the editor."""
-    for line in read_text(recipe).splitlines():
-        if line.startswith("# ") and "$schema" not in line:
-            return line.removeprefix("# ")
-    return ""

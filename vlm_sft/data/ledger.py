@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,9 @@ class SourceLedger:
     streamed: bool = False
     unused: dict[str, int] = field(default_factory=dict)
 
-    def leave(self, counts: Mapping[str, int]) -> None:
-        """Counts keys that are not used; of so many names that they can be no columns, the first are kept."""
-        for key, rows in counts.items():
+    def leave(self, keys: Iterable[str]) -> None:
+        """Counts keys that a row does not use, or key → rows; of more names than columns can be, the first are kept."""
+        for key, rows in Counter(keys).items():
             name = key if key in self.unused or len(self.unused) < MOST_NAMES else OTHER_NAMES
             self.unused[name] = self.unused.get(name, 0) + rows
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 from ..base.assets import list_recipes
 from ..base.console import make_console
 from ..base.errors import UserError
-from ..data.ledger import Ledger, SourceLedger, ledger_table
+from ..data.ledger import Ledger, ledger_table
 from ..data.source import name_of, source_rows
 from ..reading.image_refs import TIME
 from ..recipe.schema import load_recipe
@@ -53,8 +52,7 @@ class RowsOf:
         for source in self.sources:
             name = name_of(source)
             counted = ledger.source(name)
-            count = partial(_count_keys, counted)
-            for row in source_rows(source, reject=ledger.rejecter(name), unused=count):
+            for row in source_rows(source, reject=ledger.rejecter(name), unused=counted.leave):
                 counted.read += 1
                 counted.used += 1
                 self.frames += sum(TIME in image for image in row["images"])
@@ -85,10 +83,6 @@ class _Quietly:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for source in self._sources:
             yield from source_rows(source, reject=lambda error: None)
-
-
-def _count_keys(counted: SourceLedger, keys: set[str]) -> None:
-    counted.leave(dict.fromkeys(keys, 1))
 
 
 def _sources(
