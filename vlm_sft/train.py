@@ -52,6 +52,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .bundle.handover import check_adapter, settle_adapter
     from .bundle.hub import check_access
     from .bundle.run_folder import settle_resume, sweep
+    from .bundle.save import check_savable
     from .preflight.samples import glance
     from .stack.kinds import compose
     from .stack.text_fit import check_texts
@@ -70,6 +71,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         composed = compose(recipe)
         check_texts(composed.config, composed.processor, args.max_length)
         check_adapter(recipe, composed, args.resume_from_checkpoint)
+        check_savable(composed.processor)
         collator = build_collator(recipe, composed.processor, args)
         rows = load_rows(recipe, collator, args, console)
         for finding in on_first_process(partial(glance, rows[0], composed.processor, recipe.data.train)):

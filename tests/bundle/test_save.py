@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 
 from support.bundles import altered, bump, logits, move, trained
 from support.paths import ROOT
+from support.tiny_pieces import tiny_stack
 from vlm_sft import load
 from vlm_sft.base.errors import UserError
 from vlm_sft.bundle import save as bundle
 from vlm_sft.bundle.manifest import Provenance, update_manifest
-from vlm_sft.bundle.save import save_bundle
+from vlm_sft.bundle.save import check_savable, save_bundle
 from vlm_sft.model.freeze import part_of
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.lora import lora_config
+from vlm_sft.train import main as train_main
 
 CLIP = {"projector": {"type": "mlp"}}
 
@@ -222,3 +224,48 @@ def test_saving_again_replaces_all_of_it(recipe, tmp_path):
     assert (tmp_path / "bundle" / "README.md").read_text() == "mine", "PEFT would put its own card there"
     again, processor = load(tmp_path / "bundle")
     assert torch.equal(logits(again, processor), logits(model, processor))
+
+
+KEY = "ghp_" + "0123456789abcdefghijklmnopqrstuvwxyz"
+HIDES = {
+    "a token of the tokenizer": lambda processor: processor.tokenizer.add_tokens([KEY]),
+    "a setting of the tokenizer": lambda processor: processor.tokenizer.init_kwargs.update(note=[{"猫": KEY}]),
+    "the template": lambda processor: setattr(
+        processor, "chat_template", processor.chat_template + "{# " + KEY + " #}"
+    ),
+}
+
+
+@pytest.mark.parametrize("place", HIDES)
+def test_nothing_is_saved_that_holds_a_key(place, recipe, tmp_path):
+    stack = build_stack(recipe())
+    check_savable(stack.processor)
+    HIDES[place](stack.processor)
+    with pytest.raises(
+        UserError, match=r"holds what looks like a token, .*; remove it there, then train with it"
+    ) as caught:
+        check_savable(stack.processor)
+    assert KEY not in str(caught.value)
+    with pytest.raises(UserError, match=r"holds what looks like a token, .*; remove it there, then save it"):
+        save_bundle(tmp_path / "bundle", stack.model, stack.processor, stack.plan, Provenance(recipe(), stack.pieces))
+    assert list((tmp_path / "bundle").iterdir()) == []
+
+
+def test_a_key_in_the_tokenizer_of_a_base_is_said_before_a_run_reads_weights(recipe_file, pieces, tmp_path, capsys):
+    base = shutil.copytree(pieces["llama"], tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8")) | {"note": KEY}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (base / "model.safetensors").unlink()
+    stack = tiny_stack({**pieces, "llama": str(base)})
+    with pytest.raises(SystemExit):
+        train_main([str(recipe_file(stack=stack))])
+    said = capsys.readouterr().err
+    assert "tokenizer_config.json holds what looks like a token" in said and KEY not in said
+
+
+def test_what_the_ledger_quotes_of_rows_holds_no_key(recipe, tmp_path):
+    trained(recipe(), tmp_path / "bundle")
+    ledger = {"train": {"sources": {"a": {"examples": {"wrong mark": [f"row 3: 猫 {KEY} is no mark"]}}}}}
+    update_manifest(tmp_path / "bundle", {"ledger": ledger})
+    said = (tmp_path / "bundle" / "bundle.json").read_text(encoding="utf-8")
+    assert KEY not in said and "row 3: 猫 … is no mark" in said

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from ..base.names import (
     TEMPLATE,
     TRAINED,
 )
-from ..base.whole_files import read_text, write_json
+from ..base.whole_files import read_bytes, read_text, write_json
 from ..base.words import one_line
 from ..recipe.yaml_file import YamlFile, dump_yaml, texts_in
 from .card import without_folders, write_card
@@ -177,18 +178,32 @@ def _link(path: Path, goal: Path) -> None:
         goal.symlink_to(path.resolve())
 
 
-def refuse_tokens(folder: Path) -> None:
-    """Raises a UserError when a text file holds a token, password or key; the secret itself is not repeated."""
+def refuse_tokens(folder: Path, then: str = "push") -> None:
+    """Refuses a folder of which a text file holds a token, password or key; the secret itself is not repeated.
+
+    Args:
+        folder: The folder, of which folders within it are looked at too.
+        then: What was to be done with it, for the message.
+
+    Raises:
+        UserError: One does.
+    """
     own = get_token()
     for path in sorted(folder.rglob("*")):
         if path.suffix in TEXTS and path.is_file():
+            if (seen := (own, sha256(read_bytes(path)).digest())) in _CLEAN:  # every checkpoint has the same tokenizer
+                continue
             texts = _texts_of(path)
             found = next(find_secrets(texts), None) or (("the token in use", "") if own and own in texts[0] else None)
             if found:
                 raise UserError(
                     f"{path.name} holds what looks like a token, a password or a key ({found[0]}); remove it there, "
-                    f"then push."
+                    f"then {then}."
                 )
+            _CLEAN.add(seen)
+
+
+_CLEAN: set[tuple[str | None, bytes]] = set()
 
 
 def _texts_of(path: Path) -> list[str]:

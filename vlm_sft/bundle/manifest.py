@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base.errors import UserError
+from ..base.errors import UserError, without_tokens
 from ..base.names import MANIFEST
 from ..base.whole_files import write_json
 from ..recipe.safety import check_folder, check_pieces, read_json
@@ -99,8 +99,8 @@ def held_parts(plan: FreezePlan, pieces: Mapping[str, dict[str, Any]]) -> set[st
 
 
 def update_manifest(folder: str | Path, entries: dict[str, Any]) -> None:
-    """Adds to `bundle.json`."""
-    write_json(Path(folder) / MANIFEST, {**read_manifest(folder), **entries})
+    """Adds to `bundle.json`, without the secrets that rows hold which are quoted."""
+    write_json(Path(folder) / MANIFEST, {**read_manifest(folder), **without_secrets(entries)})
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -128,3 +128,12 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def without_secrets(value: Any) -> Any:
+    """A value as JSON has them, its texts without tokens, passwords and keys: what the ledger says quotes rows."""
+    if isinstance(value, dict):
+        return {name: without_secrets(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(entry) for entry in value]
+    return without_tokens(value) if isinstance(value, str) else value

@@ -33,6 +33,7 @@ from ..pieces.piece import specs_of
 from ..recipe.libraries import settle_precision
 from ..stack.adapters import MERGED, merged_in, write_merged_adapters
 from ..stack.kinds import kind_of
+from .hub import refuse_tokens
 from .manifest import Provenance, make_manifest
 
 
@@ -76,6 +77,7 @@ def save_bundle(
                 recipe = settle_precision(provenance.recipe)
                 (unfinished / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
             write_json(unfinished / MANIFEST, manifest)
+            refuse_tokens(unfinished, "save it")
             # The manifest goes last: what it says is true of everything beside it.
             for path in sorted(unfinished.iterdir(), key=lambda path: path.name == MANIFEST):
                 if (folder / path.name).is_dir():
@@ -87,6 +89,17 @@ def save_bundle(
                 shutil.rmtree(stale)
     except (OSError, SafetensorError) as error:
         raise UserError(f"The bundle cannot be written to {str(folder)!r}: {reason_of(error)}.") from error
+
+
+def check_savable(processor: VLMProcessor) -> None:
+    """Saves a processor and looks at it as `save_bundle` will, so that a run is refused before it trains, not after.
+
+    Raises:
+        UserError: A file of its tokenizer, for instance, holds a token, password or key.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        refuse_tokens(Path(folder), "train with it")
 
 
 def held_tensors(
