@@ -7,7 +7,7 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
-from vlm_sft.export.card import write_export_card
+from vlm_sft.export.export import write_export_card
 
 FOUND = {
     "to": "transformers", "form": "llava", "class": "LlavaForConditionalGeneration", "dtype": "bfloat16",

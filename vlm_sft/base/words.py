@@ -48,6 +48,11 @@ def kind(value: object) -> str:
     return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def short_count(number: int) -> str:
     """`934,528`, `13.0M`, `6.74B`: exact below a million, else three digits."""
     if number < 10**6:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..base.words import counted
 from ..reading.image_refs import TIME, image_key, is_url
 from ..rows.messages import unpacked
 from .image_files import digest_of
@@ -128,8 +129,8 @@ class LookAlikes:
                 (len(side.unreadable), f"that cannot be read; the first: {''.join(side.unreadable[:1])}"),
             ):
                 if count:
-                    plural = "" if count == 1 else "s"
-                    found.append(f"Not compared by look: {count:,} {what} image{plural} {why}".rstrip(".") + ".")
+                    who = counted(count, f"{what} image")
+                    found.append(f"Not compared by look: {who} {why}".rstrip(".") + ".")
         if self.searched < 1:
             found.append(
                 f"So many images look alike that for {self.searched:.0%} of them only, spread evenly, others were "

@@ -19,12 +19,12 @@ from torch import nn
 from ..base.errors import UserError
 from ..base.names import ADAPTER, ADAPTER_CONFIG, CARD, EXPORT_REPORT
 from ..base.whole_files import read_text, write_json
+from ..bundle.card import bases_of, render_card, shown
 from ..bundle.hub import find_bundle
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
 from ..bundle.parity import run_afresh
 from ..stack.judge import judge, layers_of
-from .card import write_export_card
 from .check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
 from .forms import Form, form_of
 from .merged import write_merged
@@ -87,6 +87,22 @@ def export(
     write_json(out / EXPORT_REPORT, result)
     write_export_card(out, bundle, result)
     return result
+
+
+def write_export_card(out: Path, bundle: Path, result: dict[str, Any]) -> Path:
+    """Writes the card of an exported checkpoint by its bundle and what `export` found; gives the path."""
+    manifest, kept = read_manifest(bundle), (out / ADAPTER_FOLDER).is_dir()
+    head = {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["vlm_sft"]}
+    return render_card(
+        out,
+        "export/card.md.jinja",
+        head | bases_of(manifest["pieces"], "finetune"),
+        name=shown(out.resolve()),
+        bundle=shown(bundle.resolve()),
+        lora="kept" if kept else "merged" if manifest["adapter"] else "none",
+        found=result,
+        pieces=manifest["pieces"],
+    )
 
 
 def _write(out: Path, to: str, model: nn.Module, form: Form, dtype: torch.dtype, keep_adapter: bool) -> dict[str, Any]:

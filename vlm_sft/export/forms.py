@@ -95,22 +95,18 @@ class StackForm(Form):
         self.probe = QUESTION[:1] if self.name == "instructblip" else QUESTION
 
     def check_vllm(self) -> None:
-        """See `Form`."""
         check_stack(self.name, self.model, self.processor)
 
     def write_processor(self, out: Path) -> None:
-        """See `Form`."""
         native_processor(self.model, self.processor).save_pretrained(out)
         self.processor.image_processor.save_pretrained(out)  # what earlier releases of transformers read
         if self.name == "instructblip":  # its class has no place for a template; one is given with each question
             (out / TEMPLATE).write_text(question_template(self.processor), encoding="utf-8")
 
     def native(self) -> PreTrainedModel:
-        """See `Form`."""
         return native_model(self.model, self.processor, self.recipe.generation)
 
     def adapter_names(self) -> dict[str, str]:
-        """See `Form`."""
         if self.name == "llava":
             return {}
         inner, head = self.model.model.language_model, self.model.lm_head
@@ -124,11 +120,10 @@ class StackForm(Form):
         }
 
     def head_stands_alone(self) -> bool:
-        """See `Form`: BLIP's classes have it inside another model, and LLaVA's unties what it cannot find."""
+        # BLIP's classes have the head inside another model, and LLaVA's unties what it cannot find.
         return self.name != "llava" or not hasattr(self.model.model.language_model, "embed_tokens")
 
     def save(self, native: PreTrainedModel, out: Path, to: str) -> None:
-        """See `Form`."""
         if to != "vllm":
             super().save(native, out, to)
             return
@@ -137,7 +132,6 @@ class StackForm(Form):
         save_torch_state_dict(named_tensors(native), out, max_shard_size="5GB", metadata={"format": "pt"})
 
     def finish(self, out: Path, to: str) -> None:
-        """See `Form`."""
         if to == "vllm" and self.name == "blip-2":
             path = out / TEMPLATE
             path.write_text(without_images(read_text(path)), encoding="utf-8")
@@ -157,37 +151,28 @@ class FamilyForm(Form):
         self.probe = QUESTION[:1] if processor.family.prompt else QUESTION
 
     def check_vllm(self) -> None:
-        """See `Form`."""
         if not self.processor.family.vllm:
             raise UserError(f"vLLM has no class for {type(self.model).__name__}; use --to transformers.")
 
     def write_processor(self, out: Path) -> None:
-        """See `Form`; what the base says of videos goes along unread."""
-        native = self.processor.native
+        native, spec = self.processor.native, self.spec
         native.chat_template, self.processor.tokenizer.chat_template = family_template(self.processor), None
         native.save_pretrained(out)
         self.processor.image_processor.save_pretrained(out)  # what earlier releases of transformers read
-        if (videos := self._videos()) is not None:
-            write_json(out / VIDEOS, videos)
-
-    def _videos(self) -> dict[str, Any] | None:
-        """The settings of the base's processor of videos, where it has any."""
-        spec = self.spec
+        # The settings of the base's processor of videos, where it has any, go along unread.
         for name, key in ((PROCESSOR_CONFIG, "video_processor"), (VIDEOS, None)):
             path = fetch_file(spec.pretrained, name, spec.revision, "model.pretrained", required=False)
             found = read_json(Path(path)) if path else {}
             if videos := found.get(key) if key else found:
-                return videos
-        return None
+                write_json(out / VIDEOS, videos)
+                break
 
     def native(self) -> PreTrainedModel:
-        """See `Form`."""
         self.model.generation_config = native_generation(self.model, self.processor, self.recipe.generation)
         return self.model.eval()
 
     def save(self, native: PreTrainedModel, out: Path, to: str) -> None:
-        """See `Form`: transformers gives the tensors the names that they had in the base."""
-        super().save(native, out, to)
+        super().save(native, out, to)  # transformers gives the tensors the names that they had in the base
         spec = self.spec
         published = Checkpoint(spec.pretrained, spec.revision, "model.pretrained").files
         if to == "vllm" and (other := sorted(set(Checkpoint(str(out), None, "--out").files) - set(published))):

@@ -48,8 +48,8 @@ def write_merged(
     Returns:
         What the parity gate found: the unmerged model in fp32 against the merged bundle in a fresh process.
     """
-    manifest, recipe = read_manifest(bundle), recipe_of(bundle, read_manifest(bundle))
-    picture = noise_picture()
+    manifest = read_manifest(bundle)
+    recipe, picture = recipe_of(bundle, manifest), noise_picture()
     batch = processor.batch([processor.encode_chat(QUESTION, sizes=[picture.size])])
     batch |= processor.image_inputs([picture], processor.instructions(QUESTION))
     comparison = Comparison(model, lambda model: probe_logits(model, batch))
@@ -57,7 +57,7 @@ def write_merged(
     model = comparison.merge(model)
     adapted |= forget_merged(model)
     kind = kind_of(manifest["pieces"])
-    merged = _recipe(recipe, kind, bundle, out / kind.base, dtype)
+    merged = _merged_recipe(recipe, kind, bundle, out / kind.base, dtype)
     WRITERS[kind.base](out / kind.base, model, processor, merged)
     # What LoRA changed of a stack outside its language model is held; of an existing model all of it is in the base.
     held = {*manifest["held"], "projector", *(adapted - set(kind.covers))} - {"language_model"}
@@ -91,7 +91,7 @@ def _write_model(folder: Path, model: VLM, processor: VLMProcessor, recipe: Reci
 WRITERS = {"language_model": _write_language_model, "model": _write_model}
 
 
-def _recipe(recipe: Recipe, kind: Kind, bundle: Path, folder: Path, dtype: torch.dtype) -> Recipe:
+def _merged_recipe(recipe: Recipe, kind: Kind, bundle: Path, folder: Path, dtype: torch.dtype) -> Recipe:
     """The bundle's recipe with the merged piece in place of its base, and without LoRA."""
     changes: dict[str, Any] = {
         "pretrained": str(folder.resolve()),
@@ -102,12 +102,6 @@ def _recipe(recipe: Recipe, kind: Kind, bundle: Path, folder: Path, dtype: torch
     rates = {part: rate for part, rate in recipe.train.items() if part != "language_model"}
     # The bundle's own template is read when it is loaded; its name is what people know it by.
     name = YamlFile.read(bundle / RECIPE).data["chat_template"]
-    return kind.with_base(recipe, changes).model_copy(
-        update={
-            "chat_template": name,
-            "train": rates or {"projector": float(recipe.sft.get("learning_rate", 2e-5))},
-            "lora": None,
-            "lora_from": None,
-            "quantization": None,
-        }
-    )
+    rates = rates or {"projector": float(recipe.sft.get("learning_rate", 2e-5))}
+    gone = dict.fromkeys(("lora", "lora_from", "quantization"))
+    return kind.with_base(recipe, changes).model_copy(update={"chat_template": name, "train": rates, **gone})

@@ -82,11 +82,8 @@ def _refuse_blip(model: VLMForConditionalGeneration, name: str, towers: tuple[st
     wanted = config.tower.layer_norm_eps
     for place, module in model.model.vision_tower.named_modules():
         if isinstance(module, nn.LayerNorm) and module.eps != wanted:
-            raise UserError(
-                NO_FORM.format(
-                    f"{place} of its ViT has the epsilon {module.eps:g}, {name}'s class {wanted:g} throughout"
-                )
-            )
+            what = f"{place} of its ViT has the epsilon {module.eps:g}, {name}'s class {wanted:g} throughout"
+            raise UserError(NO_FORM.format(what))
 
 
 @torch.no_grad()
@@ -98,12 +95,8 @@ def llava_features(model: VLMForConditionalGeneration) -> tuple[str, int]:
     pixels = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(tower.device, tower.dtype)
     output = tower(pixels, output_hidden_states=True)
     if layer == -1 and not torch.equal(output.hidden_states[-1], output.last_hidden_state):
-        raise UserError(
-            NO_FORM.format(
-                "feature_layer -1 is read after the tower's last norm here, and before it by LLaVA's class (train with "
-                "feature_layer -2, as LLaVA does, to have one)"
-            )
-        )
+        what = "feature_layer -1 is read after the tower's last norm here, and before it by LLaVA's class"
+        raise UserError(NO_FORM.format(f"{what} (train with feature_layer -2, as LLaVA does, to have one)"))
     extra = output.hidden_states[layer].shape[1] - count_patches(config.tower, height, width)
     if config.vision_feature_select == "patch" and extra > 1:
         raise UserError(NO_FORM.format(f"LLaVA's class drops one token before the patches, this tower has {extra}"))

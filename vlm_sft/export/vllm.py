@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..base.errors import UserError
@@ -57,20 +57,19 @@ def check_stack(form: str, model: VLMForConditionalGeneration, processor: VLMPro
 
 
 def _check_prompt(processor: VLMProcessor) -> None:
-    template = native_template(processor)
-    whole, bare = (_prompt(source, processor.tokenizer) for source in (template, without_images(template)))
+    """Refuses prompts, as servers render them, that do not begin with the image."""
+    template, tokenizer = native_template(processor), processor.tokenizer
+    options = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    options |= {"add_generation_prompt": True}
+    ((whole,), _), ((bare,), _) = (
+        render_jinja_template([QUESTION[:1]], chat_template=source, **options)
+        for source in (template, without_images(template))
+    )
     if whole != processor.image_token + bare:
         raise UserError(
             "vLLM puts the image of a BLIP-2 in front of the whole prompt, and this bundle's prompts do not begin with "
             "{{ image_token }}; use --to transformers, or train with a template that begins with the image (blip2_vqa)."
         )
-
-
-def _prompt(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The probe's question as servers render it."""
-    tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
-    (text,), _ = render_jinja_template([QUESTION[:1]], chat_template=template, add_generation_prompt=True, **tokens)
-    return str(text)
 
 
 def without_images(template: str) -> str:

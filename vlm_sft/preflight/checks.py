@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..base.words import counted
 from ..batch.tokenizer_coverage import Coverage
 from ..data.image_files import Leak
 from ..data.ledger import Ledger, names_of
@@ -98,7 +99,7 @@ def rejected_rows(evidence: Evidence) -> Iterator[Finding]:
         if (problem := ledger.problem()) is not None:
             yield Finding(ERROR, f"{name}: {problem}", "Mend the rows, or raise data.max_rejected to leave them out.")
         elif lost := sum(source.lost for source in ledger.sources.values()):
-            yield Finding(WARNING, f"{name}: {_count(lost, 'row')} will be left out; the reasons stand below.")
+            yield Finding(WARNING, f"{name}: {counted(lost, 'row')} will be left out; the reasons stand below.")
     if evidence.failed and not any(ledger.problem() for ledger in evidence.ledgers.values()):
         yield Finding(ERROR, evidence.failed)
 
@@ -106,12 +107,10 @@ def rejected_rows(evidence: Evidence) -> Iterator[Finding]:
 def shortened_rows(evidence: Evidence) -> Iterator[Finding]:
     """Rows that lose turns to fit `sft.max_length`."""
     for name, ledger in evidence.ledgers.items():
-        short = sum(source.truncated for source in ledger.sources.values())
-        if short:
+        if short := sum(source.truncated for source in ledger.sources.values()):
             turns = sum(source.turns_lost for source in ledger.sources.values())
-            sentence = (
-                f"{name}: {_count(short, 'row')} {'loses' if short == 1 else 'lose'} {turns:,} turns to fit max_length."
-            )
+            who = f"{name}: {counted(short, 'row')} {'loses' if short == 1 else 'lose'}"
+            sentence = f"{who} {turns:,} turns to fit max_length."
             yield Finding(WARNING, sentence, "Raise sft.max_length if the memory allows it.")
 
 
@@ -136,45 +135,35 @@ def boxes_taken(evidence: Evidence) -> Iterator[Finding]:
         if unsaid and any(part["type"] == "text" and has_typed_boxes(part["text"]) for part in parts):
             typed.setdefault(row["source"], []).append(row["id"])
     for source, counts in found.items():
-        taken = " and ".join(f"{scale} in {_count(rows, 'row')}" for scale, rows in counts.items())
+        taken = " and ".join(f"{scale} in {counted(rows, 'row')}" for scale, rows in counts.items())
         written = f"they are written in the notation {evidence.box_notation}"
         yield Finding(NOTE, f'The numbers of boxes in the source "{source}" are taken for {taken}; {written}.')
+    mend = "Set the source's `boxes` to what their numbers count, or to as_written if the text is right for the model."
     for source, rows in typed.items():
-        sentence = (
-            f'{_count(len(rows), "row")} of the source "{source}" {_hold(rows)} boxes typed in text, which stay text.'
-        )
-        mend = (
-            "Set the source's `boxes` to what their numbers count, or to as_written if the text is right for the model."
-        )
-        yield Finding(WARNING, sentence, mend, rows[:EXAMPLES])
+        who = f'{counted(len(rows), "row")} of the source "{source}" {"holds" if len(rows) == 1 else "hold"}'
+        yield Finding(WARNING, f"{who} boxes typed in text, which stay text.", mend, rows[:EXAMPLES])
 
 
 def foreign_markers(evidence: Evidence) -> Iterator[Finding]:
     """Answers that hold the role markers of a chat template: a conversation that was not split into its turns."""
     answers = evidence.answers()
     for marker, rows in find_markers(answers, role_markers(evidence.template)).items() if answers else ():
-        what = f"the role marker {marker!r}, which the model would learn to say"
-        sentence = f"{_count(len(rows), 'answer')} {_hold(rows)} {what}."
+        sentence = f"{_hold(rows, 'answer')} the role marker {marker!r}, which the model would learn to say."
         yield Finding(WARNING, sentence, "Split the conversation into turns, or remove the marker.", rows[:EXAMPLES])
 
 
 def early_ends(evidence: Evidence) -> Iterator[Finding]:
     """Answers that hold what ends an answer."""
-    if not (end := evidence.ends_with):
-        return
-    rows = [name for name, text in evidence.answers() if end in text.strip()]
-    if rows:
-        sentence = (
-            f"{_count(len(rows), 'answer')} {_hold(rows)} {end!r}, where generation stops with this chat template."
-        )
+    end = evidence.ends_with
+    if rows := [name for name, text in evidence.answers() if end and end in text.strip()]:
+        sentence = f"{_hold(rows, 'answer')} {end!r}, where generation stops with this chat template."
         yield Finding(WARNING, sentence, "Use another template, or take it out of the answers.", rows[:EXAMPLES])
 
 
 def hollow_answers(evidence: Evidence) -> Iterator[Finding]:
     """Answers without a letter or a digit."""
-    rows = [name for name, text in evidence.answers() if not re.search(r"[^\W_]", text)]
-    if rows:
-        sentence = f"{_count(len(rows), 'answer')} {'has' if len(rows) == 1 else 'have'} no letter and no digit."
+    if rows := [name for name, text in evidence.answers() if not re.search(r"[^\W_]", text)]:
+        sentence = f"{counted(len(rows), 'answer')} {'has' if len(rows) == 1 else 'have'} no letter and no digit."
         yield Finding(WARNING, sentence, "Remove the rows.", rows[:EXAMPLES])
 
 
@@ -199,17 +188,15 @@ def repeated_rows(evidence: Evidence) -> Iterator[Finding]:
     again = len(evidence.rows) - len({row_key(row) for row in evidence.rows})
     if again > MOST_REPEATED * max(len(evidence.rows), 1):
         do = "says and shows" if again == 1 else "say and show"
-        sentence = f"{_count(again, 'row')} of {len(evidence.rows):,} {do} what another one does."
+        sentence = f"{counted(again, 'row')} of {len(evidence.rows):,} {do} what another one does."
         yield Finding(WARNING, sentence, "Remove them, or ask for them with the source's `repeat`.")
 
 
 def leaked_images(evidence: Evidence) -> Iterator[Finding]:
     """Training images that are held out for evaluation as well."""
     if leaks := evidence.leaks:
-        one = len(leaks) == 1
-        sentence = (
-            f"{len(leaks):,} training {'image is' if one else 'images are'} among the evaluation images, byte for byte."
-        )
+        are = f"{counted(len(leaks), 'training image')} {'is' if len(leaks) == 1 else 'are'}"
+        sentence = f"{are} among the evaluation images, byte for byte."
         where = [f"{leak.train} = {leak.held_out}" for leak in leaks[:EXAMPLES]]
         yield Finding(WARNING, sentence, "Evaluation would look better than it is: take them out of one.", where)
 
@@ -220,8 +207,8 @@ def look_alike_images(evidence: Evidence) -> Iterator[Finding]:
         return
     ours, theirs = len(pairs), found.held_out_found
     sentence = (
-        f"{_count(ours, 'training image')} ({ours / found.train.looked_at:.1%}) "
-        f"{'looks' if ours == 1 else 'look'} like {_count(theirs, 'held-out image')} "
+        f"{counted(ours, 'training image')} ({ours / found.train.looked_at:.1%}) "
+        f"{'looks' if ours == 1 else 'look'} like {counted(theirs, 'held-out image')} "
         f"({theirs / found.held_out.looked_at:.1%}) with other bytes."
     )
     mend = "Look at the pairs below; evaluation would look better than it is: take copies out of one."
@@ -245,19 +232,17 @@ def unproven_tensors(evidence: Evidence) -> Iterator[Finding]:
     if not proof.finite:
         yield Finding(ERROR, f"The loss is not a number: {proof.losses}.", "Lower the rate, or use bf16 for fp16.")
     if proof.still:
-        first = next(iter(proof.still.values()))
-        sentence = (
-            f"{_count(len(proof.still), 'tensor')} that should learn did not move in {proof.steps} steps: {first}."
-        )
+        who, why = f"{counted(len(proof.still), 'tensor')} that should learn", next(iter(proof.still.values()))
+        sentence = f"{who} did not move in {proof.steps} steps: {why}."
         yield Finding(ERROR, sentence, "", list(proof.still)[:EXAMPLES])
     if proof.changed:
-        sentence = f"{_count(len(proof.changed), 'tensor')} that should be frozen changed."
+        sentence = f"{counted(len(proof.changed), 'tensor')} that should be frozen changed."
         yield Finding(ERROR, sentence, "This is a mistake of vlm_sft or of a callback.", proof.changed[:EXAMPLES])
     idle = {part_of(name) for name in proof.unused} - {part_of(name) for name in proof.moved}
     if proof.unused:
         level = ERROR if idle else NOTE
         are = "is" if len(proof.unused) == 1 else "are"
-        sentence = f"{_count(len(proof.unused), 'tensor')} of trained parts {are} not used."
+        sentence = f"{counted(len(proof.unused), 'tensor')} of trained parts {are} not used."
         hint = "Nothing flows through what lies behind `feature_layer`."
         if any(NEW_ROWS in name for name in proof.unused):
             hint = "No row that was tried has the new words of `lora.add_tokens`."
@@ -283,9 +268,6 @@ CHECKS = (
 )  # fmt: skip
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _hold(rows: Sequence[str]) -> str:
-    return "holds" if len(rows) == 1 else "hold"
+def _hold(rows: Sequence[str], noun: str) -> str:
+    """`1 row holds`, `2 rows hold`."""
+    return f"{counted(len(rows), noun)} {'holds' if len(rows) == 1 else 'hold'}"

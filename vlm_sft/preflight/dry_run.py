@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..base.console import say
 from ..base.errors import UserError
+from ..base.words import counted
 from .launch import Launch
 
 if TYPE_CHECKING:
@@ -35,9 +37,6 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
     from ..stack.precision import precision_warning
     from .memory import known_optimizer
 
-    def say(message: str) -> None:
-        console.print(message, markup=False, highlight=False, soft_wrap=not console.is_terminal)
-
     validate_libraries(recipe)
     recipe = settle_adapter(recipe, planned=True)
     if recipe.lora_from == "continue":
@@ -45,13 +44,13 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
     console.print(recipe.to_yaml(), markup=False, highlight=False)
     weighed = weigh(recipe, launch)
     if warning := precision_warning(recipe, weighed.stack.model.config):
-        say(warning)
+        say(console, warning)
     console.print(weighed.table)
-    say(describe_image(weighed.stack.processor))
+    say(console, describe_image(weighed.stack.processor))
     console.print(weighed.estimate.table())
     if not known_optimizer(weighed.optimizer):
-        say(f"What sft.optim={weighed.optimizer} keeps is not known here; it is counted as AdamW.")
-    say(f"{weighed.step}\nNo weight was read.")
+        say(console, f"What sft.optim={weighed.optimizer} keeps is not known here; it is counted as AdamW.")
+    say(console, f"{weighed.step}\nNo weight was read.")
 
 
 class Weighed(NamedTuple):
@@ -113,8 +112,7 @@ def on_any_machine(recipe: Recipe) -> Recipe:
 def describe_image(processor: VLMProcessor) -> str:
     """One sentence on how many tokens an image becomes."""
     if not processor.reads_sizes:
-        tokens = processor.num_image_tokens
-        return f"An image becomes {tokens} {'token' if tokens == 1 else 'tokens'}."
+        return f"An image becomes {counted(processor.num_image_tokens, 'token')}."
     sizes = SIZES[1::-1]
     counts = " and ".join(f"{processor.count_image_tokens(size):,} for {size[0]}×{size[1]} pixels" for size in sizes)
     return f"How many tokens an image becomes depends on its size: {counts}."
@@ -140,9 +138,8 @@ class FullStep:
         image, larger = "an image", ""
         if not self.any_size:
             image, larger = f"an image of {self.size[0]}×{self.size[1]} pixels", "; larger images take more"
-        rows = f"{self.rows} row" if self.rows == 1 else f"{self.rows} rows"
         less = "shorter rows and rows without an image take less"
-        return f"A step: {rows} of {self.length} tokens, {image} in each; {less}{larger}."
+        return f"A step: {counted(self.rows, 'row')} of {self.length} tokens, {image} in each; {less}{larger}."
 
     def batch(self, processor: VLMProcessor) -> dict[str, Any]:
         """What the collator makes of such rows: every token but the image's is scored, and the last row is shorter."""

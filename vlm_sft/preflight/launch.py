@@ -15,12 +15,7 @@ from ..base.whole_files import read_text
 from ..base.words import reason_of
 
 # What is shared out at each stage of ZeRO (arXiv 1910.02054); FSDP does what stage 3 does, or stage 2.
-SHARED = {
-    0: (),
-    1: ("optimizer",),
-    2: ("optimizer", "gradients"),
-    3: ("optimizer", "gradients", "weights"),
-}
+SHARED = {0: (), 1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}
 
 
 @dataclass(frozen=True)
@@ -80,9 +75,8 @@ def _from_file(path: Path) -> Launch:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--accelerate-config {path}: it cannot be read ({reason_of(error)}).") from error
     if not isinstance(config, dict) or "distributed_type" not in config:
-        raise UserError(
-            f"--accelerate-config {path}: it has no distributed_type; `accelerate config` writes such files."
-        )
+        what = "it has no distributed_type; `accelerate config` writes such files."
+        raise UserError(f"--accelerate-config {path}: {what}")
     kind = str(config["distributed_type"]).upper()
     processes = config.get("num_processes", 1)
     if not isinstance(processes, int) or processes < 1:

@@ -141,7 +141,11 @@ def estimate(
         kept = optimizer_bytes(parameter, optimizer, 4 if cast else width, id(parameter) in embeddings)
         part.optimizer += launch.share("optimizer", kept + copy)
     used = {name: part for name, part in parts.items() if part.weights or part.gradients or part.optimizer}
-    gathered = 2 * _largest_layer(model) * computes.itemsize if launch.stage == 3 and launch.processes > 1 else 0
+    gathered = 0
+    if launch.stage == 3 and launch.processes > 1:  # of each list of layers, one is put together at a time
+        layers = (layer for child in model.modules() if isinstance(child, nn.ModuleList) for layer in child)
+        largest = max((sum(weight.numel() for weight in layer.parameters()) for layer in layers), default=0)
+        gathered = 2 * largest * computes.itemsize
     return Estimate(used, step, gathered, launch)
 
 
@@ -183,9 +187,3 @@ def optimizer_bytes(parameter: nn.Parameter, name: str, width: int, embedding: b
 def known_optimizer(name: str) -> bool:
     """Whether its state is counted as it is, and not as AdamW's."""
     return name in MOMENTS or name in BITSANDBYTES or name == "adafactor"
-
-
-def _largest_layer(model: nn.Module) -> int:
-    """Weights of the largest layer of a list of layers: what is gathered at once."""
-    layers = (layer for child in model.modules() if isinstance(child, nn.ModuleList) for layer in child)
-    return max((sum(weight.numel() for weight in layer.parameters()) for layer in layers), default=0)

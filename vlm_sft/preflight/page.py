@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..base.words import gib, short_count
+from ..base.words import counted, gib, short_count
 from ..model.freeze import PartRow
 from .checks import ERROR, WARNING, Evidence, Finding
 from .memory import Estimate
@@ -112,21 +111,13 @@ def _span(first: int, last: int) -> str:
     return counted(first, "token") if first == last else f"{first:,} – {last:,} tokens"
 
 
-def counted(count: int, noun: str) -> str:
-    """`1 row`, `2,000 rows`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def render_page(report: Report) -> str:
     """The page as text."""
     # Everything is escaped: rows are strangers' words.
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
+    )  # fmt: skip
     environment.filters.update(
         count=short_count,
         counted=counted,
@@ -134,14 +125,12 @@ def render_page(report: Report) -> str:
         percent=lambda share: "–" if share is None else f"{share:.1%}",
         number=lambda value: f"{value:,}",
     )
-    page = environment.get_template("page.html.jinja")
-    context: dict[str, Any] = {
-        "report": report,
-        "evidence": report.evidence,
-        "proof": report.evidence.proof,
-        "histogram": histogram(report.lengths, report.max_length),
-        "width": WIDTH,
-        "height": HEIGHT,
-        "longest_shown": LONGEST_SHOWN,
-    }
-    return page.render(context)
+    return environment.get_template("page.html.jinja").render(
+        report=report,
+        evidence=report.evidence,
+        proof=report.evidence.proof,
+        histogram=histogram(report.lengths, report.max_length),
+        width=WIDTH,
+        height=HEIGHT,
+        longest_shown=LONGEST_SHOWN,
+    )

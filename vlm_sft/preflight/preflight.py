@@ -154,11 +154,7 @@ def _weigh(recipe: Recipe, launch: Launch, report: Report) -> None:
 
 
 def _take_steps(
-    recipe: Recipe,
-    collator: MultimodalCollator,
-    composed: Composed,
-    evidence: Evidence,
-    console: Console,
+    recipe: Recipe, collator: MultimodalCollator, composed: Composed, evidence: Evidence, console: Console
 ) -> None:
     """Trains some steps through the trainer of the recipe, into a folder that is removed."""
     from datasets import Dataset, Features, Value
@@ -195,10 +191,8 @@ def _take_steps(
 def _time(proof: Proof, args: SFTConfig, launch: Launch, rows: Dataset | IterableDataset) -> list[str]:
     """How long the run would take at the speed of the last real step."""
     batch = args.train_batch_size * args.gradient_accumulation_steps * launch.processes
-    if args.max_steps > 0:
-        steps = args.max_steps
-    else:
-        steps = math.ceil(math.ceil(len(rows) / batch) * args.num_train_epochs)
+    given = args.max_steps > 0
+    steps = args.max_steps if given else math.ceil(math.ceil(len(rows) / batch) * args.num_train_epochs)
     seconds = steps * args.gradient_accumulation_steps * proof.seconds_per_step
     return [
         f"About {_duration(seconds)} for {steps:,} steps of {batch:,} rows on {launch}, if each process is as fast as "
@@ -277,10 +271,7 @@ def run_preflight(
     console = make_console()
     page = Path(output)
     report = preflight(loaded, read_launch(accelerate_config), console, output=page, with_model=with_model)
-    for finding in report.findings:
-        say(console, str(finding))
-    for sentence in report.time:
-        say(console, sentence)
-    say(console, f"Page: {page}")
+    for line in [*map(str, report.findings), *report.time, f"Page: {page}"]:
+        say(console, line)
     if report.verdict == "error":
         raise SystemExit(1)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..base.errors import UserError
 from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN
 from ..base.whole_files import digest
+from ..base.words import counted
 from ..reading.image_refs import SIZES, TIME, image_key
 from .raw_row import RowView
 
@@ -64,8 +65,10 @@ def answer_message(answer: str) -> Message:
 def check_marks(row: RowView, marks: int, images: int) -> None:
     """Look that a row has as many places for images as images; else it is a `RowError`."""
     if marks != images:
-        found = f"{plural(marks, 'image mark')} ({IMAGE_TOKEN} in user text, or image parts)"
-        raise row.error(f"{found} but {plural(images, 'image')}", "give every mark its image, in order", "marks differ")
+        found = f"{counted(marks, 'image mark')} ({IMAGE_TOKEN} in user text, or image parts)"
+        raise row.error(
+            f"{found} but {counted(images, 'image')}", "give every mark its image, in order", "marks differ"
+        )
 
 
 def text_part(text: str) -> Part:
@@ -248,8 +251,3 @@ def _normalise_part(part: Any, index: int, role: str, number: int) -> Part:
 
 def _is_mapping(value: Any) -> bool:
     return isinstance(value, (dict, Mapping))  # the first is found ten times faster
-
-
-def plural(count: int, what: str) -> str:
-    """A number and what it counts."""
-    return f"{count} {what}{'' if count == 1 else 's'}"

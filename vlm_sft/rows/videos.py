@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from ..base.errors import row_error
 from ..base.names import VIDEO_TOKEN
-from ..base.words import kind, short
+from ..base.words import counted, kind, short
 from ..reading.image_refs import SIZES, TIME, sizes_of
 from ..reading.video import Film, Films
 from .keys import check_left
-from .messages import Example, Message, Part, image_part, plural, text_part, video_part
+from .messages import Example, Message, Part, image_part, text_part, video_part
 from .raw_row import RowView
 
 REFERENCES = ("video", "path", "bytes", "url", "video_url")
@@ -111,9 +111,9 @@ def place_videos(row: RowView, example: Example) -> Example:
         return example._replace(messages=messages)
     empty = [part for part in places if part["video"] is None]
     if len(empty) != len(given):
-        found = f"{plural(len(empty), 'video mark')} ({VIDEO_TOKEN} in user text, or video parts)"
+        found = f"{counted(len(empty), 'video mark')} ({VIDEO_TOKEN} in user text, or video parts)"
         mend = "give every mark its video, in order"
-        raise row.error(f"{found} but {plural(len(given), 'video')}", mend, "marks differ")
+        raise row.error(f"{found} but {counted(len(given), 'video')}", mend, "marks differ")
     for part, entry in zip(empty, given, strict=True):
         part["video"] = entry
     return example
