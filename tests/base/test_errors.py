@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader
 
 from vlm_sft.base.errors import RowError, UserError, exit_on_user_error, row_error, sentence_of, without_tokens
+from vlm_sft.base.interrupts import Interrupts
 
 
 def test_wrapper_names_the_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,6 +49,21 @@ def test_a_process_that_lost_its_peer_leaves_the_message_to_it(
     assert capsys.readouterr().err == "process 0 stops: another process ended, and its own message says why.\n"
     with pytest.raises(RuntimeError, match="out of memory"), exit_on_user_error():
         raise RuntimeError("out of memory")
+
+
+def test_a_process_that_lost_its_peer_and_was_told_to_end_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("vlm_sft.base.errors.time.sleep", waited.append)
+
+    @exit_on_user_error()
+    def train() -> None:
+        with Interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)  # as the launcher does, which has then seen the other fail
+            raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:39117.")
+
+    with pytest.raises(SystemExit) as ended:
+        train()
+    assert ended.value.code == 1 and waited == []
 
 
 @pytest.mark.parametrize(

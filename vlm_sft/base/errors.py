@@ -19,6 +19,7 @@ from .words import one_line
 # What gloo says where the process at the other end of a connection has ended.
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
 PATIENCE = 10.0  # seconds; the launcher looks ten times in one, so it has long seen the first failure
+TOLD_TO_END = "SIGTERM came before."  # a note on an error of a process that the launcher has already told to end
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
@@ -105,8 +106,9 @@ def exit_on_user_error() -> Iterator[None]:
         if not (isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_IS_GONE)):
             raise
         tell(f"process {rank} stops: another process ended, and its own message says why.", stderr=True)
-        # The launcher ends this process once it has seen the other fail first, and reports that one as the cause.
-        time.sleep(PATIENCE)
+        if TOLD_TO_END not in getattr(error, "__notes__", ()):
+            # The launcher ends this process once it has seen the other fail first, and reports that one as the cause.
+            time.sleep(PATIENCE)
         raise SystemExit(1) from None
 
 

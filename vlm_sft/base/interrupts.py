@@ -14,8 +14,10 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
+
+from .errors import TOLD_TO_END
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS_TO_DIE = 5.0  # for all workers together; one that the kernel cannot end (a disk that hangs) is left behind
@@ -41,9 +43,11 @@ class Interrupts:
             self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is not None and self.signal == signal.SIGTERM:
+            error.add_note(TOLD_TO_END)  # so nobody need wait for it any more
 
     @property
     def exit_code(self) -> int:
