@@ -46,14 +46,22 @@ class Layout:
         names: Pairs (pattern in our name, replacement), each applied in turn. A name that becomes `/x` stands at the
             root of the checkpoint, not under the prefix.
         made: End of a name of theirs → (ends of the tensors it is made of, function of them).
-        configure: (shapes by their names without prefix, sizes stated in the recipe) → configuration.
+        config: Class of the configuration; None where there are no sizes to tell.
+        sizes: Setting → the tensor and the axis whose length it is, by names without prefix.
+        layers: What stands before the numbers of the layers.
+        head: Width of an attention head in the published models, which no tensor tells.
+        more: (shapes, sizes so far) → settings that follow from them otherwise.
         rows: Name of the tensor whose last axis but one counts the query tokens, as `names` gives names.
     """
 
     kind: str
     mark: str
     names: tuple[tuple[str, str], ...] = ()
-    configure: Callable[[Shapes, Mapping[str, Any]], PreTrainedConfig] | None = None
+    config: type[PreTrainedConfig] | None = None
+    sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    layers: str = ""
+    head: int = 64
+    more: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] = lambda shapes, sizes: {}
     made: Mapping[str, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = field(default_factory=dict)
     rows: str = ""
 
@@ -63,6 +71,27 @@ class Layout:
             if match := re.fullmatch(self.mark, name):
                 return match["prefix"]
         return None
+
+    def configure(self, shapes: Shapes, stated: Mapping[str, Any]) -> PreTrainedConfig:
+        """The configuration of a part with these shapes, by names without prefix; what the recipe states goes first.
+
+        Raises:
+            UserError: The number of heads cannot be told.
+            KeyError: A tensor is not there.
+        """
+        assert self.config is not None, f"{self.kind} has no sizes of its own"
+        sizes = {name: shapes[tensor][axis] for name, (tensor, axis) in self.sizes.items()}
+        width, key = sizes["hidden_size"], f"stack.{'vision_tower' if self.kind == 'vision_tower' else 'resampler'}"
+        if "num_attention_heads" not in stated and width % self.head:
+            raise UserError(
+                f"{key}.pretrained: the width {width} is no multiple of {self.head}, the width of a head in the "
+                f"published models of this layout; state {key}.config: {{num_attention_heads: …}}."
+            )
+        sizes["num_attention_heads"] = width // self.head
+        if self.layers:
+            numbers = (re.match(re.escape(self.layers) + r"(\d+)\.", name) for name in shapes)
+            sizes["num_hidden_layers"] = 1 + max(int(number[1]) for number in numbers if number)
+        return self.config(**{**sizes, **self.more(shapes, sizes), **stated})
 
     def origin(self, name: str, prefix: str, held: Collection[str]) -> Origin:
         """Where the tensor that we call `name` comes from in a checkpoint that holds these tensors."""
@@ -88,22 +117,6 @@ def detect(kind: str, names: Collection[str]) -> tuple[Layout, str] | None:
     return None
 
 
-def _count(shapes: Shapes, stem: str) -> int:
-    """How many numbered layers there are under a stem."""
-    numbers = [int(m[1]) for name in shapes if (m := re.match(re.escape(stem) + r"(\d+)\.", name))]
-    return max(numbers) + 1
-
-
-def _heads(width: int, head_width: int, key: str, stated: Mapping[str, Any]) -> int:
-    """Attention heads, which no tensor tells: the published models' width of one head decides."""
-    if "num_attention_heads" not in stated and width % head_width:
-        raise UserError(
-            f"{key}.pretrained: the width {width} is no multiple of {head_width}, the width of a head in the published "
-            f"models of this layout; state {key}.config: {{num_attention_heads: …}}."
-        )
-    return width // head_width
-
-
 def join_qkv_bias(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """(D,) and (D,) → (3D,): EVA has no bias on its keys."""
     return torch.cat([query, torch.zeros_like(query), value])
@@ -118,97 +131,26 @@ def transpose(matrix: torch.Tensor) -> torch.Tensor:
 EVA_DEPTH = 39
 
 
-def _eva_config(shapes: Shapes, stated: Mapping[str, Any]) -> PreTrainedConfig:
-    width, patch = shapes["cls_token"][-1], shapes["patch_embed.proj.weight"][-1]
-    sizes = {
-        "hidden_size": width,
-        "intermediate_size": shapes["blocks.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": min(_count(shapes, "blocks."), EVA_DEPTH),
-        "num_attention_heads": _heads(width, 88, "stack.vision_tower", stated),
-        "image_size": math.isqrt(shapes["pos_embed"][1] - 1) * patch,
-        "patch_size": patch,
+def _side(table: str) -> Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]:
+    """The pixels of a side, by the patches in a table of positions."""
+    return lambda shapes, sizes: {"image_size": math.isqrt(shapes[table][1] - 1) * sizes["patch_size"]}
+
+
+def _eva(shapes: Shapes, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_side("pos_embed")(shapes, sizes),
+        "num_hidden_layers": min(sizes["num_hidden_layers"], EVA_DEPTH),
         "layer_norm_eps": 1e-6,
         # LAVIS normalises after the tower with torch's default, unlike inside it, and unlike transformers' class.
         "post_layernorm_eps": 1e-5,
     }
-    return Blip2VisionConfig(**{**sizes, **stated})
 
 
-def _qformer_sizes(shapes: Shapes, stated: Mapping[str, Any]) -> dict[str, Any]:
-    width = shapes["embeddings.LayerNorm.weight"][0]
-    crossing = sorted(
-        int(m[1])
-        for name in shapes
-        if (m := re.match(r"encoder\.layer\.(\d+)\.crossattention\.self\.key\.weight", name))
-    )
-    layers = _count(shapes, "encoder.layer.")
-    return {
-        "hidden_size": width,
-        "intermediate_size": shapes["encoder.layer.0.intermediate_query.dense.weight"][0],
-        "num_hidden_layers": layers,
-        "num_attention_heads": _heads(width, 64, "stack.resampler", stated),
-        "encoder_hidden_size": shapes["encoder.layer.0.crossattention.self.key.weight"][1],
-        "cross_attention_frequency": crossing[1] if len(crossing) > 1 else layers,
-        **stated,
-    }
-
-
-def _instruct_qformer_config(shapes: Shapes, stated: Mapping[str, Any]) -> PreTrainedConfig:
-    words = {
-        "vocab_size": shapes["embeddings.word_embeddings.weight"][0],
-        "max_position_embeddings": shapes["embeddings.position_embeddings.weight"][0],
-    }
-    return InstructBlipQFormerConfig(**{**words, **_qformer_sizes(shapes, stated)})
-
-
-def _owl_vision_config(shapes: Shapes, stated: Mapping[str, Any]) -> PreTrainedConfig:
-    _, tokens, width = shapes["embeddings.position_embedding"]
-    patch = shapes["embeddings.patch_embed.weight"][-1]
-    sizes = {
-        "hidden_size": width,
-        "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _count(shapes, "encoder.layers."),
-        "num_attention_heads": _heads(width, 64, "stack.vision_tower", stated),
-        "image_size": math.isqrt(tokens - 1) * patch,
-        "patch_size": patch,
-    }
-    return MPLUGOwlVisionConfig(**{**sizes, **stated})
-
-
-def _abstractor_config(shapes: Shapes, stated: Mapping[str, Any]) -> PreTrainedConfig:
-    layer = "encoder.layers.0.crossattention."
-    width, source = shapes[f"{layer}attention.key.weight"]
-    sizes = {
-        "hidden_size": width,
-        "intermediate_size": shapes[f"{layer}output.mlp.w1.weight"][0],
-        "num_hidden_layers": _count(shapes, "encoder.layers."),
-        "num_attention_heads": _heads(width, 64, "stack.resampler", stated),
-        "encoder_hidden_size": source,
-    }
-    return MPLUGOwlAbstractorConfig(**{**sizes, **stated})
-
-
-def _qwen_vision_config(shapes: Shapes, stated: Mapping[str, Any]) -> PreTrainedConfig:
-    width, patch = shapes["conv1.weight"][0], shapes["conv1.weight"][-1]
-    sizes = {
-        "hidden_size": width,
-        "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": _count(shapes, "transformer.resblocks."),
-        "num_attention_heads": _heads(width, 104, "stack.vision_tower", stated),
-        "image_size": 32 * patch,  # 448 pixels; the table of positions has 16 × 16 rows and does not tell
-        "patch_size": patch,
-    }
-    return QwenVLVisionConfig(**{**sizes, **stated})
-
-
-def _qwen_resampler_config(shapes: Shapes, stated: Mapping[str, Any]) -> PreTrainedConfig:
-    width = shapes["attn_pool.query"][1]
-    sizes = {
-        "hidden_size": width,
-        "num_attention_heads": _heads(width, 128, "stack.resampler", stated),
-        "encoder_hidden_size": shapes.get("attn_pool.kv_proj.weight", (width, width))[1],
-    }
-    return QwenVLResamplerConfig(**{**sizes, **stated})
+def _crossing(shapes: Shapes, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """How many layers of a Q-Former there are for each one that looks at the image."""
+    layers = (re.match(r"encoder\.layer\.(\d+)\.crossattention\.self\.key\.weight", name) for name in shapes)
+    crossing = sorted(int(layer[1]) for layer in layers if layer)
+    return {"cross_attention_frequency": crossing[1] if len(crossing) > 1 else sizes["num_hidden_layers"]}
 
 
 _LAVIS_QFORMER = Layout(
@@ -220,7 +162,14 @@ _LAVIS_QFORMER = Layout(
         (r"^qformer\.", ""),
         (r"attention\.attention\.", "attention.self."),
     ),
-    configure=lambda shapes, stated: Blip2QFormerConfig(**_qformer_sizes(shapes, stated)),
+    config=Blip2QFormerConfig,
+    sizes={
+        "hidden_size": ("embeddings.LayerNorm.weight", 0),
+        "intermediate_size": ("encoder.layer.0.intermediate_query.dense.weight", 0),
+        "encoder_hidden_size": ("encoder.layer.0.crossattention.self.key.weight", 1),
+    },
+    layers="encoder.layer.",
+    more=_crossing,
     rows="/query_tokens",
 )
 
@@ -240,7 +189,15 @@ LAYOUTS: dict[str, Layout] = {
             (r"^post_layernorm", "/ln_vision"),
         ),
         made={"attn.qkv.bias": (("attn.q_bias", "attn.v_bias"), join_qkv_bias)},
-        configure=_eva_config,
+        config=Blip2VisionConfig,
+        sizes={
+            "hidden_size": ("cls_token", -1),
+            "intermediate_size": ("blocks.0.mlp.fc1.weight", 0),
+            "patch_size": ("patch_embed.proj.weight", -1),
+        },
+        layers="blocks.",
+        head=88,
+        more=_eva,
     ),
     "lavis_qformer": _LAVIS_QFORMER,
     # InstructBLIP: beside the queries it has words.
@@ -248,18 +205,36 @@ LAYOUTS: dict[str, Layout] = {
         _LAVIS_QFORMER,
         kind="instruct_qformer",
         mark=r"(?P<prefix>Qformer\.bert\.)embeddings\.word_embeddings\.weight",
-        configure=_instruct_qformer_config,
+        config=InstructBlipQFormerConfig,
+        sizes={
+            **_LAVIS_QFORMER.sizes,
+            "vocab_size": ("embeddings.word_embeddings.weight", 0),
+            "max_position_embeddings": ("embeddings.position_embeddings.weight", 0),
+        },
     ),
     "mplug_owl_vision": Layout(
         kind="vision_tower",
         mark=r"(?P<prefix>vision_model\.)embeddings\.patch_embed\.weight",
-        configure=_owl_vision_config,
+        config=MPLUGOwlVisionConfig,
+        sizes={
+            "hidden_size": ("embeddings.position_embedding", 2),
+            "intermediate_size": ("encoder.layers.0.mlp.fc1.weight", 0),
+            "patch_size": ("embeddings.patch_embed.weight", -1),
+        },
+        layers="encoder.layers.",
+        more=_side("embeddings.position_embedding"),
     ),
     "mplug_owl_abstractor": Layout(
         kind="abstractor",
         mark=r"(?P<prefix>abstractor\.)encoder\.layers\.0\.crossattention\.norm1\.weight",
         names=((r"^query_tokens", "/query_tokens"),),
-        configure=_abstractor_config,
+        config=MPLUGOwlAbstractorConfig,
+        sizes={
+            "hidden_size": ("encoder.layers.0.crossattention.attention.key.weight", 0),
+            "intermediate_size": ("encoder.layers.0.crossattention.output.mlp.w1.weight", 0),
+            "encoder_hidden_size": ("encoder.layers.0.crossattention.attention.key.weight", 1),
+        },
+        layers="encoder.layers.",
         rows="/query_tokens",
     ),
     "mplug_owl_projector": Layout(
@@ -271,13 +246,27 @@ LAYOUTS: dict[str, Layout] = {
     "qwen_vl_vision": Layout(
         kind="vision_tower",
         mark=r"(?P<prefix>(transformer\.visual\.)?)transformer\.resblocks\.0\.attn\.in_proj\.weight",
-        configure=_qwen_vision_config,
+        config=QwenVLVisionConfig,
+        sizes={
+            "hidden_size": ("conv1.weight", 0),
+            "intermediate_size": ("transformer.resblocks.0.mlp.c_fc.weight", 0),
+            "patch_size": ("conv1.weight", -1),
+        },
+        layers="transformer.resblocks.",
+        head=104,
+        # 448 pixels; the table of positions has 16 × 16 rows and does not tell.
+        more=lambda shapes, sizes: {"image_size": 32 * sizes["patch_size"]},
     ),
     "qwen_vl_resampler": Layout(
         kind="cross_attention",
         mark=r"(?P<prefix>(transformer\.visual\.)?)attn_pool\.query",
         names=((r"^(?!ln_post\.)", "attn_pool."),),
-        configure=_qwen_resampler_config,
+        config=QwenVLResamplerConfig,
+        sizes={"hidden_size": ("attn_pool.query", 1)},
+        head=128,
+        more=lambda shapes, sizes: {
+            "encoder_hidden_size": shapes.get("attn_pool.kv_proj.weight", (0, sizes["hidden_size"]))[1]
+        },
         rows="attn_pool.query",
     ),
     "qwen_vl_projector": Layout(

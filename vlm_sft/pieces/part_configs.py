@@ -179,7 +179,6 @@ def _from_shapes(piece: Piece[Any], kind: str, stated: Mapping[str, Any]) -> tup
             f"config.json, or a LAVIS or MiniGPT-4 file."
         )
     layout, prefix = found
-    assert layout.configure is not None, f"{kind} has no sizes of its own"
     rows = at(layout.rows, prefix)
     found_shapes = checkpoint.shapes(name for name in checkpoint.files if name.startswith(prefix) or name == rows)
     shapes: Shapes = {name.removeprefix(prefix): s for name, s in found_shapes.items()}
