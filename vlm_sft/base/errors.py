@@ -156,8 +156,6 @@ def without_tokens(text: str) -> str:
     return text
 
 
-# -- secrets -----------------------------------------------------------------------------------------------------------
-
 # Names of environment variables whose values nobody is to see; `PATH`, `PWD` and `SSH_AUTH_SOCK` hold no secrets.
 SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|PRIVATE|(?:^|_)(?:KEY|PASS|PWD|PAT|AUTH|DSN|COOKIE)(?:$|_(?!SOCK|ID$))",

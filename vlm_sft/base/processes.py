@@ -126,9 +126,6 @@ def cores_for_each() -> int:
     return max(1, cores() // max(1, local))
 
 
-# -- one run in a folder ----------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def hold_folder(folder: str | Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Keeps other runs out of a folder, which is made if it is not there and removed again if nothing was written.

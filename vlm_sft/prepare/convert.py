@@ -136,9 +136,6 @@ def encoded(image: dict[str, Any], where: str, films: Films | None = None) -> by
     return data
 
 
-# ------------------------------------------------------------------------------------------------------------ targets
-
-
 def _messages(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
     """Conversations as TRL has them, a line each, content as parts: nothing in a text can be taken for an image."""
     written = 0

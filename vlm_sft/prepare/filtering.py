@@ -44,9 +44,6 @@ class Score(NamedTuple):
     error: str | None
 
 
-# ------------------------------------------------------------------------------------------------------------- scoring
-
-
 def score_rows(
     rows: Iterable[dict[str, Any]],
     scorer: Callable[[Sequence[Image.Image], Sequence[str]], list[float]],
@@ -167,9 +164,6 @@ def _read_scores(path: Path, about: dict[str, Any]) -> tuple[list[Score], int]:
 
 def _line(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-
-
-# -------------------------------------------------------------------------------------------------------------- choice
 
 
 def threshold_of_share(scores: Sequence[Score], keep: float) -> float:

@@ -185,9 +185,6 @@ def _from_data_uri(uri: str, where: str) -> bytes:
     return decoded
 
 
-# ---------------------------------------------------------------------------------------------------------------- sizes
-
-
 def sizes_of(image: Mapping[str, Any], where: str) -> dict[str, int]:
     """The sizes that an image's entry asks for, `detail` as `max_pixels`; nothing where it asks for none.
 

@@ -135,9 +135,6 @@ def _file_rows(path: Path) -> Iterator[Row]:
         yield Row.of(where, folder, found)
 
 
-# ---------------------------------------------------------------------------------------------------------- folders
-
-
 def _files_of(folder: Path, split: str) -> list[Path]:
     """The data files of a folder; none where it is a saved dataset."""
     try:
@@ -236,9 +233,6 @@ def _read_saved(folder: Path, split: str) -> Iterator[Row]:
             )
         saved = saved[split]
     yield from _dataset_rows(saved, str(folder), folder)
-
-
-# -------------------------------------------------------------------------------------------------------------- Hub
 
 
 def _read_hub(name: str, split: str, revision: str | None, stream: bool) -> Iterator[Row]:

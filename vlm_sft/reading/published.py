@@ -67,9 +67,6 @@ def check_pattern(pattern: str, name: str) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------ the data sets
-
-
 def _coco(document: Document, pattern: str | None, annotations: Sequence[Document]) -> Rows:
     """`captions_train2014.json`: `images` with file names, `annotations` with captions; a row for each caption."""
     of = "COCO captions, such as captions_train2017.json"

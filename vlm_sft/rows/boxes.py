@@ -103,9 +103,6 @@ def _placed(
     return {**message, "content": parts}
 
 
-# ------------------------------------------------------------------------------------------------------------- columns
-
-
 def _given(row: RowView, messages: Sequence[Message], images: int, scale: str | None) -> Given | None:
     """The boxes of a row's `objects`, or of its `bbox` or `bboxes` where its messages mark a box; None without any."""
     if is_given(objects := row.get("objects")):
@@ -188,9 +185,6 @@ def _listed(row: RowView, value: Any, key: str) -> list[tuple[str, Sequence[Any]
 
 def _texts(messages: Sequence[Message]) -> str:
     return "".join(part["text"] for m in messages for part in m["content"] if part["type"] == "text")
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
 
 
 def _typed(row: RowView, text: str, scale: str, images: int, key: str) -> list[Part]:

@@ -108,9 +108,6 @@ def _with_row_keys(row: RowView, example: Example, boxes: str | None) -> Example
     return example._replace(messages=messages)
 
 
-# --------------------------------------------------------------------------------------------------------- messages
-
-
 def _messages(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     """Conversations as TRL, OpenAI, ms-swift and LLaMA-Factory have them, with `images` or `image`."""
     images = _entries(row, "images", "image")
@@ -133,9 +130,6 @@ def _messages(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     column = iter(images)
     images = [next(column) if image is None else image for image in inline]
     yield Example(messages, images, marked=not written_as_text)
-
-
-# ------------------------------------------------------------------------------------------------------------ llava
 
 
 def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
@@ -166,9 +160,6 @@ def _llava(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
         messages.append({"role": turn.role, "content": content, **turn.more})
     check_marks(row, marks, len(images))
     yield Example(messages, images, marked=True)
-
-
-# -------------------------------------------------------------------------------------------------- caption and vqa
 
 
 def _caption(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
@@ -208,9 +199,6 @@ def answers_in(row: RowView, key: str) -> list[str]:
     return [row.text(record.get("answer") if isinstance(record, dict) else record, key) for record in records]
 
 
-# --------------------------------------------------------------------------------------------------------- cauldron
-
-
 def _cauldron(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     """The Cauldron's rows: `images`, and `texts` of {user, assistant}; the images stand in front of all turns."""
     images = _entries(row, "images", "image")
@@ -230,9 +218,6 @@ def _cauldron(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
         marks = len(images)
     check_marks(row, marks, len(images))
     yield Example(messages, images)
-
-
-# ------------------------------------------------------------------------------------------------------- what is shared
 
 
 def _some_images(row: RowView) -> list[Any]:

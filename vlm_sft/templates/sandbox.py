@@ -160,10 +160,7 @@ def _raise_exception(message: str) -> NoReturn:
 def _environment() -> _Sandbox:
     """What transformers gives a chat template, so that one file serves both."""
     environment = _Sandbox(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=_Undefined,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
+        trim_blocks=True, lstrip_blocks=True, undefined=_Undefined, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = limited(
         lambda value, ensure_ascii=False, **more: json.dumps(value, ensure_ascii=ensure_ascii, **more)
