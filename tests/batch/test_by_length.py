@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from vlm_sft import load_recipe
-from vlm_sft.batch.by_length import ByLength
+from vlm_sft.batch.by_length import ByLength, Packs, _best_fit, pack
 from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.kinds import compose
 from vlm_sft.training.build_trainer import build_collator, build_trainer
@@ -111,3 +114,65 @@ def test_lengths_are_those_of_the_mixture(make, tmp_path, photos):
     collator = trainer.data_collator
     assert trainer.lengths == [len(collator.encode(row, with_images=False).chat.input_ids) for row in rows]
     assert len({row["source"] for row in rows}) == 2
+
+
+def first_fit_decreasing(lengths: list[int], room: int) -> int:
+    """How many packs it needs, as the textbook writes it."""
+    left: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        place = next((k for k, free in enumerate(left) if free >= length), None)
+        if place is None:
+            left.append(room - length)
+        else:
+            left[place] -= length
+    return len(left)
+
+
+ROOM = 60
+SOME = st.lists(st.integers(1, ROOM), max_size=60) | st.lists(st.sampled_from([7, 13, 20, 22, 30, 38]), max_size=60)
+
+
+@given(lengths=SOME)
+def test_packs_hold_every_row_once_and_are_as_few_as_first_fit_makes(lengths):
+    packs = pack(lengths, ROOM)
+    assert sorted(int(row) for rows in packs for row in rows) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in rows) <= ROOM for rows in packs)
+    assert len(packs) <= first_fit_decreasing(lengths, ROOM)
+
+
+def test_where_best_fit_is_the_worse_one_first_fit_packs():
+    lengths = [25, 21, 16, 16, 15, 10, 7, 6, 4]  # found by search: best fit alone makes one pack more
+    assert max(_best_fit(sorted(lengths, reverse=True), ROOM)) + 1 > first_fit_decreasing(lengths, ROOM)
+    assert len(pack(lengths, ROOM)) == first_fit_decreasing(lengths, ROOM)
+
+
+def test_rows_that_cannot_be_measured_or_do_not_fit_are_packed_all_the_same():
+    packs = [sorted(rows.tolist()) for rows in pack([0, 200, 58, 0, 61], ROOM)]
+    assert sorted(packs) == [[0, 2, 3], [1], [4]] and pack([], ROOM) == []
+
+
+@given(lengths=SOME, seed=st.integers(-1, 2**40), epoch=st.integers(0, 3))
+def test_an_epoch_of_packs_is_drawn_from_seed_and_epoch_alone(lengths, seed, epoch):
+    found = []
+    for _ in range(2):
+        sampler = Packs(lengths, ROOM, seed)
+        sampler.set_epoch(epoch)
+        np.random.seed(len(found))  # the global one plays no part
+        found.append(list(sampler))
+        assert len(found[-1]) == len(sampler) == len(pack(lengths, ROOM))
+        assert sorted(row for rows in found[-1] for row in rows) == list(range(len(lengths)))
+        assert all(sum(lengths[row] for row in rows) <= ROOM for rows in found[-1])
+    assert found[0] == found[1]
+
+
+def test_epochs_and_seeds_mix_rows_anew_and_without_a_seed_rows_keep_their_order():
+    drawn = {}
+    for seed, epoch in ((3, 0), (3, 1), (4, 0)):
+        sampler = Packs([length % 10 + 11 for length in LENGTHS], 128, seed)
+        sampler.set_epoch(epoch)
+        drawn[seed, epoch] = {frozenset(rows) for rows in sampler if len(rows) > 1}
+    companions = list(drawn.values())
+    assert all(len(a & b) < len(a) / 4 for a, b in zip(companions, companions[1:] + companions[:1], strict=True))
+    ordered = list(Packs(LENGTHS, 128, None))
+    assert [rows[0] for rows in ordered] == sorted(rows[0] for rows in ordered)
+    assert all(rows == sorted(rows) for rows in ordered) and ordered == list(Packs(LENGTHS, 128, None))

@@ -20,7 +20,7 @@ from support.tiny_families import TINY, encoded, processor_of
 from support.tiny_pieces import TOKENIZERS, tokenizer_of
 from vlm_sft.base.assets import list_templates
 from vlm_sft.base.errors import RowError, UserError
-from vlm_sft.batch.collator import REJECTED, MultimodalCollator, load_collator_class
+from vlm_sft.batch.collator import REJECTED, MultimodalCollator
 from vlm_sft.reading.images import load_image
 
 
@@ -293,17 +293,6 @@ def test_a_subclass_may_change_each_step(processor, photos):
     assert batch["loss_weights"].shape == batch["input_ids"].shape
     assert (batch["loss_weights"] == 0.5 * batch["attention_mask"]).all()
     assert "LOUD" in processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100])
-
-
-def test_a_users_class_is_found_by_name():
-    assert load_collator_class("vlm_sft.batch.collator:MultimodalCollator") is MultimodalCollator
-    for path, sentence in (
-        ("no_such_module:X", "cannot be imported"),
-        ("vlm_sft.batch.collator:Nothing", "has no 'Nothing'"),
-        ("vlm_sft.batch.collator:Sample", "not a subclass"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            load_collator_class(path)
 
 
 def test_the_benchmark_of_the_loader_measures_both_stacks(tmp_path):

@@ -59,8 +59,14 @@ def recipe_file(tmp_path: Path) -> Path:
         (["data.sampling=weights", "data.train.0.weight=1"], 'needs a `weight` for source "b" too.'),
         (["collator=MyCollator"], '`collator` must look like my_package.my_module:MyCollator, not "MyCollator".'),
         (["sft.output_dir=null"], "`sft.output_dir` is missing: the folder that checkpoints and the bundle go to."),
-        (["sft.packing=true"], "`sft.packing` cannot be used: rows with images cannot be packed by TRL; remove it."),
-        (["sft.padding_free=true"], "`sft.padding_free` cannot be used"),
+        (["sft.packing=true", "sft.max_length=null"], "fills packs up to `sft.max_length`, so it cannot be null; say"),
+        (["sft.packing=true", "sft.packing_strategy=wrapped"], "`sft.packing_strategy: wrapped` cuts rows in two, and"),
+        (["sft.eval_packing=true", "sft.packing_strategy=bfd_split"], "leave it out: rows are packed whole, by best"),
+        (
+            ["sft.packing=true", "sft.train_sampling_strategy=group_by_length"],
+            "`sft.packing` leaves no padding for `group_by_length` to save; remove one of them.",
+        ),
+        (["sft.padding_free=true"], "`sft.padding_free` cannot be used: rows that follow each other without padding"),
         (
             ["sft.assistant_only_loss=true"],
             "`sft.assistant_only_loss` cannot be used: the loss is already on the answers",
@@ -86,8 +92,8 @@ def test_rules(recipe_file: Path, overrides: list[str], message: str) -> None:
 
 
 def test_rule_names_file_and_line(tmp_path: Path) -> None:
-    path = write(tmp_path, TEXT + "  packing: true\n")
-    assert problem(path).startswith(f"{path}, line 16: `sft.packing` cannot be used")
+    path = write(tmp_path, TEXT + "  padding_free: true\n")
+    assert problem(path).startswith(f"{path}, line 16: `sft.padding_free` cannot be used")
 
 
 def test_reserved_keys_may_say_what_they_would_be_anyway(recipe_file: Path) -> None:

@@ -8,7 +8,7 @@ from support.conversations import make_processor
 from vlm_sft import MultimodalCollator, load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.recipe.libraries import build_sft_config
-from vlm_sft.training.build_trainer import build_collator
+from vlm_sft.training.build_trainer import build_collator, load_collator_class
 
 
 class Louder(MultimodalCollator):
@@ -51,3 +51,14 @@ def test_a_collator_that_cannot_be_made_is_one_sentence(recipe_file, changes, se
     recipe = load_recipe(recipe_file(**changes))
     with pytest.raises(UserError, match=sentence):
         build_collator(recipe, make_processor("plain"), build_sft_config(recipe))
+
+
+def test_a_users_class_is_found_by_name():
+    assert load_collator_class("vlm_sft.batch.collator:MultimodalCollator") is MultimodalCollator
+    for path, sentence in (
+        ("no_such_module:X", "cannot be imported"),
+        ("vlm_sft.batch.collator:Nothing", "has no 'Nothing'"),
+        ("vlm_sft.batch.collator:Sample", "not a subclass"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            load_collator_class(path)

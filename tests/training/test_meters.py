@@ -61,6 +61,7 @@ def test_a_log_gets_its_metrics_and_the_sums_begin_anew():
     assert logs == {
         "loss": 1.0, "learning_rate": 0.1, "learning_rate_projector": 0.1, "learning_rate_lora": 0.2,
         "token_accuracy": 0.5, "tokens_per_second": 2.5, "samples_per_second": 0.5, "data_wait_share": 0.25,
+        "padding_share": 0.0,
     }  # fmt: skip
     meters.enter(empty := {"loss": 1.0}, "train", [])
     assert empty == {"loss": 1.0}

@@ -123,7 +123,7 @@ def load(recipe, collator):
 
 def test_rejected_rows_are_left_out_before_the_mixture_is_drawn(recipe_file, collator, tmp_path, photos):
     sources = two_sources(tmp_path, photos, 3)
-    (rows, _, notes, _), said = loaded(recipe_file, collator, sources, max_rejected=0.3)
+    (rows, _, notes, *_), said = loaded(recipe_file, collator, sources, max_rejected=0.3)
     a, b = (notes["ledger"]["train"]["sources"][name] for name in "ab")
     assert sum(a["rejected"].values()) == 3 and a["rejected"]["image missing"] == 1
     assert (a["read"], b["read"], len(rows)) == (11, 3, 11), "the mixture has as many rows as are left"
@@ -156,7 +156,7 @@ def test_a_source_of_which_no_row_is_left(recipe_file, collator, tmp_path):
 
 
 def test_a_sample_is_called_one(recipe_file, collator, tmp_path, photos):
-    (_, _, notes, _), said = loaded(
+    (_, _, notes, *_), said = loaded(
         recipe_file, collator, two_sources(tmp_path, photos, 0), measure_rows=2, decode_rows=1
     )
     counts = notes["train_rows"]
@@ -177,7 +177,7 @@ def test_two_processes_find_what_one_finds(recipe_file, collator, tmp_path, phot
         outcome, said = load(recipe, collator)
         if isinstance(outcome, str):
             return outcome, said
-        rows, _, notes, _ = outcome
+        rows, _, notes, *_ = outcome
         return rows[:], notes, said
 
     alone = found()

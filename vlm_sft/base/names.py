@@ -20,6 +20,9 @@ IGNORED = -100
 INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
 """What a batch holds for a resampler that reads the instruction too (InstructBLIP): (N, L) each, one row an image."""
 
+ROW_LENGTHS = "row_lengths"
+"""What a batch of packs holds in place of an attention mask: (B, R) tokens of each row, 0 where a pack has fewer."""
+
 MANIFEST = "bundle.json"
 """Makes a folder a bundle: its pieces, what is trained, the ledger, versions; written last."""
 

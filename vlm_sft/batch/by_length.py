@@ -1,17 +1,95 @@
-"""Rows of similar length in one batch, so that little of it is padding: `group_by_length` in a recipe's `sft`."""
+"""Which rows come together, by their length: of similar length (`group_by_length`), or packed (`sft.packing`).
+
+Both leave little of a batch to padding. A pack is some rows that stand behind each other in one sequence, none of which
+sees another; what a data loader hands on for it is `{PACK: rows}`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch.utils.data import Sampler, SequentialSampler
+from datasets import IterableDataset
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from ..base.errors import RowError
+from ..base.errors import RowError, UserError
 from ..base.names import GROUPED
-from .collator import MultimodalCollator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .collator import MultimodalCollator
+
+PACK = "pack"
+PROBED = 8  # rows of which the two shortest, with images where there are some, show whether the model keeps them apart
+WINDOW = 64  # packs that a stream is read ahead for: of these, the last may be half empty
+Row = dict[str, Any]
+
+
+def numbered(items: Sequence[Row]) -> Iterator[tuple[int | None, Row]]:
+    """Each row of packs with the number of its pack, and each row alone with None."""
+    for number, item in enumerate(items):
+        yield from ((number, row) for row in item[PACK]) if PACK in item else [(None, item)]
+
+
+def pack(lengths: Sequence[int], room: int) -> list[np.ndarray]:
+    """Numbers of the rows of each pack: every row once, no more than `room` tokens together, in as few as may be.
+
+    The longest rows first, each where the least room is left (best fit); where it takes fewer, into the first pack that
+    has room (first fit). A row longer than `room` has a pack of its own.
+
+    Args:
+        lengths: Tokens of each row.
+        room: Tokens of a pack.
+    """
+    sizes = np.clip(np.asarray(lengths, dtype=np.int64), 1, room)
+    longest_first = np.argsort(-sizes, kind="stable")
+    numbers = _best_fit(sizes[longest_first].tolist(), room)
+    if max(numbers, default=-1) + 1 > math.ceil(sizes.sum() / room):
+        numbers = min(numbers, _first_fit(sizes[longest_first], room), key=lambda found: max(found))
+    by_pack = np.argsort(numbers, kind="stable")
+    borders = np.flatnonzero(np.diff(np.asarray(numbers)[by_pack])) + 1
+    return np.split(longest_first[by_pack], borders) if len(sizes) else []
+
+
+def _best_fit(sizes: list[int], room: int) -> list[int]:
+    """The pack of each row, of rows in falling order."""
+    numbers, packs, free = [], 0, 0
+    open_with: list[list[int]] = [[] for _ in range(room + 1)]  # tokens left -> packs; bit n of `free`: there are some
+    for size in sizes:
+        if fit := free >> size:
+            left = size + (fit & -fit).bit_length() - 1
+            number = open_with[left].pop()
+            free ^= (not open_with[left]) << left
+        else:
+            left, number, packs = room, packs, packs + 1
+        numbers.append(number)
+        if left > size:
+            open_with[left - size].append(number)
+            free |= 1 << (left - size)
+    return numbers
+
+
+def _first_fit(sizes: np.ndarray, room: int) -> list[int]:
+    """The pack of each row, of rows in falling order; those of one length at once."""
+    left, numbers = np.zeros(0, dtype=np.int64), []
+    for size, count in zip(*(part[::-1].tolist() for part in np.unique(sizes, return_counts=True)), strict=True):
+        fit = left // size
+        taken = np.clip(count - (fit.cumsum() - fit), 0, fit)
+        rest, each = int(count - taken.sum()), room // size
+        added = [each] * (rest // each) + [rest % each] * (rest % each > 0)
+        taken = np.concatenate([taken, np.asarray(added, dtype=np.int64)])
+        left = np.concatenate([left, np.full(len(added), room)]) - taken * size
+        numbers.append(np.repeat(np.arange(len(left)), taken))
+    return np.concatenate(numbers).tolist()
 
 
 class ByLength(Sampler[int]):
@@ -41,29 +119,213 @@ class ByLength(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.rows_a_step, generator=chance))
 
 
+class Packs(Sampler[list[int]]):
+    """Packs of the numbers of rows, each row once an epoch.
+
+    Which lengths make a pack is settled once, so every epoch has as many packs; which of the rows of a length it gets,
+    and the order of the packs, are drawn anew each epoch from the seed and the epoch alone.
+
+    Args:
+        lengths: Tokens of each row.
+        room: Tokens of a pack.
+        seed: Decides the order; None keeps that of the rows, as far as packs can.
+    """
+
+    def __init__(self, lengths: Sequence[int], room: int, seed: int | None) -> None:
+        self.lengths, self.seed, self.epoch = np.asarray(lengths), seed, 0
+        self.packs = [np.sort(rows) for rows in pack(lengths, room)]
+        self.packs.sort(key=lambda rows: rows[0])
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch comes next (called by accelerate)."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.seed is None:
+            yield from (rows.tolist() for rows in self.packs)
+            return
+        chance = np.random.default_rng([self.seed % 2**32, self.epoch])
+        drawn = np.empty(len(self.lengths), dtype=np.int64)  # the row that comes in the place of each
+        drawn[np.argsort(self.lengths, kind="stable")] = np.lexsort((chance.random(len(drawn)), self.lengths))
+        for number in chance.permutation(len(self.packs)):
+            yield chance.permutation(drawn[self.packs[number]]).tolist()
+
+
+class PackedRows(Dataset[dict[str, list[Row]]]):
+    """Rows by packs of their numbers.
+
+    Args:
+        rows: The rows.
+        packs: How many packs they make.
+    """
+
+    def __init__(self, rows: Any, packs: int) -> None:
+        self.rows, self.packs = rows, packs
+
+    def __len__(self) -> int:
+        return self.packs
+
+    def __getitem__(self, numbers: list[int]) -> dict[str, list[Row]]:
+        return {PACK: [self.rows[number] for number in numbers]}
+
+
+def pack_stream(
+    rows: IterableDataset, length_of: Callable[[Row], int], room: int, mean_length: float
+) -> IterableDataset:
+    """A stream of packs of a stream's rows: as many as fill `WINDOW` packs are held and packed together.
+
+    Args:
+        rows: The stream.
+        length_of: Tokens of a row.
+        room: Tokens of a pack.
+        mean_length: Of a row, for how many are held.
+    """
+    held = max(WINDOW, round(WINDOW * room / max(mean_length, 1.0)))
+    columns = list(rows.features or ())
+    function = partial(_pack_window, length_of=length_of, room=room)
+    return rows.map(function, batched=True, batch_size=held, remove_columns=columns)
+
+
+def _pack_window(columns: Mapping[str, list[Any]], length_of: Callable[[Row], int], room: int) -> dict[str, Any]:
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    packs = [sorted(numbers) for numbers in pack(list(map(length_of, rows)), room)]
+    return {PACK: [[rows[number] for number in numbers] for numbers in sorted(packs)]}
+
+
 class GroupsByLength:
     """A `Trainer` of transformers whose rows have no ids that it could count: their lengths are given, or measured.
 
     Attributes:
         lengths: Tokens of each training row; None: they are measured when they are needed.
+        eval_lengths: The same of the evaluation rows.
+        mean_length: Tokens of a row of a stream, about.
+        packing: Whether training rows are packed.
+        eval_packing: Whether evaluation rows are.
     """
 
     lengths: Sequence[int] | None = None
+    eval_lengths: Sequence[int] | None = None
+    mean_length = 256.0
+    packing = eval_packing = False
     args: Any
     data_collator: Any
     train_dataset: Any
+    model: PreTrainedModel
+    _prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
+    compute_loss_context_manager: Callable[[], AbstractContextManager[None]]
+
+    def take_packing(self, args: Any) -> Any:
+        """Takes packing over from a configuration; the one that is returned has none, as TRL packs text alone."""
+        self.packing = bool(args.packing)
+        self.eval_packing = self.packing if args.eval_packing is None else bool(args.eval_packing)
+        args = copy.copy(args)
+        args.packing = args.eval_packing = False
+        return args
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        own = super()._get_dataloader  # type: ignore[misc]
+        if not (self.packing if is_training else self.eval_packing):
+            return own(dataset, *args, is_training=is_training, **kwargs)
+        if isinstance(dataset, IterableDataset):
+            packed = pack_stream(dataset, partial(_length, self._own_collator()), self._room(), self.mean_length)
+            return own(packed, *args, is_training=is_training, **kwargs)
+        packs = self._packs(dataset, is_training)
+        kwargs["sampler_fn"] = lambda rows: packs
+        return own(PackedRows(dataset, len(packs)), *args, is_training=is_training, **kwargs)
+
+    def _packs(self, rows: Any, is_training: bool) -> Packs:
+        if not is_training:
+            known = self.eval_lengths
+            return Packs(known if known and len(known) == len(rows) else self._measured(rows), self._room(), None)
+        self.lengths = self._measured(rows) if self.lengths is None else self.lengths
+        assert len(self.lengths) == len(rows), "the lengths are of other rows"
+        in_order = self.args.train_sampling_strategy == "sequential"
+        return Packs(self.lengths, self._room(), None if in_order else self._seed())
+
+    def describe_packing(self) -> str | None:
+        """One sentence on what packing does to the padding of the training rows; None where they are not packed."""
+        if not self.packing or isinstance(self.train_dataset, IterableDataset):
+            return None
+        packs, room, batch = len(self._packs(self.train_dataset, True)), self._room(), self.args.train_batch_size
+        lengths = np.random.default_rng(0).permutation(np.asarray(self.lengths))
+        padded = sum(
+            batch_of.max() * len(batch_of) for batch_of in np.split(lengths, range(batch, len(lengths), batch))
+        )
+        return (
+            f"Packed: {len(lengths):,} rows make {packs:,} packs of at most {room:,} tokens, of which "
+            f"{1 - lengths.sum() / (packs * room):.1%} stay empty; without packing, padding would be "
+            f"{1 - lengths.sum() / padded:.1%} of batches of {batch}."
+        )
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Compares two rows in one pack with the same rows apart, in the model as it will be trained.
+
+        Raises:
+            UserError: Their losses differ: something in the model lets a row see the one before it.
+        """
+        if not (self.packing or self.eval_packing):
+            return
+        collator, good = self._own_collator(), []
+        for row in itertools.islice(self.train_dataset, PROBED):
+            if length := _length(collator, row):
+                good.append((not row["images"], length, row))
+        rows = [row for *_, row in sorted(good, key=lambda each: each[:2])[:2]]
+        model, was_training = self.model, self.model.training
+        model.eval()
+        try:
+            apart, packed = map(self._losses_of, (rows, [{PACK: rows}])) if len(rows) == 2 else (torch.zeros(1),) * 2
+        finally:
+            model.train(was_training)
+        difference = float((packed - apart).double().square().mean().sqrt())
+        allowed = 0.05 if self.args.bf16 or self.args.fp16 or model.dtype != torch.float32 else 1e-3
+        if difference > allowed:
+            name = model.config.get_text_config().model_type
+            raise UserError(
+                f"sft.packing: in this model ({name}) a row of a pack sees the one before it: the losses of the rows "
+                f"{rows[0]['id']} and {rows[1]['id']} differ by {difference:.2g} a token from those of each alone "
+                f"(allowed {allowed:g}); set sft.packing=false."
+            )
+
+    def _losses_of(self, items: list[Any]) -> torch.Tensor:
+        batch = self._own_collator()(items)
+        inputs = self._prepare_inputs({name: value for name, value in batch.items() if isinstance(value, torch.Tensor)})
+        with self.compute_loss_context_manager():
+            return self.model(**inputs, supervised_only=True, use_cache=False).token_losses
+
+    def _room(self) -> int:
+        room = self._own_collator().max_length or self.args.max_length
+        if room is None:
+            raise UserError("Packing fills packs up to a length: give the collator or SFTConfig a `max_length`.")
+        return room
+
+    def _measured(self, rows: Any) -> list[int]:
+        collator = self._own_collator()
+        return [_length(collator, row) for row in rows]
+
+    def _own_collator(self) -> MultimodalCollator:
+        return getattr(self.data_collator, "collator", self.data_collator)  # without what is wrapped around it
+
+    def _seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Rows, not packs of them."""
+        rows = getattr(dataloader.dataset, "rows", None)
+        return super().num_examples(dataloader) if rows is None else len(rows)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != GROUPED:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.lengths is None:
-            collator = getattr(self.data_collator, "collator", self.data_collator)  # without what is wrapped around it
-            self.lengths = [_length(collator, row) for row in rows]
+        self.lengths = self._measured(rows) if self.lengths is None else self.lengths
         assert len(self.lengths) == len(rows), "the lengths are of other rows"
         args = self.args
         rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return ByLength(self.lengths, rows_a_step, args.seed if args.data_seed is None else args.data_seed)
+        return ByLength(self.lengths, rows_a_step, self._seed())
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         if self.args.train_sampling_strategy != GROUPED or eval_dataset is None:
@@ -71,7 +333,7 @@ class GroupsByLength:
         return SequentialSampler(eval_dataset)
 
 
-def _length(collator: MultimodalCollator, row: dict[str, Any]) -> int:
+def _length(collator: MultimodalCollator, row: Row) -> int:
     try:
         return len(collator.encode(row, with_images=False).chat.input_ids)
     except RowError:  # which its batch will say, or leave out

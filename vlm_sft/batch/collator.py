@@ -5,7 +5,7 @@ Three documented points, in the order a row passes them: `render`, `encode`, `co
 
 from __future__ import annotations
 
-import importlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from ..reading.video import Films
 from ..rows.messages import Message, unpacked
 from ..templates.render import RenderedChat
 from .box_text import write_boxes
+from .by_length import numbered
 from .encoding import EncodedChat, pad
 from .pictures import Pictures, check_frames, check_pictures, load_picture, name_of, picture_sizes
 from .processor import VLMProcessor
@@ -43,6 +44,8 @@ class Sample:
         instructions: What the user says beside each image, for a resampler that reads it.
         extra: Anything a subclass wants to carry to `collate`.
         names: Paths of the images, "" where one has none, for messages.
+        pack: Number of its pack in the batch, or None for a row alone.
+        rows: Of a pack that became one sample, its rows, each with its own `extra`.
     """
 
     chat: EncodedChat
@@ -53,13 +56,32 @@ class Sample:
     instructions: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    pack: int | None = None
+    rows: list[Sample] = field(default_factory=list)
+
+    @classmethod
+    def packed(cls, rows: Sequence[Sample]) -> Sample:
+        """The rows of a pack as one sample."""
+        weighed = any(row.loss_weights is not None for row in rows)
+        weights = [weight for row in rows for weight in row.loss_weights or [1.0] * len(row.chat.input_ids)]
+        return cls(
+            EncodedChat.packed([row.chat for row in rows]),
+            [image for row in rows for image in row.images],
+            ", ".join(row.id for row in rows),
+            sum(row.turns_lost for row in rows),
+            weights if weighed else None,
+            [text for row in rows for text in row.instructions],
+            names=[name for row in rows for name in row.names],
+            rows=list(rows),
+        )
 
 
 class MultimodalCollator:
     """Makes batches of rows `{"messages", "images", "source", "id"}`; what their `extras` say is put back first.
 
     Override `render` to change the text, `encode` to change ids, labels or loss weights of a row, `collate` to change
-    the batch. Everything runs in the data-loader workers; images are decoded here and nowhere earlier.
+    the batch; of packs (`by_length.PACK`) it gets each as one sample. Everything runs in the data-loader workers;
+    images are decoded here and nowhere earlier.
 
     Args:
         processor: The stack's processor.
@@ -99,7 +121,8 @@ class MultimodalCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Batches rows: (B, S) `input_ids`, `attention_mask`, `labels`, and what `image_inputs` makes of images.
 
-        An image that several rows show is decoded once.
+        Rows that come in packs stand behind each other, as `VLMProcessor.batch` says; one that is left out leaves no
+        gap. An image that several rows show is decoded once.
 
         Raises:
             RowError: A row cannot be trained on, and `drop_rejected` is off.
@@ -115,13 +138,15 @@ class MultimodalCollator:
 
         self._decoded = {}
         try:
-            for row in rows:
+            for pack, row in numbered(rows):
                 try:
                     row = unpacked(row)
                     if row.get("rejected"):  # a stream's row that could not be read
                         wrong = row["rejected"]
                         raise RowError(wrong["sentence"], where=row["id"], reason=wrong["reason"])
-                    samples.append((row, self.encode(row)))
+                    sample = self.encode(row)
+                    sample.pack = pack
+                    samples.append((row, sample))
                 except RowError as error:
                     reject(row, error)
         finally:
@@ -129,7 +154,7 @@ class MultimodalCollator:
         batch = self._collate_accepted(samples, reject)
         if batch is None:
             raise UserError(f"No row of a batch of {len(rows)} can be trained on; the last one: {rejected[-1][3]}")
-        seen = {SEEN: dict(Counter(str(row["source"]) for row in rows))} if self.count_rows else {}
+        seen = {SEEN: dict(Counter(str(row["source"]) for _, row in numbered(rows)))} if self.count_rows else {}
         return {**batch, **seen, REJECTED: rejected} if seen or rejected else batch
 
     def _collate_accepted(
@@ -139,7 +164,7 @@ class MultimodalCollator:
     ) -> dict[str, Any] | None:
         """The batch of rows, or of those whose pictures the image processor takes; None where none is left."""
         try:
-            return self.collate([sample for _, sample in samples]) if samples else None
+            return self.collate(self._packs([sample for _, sample in samples])) if samples else None
         except UserError:
             raise
         except Exception:  # image processors raise anything, and over the whole batch
@@ -152,7 +177,24 @@ class MultimodalCollator:
                     reject(row, error)
             if len(accepted) == len(samples):
                 raise
-            return self.collate(accepted) if accepted else None
+            return self.collate(self._packs(accepted)) if accepted else None
+
+    def _packs(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Samples with those of a pack as one; rows that are longer than they were measured to be make another."""
+        found: list[Sample] = []
+        for pack, rows in itertools.groupby(samples, lambda sample: sample.pack):
+            if pack is None:
+                found += rows
+                continue
+            held: list[Sample] = []
+            for row in rows:
+                length = sum(len(each.chat.input_ids) for each in (*held, row))
+                if held and self.max_length is not None and length > self.max_length:
+                    found.append(Sample.packed(held))
+                    held = []
+                held.append(row)
+            found.append(Sample.packed(held))
+        return found
 
     def check(self, sample: Sample) -> None:
         """Sends each picture of a row through the image processor by itself.
@@ -298,24 +340,3 @@ def _answers_within(labels: Sequence[int], length: int) -> int:
     """How many runs of learned tokens end within the first `length` of a row."""
     learned = np.array([*labels, IGNORED]) != IGNORED
     return int((learned[:-1] & ~learned[1:])[:length].sum())
-
-
-def load_collator_class(path: str) -> type[MultimodalCollator]:
-    """Finds a user's own collator by `package.module:Class`.
-
-    Raises:
-        UserError: The module or the class is not there, or is no `MultimodalCollator`.
-    """
-    module_name, _, class_name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except ImportError as error:
-        raise UserError(
-            f"collator: the module of {path!r} cannot be imported ({error}); is it installed, or in the "
-            f"folder you start from?"
-        ) from error
-    except AttributeError as error:
-        raise UserError(f"collator: the module {module_name!r} has no {class_name!r}.") from error
-    if not (isinstance(found, type) and issubclass(found, MultimodalCollator)):
-        raise UserError(f"collator: {path!r} is not a subclass of vlm_sft.MultimodalCollator.")
-    return found

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from ..base.names import ROW_LENGTHS
 from ..model.losses import supervised_positions
+from ..model.positions import row_numbers
 
 LABEL_POSITIONS = "label_positions"  # (P,) places of the supervised labels in the flattened labels
 IMAGE_TOKEN_COUNT = "image_token_count"  # how often the image token stands in the ids: an int, on no device
@@ -30,3 +32,21 @@ def counts_of(batch: Mapping[str, Any], image_token_id: int | None) -> dict[str,
     if isinstance(ids, torch.Tensor) and image_token_id is not None:
         found[IMAGE_TOKEN_COUNT] = int((ids == image_token_id).sum())
     return found
+
+
+def rows_and_tokens(batch: Mapping[str, torch.Tensor]) -> tuple[int | torch.Tensor, torch.Tensor]:
+    """How many rows a batch has, packed or not, and how many tokens they have, without padding."""
+    lengths = batch.get(ROW_LENGTHS)
+    if lengths is None:
+        return len(batch["input_ids"]), batch["attention_mask"].sum()
+    return (lengths > 0).sum(), lengths.sum()
+
+
+def owners_of(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """(B, S) a number for the row of each token, packed or not, and below which these numbers lie."""
+    sequences, length = batch["input_ids"].shape
+    numbers = torch.arange(sequences, device=batch["input_ids"].device)[:, None].expand(-1, length)
+    if (lengths := batch.get(ROW_LENGTHS)) is None:
+        return numbers, sequences
+    most = lengths.shape[1] + 1  # with what is padding
+    return numbers * most + row_numbers(lengths, length), sequences * most

@@ -42,12 +42,24 @@ class EncodedChat:
         labels: S labels, -100 outside the answers.
         num_images: Number of images the ids have room for.
         places: S flags, 1 where an image feature goes.
+        lengths: Of a pack, how many tokens each of its rows has; of one conversation, none.
     """
 
     input_ids: list[int]
     labels: list[int]
     num_images: int
     places: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    @classmethod
+    def packed(cls, chats: Sequence[EncodedChat]) -> EncodedChat:
+        """Conversations behind each other; the first token of each is learned no more, as none of its own is before."""
+        pack = cls([], [], sum(chat.num_images for chat in chats), lengths=[len(chat.input_ids) for chat in chats])
+        for chat in chats:
+            pack.input_ids += chat.input_ids
+            pack.labels += [IGNORED, *chat.labels[1:]]
+            pack.places += chat.places
+        return pack
 
     def append(self, token: int, learned: bool = False, place: bool = False) -> None:
         """Adds one token."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .counts import owners_of
+
 
 def with_other_images(
     inputs: dict[str, Any], image_token_id: int, per_image: int, spare: torch.Tensor | None
@@ -20,10 +22,11 @@ def with_other_images(
         spare: `pixel_values` of an earlier batch, or None.
 
     Returns:
-        The batch with exchanged images, and (B,) the rows of which all images were exchanged.
+        The batch with exchanged images, and the rows, by the numbers of `owners_of`, of which all were exchanged.
     """
     images = inputs.get("pixel_values")
-    counts = (inputs["input_ids"] == image_token_id).sum(1) // per_image
+    rows, count = owners_of(inputs)
+    counts = torch.bincount(rows[inputs["input_ids"] == image_token_id], minlength=count) // per_image
     if images is None:
         return inputs, torch.zeros_like(counts, dtype=torch.bool)
     owners = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)

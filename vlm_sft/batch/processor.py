@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..base.errors import UserError
-from ..base.names import IGNORED, IMAGE_TOKEN
+from ..base.names import IGNORED, IMAGE_TOKEN, ROW_LENGTHS
 from ..base.whole_files import check_entries
 from ..reading.images import grown_size, needed_side
 from ..rows.messages import Message
@@ -293,8 +293,10 @@ class VLMProcessor(ProcessorMixin):
     def batch(self, rows: Sequence[EncodedChat], side: str = "right", multiple_of: int | None = None) -> BatchFeature:
         """Pads rows to (B, S) `input_ids`, `attention_mask` and `labels`.
 
+        Packs have (B, R) `row_lengths` in place of the mask, by which the model keeps their rows apart.
+
         Args:
-            rows: Encoded conversations.
+            rows: Encoded conversations, or packs of them.
             side: `right` for training, `left` for generation.
             multiple_of: Rounds S up to a multiple (tensor cores like 8).
         """
@@ -304,13 +306,15 @@ class VLMProcessor(ProcessorMixin):
         lengths = np.array([[len(row.input_ids)] for row in rows])
         places = np.arange(longest)
         real = places < lengths if side == "right" else places >= longest - lengths
-        return BatchFeature(
-            {
-                "input_ids": pad([row.input_ids for row in rows], longest, self.tokenizer.pad_token_id, side),
-                "attention_mask": torch.from_numpy(real.astype(np.int64)),
-                "labels": pad([row.labels for row in rows], longest, IGNORED, side),
-            }
-        )
+        batch = {
+            "input_ids": pad([row.input_ids for row in rows], longest, self.tokenizer.pad_token_id, side),
+            "attention_mask": torch.from_numpy(real.astype(np.int64)),
+            "labels": pad([row.labels for row in rows], longest, IGNORED, side),
+        }
+        if rows[0].lengths:
+            del batch["attention_mask"]
+            batch[ROW_LENGTHS] = pad([row.lengths for row in rows], max(len(row.lengths) for row in rows), 0)
+        return BatchFeature(batch)
 
 
 def load_qformer_tokenizer(

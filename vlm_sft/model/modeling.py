@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -25,7 +19,7 @@ from ..base.names import INSTRUCTION
 from .configuration import VLMConfig, count_patches, image_size_of
 from .losses import VLMOutput, mean_loss, scaled_logits
 from .parts import Parts, mark_initialised, parts_from_config
-from .positions import ExactRotations
+from .positions import ExactRotations, kept_apart
 from .sharding import others_wait_for
 from .towers import keep_all_patches, read_features
 
@@ -135,6 +129,7 @@ class VLMModel(VLMPreTrainedModel):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         image_token_count: int | None = None,
+        row_lengths: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Puts the image features where the image tokens stand and runs the language model.
@@ -150,6 +145,7 @@ class VLMModel(VLMPreTrainedModel):
             qformer_attention_mask: (N, L), 1 for tokens and 0 for padding.
             image_token_count: How often the image token stands in `input_ids`; None to count, for which the host waits
                 until the device is done with what it has.
+            row_lengths: (B, R) in place of mask and positions, where rows are packed; see `kept_apart`.
             **kwargs: Passed on to the language model.
 
         Raises:
@@ -162,6 +158,8 @@ class VLMModel(VLMPreTrainedModel):
             inputs_embeds = self.embed(input_ids, pixel_values, image_token_count, **instruction)
         elif pixel_values is not None:
             raise ValueError("Give the images with input_ids: inputs_embeds leaves no place to put them.")
+        if row_lengths is not None:
+            attention_mask, position_ids = kept_apart(self.language_model.config, inputs_embeds, row_lengths)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

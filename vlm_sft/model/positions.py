@@ -1,4 +1,4 @@
-"""Positions: tables for another number of patches than they were trained with, and rotations that stay exact."""
+"""Positions: tables for other numbers of patches, rotations that stay exact, packed rows that each begin at zero."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
 
 # Towers that take images of any size: they fit their table to the image at every forward (DINOv2 is made for 518 pixels
 # and published with 224), or compute positions, or have none.
@@ -47,6 +49,47 @@ def fit_positions(table: torch.Tensor, shape: torch.Size, patches: int) -> torch
         return table
     rows = table.reshape(-1, table.shape[-1])
     return torch.cat([rows[:extra], resize_positions(rows[extra:], patches)]).reshape(shape)
+
+
+def row_numbers(row_lengths: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, R) lengths of packed rows → (B, `length`) number of the row that each token belongs to; R: it is padding."""
+    places = torch.arange(length, device=row_lengths.device).expand(len(row_lengths), -1).contiguous()
+    return torch.searchsorted(row_lengths.cumsum(1), places, right=True)
+
+
+def packed_positions(row_lengths: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, R) lengths of packed rows → (B, `length`) positions that begin at zero with each row, and with the padding.
+
+    Args:
+        row_lengths: Tokens of the rows that stand behind each other in a sequence; 0 where it has fewer than R.
+        length: Tokens of a sequence, padding included.
+    """
+    starts = F.pad(row_lengths.cumsum(1), (1, 0)).gather(1, row_numbers(row_lengths, length))
+    return torch.arange(length, device=row_lengths.device) - starts
+
+
+def kept_apart(
+    config: PreTrainedConfig, inputs_embeds: torch.Tensor, row_lengths: torch.Tensor
+) -> tuple[Any, torch.Tensor]:
+    """What a language model is given so that no packed row sees another: attention mask and positions.
+
+    transformers makes the mask, block-diagonal and causal, from positions that begin anew. Most language models do so
+    themselves; some (OPT, BioGPT, MPT) make theirs without positions and take one that is ready. One mask is not enough
+    where some layers look back less far than others, and such models all make their own.
+
+    Args:
+        config: Of the language model.
+        inputs_embeds: (B, S, D) what it reads.
+        row_lengths: (B, R) see `packed_positions`.
+    """
+    positions = packed_positions(row_lengths, inputs_embeds.shape[1])
+    short = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if {*(getattr(config, "layer_types", None) or ["short" if short else "full_attention"])} != {"full_attention"}:
+        return None, positions
+    mask = create_causal_mask(
+        config=config, inputs_embeds=inputs_embeds, attention_mask=None, past_key_values=None, position_ids=positions
+    )
+    return mask, positions
 
 
 class ExactRotations(nn.Module):

@@ -71,7 +71,7 @@ SFT = PassedOn(
         "train_sampling_strategy length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb",
         "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics do_train",
         "do_eval do_predict local_rank dataset_text_field dataset_num_proc eos_token max_length",
-        "shuffle_dataset packing_strategy pad_to_multiple_of eval_packing activation_offloading pad_token",
+        "shuffle_dataset packing packing_strategy pad_to_multiple_of eval_packing activation_offloading pad_token",
     ),
     mappings={
         "lr_scheduler_kwargs": None,
@@ -96,8 +96,7 @@ SFT = PassedOn(
         "torch_compile_backend": "code",
     },
     never={
-        "packing": "rows with images cannot be packed by TRL",
-        "padding_free": "rows with images cannot be flattened into one by TRL",
+        "padding_free": "rows that follow each other without padding are packs; write `packing: true`",
         "assistant_only_loss": _ANSWERS,
         "completion_only_loss": _ANSWERS,
         "label_smoothing_factor": _PLAIN_LOSS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from transformers import set_seed
 
 from ..base.errors import UserError
 from ..base.names import INSTRUCTION
-from ..batch.collator import MultimodalCollator, load_collator_class
+from ..batch.collator import MultimodalCollator
 from ..bundle.handover import hand_over
 from ..bundle.manifest import Provenance, read_manifest, stages_so_far
 from ..pieces.fingerprints import compare_pieces
@@ -59,6 +60,27 @@ def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> 
     return collator
 
 
+def load_collator_class(path: str) -> type[MultimodalCollator]:
+    """Finds a user's own collator by `package.module:Class`.
+
+    Raises:
+        UserError: The module or the class is not there, or is no `MultimodalCollator`.
+    """
+    module_name, _, class_name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise UserError(
+            f"collator: the module of {path!r} cannot be imported ({error}); is it installed, or in the "
+            f"folder you start from?"
+        ) from error
+    except AttributeError as error:
+        raise UserError(f"collator: the module {module_name!r} has no {class_name!r}.") from error
+    if not (isinstance(found, type) and issubclass(found, MultimodalCollator)):
+        raise UserError(f"collator: {path!r} is not a subclass of vlm_sft.MultimodalCollator.")
+    return found
+
+
 def build_trainer(
     recipe: Recipe,
     args: SFTConfig,
@@ -80,7 +102,7 @@ def build_trainer(
     Raises:
         UserError: A piece or the earlier stage does not fit.
     """
-    train_rows, eval_rows, notes, lengths = rows
+    train_rows, eval_rows, notes, *lengths = rows
     set_seed(args.seed)
     stack = build_stack(recipe, say, composed)
     if args.resume_from_checkpoint:
@@ -107,7 +129,10 @@ def build_trainer(
         provenance=Provenance(recipe, stack.pieces, notes, earlier),
         **recipe.watch.model_dump(),
     )
-    trainer.lengths = lengths
+    trainer.lengths, trainer.eval_lengths = lengths
+    trainer.mean_length = notes.get("train_rows", {}).get("mean_length") or trainer.mean_length
+    if packed := trainer.describe_packing():
+        say(packed)
     if recipe.lora_from == "continue" and not args.resume_from_checkpoint:
         fill_adapter(Path(str(recipe.init_from)), trainer.accelerator.unwrap_model(trainer.model))
     return trainer

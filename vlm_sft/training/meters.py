@@ -17,7 +17,7 @@ from torch import nn
 
 from ..base.console import make_console
 from ..batch.collator import REJECTED, SEEN
-from ..batch.counts import LABEL_POSITIONS
+from ..batch.counts import LABEL_POSITIONS, owners_of, rows_and_tokens
 from ..batch.image_swap import with_other_images
 from ..batch.processor import VLMProcessor
 from ..bundle.manifest import Provenance
@@ -26,7 +26,7 @@ from ..model.losses import supervised_positions
 
 Mode = Literal["train", "eval"]
 COUNTERS = (
-    *("hits", "supervised", "loss", "tokens", "samples", "wait_seconds", "step_seconds"),
+    *("hits", "supervised", "loss", "tokens", "samples", "places", "wait_seconds", "step_seconds"),
     *("own_loss", "other_loss", "image_tokens"),
 )
 
@@ -56,8 +56,9 @@ class Meters:
             inputs: The batch.
             hits: (P,) whether each supervised label was the most likely token.
         """
-        tokens, rows = inputs["attention_mask"].sum(), inputs["input_ids"].shape[0]
-        self.add(mode, hits=hits.sum(), supervised=hits.numel(), tokens=tokens, samples=rows)
+        rows, tokens = rows_and_tokens(inputs)
+        places = inputs["input_ids"].numel()
+        self.add(mode, hits=hits.sum(), supervised=hits.numel(), tokens=tokens, samples=rows, places=places)
 
     def add_wait(self, began: float) -> None:
         """The batches of a step are there; `began` is when the trainer asked for them."""
@@ -92,7 +93,7 @@ class Meters:
         labels = inputs["labels"]
         positions = inputs.get(LABEL_POSITIONS)
         positions = supervised_positions(labels) if positions is None else positions
-        chosen = complete[positions // labels.shape[1]]
+        chosen = complete[owners_of(inputs)[0].flatten()[positions]]
         own_loss, other_loss = (torch.where(chosen, losses, 0).sum() for losses in (own, other))
         self.add("eval", own_loss=own_loss, other_loss=other_loss, image_tokens=chosen.sum())
 
@@ -131,6 +132,7 @@ class Meters:
             logs["tokens_per_second"] = sums["tokens"] / busy
             logs["samples_per_second"] = sums["samples"] / busy
             logs["data_wait_share"] = waited / busy
+            logs["padding_share"] = 1 - sums["tokens"] / sums["places"] if sums["places"] else 0.0
         if mode == "train" and "learning_rate" in logs:  # which is the first group's
             rates = {group["part"]: group["lr"] for group in groups if "part" in group}
             logs.update({f"learning_rate_{part}": rate for part, rate in rates.items()} if len(rates) > 1 else {})

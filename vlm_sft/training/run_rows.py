@@ -33,13 +33,15 @@ class RunRows(NamedTuple):
         eval: Evaluation rows, or None.
         notes: What goes into the bundle: `train_rows` and `eval_rows` as `summary` gives them, and `ledger`, which has
             `train` and `eval` as `Ledger.as_dict` gives them.
-        lengths: Tokens of each training row, where the run groups rows by them; else None.
+        lengths: Tokens of each training row, where the run groups or packs rows by them; else None.
+        eval_lengths: Tokens of each evaluation row, where the run packs them; else None.
     """
 
     train: Dataset | IterableDataset
     eval: Dataset | None
     notes: dict[str, Any]
     lengths: list[int] | None = None
+    eval_lengths: list[int] | None = None
 
 
 FIRST_ROWS = 1000  # of each source of a stream, looked over before the first step
@@ -74,9 +76,11 @@ def load_rows(
     seen = {} if seen is None else seen
     seen["train"] = Ledger(data.max_rejected) if data.streaming else ledgers["train"]
     seed = args.data_seed or args.seed
-    grouped = args.train_sampling_strategy == GROUPED and not data.streaming
+    packed, eval_packed = args.packing, args.packing if args.eval_packing is None else args.eval_packing
+    grouped = (args.train_sampling_strategy == GROUPED or packed) and not data.streaming
     look = partial(_look_over, data=data, collator=collator, console=console)
     lengths: list[int] | None = None
+    eval_lengths: list[int] | None = None
     if data.streaming:
         shards = args.world_size * max(1, args.dataloader_num_workers)
         first, ledger = seen["train"], ledgers["train"]
@@ -94,12 +98,13 @@ def load_rows(
     rows = None
     if data.eval:
         ledgers["eval"] = seen["eval"] = Ledger(data.max_rejected)
-        rows, notes["eval_rows"], _ = _load_set(
-            "eval", data.eval, ledgers["eval"], look, console, "proportional", seed=args.seed
+        look_at = partial(look, sampled=not eval_packed)
+        rows, notes["eval_rows"], eval_lengths = _load_set(
+            "eval", data.eval, ledgers["eval"], look_at, console, "proportional", seed=args.seed
         )
     console.print(ledger_table(ledgers))
     notes["ledger"] = {name: ledger.as_dict() for name, ledger in ledgers.items()}
-    return RunRows(train, rows, notes, lengths if grouped else None)
+    return RunRows(train, rows, notes, lengths if grouped else None, eval_lengths if eval_packed else None)
 
 
 def _load_stream(

@@ -98,6 +98,7 @@ class VLMSFTTrainer(GroupsByLength, SFTTrainer):
         self.ledgers = ledgers_of(provenance)
         self._notes: str | None = None  # where data-loader workers note the rows that they have in hand
         args.remove_unused_columns = False  # the collator needs every column
+        args = self.take_packing(args)
         if args.ddp_find_unused_parameters is None:
             # Every batch gives every trained parameter a gradient (VLMModel.embed), so there is nothing to search;
             # but a tower's pooling head, and its layers behind `feature_layer`, are never reached.

@@ -29,6 +29,7 @@ from ..base.interrupts import SIGNALS, shield_worker
 from ..base.names import STRANGE_STEPS
 from ..base.whole_files import read_text
 from ..base.words import reason_of
+from ..batch.by_length import numbered
 from ..batch.counts import counts_of
 from ..bundle.run_folder import newest
 from ..model.towers import fails_on_pictures
@@ -79,7 +80,7 @@ class WatchedCollator:
         except Exception as error:
             raise RuntimeError(f"{self._culprit(rows)}: {type(error).__name__}: {error}") from error
         known = self.counts(batch) if self.counts else {}
-        return {**known, **batch, ROW_IDS: [str(row["id"]) for row in rows]}
+        return {**known, **batch, ROW_IDS: [str(row["id"]) for _, row in numbered(rows)]}
 
     def _note(self, worker: int, rows: Sequence[dict[str, Any]]) -> None:
         if not self._shielded:
@@ -90,7 +91,7 @@ class WatchedCollator:
 
     def _culprit(self, rows: Sequence[dict[str, Any]]) -> str:
         """The row that fails by itself, or all where only the batch does."""
-        for row in rows:
+        for _, row in numbered(rows):
             try:
                 self.collator([row])
             except Exception:  # whatever it is: the caller raises it with this row's name
@@ -101,7 +102,7 @@ class WatchedCollator:
 def describe(rows: Sequence[dict[str, Any]]) -> str:
     """`row a/1 (cat.jpg), row a/2`."""
     words = []
-    for row in rows:
+    for _, row in numbered(rows):
         images = [image for image in row.get("images") or () if isinstance(image, dict)]
         paths = [str(image["path"]) for image in images if image.get("path")]
         words.append(f"row {row['id']}" + (f" ({', '.join(paths)})" if paths else ""))
@@ -193,6 +194,12 @@ class Watch(TrainerCallback):
             if ids:
                 error.add_note(f"in a batch of the rows {', '.join(ids)}")
             raise
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Looks that packed rows are kept apart."""
+        self.trainer.check_packing()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
