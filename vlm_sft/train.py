@@ -103,8 +103,12 @@ def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Consol
     trainer.save_model(str(folder))
     trainer.save_state()
     model = trainer.accelerator.unwrap_model(trainer.model)
+    collator.kept = None  # what is proven is the bundle, which has no cache
     batch = _first_batch(trainer, collator)
-    logits = probe_logits(model, batch)  # on every process: each may hold a share of the weights
+    probe = batch if trainer.prefix is None else trainer.prefix.for_parity(batch, trainer.args.device)
+    logits = probe_logits(model, probe)  # on every process: each may hold a share of the weights
+    if trainer.prefix is not None:
+        trainer.prefix.release()
     trainer.release()  # the fresh process needs the room
     if trainer.is_world_process_zero():
         history = trainer.state.log_history

@@ -9,6 +9,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ..templates.render import RenderedChat
 from .box_text import write_boxes
 from .by_length import numbered
 from .encoding import EncodedChat, pad
-from .pictures import Pictures, check_frames, check_pictures, load_picture, name_of, picture_sizes
+from .pictures import KeepsFeatures, Pictures, check_frames, check_pictures, load_picture, name_of, picture_sizes
 from .processor import VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
@@ -96,11 +97,13 @@ class MultimodalCollator:
         drop_rejected: Leaves a row that cannot be trained on out of its batch and names it in the batch's
             `rejected_rows`, instead of raising.
         count_rows: Says in each batch's `seen_rows` how many rows of each source came.
+        kept: Gives the features of pictures that need not go through the vision tower; None sends all of them.
     """
 
     fetch: Callable[[str], str] | None = None
     drop_rejected: bool = False
     count_rows: bool = False
+    kept: KeepsFeatures | None = None
     _decoded: dict[tuple[Any, ...], Image.Image] | None = None
     _films: Films | None = None  # of the row that is encoded
 
@@ -242,13 +245,17 @@ class MultimodalCollator:
             if not any(label != IGNORED for label in chat.labels):
                 sentence = f"{where}: no token would be in the loss; give the row an answer from the assistant."
                 raise RowError(sentence, where=where, reason="no answer")
-            decoded = [self.decode(image, where) for image in images] if with_images else []
+            decoded = [self._picture(image, where) for image in images] if with_images else []
         finally:
             self._films.close()
             self._films = None
         lost, instructions = (len(messages) - kept + 1) // 2, self.processor.instructions(messages[:kept])
         names = [name_of(image) for image in images]
         return Sample(chat, decoded, str(row["id"]), turns_lost=lost, instructions=instructions, names=names)
+
+    def _picture(self, image: Mapping[str, Any], where: str) -> Image.Image:
+        decode = partial(self.decode, image, where)
+        return decode() if self.kept is None else self.kept.picture(image, decode)
 
     def decode(self, image: Mapping[str, Any], where: str) -> Image.Image:
         """One image of a row as RGB; within a batch, the same picture for the same file or bytes.
@@ -328,7 +335,8 @@ class MultimodalCollator:
         batch = dict(self.processor.batch(chats, multiple_of=self.pad_to_multiple_of))
         images = [image for sample in samples for image in sample.images]
         instructions = [text for sample in samples for text in sample.instructions]
-        batch.update(self.processor.image_inputs(images, instructions))
+        made = self.kept.image_inputs(self.processor, images, instructions) if self.kept else None
+        batch.update(self.processor.image_inputs(images, instructions) if made is None else made)
         if any(sample.loss_weights is not None for sample in samples):
             given = [(sample.loss_weights, len(sample.chat.input_ids)) for sample in samples]
             weights = [[1.0] * length if each is None else each for each, length in given]

@@ -24,16 +24,18 @@ def with_other_images(
     Returns:
         The batch with exchanged images, and the rows, by the numbers of `owners_of`, of which all were exchanged.
     """
-    images = inputs.get("pixel_values")
+    name = "image_features" if "image_features" in inputs else "pixel_values"  # a cache gives features in their place
+    images = inputs.get(name)
     rows, count = owners_of(inputs)
     counts = torch.bincount(rows[inputs["input_ids"] == image_token_id], minlength=count) // per_image
     if images is None:
         return inputs, torch.zeros_like(counts, dtype=torch.bool)
     owners = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    swapped, exchanged = exchange_images(_flat(images), owners, None if spare is None else _flat(spare))
+    flat = (lambda tensor: tensor) if name == "image_features" else _flat
+    swapped, exchanged = exchange_images(flat(images), owners, None if spare is None else flat(spare))
     left = torch.zeros_like(counts, dtype=torch.bool)
     left[owners[~exchanged]] = True
-    return {**inputs, "pixel_values": swapped.view_as(images)}, (counts > 0) & ~left
+    return {**inputs, name: swapped.view_as(images)}, (counts > 0) & ~left
 
 
 def _flat(images: torch.Tensor) -> torch.Tensor:

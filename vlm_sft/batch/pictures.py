@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -19,6 +19,9 @@ from ..base.words import reason_of
 from ..reading.images import image_size, load_image, too_long
 from ..reading.video import Films
 from ..rows.videos import shows_frames
+
+if TYPE_CHECKING:
+    from .processor import VLMProcessor
 
 BLANK = (64, 64)  # (width, height) of a picture that every image processor and tower takes
 NO_SIDE = re.compile(r"Size must contain .*(height|width)=0\b")
@@ -39,6 +42,18 @@ class ReadsPictures(Protocol):
 
     def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str]) -> dict[str, torch.Tensor]:
         """What the model takes for images."""
+
+
+class KeepsFeatures(Protocol):
+    """What is asked of a cache of features; see `cache.prefix.Kept`."""
+
+    def picture(self, image: Mapping[str, Any], decode: Callable[[], Image.Image]) -> Image.Image:
+        """The picture, decoded only where its features are not kept."""
+
+    def image_inputs(
+        self, processor: VLMProcessor, images: Sequence[Image.Image], instructions: Sequence[str]
+    ) -> dict[str, Any]:
+        """What a batch has of such pictures."""
 
 
 class Pictures(NamedTuple):

@@ -240,8 +240,12 @@ class VLMProcessor(ProcessorMixin):
         pixel_values = self.encode_images(images)
         if pixel_values is None:
             return {}
+        return {"pixel_values": pixel_values, **self.instruction_inputs(instructions)}
+
+    def instruction_inputs(self, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """(N, L) `INSTRUCTION` of N texts, where the resampler reads them; else nothing."""
         if self.qformer_tokenizer is None:
-            return {"pixel_values": pixel_values}
+            return {}
         text = self.qformer_tokenizer(
             list(instructions),
             padding=True,
@@ -250,11 +254,7 @@ class VLMProcessor(ProcessorMixin):
             return_tensors="pt",
             split_special_tokens=True,
         )
-        return {
-            "pixel_values": pixel_values,
-            "qformer_input_ids": text["input_ids"],
-            "qformer_attention_mask": text["attention_mask"],
-        }
+        return {"qformer_input_ids": text["input_ids"], "qformer_attention_mask": text["attention_mask"]}
 
     # -- files ------------------------------------------------------------------------------------------------------
 

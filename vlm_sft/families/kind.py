@@ -27,11 +27,15 @@ class Composed(NamedTuple):
         config: Its configuration, every size checked against the next.
         processor: Its processor.
         pieces: Part → the piece that it is loaded from.
+        cached: Parts whose features are given to the model, and so are not loaded.
+        features: (T, W) of the features behind the last of these.
     """
 
     config: PreTrainedConfig
     processor: VLMProcessor
     pieces: dict[str, Piece[Any]]
+    cached: tuple[str, ...] = ()
+    features: tuple[int, int] = (0, 0)
 
 
 class Kind(Protocol):

@@ -167,6 +167,11 @@ class FreezePlan:
                 row.total += size
                 row.trained += size if parameter.requires_grad else 0
                 row.dtypes.add(_type_name(parameter))
+        for part, (_, module) in part_modules(model).items():
+            if (empty := getattr(module, "empty", None)) is not None:  # `parts.Cached`, whose features are given
+                rows[part].kind = type(empty).__name__
+                rows[part].total = sum(_size(parameter) for parameter in empty.parameters())
+                rows[part].dtypes = {"cached"}
         return list(rows.values())
 
     def table(self, model: nn.Module) -> Table:

@@ -16,12 +16,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..base.names import INSTRUCTION
-from .configuration import VLMConfig, count_patches, image_size_of
+from .configuration import VLMConfig, image_size_of
 from .losses import VLMOutput, mean_loss, scaled_logits
-from .parts import Parts, mark_initialised, parts_from_config
+from .parts import Cached, Parts, mark_initialised, parts_from_config
 from .positions import ExactRotations, kept_apart
 from .sharding import others_wait_for
-from .towers import keep_all_patches, read_features
+from .towers import keep_all_patches, resample, see
 
 
 class VLMPreTrainedModel(ExactRotations, PreTrainedModel):
@@ -92,31 +92,25 @@ class VLMModel(VLMPreTrainedModel):
         Raises:
             ValueError: The resampler reads the instruction and there is none, or not one for each image.
         """
-        tower, layer = self.vision_tower, self.config.vision_feature_layer
-        pixel_values = pixel_values.to(tower.dtype)
-        whole = self.config.vision_feature_select != "patch"
-        patches = 0 if whole else count_patches(self.config.vision_config, *pixel_values.shape[-2:])
-        features = read_features(tower, pixel_values, layer, self.config.tower_width, patches)
-        if self.resampler is None:
-            return features
-        if getattr(self.resampler, "reads_instruction", False):
-            ids = instruction.get("qformer_input_ids")
-            if ids is None or len(ids) != len(features):
-                raise ValueError(
-                    f"The resampler reads the instruction of each image: give qformer_input_ids with {len(features)} "
-                    f"rows (got {'none' if ids is None else len(ids)}); the processor makes them."
-                )
-        else:
-            instruction = {}
-        # In the type of its own weights, fp32 by default, also under autocast: in fp16 a Q-Former is known to diverge
-        # (LAVIS#267), and it must give in training what it gives later.
-        with torch.autocast(features.device.type, enabled=False):
-            return self.resampler(features, **instruction)
+        features = see(self.vision_tower, self.config, pixel_values)
+        return features if self.resampler is None else resample(self.resampler, features, **instruction)
 
-    def get_image_features(self, pixel_values: torch.Tensor, **instruction: torch.Tensor | None) -> torch.Tensor:
-        """The whole image path: (N, 3, H, W) → (N, T, D); see `encode_images` for the instruction."""
-        features = self.encode_images(pixel_values, **instruction)
-        return self.projector(features.to(next(self.projector.parameters()).dtype))
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **instruction: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The whole image path: (N, 3, H, W) → (N, T, D); see `encode_images` for the instruction.
+
+        `image_features` in place of pixels are (N, T, W): what comes out of the last part that is `Cached`.
+        """
+        if image_features is None:
+            assert pixel_values is not None
+            image_features = self.encode_images(pixel_values, **instruction)
+        elif self.resampler is not None and not isinstance(self.resampler, Cached):
+            image_features = resample(self.resampler, image_features, **instruction)
+        return self.projector(image_features.to(next(self.projector.parameters()).dtype))
 
     def forward(
         self,
@@ -130,6 +124,7 @@ class VLMModel(VLMPreTrainedModel):
         qformer_attention_mask: torch.Tensor | None = None,
         image_token_count: int | None = None,
         row_lengths: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Puts the image features where the image tokens stand and runs the language model.
@@ -146,6 +141,7 @@ class VLMModel(VLMPreTrainedModel):
             image_token_count: How often the image token stands in `input_ids`; None to count, for which the host waits
                 until the device is done with what it has.
             row_lengths: (B, R) in place of mask and positions, where rows are packed; see `kept_apart`.
+            image_features: (N, T, W) in place of `pixel_values`; see `get_image_features`.
             **kwargs: Passed on to the language model.
 
         Raises:
@@ -154,8 +150,9 @@ class VLMModel(VLMPreTrainedModel):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give input_ids or inputs_embeds.")
-            instruction = dict(zip(INSTRUCTION, (qformer_input_ids, qformer_attention_mask), strict=True))
-            inputs_embeds = self.embed(input_ids, pixel_values, image_token_count, **instruction)
+            given = dict(zip(INSTRUCTION, (qformer_input_ids, qformer_attention_mask), strict=True))
+            given["image_features"] = image_features
+            inputs_embeds = self.embed(input_ids, pixel_values, image_token_count, **given)
         elif pixel_values is not None:
             raise ValueError("Give the images with input_ids: inputs_embeds leaves no place to put them.")
         if row_lengths is not None:
@@ -173,7 +170,7 @@ class VLMModel(VLMPreTrainedModel):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         image_token_count: int | None = None,
-        **instruction: torch.Tensor | None,
+        **given: torch.Tensor | None,
     ) -> torch.Tensor:
         """(B, S) ids and (N, 3, H, W) images → (B, S, D) embeddings with the image features in place.
 
@@ -184,20 +181,23 @@ class VLMModel(VLMPreTrainedModel):
         rows = getattr(table, "original_module", table).num_embeddings
         embeds = table(torch.where(image_mask | (input_ids >= rows), 0, input_ids))
         tokens = int(image_mask.sum()) if image_token_count is None else image_token_count
-        if pixel_values is None:
+        if pixel_values is None and given.get("image_features") is None:
             self._check_image_count(tokens, 0)
             parts = (part for part in (self.vision_tower, self.resampler, self.projector) if part is not None)
             path = (p for part in parts for p in part.parameters())
             return embeds + self._zero_from_image_path(embeds) if others_wait_for(path, self.training) else embeds
-        features = self.get_image_features(pixel_values, **instruction)
+        features = self.get_image_features(pixel_values, **given)
         self._check_image_count(tokens, features.shape[0] * features.shape[1])
         features = features.to(embeds.device, embeds.dtype).flatten(0, 1)
         return embeds.masked_scatter(image_mask.unsqueeze(-1), features)
 
     def _zero_from_image_path(self, like: torch.Tensor) -> torch.Tensor:
-        blank = torch.zeros(1, 3, *image_size_of(self.config.vision_config), device=like.device)
-        instruction = torch.zeros(1, 1, dtype=torch.long, device=like.device)
-        features = self.get_image_features(blank, qformer_input_ids=instruction)
+        given = {"qformer_input_ids": torch.zeros(1, 1, dtype=torch.long, device=like.device)}
+        if isinstance(self.vision_tower, Cached):
+            given["image_features"] = torch.zeros(1, *self.vision_tower.shape, device=like.device)
+        else:
+            given["pixel_values"] = torch.zeros(1, 3, *image_size_of(self.config.vision_config), device=like.device)
+        features = self.get_image_features(**given)
         return (features.float().sum() * 0.0).to(like.dtype)  # fp16 would not hold the sum, and infinity times 0 is NaN
 
     def _check_image_count(self, tokens: int, features: int) -> None:
@@ -255,9 +255,9 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         """Replaces the head of the language model."""
         self.lm_head = new_embeddings
 
-    def get_image_features(self, pixel_values: torch.Tensor, **instruction: torch.Tensor | None) -> torch.Tensor:
-        """The whole image path: (N, 3, H, W) → (N, T, D); see `VLMModel.encode_images` for the instruction."""
-        return self.model.get_image_features(pixel_values, **instruction)
+    def get_image_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The whole image path: (N, 3, H, W) → (N, T, D); see `VLMModel.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
 
     def generation_inputs(self, batch: dict[str, torch.Tensor], beams: int) -> dict[str, torch.Tensor]:
         """What `generate` takes of a batch. No ids: a penalty on repetition would look up the placeholder's in vain."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.blip.modeling_blip import BlipVisionModel
@@ -37,6 +39,29 @@ class Parts:
     causal_lm: PreTrainedModel
 
 
+class Cached(nn.Module):
+    """Stands in the place of a frozen part whose features are given to the model: it has no weights.
+
+    Args:
+        empty: The part on the meta device, which says what it would be.
+        shape: (T, W) of a picture's features behind the last part that is `Cached`.
+    """
+
+    def __init__(self, empty: nn.Module, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self._empty, self.shape = (empty,), shape  # in a tuple: its weights are not the model's
+
+    @property
+    def empty(self) -> nn.Module:
+        """The part on the meta device."""
+        return self._empty[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the part would have."""
+        return next(self.empty.parameters()).dtype
+
+
 def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """Makes the encoder that a vision configuration describes, with random weights.
 
@@ -62,6 +87,16 @@ def parts_from_config(config: VLMConfig) -> Parts:
     projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
     causal_lm = AutoModelForCausalLM.from_config(config.text_config)
     return Parts(build_vision_tower(config.vision_config), resampler, projector, causal_lm)
+
+
+def empty_part(config: VLMConfig, part: str) -> nn.Module:
+    """`vision_tower` or `resampler` of a configuration on the meta device."""
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        if part == "vision_tower":
+            return build_vision_tower(config.tower)
+        assert config.resampler_type is not None
+        return build_resampler(config.resampler_type, config.resampler_config, config.num_query_tokens)
 
 
 def mark_initialised(module: nn.Module | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..base.names import INSTRUCTION
+from .configuration import VLMConfig, count_patches
 from .freeze import part_modules
 
 
@@ -25,6 +26,35 @@ def _all_patches(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     order = torch.arange(sequence.shape[1], device=sequence.device).expand(sequence.shape[:2])
     return sequence, torch.zeros(sequence.shape[:2], device=sequence.device), order
+
+
+def see(tower: nn.Module, config: VLMConfig, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What a stack takes from its tower: (N, 3, H, W) → (N, P, V)."""
+    pixel_values = pixel_values.to(tower.dtype)
+    whole = config.vision_feature_select != "patch"
+    patches = 0 if whole else count_patches(config.tower, *pixel_values.shape[-2:])
+    return read_features(tower, pixel_values, config.vision_feature_layer, config.tower_width, patches)
+
+
+def resample(resampler: nn.Module, features: torch.Tensor, **instruction: torch.Tensor | None) -> torch.Tensor:
+    """(N, P, V) of a tower → (N, Q, R).
+
+    Raises:
+        ValueError: The resampler reads the instruction and there is none, or not one for each image.
+    """
+    if getattr(resampler, "reads_instruction", False):
+        ids = instruction.get("qformer_input_ids")
+        if ids is None or len(ids) != len(features):
+            raise ValueError(
+                f"The resampler reads the instruction of each image: give qformer_input_ids with {len(features)} "
+                f"rows (got {'none' if ids is None else len(ids)}); the processor makes them."
+            )
+    else:
+        instruction = {}
+    # In the type of its own weights, fp32 by default, also under autocast: in fp16 a Q-Former is known to diverge
+    # (LAVIS#267), and it must give in training what it gives later.
+    with torch.autocast(features.device.type, enabled=False):
+        return resampler(features, **instruction)
 
 
 def read_features(tower: nn.Module, pixel_values: torch.Tensor, layer: int, width: int, patches: int) -> torch.Tensor:
@@ -82,7 +112,8 @@ def fails_on_pictures(model: nn.Module, inputs: Mapping[str, Any], error: Except
                 idle()
             else:
                 instruction = {name: inputs[name][:1] for name in INSTRUCTION if name in inputs}
-                core.get_image_features(torch.zeros_like(inputs["pixel_values"][:1]), **instruction)
+                name = "pixel_values" if "pixel_values" in inputs else "image_features"
+                core.get_image_features(**{name: torch.zeros_like(inputs[name][:1])}, **instruction)
     except Exception:
         return False
     return True

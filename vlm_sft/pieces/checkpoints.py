@@ -154,6 +154,10 @@ class Checkpoint:
             self._paths[name] = fetch_file(self.pretrained, name, self.revision, self.key)
         return self._paths[name]
 
+    def paths_of(self, names: Iterable[str]) -> list[str]:
+        """The files on this machine that hold these tensors."""
+        return [self._path(file) for file in sorted({self.files[name] for name in names})]
+
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Reads these tensors and no others."""
         return {name: tensor for name, _, tensor in self._walk(names, sample=False)}

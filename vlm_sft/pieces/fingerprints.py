@@ -20,10 +20,8 @@ def entries_of(pieces: Mapping[str, Piece[Any]], model: nn.Module) -> dict[str, 
     """What a bundle says of each piece: where it came from, and a fingerprint of its tensors there."""
     entries: dict[str, dict[str, Any]] = {}
     for part, piece in pieces.items():
-        names = None
-        if part in ("vision_tower", "resampler"):  # often inside a larger checkpoint
-            origins = piece.origins or _find(piece, model.get_submodule(f"model.{part}"))
-            names = [name for origin in origins.values() for name in origin.names] or None
+        inside = part in ("vision_tower", "resampler")  # often inside a larger checkpoint
+        names = names_of(piece, model.get_submodule(f"model.{part}")) if inside else None
         entry = {
             "pretrained": piece.pretrained,
             "revision": piece.spec.revision,
@@ -37,6 +35,12 @@ def entries_of(pieces: Mapping[str, Piece[Any]], model: nn.Module) -> dict[str, 
             entry["more"] = [str(Path(path).resolve()) for path in more]
         entries[part] = entry
     return entries
+
+
+def names_of(piece: Piece[Any], module: nn.Module) -> list[str] | None:
+    """The tensors of a part in its checkpoint, by the part or by what stands for it; None for all there are."""
+    origins = piece.origins or _find(piece, getattr(module, "empty", module))
+    return [name for origin in origins.values() for name in origin.names] or None
 
 
 def _find(piece: Piece[Any], module: nn.Module) -> dict[str, Origin]:

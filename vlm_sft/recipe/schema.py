@@ -24,7 +24,7 @@ from ..base.names import MANIFEST, PARTS
 from ..base.whole_files import check_regular
 from ..base.words import closest
 from .rules import first_broken_rule
-from .sections import BoxNotation, Data, Hub, LanguageModel, PretrainedModel, RecipeModel, Stack, Watch
+from .sections import BoxNotation, Data, Dtype, Hub, LanguageModel, PretrainedModel, RecipeModel, Stack, Watch
 from .yaml_file import KeyPath, YamlFile, dump_yaml
 
 _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
@@ -37,6 +37,17 @@ if TYPE_CHECKING:
     Limits = RecipeModel
 else:
     Limits = create_model("Limits", __base__=RecipeModel, __doc__="What may be taken before it is refused.", **_LIMITS)
+
+
+class Cache(RecipeModel):
+    """Features of frozen parts, kept on disk for the next epoch, stage and run; see docs/cache.md."""
+
+    path: str
+    """Folder; several recipes and runs may share one."""
+    dtype: Dtype | None = None
+    """Type that features are kept in. Unset: as the frozen parts give them, so that nothing is rounded."""
+    max_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Largest size of the folder in GB; what does not fit goes through the tower each time. Unset: the disk's."""
 
 
 class Recipe(RecipeModel):
@@ -72,6 +83,8 @@ class Recipe(RecipeModel):
     """Your own collator, `package.module:Class`. Unset: `MultimodalCollator`."""
     collator_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the collator."""
+    cache: Cache | None = None
+    """Keeps what frozen vision tower and resampler give for each image, so that they run once; see docs/cache.md."""
     sft: dict[str, Any] = Field(json_schema_extra=_SFT_SCHEMA)
     """Arguments of `trl.SFTConfig`, passed on as they are. `output_dir` is required."""
     watch: Watch = Field(default_factory=Watch)

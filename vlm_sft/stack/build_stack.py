@@ -109,7 +109,7 @@ def plan_of(recipe: Recipe) -> FreezePlan:
 
 @torch.no_grad()
 def match_embeddings(
-    model: VLMForConditionalGeneration, pixel_values: torch.Tensor, **instruction: torch.Tensor | None
+    model: VLMForConditionalGeneration, pixel_values: torch.Tensor | None = None, **images: torch.Tensor | None
 ) -> float:
     """Scales the projector so that its output has the root mean square of the language model's embeddings.
 
@@ -117,8 +117,8 @@ def match_embeddings(
 
     Args:
         model: The composed model.
-        pixel_values: (N, 3, H, W) a few real images.
-        **instruction: Their instructions as a batch holds them, for a resampler that reads those.
+        pixel_values: (N, 3, H, W) a few real images; None where features of them are given.
+        **images: Their features as a cache gives them, and their instructions for a resampler that reads those.
 
     Returns:
         The factor that was applied.
@@ -128,7 +128,7 @@ def match_embeddings(
     target = table(rows).float().pow(2).mean().sqrt()  # Gemma 3 scales what it reads from its table
     was_training = model.training
     model.eval()
-    measured = model.get_image_features(pixel_values, **instruction).float().pow(2).mean().sqrt()
+    measured = model.get_image_features(pixel_values, **images).float().pow(2).mean().sqrt()
     model.train(was_training)
     factor = float(target / measured)
     last: nn.Linear = model.model.projector.last_linear

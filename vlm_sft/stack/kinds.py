@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -17,7 +18,7 @@ from ..families.build_family import FamilyKind
 from ..families.kind import Composed, Kind
 from ..model.connectors import build_projector
 from ..model.modeling import VLMForConditionalGeneration
-from ..model.parts import Parts
+from ..model.parts import Cached, Parts, empty_part
 from ..model.positions import cast
 from ..pieces.beside import check_processor, check_tokenizer
 from ..pieces.expected import IMAGES, TOKENIZER, laid_out
@@ -64,8 +65,16 @@ class StackKind:
     ) -> VLMForConditionalGeneration:
         """See `Kind`."""
         config, pieces = composed.config, composed.pieces
-        tower = load_vision_tower(pieces["vision_tower"], dtypes["vision_tower"])
-        resampler = load_resampler(pieces["resampler"]) if "resampler" in pieces else None
+        tower: nn.Module
+        resampler: nn.Module | None = None
+        if "vision_tower" in composed.cached:
+            tower = Cached(empty_part(config, "vision_tower").to(dtypes["vision_tower"]), composed.features)
+        else:
+            tower = load_vision_tower(pieces["vision_tower"], dtypes["vision_tower"])
+        if "resampler" in composed.cached:
+            resampler = Cached(empty_part(config, "resampler"), composed.features)
+        elif "resampler" in pieces:
+            resampler = load_resampler(pieces["resampler"])
         projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
         if (spec := recipe.parts.projector).pretrained:
             load_projector_weights(projector, spec.pretrained, spec.revision)

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 from transformers import set_seed
 
 from ..base.errors import UserError
-from ..base.names import INSTRUCTION
+from ..base.names import ADAPTER, INSTRUCTION
 from ..batch.collator import MultimodalCollator
 from ..bundle.handover import hand_over
 from ..bundle.manifest import Provenance, read_manifest, stages_so_far
+from ..cache.prefix import FEATURES, PIXELS, Prefix, find_prefix
+from ..model.freeze import part_of
 from ..pieces.fingerprints import compare_pieces
 from ..reading.fetch import Fetcher
 from ..recipe.safety import refuse_strange_collator
-from ..stack.adapters import fill_adapter
+from ..stack.adapters import fill_adapter, read_tensors
 from ..stack.build_stack import build_stack, match_embeddings
 from ..stack.lora import lora_config
 from .trainer import VLMSFTTrainer
@@ -103,6 +105,10 @@ def build_trainer(
         UserError: A piece or the earlier stage does not fit.
     """
     train_rows, eval_rows, notes, *lengths = rows
+    prefix = open_prefix(recipe, composed, collator, args.resume_from_checkpoint, say)
+    if prefix is not None:
+        composed = composed._replace(cached=prefix.parts, features=prefix.shape)
+        collator.kept = prefix.kept
     set_seed(args.seed)
     stack = build_stack(recipe, say, composed)
     if args.resume_from_checkpoint:
@@ -115,7 +121,7 @@ def build_trainer(
         earlier = stages_so_far(begun)[:-1] if begun else stages_so_far(recipe.init_from)
         _take_over(recipe, stack, begun, say)
     elif recipe.stack and recipe.stack.projector.init == "match_embeddings":
-        factor = _match_embeddings(stack, collator, train_rows)
+        factor = _match_embeddings(stack, collator, train_rows, prefix)
         say(f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
     trainer = VLMSFTTrainer(
         stack.model,
@@ -133,6 +139,7 @@ def build_trainer(
     trainer.mean_length = notes.get("train_rows", {}).get("mean_length") or trainer.mean_length
     if packed := trainer.describe_packing():
         say(packed)
+    trainer.prefix = prefix
     if recipe.lora_from == "continue" and not args.resume_from_checkpoint:
         fill_adapter(Path(str(recipe.init_from)), trainer.accelerator.unwrap_model(trainer.model))
     return trainer
@@ -151,12 +158,45 @@ def _take_over(recipe: Recipe, stack: Stack, begun: str | None, say: Callable[[s
     say(f"Starting from {first}: {parts or 'nothing'} taken over{lora}; the frozen pieces are the same.")
 
 
-def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset) -> float:
+def open_prefix(
+    recipe: Recipe, composed: Composed, collator: MultimodalCollator, begun: str | None, say: Callable[[str], None]
+) -> Prefix | None:
+    """The frozen prefix of a recipe with a `cache`; None without one, or where it would be wrong, which is said.
+
+    Args:
+        recipe: A validated recipe.
+        composed: What `compose` returned.
+        collator: Makes the batches.
+        begun: Checkpoint from which the run goes on, or None.
+        say: Told what is kept, or why nothing is.
+    """
+    if recipe.cache is None:
+        return None
+    earlier = begun or recipe.init_from
+    parts, why = find_prefix(recipe, composed, collator, _other_weights(Path(earlier)) if earlier else ())
+    if why:
+        say(why)
+    if not parts:
+        return None
+    prefix = Prefix(recipe, composed, collator, parts, say)
+    say(f"cache: {recipe.cache.path} holds what {' and '.join(parts)} give for {len(prefix.store):,} pictures.")
+    return prefix
+
+
+def _other_weights(folder: Path) -> set[str]:
+    """Parts of the image path that an earlier stage trained or adapted: a bundle holds them, no piece does."""
+    parts = {*read_manifest(folder).get("held", ())}
+    for adapter in (folder / ADAPTER, *folder.glob(f"merged_*/{ADAPTER}")):
+        parts |= {part_of(name) for name in read_tensors(adapter)} if adapter.is_file() else set()
+    return parts
+
+
+def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset, prefix: Prefix | None) -> float:
     """Scales the projector by the first rows that have images."""
     left = iter(islice(rows, None if hasattr(rows, "__len__") else 4096))  # a stream has no end
     while some := list(islice(left, 8)):
-        batch = collator(some)
-        if "pixel_values" in batch:
-            images = {name: batch[name] for name in ("pixel_values", *INSTRUCTION) if name in batch}
+        batch = collator(some) if prefix is None else prefix.complete(collator(some))
+        if images := {name: batch[name] for name in (PIXELS, FEATURES) if name in batch}:
+            images |= {name: batch[name] for name in INSTRUCTION if name in batch}
             return match_embeddings(stack.model, **images)
     raise UserError("stack.projector.init is match_embeddings, but no row of data.train has an image.")

@@ -81,7 +81,7 @@ class Meters:
             own: (P,) losses of its supervised positions.
             processor: Knows the image token, and how many of it an image has.
         """
-        images = inputs.get("pixel_values")
+        images = inputs.get("pixel_values", inputs.get("image_features"))
         inputs, complete = with_other_images(
             inputs, processor.image_token_id, processor.ids_per_image, self._last_images
         )

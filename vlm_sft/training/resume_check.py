@@ -28,7 +28,7 @@ ELSEWHERE = re.compile(
 )
 # What a run tells, saves and evaluates on the way.
 BESIDE = re.compile(
-    r"(init_from|hub|generation|watch)\b|data\.(eval|test|max_rejected|measure_rows|decode_rows|url_cache)\b"
+    r"(init_from|hub|generation|watch)\b|cache(\.path|\.max_gb)?$|data\.(eval|test|max_rejected|measure_rows|decode_rows|url_cache)\b"
     r"|sft\.(output_dir|run_name|report_to|resume_from_checkpoint|use_cpu)$"
     r"|sft\.(log|logging|save|eval|dataloader|ddp|per_device_eval)_"
 )

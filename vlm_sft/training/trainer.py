@@ -30,6 +30,7 @@ from ..batch.by_length import GroupsByLength
 from ..bundle.load import load_trained
 from ..bundle.manifest import Provenance, held_parts
 from ..bundle.save import save_bundle
+from ..cache.prefix import UsesPrefix
 from ..data.ledger import Ledger
 from ..model.freeze import FreezePlan, is_adapter, is_quantised, part_of
 from ..model.modeling import VLMForConditionalGeneration
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from ..batch.processor import VLMProcessor
 
 
-class VLMSFTTrainer(GroupsByLength, SFTTrainer):
+class VLMSFTTrainer(GroupsByLength, UsesPrefix, SFTTrainer):
     """Trains a composed stack.
 
     Args:
@@ -226,11 +227,7 @@ class VLMSFTTrainer(GroupsByLength, SFTTrainer):
         return norm
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """Evaluation loss of a batch and, where it has images, the loss with images of other samples."""
         self.rows_met.take(inputs, seen=False)
