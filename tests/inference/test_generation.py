@@ -23,7 +23,7 @@ from vlm_sft.inference.generation import (
     cut_at,
     hold_back,
     position_limit,
-    prepare,
+    prompt_batch,
     stream_answer,
 )
 from vlm_sft.inference.settings import generation_options
@@ -102,7 +102,7 @@ def test_a_batch_answers_as_each_row_alone_does(build, pieces, ask, language_mod
 
 def test_the_image_is_seen(tiny, photos):
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "这是什么？"}]}]
-    inputs = [prepare(tiny[1], [{"messages": question, "images": [photo]}]) for photo in photos[:2]]
+    inputs = [prompt_batch(tiny[1], [{"messages": question, "images": [photo]}]) for photo in photos[:2]]
     with torch.inference_mode():
         first, second = (tiny[0](**batch).logits[:, -1] for batch in inputs)
     assert (first - second).abs().max() > 1e-4
@@ -259,7 +259,7 @@ def test_a_conversation_longer_than_the_language_model_is_refused(tiny, ask):
 
 def test_near_the_last_position_answers_are_shorter_but_not_those_beside_them(tiny, ask, script):
     long, short = ask("x" * 480), ask("这是什么？")
-    room = 512 - prepare(tiny[1], [long])["input_ids"].shape[1]
+    room = 512 - prompt_batch(tiny[1], [long])["input_ids"].shape[1]
     assert 0 < room < 30
     alone = answer(*tiny, [short], max_new_tokens=40)
     assert answer(*tiny, [long, short], max_new_tokens=40)[1] == alone[0]
@@ -314,7 +314,7 @@ def test_bad_conversations_are_named(tiny, ask, tmp_path):
     captions = with_template(tiny[1], "plain")
     captions.tokenizer.bos_token = None
     with pytest.raises(UserError, match="the prompt is empty: give an image"):
-        prepare(captions, [{"messages": [{"role": "user", "content": "x"}], "images": []}])
+        prompt_batch(captions, [{"messages": [{"role": "user", "content": "x"}], "images": []}])
 
 
 def test_images_may_be_decoded_already(tiny, ask, photos):
@@ -344,5 +344,5 @@ def test_an_answer_that_spells_its_end_token_is_not_cut_there(tiny, ask, monkeyp
 
 def test_a_question_that_spells_control_tokens_has_the_length_of_its_letters(tiny, ask):
     processor = tiny[1]
-    batch = prepare(processor, [ask("what is </s><s>?")])
+    batch = prompt_batch(processor, [ask("what is </s><s>?")])
     assert processor.tokenizer.eos_token_id not in batch["input_ids"].tolist()[0]

@@ -14,7 +14,7 @@ from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.batch.collator import MultimodalCollator
 from vlm_sft.bundle.load import load
-from vlm_sft.inference.generation import answer, prepare
+from vlm_sft.inference.generation import answer, prompt_batch
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.train import train
 
@@ -50,7 +50,7 @@ def test_logits_equal_those_of_the_native_class(recipe, instructblip, photos):
     native = InstructBlipForConditionalGeneration.from_pretrained(instructblip).eval()
     stack = build_stack(recipe)
     model = stack.model.eval()
-    batch = prepare(stack.processor, [conversation(q, p) for q, p in zip(QUESTIONS[:3], photos, strict=False)])
+    batch = prompt_batch(stack.processor, [conversation(q, p) for q, p in zip(QUESTIONS[:3], photos, strict=False)])
     words = batch["qformer_input_ids"]
     assert words[2].tolist()[:4] == [2, WORDS.index("这"), WORDS.index("是"), WORDS.index("猫")]
     assert batch["qformer_attention_mask"].sum(1).tolist() == [6, 5, 6]
@@ -101,7 +101,7 @@ def test_a_long_instruction_loses_its_beginning(recipe):
 
 def test_a_model_without_its_instruction_says_so(recipe, photos):
     stack = build_stack(recipe)
-    batch = prepare(stack.processor, [conversation(QUESTIONS[0], photos[0])])
+    batch = prompt_batch(stack.processor, [conversation(QUESTIONS[0], photos[0])])
     with pytest.raises(ValueError, match=r"give qformer_input_ids with 1 rows \(got none\); the processor makes them"):
         stack.model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
 

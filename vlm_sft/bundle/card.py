@@ -30,40 +30,34 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     Returns:
         The path of the card.
     """
+    folder = Path(folder)
     with refused_by_library(f"The card of {str(folder)!r} cannot be written from what its files say; mend them"):
-        return _write_card(Path(folder), repo_id)
-
-
-def _write_card(folder: Path, repo_id: str | None) -> Path:
-    manifest = _read(folder / MANIFEST)
-    recipe = yaml.safe_load(read_text(folder / RECIPE))
-    head: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "library_name": "vlm_sft", "tags": ["vlm_sft", "trl"]}
-    if manifest["adapter"]:
-        head["tags"].append("lora")
-    head |= bases_of(manifest["pieces"], "adapter")
-    told = recipe.get("hub") or {}
-    head |= {key: told[key] for key in ("license", "language") if told.get(key)}
-    written = harmless(dump_yaml(without_folders(recipe))).rstrip()
-    return render_card(
-        folder,
-        "bundle/card.md.jinja",
-        head,
-        name=repo_id or folder.resolve().name,
-        address=repo_id or shown(folder),
-        manifest=manifest,
-        pieces=manifest["pieces"],
-        trained=[*manifest["trained"], *(["LoRA on the language model"] if manifest["adapter"] else [])],
-        # An existing VLM has a template of its own where the recipe names none.
-        chat_template=Path(recipe["chat_template"]).stem if recipe["chat_template"] else None,
-        start=recipe.get("init_from"),
-        row_counts={key.removesuffix("_rows"): counts for key, counts in manifest.items() if key.endswith("_rows")},
-        results=_read(folder / SCORES),
-        evaluation=next((row for row in reversed(_read(folder / METRICS) or []) if "eval_loss" in row), None),
-        curves=(folder / CURVES).is_file(),
-        recipe=written,
-        # A fence ends at one as long: that of a prompt in the recipe must not end ours.
-        fence="`" * max([3, *(len(run) + 1 for run in re.findall("`+", written))]),
-    )
+        manifest, recipe = _read(folder / MANIFEST), yaml.safe_load(read_text(folder / RECIPE))
+        lora, told = manifest["adapter"], recipe.get("hub") or {}
+        head: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "library_name": "vlm_sft"}
+        head |= {"tags": ["vlm_sft", "trl", *(["lora"] if lora else [])], **bases_of(manifest["pieces"], "adapter")}
+        head |= {key: told[key] for key in ("license", "language") if told.get(key)}
+        written = harmless(dump_yaml(without_folders(recipe))).rstrip()
+        return render_card(
+            folder,
+            "bundle/card.md.jinja",
+            head,
+            name=repo_id or folder.resolve().name,
+            address=repo_id or shown(folder),
+            manifest=manifest,
+            pieces=manifest["pieces"],
+            trained=[*manifest["trained"], *(["LoRA on the language model"] if lora else [])],
+            # An existing VLM has a template of its own where the recipe names none.
+            chat_template=Path(recipe["chat_template"]).stem if recipe["chat_template"] else None,
+            start=recipe.get("init_from"),
+            row_counts={key.removesuffix("_rows"): counts for key, counts in manifest.items() if key.endswith("_rows")},
+            results=_read(folder / SCORES),
+            evaluation=next((row for row in reversed(_read(folder / METRICS) or []) if "eval_loss" in row), None),
+            curves=(folder / CURVES).is_file(),
+            recipe=written,
+            # A fence ends at one as long: that of a prompt in the recipe must not end ours.
+            fence="`" * max([3, *(len(run) + 1 for run in re.findall("`+", written))]),
+        )
 
 
 def render_card(folder: Path, template: str, head: Mapping[str, Any], **values: Any) -> Path:
@@ -74,16 +68,13 @@ def render_card(folder: Path, template: str, head: Mapping[str, Any], **values: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(shown=shown, cell=quoted, code=in_code, literal=_literal, shell=_for_a_shell)
+    # A literal is a text as Python, and a shell, read it: between quotation marks, on one line.
+    filters = {"shown": shown, "cell": quoted, "code": in_code, "shell": _for_a_shell}
+    environment.filters.update(filters, literal=lambda value: harmless_json(str(value)))
     text = environment.get_template(template).render(head=CardData(**head).to_yaml(), **values)
     path = folder / CARD
     ModelCard(text.rstrip() + "\n").save(path)
     return path
-
-
-def _literal(value: object) -> str:
-    """A text as Python, and a shell, read it: between quotation marks, on one line."""
-    return harmless_json(str(value))
 
 
 def _for_a_shell(name: str) -> str:

@@ -26,6 +26,7 @@ def draw_curves(history: list[dict[str, float]], path: str | Path, title: str = 
     """Draws a `log_history` into a PNG file: loss, accuracy, image use, rates, throughput and data wait by step."""
     # The object, not pyplot: pyplot would switch a notebook's backend.
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import fontManager
 
     panels: tuple[tuple[str, Sequence[Series]], ...] = (
         ("loss", [("loss", "training"), ("eval_loss", "validation")]),
@@ -44,19 +45,14 @@ def draw_curves(history: list[dict[str, float]], path: str | Path, title: str = 
         _draw_panel(axis, name, series, history)
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    figure.suptitle(title, fontsize=12, fontfamily=["DejaVu Sans", *_chinese_fonts()])
+    # matplotlib brings no Chinese characters, but the machine may have a font with them.
+    fonts = [name for name in CHINESE_FONTS if name in fontManager.get_font_names()]
+    figure.suptitle(title, fontsize=12, fontfamily=["DejaVu Sans", *fonts])
     path = Path(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # without a Chinese font, boxes
         figure.savefig(path, dpi=110)
     return path
-
-
-def _chinese_fonts() -> list[str]:
-    """The fonts with Chinese characters that this machine has; matplotlib brings none."""
-    from matplotlib.font_manager import fontManager
-
-    return [name for name in CHINESE_FONTS if name in fontManager.get_font_names()]
 
 
 def learning_rates(history: list[dict[str, float]]) -> list[Series]:
@@ -66,7 +62,7 @@ def learning_rates(history: list[dict[str, float]]) -> list[Series]:
 
 
 def _draw_panel(axis: Axes, name: str, series: Sequence[Series], history: list[dict[str, Any]]) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     drawn: list[float] = []
     for key, label in series:
@@ -84,7 +80,10 @@ def _draw_panel(axis: Axes, name: str, series: Sequence[Series], history: list[d
         axis.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axis.transAxes)
         return
     if name == "loss" and min(drawn) > 0 and max(drawn) > WIDE * min(drawn):
-        _use_log_scale(axis)
+        axis.set_yscale("log")  # with plain numbers at 1, 2 and 5
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     else:
         top = 1.02 if name == "token accuracy" else 1.08 * max((v for v in drawn if math.isfinite(v)), default=0.0)
         axis.set_ylim(bottom=0, top=top if top > 0 else None)  # a marker at the top is not cut in half
@@ -110,13 +109,3 @@ def _draw_line(axis: Axes, steps: Sequence[float], values: Sequence[float], labe
         half, at = len(values) // MANY_POINTS, np.arange(len(values))
         starts, ends = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
         axis.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), label=label, color=line.get_color())
-
-
-def _use_log_scale(axis: Axes) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())

@@ -201,7 +201,11 @@ def hand_over(stack: Stack, folder: str | Path, lora_from: str | None = None, ta
 
 def _compare_features(stack: Stack, folder: Path) -> None:
     """The projector must have the same kind and shape, and read the same features."""
-    config, ours = _read_config(folder), stack.model.config
+    ours = stack.model.config
+    try:
+        config = dict(json.loads(read_text(folder / CONFIG)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"init_from {str(folder)!r}: its config.json cannot be read ({error}).") from error
     kind = (getattr(ours, "projector_type", None), getattr(ours, "projector_options", None))
     if (config.get("projector_type"), config.get("projector_options")) != kind:
         raise UserError(
@@ -214,10 +218,3 @@ def _compare_features(stack: Stack, folder: Path) -> None:
             raise UserError(
                 f"init_from {str(folder)!r} was trained with {key}: {old}, but this recipe has {new}; use the same."
             )
-
-
-def _read_config(folder: Path) -> dict:
-    try:
-        return dict(json.loads(read_text(folder / CONFIG)))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"init_from {str(folder)!r}: its config.json cannot be read ({error}).") from error

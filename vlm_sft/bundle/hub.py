@@ -110,12 +110,18 @@ def staged(folder: Path, repo_id: str, rows: bool = False) -> Iterator[Path]:
     Raises:
         UserError: A file holds a token.
     """
-    with _beside(folder) as stage:
+    parent = folder.resolve().parent  # on the same disk, where links cost nothing; elsewhere if it cannot be written
+    where = parent if os.access(parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".vlm-sft-push-", dir=where) as name:
+        stage = Path(name)
         for path in shared_files(folder):
             goal = stage / path.relative_to(folder)
             goal.parent.mkdir(exist_ok=True)
             if not _write_cleaned(path, goal, rows):
-                _link(path, goal)
+                try:  # a hard link survives when a checkpoint is deleted during its push
+                    os.link(path.resolve(), goal)
+                except OSError:  # on another disk
+                    goal.symlink_to(path.resolve())
         manifest = without_folders(without_rows(read_manifest(folder)))
         recipe = without_folders(YamlFile.read(folder / RECIPE).data)
         for name in (MANIFEST, RECIPE, CARD):
@@ -159,23 +165,6 @@ def shared_files(folder: Path) -> list[Path]:
         for name, path in found.items()
         if any(len(name.parts) == pattern.count("/") + 1 and fnmatch(name.as_posix(), pattern) for pattern in SHARED)
     ]
-
-
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk, where links cost nothing; elsewhere if that cannot be written."""
-    parent = folder.resolve().parent
-    where = parent if os.access(parent, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".vlm-sft-push-", dir=where) as stage:
-        yield Path(stage)
-
-
-def _link(path: Path, goal: Path) -> None:
-    """A hard link survives when a checkpoint is deleted during its push; other disks get a symbolic one."""
-    try:
-        os.link(path.resolve(), goal)
-    except OSError:
-        goal.symlink_to(path.resolve())
 
 
 def refuse_tokens(folder: Path, then: str = "push") -> None:

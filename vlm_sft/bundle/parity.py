@@ -84,10 +84,9 @@ def check_parity(
         probe = Path(folder) / "probe.safetensors"
         tensors = {name: tensor.contiguous().cpu() for name, tensor in _tensors(batch).items()}
         save_file({**tensors, "logits": wanted.contiguous()}, probe)
+        done = f"The bundle {str(bundle)!r} was saved"
         with set_aside(model):
-            measured = run_afresh(
-                "vlm_sft.bundle.parity", f"The bundle {str(bundle)!r} was saved", bundle, probe, device
-            )
+            measured = run_afresh("vlm_sft.bundle.parity", done, bundle, probe, device)
     result = judge(measured, dtype, layers_of(model))
     update_manifest(bundle, {"parity": result})
     if not result["equal"]:

@@ -219,17 +219,13 @@ def settle_resume(
             f"--resume, which does both."
         )
     elif wanted and not latest:
-        _check_named(Path(wanted))
+        if not Path(wanted).is_dir():
+            raise UserError(f"sft.resume_from_checkpoint: there is no folder {str(wanted)!r}.")
+        if flaw := flaw_of(Path(wanted)):
+            raise UserError(f"sft.resume_from_checkpoint: {str(wanted)!r} is no whole checkpoint: {flaw}.")
     else:
         args.resume_from_checkpoint = None
         _check_empty(folder, resume)
-
-
-def _check_named(checkpoint: Path) -> None:
-    if not checkpoint.is_dir():
-        raise UserError(f"sft.resume_from_checkpoint: there is no folder {str(checkpoint)!r}.")
-    if flaw := flaw_of(checkpoint):
-        raise UserError(f"sft.resume_from_checkpoint: {str(checkpoint)!r} is no whole checkpoint: {flaw}.")
 
 
 def _check_writable(folder: Path) -> None:

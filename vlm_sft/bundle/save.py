@@ -83,9 +83,8 @@ def save_bundle(
                 if (folder / path.name).is_dir():
                     shutil.rmtree(folder / path.name)
                 os.replace(path, folder / path.name)
-            for stale in set(folder.glob(MERGED.format("*"))) - {
-                folder / MERGED.format(number) for number in range(1, len(merged) + 1)
-            }:
+            kept = {folder / MERGED.format(number) for number in range(1, len(merged) + 1)}
+            for stale in set(folder.glob(MERGED.format("*"))) - kept:
                 shutil.rmtree(stale)
     except (OSError, SafetensorError) as error:
         raise UserError(f"The bundle cannot be written to {str(folder)!r}: {reason_of(error)}.") from error

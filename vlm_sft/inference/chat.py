@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..base.console import make_console, tell
 from ..base.errors import UserError
-from ..base.words import closest
+from ..base.words import closest, counted
 from ..batch.pictures import PictureError, read_pictures
 from ..batch.processor import VLMProcessor
 from ..reading.images import load_image
@@ -154,23 +154,17 @@ class Answer:
         self._talk, self._question = talk, question
         self._said = ""
         self._images = [*talk.images, *(image for _, image in talk.waiting)]
-        self._pieces = stream_answer(
-            talk.model, talk.processor, [*talk.messages, question], self._images, **talk.options
-        )
+        messages = [*talk.messages, question]
+        self._pieces = stream_answer(talk.model, talk.processor, messages, self._images, **talk.options)
 
-    def __iter__(self) -> Answer:
-        return self
-
-    def __next__(self) -> str:
+    def __iter__(self) -> Iterator[str]:
         try:
-            piece = next(self._pieces)
-        except StopIteration:
-            raise
+            for piece in self._pieces:
+                self._said += piece
+                yield piece
         except Exception:  # half an answer is kept where somebody stopped it, not where it failed
             self._said = ""
             raise
-        self._said += piece
-        return piece
 
     def close(self) -> None:
         """Stops the model. A question without an answer was never asked: its images wait for the next one."""
@@ -226,7 +220,7 @@ class Prompt:
         if not self.at_terminal:
             return input()
         count = len(self.talk.waiting)
-        prompt = f"[{count} image{'s' if count > 1 else ''}] > " if count else "> "
+        prompt = f"[{counted(count, 'image')}] > " if count else "> "
         if not sys.stdout.isatty():  # `input` would write the prompt among the answers
             tell(prompt, end="", stderr=True)
             prompt = ""
@@ -258,20 +252,16 @@ class Prompt:
             UserError: There is no such command, or an image cannot be read.
         """
         word, *rest = line.split(maxsplit=1)  # also at the wide space of Chinese input methods
-        if word == "/image":
-            self.add_images(*rest)
-        elif word == "/video":
-            self.add_videos(*rest)
+        if word in ("/image", "/video"):
+            self.add(word, *rest)
         elif word == "/reset":
             self.talk.reset()
             self.console.print("The conversation and its images are forgotten.")
         elif word == "/help":
             self.console.print("\n".join(COMMANDS.values()))
         elif os.path.exists(line):
-            named = (
-                "a video, type /video" if line.rpartition(".")[2].lower() in VIDEO_ENDINGS else "an image, type /image"
-            )
-            raise UserError(f"To add {named} {line}")
+            film = line.rpartition(".")[2].lower() in VIDEO_ENDINGS
+            raise UserError(f"To add {'a video, type /video' if film else 'an image, type /image'} {line}")
         else:
             near = closest(word, COMMANDS)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}."
@@ -290,34 +280,25 @@ class Prompt:
             self.talk.waiting = []
             raise UserError(f"{error} The question and its images are forgotten.") from error
 
-    def add_images(self, given: str = "") -> None:
-        """Adds images to the next question.
+    def add(self, command: str, given: str = "") -> None:
+        """Adds images (`/image`) or videos (`/video`) to the next question.
 
         Raises:
-            UserError: No path is given, or an image cannot be read or is refused by the model's image processor; then
-                none of them is added.
+            UserError: No path is given, or one cannot be read or is refused by the model's image processor; then none
+                of them is added.
         """
         if not given:
-            raise UserError("Say which image: /image PATH.")
-        paths = split_paths(given)
-        images = read_pictures(self.talk.processor, paths, paths)
-        self.talk.waiting += [("", image) for image in images]
+            raise UserError(f"Say which {command[1:]}: {command} PATH.")
+        paths, processor = split_paths(given), self.talk.processor
+        if command == "/image":
+            shown = [("", image) for image in read_pictures(processor, paths, paths)]
+            added = ", ".join(f"{image.width} x {image.height}" for _, image in shown)
+        else:
+            shown = [frame for path in paths for frame in frames_of_file(path, processor)]
+            added = f"{len(shown)} frames"
+        self.talk.waiting += shown
         if self.at_terminal:
-            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            self.console.print(f"Added ({sizes}); now ask about it.")
-
-    def add_videos(self, given: str = "") -> None:
-        """Adds videos to the next question.
-
-        Raises:
-            UserError: No path is given, or a video cannot be read; then none of them is added.
-        """
-        if not given:
-            raise UserError("Say which video: /video PATH.")
-        frames = [frame for path in split_paths(given) for frame in frames_of_file(path, self.talk.processor)]
-        self.talk.waiting += frames
-        if self.at_terminal:
-            self.console.print(f"Added ({len(frames)} frames); now ask about it.")
+            self.console.print(f"Added ({added}); now ask about it.")
 
 
 def _write_answer(answer: Answer) -> bool:

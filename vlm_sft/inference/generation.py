@@ -43,7 +43,7 @@ class PromptTooLongError(UserError):
         )
 
 
-def prepare(
+def prompt_batch(
     processor: VLMProcessor, conversations: Sequence[dict[str, Any]], device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Conversations → (B, S) left-padded prompts and (N, 3, H, W) images, on the device.
@@ -75,7 +75,7 @@ def prepare(
 
 
 def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "") -> EncodedChat:
-    """Ids of one conversation up to where the answer begins; see `prepare`."""
+    """Ids of one conversation up to where the answer begins; see `prompt_batch`."""
     row = with_boxes_written(processor, row, where)
     messages, place = row["messages"], f"{where}: " if where else ""
     check_frames(processor, row["images"], where)
@@ -138,7 +138,7 @@ def answer(
     Args:
         model: The model, on its device, in evaluation mode.
         processor: Its processor.
-        conversations: Each `{"messages", "images"}`, as `prepare` takes them.
+        conversations: Each `{"messages", "images"}`, as `prompt_batch` takes them.
         **options: For transformers' `generate` (default: greedy, at most 128 new tokens). Near the end of the language
             model's positions an answer becomes shorter than `max_new_tokens`.
 
@@ -146,14 +146,14 @@ def answer(
         One text a conversation, without the end mark and surrounding white space.
 
     Raises:
-        UserError: As `prepare`; a conversation is longer than the language model can read (`PromptTooLongError`); the
-            model fails on a picture, and on no other in its place.
+        UserError: As `prompt_batch`; a conversation is longer than the language model can read
+            (`PromptTooLongError`); the model fails on a picture, and on no other in its place.
     """
     if not conversations:
         return []
     count = len(conversations)
     conversations = [with_boxes_written(processor, row, place_of(row, n, count)) for n, row in enumerate(conversations)]
-    batch = prepare(processor, conversations, model.device)
+    batch = prompt_batch(processor, conversations, model.device)
     settings = generation_options(model, processor, options)
     for number, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         check_length(model, length, place_of(conversations[number], number, count))
@@ -182,7 +182,7 @@ def _first_token(model: PreTrainedModel, processor: VLMProcessor, row: dict[str,
     """Begins an answer and forgets it."""
     settings = generation_options(model, processor, {"max_new_tokens": 1})
     with torch.inference_mode():
-        _generate(model, prepare(processor, [row], model.device), settings)
+        _generate(model, prompt_batch(processor, [row], model.device), settings)
 
 
 def _fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> bool:
@@ -250,7 +250,7 @@ def stream_answer(
     if (settings.get("num_beams") or model.generation_config.num_beams or 1) > 1:
         yield from (text for text in answer(model, processor, [row], **options) if text)
         return
-    batch = prepare(processor, [row], model.device)
+    batch = prompt_batch(processor, [row], model.device)
     check_length(model, batch["input_ids"].shape[1])
     _fit(model, batch, settings)
     writer = _Writer(model, processor, batch, settings)

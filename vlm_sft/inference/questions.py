@@ -39,10 +39,7 @@ class QuestionRow(NamedTuple):
 
     def kept(self) -> dict[str, Any]:
         """The row's columns as they are written beside its answer; its own answer (a reference) is renamed."""
-        values: dict[str, Any] = {
-            "id": self.id,
-            **{name: value for name, value in self.row.values.items() if name != "id"},
-        }
+        values: dict[str, Any] = {"id": self.id} | self.row.values | {"id": self.id}
         for name, new in (("answer", "reference"), ("error", "row_error")):
             if name in values:
                 while new in values:

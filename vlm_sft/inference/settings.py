@@ -39,8 +39,6 @@ PROCESSORS: dict[str, Any] = {
     "repetition_penalty": RepetitionPenaltyLogitsProcessor,
 }
 """Each refuses, in words, what it cannot work with."""
-
-
 # What `answer` and `stream_answer` also pass on: a caller in Python makes them, and no file can say them.
 OBJECTS = {"tokenizer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
 
@@ -134,10 +132,8 @@ def generation_options(model: PreTrainedModel, processor: VLMProcessor, options:
         merged["tokenizer"] = tokenizer
     merged["eos_token_id"] = ends or None
     if processor.image_token_id < model.config.get_text_config().vocab_size:  # written, it would be an image to read
-        merged["suppress_tokens"] = [
-            *(options.get("suppress_tokens") or own.suppress_tokens or []),
-            processor.image_token_id,
-        ]
+        suppressed = options.get("suppress_tokens") or own.suppress_tokens or []
+        merged["suppress_tokens"] = [*suppressed, processor.image_token_id]
     return merged
 
 
