@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,10 @@ from ..base.words import short
 from ..rows.messages import IN_EXTRAS, each_once, packed
 from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
 from .row_cache import LANGUAGE, keeper_of
-from .source import SourceLike, check_source, name_of, rows_with_language
+from .source import check_source, name_of, rows_with_language
+
+if TYPE_CHECKING:
+    from ..recipe.sections import Source
 
 # Stated, not inferred: the first rows may all lack an image, a path or bytes.
 ROW_FEATURES = Features(
@@ -38,7 +41,7 @@ ROW_FEATURES = Features(
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 2**28  # an Arrow chunk of `binary` may not pass 2 GiB
 
 
-def load_source(source: SourceLike, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it) -> Dataset:
+def load_source(source: Source, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it) -> Dataset:
     """Read one source into memory; its images are named or embedded, never decoded.
 
     Args:
@@ -72,7 +75,7 @@ class SourceRows(NamedTuple):
 
 
 def read_source(
-    source: SourceLike,
+    source: Source,
     *,
     seed: int = 0,
     reject: Callable[[RowError], None] = raise_it,
@@ -119,7 +122,7 @@ def read_source(
 
 
 def _read(
-    source: SourceLike,
+    source: Source,
     seed: int,
     languages: bool,
     reject: Callable[[RowError], None],
@@ -160,7 +163,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def load_mixture(
-    sources: Sequence[SourceLike],
+    sources: Sequence[Source],
     sampling: str = "proportional",
     *,
     languages: Mapping[str, float] | None = None,
@@ -201,7 +204,7 @@ def load_mixture(
 
 def mix(
     parts: Sequence[SourceRows],
-    sources: Sequence[SourceLike],
+    sources: Sequence[Source],
     sampling: str,
     *,
     languages: Mapping[str, float] | None = None,
@@ -221,7 +224,7 @@ def mix(
 
 
 def _order(
-    sources: Sequence[SourceLike], loaded: Sequence[SourceRows], sampling: str, languages: dict[str, float], seed: int
+    sources: Sequence[Source], loaded: Sequence[SourceRows], sampling: str, languages: dict[str, float], seed: int
 ) -> np.ndarray | None:
     """Row numbers of the mixture in the concatenation of its sources; None for all of them as they are."""
     weights, repeats = [source.weight for source in sources], [source.repeat for source in sources]
@@ -245,7 +248,7 @@ def _order(
     return mixture_order(ranges, counts, seed)
 
 
-def _check_counts(sources: Sequence[SourceLike], counts: Sequence[int]) -> None:
+def _check_counts(sources: Sequence[Source], counts: Sequence[int]) -> None:
     for source, count in zip(sources, counts, strict=True):
         if count == 0:
             raise UserError(f'The source "{name_of(source)}" would get no row: raise its `weight` or remove it.')

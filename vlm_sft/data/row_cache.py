@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +21,9 @@ from ..base.errors import RowError, UserError
 from ..base.whole_files import digest, file_digest, read_bytes, written_beside
 from ..reading.files import TEXT_FILES, about_rows
 from ..reading.locations import list_files, text_files
-from .source import SourceLike
+
+if TYPE_CHECKING:
+    from ..recipe.sections import Source
 
 FEWEST = 20_000  # rows; fewer are read within a second or two
 BYTES = 16  # of a row at least
@@ -53,9 +55,8 @@ class Keeper:
         languages: whether the languages of the rows are kept along.
     """
 
-    def __init__(self, source: SourceLike, files: list[Path], seed: int, languages: bool) -> None:
-        names = {*SourceLike.__annotations__, "frames_shown"} - _OF_THE_MIXTURE
-        said = {name: getattr(source, name) for name in names}
+    def __init__(self, source: Source, files: list[Path], seed: int, languages: bool) -> None:
+        said = [source.model_dump(exclude=_OF_THE_MIXTURE), source.frames_shown.model_dump()]
         images = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
         paths = [os.path.abspath(file) for file in files]
         drawn = seed if source.prompts else None
@@ -107,7 +108,7 @@ class Keeper:
         return self.load()
 
 
-def keeper_of(source: SourceLike, *, seed: int, languages: bool) -> Keeper | None:
+def keeper_of(source: Source, *, seed: int, languages: bool) -> Keeper | None:
     """Where a source's rows are kept; None for what is never kept.
 
     That is what does not come out of text files (parquet, Arrow and tar files and saved datasets mostly hold images,
@@ -125,12 +126,12 @@ def keeper_of(source: SourceLike, *, seed: int, languages: bool) -> Keeper | Non
         return None
 
 
-def worth_waiting_for(source: SourceLike) -> bool:
+def worth_waiting_for(source: Source) -> bool:
     """Whether processes had better let one read first. No file is looked at: all must give the same answer."""
     return _may_be_kept(source) and Path(source.path).suffix.lower() in TEXT_FILES
 
 
-def _may_be_kept(source: SourceLike) -> bool:
+def _may_be_kept(source: Source) -> bool:
     return is_caching_enabled() and (source.max_rows is None or source.max_rows >= FEWEST)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..base.errors import RowError, UserError, raise_it
 from ..base.words import closest, short
@@ -20,38 +20,17 @@ from ..rows.messages import normalise_messages
 from ..rows.raw_row import RowView
 from ..rows.videos import Sampling, with_frames
 
-
-class SourceLike(Protocol):
-    """What is read of a `recipe.Source`; any object with these attributes will do."""
-
-    path: str
-    format: Any
-    name: str | None
-    images: str | None
-    image_folders: list[str]
-    split: str
-    revision: str | None
-    columns: dict[str, str]
-    annotations: str | None
-    image_name: str | None
-    prompts: list[str] | dict[str, list[str]]
-    boxes: Any
-    weight: float
-    max_rows: int | None
-    allow_urls: bool
-    repeat: int
-
-    @property
-    def frames_shown(self) -> Any: ...
+if TYPE_CHECKING:
+    from ..recipe.sections import Source
 
 
-def name_of(source: SourceLike) -> str:
+def name_of(source: Source) -> str:
     """The name of a source in ids and messages: its own, else the last part of its path without the suffix."""
     return source.name or Path(source.path).stem
 
 
 def source_rows(
-    source: SourceLike,
+    source: Source,
     *,
     seed: int = 0,
     reject: Callable[[RowError], None] = raise_it,
@@ -75,7 +54,7 @@ def source_rows(
 
 
 def rows_with_language(
-    source: SourceLike,
+    source: Source,
     *,
     seed: int = 0,
     reject: Callable[[RowError], None] = raise_it,
@@ -93,7 +72,7 @@ def rows_with_language(
     return islice(_rows(source, seed, reject, stream, languages, unused), source.max_rows)
 
 
-def every_answer(source: SourceLike) -> dict[str, list[str]]:
+def every_answer(source: Source) -> dict[str, list[str]]:
     """The answers of all annotators by the id of their row, which itself has the most frequent one alone.
 
     Args:
@@ -111,7 +90,7 @@ def every_answer(source: SourceLike) -> dict[str, list[str]]:
     return found
 
 
-def check_source(source: SourceLike) -> None:
+def check_source(source: Source) -> None:
     """Look that a source's keys fit its format, before any file is opened.
 
     Raises:
@@ -142,7 +121,7 @@ def check_source(source: SourceLike) -> None:
             raise UserError(f'The source "{name}" takes its images from {folder}, which is no folder: correct it.')
 
 
-def _check_prompts(source: SourceLike, name: str) -> None:
+def _check_prompts(source: Source, name: str) -> None:
     kind = FORMATS[source.format].prompts
     if source.prompts and kind is None:
         takers = ", ".join(format_name for format_name, known in FORMATS.items() if known.prompts)
@@ -158,7 +137,7 @@ def _check_prompts(source: SourceLike, name: str) -> None:
 
 
 def _rows(
-    source: SourceLike,
+    source: Source,
     seed: int,
     reject: Callable[[RowError], None],
     stream: bool,
@@ -202,14 +181,14 @@ def _rows(
         )
 
 
-def _folders_of(source: SourceLike, of_file: Path | None) -> Folders:
+def _folders_of(source: Source, of_file: Path | None) -> Folders:
     """Where the images of a file's rows may lie: its own folder or the Hub's cache, and those that the source names."""
     whole = [source.path] if os.path.isdir(os.path.expanduser(source.path)) else []
     own = folders_of_hub(source.path) if of_file is None else [str(of_file), *whole]
     return Folders([*([source.images] if source.images else []), *own, *source.image_folders])
 
 
-def _raw_rows(source: SourceLike, stream: bool) -> Iterator[Row]:
+def _raw_rows(source: Source, stream: bool) -> Iterator[Row]:
     if source.format not in PUBLISHED:
         yield from read_rows(source.path, split=source.split, revision=source.revision, keep_wrong=True, stream=stream)
         return
@@ -218,7 +197,7 @@ def _raw_rows(source: SourceLike, stream: bool) -> Iterator[Row]:
         yield Row.of(where, path.parent, found)
 
 
-def _prompts_of(source: SourceLike, seed: str, where: str) -> Callable[[str], str]:
+def _prompts_of(source: Source, seed: str, where: str) -> Callable[[str], str]:
     """Language → one of the source's instructions in it; drawn anew at every call."""
     chance = random.Random(seed)
 

@@ -10,14 +10,17 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Features, IterableDataset, Value
 
 from ..base.errors import RowError, UserError, raise_it
 from ..rows.messages import IN_EXTRAS, each_once, packed
 from .dataset import ROW_FEATURES
-from .source import SourceLike, name_of, source_rows
+from .source import name_of, source_rows
+
+if TYPE_CHECKING:
+    from ..recipe.sections import Source
 
 STREAM_FEATURES = Features(
     {**ROW_FEATURES, IN_EXTRAS: Value("string"), "rejected": {"reason": Value("string"), "sentence": Value("string")}}
@@ -25,7 +28,7 @@ STREAM_FEATURES = Features(
 
 
 def stream_mixture(
-    sources: Sequence[SourceLike],
+    sources: Sequence[Source],
     *,
     seed: int = 0,
     buffer: int = 1000,
@@ -53,7 +56,7 @@ def stream_mixture(
     return IterableDataset.from_generator(stream, STREAM_FEATURES, gen_kwargs={"shards": list(range(shards))})
 
 
-def too_few_rows(source: SourceLike, shards: int) -> UserError:
+def too_few_rows(source: Source, shards: int) -> UserError:
     """The error of a source with fewer rows than processes and workers that share them: some would wait for ever."""
     return UserError(
         f'The source "{name_of(source)}" has too few rows to be dealt to {shards} processes and workers: '
@@ -65,7 +68,7 @@ def too_few_rows(source: SourceLike, shards: int) -> UserError:
 class _Stream:
     """The generator of some of the shards."""
 
-    sources: tuple[SourceLike, ...]
+    sources: tuple[Source, ...]
     seed: int
     buffer: int
     of: int
@@ -82,7 +85,7 @@ class _Stream:
             row, held[place] = held[place], row
             yield row
 
-    def _endless(self, source: SourceLike, shards: set[int]) -> Iterator[dict[str, Any]]:
+    def _endless(self, source: Source, shards: set[int]) -> Iterator[dict[str, Any]]:
         while True:
             mine = 0
             for number, row in enumerate(self._rows(source)):
@@ -92,7 +95,7 @@ class _Stream:
             if not mine:
                 raise too_few_rows(source, self.of)
 
-    def _rows(self, source: SourceLike) -> Iterator[dict[str, Any]]:
+    def _rows(self, source: Source) -> Iterator[dict[str, Any]]:
         """One pass; a rejected row stands where the file has it."""
         rejected: list[RowError] = []
         reject = rejected.append if self.keep_rejected else raise_it
@@ -102,7 +105,7 @@ class _Stream:
         yield from self._marked(source, rejected)
 
     @staticmethod
-    def _marked(source: SourceLike, rejected: list[RowError]) -> Iterator[dict[str, Any]]:
+    def _marked(source: Source, rejected: list[RowError]) -> Iterator[dict[str, Any]]:
         while rejected:
             error = rejected.pop(0)
             why = {"reason": error.reason, "sentence": str(error)}
