@@ -9,7 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from support.bundles import LLAVA, logits, trained
 from support.gguf_writer import TEMPLATE, write_gguf
@@ -61,6 +62,21 @@ def test_weights_are_the_folders_up_to_the_rounding_of_the_file(pieces, recipe, 
     for name, tensor in folder.items():
         exact = gguf.quants.quantize(tensor.numpy(), gguf.GGMLQuantizationType.F16).astype(np.float32)
         assert torch.equal(full[name], tensor) or torch.equal(full[name], torch.from_numpy(exact)), name
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_positions_of_llama_3_come_back_out_of_their_factors(factor, pieces, recipe, tmp_path):
+    rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_theta": 500_000.0}  # fmt: skip
+    config = AutoConfig.from_pretrained(pieces["llama"])
+    config.rope_parameters = dict(rope)
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+    plain = 1 / 500_000.0 ** (torch.arange(0, 8, 2) / 8)
+    factors = {"rope_freqs.weight": (plain / scaled).numpy().astype(np.float32)}
+    file = write_gguf(pieces["llama"], tmp_path / "llama3.gguf", extra=factors, theta=500_000.0)
+    text = build_stack(recipe(file)).model.config.text_config
+    assert text.rope_parameters.pop("rope_type") == rope.pop("rope_type")
+    assert {name: text.rope_parameters[name] for name in rope} == pytest.approx(rope)
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["projector", "LoRA"])
@@ -159,6 +175,7 @@ def test_a_broken_file_ends_in_one_sentence(case, llm, recipe, tmp_path):
         ({"vocab_size": 10**9}, "1,000,000,000"),
         ({"attention__head_count": 0}, "stack.language_model"),
         ({"extra": {"rope_freqs.weight": np.arange(1, 5, dtype=np.float32)}}, "rope_freqs.weight"),
+        ({"rope__scaling__type": "yarn"}, "scales its positions .yarn"),
         ({"extra": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}}, "blk.0.attn_sinks.weight"),
     ],
 )

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
 
 
-def write_gguf(folder: str, path: Path, kind: str = "Q8_0", *, architecture: str = "llama", extra=None, **settings):
+def write_gguf(
+    folder: str, path: Path, kind: str = "Q8_0", *, architecture: str = "llama", extra=None, theta=10_000.0, **settings
+):
     """Writes tensors, settings, tokenizer and chat template of a LLaMA; returns the path.
 
     Args:
@@ -21,6 +23,7 @@ def write_gguf(folder: str, path: Path, kind: str = "Q8_0", *, architecture: str
         kind: How matrices are written whose rows its blocks divide; others are F16, vectors F32.
         architecture: What the file calls itself.
         extra: More tensors, by llama.cpp's names.
+        theta: Base of the positions' frequencies.
         **settings: Settings to write in place of the model's own, with `__` for `.`.
     """
     config = json.loads((Path(folder) / "config.json").read_text())
@@ -33,9 +36,10 @@ def write_gguf(folder: str, path: Path, kind: str = "Q8_0", *, architecture: str
         "vocab_size": config["vocab_size"], "rope__dimension_count": config["hidden_size"] // heads,
     }  # fmt: skip
     for name, value in {**values, **settings}.items():
-        writer.add_uint32(f"{architecture}.{name.replace('__', '.')}", value)
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(f"{architecture}.{name.replace('__', '.')}", value)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_freq_base(theta)
     _write_tokenizer(writer, json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8")))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     tensors = {

@@ -308,7 +308,8 @@ def fetch_file(pretrained: str, name: str, revision: str | None, key: str, requi
 def unreachable(pretrained: str, key: str, lacks: str = CONFIG) -> UserError:
     """The one sentence for a piece that is neither a folder with what it needs nor to be had from the Hub."""
     if Path(pretrained).exists():
-        return UserError(f"{key}: the folder {pretrained!r} has no {lacks} that transformers can read.")
+        what = "folder" if Path(pretrained).is_dir() else "file"
+        return UserError(f"{key}: the {what} {pretrained!r} has no {lacks} that transformers can read.")
     mend = "check the name, the revision, the network, and (for a gated model) your token"
     if constants.is_offline_mode() and not hub_is_away():
         mend = "HF_HUB_OFFLINE=1 forbids asking it: unset that, or name a folder"

@@ -22,7 +22,7 @@ from ..base.errors import refused_by_library
 from ..base.names import CONFIG, PROCESSOR_CONFIG
 from ..recipe.safety import check_config
 from .checkpoints import Checkpoint, fetch_file, unreachable
-from .gguf_files import GgufFile
+from .gguf_files import GgufFile, positions_of
 
 MODEL = (CONFIG, "generation_config.json")
 """Beside the weights, which a `Checkpoint` lists."""
@@ -90,12 +90,13 @@ def unpacked(path: str, key: str) -> str:
     Raises:
         UserError: The file is not whole, or transformers knows no such language model or tokenizer.
     """
-    GgufFile(path, key)  # transformers believes what a file says of its lengths
+    looked_at = GgufFile(path, key)  # transformers believes what a file says of its lengths
     place, file = _kept(path), os.path.realpath(path)
-    with refused_by_library(f"{key}: transformers cannot read the GGUF file {path!r}"):
+    with refused_by_library(f"{key}: the GGUF file {path!r} cannot be read"):
         found, _ = PreTrainedConfig.get_config_dict(str(place), gguf_file=file)
         config = {name: value for name, value in found.items() if not name.startswith("_")}
         check_config(config, f"{key}: {path!r}", "its metadata")
+        config |= positions_of(looked_at, config)
         PreTrainedTokenizerFast.from_pretrained(str(place), gguf_file=file).save_pretrained(str(place))
         (place / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return str(place)

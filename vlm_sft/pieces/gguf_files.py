@@ -10,21 +10,25 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations.gguf import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..base.errors import UserError
 from ..base.words import one_line
 
 MAGIC, VERSIONS, ALIGNMENT, MOST_AXES = b"GGUF", (2, 3), 32, 4
+# A factor for each frequency, and how Llama 3.1 and those after it make them; the file has no word on the latter.
+FACTORS = "rope_freqs.weight"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Metadata values of a fixed length: their type → how `struct` reads one.
 NUMBERS = {
     GGUFValueType[name]: form
@@ -93,7 +97,7 @@ class GgufFile:
         self.path = path
         try:
             with open(path, "rb") as file:
-                self.places = _places(file, os.path.getsize(path))
+                self.settings, self.places = _read(file, os.path.getsize(path))
         except OSError as error:
             raise UserError(f"{key}: the file {path!r} cannot be read: {one_line(error)}.") from error
         except (ValueError, KeyError, struct.error) as error:
@@ -137,7 +141,7 @@ def unpacking(path: str, key: str) -> str:
 def check_gguf_names(empty: PreTrainedModel, names: Iterable[str], where: str) -> None:
     """Refuses a file with a tensor that transformers has no place for, which it would leave out without a word.
 
-    Such a model is another one: the factors of Llama 3's positions (`rope_freqs`) lie in a tensor, for instance.
+    Such a model is another one.
 
     Args:
         empty: The model, without weights.
@@ -155,12 +159,46 @@ def check_gguf_names(empty: PreTrainedModel, names: Iterable[str], where: str) -
     kind = next(filter(None, kinds), TensorProcessor)
     known = get_gguf_hf_weights_map(empty, kind(config=config.to_dict()))
     # Experts are found by the names of their stacks, without what follows them.
+    known |= {FACTORS: "read by `positions_of`"}
     left = sorted(name for name in names if name not in known and name.removesuffix(".weight") not in known)
     if left:
         raise UserError(
             f"{where} holds {left[0]!r}, which transformers has no place for in a {config.model_type} model, so it "
             f"would be another model; use its folder of safetensors."
         )
+
+
+def positions_of(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of its positions, which transformers leaves out: Llama 3.1's, whose factors lie in a tensor.
+
+    Args:
+        file: The file.
+        config: What transformers read of it.
+
+    Returns:
+        What belongs into the configuration besides.
+
+    Raises:
+        ValueError: The file scales its positions in a way that is not known here.
+    """
+    scaling = file.settings.get(f"{_text(file.settings.get('general.architecture'))}.rope.scaling.type")
+    said = {"rope_scaling", "rope_parameters"} & config.keys()
+    if scaling not in (None, b"none") and not said:
+        raise ValueError(f"it scales its positions ({_text(scaling)}), which would be lost; use its safetensors")
+    if FACTORS not in file.places or not torch.any((factors := file.get_tensor(FACTORS)) != 1):
+        return {}
+    llama3 = {"rope_type": "llama3", **LLAMA3, "factor": float(factors.max())}
+    made = AutoConfig.for_model(**{**config, "rope_scaling": dict(llama3)})
+    plain = 1 / config["rope_theta"] ** (torch.arange(0, 2 * len(factors), 2) / (2 * len(factors)))
+    if not torch.allclose(
+        plain / factors, ROPE_INIT_FUNCTIONS["llama3"](made, torch.device("cpu"))[0], rtol=1e-4, atol=0
+    ):
+        raise ValueError(f"its tensor {FACTORS!r} scales positions otherwise than Llama 3.1; use its safetensors")
+    return {"rope_scaling": llama3}
+
+
+def _text(value: object) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 class _Slice:
@@ -224,18 +262,19 @@ class _Reader:
         return Place(shape, GGMLQuantizationType(self.number("<I")), self.number("<Q"))
 
 
-def _places(file: BinaryIO, size: int) -> dict[str, Place]:
-    """Name of each tensor → where it is; raises a ValueError that says what is wrong with the file."""
+def _read(file: BinaryIO, size: int) -> tuple[dict[str, object], dict[str, Place]]:
+    """Settings that are no lists, and where each tensor is; a ValueError says what is wrong with the file."""
     reader = _Reader(file, size)
     if reader.take(len(MAGIC)) != MAGIC:
         raise ValueError("it does not begin like one")
     if (version := reader.number("<I")) not in VERSIONS:
         raise ValueError(f"its version {version:,} is not read")
     tensors, entries = reader.number("<Q"), reader.number("<Q")
-    alignment: object = ALIGNMENT
+    settings = {}
     for _ in range(entries):
-        name, found = reader.text(), reader.value()
-        alignment = found if name == b"general.alignment" else alignment
+        name = reader.text().decode()
+        settings[name] = reader.value()
+    alignment = settings.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError("its alignment is no length")
     places: dict[str, Place] = {}
@@ -248,4 +287,4 @@ def _places(file: BinaryIO, size: int) -> dict[str, Place]:
         places[tensor] = place = place._replace(start=start + place.start)
         if (place.shape and place.shape[-1] % GGML_QUANT_SIZES[place.kind][0]) or place.start + place.size > size:
             raise ValueError(f"its tensor {tensor!r} of the shape {place.shape} is not whole in it")
-    return places
+    return settings, places
