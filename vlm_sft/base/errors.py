@@ -93,7 +93,7 @@ def exit_on_user_error() -> Iterator[None]:
         SystemExit: with code 2 in place of the `UserError`; with code 1 where a peer is gone.
     """
     rank = os.environ.get("RANK", "0")
-    # A process says its own: what goes wrong in one row goes wrong in one process only.
+    # Other processes name themselves, because what goes wrong in one row goes wrong in one process only.
     process = "" if rank == "0" else f" (process {rank})"
     try:
         yield
@@ -132,7 +132,7 @@ def _of_the_disk(error: Exception) -> str | None:
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if number is None or not (full or number in (errno.EROFS, errno.EACCES, errno.EPERM)):
         return None
-    name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy the goal
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy, what was to be written
     what = f"{repr(str(name)) if name else 'A file'} cannot be {'written' if full else 'used'} ({os.strerror(number)})"
     return f"{what}: {'make room' if full else 'change its permissions'}, or choose another place; then begin again."
 

@@ -120,7 +120,7 @@ def cores_for_each() -> int:
     from accelerate import PartialState
     from accelerate.utils import get_int_from_env
 
-    # What torchrun and the MPIs say; without a word of theirs all processes may be on this machine.
+    # What torchrun and the MPIs set; where neither did, all processes may be on this machine.
     said = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
     local = get_int_from_env(said, PartialState().num_processes)
     return max(1, cores() // max(1, local))
@@ -195,7 +195,7 @@ def _look_for_others(file: Path, locked: bool, say: Callable[[str], None]) -> No
     end = time.monotonic() + 3 * BEAT
     while time.monotonic() < end:
         time.sleep(BEAT / 10)
-        with open_regular(file) as opened:  # a network's disk asks its server when a file is opened
+        with open_regular(file) as opened:  # because a network's disk asks its server only then
             if os.fstat(opened.fileno()).st_mtime_ns != before:
                 raise _in_use(file)
 

@@ -114,7 +114,7 @@ def check_entries(folder: str | Path) -> None:
             odd = sorted(entry.path for entry in entries if not (entry.is_file() or entry.is_dir()))
     except OSError:
         return
-    for path in odd:  # a link that leads nowhere is one that is not there
+    for path in odd:  # which lets a link to nowhere pass: it is as a file that is not there
         check_regular(path)
 
 

@@ -122,7 +122,7 @@ def keeper_of(source: Source, *, seed: int, languages: bool) -> Keeper | None:
             return None
         files += list_files(source.annotations) if source.annotations else []
         return Keeper(source, files, seed, languages)
-    except (UserError, OSError):  # which whoever reads the source says
+    except (UserError, OSError):  # whoever reads the source says what is wrong
         return None
 
 

@@ -132,7 +132,7 @@ def encoded(image: dict[str, Any], where: str, films: Films | None = None) -> by
         raise row_error(where, what, "correct the path or remove the row", "image missing") from None
     except IrregularError as error:
         raise row_error(where, f"the image {image['path']} is {error.what}", "give a file", "image missing") from None
-    load_image({"path": image["path"], "bytes": data}, where=where, side=1)  # what is no picture is nobody's to copy
+    load_image({"path": image["path"], "bytes": data}, where=where, side=1)  # a file that is no picture is not copied
     return data
 
 

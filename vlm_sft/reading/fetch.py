@@ -21,7 +21,7 @@ from ..base.whole_files import write_whole
 from ..base.words import one_line, reason_of
 
 REASON = "image not fetched"
-TYPES = ("image/", "application/octet-stream", "binary/octet-stream")  # the last two: object stores that were not told
+TYPES = ("image/", "application/octet-stream", "binary/octet-stream")  # the last two from stores that do not know
 REDIRECTS = 5
 ATTEMPTS = 3  # of a server that is busy or does not answer
 BUSY = (429, 500, 502, 503, 504)
@@ -175,7 +175,7 @@ def is_public(address: str) -> bool:
     """Whether an IP address may be fetched from: global, unicast, and none that hides an address of IPv4."""
     try:
         found = ipaddress.ip_address(address)
-    except ValueError:  # fe80::1%eth0 and the like
+    except ValueError:  # an address with a zone, such as fe80::1%eth0
         return False
     if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
         found = found.ipv4_mapped
@@ -199,7 +199,7 @@ class _Deadline:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.timer.cancel()
         if isinstance(error, (OSError, http.client.HTTPException)):
-            self.check()  # an ended connection has many faces
+            self.check()  # a connection that was ended raises errors of many kinds
 
     def watch(self, stream: socket.socket) -> None:
         """Takes the socket that is to be ended."""

@@ -21,7 +21,7 @@ from .image_kinds import kind_of
 
 FEWEST_LETTERS = 88  # of base64 that may be an image: the smallest GIF has 43 bytes, and a PNG has 67
 LONGEST_NAME = 255  # bytes of a file's name that Linux takes
-LONGEST_LIKELY = 400  # letters of a path beyond which it is believed where the file is there alone
+LONGEST_LIKELY = 400  # letters of a path; a longer one is taken for a path only where its file is there
 _URL_SAFE = str.maketrans("-_", "+/")
 
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")

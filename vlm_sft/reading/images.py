@@ -234,7 +234,7 @@ def _decode(image: Image.Image, wanted: _Wanted) -> Image.Image:
         raise wanted.too_large(f"{image.width} x {image.height} pixels")
     try:
         if wanted.side is not None:
-            image.draft(None, (ENOUGH * wanted.side,) * 2)  # only JPEG can; it keeps at least so many pixels
+            image.draft(None, (ENOUGH * wanted.side,) * 2)  # of JPEG alone; at least so many pixels stay
         image.load()
         return _to_rgb(_upright(image))
     except Exception as error:  # as in _opened: decoders raise anything
@@ -278,7 +278,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
-    if image.mode == "La":  # Pillow turns it into LA alone
+    if image.mode == "La":  # which Pillow converts to LA and to nothing else
         image = image.convert("LA")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

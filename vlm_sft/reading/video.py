@@ -24,9 +24,9 @@ from .image_refs import size_asked
 if TYPE_CHECKING:
     from av import VideoFrame
 
-MOST_DECODED = 10_000  # frames on the way to one
+MOST_DECODED = 10_000  # frames that are decoded on the way to one
 MOST_PACKETS = 1_000_000  # looked at for the length of a film whose header does not say it
-NEAR = 1.0  # seconds for which nobody seeks
+NEAR = 1.0  # seconds ahead, for which decoding on is quicker than to seek
 _TICK = 0.001  # seconds by which containers round the time of a frame
 _UNTIMED = 0.1  # seconds that a picture of a GIF is shown where it does not say so, as browsers have it
 _MOVING = ("GIF", "PNG", "WebP")
@@ -108,7 +108,8 @@ def _readable(video: Mapping[str, Any], where: str) -> Iterator[None]:
         what, mend, reason = problem.args
         raise row_error(where, f"{name} {what}", mend, reason) from None
     except Exception as error:  # FFmpeg and Pillow raise anything on a damaged file
-        why = reason_of(error).partition(": ")[0]  # FFmpeg's, of a container that is not in the list, says nothing
+        why = reason_of(error).partition(": ")[0]
+        # FFmpeg calls a container that is not in the list an invalid argument.
         found = "in a container that is not read" if why == "Invalid argument" else f"damaged or no video ({why})"
         mend = "write it anew as mp4 or remove the row"
         raise row_error(where, f"{name} is {found}", mend, "video damaged") from None
@@ -182,7 +183,7 @@ class _Stream:
             self._file.seek(0)
         options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
         self._container = av.open(self._file, "r", options=options, metadata_errors="replace")
-        pictures = av.stream.Disposition.attached_pic  # the cover of a song
+        pictures = av.stream.Disposition.attached_pic  # such as the cover of a song
         found = [stream for stream in self._container.streams.video if not stream.disposition & pictures]
         if not found:
             heard = "has sound but no picture" if self._container.streams.audio else "has no picture"
@@ -227,7 +228,7 @@ class _Stream:
         if self._turn is None:  # only a frame says that the film lies on its side
             self.show(0.0)
         width, height = self._stream.width, self._stream.height
-        wide = float(self._stream.sample_aspect_ratio or 1) or 1.0  # of a pixel
+        wide = float(self._stream.sample_aspect_ratio or 1) or 1.0  # width of a pixel by its height
         shown = (round(width * wide), height) if wide > 1 else (width, round(height / wide))
         return shown[::-1] if (self._turn or 0) % 180 else shown
 

@@ -28,7 +28,7 @@ class _Recipe:
         self.data, self.name = data, name
         self.counted: dict[tuple[str, ...], int] = {}
         self.within: set[tuple[str, ...]] = set()
-        self.unknown = 0  # references to a key that shows when they are filled in
+        self.unknown = 0  # references whose key is known when they are filled in
 
     def at(self, path: tuple[str, ...]) -> int:
         """The size of what stands at a place; 0 where nothing does, which OmegaConf says."""

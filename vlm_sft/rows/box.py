@@ -14,7 +14,7 @@ from .raw_row import RowView
 SCALES: dict[str, float | None] = {"pixels": None, "unit": 1.0, "thousand": 1000.0, "padded": 1.0}
 """What numbers count → their largest: pixels of the upright picture, 0 to 1 or 0 to 1000 of its sides, or 0 to 1 of the
 square that the picture is centred on (LLaVA's own data)."""
-SLACK = 0.5  # pixels that a box may stick out of its picture; so far it is cut
+SLACK = 0.5  # pixels by which a box may stick out of its picture; it is cut there
 
 
 def given_box(row: RowView, part: Mapping[str, Any], key: str) -> Part:

@@ -17,7 +17,7 @@ from .box import SCALES, check_image, checked_box, either, is_number, only_image
 from .messages import Message, Part, ref_part, text_part
 from .raw_row import RowView, is_given
 
-AS_WRITTEN = "as_written"  # boxes typed in text stay as they are, and it is meant
+AS_WRITTEN = "as_written"  # the source says that boxes typed in text stay the text that they are
 BBOX_TYPES = {"real": "pixels", "norm1": "unit", "norm1000": "thousand"}  # ms-swift's words
 BOX_MARK, REF_MARK = "<bbox>", "<ref-object>"
 LOCATIONS = 1024  # steps of PaliGemma's location tokens on each side

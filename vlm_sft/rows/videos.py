@@ -27,7 +27,7 @@ _NUMBERS = {
 }  # fmt: skip
 """What Qwen and others call what a video's entry may say → what it is called here."""
 _WHOLE = ("frames", "max_frames", "min_frames")
-MOST_FRAMES = 4096  # of a video, whoever asks
+MOST_FRAMES = 4096  # of a video, whether its row or its recipe asks for more
 FRAMES = 8  # of a video for which nobody says how many
 FRAMES_A_SECOND = 2.0  # of a list of pictures that does not say it, as Qwen has it
 
