@@ -71,6 +71,11 @@ class Checkpoint:
                 raise UserError(f"{key}: the weight file {path!r} (named under `more`) does not exist.")
             self.files = self._of_file(path) | self.files
 
+    @property
+    def where(self) -> str:
+        """The recipe's key and the checkpoint, as messages begin."""
+        return f"{self.key}: {self.pretrained!r}"
+
     def _list(self, candidates: tuple[str, ...]) -> dict[str, str]:
         """Tensor name → the file it is in: a name inside the checkpoint, or an absolute path."""
         if Path(self.pretrained).is_file():
@@ -85,8 +90,8 @@ class Checkpoint:
         if not Path(self.pretrained).exists():
             raise unreachable(self.pretrained, self.key)
         raise UserError(
-            f"{self.key}: {self.pretrained!r} has no weights that can be read here ({', '.join(candidates)}); check "
-            f"the folder or the Hub id."
+            f"{self.where} has no weights that can be read here ({', '.join(candidates)}); check the folder or the Hub "
+            f"id."
         )
 
     def _read_index(self, path: str, name: str) -> dict[str, str]:

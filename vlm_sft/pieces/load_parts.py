@@ -174,8 +174,8 @@ def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig
     except UserError:
         raise
     except Exception as error:  # more bytes than can be counted, or a number that its class cannot work with
-        where = f"{checkpoint.key}: {checkpoint.pretrained!r}"
-        raise UserError(f"{where}: no model can be made of its config.json ({one_line(error)}).") from error
+        sentence = f"{checkpoint.where}: no model can be made of its config.json ({one_line(error)})."
+        raise UserError(sentence) from error
     _check_filled(empty, checkpoint)
     return empty
 
@@ -183,7 +183,7 @@ def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig
 def _check_filled(empty: nn.Module, checkpoint: Checkpoint) -> None:
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())
-    check_weights(parameters, checkpoint.size, f"{checkpoint.key}: {checkpoint.pretrained!r}", buffers)
+    check_weights(parameters, checkpoint.size, checkpoint.where, buffers)
 
 
 def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **options: Any) -> PreTrainedModel:
@@ -214,14 +214,14 @@ def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **opti
         said = one_line(error).replace(place, piece.pretrained)
         raise UserError(f"{piece.key}: transformers cannot load {piece.pretrained!r}: {said}") from error
     for name, got, wanted in found["mismatched_keys"]:
-        check_shape(name, got, wanted, f"{piece.key}: {piece.pretrained!r}")
+        check_shape(name, got, wanted, piece.where)
     if missing := sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED)):
         raise UserError(
-            f"{piece.key}: {piece.pretrained!r} lacks {len(missing)} tensors of this model, for instance "
-            f"{missing[0]!r}; is it the right checkpoint, and whole?"
+            f"{piece.where} lacks {len(missing)} tensors of this model, for instance {missing[0]!r}; is it the right "
+            f"checkpoint, and whole?"
         )
     name_again(model, piece.pretrained)
-    keep_plain_generation(model, f"{piece.key}: {piece.pretrained!r}")
+    keep_plain_generation(model, piece.where)
     return model
 
 
@@ -256,8 +256,7 @@ def load_module(
             tensor = origin.make(*sources) if origin.make else sources[0]
             if patches and name in TABLES:
                 tensor = fit_positions(tensor, empty.shape, patches)
-            where = f"{checkpoint.key}: {checkpoint.pretrained!r}"
-            check_shape(origin.names[0], tensor.shape, empty.shape, where)
+            check_shape(origin.names[0], tensor.shape, empty.shape, checkpoint.where)
         state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     module.load_state_dict(state, strict=True, assign=True)
     _materialise_buffers(module)
@@ -301,8 +300,8 @@ def find_prefix(wanted: Iterable[str], checkpoint: Checkpoint) -> str:
 def _check_none_missing(missing: Sequence[str], needed: Sequence[str], checkpoint: Checkpoint) -> None:
     if missing:
         raise UserError(
-            f"{checkpoint.key}: {checkpoint.pretrained!r} does not hold this part: {len(missing)} of {len(needed)} "
-            f"tensors are missing, for instance {missing[0]!r}; is it the right checkpoint?"
+            f"{checkpoint.where} does not hold this part: {len(missing)} of {len(needed)} tensors are missing, for "
+            f"instance {missing[0]!r}; is it the right checkpoint?"
         )
 
 

@@ -55,6 +55,7 @@ class Piece(Generic[SpecT]):
     Attributes:
         pretrained: Hub id, folder or file.
         key: The recipe's key, for messages.
+        where: The key and the checkpoint, as messages begin.
         config: Configuration of the part, as the recipe wants it.
         num_query_tokens: Of a resampler.
         renamed: Of a language model inside a larger checkpoint: pattern of a tensor's name there → its name in the
@@ -73,6 +74,7 @@ class Piece(Generic[SpecT]):
         self.part, self.spec, self.pretrained = part, spec, spec.pretrained
         self.section = part if part == "model" else f"stack.{part}"
         self.key = f"{self.section}.pretrained"
+        self.where = f"{self.key}: {self.pretrained!r}"
 
     @cached_property
     def is_gguf(self) -> bool:
@@ -115,10 +117,9 @@ class Piece(Generic[SpecT]):
             return {}
         if not isinstance(raw, dict):
             return {}
-        where = f"{self.key}: {self.pretrained!r}"
-        check_config(raw, where)
+        check_config(raw, self.where)
         if not self.trusts_code:
-            check_config_names(raw, where)
+            check_config_names(raw, self.where)
         return raw
 
     @property
