@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
+from transformers.integrations import flex_attention as flex
 
 from support.conversations import make_row, turn
 from support.tiny_pieces import tiny_stack
+from vlm_sft.base.errors import UserError
 from vlm_sft.base.names import ROW_LENGTHS
 from vlm_sft.batch.by_length import PACK
+from vlm_sft.batch.collator import REJECTED, SEEN
+from vlm_sft.batch.counts import owners_of
+from vlm_sft.batch.image_swap import with_other_images
+from vlm_sft.model import modeling
+from vlm_sft.model.losses import supervised_positions
+from vlm_sft.model.positions import packed_positions
 
 # fp32, losses of about 6 and gradients of about 1: sums of the same numbers in another order.
 SAME = {"atol": 2e-6, "rtol": 2e-5}
@@ -57,6 +66,63 @@ def test_a_composed_stack_gives_what_separate_rows_give(make_trainer, pieces, ro
     assert_same(gradients(trainer, batch), alone)
 
 
+def math_of_flex(query, key, value, block_mask, scale, **options):
+    """What flex attention computes: torch has no gradient of it on a CPU, and compiles for minutes."""
+    shape = (len(query), None, query.shape[2], key.shape[2])
+    mask = create_mask(block_mask.mask_mod, *shape, device="cpu")
+    found = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    return (
+        (found, found.new_zeros(found.shape[:3])) if options.get("return_aux") or options.get("return_lse") else found
+    )
+
+
+def test_flex_attention_keeps_rows_apart_in_a_mask_of_blocks(make_trainer, pieces, rows, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    monkeypatch.setattr(flex, "compile_friendly_flex_attention", math_of_flex)
+    stack = tiny_stack(pieces, language={"attn_implementation": "flex_attention"})
+    trainer = make_trainer(stack=stack, lora={"r": 4})
+    collate = trainer.data_collator
+    packed = gradients(trainer, collate([{PACK: rows[:4]}, {PACK: rows[4:]}]))
+    trainer.model.base_model.model.model.language_model.set_attn_implementation("sdpa")
+    assert_same(packed, gradients(trainer, collate(rows)))
+
+
+def test_a_resampler_that_reads_the_instruction_reads_that_of_each_images_own_row(make_trainer, instructblip, rows):
+    piece = {"pretrained": instructblip}
+    stack = {"vision_tower": piece, "resampler": {"type": "instruct_qformer", **piece},
+             "projector": {"type": "linear", **piece}, "language_model": piece}  # fmt: skip
+    trainer = make_trainer(stack=stack, train={"projector": 1e-3, "resampler": 1e-4})
+    alone = gradients(trainer, trainer.data_collator(rows))
+    packs = [{PACK: [rows[5], rows[1], rows[4], rows[8]]}, {PACK: [rows[k] for k in (0, 2, 3, 6, 7, 9)]}]
+    assert_same(gradients(trainer, trainer.data_collator(packs)), alone)
+
+
+def test_a_bad_row_leaves_its_pack_alone_and_is_named(make_trainer, rows):
+    trainer = make_trainer()
+    collate = trainer.data_collator
+    broken = {**rows[1], "id": "s/broken", "images": [{"path": "nowhere.png", "bytes": None}]}
+    with pytest.raises(UserError, match=r"s/broken.*nowhere\.png"):
+        collate([{PACK: [rows[0], broken, rows[2]]}])
+    collate.drop_rejected = collate.count_rows = True
+    batch = collate([{PACK: [rows[0], broken, rows[2]]}, {PACK: [broken]}, {PACK: [rows[3]]}])
+    assert [(source, name) for source, name, *_ in batch.pop(REJECTED)] == [("s", "s/broken")] * 2
+    assert batch.pop(SEEN) == {"s": 5}, "the ledger counts rows, not packs"
+    whole = collate([{PACK: [rows[0], rows[2]]}, {PACK: [rows[3]]}])
+    assert all(torch.equal(batch[name], whole[name]) for name in batch)
+
+
+def test_images_are_exchanged_between_the_rows_of_a_pack(make_trainer, rows):
+    trainer = make_trainer()
+    token, each = trainer.processing_class.image_token_id, trainer.processing_class.ids_per_image
+    found = []
+    for items in (rows, [{PACK: rows[:6]}, {PACK: rows[6:]}]):
+        batch = trainer.data_collator(items)
+        swapped, complete = with_other_images(batch, token, each, None)
+        owners = owners_of(batch)[0].flatten()[supervised_positions(batch["labels"])]
+        found.append((swapped["pixel_values"], complete[owners]))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)) and found[0][1].any()
+
+
 def packed_trainer(make_trainer, rows, **sft):
     trainer = make_trainer(
         rows=rows, eval_rows=rows,
@@ -97,10 +163,6 @@ def test_an_evaluation_of_packs_is_that_of_rows(make_trainer, rows):
 
 
 def test_a_model_whose_rows_see_each_other_is_refused_before_the_first_step(make_trainer, rows, monkeypatch):
-    from vlm_sft.base.errors import UserError
-    from vlm_sft.model import modeling
-    from vlm_sft.model.positions import packed_positions
-
     blind = lambda config, embeds, lengths: (None, torch.arange(embeds.shape[1])[None])  # noqa: E731
     trainer = packed_trainer(make_trainer, rows)
     with monkeypatch.context() as patch:

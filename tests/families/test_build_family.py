@@ -243,3 +243,8 @@ def test_the_command_line_takes_its_bundle(model_recipe, seen, tmp_path, capsys)
     row = {"messages": [QUESTION], "images": [encoded((40, 30))]}
     with pytest.raises(UserError, match="num_beams must be 1 with images in an existing model"):
         answer(model, processor, [row], num_beams=2)
+
+
+def test_a_model_that_cannot_keep_packed_rows_apart_says_why(model_recipe):
+    with pytest.raises(UserError, match=r"`sft.packing` is not for a kosmos-2 model: its own class counts positions"):
+        build_stack(model_recipe("kosmos-2", "sft.packing=true"))

@@ -10,9 +10,11 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 from trl import SFTConfig
 
 from support.tiny_families import TINY, processor_of, rows, tiny
+from vlm_sft.batch.by_length import PACK
 from vlm_sft.batch.collator import MultimodalCollator
 from vlm_sft.families.build_family import model_class
 from vlm_sft.families.model import set_dtypes
+from vlm_sft.families.table import FAMILIES
 from vlm_sft.model.freeze import FreezePlan, part_modules, part_of
 from vlm_sft.training.trainer import VLMSFTTrainer
 
@@ -184,3 +186,21 @@ def test_a_frozen_tower_stays_in_evaluation_mode_and_is_looked_for_once(name, mo
     FreezePlan({"vision_tower": 1e-3}).apply(model)
     assert all(module.training for module in model.train().modules())
     assert not any(module.training for module in model.eval().modules())
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if not FAMILIES[name].no_packing])
+def test_packed_rows_give_the_loss_and_gradients_of_separate_ones(name):
+    model, processor = build(name)
+    model.eval()
+    data = rows((40, 30), None, (60, 200), (30, 40), None)
+    for number, row in enumerate(data):
+        row["messages"][1]["content"][0]["text"] = "so " * (1 + 5 * number)
+    collator, found = MultimodalCollator(processor), []
+    for items in (data, [{PACK: [data[0], data[2], data[1]]}, {PACK: [data[4], data[3]]}]):
+        model.zero_grad()
+        model(**collator(items), supervised_only=True, use_cache=False, num_items_in_batch=40).loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        scale = max(g.abs().max() for g in found[0].values())
+    assert found[0].keys() == found[1].keys() and scale > 1e-3
+    for parameter, gradient in found[0].items():
+        assert float((found[1][parameter] - gradient).abs().max() / scale) < 1e-5, parameter

@@ -274,20 +274,26 @@ class GroupsByLength:
             if length := _length(collator, row):
                 good.append((not row["images"], length, row))
         rows = [row for *_, row in sorted(good, key=lambda each: each[:2])[:2]]
+        if len(rows) < 2:
+            return
+        # Two packs where a batch has more than one: flash attention takes many rows of one sequence alone.
+        sizes = [self.args.train_batch_size] * self.packing + [self.args.eval_batch_size] * self.eval_packing
+        packs = min(2, max(sizes))
         model, was_training = self.model, self.model.training
         model.eval()
         try:
-            apart, packed = map(self._losses_of, (rows, [{PACK: rows}])) if len(rows) == 2 else (torch.zeros(1),) * 2
+            apart, packed = map(self._losses_of, (rows * packs, [{PACK: rows}] * packs))
         finally:
             model.train(was_training)
         difference = float((packed - apart).double().square().mean().sqrt())
         allowed = 0.05 if self.args.bf16 or self.args.fp16 or model.dtype != torch.float32 else 1e-3
         if difference > allowed:
             name = model.config.get_text_config().model_type
+            flash = "flash" in str(model.config.get_text_config()._attn_implementation)
             raise UserError(
                 f"sft.packing: in this model ({name}) a row of a pack sees the one before it: the losses of the rows "
                 f"{rows[0]['id']} and {rows[1]['id']} differ by {difference:.2g} a token from those of each alone "
-                f"(allowed {allowed:g}); set sft.packing=false."
+                f"(allowed {allowed:g}); set {'batch sizes of 1, or ' * (flash and packs > 1)}sft.packing=false."
             )
 
     def _losses_of(self, items: list[Any]) -> torch.Tensor:

@@ -28,6 +28,7 @@ from .fuyu import FuyuProcessor
 from .kind import Composed
 from .kosmos2 import Kosmos2, Kosmos2Processor
 from .model import FamilyModel, cast_parts, set_dtypes
+from .paligemma import PaliGemma
 from .processor import FamilyProcessor, without_videos
 from .table import default_template, family_of
 
@@ -39,7 +40,7 @@ KEY = "model.pretrained"
 # What a processor itself, and not that of its images, may be told of how many tokens an image becomes.
 TOKENS = ("image_seq_length", "image_seq_len", "num_additional_image_tokens", "num_patch_index_tokens")
 # Models whose class, or whose processor, needs more than the others'.
-MODELS: dict[str, type[FamilyModel]] = {"kosmos-2": Kosmos2}
+MODELS: dict[str, type[FamilyModel]] = {"kosmos-2": Kosmos2, "paligemma": PaliGemma}
 PROCESSORS: dict[str, type[FamilyProcessor]] = {"kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor}
 
 
@@ -53,6 +54,10 @@ class FamilyKind:
     def compose(self, recipe: Recipe) -> Composed:
         """See `Kind`."""
         piece = find_model(_spec(recipe))
+        why = family_of(piece.config.model_type, piece.pretrained).no_packing
+        if why and (recipe.sft.get("packing") or recipe.sft.get("eval_packing")):
+            where = recipe.where(("sft", "packing"))
+            raise UserError(f"{where}: `sft.packing` is not for a {piece.config.model_type} model: {why}; remove it.")
         template = load_template(recipe.chat_template or default_template(piece.config, piece.pretrained))
         spec = piece.spec.model_copy(update={"revision": piece.revision})
         processor = load_processor(spec, piece.config, template, recipe.system, recipe.box_notation)

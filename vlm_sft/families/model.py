@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..base.errors import UserError
 from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
 from ..model.losses import VLMOutput, mean_loss, scaled_logits
-from ..model.positions import ExactRotations
+from ..model.positions import ExactRotations, packed_positions, row_numbers
 from ..model.sharding import others_wait_for
 
 # What of the image path's output goes to the language model; Fuyu's has only a last hidden state.
@@ -45,6 +46,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         label_positions: torch.Tensor | None = None,
         image_token_count: int | None = None,
+        row_lengths: torch.Tensor | None = None,
         **inputs: Any,
     ) -> VLMOutput:
         """Scores only the positions with a label, a chunk at a time; see `VLMForConditionalGeneration.forward`.
@@ -55,13 +57,37 @@ class FamilyModel(ExactRotations, PreTrainedModel):
             num_items_in_batch: What the summed loss is divided by; default the number of labels here.
             label_positions: `supervised_positions` of the labels, where the batch brings them.
             image_token_count: Left unused: these models compare image tokens and features by themselves.
+            row_lengths: (B, R) in place of a mask, where rows are packed; see `positions.packed_positions`.
             **inputs: What the model's own forward takes.
         """
+        if row_lengths is not None:
+            inputs |= self.kept_apart(inputs, row_lengths)
         hidden = self.last_hidden_state(**inputs)
         config, head = self.config.get_text_config(), self.get_output_embeddings()
         score = functools.partial(scaled_logits, head, config)
         loss, losses, hits = mean_loss(score, hidden, labels, loss_weights, num_items_in_batch, label_positions)
         return VLMOutput(loss=loss, token_losses=losses, token_hits=hits)
+
+    def kept_apart(self, inputs: dict[str, torch.Tensor], row_lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model is given so that no packed row sees another: positions, of which these models make their mask.
+
+        (B, S), anew with each row; (4, B, S) where a place in a picture is a position too (M-RoPE): the first says
+        which tokens are of a row, the other three are what the model's own class gives each row when it stands alone.
+        """
+        ids = inputs["input_ids"]
+        plain = packed_positions(row_lengths, ids.shape[1])
+        if not hasattr(self.base_model, "get_rope_index"):
+            return {"position_ids": plain}
+        apart = row_lengths[row_lengths > 0].tolist()
+        real = row_numbers(row_lengths, ids.shape[1]) < row_lengths.shape[1]
+        types = inputs["mm_token_type_ids"]
+        alone, kinds = (pad_sequence(each[real].split(apart), batch_first=True) for each in (ids, types))
+        mask = pad_sequence([torch.ones_like(alone[0, :length]) for length in apart], batch_first=True)
+        grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+        found, _ = self.base_model.get_rope_index(alone, mm_token_type_ids=kinds, attention_mask=mask, **grids)
+        places = plain.repeat(4, 1, 1)
+        places[1:, real] = found[:, mask.bool()].to(plain)
+        return {"position_ids": places}
 
     def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model's own forward takes, with what it needs for a batch of text alone."""

@@ -319,5 +319,10 @@ def _column(row: EncodedChat, counts: str) -> list[int]:
     """The family's column for one row."""
     if counts == "images":
         return list(row.places)
-    first = next((i for i, label in enumerate(row.labels) if label != IGNORED), len(row.labels))
-    return [int(i >= first) for i in range(len(row.labels))]
+    found, start = [], 0
+    for length in row.lengths or [len(row.labels)]:
+        labels = row.labels[start : start + length]
+        first = next((i for i, label in enumerate(labels) if label != IGNORED), length)
+        found += [int(i >= first) for i in range(length)]
+        start += length
+    return found

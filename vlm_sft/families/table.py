@@ -30,6 +30,7 @@ class Family:
         boxes: How boxes are written, a key of `NOTATIONS`; of a family that was taught no notation, `DEFAULT`.
         vllm: Whether vLLM has a class for it.
         no_export: Why it is not exported to its own class, or "".
+        no_packing: Why its rows are not packed, or "".
         one_image: Whether it was made for one image, so that the frames of a video are refused.
     """
 
@@ -42,6 +43,7 @@ class Family:
     boxes: str = DEFAULT
     vllm: bool = True
     no_export: str = ""
+    no_packing: str = ""
     one_image: bool = False
 
 
@@ -61,6 +63,7 @@ FAMILIES: dict[str, Family] = {
     "internvl": Family("InternVLProcessor", {"": "internvl"}, counted="patches", boxes="internvl"),
     "gemma3": Family("Gemma3Processor", {"": "gemma3"}, "token_type_ids"),
     "kosmos-2": Family("Kosmos2Processor", {"": "kosmos2"}, "image_embeds_position_mask", vllm=False, one_image=True,
+                       no_packing="its own class counts positions through, whatever it is given",
                        prompt="rendered.removeprefix(bos_token ~ image_token ~ ' ')", boxes="kosmos2"),
     "fuyu": Family("FuyuProcessor", {"": "fuyu"},
                    no_export="its own processor cannot cut images without torchvision"),

@@ -54,7 +54,7 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
         _sources_are_told_apart(recipe.data),
         _stream_has_an_end_and_weights(recipe.data, recipe.sft.get("max_steps")),
         _collator_is_a_class(recipe.collator),
-        _rows_pack_whole(recipe.sft, recipe.model is not None),
+        _rows_pack_whole(recipe.sft),
         _sft_fits(recipe.sft, evaluates=bool(recipe.data.eval), streaming=recipe.data.streaming),
         _answers_are_bounded(recipe),
         _hub_can_be(recipe.hub),
@@ -240,11 +240,9 @@ def _sft_fits(sft: dict[str, Any], evaluates: bool, streaming: bool) -> Broken:
         yield "sft.eval_strategy", "`sft.eval_strategy` asks for evaluations but `data.eval` has no source."
 
 
-def _rows_pack_whole(sft: dict[str, Any], existing: bool) -> Broken:
+def _rows_pack_whole(sft: dict[str, Any]) -> Broken:
     if not (sft.get("packing") or sft.get("eval_packing")):
         return
-    if existing:
-        yield ("sft", "packing"), "`sft.packing` is for models that `stack` composes, not for `model`; remove it."
     if sft.get("max_length", 1) is None:
         yield ("sft", "max_length"), "`sft.packing` fills packs up to `sft.max_length`, so it cannot be null; say one."
     if (strategy := sft.get("packing_strategy", "bfd")) != "bfd":
