@@ -161,7 +161,13 @@ def benchmarks(recipe_file, caption_file, photos, tmp_path):
 
 def test_vqav2_and_gqa_are_measured_as_their_authors_do(bundle, benchmarks, monkeypatch):
     recipe, answers = benchmarks
-    monkeypatch.setattr(scoring, "ask", lambda model, processor, asked, *more: [answers[q.id] for q in asked])
+    counts = []
+
+    def ask(model, processor, asked, *more):
+        counts.append(len(asked))
+        return [answers[question.id] for question in asked]
+
+    monkeypatch.setattr(scoring, "ask", ask)
     result = CliRunner().invoke(cli.app, ["evaluate", str(bundle), "--recipe", str(recipe)])
     assert result.exit_code == 0, result.output
     found = json.loads((bundle / "eval.json").read_text(encoding="utf-8"))
@@ -174,7 +180,8 @@ def test_vqav2_and_gqa_are_measured_as_their_authors_do(bundle, benchmarks, monk
     both = found["metrics_by_kind"]["vqa"]
     assert both["VQA_accuracy"] == near(vqa) and both["VQA_accuracy_EvalAI"] > both["VQA_accuracy"]
     assert found["questions"]["answers"] == {"vqa": len(scores), "gqa": len(right)}, "alike questions are not merged"
-    assert found["answer_accuracy"] == found["answer_accuracy_blank_image"]
+    assert counts == [len(scores), 3, len(right), 1], "without images, three and one that differ"
+    assert set(found["answer_accuracy_blank_image_by_kind"]) == {"vqa", "gqa"}
     lines = [" ".join(line.split()) for line in result.output.splitlines()]
     assert "Right on the test set" in lines and f"answers: vqa, VQA accuracy {vqa:.1%} {len(scores)}" in lines
     card = (bundle / "README.md").read_text(encoding="utf-8")

@@ -75,6 +75,7 @@ def test_shares_are_those_counted_by_hand(monkeypatch, processor, photos, source
         "answer_accuracy": 0.75,
         "answer_accuracy_blank_image": 0.5,  # `red` is right once; of the sums, one stays right
         "answer_accuracy_by_kind": {"colour": 1.0, "captions": 0.5},
+        "answer_accuracy_blank_image_by_kind": {"colour": 0.5},
         "metrics_by_kind": {},
         "questions": {"captions": 4, "answers": {"colour": 2, "captions": 2}},
         "wrong": {
@@ -87,9 +88,32 @@ def test_shares_are_those_counted_by_hand(monkeypatch, processor, photos, source
     }
     captions, colours, blank, sums, nothing = answers.asked
     assert (len(captions), len(colours), len(sums)) == (4, 2, 2)
-    assert [len(question.images) for question in blank] == [1, 1]
+    assert [len(question.images) for question in blank] == [1], "blanked, the two are one question"
     assert all(image.getextrema() == ((128, 128),) * 3 for question in blank for image in question.images)
     assert nothing == [], "sums have no image to blank, and are not asked twice"
+
+
+@pytest.mark.parametrize(("options", "asked"), [({}, 2), ({"do_sample": True}, 4), ({"temperature": 0.5}, 4)])
+def test_questions_that_differ_in_their_images_alone_are_asked_once_without_them(
+    monkeypatch, processor, photos, options, asked
+):
+    """Two questions, the first of three photos; answers that are drawn are drawn for each."""
+    texts = ["这是什么？", "这是什么？", "what is it?", "这是什么？"]
+    questions = [
+        Question(turn(text, "", images=1)[:1], [{"path": photo, "bytes": None}], ["猫"])
+        for text, photo in zip(texts, photos, strict=False)
+    ]
+    blank, ticks = [], []
+
+    def answer(model, processor, questions, batch_size, options, tick):
+        blank.extend(questions)
+        tick(len(questions))
+        return ["猫" if "什么" in question.messages[0]["content"][-1]["text"] else "dog" for question in questions]
+
+    monkeypatch.setattr(scoring, "ask", answer)
+    found = scoring.ask_blindly(None, processor, questions, ["x"] * 4, 8, options, ticks.append)
+    assert found == ["猫", "猫", "dog", "猫"]
+    assert len(blank) == asked and sum(ticks) == 4
 
 
 def test_a_question_that_cannot_be_asked_counts_as_wrong_and_is_counted(monkeypatch, processor, photos, sources):

@@ -96,14 +96,14 @@ def score(
 
     Returns:
         `caption_exact_match`, `answer_accuracy`, `answer_accuracy_blank_image` (None where nothing measures them),
-        `answer_accuracy_by_kind` (source name → accuracy), `metrics_by_kind` (source name → metric → its mean, where
-        the format has metrics of its own: the accuracy is then the first of them), `questions` (how many), `wrong`
-        (the first wrong answers of each kind, to look at) and, where some could not be asked because of their pictures
-        and count as wrong, `refused` (how many `questions`, and why the `first`).
+        `answer_accuracy_by_kind` and `answer_accuracy_blank_image_by_kind` (source name → accuracy), `metrics_by_kind`
+        (source name → metric → its mean, where the format has metrics of its own: the accuracy is then the first of
+        them), `questions` (how many), `wrong` (the first wrong answers of each kind, to look at) and, where some could
+        not be asked because of their pictures and are wrong, `refused` (how many `questions`, and why the `first`).
     """
     captions: list[float] = []
     answers: dict[str, dict[str, list[float]]] = {}
-    blank: list[float] = []
+    blank: dict[str, list[float]] = {}
     wrong: dict[str, Any] = {"captions": [], "answers": {}}
     merged = {kind: merge(asked, processor) for kind, asked in questions.items()}
     total = sum(len(asked) * (1 if kind is None else 2) for kind, asked in merged.items())
@@ -119,15 +119,16 @@ def score(
                 continue
             answers[kind], wrong["answers"][kind] = scores, _wrong(asked, given, hits)
             blindly = ask_blindly(model, processor, asked, given, batch_size, options, tick)
-            blank += _compare(metrics[accuracy], blindly, asked)
+            blank[kind] = _compare(metrics[accuracy], blindly, asked)
     hits_by_kind = {kind: next(iter(scores.values())) for kind, scores in answers.items()}
     refused = [question.refused for asked in merged.values() for question in asked if question.refused]
-    sees = any(question.images for kind, asked in merged.items() if kind is not None for question in asked)
+    seeing = [kind for kind in blank if any(question.images for question in merged[kind])]
     return {
         "caption_exact_match": _share(captions),
         "answer_accuracy": _share([hit for hits in hits_by_kind.values() for hit in hits]),
-        "answer_accuracy_blank_image": _share(blank) if sees else None,
+        "answer_accuracy_blank_image": _share([hit for hits in blank.values() for hit in hits]) if seeing else None,
         "answer_accuracy_by_kind": {kind: _share(hits) for kind, hits in hits_by_kind.items()},
+        "answer_accuracy_blank_image_by_kind": {kind: _share(blank[kind]) for kind in seeing},
         "metrics_by_kind": {
             kind: {name: _share(hits) for name, hits in scores.items()}
             for kind, scores in answers.items()
@@ -217,14 +218,23 @@ def ask_blindly(
     """Answers with every image blanked.
 
     A question without an image, or that cannot be asked with its own, keeps the answer that was given, so that both
-    accuracies are over the same questions.
+    accuracies are over the same questions. Questions that differ in their images alone are one question then, and are
+    asked once, unless answers are drawn.
     """
-    seeing = [i for i, question in enumerate(questions) if question.images and not question.refused]
-    blind = ask(model, processor, [without_image(questions[i]) for i in seeing], batch_size, options, tick)
+    from .settings import SAMPLING  # which loads transformers
+
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, question in enumerate(questions):
+        if question.images and not question.refused:
+            drawn = options.get("do_sample") or SAMPLING.keys() & options.keys()
+            text = processor.render(question.messages, add_generation_prompt=True).text
+            alike.setdefault((i,) if drawn else (text, len(question.images)), []).append(i)
+    first = [without_image(questions[same[0]]) for same in alike.values()]
     answers = list(given)
-    for i, text in zip(seeing, blind, strict=True):
-        answers[i] = text
-    tick(len(questions) - len(seeing))
+    for text, same in zip(ask(model, processor, first, batch_size, options, tick), alike.values(), strict=True):
+        for i in same:
+            answers[i] = text
+    tick(len(questions) - len(first))
     return answers
 
 
