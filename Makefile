@@ -3,6 +3,8 @@
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= 2
 PIP_ARGS ?=
+SEED    ?= 0
+QUICK   ?=
 
 BIN   := .venv/bin
 STAMP := .venv/.setup-done
@@ -12,11 +14,12 @@ STAMP := .venv/.setup-done
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
             OMP_WAIT_POLICY=PASSIVE MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=
 
-.PHONY: help setup lint format types test test-fast audit demo schema build clean
+.PHONY: help setup lint format types test test-fast audit demo real schema build clean
 
 help:
 	@echo 'make setup      create .venv and install everything, as pinned in constraints.txt'
 	@echo 'make demo       both quickstart stages on bundled data, evaluation, reload, two questions'
+	@echo 'make real       both stages on published weights and pictures, which it fetches; SEED=1 for another seed, QUICK=1 for a look'
 	@echo 'make test       lint, types and all tests'
 	@echo 'make test-fast  the tests that are not marked slow'
 	@echo 'make lint       ruff, mypy and the layers of imports; make format mends what ruff can mend'
@@ -63,6 +66,9 @@ audit: .venv-audit/bin/pip-audit
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+real: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/real/run.py --seed $(SEED) $(if $(QUICK),--quick)
 
 schema: setup
 	$(BIN)/python -m vlm_sft.recipe.schema > recipes/recipe.schema.json

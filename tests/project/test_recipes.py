@@ -24,7 +24,7 @@ every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.re
 
 
 def test_the_promised_recipes_ship() -> None:
-    systems = ("quickstart", "quickstart_llava", "ziya", "llava15", "minigpt4")
+    systems = ("quickstart", "quickstart_llava", "real", "ziya", "llava15", "minigpt4")
     promised = {f"{name}_stage{stage}" for name in systems for stage in (1, 2)}
     promised |= {
         "ziya_stage2_qlora",
@@ -185,9 +185,9 @@ def test_quickstart_mixes_a_fifth_of_captions_into_stage_two() -> None:
         assert share["caption"] / sum(share.values()) == pytest.approx(0.2, abs=0.05)
 
 
-def test_quickstart_trains_on_no_held_out_row() -> None:
+def test_no_held_out_row_is_trained_on() -> None:
     for path in RECIPES:
-        if path.stem.startswith("quickstart"):
+        if path.stem.startswith(("quickstart", "real")):
             data = load_recipe(path).data
             assert all("_train" in source.path for source in data.train)
             assert all("_validation" in source.path for source in data.eval)

@@ -110,6 +110,30 @@ def write_blip2_pretrained(pieces: dict[str, str], folder: Path) -> str:
     return str(folder / "blip2_pretrained.pth")
 
 
+def write_dinov2(pieces: dict[str, str], folder: Path) -> str:
+    """DINOv2 with patches of 14 pixels, whose image processor is told the size by the recipe."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 5, "num_attention_heads": 4}
+    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(folder)
+    size = {"height": 28, "width": 28}
+    BitImageProcessorPil(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
+    return str(folder)
+
+
+def write_smollm2(pieces: dict[str, str], folder: Path) -> str:
+    """A LLaMA whose tokenizer has the ends of ChatML as one token each."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+    LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=len(tokenizer), initializer_range=0.1)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def _linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
 
@@ -130,6 +154,8 @@ PIECES: dict[str, Writer] = {
     "Salesforce/blip2-opt-2.7b": lambda pieces, folder: pieces["blip2"],
     "Salesforce/blip2-flan-t5-xxl": lambda pieces, folder: pieces["blip2"],
     "Salesforce/instructblip-vicuna-7b": write_instructblip,
+    "data/real/dinov2": write_dinov2,
+    "data/real/smollm2": write_smollm2,
     "checkpoints/eva_vit_g.pth": write_eva,
     "checkpoints/blip2_pretrained.pth": write_blip2_pretrained,
     "facebook/opt-2.7b": lambda pieces, folder: pieces["opt"],

