@@ -15,7 +15,7 @@ from .base.console import make_console, quiet_libraries, say, tell
 from .base.errors import UserError, exit_on_user_error, first_to_say
 from .base.interrupts import Interrupts
 from .base.names import CURVES, METRICS
-from .base.processes import hold_folder, let_threads_sleep, on_first_process
+from .base.processes import hold_folder, leave_process_group, let_threads_sleep, on_first_process
 from .base.whole_files import write_json
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def run(
         if first_to_say(sentence):
             tell(sentence, stderr=True)
         raise SystemExit(130) from None
-    _leave_process_group()
+    leave_process_group()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -279,16 +279,8 @@ def _until_a_signal(trainer: VLMSFTTrainer, pushes: PushCallback | None) -> Iter
                 pushes.stop(Path(trainer.args.output_dir) / f"{PREFIX}{step}", step)
     if trainer.interrupted:
         trainer.accelerator.wait_for_everyone()  # a process that ended first would make the launcher end the others
-        _leave_process_group()
+        leave_process_group()
         raise SystemExit(trainer.interrupts.exit_code)
-
-
-def _leave_process_group() -> None:
-    """Torch warns of processes that end without saying so."""
-    from accelerate import PartialState
-
-    if PartialState().num_processes > 1:
-        PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def check_accelerate(page: str, words: list[str], folder: Path) -> None:
 
     assert words[0] == "launch"
     given = launch_command_parser().parse_args(words[1:])
-    assert given.module and given.training_script == "vlm_sft.train"
+    assert given.module and given.training_script in ("vlm_sft.train", "vlm_sft.cache")
     assert given.config_file is None or (ROOT / given.config_file).is_file(), given.config_file
     check_training(page, given.training_script_args, folder)
 
@@ -234,6 +234,7 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
         setattr(made, function, called)
         monkeypatch.setitem(sys.modules, f"vlm_sft.{module}", made)
 
+    stand_in("prepare.fill_cache", "fill_cache")
     stand_in("inference.chat", "chat")
     stand_in("inference.answer_file", "generate")
     stand_in("inference.evaluate", "run")
@@ -258,6 +259,10 @@ def check_vlm_sft(monkeypatch, tmp_path, calls):
         if words[0] == "train":  # parsed for real, and no further
             check_training(page, words[1:], tmp_path)
             monkeypatch.setattr("vlm_sft.recipe.schema.load_recipe", Mock(side_effect=typer.Exit))
+        if words[:2] == ["cache", "build"]:
+            check_training(page, words[2:], tmp_path)
+        elif words[0] == "cache":
+            (tmp_path / words[2]).mkdir()
         monkeypatch.setattr(sys, "argv", ["vlm-sft", *words])
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as ended:

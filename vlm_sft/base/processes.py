@@ -115,6 +115,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def leave_process_group() -> None:
+    """Torch warns of processes that end without saying so."""
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        PartialState().destroy_process_group()
+
+
 def cores_for_each() -> int:
     """Cores that a process may use so that all processes of its machine together have no more than there are."""
     from accelerate import PartialState

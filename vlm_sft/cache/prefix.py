@@ -213,7 +213,6 @@ class Prefix:
     def _load(self, device: torch.device) -> list[nn.Module | None]:
         if self._modules is None:
             pieces = self.composed.pieces
-            self.say(f"{' and '.join(self.parts)} loaded: not all pictures are in {str(self.root)!r} yet.")
             with torch.random.fork_rng():  # whether it is loaded must not change what is drawn later
                 tower = load_vision_tower(pieces["vision_tower"], dtype_of(self.recipe, "vision_tower"))
                 resampler = load_resampler(pieces["resampler"]) if "resampler" in self.parts else None
@@ -255,6 +254,7 @@ class Prefix:
         self.kept.keys.note(new for _, new, _ in known if new is not None)
         features, pixels = inputs.get(FEATURES), inputs.pop(PIXELS, None)
         if pixels is not None:
+            self._tell(f"{' and '.join(self.parts)} loaded: not all pictures are in {str(self.root)!r} yet.")
             made = self.compute(pixels)
             made = made if self.dtype is None else made.to(self.dtype)
             self.store.add([key for key, _, held in known if not held], made)

@@ -27,7 +27,7 @@ from filelock import FileLock
 from ..base.errors import UserError
 from ..base.whole_files import open_regular, read_text, write_json
 from ..base.words import reason_of
-from .records import Records, append_whole, new_writer
+from .records import LOCK, Records, append_whole, new_writer
 
 ABOUT, FEATURES, INDEX = "about.json", ".features", ".index"
 KEY, SUM = 16, 4  # bytes of a picture's key and of a checksum
@@ -80,8 +80,9 @@ class Store:
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
-    def keys(self) -> list[bytes]:
-        """The pictures that are there."""
+    @property
+    def known(self) -> list[bytes]:
+        """Keys of the pictures that are there."""
         return list(self._places)
 
     @property
@@ -198,6 +199,18 @@ class Store:
         if self._writer is None:
             self._writer = new_writer(self.folder)
             self._shard = open(self.folder / f"{self._writer[0]}{FEATURES}", "ab", buffering=0)  # noqa: SIM115
+
+    def forget(self) -> None:
+        """Takes nothing for written, so that it is written once more."""
+        self._places = {}
+
+    def close(self) -> None:
+        """Ends this process's own files."""
+        if self._writer is not None:
+            writer, lock = self._writer
+            lock.release()
+            (self.folder / f"{writer}{LOCK}").unlink(missing_ok=True)
+            self._writer = None
 
     def touch(self) -> None:
         """Notes that it was used: what was not for long is removed first."""

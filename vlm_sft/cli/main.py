@@ -12,6 +12,7 @@ from ..base.names import PREFLIGHT_PAGE
 from ..base.processes import let_threads_sleep
 from ..train import Overrides, RecipeName, Trust, run
 from .bundles import bundles_app
+from .cache import cache_app
 from .data import data_app
 from .recipes import recipes_app
 
@@ -26,6 +27,7 @@ app.command("train", short_help="Train one stage, as a recipe describes it.")(ru
 app.add_typer(bundles_app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
+app.add_typer(cache_app, name="cache")
 
 
 @app.callback(invoke_without_command=True)

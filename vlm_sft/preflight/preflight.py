@@ -170,7 +170,8 @@ def _take_steps(
     folder = tempfile.TemporaryDirectory(prefix="vlm-sft-preflight-", ignore_cleanup_errors=True)
     with folder as output_dir, console.status("Loading the pieces and taking real steps"):
         settings = {name: value for name, value in recipe.sft.items() if name != "warmup_ratio"}
-        changed = recipe.model_copy(update={"sft": {**settings, **SETTINGS, "output_dir": output_dir}})
+        sft = {**settings, **SETTINGS, "output_dir": output_dir}
+        changed = recipe.model_copy(update={"sft": sft, "cache": None})  # what is proven frozen must be there
         args = build_sft_config(changed)
         args._n_gpu = min(args.n_gpu, 1)  # preflight is one process on one GPU, whatever there is
         quiet_libraries()

@@ -1,0 +1,103 @@
+"""`vlm-sft cache`: fill, show, check and tidy the features that frozen parts give."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..base.console import make_console, tell
+from ..base.errors import UserError
+from ..train import Overrides, RecipeName, Trust
+
+cache_app = typer.Typer(help="Features of frozen parts: build, info, verify, prune.", no_args_is_help=True)
+
+Where = Annotated[
+    str, typer.Argument(metavar="FOLDER", help="A cache's folder, or a recipe that names one.", show_default=False)
+]
+
+
+@cache_app.command()
+def build(recipe: RecipeName, overrides: Overrides = None, trust_remote_code: Trust = False) -> None:
+    """Send every picture of a recipe through its frozen parts; for several processes, use: accelerate launch -m
+    vlm_sft.cache."""
+    from ..base.console import quiet_libraries
+    from ..recipe.left_out import leave_out_bitsandbytes
+    from ..recipe.safety import refuse_code, refuse_revisions
+    from ..recipe.schema import load_recipe
+
+    stage = load_recipe(recipe, overrides or [])
+    if not trust_remote_code:
+        refuse_code(stage, str(stage.path))
+    refuse_revisions(stage)
+    leave_out_bitsandbytes(stage)
+    quiet_libraries()
+    from ..prepare.fill_cache import fill_cache
+
+    fill_cache(stage, make_console())
+
+
+@cache_app.command()
+def info(folder: Where) -> None:
+    """Print what is kept: from which pieces, how many pictures, how large, and when it was last used."""
+    from rich.table import Table
+
+    from ..cache.store import GB
+    from ..cache.upkeep import stores_in
+
+    table = Table("store", "features of", "pictures", "each", "type", "GB", "last used")
+    for kept in stores_in(_root(folder)):
+        store, pretrained = kept.store, kept.about.get("pretrained")
+        parts = pretrained if isinstance(pretrained, dict) else {}
+        shape = store.shape or (0, 0)
+        table.add_row(
+            store.folder.name[:8], "\n".join(f"{part}: {name}" for part, name in parts.items()), f"{len(store):,}",
+            f"{shape[0]} x {shape[1]}", str(store.dtype).removeprefix("torch."), f"{kept.bytes / GB:.3g}",
+            time.strftime("%Y-%m-%d", time.localtime(kept.used)),
+        )  # fmt: skip
+    make_console(stderr=False).print(table)
+
+
+@cache_app.command()
+def verify(folder: Where) -> None:
+    """Read every entry and compare its checksum; exit code 1 where some are damaged (the next run makes them again)."""
+    from ..cache.upkeep import stores_in
+    from ..cache.upkeep import verify as check
+
+    damaged = 0
+    for kept in stores_in(_root(folder)):
+        total = len(kept.store)
+        damaged += (wrong := check(kept.store))
+        tell(f"{kept.store.folder}: {wrong:,} of {total:,} entries are damaged.")
+    if damaged:
+        raise SystemExit(1)
+
+
+@cache_app.command()
+def prune(
+    folder: Where,
+    days: Annotated[float | None, typer.Option(min=0.0, help="Remove what no run opened for so many days.")] = None,
+    max_gb: Annotated[float | None, typer.Option(min=0.0, help="Then the longest unused, down to so many GB.")] = None,
+) -> None:
+    """Remove damaged and double entries and what killed runs left, and whole stores as the options say."""
+    from ..cache.upkeep import prune as tidy
+
+    done = False
+    for sentence in tidy(_root(folder), days, max_gb):
+        done = True
+        tell(sentence)
+    if not done:
+        tell(f"{folder}: there is nothing to remove.")
+
+
+def _root(given: str) -> Path:
+    from ..recipe.schema import load_recipe
+
+    if Path(given).is_dir():
+        return Path(given)
+    recipe = load_recipe(given)
+    if recipe.cache is None:
+        raise UserError(f"{recipe.where(('cache',))}: the recipe has no `cache`; give the folder itself.")
+    return Path(recipe.cache.path)
