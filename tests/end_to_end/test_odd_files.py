@@ -23,7 +23,11 @@ from vlm_sft.recipe.sections import Source
 from vlm_sft.stack.kinds import compose
 
 ODD = [None, True, 0, -1, 1.5, float("nan"), 10**400, "", "猫\ud800", "../..", [], [[]], {}, {"a": {"b": [1]}}, [None]]
-ODD += ["a" * 5000, [1, "a", None], {"": None}]
+ODD += ["a" * 5000, [1, "a", None], {"": None}, 3, "1", [1, 2], {"type": "猫"}, {"height": 1, "width": "x"}, "float16"]
+ODD += [
+    {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 3},
+    {"rope_type": "yarn", "factor": "x"},
+]
 DEEP = 20_000
 RAW = [b"", b"\xff\xfe{}", b"[", b"null", b'{"a": 1, "a": 2}', b"[" * DEEP, b"NaN", b"1e999", b'"\\ud800"']
 RAW += [b'{"a":' * DEEP + b"1" + b"}" * DEEP, "{'猫': 1}".encode("gb18030")]
@@ -47,7 +51,10 @@ def odd(text: bytes, chance: random.Random) -> bytes:
     here = value
     for key in above[1:]:
         here = here[key]
-    here[last] = chance.choice(ODD)
+    if isinstance(here, dict) and chance.random() < 0.2:
+        del here[last]
+    else:
+        here[last] = chance.choice(ODD)
     return json.dumps(value).encode()
 
 

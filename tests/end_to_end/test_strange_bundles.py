@@ -427,3 +427,16 @@ def test_a_thin_picture_in_a_question_is_refused(bundle, tmp_path):
         UserError, match=r"has 1 x 100,000 pixels, of which the image processor would make 336 x 33,600"
     ):
         answer(model, processor, question)
+
+
+SETTINGS = {"exponential_decay_length_penalty": [1], "forced_eos_token_id": True, "guidance_scale": 0}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_no_list_can_judge_are_one_sentence(name, bundle, photos):
+    edit(bundle / "recipe.yaml", generation={name: SETTINGS[name]})
+    question = [{"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [photos[0]]}]
+    model, processor, options = open_bundle(str(bundle), {})
+    with pytest.raises(UserError, match="cannot answer with these settings") as caught:
+        answer(model, processor, question, **options)
+    assert "\n" not in str(caught.value)

@@ -114,6 +114,28 @@ def ask_instructblip(asker, out, photo, text):
     return plain[0]["generated_text"], talked[0]["generated_text"]
 
 
+GREEDY = {
+    "time": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes too long"),
+    "memory": ("{% set x = 'x' * 3000000000 %}", "takes too much memory"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", GREEDY)
+def test_a_template_takes_no_more_in_transformers_itself_than_here(what, bundle, tmp_path, monkeypatch):
+    """Our sandbox has no `lipsum`, so that a template knows where it is."""
+    body, sentence = GREEDY[what]
+    folder = bundle(**LLAVA)
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    bomb = "{% if lipsum is defined %}" + body + "{% endif %}"
+    (folder / "chat_template.jinja").write_text(bomb + template, encoding="utf-8")
+    monkeypatch.setenv("VLM_SFT_LIMITS", "template_seconds=1")
+    with pytest.raises(
+        UserError, match=rf"was written but does not load in a fresh process: its chat template {sentence}"
+    ):
+        export(folder, tmp_path / "export")
+
+
 @pytest.mark.slow
 def test_instructblip_is_a_native_class_that_reads_the_question(instruct_bundle, photos, tmp_path):
     folder, out = instruct_bundle("instructblip"), tmp_path / "export"

@@ -56,3 +56,18 @@ def test_what_is_no_failure_is_passed_on_at_once(error):
         pytest.fail("asked again")
 
     assert fail(error, rows([RED]), never) is error
+
+
+def test_settings_that_fail_where_none_do_not_are_at_fault():
+    mistake = IndexError("list index out of range")
+
+    def begin(row: dict, top_k: int = 0) -> None:
+        if top_k:
+            raise mistake
+
+    sentence = "the model cannot answer with these settings of `generation`: list index out"
+    with pytest.raises(UserError, match=sentence), pictures_named(rows([BLUE]), begin, {"top_k": 3}):
+        raise mistake
+    for options in ({}, {"top_k": 0}):
+        with pytest.raises(IndexError), pictures_named(rows([BLUE]), begin, options):
+            raise mistake

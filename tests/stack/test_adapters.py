@@ -48,7 +48,7 @@ def test_a_merged_adapter_that_is_gone_or_a_list_that_is_none(recipe, tmp_path):
     assert not (tmp_path / "two" / "adapter_config.json").exists()
     manifest = json.loads((tmp_path / "two" / "bundle.json").read_text())
     (tmp_path / "two" / "bundle.json").write_text(json.dumps({**manifest, "merged": 1}))
-    with pytest.raises(UserError, match="what it says of merged adapters is no list"):
+    with pytest.raises(UserError, match="`merged` is no list of words"):
         load(tmp_path / "two")
     (tmp_path / "two" / "bundle.json").write_text(json.dumps(manifest))
     shutil.rmtree(tmp_path / "two" / "merged_1")

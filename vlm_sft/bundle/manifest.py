@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.errors import UserError, without_tokens
 from ..base.names import MANIFEST
 from ..base.whole_files import write_json
-from ..recipe.safety import check_folder, check_pieces, read_json
+from ..recipe.safety import check_folder, check_pieces, is_words, read_json
 from .run_folder import find_manifest
 
 if TYPE_CHECKING:
@@ -118,9 +118,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"upgrade vlm_sft."
         )
     check_pieces(manifest.get("pieces"), str(path))
-    if not isinstance(manifest.get("merged", []), list):
-        raise UserError(f"{str(path)!r}: what it says of merged adapters is no list; the bundle is not whole.")
-    return manifest
+    for name in ("trained", "held", "merged"):
+        if not is_words(manifest.get(name, [])):
+            raise UserError(f"{str(path)!r}: `{name}` is no list of words; the bundle is not whole.")
+    if not isinstance(manifest.get("adapter", False), bool) or not isinstance(manifest.get("stages", []), list):
+        raise UserError(f"{str(path)!r}: `adapter` or `stages` is not what a bundle has; it is not whole.")
+    return {"trained": [], "held": [], "adapter": False, **manifest}
 
 
 def _version(name: str) -> str:

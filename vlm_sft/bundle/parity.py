@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -143,6 +144,8 @@ def run_afresh(module: str, done: str, *arguments: str | Path) -> dict[str, Any]
     )
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        if process.returncode == -signal.SIGXCPU:
+            last = "its chat template takes too long (`limits.template_seconds`); do not use it."
         raise UserError(f"{done} but does not load in a fresh process: {last}")
     return json.loads(process.stdout.strip().splitlines()[-1])
 

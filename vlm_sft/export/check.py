@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from ..base.console import tell
+from ..base.errors import UserError, exit_on_user_error
 from ..base.names import PROCESSOR_CONFIG
 from ..base.whole_files import read_text
 from ..stack.judge import measure
+from ..templates.process import bounded
 
 ADAPTER_FOLDER = "adapter"
 PROBE, PICTURE, CONVERSATION = "probe.safetensors", "picture.png", "messages.json"
@@ -90,10 +92,15 @@ def inputs_of(processor: ProcessorMixin, messages: list[dict[str, Any]], images:
         text = next(part["text"] for part in messages[0]["content"] if part["type"] == "text")
         return text, processor(text=text, images=images, return_tensors="pt")
     writer = processor if processor.chat_template else processor.tokenizer
-    text = writer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt(messages))
+    try:
+        with bounded():  # a template may do here what it did not do in our sandbox
+            text = writer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt(messages))
+    except MemoryError:
+        raise UserError("its chat template takes too much memory (`limits.template_bytes`); do not use it.") from None
     special = not (processor.tokenizer.bos_token and text.startswith(processor.tokenizer.bos_token))
     return text, processor(text=text, images=images, return_tensors="pt", add_special_tokens=special)
 
 
 if __name__ == "__main__":
-    tell(json.dumps(compare(Path(sys.argv[1]), Path(sys.argv[2]))))
+    with exit_on_user_error():
+        tell(json.dumps(compare(Path(sys.argv[1]), Path(sys.argv[2]))))

@@ -160,7 +160,7 @@ def answer(
     if not _fit(model, batch, settings) and count > 1:
         # The room of a short conversation must not depend on a long one beside it.
         return [text for row in conversations for text in answer(model, processor, [row], **options)]
-    with pictures_named(conversations, partial(_first_token, model, processor)):
+    with pictures_named(conversations, partial(_first_token, model, processor), options):
         output = _generate(model, batch, settings)
     ends, mark = ends_of(processor)
     return [cut_at(_decode(processor, _before(ends, ids)), mark) for ids in output.tolist()]
@@ -178,11 +178,16 @@ def answer_each(
     return [each for row in conversations for each in answer_each(model, processor, [row], **options)]
 
 
-def _first_token(model: PreTrainedModel, processor: VLMProcessor, row: dict[str, Any]) -> None:
-    """Begins an answer and forgets it."""
-    settings = generation_options(model, processor, {"max_new_tokens": 1})
-    with torch.inference_mode():
-        _generate(model, prompt_batch(processor, [row], model.device), settings)
+def _first_token(model: PreTrainedModel, processor: VLMProcessor, row: dict[str, Any], **options: Any) -> None:
+    """Begins an answer and forgets it; without options also without those of the model."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, options = core.generation_config, {name: given for name, given in options.items() if name != "max_length"}
+    core.generation_config = own if options else GenerationConfig()
+    try:
+        settings = generation_options(model, processor, {**options, "max_new_tokens": 1})
+        torch.inference_mode()(_generate)(model, prompt_batch(processor, [row], model.device), settings)
+    finally:
+        core.generation_config = own
 
 
 def _fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> bool:
@@ -227,8 +232,7 @@ def _decode(processor: VLMProcessor, ids: list[int]) -> str:
 
 def cut_at(text: str, end: str) -> str:
     """Text before the end mark, stripped."""
-    mark = end.strip(" ")
-    return (text.split(mark, 1)[0] if mark else text).strip()
+    return (text.split(mark, 1)[0] if (mark := end.strip(" ")) else text).strip()
 
 
 def stream_answer(
@@ -254,7 +258,7 @@ def stream_answer(
     check_length(model, batch["input_ids"].shape[1])
     _fit(model, batch, settings)
     writer = _Writer(model, processor, batch, settings)
-    with closing(writer), pictures_named([row], partial(_first_token, model, processor)):
+    with closing(writer), pictures_named([row], partial(_first_token, model, processor), options):
         yield from hold_back(writer.pieces(), ends_of(processor)[1])
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from ..base.errors import UserError
 from ..batch.pictures import BLANK, PictureError, name_of, picture_size, refused
 from ..rows.messages import unpacked
+from .settings import refusal
 
 
 def place_of(row: dict[str, Any], number: int, rows: int) -> str:
@@ -21,7 +23,9 @@ def place_of(row: dict[str, Any], number: int, rows: int) -> str:
 
 @contextmanager
 def pictures_named(
-    conversations: Sequence[dict[str, Any]], begin: Callable[[dict[str, Any]], object]
+    conversations: Sequence[dict[str, Any]],
+    begin: Callable[..., object],
+    options: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
     """Makes what a model raises the error of the picture that it fails on, where there is one.
 
@@ -30,9 +34,11 @@ def pictures_named(
     Args:
         conversations: What is asked within, each `{"messages", "images"}`.
         begin: Asks one of them and raises what the model raises.
+        options: Settings that were asked for; `begin` takes them too.
 
     Raises:
         PictureError: The model takes blank pictures in a conversation, and fails with one of its own among them.
+        UserError: It takes the conversation, and fails with the settings that were asked for alone.
     """
     try:
         yield
@@ -42,7 +48,19 @@ def pictures_named(
         for number, row in enumerate(map(unpacked, conversations)):
             if found := _at_fault(row, place_of(row, number, len(conversations)), begin):
                 raise found from error
+        first = unpacked(conversations[0])
+        if options and _begins(begin, first) and not _begins(partial(begin, **options), first):
+            raise refusal(error) from error
         raise
+
+
+def _begins(begin: Callable[[dict[str, Any]], object], row: dict[str, Any]) -> bool:
+    """Whether the model takes a conversation, asked in the plainest way."""
+    try:
+        begin(row)
+    except Exception:
+        return False
+    return True
 
 
 def _at_fault(row: dict[str, Any], where: str, begin: Callable[[dict[str, Any]], object]) -> PictureError | None:

@@ -58,7 +58,7 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 def refusal(error: Exception) -> Exception:
     """What `generate` raises of settings that it cannot work with, in one sentence."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or type(error).__name__ == "OutOfMemoryError":
         return error
     return UserError(f"the model cannot answer with these settings of `generation`: {one_line(error)}")
 
@@ -89,7 +89,7 @@ def check_options(options: dict[str, Any]) -> None:
             GenerationConfig(**{"do_sample": True, name: value})
             if name in PROCESSORS and value is not None and (name, value) != ("top_k", 0):  # 0 turns it off
                 PROCESSORS[name](value)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # whatever a value of another type makes a class raise
             raise UserError(f'The generation setting "{name}" cannot be {value!r}: {one_line(error)}') from None
 
 

@@ -104,9 +104,15 @@ def check_pieces(pieces: object, where: str) -> None:
     for part, piece in pieces.items() if isinstance(pieces, dict) else [("pieces", None)]:
         entries = piece if isinstance(piece, dict) else {}
         must = all(isinstance(entries.get(key), str) for key in ("pretrained", "fingerprint"))
-        may = all(isinstance(entries.get(key), str | None) for key in ("revision", "commit", "path"))
+        may = all(isinstance(entries.get(key), str | None) for key in ("revision", "commit", "path", "init_from"))
+        may = may and all(is_words(entries.get(key, [])) for key in ("more", "held"))
         if part not in (*PARTS, "model") or not must or not may:
             raise UserError(f"{where!r}: what it says of {part!r} is not what a bundle has; the bundle is not whole.")
+
+
+def is_words(value: object) -> bool:
+    """Whether a value is a list of texts."""
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 def check_config(config: Mapping[str, Any], where: str, who: str = "its config.json") -> None:

@@ -18,8 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from typing import Any
 
@@ -183,6 +183,28 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """The same bounds for what another library renders inside, in a process that was started for that.
+
+    The system ends this process where it takes too long; what takes too much memory is a MemoryError.
+    """
+    bounds, used = limits(), resource.getrusage(resource.RUSAGE_SELF)
+    taken = int(read_text("/proc/self/statm").split()[0]) * resource.getpagesize()
+    most = {
+        resource.RLIMIT_AS: taken + bounds.template_bytes,
+        resource.RLIMIT_CPU: int(used.ru_utime + used.ru_stime) + 1 + bounds.template_seconds,
+    }
+    before = {kind: resource.getrlimit(kind) for kind in most}
+    try:
+        for kind, number in most.items():
+            _limit(kind, number)
+        yield
+    finally:
+        for kind, pair in before.items():
+            resource.setrlimit(kind, pair)
 
 
 # -- in the process of its own -----------------------------------------------------------------------------------------
