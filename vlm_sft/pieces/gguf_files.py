@@ -10,7 +10,7 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -18,7 +18,6 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 from transformers import AutoConfig, PreTrainedModel
-from transformers.integrations.gguf import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -105,6 +104,11 @@ class GgufFile:
                 f"{key}: the file {path!r} is no whole GGUF file ({one_line(error)}); fetch it again."
             ) from error
 
+    @property
+    def architecture(self) -> str:
+        """What llama.cpp calls this kind of model; empty where the file does not say."""
+        return _text(self.settings.get("general.architecture", b""))
+
     def __enter__(self) -> GgufFile:
         return self
 
@@ -138,34 +142,38 @@ def unpacking(path: str, key: str) -> str:
     )
 
 
-def check_gguf_names(empty: PreTrainedModel, names: Iterable[str], where: str) -> None:
-    """Refuses a file with a tensor that transformers has no place for, which it would leave out without a word.
+def read_weights(file: GgufFile, empty: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All weights of a file, dequantised, by the names that transformers has for them.
 
-    Such a model is another one.
+    It is what transformers' `load_gguf_checkpoint` does, by the same tables, without reading all lists of the file once
+    more, which takes as long as all else where there are many tokens; and nothing in the file is left out.
 
     Args:
+        file: The file.
         empty: The model, without weights.
-        names: Those of the file's tensors.
-        where: Named in the message.
+        dtype: Type of the weights in memory.
 
     Raises:
-        UserError: It names the tensor.
+        ValueError: The file holds a tensor that transformers has no place for, so that the model would be another one.
     """
-    config = empty.config
-    if is_gguf_arch_supported(config.model_type):  # this loader says so itself
-        return
-    name = config.model_type.removesuffix("_text")
-    kinds = (TENSOR_PROCESSORS.get(name.replace("_", between)) for between in ("_", "", "-"))
-    kind = next(filter(None, kinds), TensorProcessor)
-    known = get_gguf_hf_weights_map(empty, kind(config=config.to_dict()))
+    config: dict[str, Any] = empty.config.to_dict()
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
+    places = get_gguf_hf_weights_map(empty, processor)
+    names = [name for name in file.places if name != FACTORS]  # see `positions_of`
     # Experts are found by the names of their stacks, without what follows them.
-    known |= {FACTORS: "read by `positions_of`"}
-    left = sorted(name for name in names if name not in known and name.removesuffix(".weight") not in known)
-    if left:
-        raise UserError(
-            f"{where} holds {left[0]!r}, which transformers has no place for in a {config.model_type} model, so it "
-            f"would be another model; use its folder of safetensors."
+    if left := sorted(name for name in names if name not in places and name.removesuffix(".weight") not in places):
+        raise ValueError(f"transformers has no place for its tensor {left[0]!r}; use its safetensors")
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        made = processor.process(
+            file.get_tensor(name).numpy(),
+            name,
+            tensor_key_mapping=places,
+            parsed_parameters={"tensors": tensors, "config": config},
         )
+        if made.name in places:
+            tensors[places[made.name]] = torch.from_numpy(np.ascontiguousarray(made.weights)).to(dtype)
+    return tensors
 
 
 def positions_of(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +189,7 @@ def positions_of(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The file scales its positions in a way that is not known here.
     """
-    scaling = file.settings.get(f"{_text(file.settings.get('general.architecture'))}.rope.scaling.type")
+    scaling = file.settings.get(f"{file.architecture}.rope.scaling.type")
     said = {"rope_scaling", "rope_parameters"} & config.keys()
     if scaling not in (None, b"none") and not said:
         raise ValueError(f"it scales its positions ({_text(scaling)}), which would be lost; use its safetensors")

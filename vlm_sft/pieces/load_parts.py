@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.gguf import is_gguf_arch_supported
 
-from ..base.errors import UserError
+from ..base.errors import UserError, refused_by_library
 from ..base.names import TRAINED
 from ..base.words import one_line
 from ..model.configuration import count_patches, image_size_of
@@ -29,7 +30,7 @@ from ..recipe.safety import check_weights
 from .beside import keep_plain_generation, refuse_adapter
 from .checkpoints import WEIGHT_FILES, Checkpoint
 from .expected import MODEL, laid_out, name_again
-from .gguf_files import check_gguf_names
+from .gguf_files import GgufFile, read_weights
 from .layouts import Origin, detect
 from .piece import Piece
 from .quantization import HEADS, leave_out, settle
@@ -121,13 +122,13 @@ def load_language_model(piece: Piece[LanguageModel], dtype: torch.dtype, **optio
     quantised = options.get("quantization_config")
     if quantised is not None and quantised.llm_int8_skip_modules is not None:
         leave_out(quantised, HEADS)  # transformers does it by itself only as long as nothing else is named
-    if not piece.spec.trust_remote_code:
-        empty = check_size(AutoModelForCausalLM.from_config, piece.config, piece.checkpoint)
-        if piece.is_gguf and empty is not None:
-            check_gguf_names(empty, piece.checkpoint.files, f"{piece.key}: the GGUF file {piece.pretrained!r}")
     options.update(dtype=dtype, attn_implementation=piece.spec.attn_implementation)
-    load = _from_gguf if piece.is_gguf else from_pretrained
-    model = load(AutoModelForCausalLM, piece, **options)
+    if piece.is_gguf:
+        model = _from_gguf(piece, **options)
+    else:
+        if not piece.spec.trust_remote_code:
+            check_size(AutoModelForCausalLM.from_config, piece.config, piece.checkpoint)
+        model = from_pretrained(AutoModelForCausalLM, piece, **options)
     if not scales_as_its_class(model):
         raise UserError(
             f"{piece.key}: {piece.config.model_type} models change their logits after the head in a way that is not "
@@ -138,23 +139,20 @@ def load_language_model(piece: Piece[LanguageModel], dtype: torch.dtype, **optio
     return model
 
 
-def _from_gguf(auto_class: type[PreTrainedModel], piece: Piece[Any], **options: Any) -> PreTrainedModel:
-    """`from_pretrained` of a GGUF file, every tensor dequantised; what comes is a model like any other.
-
-    transformers takes such a model for one that can neither be trained nor saved, and does not quantise it anew.
-    """
-    quantised = options.pop("quantization_config", None)
-    file = os.path.realpath(piece.pretrained)
-    model = from_pretrained(
-        auto_class, piece, gguf_file=file, quantization_config=GgufConfig(dequantize=True), **options
-    )
+def _from_gguf(piece: Piece[Any], **options: Any) -> PreTrainedModel:
+    """`from_pretrained` of a GGUF file, every tensor dequantised."""
+    empty = check_size(AutoModelForCausalLM.from_config, piece.config, piece.checkpoint)
+    file = GgufFile(piece.pretrained, piece.key)
+    where = f"{piece.key}: the GGUF file {piece.pretrained!r} cannot be read as a {piece.config.model_type} model"
+    if not is_gguf_arch_supported(file.architecture):
+        with refused_by_library(where):
+            options["state_dict"] = read_weights(file, empty, options["dtype"])
+        return from_pretrained(type(empty), piece, **options)
+    # What transformers' newer reader makes can be neither trained nor saved nor quantised, so it is made once more.
+    unpacked = {"gguf_file": os.path.realpath(piece.pretrained), "quantization_config": GgufConfig(dequantize=True)}
+    model = from_pretrained(type(empty), piece, **{**options, **unpacked})
     settle(model)
-    if quantised is None:
-        return model
-    tensors = model.state_dict()
-    return type(model).from_pretrained(
-        None, config=model.config, state_dict=tensors, quantization_config=quantised, **options
-    )
+    return from_pretrained(type(empty), piece, state_dict=model.state_dict(), **options)
 
 
 def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
@@ -193,11 +191,11 @@ def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **opti
     refuse_adapter(piece.place, piece.revision, piece.key)
     piece.checkpoint.check_shards()
     place, revision = piece.place, piece.revision
-    if not piece.trusts_code:
+    if not piece.trusts_code or piece.is_gguf:
         place, revision = laid_out(place, revision, piece.key, MODEL, piece.checkpoint), None
     try:
         model, found = auto_class.from_pretrained(
-            place,
+            None if "state_dict" in options else place,
             config=copy.deepcopy(config),
             revision=revision,
             trust_remote_code=piece.trusts_code,
