@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import create_mask
 from transformers.integrations import flex_attention as flex
 
 from support.conversations import make_row, turn
 from support.tiny_pieces import tiny_stack
+from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.base.names import ROW_LENGTHS
 from vlm_sft.batch.by_length import PACK
@@ -18,6 +23,7 @@ from vlm_sft.batch.image_swap import with_other_images
 from vlm_sft.model import modeling
 from vlm_sft.model.losses import supervised_positions
 from vlm_sft.model.positions import packed_positions
+from vlm_sft.train import train
 
 # fp32, losses of about 6 and gradients of about 1: sums of the same numbers in another order.
 SAME = {"atol": 2e-6, "rtol": 2e-5}
@@ -174,3 +180,37 @@ def test_a_model_whose_rows_see_each_other_is_refused_before_the_first_step(make
     monkeypatch.setattr(modeling, "kept_apart", restart)
     trainer.check_packing()
     assert trainer.model.training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True], ids=["set", "stream"])
+def test_a_run_of_packs_goes_on_to_the_same_weights_losses_and_ledger(
+    recipe_file, tmp_path, photos, monkeypatch, streaming
+):
+    monkeypatch.setattr("vlm_sft.bundle.parity.check_parity", lambda *args: {"positions": 0, "max_difference": 0.0})
+    lines = [{"image": photos[k % 8], "caption": "so " * (1 + k * 7 % 24) + "猫", "id": str(k)} for k in range(40)]
+    lines[5]["image"] = "nowhere.png"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    data = {"train": [{"path": str(tmp_path / "rows.jsonl"), "format": "caption"}], "max_rejected": 0.3}
+    data |= {"streaming": True, "shuffle_buffer": 4} if streaming else {}
+
+    def run(name: str, resume: str | None = None) -> Path:
+        sft = {"output_dir": str(tmp_path / name), "packing": True, "max_length": 100, "max_steps": 6,
+               "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "bf16": False,
+               "report_to": "none", "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "use_cpu": True,
+               "dataloader_num_workers": 0, "resume_from_checkpoint": resume}  # fmt: skip
+        return train(load_recipe(recipe_file(name, sft=sft, data=data)))
+
+    whole = run("whole")
+    gone_on = run("on", str(whole / "checkpoint-2"))
+    trained, again = (load_file(folder / "trained.safetensors") for folder in (whole, gone_on))
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+    logs, ledgers = [], []
+    for folder in (whole, gone_on):
+        steps = [row for row in json.loads((folder / "metrics.json").read_text()) if "loss" in row]
+        logs.append([(row["loss"], row["padding_share"]) for row in steps])
+        ledgers.append(json.loads((folder / "bundle.json").read_text())["ledger"]["train"])
+    assert logs[0] == logs[1] and len(logs[0]) == 6 and ledgers[0] == ledgers[1]
+    assert max(share for _, share in logs[0]) < 0.3
+    (source,) = ledgers[0]["sources"].values() if "sources" in ledgers[0] else ledgers[0].values()
+    print(source)

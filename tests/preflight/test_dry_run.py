@@ -71,6 +71,21 @@ def test_the_shapes_are_those_of_the_recipe(recipe_file):
     assert scored.sum(1).tolist() == [15, 15, 14] and not (scored & places).any(), "all but the image and what begins"
 
 
+def test_a_step_of_packs_has_as_many_rows_with_an_image_as_fit(recipe_file, capsys):
+    recipe = load_recipe(recipe_file(), ["sft.packing=true", "sft.max_length=40"])
+    processor = build_empty_stack(recipe).processor
+    step = full_step(build_sft_config(recipe), processor)
+    assert step == FullStep(4, 40, (64, 64), any_size=True, packed=5)
+    batch = step.batch(processor)
+    places = batch["input_ids"] == processor.image_token_id
+    assert batch["pixel_values"].shape == (20, 3, 28, 28) and places.sum(1).tolist() == [20] * 4
+    assert batch["row_lengths"].sum(1).tolist() == [40, 40, 40, 39] and batch["row_lengths"].shape == (4, 5)
+    main([str(recipe.path), "sft.packing=true", "sft.max_length=40", "--dry-run"])
+    said = capsys.readouterr().out
+    assert "A step: 4 packs of 40 tokens, of as many as 5 rows with an image in each." in said
+    assert "peak of the passes" in said
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "smolvlm"])
 def test_a_step_of_an_existing_model_is_counted_too(name, recipe_file, capsys):
     changes = {"stack": None, "chat_template": None, "model": {"pretrained": str(tiny(name))}, "lora": {"r": 2}}
@@ -84,7 +99,7 @@ def test_the_largest_image_that_fits_is_counted():
     processor = processor_of("qwen2_5_vl")
     sizes = {}
     for length in (2048, 60, 20):
-        args = SimpleNamespace(max_length=length, per_device_train_batch_size=1)
+        args = SimpleNamespace(max_length=length, per_device_train_batch_size=1, packing=False)
         sizes[length] = full_step(args, processor).size
         assert processor.count_image_tokens(sizes[length]) < length
     assert sizes[2048] == (1280, 960)

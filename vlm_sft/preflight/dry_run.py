@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from trl import SFTConfig
 
+    from ..batch.encoding import EncodedChat
     from ..batch.processor import VLMProcessor
     from ..model.freeze import PartRow
     from ..recipe.schema import Recipe
@@ -123,7 +124,8 @@ class FullStep:
     """A step with as much in it as a recipe lets there be.
 
     Attributes:
-        rows: Rows of a batch, each with an image.
+        rows: Rows of a batch, each with an image; packs of them, where the recipe packs.
+        packed: Rows of a pack, each with an image; 0 where nothing is packed.
         length: Tokens of a row, those of its image included.
         size: (width, height) of each image in pixels.
         any_size: Whether an image of any size becomes the same.
@@ -133,11 +135,16 @@ class FullStep:
     length: int
     size: tuple[int, int]
     any_size: bool
+    packed: int = 0
 
     def __str__(self) -> str:
         image, larger = "an image", ""
         if not self.any_size:
             image, larger = f"an image of {self.size[0]}×{self.size[1]} pixels", "; larger images take more"
+        if self.packed:
+            packs = f"{self.rows} pack" if self.rows == 1 else f"{self.rows} packs"
+            images = f"{self.packed} row" if self.packed == 1 else f"as many as {self.packed} rows"
+            return f"A step: {packs} of {self.length} tokens, of {images} with {image} in each{larger}."
         less = "shorter rows and rows without an image take less"
         return f"A step: {counted(self.rows, 'row')} of {self.length} tokens, {image} in each; {less}{larger}."
 
@@ -153,9 +160,23 @@ class FullStep:
             for _ in range(self.length - shorter - len(row.input_ids)):
                 row.append(word, learned=True)
             encoded.append(row)
-        images = [Image.new("RGB", self.size)] * self.rows
-        instructions = ["a " * self.length] * self.rows
+        if self.packed:  # rows of an image and two tokens; the last one of a pack has what is left of it
+            encoded = [self._pack(processor, word, len(row.input_ids)) for row in encoded]
+        images = [Image.new("RGB", self.size)] * self.rows * max(self.packed, 1)
+        instructions = ["a " * self.length] * len(images)
         return {**processor.batch(encoded), **processor.image_inputs(images, instructions)}
+
+    def _pack(self, processor: VLMProcessor, word: int, length: int) -> EncodedChat:
+        from ..batch.encoding import EncodedChat
+
+        rows: list[EncodedChat] = []
+        for number in range(self.packed):
+            row = processor.encode_rendered(_image_alone(processor), [self.size])
+            left = length - sum(len(each.input_ids) for each in rows)
+            for _ in range(left - len(row.input_ids) if number == self.packed - 1 else 2):
+                row.append(word, learned=True)
+            rows.append(row)
+        return EncodedChat.packed(rows)
 
 
 def full_step(args: SFTConfig, processor: VLMProcessor) -> FullStep:
@@ -169,7 +190,8 @@ def full_step(args: SFTConfig, processor: VLMProcessor) -> FullStep:
         # With a token of text behind it, and one more in all rows but the last.
         tokens = len(processor.encode_rendered(_image_alone(processor), [size]).input_ids)
         if tokens + 2 <= length:
-            return FullStep(args.per_device_train_batch_size, length, size, not processor.reads_sizes)
+            packed = (length - 1) // (tokens + 2) if args.packing else 0
+            return FullStep(args.per_device_train_batch_size, length, size, not processor.reads_sizes, packed)
     raise UserError(f"sft.max_length is {length}, but an image makes a row of {tokens} tokens; raise it.")
 
 

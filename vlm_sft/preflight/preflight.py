@@ -13,7 +13,6 @@ from ..base.errors import UserError
 from ..base.names import PREFLIGHT_PAGE
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
     from rich.console import Console
     from trl import SFTConfig
 
@@ -82,7 +81,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     _weigh(recipe, launch, report)
     if rows is not None and with_model:
         _take_steps(tolerant, collator, composed, evidence, console)
-        report.time = _time(evidence.proof, args, launch, rows[0]) if evidence.proof else []
+        report.time = _time(evidence.proof, args, launch, rows) if evidence.proof else []
     report.left_out += _left_out(recipe, rows is not None, with_model, evidence.look_alikes)
     report.findings = check(evidence)
     output.write_text(render_page(report), encoding="utf-8")
@@ -189,15 +188,20 @@ def _take_steps(
             evidence.stopped = str(error)
 
 
-def _time(proof: Proof, args: SFTConfig, launch: Launch, rows: Dataset | IterableDataset) -> list[str]:
+def _time(proof: Proof, args: SFTConfig, launch: Launch, rows: RunRows) -> list[str]:
     """How long the run would take at the speed of the last real step."""
+    from ..batch.by_length import pack
+
     batch = args.train_batch_size * args.gradient_accumulation_steps * launch.processes
     given = args.max_steps > 0
-    steps = args.max_steps if given else math.ceil(math.ceil(len(rows) / batch) * args.num_train_epochs)
+    unit, count = "rows", 0 if given else len(rows.train)
+    if args.packing:
+        unit, count = "packs", len(pack(rows.lengths or [], args.max_length))
+    steps = args.max_steps if given else math.ceil(math.ceil(count / batch) * args.num_train_epochs)
     seconds = steps * args.gradient_accumulation_steps * proof.seconds_per_step
     return [
-        f"About {_duration(seconds)} for {steps:,} steps of {batch:,} rows on {launch}, if each process is as fast as "
-        f"this machine: a pass of {proof.rows} rows took {proof.seconds_per_step:.3g} s on {proof.device} "
+        f"About {_duration(seconds)} for {steps:,} steps of {batch:,} {unit} on {launch}, if each process is as fast "
+        f"as this machine: a pass of {proof.rows} {unit} took {proof.seconds_per_step:.3g} s on {proof.device} "
         f"({proof.tokens_per_second:,.0f} tokens a second), measured in step {proof.steps} of this preflight; "
         f"evaluations, saves and the wait for other processes come on top."
     ]
