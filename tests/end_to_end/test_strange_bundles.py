@@ -271,6 +271,11 @@ def test_a_bin_file_is_no_packed_archive(bundle, tmp_path):
 
 LONG = {"type": "Prepend", "prepend": "x" * 10**6}
 FILES = {
+    "half a quantisation": (
+        "config.json",
+        {"quantization_config": {"quant_method": "gptq"}},
+        "transformers cannot load",
+    ),
     "kernel": (
         "config.json",
         {"attn_implementation": "me/kernel"},
@@ -295,6 +300,11 @@ def test_files_of_a_base_that_ask_for_more(name, bundle, tmp_path):
 
 
 OWN_FILES = {
+    "another model": (
+        "processor_config.json",
+        {"audio_tokenizer": {"audio_tokenizer_class": "EncodecModel", "audio_tokenizer_name_or_path": "/elsewhere"}},
+        "says audio_tokenizer: ",
+    ),
     "normalizer": (
         "tokenizer.json",
         {"normalizer": LONG},

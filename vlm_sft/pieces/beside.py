@@ -28,7 +28,7 @@ _NEUTRAL = (*UNSAID, 0, 1)
 # Keys of a `config.json`, at any depth, and of what stands beside it, that name another file, code or repository.
 _ELSEWHERE = {
     *("transformers_weights", "configuration_files", "gguf_file", "adapter_kwargs", "custom_generate"),
-    *("use_kernels", "kernel_config", "kernel", "kernels", "use_pretrained_backbone"),
+    *("use_kernels", "kernel_config", "kernel", "kernels", "use_pretrained_backbone", "audio_tokenizer"),
 }
 # Keys whose value is a word, which is a repository as soon as it holds one of these.
 _WORDS = ("attn_implementation", "experts_implementation", "backbone", "architecture")
