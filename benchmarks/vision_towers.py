@@ -19,7 +19,7 @@ from vlm_sft.model.configuration import VLMConfig, image_size_of
 from vlm_sft.model.parts import VISION_MODELS
 from vlm_sft.pieces.part_configs import vision_config_of
 from vlm_sft.stack.compose import count_image_tokens
-from vlm_sft.stack.tower_fit import measure_tower
+from vlm_sft.stack.fit import measure_tower
 
 KEY = "stack.vision_tower.pretrained"
 TEXT = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)

@@ -55,7 +55,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .bundle.save import check_savable
     from .preflight.samples import glance
     from .stack.kinds import compose
-    from .stack.text_fit import check_texts
+    from .stack.fit import check_texts
     from .training.build_trainer import build_collator, build_trainer
     from .training.resume_check import check_resumption
     from .training.run_rows import load_rows

@@ -16,9 +16,9 @@ from vlm_sft.base.names import PARTS
 from vlm_sft.families.build_family import FamilyKind
 from vlm_sft.pieces.piece import specs_of
 from vlm_sft.stack.build_stack import build_stack
+from vlm_sft.stack.fit import check_texts
 from vlm_sft.stack.kinds import StackKind, compose, kind_of
 from vlm_sft.stack.precision import dtypes_of
-from vlm_sft.stack.text_fit import check_texts
 
 
 @pytest.fixture

@@ -34,8 +34,8 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.preflight.dry_run import dry_run
 from vlm_sft.preflight.launch import read_launch
 from vlm_sft.preflight.preflight import preflight
+from vlm_sft.stack.fit import check_language_model, check_texts, count_positions
 from vlm_sft.stack.kinds import compose
-from vlm_sft.stack.text_fit import check_language_model, check_texts, count_positions
 from vlm_sft.train import train
 
 TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -27,8 +27,8 @@ from vlm_sft import load
 from vlm_sft.base.errors import UserError
 from vlm_sft.model.configuration import VLMConfig
 from vlm_sft.stack.build_stack import build_stack
+from vlm_sft.stack.fit import measure_tower
 from vlm_sft.stack.kinds import compose
-from vlm_sft.stack.tower_fit import measure_tower
 from vlm_sft.train import train
 
 WIDTH = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32}
@@ -118,7 +118,7 @@ def test_a_tower_of_patches_in_place_of_pictures_is_refused_before_weights(stack
 def test_a_random_tower_is_found_by_running_it_twice(monkeypatch):
     config = VLMConfig(vision_config=TOWERS["vit_mae"][0])
     assert measure_tower(config, 32, 32, "key") == 16
-    monkeypatch.setattr("vlm_sft.stack.tower_fit.keep_all_patches", lambda tower: tower)
+    monkeypatch.setattr("vlm_sft.stack.fit.keep_all_patches", lambda tower: tower)
     state = torch.get_rng_state()
     with pytest.raises(UserError, match="'vit_mae' encoder gives other features for the same image each time"):
         measure_tower(config, 32, 32, "key")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.console import Console
+    from rich.table import Table
 
 WIDTH_OF_LOGS = 120  # a table in a log file is not cut to the width of a terminal that is not there
 # Control characters but line breaks and tabs, marks that turn the direction of what follows, and what is no text.
@@ -77,6 +78,15 @@ def _console_class() -> type[Console]:
                 yield segment._replace(text=harmless(segment.text)) if unsafe else segment
 
     return Harmless
+
+
+def plain_table(title: str, caption: str) -> Table:
+    """A table without a frame, its title and caption at the left: as narrow as its columns are."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    left: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
+    return Table(title=title, caption=caption, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), **left)
 
 
 def say(console: Console, message: str) -> None:

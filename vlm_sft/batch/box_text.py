@@ -232,9 +232,8 @@ def check_seen(processor: VLMProcessor) -> None:
                 break
             span = (white - black)[channel]
             there = np.abs(span) > 0.98 * np.abs(span).max()  # not the ground that pictures lie on
-            share = np.where(there, (found - black)[channel], 0).sum(axis) / np.where(there, span, 0).sum(axis).clip(
-                1e-9
-            )
+            part, whole = (np.where(there, values, 0).sum(axis) for values in ((found - black)[channel], span))
+            share = part / whole.clip(1e-9)
             place = (np.arange(len(share)) + 0.5 - low) / (high - low)
             inside = (place > 0.1) & (place < 0.9) & there.any(axis)
             right = bool(inside.any()) and float(np.abs(share - place)[inside].max()) < WRONG_BY

@@ -161,9 +161,8 @@ def picture_sizes(
         try:
             processor.expansion(sizes[-1])
         except RowError as error:
-            said = str(error).replace(
-                "an image of", f"the image {name_of(image)} of" if name_of(image) else "an image of"
-            )
+            name = name_of(image)
+            said = str(error).replace("an image of", f"the image {name} of") if name else str(error)
             raise RowError(f"{where and where + ': '}{said}", where=where, reason=error.reason) from error
     return sizes
 

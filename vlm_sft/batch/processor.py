@@ -72,11 +72,7 @@ class VLMProcessor(ProcessorMixin):
         system: str | None = None,
         box_notation: str | None = None,
     ) -> None:
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"stack.language_model: the tokenizer {type(tokenizer).__name__} is a slow one and cannot say where "
-                f"its tokens lie in the text, so no mask can be made; save it as a fast tokenizer (tokenizer.json)."
-            )
+        check_fast(tokenizer, "stack.language_model")
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.pad_to_square = pad_to_square
@@ -246,14 +242,8 @@ class VLMProcessor(ProcessorMixin):
         """(N, L) `INSTRUCTION` of N texts, where the resampler reads them; else nothing."""
         if self.qformer_tokenizer is None:
             return {}
-        text = self.qformer_tokenizer(
-            list(instructions),
-            padding=True,
-            truncation=True,
-            max_length=MAX_INSTRUCTION,
-            return_tensors="pt",
-            split_special_tokens=True,
-        )
+        options = {"padding": True, "truncation": True, "max_length": MAX_INSTRUCTION, "split_special_tokens": True}
+        text = self.qformer_tokenizer(list(instructions), return_tensors="pt", **options)
         return {"qformer_input_ids": text["input_ids"], "qformer_attention_mask": text["attention_mask"]}
 
     # -- files ------------------------------------------------------------------------------------------------------
@@ -331,6 +321,15 @@ def load_qformer_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(str(pretrained), subfolder=subfolder, trust_remote_code=False, **options)
     tokenizer.truncation_side = "left"
     return tokenizer
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+    """Raises a UserError where a tokenizer, named by the key of the recipe, cannot say where its tokens lie."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{key}: the tokenizer {type(tokenizer).__name__} is a slow one and cannot say where its tokens lie in the "
+            f"text, so no mask can be made; save it as a fast tokenizer (tokenizer.json)."
+        )
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:

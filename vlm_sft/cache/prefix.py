@@ -26,9 +26,9 @@ from ..pieces.fingerprints import names_of
 from ..pieces.load_parts import load_resampler, load_vision_tower
 from ..recipe.libraries import computes_in
 from ..stack.build_stack import build_empty_stack
+from ..stack.fit import count_features
 from ..stack.lora import lora_config
 from ..stack.precision import dtype_of
-from ..stack.tower_fit import count_features
 from .keys import Keys, digest, digest_of_weights, key_of_pixels
 from .store import DTYPES, Store
 

@@ -45,14 +45,13 @@ PROCESSORS: dict[str, type[FamilyProcessor]] = {"kosmos-2": Kosmos2Processor, "f
 
 
 class FamilyKind:
-    """An existing VLM as `Kind` has it; LoRA goes into the model as a whole."""
+    """An existing VLM as `Kind` has it, where each method is said; LoRA goes into the model as a whole."""
 
     base = "model"
     covers: tuple[str, ...] = PARTS
     settled: Mapping[str, Any] = {}
 
     def compose(self, recipe: Recipe) -> Composed:
-        """See `Kind`."""
         piece = find_model(_spec(recipe))
         why = family_of(piece.config.model_type, piece.pretrained).no_packing
         if why and (recipe.sft.get("packing") or recipe.sft.get("eval_packing")):
@@ -64,13 +63,12 @@ class FamilyKind:
         return Composed(piece.config, processor, {self.base: piece})
 
     def remarks(self, recipe: Recipe, composed: Composed) -> Iterator[str]:
-        """See `Kind`: nothing is done to an existing model."""
-        return iter(())
+        return iter(())  # nothing is done to an existing model
 
     def load(self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]) -> FamilyModel:
-        """See `Kind`; what is trained stays in fp32, because bf16 loses small updates."""
         piece, dtype = composed.pieces[self.base], dtypes[self.base]
-        wanted = "auto" if recipe.train else dtype  # what is trained must not be rounded on its way to fp32
+        # What is trained stays in fp32, because bf16 loses small updates, and must not be rounded on its way there.
+        wanted = "auto" if recipe.train else dtype
         options = {"dtype": wanted, "attn_implementation": piece.spec.attn_implementation}
         empty = check_size(model_class(piece.config)._from_config, piece.config, piece.checkpoint)
         quantised = build_quantization_config(recipe, str(dtype).removeprefix("torch."))
@@ -82,7 +80,6 @@ class FamilyKind:
         return _prepare(model, recipe, composed, dtype)
 
     def empty(self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]) -> FamilyModel:
-        """See `Kind`."""
         dtype = dtypes[self.base]
         with torch.device("meta"):
             model = model_class(composed.config)._from_config(composed.config)
@@ -91,26 +88,21 @@ class FamilyKind:
         return _prepare(model, recipe, composed, dtype)
 
     def cast(self, model: PreTrainedModel, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
-        """See `Kind`."""
         cast_parts(model, recipe.train, dtypes[self.base])
 
     def with_base(self, recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-        """See `Kind`; the checkpoint has the processor as the recipe wanted it."""
+        # The checkpoint has the processor as the recipe wanted it.
         return recipe.model_copy(update={"model": _spec(recipe).model_copy(update={**changes, "processor": {}})})
 
     def held(self, entries: Mapping[str, dict[str, Any]]) -> set[str]:
-        """See `Kind`."""
         return set(entries[self.base].get("held", ()))
 
     def mark_taken(self, entries: dict[str, dict[str, Any]], parts: Collection[str], folder: str) -> None:
-        """See `Kind`: one piece has several parts, so it says which."""
-        entries[self.base] |= {"init_from": folder, "held": sorted(parts)}
+        entries[self.base] |= {"init_from": folder, "held": sorted(parts)}  # one piece has several parts
 
     def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> FamilyProcessor:
-        """See `Kind`."""
         spec = _spec(recipe).model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})
-        template = read_text(folder / TEMPLATE)
-        return load_processor(spec, config, template, recipe.system, recipe.box_notation)
+        return load_processor(spec, config, read_text(folder / TEMPLATE), recipe.system, recipe.box_notation)
 
 
 def _spec(recipe: Recipe) -> PretrainedModel:
@@ -141,11 +133,7 @@ def _derive(model_type: str) -> type[FamilyModel]:
 
 
 def load_processor(
-    spec: PretrainedModel,
-    config: PreTrainedConfig,
-    template: str,
-    system: str | None,
-    box_notation: str | None = None,
+    spec: PretrainedModel, config: PreTrainedConfig, template: str, system: str | None, box_notation: str | None = None
 ) -> FamilyProcessor:
     """The model's own processor behind our interface; `system` and `box_notation` as `FamilyProcessor` has them.
 

@@ -24,7 +24,7 @@ from ..base.names import IGNORED
 from ..batch.box_text import Seen
 from ..batch.encoding import EncodedChat, in_loss, pad, supervised_characters
 from ..batch.pictures import why
-from ..batch.processor import VLMProcessor
+from ..batch.processor import VLMProcessor, check_fast
 from ..batch.typed_text import control_tokens, tokenize_chat
 from ..templates.render import RenderedChat
 from .table import Family
@@ -65,11 +65,7 @@ class FamilyProcessor(VLMProcessor):
         system: str | None = None,
         box_notation: str | None = None,
     ) -> None:
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"model.pretrained: the tokenizer {type(tokenizer).__name__} is a slow one and cannot say where its "
-                f"tokens lie in the text, so no mask can be made; save it as a fast tokenizer (tokenizer.json)."
-            )
+        check_fast(tokenizer, "model.pretrained")
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         if tokenizer.pad_token is None:  # a token of our own would have no row among the embeddings
             tokenizer.pad_token = tokenizer.eos_token

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
+from ..base.console import plain_table
 from ..base.names import PARTS
-from ..base.words import short_count
+from ..base.words import counted, short_count
 
 # First names of a parameter → its part; two names count before one. The composed model has the four words themselves,
 # transformers' own VLMs have others.
@@ -179,15 +179,8 @@ class FreezePlan:
         rows = self.rows(model)
         total, trained, adapted = (sum(getattr(row, key) for row in rows) for key in ("total", "trained", "adapted"))
         share = (trained + adapted) / max(total + adapted, 1)
-        table = Table(
-            title="What is frozen and what is trained",
-            title_justify="left",
-            caption=f"{trained + adapted:,} of {total + adapted:,} parameters learn ({share:.2%}).",
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            show_edge=False,
-            padding=(0, 1, 0, 0),
-        )
+        learn = f"{trained + adapted:,} of {total + adapted:,} parameters learn ({share:.2%})."
+        table = plain_table("What is frozen and what is trained", learn)
         table.add_column("part", no_wrap=True)
         table.add_column("module", overflow="ellipsis")
         for column in ("total", "trained", "LoRA", "dtype", "peak lr"):
@@ -205,7 +198,7 @@ class FreezePlan:
                 style="bold" if learns else "dim",
             )
             if row.words:
-                words = f"embedding rows, {row.words} word{'s'[: row.words != 1]}"
+                words = f"embedding rows, {counted(row.words, 'word')}"
                 table.add_row("", words, "", "", "in LoRA", "", "", style="bold")
         return table
 

@@ -117,12 +117,8 @@ def mean_loss(
     """Weighted cross entropy over the supervised positions, divided by their number or another.
 
     Args:
-        score: See `supervised_losses`, as for the next three and for `positions`.
-        hidden: As above.
-        labels: As above.
-        loss_weights: As above.
+        score, hidden, labels, loss_weights, positions: See `supervised_losses`.
         num_items: What the sum is divided by; default the number of supervised positions.
-        positions: As above.
 
     Returns:
         The loss and, for the supervised positions, their losses without gradient and whether each was a hit.

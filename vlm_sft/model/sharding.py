@@ -64,20 +64,14 @@ def gather(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, torch.T
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach().cpu()
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        return _whole_of_deepspeed(parameter)
-    return parameter.detach().cpu()
-
-
-def _whole_of_deepspeed(parameter: nn.Parameter) -> torch.Tensor:
-    """DeepSpeed trains fp32 masters of its bf16 parameters; they are what was learned."""
+    if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
+        return parameter.detach().cpu()
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    if parameter.requires_grad:
-        master = safe_get_full_fp32_param(parameter)
-        if master is not None:
-            return master.detach().cpu().clone()
+    # DeepSpeed trains fp32 masters of its bf16 parameters; they are what was learned.
+    if parameter.requires_grad and (master := safe_get_full_fp32_param(parameter)) is not None:
+        return master.detach().cpu().clone()
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().cpu().clone()
 

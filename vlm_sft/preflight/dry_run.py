@@ -80,8 +80,8 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
 
     from ..recipe.libraries import build_sft_config, computes_in
     from ..stack.build_stack import build_empty_stack
+    from ..stack.fit import check_texts
     from ..stack.lora import add_empty_adapter, lora_config
-    from ..stack.text_fit import check_texts
     from .memory import estimate
     from .step_memory import Step, count_step
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
+from ..base.console import plain_table
 from ..base.names import PARTS
 from ..base.words import gib
 from ..model.freeze import bytes_of, part_of
@@ -81,15 +81,7 @@ class Estimate:
 
     def table(self) -> Table:
         """Rows for the terminal; 80 columns hold it."""
-        table = Table(
-            title=f"Memory of a device ({self.launch})",
-            title_justify="left",
-            caption=NOT_COUNTED,
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            show_edge=False,
-            padding=(0, 1, 0, 0),
-        )
+        table = plain_table(f"Memory of a device ({self.launch})", NOT_COUNTED)
         table.add_column("part", no_wrap=True)
         columns = ("weights", "gradients", "optimizer")
         for column in columns:

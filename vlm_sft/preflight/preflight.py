@@ -91,8 +91,8 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
 def _compose(recipe: Recipe, max_length: int | None) -> Composed:
     """The model before any weight is read, which rows, answers and LoRA of the recipe suit."""
     from ..bundle.handover import check_adapter
+    from ..stack.fit import check_texts
     from ..stack.kinds import compose
-    from ..stack.text_fit import check_texts
 
     composed = compose(recipe)
     check_texts(composed.config, composed.processor, max_length)

@@ -174,9 +174,8 @@ def _check_names(folder: Path) -> None:
     for name, value in settings.items():
         if value not in UNSAID and (sentence := flaw(LORA, name, value)):
             raise UserError(f"{where} asks for `{name}`, which is refused: {sentence}")
-        largest = (
-            max((each for each in value.values() if isinstance(each, int)), default=0) if isinstance(value, dict) else 0
-        )
+        entries = value.values() if isinstance(value, dict) else ()
+        largest = max((each for each in entries if isinstance(each, int)), default=0)
         if LORA.mappings.get(name) and largest > MOST_OF_AN_OPTION:
             raise UserError(f"{where} says {largest:,} in `{name}`; more than {MOST_OF_AN_OPTION:,} are refused.")
 

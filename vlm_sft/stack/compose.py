@@ -17,14 +17,11 @@ from ..model.configuration import VLMConfig, image_size_of
 from ..model.connectors import build_projector
 from ..model.positions import INTERPOLATING
 from ..pieces.part_configs import find_pieces
-from ..pieces.piece import Piece
 from .build_processor import build_processor
-from .text_fit import check_language_model
-from .tower_fit import count_features, measure_tower
+from .fit import check_language_model, count_features, measure_tower
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
-    from ..recipe.sections import Resampler
 
 
 def compose_stack(recipe: Recipe) -> Composed:
@@ -56,8 +53,12 @@ def compose_stack(recipe: Recipe) -> Composed:
         size = check_image_size(config, processor, tower.pretrained)
     if (width := measure_tower(config, *size, tower.key)) != getattr(tower.config, "hidden_size", None):
         config.vision_width = width
-    if resampler is not None:
-        _check_widths(config.tower_width, resampler)
+    if resampler is not None and (reads := resampler.config.encoder_hidden_size) != config.tower_width:
+        raise UserError(
+            f"The vision tower gives features of width {config.tower_width} but the resampler of "
+            f"{resampler.pretrained!r} reads width {reads}; take both from the same checkpoint, or leave the resampler "
+            f"out and use an mlp projector."
+        )
     config.num_image_tokens = processor.num_image_tokens = count_image_tokens(config, size)
     if config.num_image_tokens > (most := limits().image_tokens):
         raise UserError(
@@ -106,15 +107,6 @@ def check_image_size(config: VLMConfig, processor: VLMProcessor, name: str) -> t
             f"or state stack.vision_tower.image_size, which resizes the table of positions."
         )
     return height, width
-
-
-def _check_widths(width: int, resampler: Piece[Resampler]) -> None:
-    if resampler.config.encoder_hidden_size != width:
-        raise UserError(
-            f"The vision tower gives features of width {width} but the resampler of "
-            f"{resampler.pretrained!r} reads width {resampler.config.encoder_hidden_size}; take both from the same "
-            f"checkpoint, or leave the resampler out and use an mlp projector."
-        )
 
 
 def count_image_tokens(config: VLMConfig, size: tuple[int, int] | None = None) -> int:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class StackKind:
-    """A stack of parts as `Kind` has it; LoRA goes into its language model."""
+    """A stack of parts as `Kind` has it, where each method is said; LoRA goes into its language model."""
 
     base = "language_model"
     covers: tuple[str, ...] = ("language_model",)
@@ -44,11 +44,9 @@ class StackKind:
     settled: Mapping[str, Any] = {"stack.projector.pretrained": None, "stack.projector.init": "default"}
 
     def compose(self, recipe: Recipe) -> Composed:
-        """See `Kind`."""
         return compose_stack(recipe)
 
     def remarks(self, recipe: Recipe, composed: Composed) -> Iterator[str]:
-        """See `Kind`."""
         language_model = composed.pieces["language_model"].pretrained
         for token in composed.processor.added_tokens:
             yield f"The tokenizer of {language_model} had no {token} token: it was added (no embedding is)."
@@ -63,7 +61,6 @@ class StackKind:
     def load(
         self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]
     ) -> VLMForConditionalGeneration:
-        """See `Kind`."""
         config, pieces = composed.config, composed.pieces
         tower: nn.Module
         resampler: nn.Module | None = None
@@ -86,7 +83,6 @@ class StackKind:
     def empty(
         self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]
     ) -> VLMForConditionalGeneration:
-        """See `Kind`."""
         with torch.device("meta"):
             model = VLMForConditionalGeneration(composed.config)
         for part in ("vision_tower", "language_model"):
@@ -97,27 +93,24 @@ class StackKind:
         return model
 
     def cast(self, model: PreTrainedModel, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
-        """See `Kind`."""
         for part in ("vision_tower", "language_model"):
             cast(getattr(model.model, part), dtypes[part])
         model.lm_head.to(dtypes["language_model"])
 
     def with_base(self, recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-        """See `Kind`; the checkpoint needs no code of others any more."""
+        # The checkpoint needs no code of others any more.
         changed = recipe.parts.language_model.model_copy(update={**changes, "trust_remote_code": False})
         return recipe.model_copy(update={"stack": recipe.parts.model_copy(update={"language_model": changed})})
 
     def held(self, entries: Mapping[str, dict[str, Any]]) -> set[str]:
-        """See `Kind`: the projector is in no piece, also where only LoRA is trained."""
+        # The projector is in no piece, also where only LoRA is trained.
         return {"projector", *(part for part, entry in entries.items() if "init_from" in entry)}
 
     def mark_taken(self, entries: dict[str, dict[str, Any]], parts: Collection[str], folder: str) -> None:
-        """See `Kind`."""
         for part in set(parts) & set(entries):
             entries[part]["init_from"] = folder
 
     def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> VLMProcessor:
-        """See `Kind`."""
         check_processor(str(folder), None, "processor")
         for subfolder in ("", QFORMER_TOKENIZER):
             check_tokenizer(str(folder), None, "processor", subfolder)

@@ -56,10 +56,8 @@ def _check_rank(config: LoraConfig, model: nn.Module) -> None:
     shapes = [(m.in_features, m.out_features) if hasattr(m, "in_features") else m.weight.shape
               for m in model.modules() if _is_linear(m)]  # fmt: skip
     widest = max(map(max, shapes), default=0)
-    if widest and max(ranks) > widest:
-        raise UserError(
-            f"lora.r: the rank {max(ranks):,} is above {widest:,}, the width of the widest layer; lower it."
-        )
+    if widest and (most := max(ranks)) > widest:
+        raise UserError(f"lora.r: the rank {most:,} is above {widest:,}, the width of the widest layer; lower it.")
 
 
 def add_empty_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
@@ -125,12 +123,10 @@ def _refuse_what_is_not_lora(options: dict[str, Any]) -> None:
     """Only the freeze plan says what is trained beside LoRA: PEFT's own ways would be frozen again, without a word."""
     if options.get("bias", "none") != "none":
         raise UserError("lora.bias must be none: biases are trained with their part, by naming the part under `train`.")
-    for key in ("modules_to_save", "trainable_token_indices"):
+    for key, words in (("modules_to_save", ""), ("trainable_token_indices", " (new words: `lora.add_tokens`)")):
         if options.get(key):
-            words = " (new words: `lora.add_tokens`)" if key == "trainable_token_indices" else ""
-            raise UserError(
-                f"lora.{key} cannot be used: what is trained beside LoRA is said under `train`{words}; remove it."
-            )
+            instead = f"what is trained beside LoRA is said under `train`{words}"
+            raise UserError(f"lora.{key} cannot be used: {instead}; remove it.")
     start = options.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise UserError(
@@ -163,9 +159,8 @@ def _root_targets(model: nn.Module, names: list[str] | None, whole: bool = False
     known = sorted({linear.rsplit(".", 1)[-1] for linear in linears})
     names = known if names is None else names
     if not names:
-        raise UserError(
-            f"lora.target_modules names no layer; the language model has {', '.join(known) or 'no linear'}."
-        )
+        there = ", ".join(known) or "no linear"
+        raise UserError(f"lora.target_modules names no layer; the language model has {there}.")
     for name in names:
         if not any(linear == name or linear.endswith("." + name) for linear in linears):
             raise UserError(
