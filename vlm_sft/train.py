@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -54,8 +54,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .bundle.run_folder import settle_resume, sweep
     from .bundle.save import check_savable
     from .preflight.samples import glance
-    from .stack.kinds import compose
     from .stack.fit import check_texts
+    from .stack.kinds import compose
     from .training.build_trainer import build_collator, build_trainer
     from .training.resume_check import check_resumption
     from .training.run_rows import load_rows
@@ -95,16 +95,19 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
     """Writes bundle, metrics and curves, then proves in a fresh process that the bundle gives the same logits."""
+    from .batch.collator import REJECTED, SEEN
     from .bundle.card import write_card
     from .bundle.curves import draw_curves
     from .bundle.parity import check_parity, probe_logits
+    from .data.streaming import first_rows
 
     folder = Path(trainer.args.output_dir)
     trainer.save_model(str(folder))
     trainer.save_state()
     model = trainer.accelerator.unwrap_model(trainer.model)
     collator.kept = None  # what is proven is the bundle, which has no cache
-    batch = _first_batch(trainer, collator)
+    batch = collator(first_rows(trainer.train_dataset, 4))  # of the first training rows
+    batch = {name: value for name, value in batch.items() if name not in (REJECTED, SEEN)}
     probe = batch if trainer.prefix is None else trainer.prefix.for_parity(batch, trainer.args.device)
     logits = probe_logits(model, probe)  # on every process: each may hold a share of the weights
     if trainer.prefix is not None:
@@ -117,11 +120,8 @@ def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Consol
         with console.status("Loading the bundle in a fresh process to compare its logits"):
             parity = check_parity(folder, model, batch, logits)
         write_card(folder)
-        say(
-            console,
-            f"Parity: reloaded in a fresh process, {parity['positions']} positions, largest difference of a logit "
-            f"{parity['max_difference']:.2g}.",
-        )
+        difference = f"largest difference of a logit {parity['max_difference']:.2g}"
+        say(console, f"Parity: reloaded in a fresh process, {parity['positions']} positions, {difference}.")
         say(console, f"Bundle: {folder}\nCurves: {curves}")
     trainer.accelerator.wait_for_everyone()
     return folder
@@ -222,15 +222,6 @@ def _own_folder(recipe: Recipe) -> Iterator[tuple[SFTConfig, Console]]:
     with ExitStack() as held:
         on_first_process(partial(held.enter_context, hold_folder(args.output_dir, partial(say, console))))
         yield args, console
-
-
-def _first_batch(trainer: VLMSFTTrainer, collator: MultimodalCollator) -> dict[str, Any]:
-    """A batch of the first training rows, to compare logits on."""
-    from .batch.collator import REJECTED, SEEN
-    from .data.streaming import first_rows
-
-    batch = collator(first_rows(trainer.train_dataset, 4))
-    return {name: value for name, value in batch.items() if name not in (REJECTED, SEEN)}
 
 
 def _pushes(recipe: Recipe, console: Console) -> PushCallback | None:

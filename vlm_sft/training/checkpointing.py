@@ -57,13 +57,23 @@ class SavePoints(TrainerCallback):
         self.beside = run / f"{UNFINISHED}{final.name}"
         try:
             save()
-            self._name_the_best(final)
+            state, best = trainer.state, trainer.state.best_model_checkpoint
+            if best is not None and Path(best).parent == self.beside:  # where it was written is not where it will be
+                state.best_model_checkpoint = str(final)
+                if trainer.args.should_save:
+                    state.save_to_json(str(Path(best) / TRAINER_STATE_NAME))
             self._publish(self.beside / final.name, final)
         except Exception as error:  # each library has its own
             if not _is_about_the_disk(error):
                 raise
             shutil.rmtree(self.beside, ignore_errors=True)
-            raise UserError(_cannot_save(final, error)) from error
+            own = isinstance(error, UserError)
+            reason = str(error).rstrip(".") if own else getattr(error, "strerror", None) or "is the disk full?"
+            good = newest(run)
+            kept = f"{good} is whole, go on from it with --resume" if good else "there is no earlier one; start again"
+            raise UserError(
+                f"{final} cannot be written ({reason}): make room or choose another disk; {kept}."
+            ) from error
         finally:
             beside, self.beside = self.beside, None
         if trainer.is_local_process_zero():
@@ -71,15 +81,6 @@ class SavePoints(TrainerCallback):
         if trainer.args.should_save:
             best = trainer.state.best_model_checkpoint
             rotate(run, trainer.args.save_total_limit, [final, *([Path(best)] if best else [])])
-
-    def _name_the_best(self, final: Path) -> None:
-        """The state must not name the folder that the best checkpoint had while it was written."""
-        state = self.trainer.state
-        best = state.best_model_checkpoint
-        if best is not None and Path(best).parent == self.beside:
-            state.best_model_checkpoint = str(final)
-            if self.trainer.args.should_save:
-                state.save_to_json(str(Path(best) / TRAINER_STATE_NAME))
 
     def _publish(self, unfinished: Path, final: Path) -> None:
         """Renames when every process has written its files; on machines that share no disk, once on each."""
@@ -108,11 +109,17 @@ class SavePoints(TrainerCallback):
         if self.resumed_from and file.is_file():
             self.trainer.set_counters(json.loads(read_text(file)))
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Tells the sampler its epoch."""
-        _set_epoch(kwargs["train_dataloader"], self.epoch)
+    def on_epoch_begin(self, *args: Any, train_dataloader: Any, **kwargs: Any) -> None:
+        """Tells the sampler its epoch, however deep it lies.
+
+        accelerate looks through two wrappers. With several processes and batches to skip there are three, and a run
+        that goes on in its second epoch would see the rows in the order of the first.
+        """
+        inner = getattr(train_dataloader, "batch_sampler", None)
+        while inner is not None:
+            if hasattr(inner, "set_epoch"):
+                inner.set_epoch(self.epoch)
+            inner = getattr(inner, "batch_sampler", None) or getattr(inner, "sampler", None)
         self.epoch += 1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -135,27 +142,7 @@ class SavePoints(TrainerCallback):
             self._due, control.should_save = False, True
 
 
-def _set_epoch(loader: Any, epoch: int) -> None:
-    """Tells the sampler its epoch, however deep it lies.
-
-    accelerate looks through two wrappers. With several processes and batches to skip there are three, and a run that
-    goes on in its second epoch would see the rows in the order of the first.
-    """
-    inner = getattr(loader, "batch_sampler", None)
-    while inner is not None:
-        if hasattr(inner, "set_epoch"):
-            inner.set_epoch(epoch)
-        inner = getattr(inner, "batch_sampler", None) or getattr(inner, "sampler", None)
-
-
 def _is_about_the_disk(error: Exception) -> bool:
     """torch and the tokenizers report a file that cannot be written as errors of their own."""
     words = ("PytorchStreamWriter", "inline_container", "iostream error", "(os error ")
     return isinstance(error, (OSError, UserError)) or any(word in str(error) for word in words)
-
-
-def _cannot_save(final: Path, error: Exception) -> str:
-    reason = str(error).rstrip(".") if isinstance(error, UserError) else getattr(error, "strerror", None)
-    good = newest(final.parent)
-    kept = f"{good} is whole, go on from it with --resume" if good else "there is no earlier one; start again"
-    return f"{final} cannot be written ({reason or 'is the disk full?'}): make room or choose another disk; {kept}."

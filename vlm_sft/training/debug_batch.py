@@ -80,8 +80,7 @@ def find_rows(recipe: Recipe, ids: list[str]) -> list[dict[str, Any]]:
         rows = load_source(source, seed=seed, reject=lambda error: None)
         places = {name: place for place, name in enumerate(rows["id"])}
         found |= {name: rows[places[name]] for name in ids if name in places}
-    missing = [name for name in ids if name not in found]
-    if missing:
+    if missing := [name for name in ids if name not in found]:
         raise UserError(f"The row {missing[0]!r} is no longer in data.train; the data has changed since the run.")
     return [found[name] for name in ids]
 

@@ -87,7 +87,10 @@ class Meters:
         )
         self._last_images = self._last_images if images is None else images
         # Where weights are sharded, a forward pass takes every process, also those that have nothing to measure.
-        if not self._on_any_process(complete.any()):
+        flag = complete.any()
+        if self.accelerator.num_processes > 1:
+            flag = self.accelerator.reduce(flag.float(), reduction="sum") > 0
+        if not flag:
             return
         other = model(**inputs, supervised_only=True, use_cache=False).token_losses
         labels = inputs["labels"]
@@ -96,11 +99,6 @@ class Meters:
         chosen = complete[owners_of(inputs)[0].flatten()[positions]]
         own_loss, other_loss = (torch.where(chosen, losses, 0).sum() for losses in (own, other))
         self.add("eval", own_loss=own_loss, other_loss=other_loss, image_tokens=chosen.sum())
-
-    def _on_any_process(self, flag: torch.Tensor) -> bool:
-        if self.accelerator.num_processes > 1:
-            flag = self.accelerator.reduce(flag.float(), reduction="sum") > 0
-        return bool(flag)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +118,10 @@ class Meters:
         """
         if "train_loss" in logs:  # the last one, on the whole run: what is left of a few steps says nothing of it
             self.sums[mode] = {}
-        sums = self._of_all_processes(mode)
+        sums = self.own(mode)
+        if self.accelerator.num_processes > 1:
+            tensor = torch.tensor([sums[name] for name in COUNTERS], device=self.accelerator.device)
+            sums = dict(zip(COUNTERS, self.accelerator.reduce(tensor, reduction="sum").tolist(), strict=True))
         self.sums[mode], self._last_images = {}, None  # an evaluation does not depend on the one before
         if sums["supervised"]:
             logs["token_accuracy" if mode == "train" else "eval_token_accuracy"] = sums["hits"] / sums["supervised"]
@@ -139,13 +140,6 @@ class Meters:
         if sums["image_tokens"]:
             own, other = sums["own_loss"] / sums["image_tokens"], sums["other_loss"] / sums["image_tokens"]
             logs.update(eval_loss_own_image=own, eval_loss_other_image=other, eval_image_use=other - own)
-
-    def _of_all_processes(self, mode: Mode) -> dict[str, float]:
-        own = self.own(mode)
-        if self.accelerator.num_processes == 1:
-            return own
-        tensor = torch.tensor([own[name] for name in COUNTERS], device=self.accelerator.device)
-        return dict(zip(COUNTERS, self.accelerator.reduce(tensor, reduction="sum").tolist(), strict=True))
 
 
 class RowsMet:

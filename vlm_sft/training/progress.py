@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -82,30 +82,22 @@ class RichProgress(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, left=self._left(state))
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, *args: Any, eval_dataloader: Sized, **kwargs: Any) -> None:
         """Says how far an evaluation is."""
         if self._bar is not None:
             self._evaluated += 1
-            batches = len(kwargs["eval_dataloader"])
-            self._bar.update(self._task, numbers=f"validation: batch {self._evaluated} of {batches}")
+            progress = f"validation: batch {self._evaluated} of {len(eval_dataloader)}"
+            self._bar.update(self._task, numbers=progress)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Back to the numbers of the training."""
         self._evaluated = 0
         if self._bar is not None:
             self._bar.update(self._task, numbers=self._numbers)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Shows the newest numbers."""
+        logs: dict[str, float] = kwargs.get("logs") or {}
         if not state.is_world_process_zero or not logs:
             return
         line = describe(logs)
@@ -122,9 +114,7 @@ class RichProgress(TrainerCallback):
             left = self._left(state)
             self._print(f"step {state.global_step:,}/{state.max_steps:,}: {line}{' · ' if left else ''}{left}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Takes the bar away."""
         self.close()
 
@@ -152,11 +142,8 @@ class RichProgress(TrainerCallback):
     def pulse(self, state: TrainerState) -> str:
         """`step 12/400 done, the next runs for 0:02:10, 0:31:00 in all`."""
         now = time.monotonic()
-        return (
-            f"step {state.global_step:,}/{state.max_steps:,} done, "
-            f"the next runs for {duration(now - self._step_began)}, "
-            f"{duration(now - self._began[0])} in all"
-        )
+        step, whole = duration(now - self._step_began), duration(now - self._began[0])
+        return f"step {state.global_step:,}/{state.max_steps:,} done, the next runs for {step}, {whole} in all"
 
     def _print(self, line: str) -> None:
         self._said = time.monotonic()

@@ -11,6 +11,7 @@ import numpy as np
 from ..base.errors import UserError
 from ..base.names import GROUPED
 from ..base.processes import cores_for_each, one_process_first, share_work
+from ..base.words import counted
 from ..data.ledger import Ledger, ledger_table
 from .row_check import Findings, look_over, summary
 
@@ -92,8 +93,8 @@ def load_rows(
         )
         if (count := len(train)) < args.world_size:
             raise UserError(
-                f"data.train has {count} {'row' if count == 1 else 'rows'} but accelerate started {args.world_size} "
-                f"processes, so some would have nothing to do; use --num_processes {count} or fewer."
+                f"data.train has {counted(count, 'row')} but accelerate started {args.world_size} processes, so some "
+                f"would have nothing to do; use --num_processes {count} or fewer."
             )
     rows = None
     if data.eval:
@@ -176,13 +177,10 @@ def _load_set(
     def read() -> list[SourceRows]:
         parts = []
         with RowProgress(console, name) as progress:
-            for source in sources:
-                tell = partial(progress.tell, f"{name_of(source)}: read", about=True)
-                reject, unused = ledger.rejecter(name_of(source)), ledger.source(name_of(source)).leave
-                found = read_source(
-                    source, seed=seed, reject=reject, languages=bool(languages), tell=tell, unused=unused
-                )
-                parts.append(found)
+            for source, own in zip(sources, names, strict=True):
+                tell = partial(progress.tell, f"{own}: read", about=True)
+                reject, unused, mixed = ledger.rejecter(own), ledger.source(own).leave, bool(languages)
+                parts.append(read_source(source, seed=seed, reject=reject, languages=mixed, tell=tell, unused=unused))
         return parts
 
     try:
@@ -249,8 +247,7 @@ def _look_over(
 
 def describe_rows(counts: dict[str, Any]) -> str:
     """One sentence on the rows of a set."""
-    count = counts["read"] if counts["rows"] is None else counts["rows"]
-    rows = "1 row" if count == 1 else f"{count:,} rows"
+    rows = counted(counts["read"] if counts["rows"] is None else counts["rows"], "row")
     if counts["measured"] < counts["read"]:
         rows += f" (measured: a sample of {counts['measured']:,}, see data.measure_rows)"
     lost = f"; {counts['rows_shortened']:,} rows lost {counts['turns_lost']:,} turns to fit max_length"

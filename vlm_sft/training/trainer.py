@@ -172,9 +172,8 @@ class VLMSFTTrainer(GroupsByLength, UsesPrefix, SFTTrainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         own = self.data_collator
         if self.is_in_train:
-            self.data_collator = self.watch.collator(
-                own, self._notes, getattr(self.model.config, "image_token_id", None)
-            )
+            token = getattr(self.model.config, "image_token_id", None)
+            self.data_collator = self.watch.collator(own, self._notes, token)
         try:
             return super()._get_dataloader(*args, **kwargs)
         finally:

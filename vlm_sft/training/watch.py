@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import get_worker_info
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from ..base.console import tell
 from ..base.errors import UserError
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .trainer import VLMSFTTrainer
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+Counts = Callable[[dict[str, Any]], dict[str, Any]]
 ROW_IDS = "row_ids"
 RECENT, ENOUGH = 50, 20  # steps that a jump is measured against, and how many there must be
 LEAST_SPREAD = 0.01  # in nats a token: below it, losses of a model that knows its rows go up and down tenfold
@@ -52,15 +53,8 @@ class WatchedCollator:
         counts: What the host can say of a batch: `counts_of`. What the collator brings itself stays.
     """
 
-    def __init__(
-        self,
-        collator: Collator,
-        notes: str | None = None,
-        counts: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    ) -> None:
-        self.collator = collator
-        self.notes = notes
-        self.counts = counts
+    def __init__(self, collator: Collator, notes: str | None = None, counts: Counts | None = None) -> None:
+        self.collator, self.notes, self.counts = collator, notes, counts
         self._shielded = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -70,9 +64,12 @@ class WatchedCollator:
             UserError: As the collator does.
             RuntimeError: The collator failed otherwise; the message names the row.
         """
-        worker = get_worker_info()
-        if worker is not None:
-            self._note(worker.id, rows)
+        if get_worker_info() is not None:
+            if not self._shielded:
+                shield_worker()
+                self._shielded = True
+            if self.notes:
+                (Path(self.notes) / str(os.getpid())).write_text(describe(rows), encoding="utf-8")
         try:
             batch = self.collator(rows)
         except UserError:
@@ -81,13 +78,6 @@ class WatchedCollator:
             raise RuntimeError(f"{self._culprit(rows)}: {type(error).__name__}: {error}") from error
         known = self.counts(batch) if self.counts else {}
         return {**known, **batch, ROW_IDS: [str(row["id"]) for _, row in numbered(rows)]}
-
-    def _note(self, worker: int, rows: Sequence[dict[str, Any]]) -> None:
-        if not self._shielded:
-            shield_worker()
-            self._shielded = True
-        if self.notes:
-            (Path(self.notes) / str(os.getpid())).write_text(describe(rows), encoding="utf-8")
 
     def _culprit(self, rows: Sequence[dict[str, Any]]) -> str:
         """The row that fails by itself, or all where only the batch does."""
@@ -185,31 +175,26 @@ class Watch(TrainerCallback):
             # Alone: parts of the model may lie on other processes, which do not come here.
             alone = self.trainer.accelerator.num_processes == 1
             if ids and alone and fails_on_pictures(model, inputs, error):
-                seen = _with_images(ids, inputs, getattr(model.config, "image_token_id", -1))
+                has = (inputs["input_ids"] == getattr(model.config, "image_token_id", -1)).any(1).tolist()
+                seen = [row for row, tokens in zip(ids, has, strict=False) if tokens] if len(has) == len(ids) else []
                 raise UserError(
                     f"Step {self.trainer.state.global_step + 1:,}: the model fails on a picture of the rows "
-                    f"{_names([(seen, 0.0)])} ({reason_of(error)[:200]}): give it another "
+                    f"{_names([(seen or ids, 0.0)])} ({reason_of(error)[:200]}): give it another "
                     "shape, or remove the row, and go on with --resume."
                 ) from error
             if ids:
                 error.add_note(f"in a batch of the rows {', '.join(ids)}")
             raise
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Looks that packed rows are kept apart."""
         self.trainer.check_packing()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Forgets the step before."""
         self._step, self._logged_loss = [], self.trainer._tr_loss.clone()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Looks at the step that is about to change the weights.
 
         Raises:
@@ -312,12 +297,6 @@ def _names(parts: list[tuple[list[str], float]], most: int = 8) -> str:
     names = [name for ids in wrong for name in ids]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _with_images(ids: list[str], inputs: dict[str, Any], image_token_id: int) -> list[str]:
-    """The rows of a batch that have image tokens; all where that cannot be seen."""
-    has = (inputs["input_ids"] == image_token_id).any(1).tolist()
-    return [row for row, seen in zip(ids, has, strict=True) if seen] if len(has) == len(ids) and any(has) else ids
 
 
 def dead_worker(message: str, notes: Path) -> str | None:
