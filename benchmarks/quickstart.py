@@ -44,8 +44,10 @@ def main() -> None:
         print(f"{name:<36} {row['mean']:8.3f}  from {row['lowest']:.3f} to {row['highest']:.3f}")
 
 
-def run_seed(variant: str, seed: int, split: str, out: Path, overrides: list[str]) -> dict[str, float]:
-    """Trains and evaluates one seed; returns the numbers of one run."""
+def run_seed(
+    variant: str, seed: int, split: str, out: Path, overrides: list[str], max_rows: int | None = None
+) -> dict[str, float]:
+    """Trains and evaluates one seed, on the first `max_rows` of each source; returns the numbers of one run."""
     shutil.rmtree(out, ignore_errors=True)
     one, two = out / "stage1", out / "stage2"
     common = [f"sft.seed={seed}", "sft.eval_strategy=no", *overrides]
@@ -54,8 +56,8 @@ def run_seed(variant: str, seed: int, split: str, out: Path, overrides: list[str
     short = [*common, f"sft.max_steps={SHORT}", "sft.warmup_steps=5"]
     train(f"{variant}_stage2", out / "with", [*short, f"init_from={one}"])
     train(f"{variant}_stage2", out / "without", [*short, *WITHOUT_STAGE_1])
-    first, second = evaluate(one, split), evaluate(two, split)
-    ahead, behind = (evaluate(out / name, split)["answer_accuracy"] for name in ("with", "without"))
+    first, second = evaluate(one, split, max_rows), evaluate(two, split, max_rows)
+    ahead, behind = (evaluate(out / name, split, max_rows)["answer_accuracy"] for name in ("with", "without"))
     return {
         "captions_after_stage_1": first["caption_exact_match"],
         "answers": second["answer_accuracy"],
@@ -75,7 +77,7 @@ def train(recipe: str, out: Path, overrides: list[str]) -> None:
     subprocess.run([*command, f"sft.output_dir={out}", *overrides], cwd=ROOT, check=True, stdout=sys.stderr)
 
 
-def evaluate(bundle: Path, split: str) -> dict[str, Any]:
+def evaluate(bundle: Path, split: str, max_rows: int | None) -> dict[str, Any]:
     """Evaluates a bundle on its recipe's test sources, or on the same sources of the validation images."""
     data = yaml.safe_load((bundle / "recipe.yaml").read_text(encoding="utf-8"))
     if split == "eval":
@@ -86,7 +88,7 @@ def evaluate(bundle: Path, split: str) -> dict[str, Any]:
     recipe.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
     output = bundle.with_name(f"{bundle.name}_{split}.json")
     command = [sys.executable, "-m", "vlm_sft", "evaluate", str(bundle), "--recipe", str(recipe)]
-    command += ["--output", str(output)]
+    command += ["--output", str(output), *(["--max-rows", str(max_rows)] if max_rows else [])]
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
     return json.loads(output.read_text(encoding="utf-8"))
 
