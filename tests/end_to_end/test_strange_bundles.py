@@ -391,7 +391,7 @@ NUMBERS = {
         r"`stop_strings` has at most 64 texts of at most 200 characters",
     ),
     "stack.vision_tower.config ": ({"patch_size": 0}, "no vision tower can be made of its configuration"),
-    "stack.vision_tower.image_size ": (9996, r"9,996 x 9,996; no model has more than 25,000,000 pixels"),
+    "stack.vision_tower.image_size ": (9996, r"9,996 x 9,996; no model has more than 16,777,216 pixels"),
 }
 
 
