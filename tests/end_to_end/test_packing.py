@@ -182,6 +182,19 @@ def test_a_model_whose_rows_see_each_other_is_refused_before_the_first_step(make
     assert trainer.model.training
 
 
+@pytest.mark.parametrize(("loss", "off", "refused"), [(7.0, 0.06, False), (1.0, 0.06, True), (7.0, 0.3, True)])
+def test_in_half_precision_a_large_loss_may_be_rounded_more(make_trainer, rows, monkeypatch, loss, off, refused):
+    trainer = packed_trainer(make_trainer, rows)
+    trainer.args.bf16 = True
+    found = iter([torch.full((6,), loss), torch.full((6,), loss + off)])
+    monkeypatch.setattr(trainer, "_losses_of", lambda items: next(found))
+    if refused:
+        with pytest.raises(UserError, match="a row of a pack sees the one before it"):
+            trainer.check_packing()
+    else:
+        trainer.check_packing()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True], ids=["set", "stream"])
 def test_a_run_of_packs_goes_on_to_the_same_weights_losses_and_ledger(

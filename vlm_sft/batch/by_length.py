@@ -286,14 +286,16 @@ class GroupsByLength:
         finally:
             model.train(was_training)
         difference = float((packed - apart).double().square().mean().sqrt())
-        allowed = 0.05 if self.args.bf16 or self.args.fp16 or model.dtype != torch.float32 else 1e-3
+        # In half precision losses are rounded in proportion: before a projector has learnt, 0.06 of 7 a token is noise.
+        half = self.args.bf16 or self.args.fp16 or model.dtype != torch.float32
+        allowed = max(0.05, 0.02 * float(apart.mean())) if half else 1e-3
         if difference > allowed:
             name = model.config.get_text_config().model_type
             flash = "flash" in str(model.config.get_text_config()._attn_implementation)
             raise UserError(
                 f"sft.packing: in this model ({name}) a row of a pack sees the one before it: the losses of the rows "
                 f"{rows[0]['id']} and {rows[1]['id']} differ by {difference:.2g} a token from those of each alone "
-                f"(allowed {allowed:g}); set {'batch sizes of 1, or ' * (flash and packs > 1)}sft.packing=false."
+                f"(allowed {allowed:.2g}); set {'batch sizes of 1, or ' * (flash and packs > 1)}sft.packing=false."
             )
 
     def _losses_of(self, items: list[Any]) -> torch.Tensor:
