@@ -1,0 +1,269 @@
+"""What the toolkit promises, each promise run on published weights by the commands that users type.
+
+    python benchmarks/real_proofs.py --tower data/real/dinov2 --language-model data/real/smollm2 --pictures FOLDER \
+        --out outputs/proofs [--gguf model.gguf …] [--only parity resume …]
+
+Trains a few steps on PNG files of a folder, and prints one line for each promise: the figure, CPU seconds of all
+processes and the memory of the largest at its peak. `OUT/proofs.json` is written after each; what stands there is not
+run again. Exit code 1 if a promise does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTIONS = ("What is this?", "这是什么？")
+STEPS, ROWS, BATCH = 4, 16, 4
+TRAIN = [sys.executable, "-m", "vlm_sft.train"]
+TOOL = [str(Path(sys.executable).with_name("vlm-sft"))]
+
+
+class Ran(NamedTuple):
+    """What a command did: exit code, all it said, seconds, CPU seconds with its children, MB of the largest process."""
+
+    code: int
+    text: str
+    wall: float
+    cpu: float
+    peak: float
+
+
+class Proofs:
+    """The folder of one round of proofs, and the commands in it."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.out, self.given = given.out.resolve(), given
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.cpu = self.peak = 0.0
+        self.commands: list[str] = []
+        self.pictures = sorted(given.pictures.rglob("*.png"))[
+            :: max(1, len(list(given.pictures.rglob("*.png"))) // ROWS)
+        ]
+
+    def run(self, *command: str | Path, fails: bool = False, kill: Callable[[], bool] | None = None) -> Ran:
+        """Runs a command to its end, or until `kill` says so; one that fails is an error unless it may."""
+        words = list(map(str, command))
+        self.commands.append(" ".join(words).replace(sys.executable, "python").replace(str(self.out), "OUT"))
+        began, log = time.monotonic(), self.out / "log.txt"
+        with log.open("w") as file:
+            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+            while kill is not None and process.poll() is None:
+                if kill():
+                    os.killpg(process.pid, signal.SIGKILL)
+                    break
+                time.sleep(0.05)
+            if process.returncode is None:
+                _, status, used = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+                self.cpu += used.ru_utime + used.ru_stime
+                self.peak = max(self.peak, used.ru_maxrss / 1e3)
+            else:
+                used = None
+        text = log.read_text(errors="replace")
+        if process.returncode and not fails and kill is None:
+            raise RuntimeError(text[-2000:])
+        cpu = used.ru_utime + used.ru_stime if used else 0.0
+        return Ran(process.returncode, text, time.monotonic() - began, cpu, used.ru_maxrss / 1e3 if used else 0.0)
+
+    def recipe(self, name: str, **changes: Any) -> Path:
+        """Writes a recipe; `sft` is merged, everything else replaced. Its bundle is `OUT/NAME`."""
+        rows = self.out / "rows.jsonl"
+        if not rows.exists():
+            lines = [
+                {
+                    "image": str(path.relative_to(self.given.pictures)),
+                    "question": QUESTIONS[i % 2],
+                    "answer": f"{path.parent.name} {path.stem}",
+                }
+                for i, path in enumerate(self.pictures[:ROWS])
+            ]
+            rows.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        tower = {"pretrained": str(self.given.tower), "feature_layer": -3, "feature_select": "patch", "image_size": 112}
+        sft = {
+            "output_dir": str(self.out / name), "learning_rate": 1e-3, "max_steps": STEPS, "max_length": 160,
+            "per_device_train_batch_size": BATCH, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
+            "logging_steps": 1, "save_strategy": "no", "dataloader_num_workers": 0, "use_cpu": True, "seed": 1,
+        }  # fmt: skip
+        made = {
+            "stack": {
+                "vision_tower": tower,
+                "projector": {"type": "mlp"},
+                "language_model": {"pretrained": str(self.given.language_model)},
+            },
+            "chat_template": "chatml",
+            "train": {"projector": 1e-3},
+            "lora": {"r": 8},
+            "data": {"train": [{"path": str(rows), "format": "vqa", "images": str(self.given.pictures)}]},
+            **changes,
+            "sft": {**sft, **changes.get("sft", {})},
+        }
+        path = self.out / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in made.items() if v is not None}, allow_unicode=True))
+        shutil.rmtree(self.out / name, ignore_errors=True)
+        return path
+
+    def train(self, name: str, *arguments: str, **changes: Any) -> Ran:
+        """Trains a recipe."""
+        return self.run(*TRAIN, self.recipe(name, **changes), *arguments)
+
+    @property
+    def bundle(self) -> Path:
+        """A bundle of projector and LoRA, after stage 1's projector."""
+        if not (self.out / "stage2" / "bundle.json").exists():
+            self.stages()
+        return self.out / "stage2"
+
+    def stages(self) -> tuple[Ran, Ran]:
+        """Stage 1, the projector alone, and stage 2, which begins with it."""
+        first = self.train("stage1", lora=None)
+        return first, self.train("stage2", init_from=str(self.out / "stage1"))
+
+    def difference(self, one: str, other: str) -> float:
+        """Largest difference of a trained weight between two bundles."""
+        worst = 0.0
+        for file in ("trained.safetensors", "adapter_model.safetensors"):
+            ours, theirs = load_file(self.out / one / file), load_file(self.out / other / file)
+            assert ours.keys() == theirs.keys()
+            worst = max([worst, *(float((ours[n] - theirs[n]).abs().max()) for n in ours)])
+        return worst
+
+
+def parity(proofs: Proofs) -> tuple[bool, str]:
+    """Bundle reloaded in a fresh process; and the second stage begins with the projector of the first."""
+    found = [number_after("largest difference of a logit", ran.text) for ran in proofs.stages()]
+    return max(found) < 1e-4, f"largest difference of a logit: stage 1 {found[0]:.2g}, stage 2 from it {found[1]:.2g}"
+
+
+def exports(proofs: Proofs) -> tuple[bool, str]:
+    """Export with LoRA merged, with it kept beside (PEFT), and as a bundle; each compared in a fresh process."""
+    said = []
+    for name, options in {"merged": (), "kept": ("--keep-adapter",), "bundle": ("--to", "bundle-merged")}.items():
+        out = proofs.out / f"export-{name}"
+        shutil.rmtree(out, ignore_errors=True)
+        text = " ".join(proofs.run(*TOOL, "export", proofs.bundle, out, *options).text.split())
+        found = re.search(r"(?:at most|by) ([\d.e+-]+) \(allowed ([\d.e+-]+)\)", text)
+        said.append(f"{name} {found[1]} (allowed {found[2]})" if found else f"{name}: {text[-80:]}")
+    return True, "logits differ at most: " + ", ".join(said)
+
+
+def resume(proofs: Proofs) -> tuple[bool, str]:
+    """Killed with SIGKILL after its first save, gone on with `--resume`: the weights of a run never killed."""
+    saves = {"sft": {"save_strategy": "steps", "save_steps": 2}, "init_from": str(proofs.bundle.parent / "stage1")}
+    recipe, checkpoint = proofs.recipe("killed", **saves), proofs.out / "killed" / "checkpoint-2"
+    killed = proofs.run(*TRAIN, recipe, kill=lambda: checkpoint.exists())
+    if killed.code != -signal.SIGKILL:
+        return False, "it ended before it was killed"
+    proofs.run(*TRAIN, recipe, "--resume")
+    worst = proofs.difference("stage2", "killed")
+    return worst == 0, f"largest difference of a trained weight {worst:.2g}"
+
+
+def bits(number: int) -> Callable[[Proofs], tuple[bool, str]]:
+    """QLoRA on bitsandbytes, on this device; reloaded in a fresh process."""
+
+    def prove(proofs: Proofs) -> tuple[bool, str]:
+        ran = proofs.train(f"bits{number}", quantization={f"load_in_{number}bit": True}, sft={"max_steps": 2})
+        found = number_after("largest difference of a logit", ran.text)
+        losses = [float(each) for each in re.findall(r"step \d+/\d+: loss ([\d.]+)", ran.text)]
+        return found < 1e-3, f"losses {losses}, reloaded: largest difference of a logit {found:.2g}"
+
+    return prove
+
+
+def memory(proofs: Proofs) -> tuple[bool, str]:
+    """What `--dry-run` says of a device against the resident memory of the process at its peak."""
+    recipe = proofs.recipe("memory", sft={"max_steps": 2}, init_from=str(proofs.bundle.parent / "stage1"))
+    said = proofs.run(*TRAIN, recipe, "--dry-run").text
+    (total,) = re.findall(r"(?:total|sum|Total|peak)\D*([\d.]+) (GB|MB|GiB|MiB)", said)[-1:]
+    estimate = float(total[0]) * {"GB": 1e3, "MB": 1, "GiB": 1073.7, "MiB": 1.0486}[total[1]]
+    bare = proofs.run(
+        sys.executable, "-c", "import vlm_sft, trl, peft, torch, transformers; from trl import SFTTrainer"
+    )
+    real = proofs.run(*TRAIN, recipe).peak - bare.peak
+    return (
+        0.5 < estimate / real < 2,
+        f"estimate {estimate:,.0f} MB, real {real:,.0f} MB beyond the libraries' {bare.peak:,.0f}",
+    )
+
+
+def gguf(proofs: Proofs) -> tuple[bool, str]:
+    """Language models in GGUF files: three steps, saved, reloaded in a fresh process."""
+    said, worst = [], 0.0
+    for file in proofs.given.gguf:
+        template = "chatml" if "smol" in file.name.lower() else "plain"
+        stack = yaml.safe_load(proofs.recipe("gguf").read_text())["stack"]
+        stack["language_model"] = {"pretrained": str(file.resolve())}
+        ran = proofs.train(f"gguf-{file.stem}", stack=stack, chat_template=template, sft={"max_steps": 3})
+        found = number_after("largest difference of a logit", ran.text)
+        worst = max(worst, found)
+        said.append(f"{file.name} {found:.2g}")
+    return bool(said) and worst < 1e-4, "largest difference of a logit: " + ", ".join(said)
+
+
+PROOFS: dict[str, Callable[[Proofs], tuple[bool, str]]] = {
+    "parity": parity,
+    "exports": exports,
+    "resume": resume,
+    "4 bits": bits(4),
+    "memory": memory,
+    "gguf": gguf,
+}
+
+
+def number_after(words: str, text: str) -> float:
+    """The number behind these words, in a text that may be broken into lines."""
+    found = re.search(re.escape(words) + r" ([\d.]+(?:e[+-]?\d+)?)", " ".join(text.split()))
+    assert found, text[-2000:]
+    return float(found[1].rstrip("."))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the proofs that are asked for; gives the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tower", type=Path, required=True, help="folder of DINOv2, or of another tower")
+    parser.add_argument("--language-model", type=Path, required=True)
+    parser.add_argument("--pictures", type=Path, required=True, help="folder with PNG files, also below it")
+    parser.add_argument("--out", type=Path, default=Path("outputs/proofs"))
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[])
+    parser.add_argument("--only", nargs="+", choices=PROOFS)
+    given = parser.parse_args(arguments)
+    for name in ("tower", "language_model", "pictures"):
+        setattr(given, name, getattr(given, name).resolve())
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    proofs, report = Proofs(given), given.out / "proofs.json"
+    done = json.loads(report.read_text()) if report.exists() else {}
+    for name in given.only or PROOFS:
+        if name not in done or given.only:
+            proofs.cpu, proofs.peak, proofs.commands = 0.0, 0.0, []
+            try:
+                holds, said = PROOFS[name](proofs)
+            except Exception as error:
+                holds, said = False, f"{type(error).__name__}: {error}"
+            done[name] = {"holds": holds, "said": said, "cpu": round(proofs.cpu), "peak_mb": round(proofs.peak)}
+            done[name]["commands"] = list(proofs.commands)
+            report.write_text(json.dumps(done, indent=1, ensure_ascii=False), encoding="utf-8")
+        each = done[name]
+        print(
+            f"| {name} | {'yes' if each['holds'] else 'NO'} | {each['said']} | {each['cpu']} | {each['peak_mb']:,} |",
+            flush=True,
+        )
+    return 0 if all(each["holds"] for each in done.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
