@@ -31,6 +31,7 @@ WORDS = {
         "names": "**its name**, of known things",
         "seconds": "minutes",
         "all": "all",
+        "none": "No whole run of these recipes is recorded here yet.",
     },
     "zh": {
         "head": "| | 英文 | 遮住图像 | 中文 | 遮住图像 |",
@@ -41,6 +42,7 @@ WORDS = {
         "names": "**名称**（见过的事物）",
         "seconds": "分钟",
         "all": "全部",
+        "none": "这里还没有记录这些配方的完整运行。",
     },
 }
 
@@ -73,6 +75,8 @@ def spread(values: Sequence[float], scale: float, places: int) -> str:
 def table(runs: Sequence[dict[str, Any]], language: str = "en") -> str:
     """Shares in percent and minutes of each step, in Markdown; of several runs the mean (smallest – largest)."""
     words = WORDS[language]
+    if not runs:
+        return words["none"]
     lines = [words["head"], "|---|---|---|---|---|"]
     for row in (*KINDS[:-1], "questions", "names"):
         kinds = KINDS[:-1] if row == "questions" else (row,)

@@ -377,10 +377,20 @@ def test_make_real_ends_where_a_step_fails(make_real, monkeypatch):
     assert code == 3 and commands[-1].startswith("accelerate") and "sft.max_steps=2" in commands[-1]
 
 
-def test_make_real_ends_where_a_merged_bundle_says_something_else(make_real, monkeypatch):
-    monkeypatch.setenv("MERGED", "dog")
+def test_make_real_ends_where_a_bundle_says_nothing(make_real, monkeypatch):
+    monkeypatch.setenv("MERGED", "")
     code, _ = make_real()
-    assert "the bundle says 'cat' and, merged, 'dog'" in code
+    assert "the bundle says 'cat' and, merged, ''" in code
+
+
+def test_the_pages_have_the_table_of_the_committed_results(modules):
+    runs = json.loads(modules.report.RESULTS.read_text(encoding="utf-8"))
+    for language, page in modules.report.PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        assert modules.report.filled(text, runs, language) == text, "run examples/real/report.py"
+    assert modules.report.table([]) in modules.report.filled(
+        "<!-- table of make real -->\n<!-- end of the table -->", [], "en"
+    )
 
 
 def test_make_knows_it():
