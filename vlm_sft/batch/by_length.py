@@ -299,8 +299,8 @@ class GroupsByLength:
             )
 
     def _losses_of(self, items: list[Any]) -> torch.Tensor:
-        batch = self._own_collator()(items)
-        inputs = self._prepare_inputs({name: value for name, value in batch.items() if isinstance(value, torch.Tensor)})
+        inputs = self._prepare_inputs(self._own_collator()(items))
+        inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         with self.compute_loss_context_manager():
             return self.model(**inputs, supervised_only=True, use_cache=False).token_losses
 
