@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from huggingface_hub.utils import disable_progress_bars
 from support.hub_server import TOKEN, HubServer
 from support.paths import ROOT
 from vlm_sft.base.errors import UserError
-from vlm_sft.bundle.hub import check_access, find_bundle, is_fetched, push_bundle, staged
+from vlm_sft.bundle.hub import check_access, find_bundle, is_fetched, push_bundle, refuse_tokens, staged
 
 SHARE = """
 import sys
@@ -288,6 +289,15 @@ def test_no_key_of_any_service_is_pushed(here, folder, monkeypatch, secret, name
             push_bundle(folder, "me/mine")
         assert secret not in str(caught.value)
     assert here.requests == []
+
+
+@pytest.mark.parametrize(("secret", "held"), [("password", False), ("Passwort12", True), ("correcthorses", True)])
+def test_a_word_of_the_vocabulary_is_no_secret(folder, monkeypatch, secret, held):
+    """`API_KEY=password` would otherwise refuse every tokenizer; what is no short word is found there too."""
+    monkeypatch.setenv("API_KEY", secret)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"猫": 0, f"Ġ{secret}": 1}}}))
+    with pytest.raises(UserError, match=r"tokenizer\.json holds") if held else contextlib.nullcontext():
+        refuse_tokens(folder)
 
 
 def test_a_push_holds_no_folder_and_no_row_of_the_test_set(here, folder):

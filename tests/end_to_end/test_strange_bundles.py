@@ -274,7 +274,17 @@ FILES = {
     "half a quantisation": (
         "config.json",
         {"quantization_config": {"quant_method": "gptq"}},
-        "transformers cannot load",
+        "says that its weights are quantised by 'gptq'",
+    ),
+    "kernels of a quantisation": (
+        "config.json",
+        {"quantization_config": {"quant_method": "mxfp4", "use_kernels": True}},
+        "says that its weights are quantised by 'mxfp4'",
+    ),
+    "a quantisation of no name": (
+        "config.json",
+        {"quantization_config": {"quant_method": ["fp8"]}},
+        r"says that its weights are quantised by \['fp8'\]",
     ),
     "kernel": (
         "config.json",

@@ -161,7 +161,7 @@ SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|PRIVATE|(?:^|_)(?:KEY|PASS|PWD|PAT|AUTH|DSN|COOKIE)(?:$|_(?!SOCK|ID$))",
     re.IGNORECASE,
 )
-SHORTEST_SECRET = 8
+SHORTEST_SECRET, LONGEST_WORD = 8, 12  # letters
 # Rules of detect-secrets that know the form of a key. Those that only see long random texts take fingerprints for keys.
 _RULES = (
     *("artifactory", "aws", "azure_storage_key", "basic_auth", "cloudant", "discord", "github_token", "gitlab_token"),
@@ -174,13 +174,19 @@ _MAY_BE_KEY = re.compile(r"[A-Za-z0-9_+/=-]{20,}|://[^\s/@]+:[^\s/@]+@|PRIVATE K
 _OWN_FORMS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgithub_pat_\w{20,}|\bsk-[\w-]{20,}")
 
 
-def find_secrets(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+def find_secrets(texts: Iterable[str], words: bool = False) -> Iterator[tuple[str, str]]:
     """(what it is, the secret itself) of every token, password and key in texts.
 
     A secret is the value of an environment variable that is named like one, or holds a password in an address; or has a
     form that detect-secrets knows.
+
+    Args:
+        texts: Where to look.
+        words: They are vocabularies, in which `API_KEY=password` makes no secret of a word that each of them has.
     """
     own = {name: value for name, value in os.environ.items() if _is_secret(name, value)}
+    if words:
+        own = {name: value for name, value in own.items() if not (value.isalpha() and len(value) <= LONGEST_WORD)}
     for text in texts:
         yield from ((f"the value of the environment variable {name}", v) for name, v in own.items() if v in text)
         yield from (("what looks like a token or key", found) for found in _OWN_FORMS.findall(text))

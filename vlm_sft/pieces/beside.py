@@ -76,6 +76,14 @@ def check_config_names(config: Mapping[str, Any], where: str, file: str = CONFIG
     """
     for name, value in _entries(config):
         word = name.strip("_").removesuffix("_internal")
+        if word == "quantization_config" and isinstance(value, Mapping):
+            method = value.get("quant_method", "bitsandbytes")
+            if method != "bitsandbytes":
+                raise UserError(
+                    f"{where}: its {file} says that its weights are quantised by {method!r}, for which transformers "
+                    f"may fetch code; name the checkpoint that is not quantised. For 4 or 8 bits, a recipe has the key "
+                    f"`quantization`."
+                )
         named = [value, *(value.values() if isinstance(value, Mapping) else ())]
         other = word in _WORDS and any(isinstance(each, str) and any(m in each for m in _MARKS) for each in named)
         if other or (word in _ELSEWHERE and value not in UNSAID):
