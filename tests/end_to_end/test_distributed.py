@@ -162,13 +162,14 @@ def test_fsdp2_makes_what_one_process_makes(write, write_model, alone, tmp_path)
 
 
 @pytest.mark.slow
-def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_streams_are_dealt(
+def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_packs_and_streams_are_dealt(
     write, write_model, alone, chats, tmp_path
 ):
     llava = {"family": "llava", "train": {"projector": 1e-2}, "lora": {"r": 4}}
     source = {"path": chats, "format": "messages"}
     stream = {"data": {"train": [source], "streaming": True, "shuffle_buffer": 1},
               "collator": "distributed_driver:NotesIds"}  # fmt: skip
+    packed = {"packing": True, "max_length": 64, "train_sampling_strategy": "random"}
     saves = {"train_sampling_strategy": "random", "save_strategy": "steps", "save_steps": 3}
     recipes = [
         write("stream", 1, saves, **stream),
@@ -176,10 +177,15 @@ def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_streams_are_dealt(
         write_model("llava", 1, **llava),
         write("uneven", 1, {"max_steps": -1, "num_train_epochs": 2}, rows=7),
         write("ddp", 1),
+        write("packs", 1, packed),
+        write("cached", 1, cache={"path": str(tmp_path / "features")}),
     ]
     done = launch(accelerate_config("cpu_2"), [str(DRIVER), *map(str, recipes)], IDS=str(tmp_path / "ids"))
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, tmp_path / "ddp")
+    assert_same_run(alone, tmp_path / "cached")
+    assert list(tmp_path.glob("features/*/*.index"))
+    assert_same_run(train(load_recipe(write("packs_alone", 2, packed))), tmp_path / "packs")
     assert_same_run(train(load_recipe(write_model("llava_alone", 2, **llava))), tmp_path / "llava")
     # Eight rows are four steps of two: each comes once before any comes again, and goes on where a checkpoint stopped.
     given = [(tmp_path / f"ids-{rank}").read_text().splitlines()[:6] for rank in (0, 1)]

@@ -58,6 +58,16 @@ def test_an_optimizer_that_is_not_known_is_named(recipe_file, capsys):
     assert "What sft.optim=ademamix keeps is not known here; it is counted as AdamW." in capsys.readouterr().out
 
 
+def test_memory_is_counted_without_the_cache_and_it_says_so(recipe_file, tmp_path, capsys):
+    path = str(recipe_file())
+    sentence = "This is without the cache"
+    main([path, "--dry-run"])
+    assert sentence not in capsys.readouterr().out
+    main([path, f"cache.path={tmp_path / 'kept'}", "--dry-run"])
+    assert sentence in capsys.readouterr().out
+    assert not (tmp_path / "kept").exists()
+
+
 def test_the_shapes_are_those_of_the_recipe(recipe_file):
     recipe = load_recipe(recipe_file(), ["sft.max_length=null"])
     processor = build_empty_stack(recipe).processor

@@ -49,6 +49,8 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
     console.print(weighed.table)
     say(console, describe_image(weighed.stack.processor))
     console.print(weighed.estimate.table())
+    if recipe.cache is not None:
+        say(console, "This is without the cache: once it holds all pictures, frozen parts before it are not loaded.")
     if not known_optimizer(weighed.optimizer):
         say(console, f"What sft.optim={weighed.optimizer} keeps is not known here; it is counted as AdamW.")
     say(console, f"{weighed.step}\nNo weight was read.")
