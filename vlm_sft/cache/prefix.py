@@ -58,8 +58,9 @@ def find_prefix(
         taken: Parts of which an earlier stage's bundle has other weights than the piece.
     """
     where = recipe.where(("cache",))
-    if recipe.stack is None:
+    if "vision_tower" not in composed.pieces:
         return (), f"{where}: the cache is off: an existing VLM (`model`) is not cut into parts."
+    assert recipe.stack is not None
     off = f"{where}: the cache is off: the vision tower"
     if "vision_tower" in recipe.train:
         return (), f"{off} is trained, so its features change."

@@ -22,6 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..base.errors import UserError
+from ..base.whole_files import open_regular
 from ..base.words import one_line
 
 MAGIC, VERSIONS, ALIGNMENT, MOST_AXES = b"GGUF", (2, 3), 32, 4
@@ -76,7 +77,7 @@ def is_gguf(path: str) -> bool:
     """Whether something is a file, and a GGUF by its first bytes or (one that was cut off) by its name."""
     if not os.path.isfile(path):
         return False
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(len(MAGIC)) == MAGIC or path.endswith(".gguf")
 
 
@@ -95,7 +96,7 @@ class GgufFile:
     def __init__(self, path: str, key: str) -> None:
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 self.settings, self.places = _read(file, os.path.getsize(path))
         except OSError as error:
             raise UserError(f"{key}: the file {path!r} cannot be read: {one_line(error)}.") from error

@@ -129,7 +129,7 @@ def open_adapter(folder: Path, model: nn.Module) -> PeftModel:
     except Exception as error:  # whatever a word where a number should be makes PEFT raise
         where = repr(str(folder / ADAPTER_CONFIG))
         raise UserError(f"{where} is no adapter that PEFT can read: {one_line(error)}") from error
-    config.base_model_name_or_path = base
+    wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
 
 
