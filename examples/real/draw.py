@@ -183,9 +183,10 @@ def ask_kind(thing: Thing, others: list[Thing], language: str, rng: random.Rando
 
 
 def ask_whether(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> tuple[str, str]:
-    """Is it of a kind, of which half is right."""
+    """Is it of a kind: half is right, and about half of what is asked of each kind, or the words would tell."""
     right = rng.random() < 0.5
-    _, english, chinese = KINDS[thing.kind if right else rng.choice([kind for kind in KINDS if kind != thing.kind])]
+    wrong = [other.kind for other in others if other.kind != thing.kind]  # as often as there are things of it
+    _, english, chinese = KINDS[thing.kind if right else rng.choice(wrong)]
     if language == "en":
         return f"Is this {english}?", "yes" if right else "no"
     return f"这是{chinese}吗？", "是" if right else "不是"

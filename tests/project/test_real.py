@@ -12,7 +12,7 @@ import sys
 import tarfile
 import types
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +229,18 @@ def test_questions_have_one_right_answer(modules, drawn):
     for row in rows_of(drawn, "whether_test_zh"):
         word = modules.draw.KINDS[kinds[row["id"].partition("-")[0]]][2]
         assert row["answer"] == ("是" if row["question"] == f"这是{word}吗？" else "不是")
+
+
+def test_the_words_of_a_yes_no_question_do_not_tell_its_answer(modules):
+    """Also where kinds are not equally frequent: guessing by the words alone stays near a half."""
+    kinds = dict(zip(modules.draw.KINDS, (400, 300, 200, 100), strict=False))
+    things = [types.SimpleNamespace(kind=kind) for kind, count in kinds.items() for _ in range(count)]
+    chance, said = random.Random(0), defaultdict(Counter)
+    for thing in things:
+        question, answer = modules.draw.ask_whether(thing, things, "en", chance)
+        said[question][answer] += 1
+    assert sum(max(answers.values()) for answers in said.values()) / len(things) < 0.65
+    assert all(0.3 < answers["yes"] / answers.total() < 0.7 for answers in said.values())
 
 
 def test_a_name_is_right_and_so_are_tags_of_its_own(drawn):
