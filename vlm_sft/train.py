@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .base.console import make_console, quiet_libraries, say, tell
+from .base.console import make_console, say, tell
 from .base.errors import UserError, exit_on_user_error, first_to_say
 from .base.interrupts import Interrupts
 from .base.names import CURVES, METRICS
@@ -162,18 +162,11 @@ def run(
     trust_remote_code: Trust = False,
 ) -> None:
     """Train one stage in this process; for several, use: accelerate launch -m vlm_sft.train RECIPE."""
-    from .recipe.left_out import leave_out_bitsandbytes
-    from .recipe.safety import refuse_code, refuse_revisions
-    from .recipe.schema import load_recipe
+    from .recipe.opening import open_recipe
 
     if accelerate_config and not dry_run:
         raise UserError("--accelerate-config belongs to --dry-run; to train, use: accelerate launch --config_file.")
-    stage = load_recipe(recipe, overrides or [])
-    if not trust_remote_code:
-        refuse_code(stage, str(stage.path))
-    refuse_revisions(stage)
-    leave_out_bitsandbytes(stage)
-    quiet_libraries()
+    stage = open_recipe(recipe, overrides, trust_remote_code)
     if dry_run:
         from .preflight.dry_run import dry_run as show
         from .preflight.launch import read_launch
@@ -190,21 +183,32 @@ def run(
     leave_process_group()
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command `vlm-sft train` for a launcher: `RECIPE [key.path=value …] [--resume] [--dry-run]`.
+def launcher(command: Callable[..., None], name: str) -> Callable[..., None]:
+    """A program for `accelerate launch` that runs one command of `vlm-sft`.
 
-    Raises:
-        SystemExit: It did not end well; with code 2 for what the user can mend.
+    It takes arguments (default: those of the process), and raises SystemExit where the command does not end well; with
+    code 2 for what the user can mend.
+
+    Args:
+        command: With the annotations of typer.
+        name: What its help calls it.
     """
-    let_threads_sleep()
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(run)
-    with exit_on_user_error():
-        try:
-            app(argv, prog_name="python -m vlm_sft.train")
-        except SystemExit as ended:
-            if ended.code:
-                raise
+
+    def main(argv: list[str] | None = None) -> None:
+        let_threads_sleep()
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        app.command()(command)
+        with exit_on_user_error():
+            try:
+                app(argv, prog_name=name)
+            except SystemExit as ended:
+                if ended.code:
+                    raise
+
+    return main
+
+
+main = launcher(run, "python -m vlm_sft.train")
 
 
 @contextmanager

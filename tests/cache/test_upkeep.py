@@ -53,7 +53,7 @@ def test_damage_is_counted_and_removed_and_the_rest_stays(tmp_path, make):
     damage(store)
     assert [verify(kept.store) for kept in stores_in(tmp_path / "cache")] == [1]
     (sentence,) = prune(tmp_path / "cache")
-    assert "1 damaged entries" in sentence and "3 pictures stay" in sentence
+    assert "1 damaged and removed" in sentence and "3 pictures left" in sentence
     (kept,) = stores_in(tmp_path / "cache")
     assert verify(kept.store) == 0 and len(kept.store) == 3
     assert torch.equal(kept.store.get(KEYS[2]), FEATURES[2]) and len(list(kept.store.folder.glob("*.index"))) == 1
@@ -70,7 +70,7 @@ def test_what_was_written_twice_or_half_is_written_once(tmp_path, make):
     with open(shard, "ab") as file:
         file.write(b"killed")
     (sentence,) = prune(tmp_path / "cache")
-    assert "0 damaged" in sentence and "4 pictures stay" in sentence
+    assert "0 damaged" in sentence and "4 pictures left" in sentence
     assert sum(path.stat().st_size for path in store.folder.glob("*.features")) == 4 * 24
 
 

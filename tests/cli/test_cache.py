@@ -36,7 +36,7 @@ def test_a_folder_is_shown_checked_and_tidied(tmp_path, say, command):
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
     code, said = say("verify", tmp_path / "kept")
     assert code == 1 and "1 of 2 entries are damaged" in said
-    assert "1 pictures stay" in say("prune", tmp_path / "kept")[1]
+    assert "1 damaged and removed, 2.4e-08 GB freed, 1 picture left." in say("prune", tmp_path / "kept")[1]
     assert "nothing to remove" in say("prune", tmp_path / "kept")[1]
     assert "does not exist" in command("cache", "info", tmp_path / "no")
 

@@ -258,7 +258,7 @@ def check_vlm_sft(monkeypatch, tmp_path, calls):
     def check(page: str, words: list[str]) -> None:
         if words[0] == "train":  # parsed for real, and no further
             check_training(page, words[1:], tmp_path)
-            monkeypatch.setattr("vlm_sft.recipe.schema.load_recipe", Mock(side_effect=typer.Exit))
+            monkeypatch.setattr("vlm_sft.recipe.opening.open_recipe", Mock(side_effect=typer.Exit))
         if words[:2] == ["cache", "build"]:
             check_training(page, words[2:], tmp_path)
         elif words[0] == "cache":

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.whole_files import UNFINISHED
+from ..base.words import counted
 from .records import LOCK, is_written
 from .store import ABOUT, FEATURES, GB, INDEX, Store, size_of
 
@@ -98,7 +99,7 @@ def _remove(kept: Kept, why: str) -> str | None:
     if any(is_written(folder, writer) for writer in _writers(kept.store)):
         return None
     shutil.rmtree(folder)
-    return f"{folder}: removed with {len(kept.store):,} pictures ({kept.bytes / GB:.3g} GB): {why}."
+    return f"{folder}: removed with {counted(len(kept.store), 'picture')} ({kept.bytes / GB:.3g} GB): {why}."
 
 
 def _write_anew(store: Store) -> str | None:
@@ -128,5 +129,6 @@ def _write_anew(store: Store) -> str | None:
         shutil.rmtree(left, ignore_errors=True)
     freed = there - len(fresh) * store.row_bytes
     return (
-        f"{folder}: {damaged:,} damaged entries and {max(0, freed) / GB:.3g} GB removed; {len(fresh):,} pictures stay."
+        f"{folder}: {damaged:,} damaged and removed, {max(0, freed) / GB:.3g} GB freed, "
+        f"{counted(len(fresh), 'picture')} left."
     )

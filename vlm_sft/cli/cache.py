@@ -10,7 +10,8 @@ import typer
 
 from ..base.console import make_console, tell
 from ..base.errors import UserError
-from ..train import Overrides, RecipeName, Trust
+from ..base.processes import leave_process_group
+from ..train import Overrides, RecipeName, Trust, launcher
 
 cache_app = typer.Typer(help="Features of frozen parts: build, info, verify, prune.", no_args_is_help=True)
 
@@ -23,20 +24,16 @@ Where = Annotated[
 def build(recipe: RecipeName, overrides: Overrides = None, trust_remote_code: Trust = False) -> None:
     """Send every picture of a recipe through its frozen parts; for several processes, use: accelerate launch -m
     vlm_sft.cache."""
-    from ..base.console import quiet_libraries
-    from ..recipe.left_out import leave_out_bitsandbytes
-    from ..recipe.safety import refuse_code, refuse_revisions
-    from ..recipe.schema import load_recipe
+    from ..recipe.opening import open_recipe
 
-    stage = load_recipe(recipe, overrides or [])
-    if not trust_remote_code:
-        refuse_code(stage, str(stage.path))
-    refuse_revisions(stage)
-    leave_out_bitsandbytes(stage)
-    quiet_libraries()
-    from ..prepare.fill_cache import fill_cache
+    stage = open_recipe(recipe, overrides, trust_remote_code)
+    from ..prepare.fill_cache import fill_cache  # only now, when it is known which libraries it needs
 
     fill_cache(stage, make_console())
+    leave_process_group()
+
+
+main = launcher(build, "python -m vlm_sft.cache")
 
 
 @cache_app.command()

@@ -261,18 +261,10 @@ def run_preflight(
     Raises:
         SystemExit: With code 1 where the training will go wrong.
     """
-    from ..base.console import quiet_libraries
-    from ..recipe.left_out import leave_out_bitsandbytes
-    from ..recipe.safety import refuse_code, refuse_revisions
-    from ..recipe.schema import load_recipe
+    from ..recipe.opening import open_recipe
     from .launch import read_launch
 
-    loaded = load_recipe(recipe, overrides)
-    if not trust_remote_code:
-        refuse_code(loaded, str(loaded.path))
-    refuse_revisions(loaded)
-    leave_out_bitsandbytes(loaded)
-    quiet_libraries()
+    loaded = open_recipe(recipe, overrides, trust_remote_code)
     console = make_console()
     page = Path(output)
     report = preflight(loaded, read_launch(accelerate_config), console, output=page, with_model=with_model)
