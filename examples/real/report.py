@@ -104,9 +104,15 @@ def filled(page: str, runs: Sequence[dict[str, Any]], language: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", help="files that examples/real/run.py wrote, one a seed")
-    files = parser.parse_args().runs
-    if files:
-        runs = [kept(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    if files := parser.parse_args().runs:
+        runs = []
+        for file in files:
+            try:
+                runs.append(kept(json.loads(file.read_text(encoding="utf-8"))))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                parser.error(f"{file} is no result of examples/real/run.py ({error}); name outputs/real/seed0.json.")
+        if any(run["seconds"].keys() != runs[0]["seconds"].keys() for run in runs):
+            parser.error("these runs took other steps (--quick, or another version); name runs of one kind.")
         RESULTS.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))
     for language, page in PAGES.items():

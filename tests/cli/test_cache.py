@@ -38,7 +38,8 @@ def test_a_folder_is_shown_checked_and_tidied(tmp_path, say, command):
     assert code == 1 and "1 of 2 entries are damaged" in said
     assert "1 damaged and removed, 2.4e-08 GB freed, 1 picture left." in say("prune", tmp_path / "kept")[1]
     assert "nothing to remove" in say("prune", tmp_path / "kept")[1]
-    assert "does not exist" in command("cache", "info", tmp_path / "no")
+    assert "There is no folder" in command("cache", "info", tmp_path / "no")
+    assert "no.yaml does not exist" in command("cache", "info", tmp_path / "no.yaml")
 
 
 def test_a_recipe_names_its_folder(tmp_path, recipe_file, say, command):

@@ -53,7 +53,7 @@ def test_another_stack_has_another_store(fill, tmp_path, pieces):
     assert shapes == [(4, 16), (17, 24)], "of the tower where the resampler learns"
 
 
-def test_what_cannot_be_is_one_sentence(fill, recipe_file):
+def test_what_cannot_be_is_one_sentence(fill, recipe_file, tmp_path):
     with pytest.raises(UserError, match=r"no `cache` to fill; add cache\.path"):
         fill_cache(load_recipe(recipe_file()), make_console())
     with pytest.raises(UserError, match="the vision tower is trained"):
@@ -62,3 +62,7 @@ def test_what_cannot_be_is_one_sentence(fill, recipe_file):
         fill("cache.max_gb=1e-7")
     with pytest.raises(UserError, match="rows of a stream"):
         fill("data.streaming=true")
+    (tmp_path / "文件").write_text("")
+    for path in ("文件", "文件/below"):
+        with pytest.raises(UserError, match=r"cache\.path.*文件' is a file; name a folder"):
+            fill(f"cache.path={tmp_path / path}")

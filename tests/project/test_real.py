@@ -405,6 +405,18 @@ def test_the_pages_have_the_table_of_the_committed_results(modules):
     )
 
 
+@pytest.mark.parametrize("content", [None, "[", "[]", '{"seed": 0}'])
+def test_what_is_no_result_is_one_sentence_and_nothing_is_written(modules, content, tmp_path, monkeypatch, capsys):
+    before = modules.report.RESULTS.read_text(encoding="utf-8")
+    if content is not None:
+        (tmp_path / "结果.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "结果.json")])
+    with pytest.raises(SystemExit) as ended:
+        modules.report.main()
+    assert ended.value.code == 2 and "结果.json is no result of examples/real/run.py" in capsys.readouterr().err
+    assert modules.report.RESULTS.read_text(encoding="utf-8") == before
+
+
 def test_make_knows_it():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "examples/real/run.py --seed $(SEED) $(if $(QUICK),--quick)" in makefile

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..base.assets import list_recipes
 from ..base.console import make_console, tell
 from ..base.errors import UserError
 from ..base.processes import leave_process_group
@@ -94,6 +95,8 @@ def _root(given: str) -> Path:
 
     if Path(given).is_dir():
         return Path(given)
+    if not given.endswith((".yaml", ".yml")) and given not in list_recipes():
+        raise UserError(f"There is no folder {given!r}; name a cache's folder, or a recipe that has a `cache`.")
     recipe = load_recipe(given)
     if recipe.cache is None:
         raise UserError(f"{recipe.where(('cache',))}: the recipe has no `cache`; give the folder itself.")

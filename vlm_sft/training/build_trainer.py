@@ -169,9 +169,17 @@ def open_prefix(
         collator: Makes the batches.
         begun: Checkpoint from which the run goes on, or None.
         say: Told what is kept, or why nothing is.
+
+    Raises:
+        UserError: The cache's path is no folder, or what lies there is none of this stack.
     """
     if recipe.cache is None:
         return None
+    root = Path(recipe.cache.path)
+    if (
+        file := next((each for each in (root, *root.parents) if each.exists() and not each.is_dir()), None)
+    ) is not None:
+        raise UserError(f"{recipe.where(('cache', 'path'))}: {str(file)!r} is a file; name a folder, or a new one.")
     earlier = begun or recipe.init_from
     parts, why = find_prefix(recipe, composed, collator, _other_weights(Path(earlier)) if earlier else ())
     if why:
