@@ -25,7 +25,7 @@ import torch
 import vlm_sft
 from vlm_sft.inference.settings import open_bundle
 from vlm_sft.cli.main import app
-from vlm_sft.inference.evaluate import run
+from vlm_sft.evaluation.evaluate import run
 
 bundle, recipe = sys.argv[1:]
 

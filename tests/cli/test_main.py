@@ -36,8 +36,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
 
     modules = {
         "inference.chat": "chat",
-        "inference.answer_file": "generate",
-        "inference.evaluate": "run",
+        "evaluation.answer_file": "generate",
+        "evaluation.evaluate": "run",
     }
     for module, function in modules.items():
         stand_in: Any = types.ModuleType(f"vlm_sft.{module}")
@@ -125,14 +125,14 @@ def test_generate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     )
     wanted = {"input": "q.jsonl", "output": "a.jsonl", "batch_size": 2, "images": "pics", "image_folders": ()}
     wanted |= {"options": {}, "trust_remote_code": False, "boxes": None}
-    assert calls == [("inference.answer_file.generate", ("me/b",), wanted)]
+    assert calls == [("evaluation.answer_file.generate", ("me/b",), wanted)]
 
 
 def test_evaluate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     assert call(monkeypatch, "evaluate", "me/b", "--split", "eval", "--max-rows", "5", "--trust-remote-code") == 0
     wanted = {"split": "eval", "batch_size": 32, "output": None, "max_rows": 5, "recipe": None}
     wanted["trust_remote_code"] = True
-    assert calls == [("inference.evaluate.run", ("me/b",), wanted)]
+    assert calls == [("evaluation.evaluate.run", ("me/b",), wanted)]
 
 
 @pytest.mark.parametrize(

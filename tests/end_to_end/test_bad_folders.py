@@ -112,7 +112,7 @@ def test_every_verb_says_what_a_folder_is_that_is_no_bundle(verb, tmp_path, monk
     (tmp_path / "notes.txt").write_text("mine")
     finished = "give the output_dir of a finished run."
     # The first that a verb imports or calls when it starts.
-    monkeypatch.setitem(sys.modules, "vlm_sft.inference.evaluate", None)
+    monkeypatch.setitem(sys.modules, "vlm_sft.evaluation.evaluate", None)
     monkeypatch.setattr("vlm_sft.cli.bundles.quiet_libraries", None)
     for given, what in {
         "notes.txt": f"it is a file; {finished}",

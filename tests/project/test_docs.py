@@ -236,8 +236,8 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
 
     stand_in("prepare.fill_cache", "fill_cache")
     stand_in("inference.chat", "chat")
-    stand_in("inference.answer_file", "generate")
-    stand_in("inference.evaluate", "run")
+    stand_in("evaluation.answer_file", "generate")
+    stand_in("evaluation.evaluate", "run")
     stand_in("preflight.preflight", "run_preflight")
     stand_in("training.debug_batch", "run")
     counts = dict.fromkeys(("tensors", "summed", "left_out", "bytes", "shards"), 1)

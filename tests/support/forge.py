@@ -39,7 +39,7 @@ PROGRAMS = ("vlm_sft", "vlm_sft.train", "vlm_sft.recipe.left_out", LAUNCHER)
 IMPORTS = (
     LAUNCHER, "matplotlib.backends.backend_agg", "torch._dynamo", "transformers.models.auto",
     "transformers.models.llama.modeling_llama", "vlm_sft.bundle.curves", "vlm_sft.bundle.handover",
-    "vlm_sft.bundle.parity", "vlm_sft.cli.main", "vlm_sft.export.check", "vlm_sft.inference.evaluate", "vlm_sft.train",
+    "vlm_sft.bundle.parity", "vlm_sft.cli.main", "vlm_sft.export.check", "vlm_sft.evaluation.evaluate", "vlm_sft.train",
     "vlm_sft.training.build_trainer",
 )  # fmt: skip
 # Libraries read these while they are imported, which a fork has behind it.

@@ -59,7 +59,7 @@ def generate(
 ) -> None:
     """Answer a file of questions in batches."""
     quiet_libraries()
-    from ..inference.answer_file import generate as run
+    from ..evaluation.answer_file import generate as run
 
     run(
         bundle,
@@ -85,7 +85,7 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure a bundle on held-out data."""
-    from ..inference.evaluate import run
+    from ..evaluation.evaluate import run
 
     run(
         bundle,

@@ -8,8 +8,8 @@ import pytest
 
 from support.conversations import make_processor, turn
 from vlm_sft.base.errors import RowError, UserError
-from vlm_sft.inference import scoring
-from vlm_sft.inference.scoring import Question, collect, gather, merge, score
+from vlm_sft.evaluation import scoring
+from vlm_sft.evaluation.scoring import Question, collect, gather, merge, score
 from vlm_sft.recipe.sections import Source
 from vlm_sft.rows.messages import box_part
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.console import make_console
 from ..base.errors import RowError, UserError
 from ..base.progress import RowProgress
-from .metrics import EXACT_MATCH, METRICS, Metric
+from ..metrics.table import EXACT_MATCH, METRICS, Metric
 
 if TYPE_CHECKING:
     from torch import nn
@@ -193,7 +193,7 @@ def ask(
 
     The answer to a question that cannot be asked, because of its pictures, is "", and `refused` then says why.
     """
-    from .generation import answer_each
+    from ..inference.generation import answer_each
 
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
@@ -221,7 +221,7 @@ def ask_blindly(
     accuracies are over the same questions. Questions that differ in their images alone are one question then, and are
     asked once, unless answers are drawn.
     """
-    from .settings import SAMPLING  # which loads transformers
+    from ..inference.settings import SAMPLING  # which loads transformers
 
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, question in enumerate(questions):

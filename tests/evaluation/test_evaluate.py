@@ -16,8 +16,8 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.save import save_bundle
 from vlm_sft.cli import main as cli
-from vlm_sft.inference import evaluate, scoring
-from vlm_sft.inference.evaluate import run, sources_of, train_seconds
+from vlm_sft.evaluation import evaluate, scoring
+from vlm_sft.evaluation.evaluate import run, sources_of, train_seconds
 from vlm_sft.stack.build_stack import build_stack
 
 KEYS = {"caption_exact_match", "answer_accuracy", "answer_accuracy_blank_image", "answer_accuracy_by_kind",

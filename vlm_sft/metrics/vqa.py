@@ -1,71 +1,10 @@
-"""Is the answer right? Exact match for English and Chinese, GQA's rule and the two VQA accuracies.
-
-Everything here takes and returns plain strings and floats, so that evaluation can be tested without a model.
-"""
+"""The two VQA accuracies: the official script of VQA-v2 to the letter, and EvalAI's."""
 
 from __future__ import annotations
 
 import re
-import string
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Literal
-
-# Full-width forms (U+FF01..U+FF5E) mirror ASCII at a fixed distance; the rest is what Chinese keyboards type.
-_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
-    ord("\u3000"): " ",
-    ord("。"): ".",
-    ord("、"): ",",
-    ord("“"): '"',
-    ord("”"): '"',
-    ord("‘"): "'",
-    ord("’"): "'",
-}
-
-
-def normalise_answer(text: str) -> str:
-    """Bring an answer to the form in which two answers are compared.
-
-    Case, outer and repeated white space, full-width against half-width characters (``３``, ``，``) and periods at the
-    end (``.`` and ``。``) make no difference. Words, articles and inner punctuation do; Chinese characters stay as they
-    are.
-    """
-    text = " ".join(text.translate(_HALF_WIDTH).lower().split())
-    return text.rstrip(". ")
-
-
-def exact_match(prediction: str, references: str | Sequence[str]) -> bool:
-    """Whether the prediction equals one of the references after `normalise_answer`.
-
-    Args:
-        prediction: what the model answered.
-        references: one right answer, or several of which any is right.
-
-    Raises:
-        ValueError: when there is no reference.
-    """
-    references = [references] if isinstance(references, str) else references
-    if not references:
-        raise ValueError("exact_match needs at least one reference.")
-    wanted = normalise_answer(prediction)
-    return any(wanted == normalise_answer(reference) for reference in references)
-
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def gqa_exact_match(prediction: str, answer: str) -> bool:
-    """GQA's exact match as lmms-eval computes it: without case and without ASCII punctuation, nothing else.
-
-    Punctuation is deleted, not replaced by a space: ``tshirt`` equals ``t-shirt`` and ``t shirt`` does not.
-    """
-
-    def clean(text: str) -> str:
-        # Upstream passes through NumPy string arrays, which lose trailing NULs.
-        return text.rstrip("\0").lower().translate(_NO_PUNCTUATION)
-
-    return clean(prediction.strip()) == clean(answer)
-
 
 _NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), [0, *range(11)], strict=True))
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -147,14 +86,3 @@ def _words(text: str) -> str:
     """Lower-case, write numbers as digits, drop articles, restore the apostrophes of contractions."""
     words = [str(_NUMBERS.get(word, word)) for word in text.lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
-
-
-Metric = Callable[[str, Sequence[str]], float]
-
-EXACT_MATCH: dict[str, Metric] = {"exact_match": exact_match}
-METRICS: dict[str, dict[str, Metric]] = {
-    "vqav2": {"VQA_accuracy": vqa_accuracy, "VQA_accuracy_EvalAI": partial(vqa_accuracy, style="evalai")},
-    "gqa": {"GQA_exact_match": lambda prediction, references: gqa_exact_match(prediction, references[0])},
-}
-"""Format of a source → what its benchmark is measured by, first what counts as its accuracy. All other sources are
-measured by `EXACT_MATCH`."""

@@ -1,0 +1,61 @@
+"""Is the answer one of the right ones? Exact match for English and Chinese, and GQA's rule."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+
+# Full-width forms (U+FF01..U+FF5E) mirror ASCII at a fixed distance; the rest is what Chinese keyboards type.
+_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
+    ord("\u3000"): " ",
+    ord("。"): ".",
+    ord("、"): ",",
+    ord("“"): '"',
+    ord("”"): '"',
+    ord("‘"): "'",
+    ord("’"): "'",
+}
+
+
+def normalise_answer(text: str) -> str:
+    """Bring an answer to the form in which two answers are compared.
+
+    Case, outer and repeated white space, full-width against half-width characters (``３``, ``，``) and periods at the
+    end (``.`` and ``。``) make no difference. Words, articles and inner punctuation do; Chinese characters stay as they
+    are.
+    """
+    text = " ".join(text.translate(_HALF_WIDTH).lower().split())
+    return text.rstrip(". ")
+
+
+def exact_match(prediction: str, references: str | Sequence[str]) -> bool:
+    """Whether the prediction equals one of the references after `normalise_answer`.
+
+    Args:
+        prediction: what the model answered.
+        references: one right answer, or several of which any is right.
+
+    Raises:
+        ValueError: when there is no reference.
+    """
+    references = [references] if isinstance(references, str) else references
+    if not references:
+        raise ValueError("exact_match needs at least one reference.")
+    wanted = normalise_answer(prediction)
+    return any(wanted == normalise_answer(reference) for reference in references)
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def gqa_exact_match(prediction: str, answer: str) -> bool:
+    """GQA's exact match as lmms-eval computes it: without case and without ASCII punctuation, nothing else.
+
+    Punctuation is deleted, not replaced by a space: ``tshirt`` equals ``t-shirt`` and ``t shirt`` does not.
+    """
+
+    def clean(text: str) -> str:
+        # Upstream passes through NumPy string arrays, which lose trailing NULs.
+        return text.rstrip("\0").lower().translate(_NO_PUNCTUATION)
+
+    return clean(prediction.strip()) == clean(answer)
