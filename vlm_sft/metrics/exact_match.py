@@ -6,8 +6,8 @@ import string
 from collections.abc import Sequence
 
 # Full-width forms (U+FF01..U+FF5E) mirror ASCII at a fixed distance; the rest is what Chinese keyboards type.
-_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
-    ord("\u3000"): " ",
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " "}
+_HALF_WIDTH = FULL_WIDTH | {
     ord("。"): ".",
     ord("、"): ",",
     ord("“"): '"',

@@ -1,0 +1,80 @@
+"""Measures of benchmarks: what they make of all answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from support.paths import GOLDENS
+from vlm_sft.metrics.measures import MEASURES, Answered
+
+
+def test_circular_evaluation_equals_vlmevalkit():
+    case = json.loads((GOLDENS / "metrics" / "circular_eval.json").read_text(encoding="utf-8"))
+    asked = [
+        Answered(str(row["prediction"]), [row["answer"]],
+                 {letter: row[letter] for letter in "ABCDE" if row.get(letter) is not None},
+                 group=str(int(row["index"] % 1e6)))
+        for row in case["rows"]
+    ]  # fmt: skip
+    found = MEASURES["choice_circular"](asked)
+    assert found.each == [float(row["hit"]) for row in case["vanilla"]]
+    assert found.totals["circular_accuracy"].score() == pytest.approx(case["circular_accuracy"])
+    assert found.totals["accuracy"].score() == pytest.approx(case["vanilla_accuracy"])
+
+
+def test_pope_counts_as_its_authors_do():
+    said = ["yes", "no", "Yes, there is.", "No.", "There is not", "是"]
+    right = ["yes", "yes", "no", "no", "yes", "yes"]
+    found = MEASURES["pope"]([Answered(a, [b]) for a, b in zip(said, right, strict=True)])
+    scores = {name: total.score() for name, total in found.totals.items()}
+    # Said yes where it is so: 2; where it is not: 1; missed: 2.
+    assert scores == pytest.approx({
+        "accuracy": 3 / 6, "F1": 4 / 7, "precision": 2 / 3, "recall": 2 / 4, "yes_share": 3 / 6,
+        "accuracy_strict": 1 / 6,
+    })  # fmt: skip
+    assert found.each == [1, 0, 0, 1, 0, 1]
+
+
+def test_mme_adds_what_pictures_are_wholly_right_by_subtask():
+    def pair(kind, picture, *hits):
+        return [Answered("Yes" if hit else "No", ["Yes"], kind=kind, group=picture) for hit in hits]
+
+    asked = [*pair("count", "a", 1, 1), *pair("count", "b", 1, 0), *pair("OCR", "c", 1, 1),
+             *pair("code_reasoning", "d", 0, 0)]  # fmt: skip
+    totals = MEASURES["mme"](asked).totals
+    assert totals["perception"].score() == pytest.approx((200 + 50) / 2 + 200)
+    assert totals["cognition"].score() == 0
+    assert totals["accuracy"].score() == pytest.approx(5 / 8)
+    low, high = totals["perception"].interval()
+    assert low < 325 <= high
+
+
+@pytest.mark.parametrize(
+    ("measure", "one", "score"),
+    [
+        ("exact_match", Answered("红色。", ["红色"]), 1),
+        ("gqa", Answered("Yes.", ["yes"]), 1),
+        ("vqa", Answered("t-shirt", ["t-shirt"] * 10), 0),  # the official script loses the mark
+        ("vqa_evalai", Answered("t-shirt", ["t-shirt"] * 10), 1),
+        ("choice", Answered("它是狗", ["B"], {"A": "猫", "B": "狗"}), 1),
+        ("choice_llava", Answered("B. dog", ["B"], {"A": "cat", "B": "dog"}), 1),
+        ("choice_seed", Answered("Because", ["B"], {"A": "cat", "B": "dog"}), 1),
+        ("choice_ai2d", Answered("B. dog", ["B"], {"A": "cat", "B": "dog"}), 1),
+        ("mmmu", Answered("(B)", ["B"], {"A": "$1", "B": "$2"}), 1),
+        ("mmmu", Answered("so it is 5", ["5", "6"]), 1),
+        ("mmmu", Answered("？", ["B"], {"A": "$1", "B": "$2"}), 0),
+        ("anls", Answered("helo", ["hello"]), 0.8),
+        ("relaxed", Answered("104", ["100"]), 1),
+        ("ocrbench", Answered("It says STOP", ["stop"], kind="Regular Text Recognition"), 1),
+        ("ocrbench", Answered("X", ["x"], kind="Handwritten Mathematical Expression Recognition"), 0),
+        ("captions", Answered("a dog runs", ["a dog runs"]), None),
+        ("captions_characters", Answered("一只狗", ["一只狗"]), None),
+        ("chinese", Answered("一只狗在跑", ["一只狗在跑"]), pytest.approx(1)),
+    ],
+)
+def test_each_measure(measure, one, score):
+    found = MEASURES[measure]([one])
+    assert score is None or found.each == [score]
+    assert len(found.each) == 1 and all(0 <= total.score() <= 10.001 for total in found.totals.values())
