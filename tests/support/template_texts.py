@@ -29,8 +29,12 @@ AROUND = {
     "qwen2_5_vl": ("", "<|im_end|>"),
     "qwen3_vl": ("", "<|im_end|>"),
     "smolvlm": (" ", "<end_of_utterance>"),
+    "visualglm": (" ", "</s>"),
     "ziya": ("", "</s>"),
 }
+
+# Read in both directions up to the answer: earlier answers are part of its prompt.
+LAST_ALONE = {"visualglm"}
 
 
 def text(words: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.paths import GOLDENS, ROOT
-from support.template_texts import AROUND, CHINESE, ENGLISH, IMAGE, assistant, refusal, text, user
+from support.template_texts import AROUND, CHINESE, ENGLISH, IMAGE, LAST_ALONE, assistant, refusal, text, user
 from vlm_sft.base.names import IMAGE_TOKEN
 from vlm_sft.rows.messages import normalise_messages
 from vlm_sft.templates.render import render, render_chat
@@ -102,6 +102,10 @@ def test_goldens_know_no_template_that_we_do_not() -> None:
         ("plain", "{i}A cat.\nBlack.\n"),
         ("blip2_caption", "{i}[BOS]A cat.\nBlack.\n"),
         ("instructblip", "{i}[BOS]What animal is this? A cat.</s>What colour? Black.</s>"),
+        (
+            "visualglm",
+            "<img>{i} </img>Q:What animal is this?\nA:A cat.\nQ:What colour?\nA:[gMASK]<sop> Black.</s>",
+        ),
     ],
 )
 def test_render(template: str, expected: str) -> None:
@@ -130,6 +134,20 @@ def test_images_stand_where_the_user_put_them() -> None:
     )
     body = render_chat(messages, "ziya")[0]
     assert body == "<human>:<image><image>left  right\n<bot>:ok</s><human>:<image><image>两张\n<bot>:好</s>"
+
+
+def test_visualglm_asks_in_the_language_of_the_first_question() -> None:
+    for first, asks, answers in (("What is 3?", "Q:", "A:"), ("What is 猫?", "问：", "答："), ("", "问：", "答："),
+                                 ("3?", "问：", "答："), ("Ist das schön?", "Q:", "A:")):  # fmt: skip
+        messages = [user(IMAGE, first) if first else user(IMAGE), assistant("一"), user("再说一次 once more")]
+        expected = f"<img><image> </img>{asks}{first}\n{answers}一\n{asks}再说一次 once more\n{answers}[gMASK]<sop>"
+        assert render(messages, "visualglm", True).text == expected
+
+
+def test_visualglm_learns_the_last_answer_also_before_a_question_that_nobody_answered() -> None:
+    chat = render([*CHINESE, user("还有吗？")], "visualglm", eos_token="<eop>")
+    assert chat.text.endswith("答：一只猫。\n问：什么颜色？\n答：[gMASK]<sop> 黑色。<eop>问：还有吗？\n答：")
+    assert chat.supervised == [" 黑色。<eop>"]
 
 
 def test_a_typed_placeholder_is_text() -> None:
@@ -177,7 +195,8 @@ def test_the_supervised_text_is_the_answers_and_their_ends(template: str, pairs:
     messages = conversation(pairs)
     chat = render(messages, template, system=system, image_token="<image>")
     before, after = AROUND[template]
-    assert chat.supervised == [before + answer + after for _, answer in pairs]
+    learned = pairs[-1:] if template in LAST_ALONE else pairs
+    assert chat.supervised == [before + answer + after for _, answer in learned]
     borders = [edge for span in chat.spans for edge in span]
     assert borders == sorted(borders)
     assert all(start < end for start, end in chat.spans)
@@ -199,10 +218,13 @@ def test_the_supervised_text_is_the_answers_and_their_ends(template: str, pairs:
 def test_a_prompt_and_its_answer_begin_the_training_text(template: str, pairs: list, system: str | None) -> None:
     messages = conversation(pairs)
     full = render(messages, template, system=system)
-    for turn, (start, end) in enumerate(full.spans):
+    before = len(pairs) - len(full.spans)
+    assert before == (len(pairs) - 1 if template in LAST_ALONE else 0)
+    for number, (start, end) in enumerate(full.spans):
+        turn = before + number
         prompt = render(messages[: 2 * turn + 1], template, True, system=system)
         assert prompt.text == full.text[:start]
-        assert prompt.spans == full.spans[:turn]
+        assert prompt.spans == full.spans[:number]
         so_far = render(messages[: 2 * turn + 2], template, system=system)
         # Dropping later turns changes nothing before them; a newline after the end is in no loss.
         assert full.text.startswith(so_far.text) and so_far.text[end:] in ("", "\n") and len(so_far.text) >= end
@@ -215,7 +237,7 @@ def test_a_prompt_and_its_answer_begin_the_training_text(template: str, pairs: l
 def tokenizer():
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
-    alphabet = sorted(set(string.printable + json.dumps([ENGLISH, CHINESE], ensure_ascii=False)))
+    alphabet = sorted(set(string.printable + json.dumps([ENGLISH, CHINESE], ensure_ascii=False) + "问：答"))
     model = tokenizers.models.WordLevel({letter: index for index, letter in enumerate(["<unk>", *alphabet])}, "<unk>")
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")  # a token a character: masks are exact

@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..base.names import INSTRUCTION
 from .configuration import VLMConfig, image_size_of
 from .losses import VLMOutput, mean_loss, scaled_logits
 from .parts import Cached, Parts, mark_initialised, parts_from_config
-from .positions import ExactRotations, kept_apart
+from .positions import ExactRotations, OwnPositions, kept_apart, own_positions
 from .sharding import others_wait_for
 from .towers import keep_all_patches, resample, see
 
@@ -133,7 +132,7 @@ class VLMModel(VLMPreTrainedModel):
             input_ids: (B, S) token ids; `config.image_token_id` marks the places of the image features.
             pixel_values: (N, 3, H, W) images of all rows, in reading order; None for text alone.
             attention_mask: (B, S), 1 for tokens and 0 for padding.
-            position_ids: (B, S), or None.
+            position_ids: (B, S), or as `own_positions` gives them; None leaves them to the model.
             past_key_values: Cache of earlier tokens.
             inputs_embeds: (B, S, D) in place of `input_ids`; then images cannot be given.
             qformer_input_ids: (N, L) the instruction of each image, where the resampler reads it.
@@ -155,9 +154,12 @@ class VLMModel(VLMPreTrainedModel):
             inputs_embeds = self.embed(input_ids, pixel_values, image_token_count, **given)
         elif pixel_values is not None:
             raise ValueError("Give the images with input_ids: inputs_embeds leaves no place to put them.")
+        lm = self.language_model
+        if input_ids is not None and position_ids is None and past_key_values is None:
+            position_ids = own_positions(lm, input_ids, attention_mask, row_lengths)
         if row_lengths is not None:
-            attention_mask, position_ids = kept_apart(self.language_model.config, inputs_embeds, row_lengths)
-        return self.language_model(
+            attention_mask, position_ids = kept_apart(lm.config, inputs_embeds, row_lengths, position_ids)
+        return lm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -187,8 +189,8 @@ class VLMModel(VLMPreTrainedModel):
             path = (p for part in parts for p in part.parameters())
             return embeds + self._zero_from_image_path(embeds) if others_wait_for(path, self.training) else embeds
         features = self.get_image_features(pixel_values, **given)
-        self._check_image_count(tokens, features.shape[0] * features.shape[1])
         features = features.to(embeds.device, embeds.dtype).flatten(0, 1)
+        self._check_image_count(tokens, len(features))
         return embeds.masked_scatter(image_mask.unsqueeze(-1), features)
 
     def _zero_from_image_path(self, like: torch.Tensor) -> torch.Tensor:
@@ -209,7 +211,7 @@ class VLMModel(VLMPreTrainedModel):
             )
 
 
-class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
+class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions):
     """The composed model with the language model's head: trains through `labels`, answers through `generate`.
 
     Args:
@@ -261,9 +263,10 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
 
     def generation_inputs(self, batch: dict[str, torch.Tensor], beams: int) -> dict[str, torch.Tensor]:
         """What `generate` takes of a batch. No ids: a penalty on repetition would look up the placeholder's in vain."""
-        instruction = {name: batch.get(name) for name in INSTRUCTION}
-        embeds = self.model.embed(batch["input_ids"], batch.get("pixel_values"), **instruction)
-        return {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        embeds = self.model.embed(ids, batch.get("pixel_values"), **{name: batch.get(name) for name in INSTRUCTION})
+        positions = own_positions(self.model.language_model, ids, mask)
+        return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
 
     def forward(
         self,
@@ -337,9 +340,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             for name, tensor in images.items():
                 rows = tensor.split(counts.tolist())
                 images[name] = torch.cat([row for row in rows for _ in range(expand_size)])
-        ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
+        ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         return ids, {**kwargs, **images}
 
 

@@ -1,4 +1,5 @@
-"""Positions: tables for other numbers of patches, rotations that stay exact, packed rows that each begin at zero."""
+"""Positions: tables for other numbers of patches, rotations that stay exact, packed rows that each begin at zero, and
+those that a language model reads off its ids."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 # Towers that take images of any size: they fit their table to the image at every forward (DINOv2 is made for 518 pixels
@@ -68,8 +69,47 @@ def packed_positions(row_lengths: torch.Tensor, length: int) -> torch.Tensor:
     return torch.arange(length, device=row_lengths.device) - starts
 
 
+def own_positions(
+    language_model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    row_lengths: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """(2, B, S) positions, where those of a language model depend on its ids (ChatGLM: on where the prompt ends).
+
+    Such a model has a method `positions_of`, which gives the place of a token in its row, and how far behind the prompt
+    it is. None leaves the positions to the language model, as most do.
+
+    Args:
+        language_model: Without its head.
+        input_ids: (B, S).
+        attention_mask: (B, S), 0 for padding.
+        row_lengths: (B, R) in place of the mask, where rows are packed; see `packed_positions`.
+    """
+    if (positions_of := getattr(language_model, "positions_of", None)) is None:
+        return None
+    rows = None if row_lengths is None else row_numbers(row_lengths, input_ids.shape[1])
+    return positions_of(input_ids, attention_mask, rows)
+
+
+class OwnPositions(GenerationMixin):
+    """Generation of a stack whose language model may have `own_positions`."""
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        found = None
+        if inputs_tensor.dim() == 2:
+            found = own_positions(self.model.language_model, inputs_tensor, model_kwargs.get("attention_mask"))
+        usual = super()._prepare_position_ids_for_generation
+        return usual(inputs_tensor, model_kwargs) if found is None else found
+
+
 def kept_apart(
-    config: PreTrainedConfig, inputs_embeds: torch.Tensor, row_lengths: torch.Tensor
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    row_lengths: torch.Tensor,
+    own: torch.Tensor | None = None,
 ) -> tuple[Any, torch.Tensor]:
     """What a language model is given so that no packed row sees another: attention mask and positions.
 
@@ -81,15 +121,22 @@ def kept_apart(
         config: Of the language model.
         inputs_embeds: (B, S, D) what it reads.
         row_lengths: (B, R) see `packed_positions`.
+        own: (2, B, S) `own_positions`; then the prompt of each row is read in both directions.
     """
     positions = packed_positions(row_lengths, inputs_embeds.shape[1])
     short = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     if {*(getattr(config, "layer_types", None) or ["short" if short else "full_attention"])} != {"full_attention"}:
         return None, positions
+    prompts = None if own is None else torch.where(own[1] == 0, row_numbers(row_lengths, own.shape[2]), -1)
     mask = create_causal_mask(
-        config=config, inputs_embeds=inputs_embeds, attention_mask=None, past_key_values=None, position_ids=positions
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
+        block_sequence_ids=prompts,
     )
-    return mask, positions
+    return mask, positions if own is None else own
 
 
 class ExactRotations(nn.Module):

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from ..base.errors import refused_by_library
 from ..base.names import CONFIG, PROCESSOR_CONFIG
 from ..recipe.safety import check_config
+from ..systems.chatglm_tokenizer import VOCABULARY as ICE_TEXT
 from .checkpoints import Checkpoint, fetch_file, unreachable
 from .gguf_files import GgufFile, positions_of
 
@@ -29,7 +30,7 @@ MODEL = (CONFIG, "generation_config.json")
 IMAGES = (PROCESSOR_CONFIG, "preprocessor_config.json")
 VOCABULARIES = (
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("spm.model", "sentencepiece.model", "tiktoken.model"),
+    *("spm.model", "sentencepiece.model", "tiktoken.model", ICE_TEXT),
 )
 """What tokenizers of language models are made of where there is no `tokenizer.json`, which holds all of it."""
 WHOLE = "tokenizer.json"

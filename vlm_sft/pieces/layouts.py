@@ -44,7 +44,7 @@ class Layout:
         kind: `vision_tower`, or the kind of a resampler or projector.
         mark: A pattern of whole tensor names that tells the layout; what it calls `prefix` stands before every name.
         names: Pairs (pattern in our name, replacement), each applied in turn. A name that becomes `/x` stands at the
-            root of the checkpoint, not under the prefix.
+            root of the checkpoint, not under the prefix; one that becomes `a|b` is `a` where the checkpoint has that.
         made: End of a name of theirs → (ends of the tensors it is made of, function of them).
         config: Class of the configuration; None where there are no sizes to tell.
         sizes: Setting → the tensor and the axis whose length it is, by names without prefix.
@@ -52,11 +52,12 @@ class Layout:
         head: Width of an attention head in the published models, which no tensor tells.
         more: (shapes, sizes so far) → settings that follow from them otherwise.
         rows: Name of the tensor whose last axis but one counts the query tokens, as `names` gives names.
+        section: Key of `config.json` under which the number of heads stands, where it stands there.
     """
 
     kind: str
     mark: str
-    names: tuple[tuple[str, str], ...] = ()
+    names: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = ()
     config: type[PreTrainedConfig] | None = None
     sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     layers: str = ""
@@ -64,6 +65,7 @@ class Layout:
     more: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] = lambda shapes, sizes: {}
     made: Mapping[str, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = field(default_factory=dict)
     rows: str = ""
+    section: str = ""
 
     def prefix_in(self, names: Iterable[str]) -> str | None:
         """What stands before the names of this layout in a checkpoint; None where it is another layout."""
@@ -97,7 +99,8 @@ class Layout:
         """Where the tensor that we call `name` comes from in a checkpoint that holds these tensors."""
         for pattern, replacement in self.names:
             name = re.sub(pattern, replacement, name)
-        theirs = at(name, prefix)
+        choices = [at(choice, prefix) for choice in name.split("|")]
+        theirs = next((choice for choice in choices if choice in held), choices[-1])
         for end, (parts, make) in self.made.items():
             if theirs.endswith(end) and theirs not in held:
                 return Origin(tuple(theirs[: -len(end)] + part for part in parts), make)
@@ -122,9 +125,9 @@ def join_qkv_bias(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.cat([query, torch.zeros_like(query), value])
 
 
-def transpose(matrix: torch.Tensor) -> torch.Tensor:
-    """(A, B) → (B, A)."""
-    return matrix.t().contiguous()
+def _share(number: int, of: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes one of the equal parts that a joint projection stacks."""
+    return lambda joint: joint.chunk(of)[number].contiguous()
 
 
 # LAVIS builds EVA ViT-g without its last block (`create_eva_vit_g`: depth 39), whether or not the file still has it.
@@ -133,12 +136,12 @@ EVA_DEPTH = 39
 
 def _side(table: str) -> Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]:
     """The pixels of a side, by the patches in a table of positions."""
-    return lambda shapes, sizes: {"image_size": math.isqrt(shapes[table][1] - 1) * sizes["patch_size"]}
+    return lambda shapes, sizes: {"image_size": math.isqrt(shapes[table][-2] - 1) * sizes["patch_size"]}
 
 
-def _eva(shapes: Shapes, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_side("pos_embed")(shapes, sizes),
+def _eva(table: str) -> Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]:
+    return lambda shapes, sizes: {
+        **_side(table)(shapes, sizes),
         "num_hidden_layers": min(sizes["num_hidden_layers"], EVA_DEPTH),
         "layer_norm_eps": 1e-6,
         # LAVIS normalises after the tower with torch's default, unlike inside it, and unlike transformers' class.
@@ -148,7 +151,7 @@ def _eva(shapes: Shapes, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _crossing(shapes: Shapes, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """How many layers of a Q-Former there are for each one that looks at the image."""
-    layers = (re.match(r"encoder\.layer\.(\d+)\.crossattention\.self\.key\.weight", name) for name in shapes)
+    layers = (re.match(r".*layers?\.(\d+)\.cross_?attention\.(self|query)\.(key\.)?weight", name) for name in shapes)
     crossing = sorted(int(layer[1]) for layer in layers if layer)
     return {"cross_attention_frequency": crossing[1] if len(crossing) > 1 else sizes["num_hidden_layers"]}
 
@@ -172,6 +175,14 @@ _LAVIS_QFORMER = Layout(
     more=_crossing,
     rows="/query_tokens",
 )
+
+# What SwissArmyTransformer stacks.
+_SAT_JOINT = {
+    f"{stem}attention.{part}.{end}": ((f"{stem}attention.{joint}.{end}",), _share(number, 1 + joint.count("_")))
+    for stem, joint in ((".", "query_key_value"), ("cross_", "key_value"))
+    for number, part in enumerate(joint.split("_"))
+    for end in ("weight", "bias")
+}
 
 LAYOUTS: dict[str, Layout] = {
     # LAVIS BLIP-2 and InstructBLIP, MiniGPT-4; without prefix it is EVA's own file, and ln_vision is in another one.
@@ -197,7 +208,7 @@ LAYOUTS: dict[str, Layout] = {
         },
         layers="blocks.",
         head=88,
-        more=_eva,
+        more=_eva("pos_embed"),
     ),
     "lavis_qformer": _LAVIS_QFORMER,
     # InstructBLIP: beside the queries it has words.
@@ -211,6 +222,67 @@ LAYOUTS: dict[str, Layout] = {
             "vocab_size": ("embeddings.word_embeddings.weight", 0),
             "max_position_embeddings": ("embeddings.position_embeddings.weight", 0),
         },
+    ),
+    # VisualGLM: as BLIP-2's, in the names and joint projections of SwissArmyTransformer.
+    "visualglm_vision": Layout(
+        kind="vision_tower",
+        mark=r"(?P<prefix>(.*\.)?vit\.)mixins\.patch_embedding\.proj\.weight",
+        names=(
+            (r"^embeddings\.patch_embedding", "mixins.patch_embedding.proj"),
+            (r"^post_layernorm", "mixins.cls.ln_vision"),
+            (r"^encoder\.", "transformer."),
+            (r"layer_norm1", "input_layernorm"),
+            (r"layer_norm2", "post_attention_layernorm"),
+            (r"self_attn\.qkv", "attention.query_key_value"),
+            (r"self_attn\.projection", "attention.dense"),
+            (r"mlp\.fc1", "mlp.dense_h_to_4h"),
+            (r"mlp\.fc2", "mlp.dense_4h_to_h"),
+        ),
+        made={
+            "embeddings.class_embedding": (("transformer.word_embeddings.weight",), lambda table: table[None]),
+            "embeddings.position_embedding": (("transformer.position_embeddings.weight",), lambda table: table[None]),
+        },
+        config=Blip2VisionConfig,
+        sizes={
+            "hidden_size": ("transformer.word_embeddings.weight", -1),
+            "intermediate_size": ("transformer.layers.0.mlp.dense_h_to_4h.weight", 0),
+            "patch_size": ("mixins.patch_embedding.proj.weight", -1),
+        },
+        layers="transformer.layers.",
+        head=88,
+        more=_eva("transformer.position_embeddings.weight"),
+        section="eva_config",
+    ),
+    "visualglm_qformer": Layout(
+        kind="qformer",
+        mark=r"(?P<prefix>(.*\.)?qformer\.transformer\.)layers\.0\.cross_attention\.key_value\.weight",
+        names=(
+            (r"^qformer\.layernorm", "layers.0.input_layernorm"),  # each norm of an input ends the layer before
+            (
+                r"^qformer\.encoder\.layer\.(\d+)\.output_query\.LayerNorm(.*)",
+                lambda m: f"layers.{int(m[1]) + 1}.input_layernorm{m[2]}|final_layernorm{m[2]}",
+            ),
+            (r"^qformer\.encoder\.layer", "layers"),
+            (r"intermediate_query\.dense", "mlp.dense_h_to_4h"),
+            (r"output_query\.dense", "mlp.dense_4h_to_h"),
+            (r"crossattention", "cross_attention"),
+            (r"(cross_)?attention\.output\.LayerNorm", r"post_\1attention_layernorm"),
+            (r"attention\.(attention|output)", "attention"),
+        ),
+        made={
+            "query_tokens": (("word_embeddings.weight",), lambda table: table[None]),
+            **_SAT_JOINT,
+        },
+        config=Blip2QFormerConfig,
+        sizes={
+            "hidden_size": ("layers.0.input_layernorm.weight", 0),
+            "intermediate_size": ("layers.0.mlp.dense_h_to_4h.weight", 0),
+            "encoder_hidden_size": ("layers.0.cross_attention.key_value.weight", 1),
+        },
+        layers="layers.",
+        more=_crossing,
+        rows="word_embeddings.weight",
+        section="qformer_config",
     ),
     "mplug_owl_vision": Layout(
         kind="vision_tower",
@@ -273,6 +345,6 @@ LAYOUTS: dict[str, Layout] = {
         kind="linear_no_bias",
         mark=r"(?P<prefix>transformer\.visual\.|)proj",
         names=((r"^linear\.weight$", "linear"),),
-        made={"linear": (("proj",), transpose)},  # it multiplies from the right
+        made={"linear": (("proj",), lambda matrix: matrix.t().contiguous())},  # it multiplies from the right
     ),
 }

@@ -47,6 +47,7 @@ PROJECTOR_NAMES = {
     "opt_proj": "linear",
     "llm_proj": "linear",
     "t5_proj": "linear",
+    "glm_proj": "linear",
     "multi_modal_projector.linear_1": "layers.0",
     "multi_modal_projector.linear_2": "layers.1",
     **{f"mm_projector.{2 * i}": f"layers.{i}" for i in range(8)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -12,6 +13,7 @@ from ..base.words import one_line
 from ..model.positions import INTERPOLATING
 from ..recipe.passed_on import is_plain
 from ..recipe.safety import check_config
+from ..systems import chatglm  # noqa: F401  # which makes its class known to transformers
 from .layouts import Shapes, at, detect
 from .piece import FOREIGN, Piece, specs_of
 
@@ -179,6 +181,9 @@ def _from_shapes(piece: Piece[Any], kind: str, stated: Mapping[str, Any]) -> tup
             f"config.json, or a LAVIS or MiniGPT-4 file."
         )
     layout, prefix = found
+    sizes = piece.raw.get(layout.section) if layout.section and not Path(piece.pretrained).is_file() else None
+    if isinstance(sizes, Mapping) and "num_attention_heads" in sizes:
+        stated = {"num_attention_heads": sizes["num_attention_heads"], **stated}
     rows = at(layout.rows, prefix)
     found_shapes = checkpoint.shapes(name for name in checkpoint.files if name.startswith(prefix) or name == rows)
     shapes: Shapes = {name.removeprefix(prefix): s for name, s in found_shapes.items()}

@@ -40,7 +40,7 @@ class Spec(Protocol):
 SpecT = TypeVar("SpecT", bound=Spec)
 
 # Model types of checkpoints in a layout of `layouts`: transformers has no classes for them, the tensors tell the sizes.
-FOREIGN = ("mplug-owl", "qwen")
+FOREIGN = ("mplug-owl", "qwen", "chatglm")
 
 
 class Piece(Generic[SpecT]):

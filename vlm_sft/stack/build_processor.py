@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,18 @@ from ..base.names import CONFIG, IMAGE_TOKEN
 from ..base.words import one_line
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
 from ..model.configuration import VLMConfig, image_size_of
-from ..pieces.beside import check_processor, check_tokenizer
+from ..pieces.beside import check_growth, check_processor, check_tokenizer
 from ..pieces.checkpoints import unreachable
 from ..pieces.expected import IMAGES, TOKENIZER, laid_out
 from ..pieces.piece import Piece
 from ..recipe.safety import check_picture
+from ..systems.chatglm_tokenizer import VOCABULARY, read_tokenizer
 from ..templates.template import load_template
 from .vocabulary import add_words
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
-    from ..recipe.sections import Resampler, VisionTower
+    from ..recipe.sections import LanguageModel, Resampler, VisionTower
 
 # It needs torchvision in transformers. ViT's does the same, but rounds what it resized: pixels differ by half a step.
 LIKE_VIT = "DINOv3ViTImageProcessor"
@@ -42,14 +44,7 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     assert recipe.chat_template is not None
     tower, lm = pieces["vision_tower"], pieces["language_model"]
     image_processor = _load_image_processor(tower, config)
-    check_tokenizer(lm.place, lm.revision, lm.key)
-    try:
-        if lm.trusts_code:
-            tokenizer = AutoTokenizer.from_pretrained(lm.place, revision=lm.revision, trust_remote_code=True)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(laid_out(lm.place, lm.revision, lm.key, TOKENIZER))
-    except Exception as error:  # whatever odd values in its files meet there
-        raise unreachable(lm.pretrained, lm.key, "tokenizer") from error
+    tokenizer = _load_tokenizer(lm)
     template = load_template(recipe.chat_template)
     # Before the image token and padding, which need no row of a table.
     words = add_words(tokenizer, recipe.words, template, [IMAGE_TOKEN])
@@ -67,6 +62,24 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     if resampler is not None and resampler.spec.type == "instruct_qformer":
         processor.qformer_tokenizer = _load_qformer_tokenizer(resampler, config)
     return processor
+
+
+def _load_tokenizer(lm: Piece[LanguageModel]) -> PreTrainedTokenizerBase:
+    """The language model's own; ChatGLM's, which is published with code of its own, is made of its vocabulary."""
+    check_tokenizer(lm.place, lm.revision, lm.key)
+    try:
+        place = laid_out(lm.place, lm.revision, lm.key, TOKENIZER)
+        if (Path(place) / VOCABULARY).is_file():
+            tokenizer = read_tokenizer(Path(place), lm.where)
+            check_growth(json.loads(tokenizer.backend_tokenizer.to_str()), lm.where)
+            return tokenizer
+        if lm.trusts_code:
+            return AutoTokenizer.from_pretrained(lm.place, revision=lm.revision, trust_remote_code=True)
+        return AutoTokenizer.from_pretrained(place)
+    except UserError:
+        raise
+    except Exception as error:  # whatever odd values in its files meet there
+        raise unreachable(lm.pretrained, lm.key, "tokenizer") from error
 
 
 def _load_qformer_tokenizer(piece: Piece[Resampler], config: VLMConfig) -> PreTrainedTokenizerBase:

@@ -27,6 +27,7 @@ from ..pieces.load_parts import load_language_model, load_projector_weights, loa
 from ..pieces.piece import specs_of
 from ..pieces.quantization import quantise_empty
 from ..recipe.libraries import build_quantization_config
+from ..templates.template import learns_last_alone
 from .compose import check_image_size, compose_stack
 from .precision import precision_warning
 from .vocabulary import add_words
@@ -50,6 +51,11 @@ class StackKind:
         language_model = composed.pieces["language_model"].pretrained
         for token in composed.processor.added_tokens:
             yield f"The tokenizer of {language_model} had no {token} token: it was added (no embedding is)."
+        if learns_last_alone(str(composed.processor.chat_template)):
+            yield (
+                f"chat_template {recipe.chat_template}: of several answers in a row, only the last is learned; "
+                f"give each answer a row of its own, with the turns before it, to learn them all."
+            )
         for piece in composed.pieces.values():
             if piece.is_gguf:
                 yield f"{piece.section}: {unpacking(piece.pretrained, piece.key)}"

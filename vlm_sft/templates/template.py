@@ -71,6 +71,14 @@ def owns_bos(template: str | Path) -> bool:
     return "bos_token" in ask("variables", source, label)
 
 
+def learns_last_alone(template: str | Path) -> bool:
+    """Whether a template has only the last answer of a conversation in the loss (GLM's: the others are its prompt)."""
+    try:
+        return len(render(_probe() + _probe(), template).spans) == 1
+    except UserError:  # it is made for one turn
+        return False
+
+
 def _probe() -> list[dict[str, Any]]:
     question = [{"type": "image"}, {"type": "text", "text": "question"}]
     return [{"role": "user", "content": question}, {"role": "assistant", "content": "answer"}]
