@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Cache, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..base.names import INSTRUCTION
@@ -211,7 +211,7 @@ class VLMModel(VLMPreTrainedModel):
             )
 
 
-class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions):
+class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions, GenerationMixin):
     """The composed model with the language model's head: trains through `labels`, answers through `generate`.
 
     Args:
