@@ -197,8 +197,10 @@ def check_accelerate(page: str, words: list[str], folder: Path) -> None:
 
     assert words[0] == "launch"
     given = launch_command_parser().parse_args(words[1:])
-    assert given.module and given.training_script in ("vlm_sft.train", "vlm_sft.cache")
+    assert given.module and given.training_script in ("vlm_sft.train", "vlm_sft.cache", "vlm_sft.evaluate")
     assert given.config_file is None or (ROOT / given.config_file).is_file(), given.config_file
+    if given.training_script == "vlm_sft.evaluate":  # its arguments are those of `vlm-sft evaluate`
+        return
     check_training(page, given.training_script_args, folder)
 
 
@@ -238,6 +240,7 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
     stand_in("inference.chat", "chat")
     stand_in("evaluation.answer_file", "generate")
     stand_in("evaluation.evaluate", "run")
+    stand_in("evaluation.benchmark", "run")
     stand_in("preflight.preflight", "run_preflight")
     stand_in("training.debug_batch", "run")
     counts = dict.fromkeys(("tensors", "summed", "left_out", "bytes", "shards"), 1)

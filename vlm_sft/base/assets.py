@@ -1,4 +1,4 @@
-"""Finds the files that ship beside the code: recipes, chat templates, accelerate configs, examples.
+"""Finds the files that ship beside the code: recipes, chat templates, benchmarks, accelerate configs, examples.
 
 In a checkout and in an editable install they are folders next to the package; in a wheel the build puts the same
 folders under `vlm_sft/_assets`. Everything else asks here, so that no other module knows the difference.
@@ -15,7 +15,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def assets_root() -> Path:
-    """Returns the folder that holds `recipes/`, `chat_templates/`, `accelerate_configs/` and `examples/`."""
+    """Returns the folder that holds `recipes/`, `chat_templates/`, `evaluation_tasks/` and their like."""
     packaged = _PACKAGE / "_assets"
     return packaged if packaged.is_dir() else _PACKAGE.parent
 
@@ -28,6 +28,11 @@ def list_recipes() -> list[str]:
 def list_templates() -> list[str]:
     """Returns the names of the chat templates that ship, sorted."""
     return _names("chat_templates", ".jinja")
+
+
+def list_tasks() -> list[str]:
+    """Returns the names of the benchmarks that ship, sorted."""
+    return _names("evaluation_tasks", ".yaml")
 
 
 def recipe_path(name: str) -> Path:
@@ -57,6 +62,15 @@ def template_path(name: str) -> Path:
             return path
         raise UserError(f'the chat template file "{name}" does not exist{_closest(path.stem, list_templates())}.')
     return _find("chat_templates", ".jinja", name, "chat template")
+
+
+def task_path(name: str) -> Path:
+    """Returns the file of a benchmark that ships.
+
+    Raises:
+        UserError: none of that name ships; the message names the closest one.
+    """
+    return _find("evaluation_tasks", ".yaml", name, "benchmark")
 
 
 def _names(folder: str, suffix: str) -> list[str]:

@@ -74,30 +74,6 @@ def generate(
     )
 
 
-@bundles_app.command()
-def evaluate(
-    bundle: Bundle,
-    split: Annotated[str, typer.Option(help="Which of the recipe's data to use: test or eval.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Default: eval.json in the bundle.")] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each source.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Take the data from this recipe, not the bundle's own.")] = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Measure a bundle on held-out data."""
-    from ..evaluation.evaluate import run
-
-    run(
-        bundle,
-        split=split,
-        batch_size=batch_size,
-        output=output,
-        max_rows=max_rows,
-        recipe=recipe,
-        trust_remote_code=trust_remote_code,
-    )
-
-
 @bundles_app.command("debug-batch", short_help="Show the rows of a step that went wrong, one by one.")
 def debug_batch(
     folder: RunFolder,

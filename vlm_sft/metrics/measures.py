@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import mmmu
 from .captions import bleu_of, sacrebleu_of, score_captions, score_chinese
-from .choices import can_infer, option_of_ai2d, option_of_llava, option_of_seed
+from .choices import can_infer, can_infer_option, option_of_ai2d, option_of_llava, option_of_seed
 from .documents import anls, ocr_contains, relaxed_match
 from .exact_match import exact_match, gqa_exact_match
 from .intervals import Total, mean_of
@@ -48,6 +48,8 @@ class Measured(NamedTuple):
     each: list[float]
     totals: dict[str, Total]
 
+
+_LETTERS = dict.fromkeys("ABCD", "")  # of options that stand in the question
 
 Measure = Callable[[Sequence[Answered]], Measured]
 
@@ -172,6 +174,7 @@ MEASURES: dict[str, Measure] = {
     "vqa_evalai": partial(_vqa, first="evalai"),
     "choice": _share("accuracy", _choice_is_right),
     "choice_circular": _circular,
+    "letter": _share("accuracy", lambda one: can_infer_option(one.answer, _LETTERS) in one.answers),
     "choice_llava": _share("accuracy", lambda one: option_of_llava(one.answer, one.choices) in one.answers),
     "choice_seed": _share("accuracy", lambda one: option_of_seed(one.answer) in one.answers),
     "choice_ai2d": _share("accuracy", lambda one: gqa_exact_match(option_of_ai2d(one.answer), one.answers[0])),

@@ -264,7 +264,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions, GenerationMi
     def generation_inputs(self, batch: dict[str, torch.Tensor], beams: int) -> dict[str, torch.Tensor]:
         """What `generate` takes of a batch. No ids: a penalty on repetition would look up the placeholder's in vain."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        embeds = self.model.embed(ids, batch.get("pixel_values"), **{name: batch.get(name) for name in INSTRUCTION})
+        given = {name: batch.get(name) for name in (*INSTRUCTION, "image_features")}
+        embeds = self.model.embed(ids, batch.get("pixel_values"), **given)
         positions = own_positions(self.model.language_model, ids, mask)
         return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
 

@@ -232,7 +232,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[Row]:
                 "set the source's `split`."
             )
         saved = saved[split]
-    yield from _dataset_rows(saved, str(folder), folder)
+    yield from dataset_rows(saved, str(folder), folder)
 
 
 def _read_hub(name: str, split: str, revision: str | None, stream: bool) -> Iterator[Row]:
@@ -246,7 +246,7 @@ def _read_hub(name: str, split: str, revision: str | None, stream: bool) -> Iter
             f'There is no file or folder "{name}" here, and as a dataset of the Hub (split "{split}") it could not be '
             f"loaded ({first_line(error)}): correct the path, or download the dataset first."
         ) from None
-    yield from _dataset_rows(data, f"{name} ({split})", None)
+    yield from dataset_rows(data, f"{name} ({split})", None)
 
 
 def folders_of_hub(name: str) -> list[str]:
@@ -258,7 +258,7 @@ def folders_of_hub(name: str) -> list[str]:
     return [os.path.join(constants.HF_HUB_CACHE, repository), str(datasets.config.DOWNLOADED_DATASETS_PATH)]
 
 
-def _dataset_rows(data: Any, label: str, folder: Path | None) -> Iterator[Row]:
+def dataset_rows(data: Any, label: str, folder: Path | None) -> Iterator[Row]:
     number = 0
     # The arrow format hands out what is stored: images stay paths and bytes, nothing is decoded.
     for table in data.with_format("arrow").iter(batch_size=BATCH):

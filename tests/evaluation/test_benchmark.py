@@ -1,0 +1,216 @@
+"""`vlm-sft evaluate --benchmark` on a tiny bundle: every benchmark that ships, what is written, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from support.benchmarks import PUBLISHED, own_task
+from support.paths import ROOT, accelerate_config
+from support.tiny_pieces import tiny_recipe
+from vlm_sft import load_recipe
+from vlm_sft.base.assets import list_tasks
+from vlm_sft.base.errors import UserError
+from vlm_sft.bundle.manifest import Provenance
+from vlm_sft.bundle.save import save_bundle
+from vlm_sft.evaluation import asking, benchmark
+from vlm_sft.evaluation.asking import How
+from vlm_sft.evaluation.benchmark import run
+from vlm_sft.evaluation.records import read_records
+from vlm_sft.stack.build_stack import build_stack
+
+KEYS = {"id", "images", "question", "choices", "answers", "kind", "group", "answer", "answer_blank", "score",
+        "score_blank", "confidence"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, pieces, caption_file):
+    """An untrained bundle whose training pictures are the photos."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    path = folder / "recipe.yaml"
+    recipe = tiny_recipe(pieces, caption_file, folder / "out", chat_template="ziya", generation={"max_new_tokens": 4})
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    stack = build_stack(made := load_recipe(path))
+    save_bundle(folder / "bundle", stack.model, stack.processor, stack.plan, Provenance(made, stack.pieces))
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with a folder of each benchmark."""
+    root = tmp_path_factory.mktemp("published")
+    for name, write in PUBLISHED.items():
+        write(root / name)
+    return root
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Writes a task of one's own with rows beside it; see `own_task`."""
+    return partial(own_task, tmp_path)
+
+
+def test_every_benchmark_that_ships_is_asked_and_scored(bundle, published, tmp_path, capsys):
+    assert sorted(PUBLISHED) == list_tasks()
+    found = run(str(bundle), list(PUBLISHED), data=str(published), output=str(tmp_path / "out"), compare=False)
+    printed = capsys.readouterr().out
+    for name, one in found.items():
+        records = read_records(tmp_path / "out" / f"{name}.jsonl")
+        assert json.loads((tmp_path / "out" / f"{name}.json").read_text(encoding="utf-8")) == one
+        assert 3 <= len(records) == one["questions"] <= 6 and name in printed
+        assert [record.keys() for record in records] == [KEYS] * len(records)
+        assert all(record["answer_blank"] is not None for record in records), name  # each has a picture
+        assert one["scores"].keys() == one["scores_blank"].keys()
+        assert all(total["low"] <= total["value"] <= total["high"] for total in one["scores"].values()), name
+    assert not list((tmp_path / "out").glob("*.part-*"))
+
+
+def test_right_answers_score_and_the_image_blanked_stands_beside(bundle, published, tmp_path, monkeypatch):
+    asked = []
+
+    def answer_each(model, processor, rows, **options):
+        asked.append((len(rows), options))
+        return ["Yes"] * len(rows)
+
+    monkeypatch.setattr(asking, "answer_each", answer_each)
+    found = run(str(bundle), ["pope", "mme"], data=str(published), output=str(tmp_path), compare=False)
+    assert found["pope"]["scores"]["accuracy"]["value"] == found["pope"]["scores_blank"]["accuracy"]["value"] == 0.5
+    assert found["pope"]["scores"]["recall"]["value"] == 1 and found["pope"]["scores"]["yes_share"]["value"] == 1
+    assert found["pope"]["kinds"].keys() == {"random", "popular"}
+    assert found["mme"]["scores"]["perception"]["value"] == 50
+    # The same two questions about six pictures are two questions without the pictures.
+    assert [count for count, _ in asked] == [6, 2, 4, 2] and asked[0][1] == {"max_new_tokens": 16}
+
+
+def test_a_task_of_ones_own_and_what_is_asked_again(bundle, own, tmp_path, monkeypatch, capsys):
+    path = own(prompt="{{ question }} {{ row.answer | length }}", kind="image", generation={"max_new_tokens": 2})
+    first = run(str(bundle), [path], how=How(batch_size=2), compare=False)["dogs"]
+    records = read_records(bundle / "evaluation" / "dogs.jsonl")
+    assert [record["id"] for record in records] == ["q0", "q1", "q2"] and records[0]["question"] == "有几只狗 0? 1"
+    assert records[0]["images"] == [str(tmp_path / "0.png")] and first["kinds"].keys() == {"0.png", "1.png"}
+    monkeypatch.setattr(benchmark, "load", lambda *more, **options: pytest.fail("it is answered already"))
+    assert run(str(bundle), [path], how=How(batch_size=3), compare=False)["dogs"] == first
+    with pytest.raises(pytest.fail.Exception):  # another setting is another evaluation
+        run(str(bundle), [path], options={"max_new_tokens": 3}, compare=False)
+
+
+def test_it_goes_on_where_it_was_killed(bundle, own, tmp_path, monkeypatch, capsys):
+    path, out = own(count=5), tmp_path / "out"
+    whole = run(str(bundle), [path], output=str(tmp_path / "whole"), how=How(batch_size=2), compare=False)["dogs"]
+    real, calls = asking.Asker._records, []
+
+    def dies(self, batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(asking.Asker, "_records", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(str(bundle), [path], output=str(out), how=How(batch_size=2), compare=False)
+    (part,) = out.glob("dogs.*.part-0.jsonl")
+    with part.open("ab") as stream:
+        stream.write('{"id": "q4", "images": ["半'.encode()[:-1])  # the half of a record
+    capsys.readouterr()
+    calls.clear()
+    calls.append(0)
+    monkeypatch.setattr(asking.Asker, "_records", lambda self, batch: calls.append(len(batch)) or real(self, batch))
+    again = run(str(bundle), [path], output=str(out), how=How(batch_size=2), compare=False)["dogs"]
+    assert sum(calls) == 3 and "2 of 5 questions of dogs are answered already" in capsys.readouterr().err
+    assert again["scores"] == whole["scores"]
+    assert (out / "dogs.jsonl").read_bytes() == (tmp_path / "whole" / "dogs.jsonl").read_bytes()
+    assert [file.name for file in sorted(out.iterdir())] == ["dogs.json", "dogs.jsonl"]
+
+
+def test_options_are_compared_by_likelihood(bundle, published, tmp_path):
+    how = How(likelihood=True, confidence=True)
+    found = run(str(bundle), ["mmbench_cn", "pope"], data=str(published), output=str(tmp_path), how=how, compare=False)
+    for name, options in (("mmbench_cn", {"A", "B", "C"}), ("pope", {"Yes", "No"})):
+        records = read_records(tmp_path / f"{name}.jsonl")
+        assert {record["answer"] for record in records} | {record["answer_blank"] for record in records} <= options
+        assert all(0 < share <= 1 for record in records for _, share in record["confidence"])
+        assert "".join(token for token, _ in records[0]["confidence"]).strip() == records[0]["answer"]
+        assert found[name]["likelihood"] is True
+
+
+def test_pictures_of_the_training_sources_are_named(bundle, own, caption_file, tmp_path, capsys):
+    photos = Path(caption_file).parent / "photos"
+    path = own(count=4)
+    # The first picture is one of the training data, byte for byte.
+    (tmp_path / "0.png").write_bytes((photos / "3.png").read_bytes())
+    seen = run(str(bundle), [path], output=str(tmp_path / "out"))["dogs"]["contamination"]
+    assert (seen["pictures"], seen["same"], seen["alike"], seen["questions"]) == (2, 1, 0, 2)
+    assert "1 of its 2 pictures are among those of the training sources" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_training_sources_that_are_not_here_are_said(bundle, own, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in bundle.iterdir():
+        if file.is_file():
+            (copy / file.name).write_bytes(file.read_bytes())
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["data"]["train"][0]["path"] = str(tmp_path / "gone.jsonl")
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    seen = run(str(copy), [own()])["dogs"]["contamination"]
+    assert "gone.jsonl was not found" in seen["unchecked"]
+
+
+def test_what_cannot_be_asked_is_counted_and_ends_the_command_once_all_is_written(bundle, own, tmp_path):
+    path = own(count=4)
+    (tmp_path / "1.png").write_bytes(b"\x89PNG no more")
+    with pytest.raises(
+        UserError, match=r"2 of 4 questions of dogs could not be asked and count as wrong; the first: row q1"
+    ):
+        run(str(bundle), [path], output=str(tmp_path / "out"), compare=False)
+    records = read_records(tmp_path / "out" / "dogs.jsonl")
+    assert ["error" in record for record in records] == [False, True, False, True]
+    assert records[1]["score"] == 0 and records[1]["answer"] == "" and records[1]["answer_blank"] is None
+
+
+def test_a_question_longer_than_the_model_reads_is_counted_too(bundle, own, tmp_path):
+    with pytest.raises(UserError, match=r"3 of 3 questions of dogs could not be asked .* reads at most 512"):
+        run(str(bundle), [own(prompt="{{ question * 200 }}")], output=str(tmp_path / "out"), compare=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--benchmark", "gqq"], 'there is no benchmark "gqq"; the closest that ships is "gqa"'),
+        (["--benchmark", "pope,pope"], '--benchmark names "pope" twice'),
+        (["--benchmark", "pope"], "lmms-lab/POPE.*--benchmark-data"),
+        (["--benchmark", "pope", "--benchmark-data", "/gone"], "there is no folder or file /gone"),
+        (["--benchmark", "none/of.yaml"], 'the file "none/of.yaml" does not exist'),
+        (["--benchmark", "pope", "--recipe", "x.yaml"], "--recipe belongs to the recipe's own data"),
+        (["--benchmark", ","], "names no benchmark"),
+        (["--likelihood"], "--likelihood belongs to --benchmark"),
+        (["--no-blank"], "--no-blank belongs to --benchmark"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(bundle, command, arguments, said):
+    assert re.search(said, command("evaluate", bundle, *arguments))
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_finds(bundle, published, tmp_path):
+    """A launch of two gives the records of one process alone."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config("cpu_2")),
+               "-m", "vlm_sft.evaluate", str(bundle), "--benchmark", "gqa,mmbench_cn", "--benchmark-data",
+               str(published), "--output", str(tmp_path / "two"), "--batch-size", "2"]  # fmt: skip
+    launched = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert launched.returncode == 0, launched.stderr
+    run(str(bundle), ["gqa", "mmbench_cn"], data=str(published), output=str(tmp_path / "one"), how=How(batch_size=2))
+    for name in ("gqa", "mmbench_cn"):
+        two, one = (json.loads((tmp_path / k / f"{name}.json").read_text(encoding="utf-8")) for k in ("two", "one"))
+        assert {**two, "seconds": 0} == {**one, "seconds": 0}
+        assert (tmp_path / "two" / f"{name}.jsonl").read_bytes() == (tmp_path / "one" / f"{name}.jsonl").read_bytes()
+    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == [
+        "gqa.json", "gqa.jsonl", "mmbench_cn.json", "mmbench_cn.jsonl"
+    ]  # fmt: skip

@@ -1,0 +1,69 @@
+"""Tasks: those that ship are whole, and what is wrong in one of one's own is one sentence with its line."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.benchmarks import own_task
+from vlm_sft.base.assets import list_tasks
+from vlm_sft.base.errors import UserError
+from vlm_sft.evaluation.benchmark import read_benchmarks
+from vlm_sft.evaluation.tasks import load_task, render_prompt
+
+
+@pytest.mark.parametrize("name", list_tasks())
+def test_tasks_that_ship_say_where_everything_is_from(name):
+    found, task = load_task(name)
+    assert found == name and len(task.sources) >= 2 and task.about.endswith(".")
+    assert task.hub or task.files or task.layouts
+    assert ("zh" in name or "cn" in name) == (task.language == "zh")
+    text = render_prompt(
+        task.prompt, "here", {"question": "有吗？", "options": "A. 有", "choices": {"A": "有"}, "hint": ""}
+    )
+    assert "{" not in text and text == text.strip() and (task.question is None or "有吗？" in text)
+    # LLaVA-1.5's own words, where its paper reports the benchmark.
+    short = ("vqav2", "okvqa", "gqa", "textvqa", "vizwiz", "pope", "mme")
+    if name in short:
+        assert text.endswith("\nAnswer the question using a single word or phrase.")
+
+
+def test_a_prompt_may_ask_for_columns():
+    values = {"question": "Which?", "hint": "提示", "row": {"a b": 3}}
+    assert render_prompt("{{ hint }} {{ question }} {{ row['a b'] }}", "here", values) == "提示 Which? 3"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"metric": "exact_mach"}, r'line \d+: the metric "exact_mach" is none; did you mean "exact_match"'),
+        ({"metric": "choice"}, 'the metric "choice" needs `choices`'),
+        ({"answer": "x"}, r'line 2: there is no key "answer"; did you mean "answers"'),
+        ({"about": None}, '"about" is missing'),
+        ({"prompt": "{{ question"}, r"line \d+: the prompt is no jinja"),
+        (
+            {"prompt": "{{ quest }}"},
+            r"rows.jsonl, line 1: the prompt of the benchmark fails there: 'quest' is undefined",
+        ),
+        ({"prompt": "{{ ''.__class__ }}"}, "the prompt of the benchmark fails there: .*__class__"),
+        (
+            {"answers": "label"},
+            'line 1: the column "label" of the right answer is missing or empty .the row has id, image',
+        ),
+        ({"question": "text"}, 'line 1: the column "text" of the question is missing or empty'),
+        ({"images": "photo/{id}.png"}, r"line 1: .*q0.png"),
+        ({"id": "image"}, 'line 3: the id "0.png" is that of .*line 1 too'),
+        ({"path": "gone.jsonl"}, "there is no folder or file .*gone.jsonl"),
+        ({"path": None}, "is on no Hub: give the folder of its data with --benchmark-data"),
+        ({"circular": True}, "`circular` is measured by"),
+        ({"only": {"image": "7.png"}}, "holds no rows"),
+        ({"rows": "data"}, "rows.jsonl"),
+        (
+            {"join": {"files": ["rows.jsonl"], "on": "answer", "key": "question"}},
+            'line 1: "answer" is 0, and no row has',
+        ),
+    ],
+)
+def test_a_task_that_is_wrong_is_one_sentence(tmp_path, keys, said):
+    with pytest.raises(UserError, match=said) as refused:
+        read_benchmarks([own_task(tmp_path, **keys)], None)
+    assert "\n" not in str(refused.value)

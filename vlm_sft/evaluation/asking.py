@@ -1,0 +1,171 @@
+"""Asks a model the questions of a benchmark, in batches of like length, and writes a record of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..base.errors import RowError, UserError
+from ..batch.processor import VLMProcessor
+from ..inference.generation import answer_each, check_length, encode_question
+from ..inference.likelihood import likelihoods
+from ..inference.settings import SAMPLING
+from .pictures import EncodedOnce, Pictures, grey
+from .task_rows import Asked
+
+WINDOW = 32  # batches whose questions are put in order of length together; within one, pictures stay close
+
+Record = dict[str, Any]
+"""What is written of a question; see docs/evaluation.md."""
+
+
+@dataclass
+class How:
+    """How a benchmark is asked.
+
+    Attributes:
+        settings: For `generate`.
+        batch_size: Questions at a time.
+        likelihood: Choose the option that the model finds likeliest, in place of letting it write.
+        options: What `likelihood` compares where a question has no choices.
+        blank: Ask each question with its pictures blanked too.
+        confidence: Write how sure the model was of each token of its answer.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 16
+    likelihood: bool = False
+    options: Sequence[str] = ()
+    blank: bool = True
+    confidence: bool = False
+
+
+class Asker:
+    """Asks questions.
+
+    Args:
+        model: On its device, in evaluation mode.
+        processor: Its processor.
+        pictures: Has what lies in tables.
+        how: How they are asked.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: VLMProcessor, pictures: Pictures, how: How) -> None:
+        self.model, self.processor, self.pictures, self.how = model, processor, pictures, how
+        self.grey = grey()
+        self.shared = EncodedOnce(model, processor)
+        self._blind: dict[tuple[Any, ...], str | RowError] = {}  # question → what is said without its pictures
+
+    def ask(self, questions: Sequence[Asked], write: Callable[[list[Record]], None]) -> None:
+        """Asks all, and hands over the records of each batch as soon as there are any.
+
+        Raises:
+            UserError: The GPU's memory does not hold a batch.
+        """
+        with self.shared:
+            for batch in batches(questions, self.how.batch_size):
+                try:
+                    write(self._records(batch))
+                except torch.OutOfMemoryError:
+                    raise UserError(
+                        f"The GPU's memory does not hold {len(batch)} questions at a time: run again with a smaller "
+                        "--batch-size (the answers so far are kept)."
+                    ) from None
+
+    def _records(self, batch: Sequence[Asked]) -> list[Record]:
+        rows = [self._row(asked) for asked in batch]
+        said = self._answers(batch, rows)
+        records = []
+        for asked, found in zip(batch, said, strict=True):
+            record: Record = {
+                "id": asked.id, "images": asked.names(), "question": asked.text, "choices": asked.choices or None,
+                "answers": asked.answers, "kind": asked.kind or None, "group": asked.group or None,
+                "answer": "" if isinstance(found, RowError) else found, "answer_blank": None, "confidence": None,
+            }  # fmt: skip
+            records.append({**record, "error": str(found)} if isinstance(found, RowError) else record)
+        good = [k for k, found in enumerate(said) if not isinstance(found, RowError)]
+        if self.how.confidence:
+            pairs = [(rows[k], str(said[k])) for k in good]
+            for k, found in zip(good, self._likelihoods(pairs), strict=True):
+                # The last token ends the answer; what the model is sure of is what it says.
+                pairs_of = zip(found.tokens[:-1], found.logs[:-1], strict=True)
+                records[k]["confidence"] = [[token, round(math.exp(log), 4)] for token, log in pairs_of]
+        if self.how.blank:
+            seeing = [k for k in good if batch[k].images]
+            for k, blind in zip(seeing, self._blindly([batch[k] for k in seeing]), strict=True):
+                records[k]["answer_blank"] = "" if isinstance(blind, RowError) else blind
+        return records
+
+    def _row(self, asked: Asked, blank: bool = False) -> dict[str, Any]:
+        content = [*[{"type": "image"} for _ in asked.images], {"type": "text", "text": asked.text}]
+        images = [self.grey if blank else self.pictures.whole(image) for image in asked.images]
+        return {"messages": [{"role": "user", "content": content}], "images": images, "id": asked.id}
+
+    def _answers(self, batch: Sequence[Asked], rows: list[dict[str, Any]]) -> list[str | RowError]:
+        """What the model says to each, or why it cannot be asked."""
+        try:
+            shown = self.shared.stand_ins(rows)
+            for row in shown:
+                where = f"row {row['id']}"
+                try:
+                    check_length(self.model, len(encode_question(self.processor, row, where).input_ids), where)
+                except UserError as error:
+                    raise error if isinstance(error, RowError) else RowError(str(error), where=where) from None
+            if self.how.likelihood and all(self._options(asked) for asked in batch):
+                return list(self._likeliest(batch, shown))
+            return answer_each(self.model, self.processor, shown, **self.how.settings)
+        except RowError as error:
+            if len(batch) == 1:
+                return [error]
+        return [found for asked, row in zip(batch, rows, strict=True) for found in self._answers([asked], [row])]
+
+    def _options(self, asked: Asked) -> Sequence[str]:
+        return list(asked.choices) or self.how.options
+
+    def _likeliest(self, batch: Sequence[Asked], shown: Sequence[dict[str, Any]]) -> Iterator[str]:
+        pairs = [(row, option) for asked, row in zip(batch, shown, strict=True) for option in self._options(asked)]
+        found = iter(self._likelihoods(pairs, shown=True))
+        for asked in batch:
+            yield max([(next(found).log, -n, option) for n, option in enumerate(self._options(asked))])[2]
+
+    def _likelihoods(self, pairs: Sequence[tuple[dict[str, Any], str]], shown: bool = False) -> Iterator[Any]:
+        for start in range(0, len(pairs), self.how.batch_size):
+            some = pairs[start : start + self.how.batch_size]
+            rows = [row for row, _ in some]
+            rows = rows if shown else self.shared.stand_ins(rows)
+            said = [{"role": "assistant", "content": [{"type": "text", "text": text}]} for _, text in some]
+            answered = [{**row, "messages": [*row["messages"], one]} for row, one in zip(rows, said, strict=True)]
+            yield from likelihoods(self.model, self.processor, answered)
+
+    def _blindly(self, batch: Sequence[Asked]) -> list[str | RowError]:
+        """Answers with every picture grey; questions that differ in their pictures alone are asked once."""
+        drawn = self.how.settings.get("do_sample") or SAMPLING.keys() & self.how.settings.keys()
+        keys = [(a.id if drawn else "", a.text, len(a.images), tuple(a.choices.values())) for a in batch]
+        new = {key: asked for key, asked in zip(keys, batch, strict=True) if key not in self._blind}
+        rows = [self._row(asked, blank=True) for asked in new.values()]
+        self._blind |= dict(zip(new, self._answers(list(new.values()), rows) if rows else [], strict=True))
+        return [self._blind[key] for key in keys]
+
+
+def batches(questions: Sequence[Asked], size: int) -> Iterator[list[Asked]]:
+    """Questions in batches of like length, those on one picture close to each other."""
+    pictures: dict[tuple[str, ...], int] = {}
+    order = sorted(questions, key=lambda asked: pictures.setdefault(tuple(asked.names()), len(pictures)))
+    for start in range(0, len(order), size * WINDOW):
+        window = sorted(order[start : start + size * WINDOW], key=lambda asked: (len(asked.images), len(asked.text)))
+        # The longest first: a memory that does not hold them is known at once.
+        window.reverse()
+        for first in range(0, len(window), size):
+            yield window[first : first + size]
+
+
+def share_of(questions: Sequence[Asked], process: int, processes: int) -> list[Asked]:
+    """The questions of one of several processes: those on one picture stay together where they can."""
+    pictures: dict[tuple[str, ...], int] = {}
+    order = sorted(questions, key=lambda asked: pictures.setdefault(tuple(asked.names()), len(pictures)))
+    return order[len(order) * process // processes : len(order) * (process + 1) // processes]

@@ -1,0 +1,315 @@
+"""`vlm-sft evaluate BUNDLE --benchmark NAME`: asks benchmarks, scores the answers, writes and prints what was found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers import set_seed
+
+from ..base.assets import list_tasks
+from ..base.console import make_console, quiet_libraries, say
+from ..base.errors import UserError
+from ..base.processes import on_first_process, share_work
+from ..base.progress import RowProgress
+from ..bundle.hub import find_bundle, is_fetched
+from ..bundle.load import load, recipe_of
+from ..bundle.manifest import read_manifest
+from ..inference.settings import check_options
+from ..metrics.measures import MEASURES, Answered, Measured
+from ..recipe.schema import Recipe
+from .asking import Asker, How, Record, share_of
+from .contamination import contamination
+from .pictures import Pictures
+from .records import Records, fingerprint
+from .task_rows import Asked, read_task
+from .tasks import Task, load_task
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
+    from ..batch.processor import VLMProcessor
+
+FOLDER = "evaluation"
+"""Of a bundle: where the records of benchmarks lie."""
+
+
+class Benchmark(NamedTuple):
+    """A benchmark, ready to be asked."""
+
+    name: str
+    task: Task
+    asked: list[Asked]
+    pictures: Pictures
+
+
+def run(
+    bundle: str,
+    names: Sequence[str],
+    data: str | None = None,
+    output: str | None = None,
+    how: How | None = None,
+    max_rows: int | None = None,
+    compare: bool = True,
+    options: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates a bundle on benchmarks.
+
+    Args:
+        bundle: Folder of the bundle, or `name/repository` on the Hub.
+        names: Of benchmarks that ship, or files of one's own.
+        data: Folder of their data; None for their own place or the Hub.
+        output: Folder of what is written; default `evaluation` in the bundle, or `NAME-evaluation` here for the Hub's.
+        how: How they are asked; its `settings` come from the bundle, the tasks and `options`.
+        max_rows: Only the first so many rows of each.
+        compare: Look whether their pictures are among those of the bundle's training sources.
+        options: For `generate`, over what bundle and task say.
+        trust_remote_code: See `vlm_sft.load`.
+
+    Returns:
+        For each benchmark what is written to its `NAME.json`; see docs/evaluation.md.
+
+    Raises:
+        UserError: A benchmark or its data are not there or wrong; once all is written, also where questions could not
+            be asked.
+    """
+    quiet_libraries()
+    # Without being told that there is nothing but CPUs, accelerate takes each process of a launch for one alone.
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    check_options(dict(options or {}))
+    console = make_console(highlight=False, soft_wrap=True)
+    folder = find_bundle(bundle)
+    recipe = recipe_of(folder, read_manifest(folder))
+    default = Path(f"{bundle.partition('@')[0].rpartition('/')[2]}-{FOLDER}") if is_fetched(folder) else folder / FOLDER
+    target = Path(output).expanduser() if output else default
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--output {str(target)!r} is a file; name a folder.")
+    ready = read_benchmarks(names, data, max_rows)
+    loading = _Loading(folder, recipe, trust_remote_code)
+    found = {}
+    for benchmark in ready:
+        settings = {**recipe.generation, **benchmark.task.generation, **(options or {})}
+        asked = replace(how or How(), settings=settings, options=benchmark.task.options)
+        kept = Records(target, benchmark.name, fingerprint(folder, benchmark.asked, _told(benchmark.task, asked)))
+        found[benchmark.name] = on_first_process(kept.finished) or _evaluate(
+            benchmark, loading, asked, kept, console, recipe if compare else None
+        )
+    if PartialState().is_main_process:
+        print_table(found, target)
+    for name, one in found.items():
+        if refused := one.get("refused"):
+            count = f"{refused['questions']:,} of {one['questions']:,} questions of {name}"
+            raise UserError(f"{count} could not be asked and count as wrong; the first: {refused['first']}")
+    return found
+
+
+def read_benchmarks(names: Sequence[str], data: str | None, max_rows: int | None = None) -> list[Benchmark]:
+    """The questions of benchmarks, read and checked before anything is loaded.
+
+    Raises:
+        UserError: As `load_task` and `read_task`; one is named twice.
+    """
+    if not names:
+        raise UserError(f"--benchmark names no benchmark; there are {', '.join(list_tasks())}, and files of your own.")
+    tasks = [load_task(name) for name in names]
+    known = [name for name, _ in tasks]
+    if twice := next((name for name in known if known.count(name) > 1), None):
+        raise UserError(f'--benchmark names "{twice}" twice; name each once.')
+    found = []
+    for name, task in tasks:
+        pictures = Pictures()
+        found.append(Benchmark(name, task, read_task(name, task, data, pictures, max_rows), pictures))
+    return found
+
+
+def _told(task: Task, how: How) -> dict[str, Any]:
+    """What of the task and of how it is asked decides over the records."""
+    same = {name: value for name, value in vars(how).items() if name != "batch_size"}
+    return {"metric": task.metric, **same}
+
+
+class _Loading:
+    """A bundle, loaded when it is first asked something."""
+
+    def __init__(self, folder: Path, recipe: Recipe, trust_remote_code: bool) -> None:
+        self.folder, self.recipe, self.trust = folder, recipe, trust_remote_code
+        self._loaded: tuple[PreTrainedModel, VLMProcessor] | None = None
+
+    def __call__(self) -> tuple[PreTrainedModel, VLMProcessor]:
+        if self._loaded is None:
+            state = PartialState()
+            device = state.device if state.num_processes > 1 else None
+            model, processor = load(self.folder, device=device, trust_remote_code=self.trust)
+            self._loaded = model, processor  # type: ignore[assignment]
+        return self._loaded  # type: ignore[return-value]
+
+
+def _evaluate(
+    benchmark: Benchmark, loading: _Loading, how: How, kept: Records, console: Console, recipe: Recipe | None
+) -> dict[str, Any]:
+    """Asks a benchmark and concludes; a recipe: that of the training sources to compare with."""
+    done = on_first_process(kept.done)
+    if done:
+        count = f"{len(done):,} of {len(benchmark.asked):,} questions of {benchmark.name}"
+        say(console, f"{count} are answered already.")
+    started = time.perf_counter()
+    set_seed(int(loading.recipe.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
+    ask(benchmark, loading, how, kept, done, console)
+    seconds = round(time.perf_counter() - started, 1)
+
+    def first() -> dict[str, Any]:
+        seen = contamination(recipe, benchmark.asked, benchmark.pictures) if recipe else None
+        return conclude(benchmark, how, kept, seconds, seen)
+
+    return on_first_process(first)
+
+
+def ask(
+    benchmark: Benchmark,
+    loading: Callable[[], tuple[PreTrainedModel, VLMProcessor]],
+    how: How,
+    kept: Records,
+    done: set[str],
+    console: Console,
+) -> None:
+    """Asks what is not yet answered; every process a share of it."""
+    todo = [asked for asked in benchmark.asked if asked.id not in done]
+
+    def share(process: int, processes: int) -> int:
+        mine = share_of(todo, process, processes)
+        if not mine:
+            return 0
+        asker = Asker(*loading(), benchmark.pictures, how)
+        with kept.adding(process) as write, RowProgress(console, benchmark.name) as progress:
+            count = progress.counter("asked", len(mine), "questions")
+
+            def add(records: list[Record]) -> None:
+                write(records)
+                count(len(records))
+
+            asker.ask(mine, add)
+        return asker.shared.encoded
+
+    share_work(share)
+
+
+def conclude(
+    benchmark: Benchmark, how: How, kept: Records, seconds: float, seen: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Scores the records, writes them in order and what was found."""
+    records = kept.collect([asked.id for asked in benchmark.asked])
+    measured, blank = score(benchmark.task, records)
+    summary: dict[str, Any] = {
+        "benchmark": benchmark.name,
+        "about": benchmark.task.about,
+        "metric": benchmark.task.metric,
+        "likelihood": how.likelihood,
+        "fingerprint": kept.mark,
+        "questions": len(records),
+        "scores": _totals(measured),
+        "scores_blank": _totals(blank) if blank else None,
+        "kinds": by_kind(benchmark.task, records),
+        "contamination": seen,
+        "seconds": seconds,
+    }
+    refused = [record["error"] for record in records if "error" in record]
+    if refused:
+        summary["refused"] = {"questions": len(refused), "first": refused[0]}
+    kept.finish(records, summary)
+    return summary
+
+
+def score(task: Task, records: Sequence[Record]) -> tuple[Measured, Measured | None]:
+    """Scores answers, and those without the pictures; the score of each goes into its record.
+
+    A question without pictures, or that could not be asked, keeps its answer, so that both are over the same questions.
+    """
+    measured = MEASURES[task.metric]([_answered(record, record["answer"]) for record in records])
+    blind = [record["answer"] if record["answer_blank"] is None else record["answer_blank"] for record in records]
+    asked_blind = any(record["answer_blank"] is not None for record in records)
+    blank = (
+        MEASURES[task.metric]([_answered(r, a) for r, a in zip(records, blind, strict=True)]) if asked_blind else None
+    )
+    for number, record in enumerate(records):
+        record["score"] = 0.0 if "error" in record else round(measured.each[number], 6)
+        was_asked = blank is not None and record["answer_blank"] is not None
+        record["score_blank"] = round(blank.each[number], 6) if blank is not None and was_asked else None
+    return measured, blank
+
+
+def _answered(record: Record, answer: str) -> Answered:
+    kind, group = record["kind"] or "", record["group"] or record["id"]
+    return Answered(answer, record["answers"], record["choices"] or {}, kind, group)
+
+
+def _totals(measured: Measured) -> dict[str, dict[str, float]]:
+    found = {}
+    for name, total in measured.totals.items():
+        low, high = total.interval()
+        found[name] = {"value": round(total.score(), 6), "low": round(low, 6), "high": round(high, 6)}
+    return found
+
+
+def by_kind(task: Task, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """The first score of each kind of questions, with its interval and how many there are."""
+    kinds: dict[str, list[Record]] = {}
+    for record in records:
+        kinds.setdefault(record["kind"] or "", []).append(record)
+    if len(kinds) < 2:
+        return {}
+    found = {}
+    for kind, some in sorted(kinds.items()):
+        measured = MEASURES[task.metric]([_answered(record, record["answer"]) for record in some])
+        name, first = next(iter(_totals(measured).items()))
+        found[kind] = {"questions": len(some), "metric": name, **first}
+    return found
+
+
+def print_table(found: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+    """Prints every score with its interval and that without pictures, and what was seen in training."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table("benchmark", "score", box=SIMPLE_HEAD, show_edge=False)
+    for name in ("value", "95 % interval", "image blanked", "questions"):
+        table.add_column(name, justify="right")
+    for name, one in found.items():
+        for metric, score_of in one["scores"].items():
+            blank = (one["scores_blank"] or {}).get(metric)
+            table.add_row(
+                name, metric.replace("_", " "), _number(score_of["value"]),
+                f"{_number(score_of['low'])} – {_number(score_of['high'])}",
+                _number(blank["value"]) if blank else "", f"{one['questions']:,}",
+            )  # fmt: skip
+    console = make_console(stderr=False, quiet=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    for name, one in found.items():
+        if (seen := one["contamination"]) is not None:
+            say(console, f"{name}: {seen_in_words(seen)}")
+    say(console, f"Written to {target}.")
+
+
+def _number(value: float) -> str:
+    return f"{value:.1%}" if abs(value) <= 1 else f"{value:,.2f}"
+
+
+def seen_in_words(seen: Mapping[str, Any]) -> str:
+    """What was found of a benchmark in the training sources, in a sentence."""
+    if "unchecked" in seen:
+        return str(seen["unchecked"])
+    count = seen["same"] + seen["alike"]
+    if not count:
+        return f"None of its {seen['pictures']:,} pictures is among those of the training sources."
+    return (
+        f"{count:,} of its {seen['pictures']:,} pictures are among those of the training sources ({seen['same']:,} by "
+        f"their bytes, {seen['alike']:,} by look), and {seen['questions']:,} questions are on them; the first: "
+        f"{seen['examples'][0]}."
+    )

@@ -1,0 +1,79 @@
+"""Was a benchmark seen in training? Its pictures against those of the training sources, by bytes and by look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..base.console import make_console
+from ..base.errors import UserError
+from ..base.progress import RowProgress
+from ..data.dataset import load_source
+from ..data.image_files import shared_images
+from ..data.look_alikes import find_look_alikes
+from ..recipe.schema import Recipe
+from .pictures import Pictures
+from .task_rows import Asked
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+EXAMPLES = 5
+
+
+def contamination(recipe: Recipe, asked: Sequence[Asked], pictures: Pictures) -> dict[str, Any]:
+    """Pictures of a benchmark that the training sources of a recipe have too.
+
+    Returns:
+        `pictures` (different ones in the benchmark), `same` (byte for byte), `alike` (by look: resized, saved anew,
+        cut, mirrored), `questions` on either, `examples`; or `unchecked`, a sentence why nothing was compared.
+    """
+    rows = _Shown(asked, pictures)
+    try:
+        read = (load_source(source, reject=lambda error: None) for source in recipe.data.train)
+        train = _Chained([found.select_columns(["images", "id", "source"]) for found in read])
+    except UserError as error:
+        return {"unchecked": f"The training sources are not here to compare with ({str(error).rstrip('.')})."}
+    exact = shared_images(train, rows)
+    with RowProgress(make_console(), "contamination") as progress:
+        found = find_look_alikes(train, rows, most=recipe.data.look_images, tick=partial(progress.tell))
+    same = {leak.held_out for leak in exact}
+    alike = {pair.held_out.row for pair in found.pairs} - same
+    touched = sum(rows.shows(one, same | alike) for one in asked)
+    examples = [f"{leak.train} = {leak.held_out}" for leak in exact[:EXAMPLES]]
+    examples += [str(pair) for pair in found.pairs[: EXAMPLES - len(examples)]]
+    return {
+        "pictures": len(rows.first), "same": len(same), "alike": len(alike), "questions": touched,
+        "examples": examples, "left_out": found.left_out(),
+    }  # fmt: skip
+
+
+class _Chained:
+    """The rows of several data sets, walked through as often as asked."""
+
+    def __init__(self, parts: Sequence[Dataset]) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for part in self._parts:
+            yield from part
+
+
+class _Shown:
+    """The different pictures of a benchmark, each as a row with the id of the first question on it."""
+
+    def __init__(self, asked: Sequence[Asked], pictures: Pictures) -> None:
+        self._pictures = pictures
+        self.first: dict[str, tuple[str, dict[str, Any]]] = {}
+        for one in asked:
+            for name, image in zip(one.names(), one.images, strict=True):
+                self.first.setdefault(name, (one.id, image))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, image in self.first.values():
+            yield {"id": number, "source": "benchmark", "images": [self._pictures.whole(image)]}
+
+    def shows(self, one: Asked, found: set[str]) -> bool:
+        """Whether a question shows one of the pictures that were found, which are named by their first questions."""
+        return any(self.first[name][0] in found for name in one.names())

@@ -1,0 +1,192 @@
+"""A benchmark as a YAML file says it: where its rows are, what is asked, how the answer is read and measured."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jinja2
+from pydantic import Field, ValidationError
+
+from ..base.assets import list_tasks, task_path
+from ..base.errors import UserError
+from ..base.words import closest, reason_of
+from ..metrics.measures import MEASURES, NEEDS_CHOICES
+from ..recipe.sections import RecipeModel
+from ..recipe.yaml_file import YamlFile
+from ..templates.limits import LimitedSandbox, budget
+
+Column = str | list[str]
+"""A column of a row (`answers[].answer` goes into a list of objects), or several."""
+
+
+class Hub(RecipeModel):
+    """A data set of the Hub."""
+
+    path: str
+    """Its id."""
+    name: str | None = None
+    """Its configuration."""
+    split: str = "test"
+    """Its split."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+
+
+class Join(RecipeModel):
+    """Rows that lie elsewhere and belong to these: pictures or answers in a file of their own."""
+
+    files: list[str] = Field(default_factory=list)
+    """Patterns of files in the benchmark's folder."""
+    hub: Hub | None = None
+    """Where they are on the Hub."""
+    rows: str | None = None
+    """As a layout's."""
+    on: str
+    """Column of a row that names the other."""
+    key: str
+    """Column of the other that is named."""
+
+
+class Layout(RecipeModel):
+    """How the rows are written."""
+
+    files: list[str] = Field(default_factory=list)
+    """Patterns of files in the benchmark's folder; none: any data file there is."""
+    rows: str | None = None
+    """Key of a JSON document under which its list of rows stands; `*` where it maps ids to rows (the column `_key`)."""
+    join: Join | None = None
+    """Columns that come from other rows."""
+    only: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Rows are those whose columns have these values."""
+    id: str | None = None
+    """Column of the id; unset: the row's number."""
+    images: Column = "image"
+    """Columns of pictures, of which empty ones are passed over; or a file's name with columns in it:
+    `val2014/COCO_val2014_{image_id:012}.jpg`."""
+    question: str | None = "question"
+    """Column of the question; null where the prompt says all there is."""
+    answers: Column = "answer"
+    """Column of the right answer or answers."""
+    choices: Column | None = None
+    """Column of the list of options, or the columns that each hold one."""
+    answer_is: Literal["text", "letter", "number"] = "text"
+    """Of choices: what names the right one: its text, its letter, or its number from 0."""
+    kind: str | None = None
+    """Column of the benchmark's own category. `_file` is the name of the row's file."""
+    group: str | None = None
+    """Column of what questions belong together by (MME: the two about one picture)."""
+
+
+class Task(Layout):
+    """A benchmark."""
+
+    about: str
+    """What it is, in a sentence."""
+    sources: list[str] = Field(min_length=1)
+    """Where layout, prompt and metric are from."""
+    language: Literal["en", "zh"] = "en"
+    """Of its questions."""
+    hub: Hub | None = None
+    """Where it is on the Hub. Unset: it must be on this machine."""
+    path: str | None = None
+    """Its folder or file, beside this file. Unset: `--benchmark-data` says it."""
+    prompt: str = "{{ question }}"
+    """Jinja: what is asked. It has `question`, `options` (lines of "A. text"), `choices` and the row's columns."""
+    metric: str
+    """A key of `metrics.measures.MEASURES`."""
+    circular: bool = False
+    """Ask each question once for every rotation of its options, unless the data has them."""
+    options: list[str] = Field(default_factory=list)
+    """Answers that `--likelihood` compares where the rows have no choices: `[Yes, No]`."""
+    generation: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of `transformers.GenerationConfig`, over those of the bundle's recipe."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Only the first so many rows."""
+    layouts: list[Layout] = Field(default_factory=list)
+    """Other layouts in which it is published, each with its `files`; the first whose files are there is read."""
+
+
+def load_task(name: str) -> tuple[str, Task]:
+    """A benchmark that ships, by its name, or one's own, by its file.
+
+    Returns:
+        Its name and what it is.
+
+    Raises:
+        UserError: There is none, or its file is wrong; the message names file and line.
+    """
+    own = name.endswith((".yaml", ".yml")) or "/" in name
+    path = Path(name).expanduser() if own else task_path(name)
+    if not path.is_file():
+        raise UserError(
+            f'--benchmark: the file "{name}" does not exist; benchmarks that ship: {", ".join(list_tasks())}.'
+        )
+    file = YamlFile.read(path)
+    try:
+        task = Task.model_validate(file.data)
+    except ValidationError as error:
+        raise UserError(_sentence(error, file)) from None
+    if flaw := _flaw(task):
+        raise UserError(f"{file.where(flaw[:1])}: {flaw[1]}")
+    try:
+        compile_prompt(task.prompt)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{file.where(('prompt',))}: the prompt is no jinja: {reason_of(error)}.") from None
+    if own and task.path is not None:
+        task.path = str(path.parent / Path(task.path).expanduser())
+    return path.stem, task
+
+
+def _flaw(task: Task) -> tuple[str, str] | None:
+    """The first key that does not go with the others, and a sentence on it."""
+    if task.metric not in MEASURES:
+        near = closest(task.metric, MEASURES)
+        hint = f'did you mean "{near}"?' if near else f"there are {', '.join(MEASURES)}."
+        return "metric", f'the metric "{task.metric}" is none; {hint}'
+    if task.metric in NEEDS_CHOICES and not all(layout.choices for layout in (task, *task.layouts)):
+        return "metric", f'the metric "{task.metric}" needs `choices`; name the columns of the options.'
+    if task.circular and task.metric != "choice_circular":
+        return "circular", "`circular` is measured by `metric: choice_circular` alone; write that."
+    return None
+
+
+def _sentence(error: ValidationError, file: YamlFile) -> str:
+    first = error.errors()[0]
+    path = tuple(first["loc"])
+    key, where = ".".join(map(str, path)), file.where(path)
+    if first["type"] == "extra_forbidden":
+        fields = Task.model_fields if len(path) == 1 else Layout.model_fields
+        near = closest(str(path[-1]), fields)
+        hint = f'; did you mean "{near}"?' if near else f"; there are {', '.join(fields)}."
+        return f'{where}: there is no key "{key}"{hint}'
+    if first["type"] == "missing":
+        return f'{where}: "{key}" is missing; see docs/evaluation.md for what a task says.'
+    said = first["msg"].rstrip(".")
+    return f"{where}: {key + ': ' if key else ''}{said}."
+
+
+@lru_cache(maxsize=1)
+def _sandbox() -> LimitedSandbox:
+    return LimitedSandbox(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+
+
+@lru_cache(maxsize=64)
+def compile_prompt(prompt: str) -> jinja2.Template:
+    """Compiles a prompt, in the sandbox that chat templates have."""
+    sandbox = _sandbox()
+    return sandbox.from_string(sandbox.limit(sandbox.parse(prompt)))
+
+
+def render_prompt(prompt: str, where: str, values: dict[str, Any]) -> str:
+    """What is asked of a row.
+
+    Raises:
+        UserError: The prompt asks for a column that the row lacks, or fails otherwise.
+    """
+    try:
+        with budget():
+            return compile_prompt(prompt).render(**values).strip()
+    except Exception as error:  # whatever a prompt can be made to raise is a fault of the prompt
+        raise UserError(f"{where}: the prompt of the benchmark fails there: {reason_of(error)}.") from None

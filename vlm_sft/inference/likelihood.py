@@ -1,0 +1,75 @@
+"""How likely a model finds an answer: the probability of each of its tokens, without writing any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from ..base.names import IGNORED
+from ..batch.pictures import Pictures, image_inputs, load_picture, name_of, picture_sizes
+from ..batch.processor import VLMProcessor
+from .generation import check_length, encode_question, with_boxes_written
+
+
+class Likelihood(NamedTuple):
+    """An answer to a conversation.
+
+    Attributes:
+        tokens: Its tokens as text, with the end of the answer.
+        logs: The logarithm of the probability of each, after the conversation and the tokens before.
+    """
+
+    tokens: list[str]
+    logs: list[float]
+
+    @property
+    def log(self) -> float:
+        """The logarithm of the probability of the whole answer."""
+        return sum(self.logs)
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[dict[str, Any]]
+) -> list[Likelihood]:
+    """How likely the last message of each conversation is, which is the assistant's.
+
+    Args:
+        model: The model, on its device, in evaluation mode.
+        processor: Its processor.
+        conversations: Each `{"messages", "images", "id"}`, as `prompt_batch` takes them.
+
+    Raises:
+        UserError: As `prompt_batch`; a conversation is longer than the language model can read.
+    """
+    if not conversations:
+        return []
+    encoded, pictures = [], []
+    for row in conversations:
+        where = f"row {row['id']}"
+        row = with_boxes_written(processor, row, where)
+        sizes = picture_sizes(processor, row["images"], where=where)
+        chat = processor.encode_chat(row["messages"], sizes=sizes)
+        check_length(model, len(chat.input_ids), where)
+        # Of earlier answers in the conversation nobody asks.
+        asked = len(encode_question(processor, row, where).input_ids)
+        chat.labels[:asked] = [IGNORED] * asked
+        encoded.append(chat)
+        loaded = [load_picture(processor, image, where=where) for image in row["images"]]
+        said = processor.instructions(row["messages"])
+        pictures.append(Pictures(loaded, said, where, [name_of(image) for image in row["images"]]))
+    batch = processor.batch(encoded, side="right")
+    labels = batch.pop("labels")[:, 1:]
+    batch.update(image_inputs(processor, pictures))
+    logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits[:, :-1]
+    found = []
+    for row_logits, row_labels in zip(logits, labels, strict=True):
+        places = (row_labels != IGNORED).nonzero()[:, 0]
+        ids = row_labels[places]
+        logs = row_logits[places.to(row_logits.device)].float().log_softmax(-1).cpu()
+        tokens = [processor.tokenizer.decode([token]) for token in ids.tolist()]
+        found.append(Likelihood(tokens, logs.gather(1, ids[:, None])[:, 0].tolist()))
+    return found
