@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vlm_sft.base.assets import list_templates, template_path
@@ -60,6 +62,60 @@ def test_what_gets_past_the_counters_is_ended(name):
     assert "\n" not in str(refused.value) and str(refused.value).endswith("do not use templates like it.")
     assert time.monotonic() - start < 60
     assert render(TURN, PLAIN).text == "<image>这是什么？\ud800 🙂一只猫。", "the next is rendered by another process"
+
+
+BOMBS = {
+    "range": "{% for i in range(10**9) %}{% endfor %}",
+    "a text many times": "{{ 'a' * 10**9 }}",
+    "a list many times": "{{ ([1] * 10**9)|length }}",
+    "from the right": "{{ (10**9 * 'a')|length }}",
+    "a power": "{{ 10 ** (10 ** 8) }}",
+    "squares": "{% set n = namespace(x=9) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "doubling with +": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "doubling with ~": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "~ within ~": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = '' ~ (n.x ~ n.x) %}{% endfor %}",
+    "doubling in blocks": "{% set n = namespace(x='aa') %}{% for i in range(60) %}"
+                          "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+    "doubling macros": "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(x='aa') %}"
+                       "{% for i in range(60) %}{% set n.x = m(n.x) %}{% endfor %}",
+    "percent": "{{ '%999999999d' % 1 }}",
+    "percent with a star": "{{ '%*d' % (999999999, 1) }}",
+    "percent, precise": "{{ '%.999999999f' % 1 }}",
+    "the format filter": "{{ '%999999999d'|format(1) }}",
+    "str.format, wide": "{{ '{:999999999}'.format(1) }}",
+    "str.format, nested": "{{ '{:{}}'.format(1, 999999999) }}",
+    "center": "{{ 'a'|center(999999999) }}",
+    "indent": "{{ 'a\nb'|indent(999999999) }}",
+    "ljust": "{{ 'a'.ljust(999999999) }}",
+    "zfill": "{{ 'a'.zfill(999999999) }}",
+    "expandtabs": "{{ '\t'.expandtabs(999999999) }}",
+    "replace": "{% set x = 'a' * 1000000 %}{{ x.replace('a', x) }}",
+    "replace, the filter": "{% set x = 'a' * 1000000 %}{{ x|replace('a', x) }}",
+    "join": "{% set x = 'a' * 1000000 %}{{ x.join(x) }}",
+    "join, the filter": "{% set x = 'a' * 1000000 %}{{ x|join(x) }}",
+    "tojson": "{{ [[1]]|tojson(indent=999999999) }}",
+    "slices": "{{ [1]|slice(999999999)|list }}",
+    "batches": "{{ [1]|batch(999999999, 0)|list }}",
+    "loops within loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "loops over texts": "{% set x = 'a' * 99999 %}{% for a in x %}{% for b in x %}{% endfor %}{% endfor %}",
+    "a macro that calls itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "a macro that calls itself twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+                                       "{{ m(60) }}",
+    "much is printed": "{% set x = '猫' * 1000 %}{% for a in range(99999) %}{{ x }}{% endfor %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_one_sentence(name):
+    """Whatever they do, what asks for them stays small and gets its answer soon."""
+    before, start = psutil.Process().memory_info().rss, time.monotonic()
+    with pytest.raises(UserError) as refused:
+        render(TURN, BOMBS[name] + PLAIN)
+    said = str(refused.value)
+    assert "\n" not in said and len(said) < 300
+    assert re.search("do not use templates like it|fails with (Overflow|Recursion|Value)Error|sandbox", said)
+    assert psutil.Process().memory_info().rss - before < 2**28
+    assert time.monotonic() - start < 90
 
 
 def test_templates_that_ship_are_rendered_here_and_others_are_not(monkeypatch):
@@ -111,6 +167,56 @@ def test_threads_take_turns():
     for thread in threads:
         thread.join()
     assert len(found) == 8 and len(set(found)) == 1
+
+
+PICKY = (
+    "{% set said = messages[0].content[0].text %}{% if said == 'bomb' %}{% set x = 'a' * 10 ** 9 %}"
+    "{% elif said == 'no' %}{{ raise_exception('not this') }}{% endif %}" + PLAIN
+)
+
+
+def test_many_are_asked_in_one_message_and_each_has_its_own_error(monkeypatch):
+    said = [f"row {number} \ud800 🙂 \ud83d\ude42" for number in range(300)]
+    said += ["no", said[1], "bomb", "row 2"]
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "好"}] for text in said]
+    wanted = [_or_error(chat) for chat in chats]
+    asked = []
+    own = process._Child.ask
+    monkeypatch.setattr(process._Child, "ask", lambda child, asks: (asked.append(len(asks)), own(child, asks))[1])
+    with process.asked_ahead(partial(render, chat, PICKY) for chat in [[], *chats[:-2]]):
+        found = [_or_error(chat) for chat in chats[:-2]]
+    assert found == wanted[:-2] and asked == [128, 128, 45], "what two rows ask is asked once"
+    asked.clear()
+    with process.asked_ahead(partial(render, chat, PICKY) for chat in chats[-4:]):
+        assert [_or_error(chat) for chat in chats[-4:]] == wanted[-4:]
+    assert asked == [4, 1, 1, 1, 1] and "not this" in wanted[-4] and "MiB for one conversation" in wanted[-2]
+    assert not process._ANSWERS
+
+
+def _or_error(chat):
+    try:
+        return render(chat, PICKY)
+    except UserError as error:
+        return str(error)
+
+
+def test_of_what_ships_nothing_is_asked_ahead(monkeypatch):
+    monkeypatch.setattr(process, "_child", lambda: pytest.fail("a process was asked"))
+    ran = []
+    with process.asked_ahead(partial(lambda n: ran.append(n) or render(TURN, "ziya"), number) for number in range(9)):
+        assert render(TURN, "ziya").spans
+    assert ran == [0]
+
+
+def test_a_process_that_no_limit_holds_is_looked_at(monkeypatch):
+    """As on a system that limits no process's addresses."""
+    monkeypatch.setenv("VLM_SFT_LIMITS", f"template_seconds=60,template_bytes={2**36}")
+    child = process._child()
+    child.memory = 2**27
+    source = GREEDY["kept values"] + "{% generation %}a{% endgeneration %}"
+    start = time.monotonic()
+    assert child.ask([process._Question("render", source, "it", '{"generation_marks": ["", ""]}')]) is None
+    assert child.process.poll() is not None and time.monotonic() - start < 90
 
 
 ASKER = """

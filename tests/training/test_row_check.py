@@ -19,6 +19,7 @@ from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.batch.collator import MultimodalCollator
 from vlm_sft.data.dataset import ROW_FEATURES, load_source
 from vlm_sft.data.ledger import SourceLedger
+from vlm_sft.templates import process
 from vlm_sft.training.row_check import CHUNK, Findings, _sample, look_over, summary
 
 
@@ -82,6 +83,29 @@ def test_every_wrong_row_is_named_and_none_stops_the_others(collator, photos, tm
     assert pickle.loads(pickle.dumps(found)) == found
     not_decoded = look_over(wrong_rows(photos, tmp_path), collator)
     assert [row.number for row in not_decoded.rejected] == [1, 2, 3, 5]
+
+
+def test_a_template_of_ones_own_is_asked_for_many_rows_at_a_time(photos, tmp_path, monkeypatch):
+    """And finds what one that ships finds of rows, of which some are wrong."""
+    ships = MultimodalCollator(make_processor("vicuna_v1"), max_length=200)
+    own = MultimodalCollator(make_processor(ships.processor.chat_template + "{# own #}"), max_length=200)
+    rows = [{**make_row(turn(f"a{n}", "b" * n), photos), "id": str(n)} for n in range(1, 150)]
+    rows += wrong_rows(photos, tmp_path)
+    found = look_over(dataset(rows), ships, decode=0)
+    asked = []
+    monkeypatch.setattr(process._Child, "ask", _counting(process._Child.ask, asked))
+    assert look_over(dataset(rows), own, decode=0) == found
+    assert found.rejected and max(asked) == CHUNK and len(asked) <= 2 + len(found.rejected)
+    asked.clear()
+    assert len(own(rows[:9])["input_ids"]) == 9 and asked == [9]
+
+
+def _counting(ask, asked):
+    def counted(child, questions):
+        asked.append(len(questions))
+        return ask(child, questions)
+
+    return counted
 
 
 def test_files_are_looked_for_in_all_rows_also_where_a_sample_is_measured(collator, photos, tmp_path):

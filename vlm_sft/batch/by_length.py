@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..base.errors import RowError, UserError
 from ..base.names import GROUPED
+from .encoding import rendered_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +33,7 @@ PACK = "pack"
 PROBED = 8  # rows of which the two shortest, with images where there are some, show whether the model keeps them apart
 WINDOW = 64  # packs that a stream is read ahead for: of these, the last may be half empty
 Row = dict[str, Any]
+LengthsOf = Callable[[list[Row]], list[int]]
 
 
 def numbered(items: Sequence[Row]) -> Iterator[tuple[int | None, Row]]:
@@ -172,26 +174,24 @@ class PackedRows(Dataset[dict[str, list[Row]]]):
         return {PACK: [self.rows[number] for number in numbers]}
 
 
-def pack_stream(
-    rows: IterableDataset, length_of: Callable[[Row], int], room: int, mean_length: float
-) -> IterableDataset:
+def pack_stream(rows: IterableDataset, lengths_of: LengthsOf, room: int, mean_length: float) -> IterableDataset:
     """A stream of packs of a stream's rows: as many as fill `WINDOW` packs are held and packed together.
 
     Args:
         rows: The stream.
-        length_of: Tokens of a row.
+        lengths_of: Tokens of each of some rows.
         room: Tokens of a pack.
         mean_length: Of a row, for how many are held.
     """
     held = max(WINDOW, round(WINDOW * room / max(mean_length, 1.0)))
     columns = list(rows.features or ())
-    function = partial(_pack_window, length_of=length_of, room=room)
+    function = partial(_pack_window, lengths_of=lengths_of, room=room)
     return rows.map(function, batched=True, batch_size=held, remove_columns=columns)
 
 
-def _pack_window(columns: Mapping[str, list[Any]], length_of: Callable[[Row], int], room: int) -> dict[str, Any]:
+def _pack_window(columns: Mapping[str, list[Any]], lengths_of: LengthsOf, room: int) -> dict[str, Any]:
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    packs = [sorted(numbers) for numbers in pack(list(map(length_of, rows)), room)]
+    packs = [sorted(numbers) for numbers in pack(lengths_of(rows), room)]
     return {PACK: [[rows[number] for number in numbers] for numbers in sorted(packs)]}
 
 
@@ -230,7 +230,7 @@ class GroupsByLength:
         if not (self.packing if is_training else self.eval_packing):
             return own(dataset, *args, is_training=is_training, **kwargs)
         if isinstance(dataset, IterableDataset):
-            packed = pack_stream(dataset, partial(_length, self._own_collator()), self._room(), self.mean_length)
+            packed = pack_stream(dataset, partial(_lengths, self._own_collator()), self._room(), self.mean_length)
             return own(packed, *args, is_training=is_training, **kwargs)
         packs = self._packs(dataset, is_training)
         kwargs["sampler_fn"] = lambda rows: packs
@@ -269,10 +269,9 @@ class GroupsByLength:
         """
         if not (self.packing or self.eval_packing):
             return
-        collator, good = self._own_collator(), []
-        for row in itertools.islice(self.train_dataset, PROBED):
-            if length := _length(collator, row):
-                good.append((not row["images"], length, row))
+        collator, first = self._own_collator(), list(itertools.islice(self.train_dataset, PROBED))
+        measured = zip(_lengths(collator, first), first, strict=True)
+        good = [(not row["images"], length, row) for length, row in measured if length]
         rows = [row for *_, row in sorted(good, key=lambda each: each[:2])[:2]]
         if len(rows) < 2:
             return
@@ -311,8 +310,7 @@ class GroupsByLength:
         return room
 
     def _measured(self, rows: Any) -> list[int]:
-        collator = self._own_collator()
-        return [_length(collator, row) for row in rows]
+        return _lengths(self._own_collator(), rows)
 
     def _own_collator(self) -> MultimodalCollator:
         return getattr(self.data_collator, "collator", self.data_collator)  # without what is wrapped around it
@@ -341,8 +339,11 @@ class GroupsByLength:
         return SequentialSampler(eval_dataset)
 
 
-def _length(collator: MultimodalCollator, row: Row) -> int:
-    try:
-        return len(collator.encode(row, with_images=False).chat.input_ids)
-    except RowError:  # which its batch will say, or leave out
-        return 0
+def _lengths(collator: MultimodalCollator, rows: Iterable[Row]) -> list[int]:
+    lengths = []
+    for row in rendered_ahead(collator, rows):
+        try:
+            lengths.append(len(collator.encode(row, with_images=False).chat.input_ids))
+        except RowError:  # which its batch will say, or leave out
+            lengths.append(0)
+    return lengths

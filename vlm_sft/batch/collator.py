@@ -24,7 +24,7 @@ from ..rows.messages import Message, unpacked
 from ..templates.render import RenderedChat
 from .box_text import write_boxes
 from .by_length import numbered
-from .encoding import EncodedChat, pad
+from .encoding import EncodedChat, pad, rendered_ahead
 from .pictures import KeepsFeatures, Pictures, check_frames, check_pictures, load_picture, name_of, picture_sizes
 from .processor import VLMProcessor
 
@@ -141,11 +141,11 @@ class MultimodalCollator:
 
         self._decoded = {}
         try:
-            for pack, row in numbered(rows):
+            packs = (pack for pack, _ in numbered(rows))
+            for pack, row in zip(packs, rendered_ahead(self, (row for _, row in numbered(rows))), strict=True):
                 try:
                     row = unpacked(row)
-                    if row.get("rejected"):  # a stream's row that could not be read
-                        wrong = row["rejected"]
+                    if wrong := row.get("rejected"):  # a stream's row that could not be read
                         raise RowError(wrong["sentence"], where=row["id"], reason=wrong["reason"])
                     sample = self.encode(row)
                     sample.pack = pack

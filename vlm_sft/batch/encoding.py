@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import NamedTuple
+from functools import partial
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,7 +14,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..base.names import IGNORED
+from ..rows.messages import unpacked
+from ..templates.process import TOGETHER, asked_ahead
 from ..templates.render import RenderedChat
+from .box_text import write_boxes
+
+if TYPE_CHECKING:
+    from .collator import MultimodalCollator
 
 UNLEARNED = 2  # what `supervised_characters` says of an answer that is not learned is above
 PAD = "<pad>"  # added where a tokenizer has no pad token
@@ -72,6 +79,26 @@ class EncodedChat:
         self.input_ids += tokens
         self.labels += [IGNORED] * len(tokens) if labels is None else labels
         self.places += [int(place)] * len(tokens)
+
+
+def rendered_ahead(collator: MultimodalCollator, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows as they are, each when its conversation and those behind it were rendered, many in one message.
+
+    Where a template does not ship with this package, another process renders it: to wait for it takes longer than that.
+
+    Args:
+        collator: Is about to encode each row.
+        rows: Rows of a dataset.
+    """
+    rows = iter(rows)
+    while chunk := list(islice(rows, TOGETHER)):
+        with asked_ahead(partial(_render, collator, row) for row in chunk):
+            yield from chunk
+
+
+def _render(collator: MultimodalCollator, row: dict[str, Any]) -> None:
+    row = unpacked(row)
+    collator.render(write_boxes(collator.processor, row["messages"], row["images"], "", collator.fetch))
 
 
 def supervised_characters(chat: RenderedChat) -> bytearray:

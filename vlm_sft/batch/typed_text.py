@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..base.errors import UserError
 from ..templates.literals import literals
+from ..templates.process import asked_now
 from ..templates.render import RenderedChat
 from .encoding import tokenize
 
@@ -48,7 +49,8 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, own: Itera
     key = (template, len(tokenizer), *own)
     if key not in remembered:
         try:
-            written = "".join(literals(template))
+            with asked_now():
+                written = "".join(literals(template))
         except UserError:  # it takes no conversation of the usual kind
             written = ""
         found = {*tokenizer.all_special_tokens}

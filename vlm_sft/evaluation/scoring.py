@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..base.console import make_console
@@ -161,8 +162,8 @@ def merge(questions: Sequence[Question], processor: VLMProcessor) -> list[Questi
     if questions and questions[0].format in METRICS:
         return questions
     merged: dict[tuple[Any, ...], Question] = {}
-    for question in questions:
-        prompt = processor.render(question.messages, add_generation_prompt=True).text
+    prompts = _prompts(questions, processor)
+    for question, prompt in zip(questions, prompts, strict=True):
         key = (prompt, *[(image["bytes"] or image["path"], image.get("time")) for image in question.images])
         first = merged.setdefault(key, replace(question, references=[]))
         first.references += [reference for reference in question.references if reference not in first.references]
@@ -179,6 +180,15 @@ def _written(question: Question, processor: VLMProcessor) -> Question:
         return replace(question, messages=written)
     *asked, answer = written
     return replace(question, messages=asked, references=["".join(part["text"] or "" for part in answer["content"])])
+
+
+def _prompts(questions: Sequence[Question], processor: VLMProcessor) -> list[str]:
+    """What the template makes of each question."""
+    from ..templates.process import asked_ahead
+
+    renders = [partial(processor.render, question.messages, add_generation_prompt=True) for question in questions]
+    with asked_ahead(renders):
+        return [render().text for render in renders]
 
 
 def ask(
@@ -224,11 +234,10 @@ def ask_blindly(
     from ..inference.settings import SAMPLING  # which loads transformers
 
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, question in enumerate(questions):
-        if question.images and not question.refused:
-            drawn = options.get("do_sample") or SAMPLING.keys() & options.keys()
-            text = processor.render(question.messages, add_generation_prompt=True).text
-            alike.setdefault((i,) if drawn else (text, len(question.images)), []).append(i)
+    drawn = options.get("do_sample") or SAMPLING.keys() & options.keys()
+    asked = [i for i, question in enumerate(questions) if question.images and not question.refused]
+    for i, prompt in zip(asked, _prompts([questions[i] for i in asked], processor), strict=True):
+        alike.setdefault((i,) if drawn else (prompt, len(questions[i].images)), []).append(i)
     first = [without_image(questions[same[0]]) for same in alike.values()]
     answers = list(given)
     for text, same in zip(ask(model, processor, first, batch_size, options, tick), alike.values(), strict=True):

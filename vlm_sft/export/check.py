@@ -21,7 +21,7 @@ from ..base.errors import UserError, exit_on_user_error
 from ..base.names import PROCESSOR_CONFIG
 from ..base.whole_files import read_text
 from ..stack.judge import measure
-from ..templates.process import bounded
+from ..templates.serve import bounded
 
 ADAPTER_FOLDER = "adapter"
 PROBE, PICTURE, CONVERSATION = "probe.safetensors", "picture.png", "messages.json"

@@ -18,6 +18,7 @@ from ..base.errors import RowError
 from ..base.names import IGNORED
 from ..base.words import language_of
 from ..batch.box_text import file_size, write_boxes
+from ..batch.encoding import rendered_ahead
 from ..batch.token_view import TokenGroup, token_groups
 from ..batch.tokenizer_coverage import coverage_of
 from ..data.image_files import shared_images
@@ -174,7 +175,7 @@ def whole_lengths(rows: Sequence[dict[str, Any]], collator: MultimodalCollator) 
     whole = copy.copy(collator)
     whole.max_length = None
     lengths = []
-    for row in evenly(rows, MEASURED):
+    for row in rendered_ahead(whole, evenly(rows, MEASURED)):
         try:
             lengths.append(len(whole.encode(row, with_images=False).chat.input_ids))
         except RowError:

@@ -1,9 +1,12 @@
 """Strangers' templates are rendered in a process of their own, which is ended when it takes too much memory or time.
 
 Counting what a template does ends no template that does it in a way nobody thought of. The process imports jinja and
-the sandbox alone, gets no environment, writes no file, and serves the process that started it: one line of JSON a
-question, one line an answer. It ends when its pipe is closed, as the end of the other does, however it comes about.
-Templates that ship, known by their hash, are rendered at once.
+the sandbox alone, gets no environment, writes no file, and serves the process that started it: one line of JSON with
+questions, one line with their answers. It ends when its pipe is closed, as the end of the other does, however it comes
+about. Templates that ship, known by their hash, are rendered at once.
+
+To be answered takes a message longer than to render a conversation, so many conversations are asked in one
+(`asked_ahead`). The bounds are those of each: where a message is not answered, its questions are asked one by one.
 """
 
 from __future__ import annotations
@@ -11,35 +14,50 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import select
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..base.assets import list_templates, template_path
 from ..base.errors import UserError
 from ..base.limits import limits
 from ..base.whole_files import read_text
-from .sandbox import RefusedError, compile_template, run_template, variables_of, words_of
+from .sandbox import RefusedError
+from .serve import WORK, as_json
 
 LONGEST_WAIT = 120.0  # seconds; a busy machine gives a process little of a core
-LARGEST_ANSWER = 2**28
+LOOK = 0.2  # seconds after which a process that has not answered is looked at
+LARGEST_ANSWER = 2**26  # bytes; the longest conversation has far less, and the one that asks holds it several times
 MOST_SOURCES = 64
+SERVING = "vlm_sft.templates.serve"
+TOGETHER, TOGETHER_CHARACTERS = 128, 2**20  # questions, and their characters, in a message
 
-WORK: dict[str, Callable[[str, str, Mapping[str, Any]], Any]] = {
-    "render": lambda source, label, given: run_template(compile_template(source, label), label, **given),
-    "check": lambda source, label, given: compile_template(source, label) and None,
-    "variables": lambda source, label, given: sorted(variables_of(source)),
-    "words": lambda source, label, given: sorted(words_of(source)),
-}
-"""What a process is asked for → what it does."""
+
+class _Question(NamedTuple):
+    """What is asked of a template; `given` is what it sees, as JSON."""
+
+    work: str
+    source: str
+    label: str
+    given: str = "{}"
+
+
+class _Later(BaseException):  # which no `except Exception` on its way takes
+    """Carries what would have been asked to `asked_ahead`; None where nobody needs to be asked."""
+
+    def __init__(self, question: _Question | None) -> None:
+        self.question = question
+
+
+_COLLECTS: ContextVar[bool] = ContextVar("collects", default=False)
+_ANSWERS: dict[_Question, dict[str, Any]] = {}
 
 
 def ask(work: str, source: str, label: str, **variables: Any) -> Any:
@@ -55,10 +73,91 @@ def ask(work: str, source: str, label: str, **variables: Any) -> Any:
         RefusedError: The template called `raise_exception`.
         UserError: It is wrong, left its sandbox, or took too much memory or time.
     """
-    if _hash(source) in _ours():
+    ours = _hash(source) in _ours()
+    if work == "render" and _COLLECTS.get():
+        raise _Later(None if ours else _Question(work, source, label, as_json(variables)))
+    if ours:
         return WORK[work](source, label, variables)
+    if work != "render":
+        return _known(_Question(work, source, label))
+    return _found(_Question(work, source, label, as_json(variables)))
+
+
+@contextmanager
+def asked_ahead(attempts: Iterable[Callable[[], object]]) -> Iterator[None]:
+    """Within, templates have rendered already what these attempts come to ask: all of it in few messages.
+
+    Args:
+        attempts: Each renders one conversation, and is left as soon as it asks for that. What else it raises is not
+            looked at: it is raised again where the conversation is rendered.
+    """
+    questions: dict[_Question, None] = {}
+    collects = _COLLECTS.set(True)
+    try:
+        for attempt in attempts:
+            try:
+                with suppress(Exception):
+                    attempt()
+            except _Later as later:
+                if later.question is None:
+                    break
+                questions[later.question] = None
+    finally:
+        _COLLECTS.reset(collects)
+    try:
+        with _LOCK:
+            for together in _messages(list(questions)):
+                if (answers := _child().ask(together)) is None:
+                    break  # one takes too much: each is asked by itself, and that one is named
+                _ANSWERS.update(zip(together, answers, strict=True))
+        yield
+    finally:
+        _ANSWERS.clear()
+
+
+@contextmanager
+def asked_now() -> Iterator[None]:
+    """Within, a conversation is rendered at once, also on the way to another that is asked ahead."""
+    collects = _COLLECTS.set(False)
+    try:
+        yield
+    finally:
+        _COLLECTS.reset(collects)
+
+
+def _messages(questions: Sequence[_Question]) -> Iterator[list[_Question]]:
+    """Questions about the same template that follow each other, as many together as a message has."""
+    together: list[_Question] = []
+    for question in questions:
+        size = sum(len(each.given) for each in together) + len(question.given)
+        full = len(together) == TOGETHER or size > TOGETHER_CHARACTERS
+        if together and (full or question[:3] != together[0][:3]):
+            yield together
+            together = []
+        together.append(question)
+    if together:
+        yield together
+
+
+def _found(question: _Question) -> Any:
     with _LOCK:
-        return _child().ask(work, source, label, variables)
+        answer = _ANSWERS.get(question)
+        if answer is None:
+            child = _child()
+            answers = child.ask([question])
+            if answers is None:
+                seconds = limits().template_seconds
+                raise UserError(
+                    f"{question.label} takes more than {seconds} seconds or {child.memory >> 20:,} MiB for one "
+                    f"conversation (`limits.template_seconds`, `limits.template_bytes`); do not use templates like it."
+                )
+            answer = answers[0]
+    if "error" in answer:
+        raise (RefusedError if answer["refused"] else UserError)(answer["error"])
+    return answer["found"]
+
+
+_known = lru_cache(maxsize=256)(_found)  # what is asked of a template itself is asked again for every row
 
 
 @lru_cache(maxsize=64)  # asked for every row
@@ -77,7 +176,7 @@ class _Child:
     def __init__(self) -> None:
         self.memory = limits().template_bytes
         program = (
-            f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({self.memory}, {os.getpid()})"
+            f"import sys; sys.path[:] = {sys.path!r}; from {SERVING} import serve; serve({self.memory}, {os.getpid()})"
         )
         zone = {"TZ": os.environ["TZ"]} if "TZ" in os.environ else {}
         try:
@@ -95,33 +194,31 @@ class _Child:
                 f"No process for chat templates can be started ({error.strerror}); free some memory."
             ) from None
         self.sent: set[str] = set()
-        self.rest = b""
 
-    def ask(self, work: str, source: str, label: str, variables: Mapping[str, Any]) -> Any:
-        """See `ask`. Whatever interrupts it ends the process too, whose answer nobody would read."""
-        key = _hash(source)
-        seconds = limits().template_seconds
-        given = {"seconds": seconds, "source": None if key in self.sent else source, "variables": variables}
+    def ask(self, questions: Sequence[_Question]) -> list[dict[str, Any]] | None:
+        """The answers to questions about one template; None where they take more than they may, and it has ended.
+
+        Whatever interrupts it ends the process too, whose answer nobody would read.
+        """
+        work, source, label, _ = questions[0]
+        head = {"work": work, "key": (key := _hash(source)), "label": label, "seconds": limits().template_seconds}
+        head["source"] = None if key in self.sent else source
         self.sent.add(key)
+        given = ",".join(question.given for question in questions)
+        line = f'{as_json(head)[:-1]}, "given": [{given}]}}\n'
         try:
-            answer = self._answer(json.dumps({"work": work, "key": key, "label": label, **given}).encode() + b"\n")
+            answers = self._answers(line.encode("utf-8", "surrogatepass"))
         except BaseException:
             self.end()
             raise
-        if answer is None:
+        if answers is None:
             self.end()
-            raise UserError(
-                f"{label} takes more than {seconds} seconds or {self.memory >> 20:,} MiB for one conversation "
-                f"(`limits.template_seconds`, `limits.template_bytes`); do not use templates like it."
-            )
-        if "error" in answer:
-            raise (RefusedError if answer["refused"] else UserError)(answer["error"])
-        return answer["found"]
+        return answers
 
-    def _answer(self, question: bytes) -> dict[str, Any] | None:
-        """The answer; None where the process ended, or takes too long or says too much."""
+    def _answers(self, line: bytes) -> list[dict[str, Any]] | None:
+        """See `ask`; also None where the process says too much."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        left = memoryview(question)
+        left = memoryview(line)
         try:
             while left:
                 left = left[self.process.stdin.write(left) :]
@@ -129,17 +226,28 @@ class _Child:
             return None
         ready = select.poll()
         ready.register(self.process.stdout, select.POLLIN)
-        pieces, size, end = [self.rest], len(self.rest), time.monotonic() + LONGEST_WAIT
-        while b"\n" not in pieces[-1]:
-            seconds = max(0.0, end - time.monotonic())
-            piece = os.read(self.process.stdout.fileno(), 2**20) if ready.poll(1000 * seconds) else b""
+        pieces, size, end = [b""], 0, time.monotonic() + LONGEST_WAIT
+        while not pieces[-1].endswith(b"\n"):  # there is one line, for it was asked once
+            if not ready.poll(1000 * LOOK):
+                if time.monotonic() > end or self._is_too_large():
+                    return None
+                continue
+            piece = os.read(self.process.stdout.fileno(), 2**20)
             size += len(piece)
             if not piece or size > LARGEST_ANSWER:
                 return None
             pieces.append(piece)
-        line, _, self.rest = b"".join(pieces).partition(b"\n")
-        found: dict[str, Any] = json.loads(line)
+        found: list[dict[str, Any]] = json.loads(b"".join(pieces))
         return found
+
+    def _is_too_large(self) -> bool:
+        """Some systems (macOS) limit no process's addresses, so while it is waited for it is looked at."""
+        import psutil
+
+        try:
+            return int(psutil.Process(self.process.pid).memory_info().rss) > self.memory
+        except psutil.Error:  # it has ended
+            return False
 
     def end(self) -> None:
         """Ends the process at once; the next question starts another."""
@@ -183,75 +291,3 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """The same bounds for what another library renders inside, in a process that was started for that.
-
-    The system ends this process where it takes too long; what takes too much memory is a MemoryError.
-    """
-    bounds, used = limits(), resource.getrusage(resource.RUSAGE_SELF)
-    taken = int(read_text("/proc/self/statm").split()[0]) * resource.getpagesize()
-    most = {
-        resource.RLIMIT_AS: taken + bounds.template_bytes,
-        resource.RLIMIT_CPU: int(used.ru_utime + used.ru_stime) + 1 + bounds.template_seconds,
-    }
-    before = {kind: resource.getrlimit(kind) for kind in most}
-    try:
-        for kind, number in most.items():
-            _limit(kind, number)
-        yield
-    finally:
-        for kind, pair in before.items():
-            resource.setrlimit(kind, pair)
-
-
-# -- in the process of its own -----------------------------------------------------------------------------------------
-
-
-def serve(memory: int, asker: int) -> None:
-    """Answers questions, with so many bytes of addresses, until the process that asks closes the pipe or has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_watch, args=(asker,), daemon=True).start()
-    questions, answers = sys.stdin.buffer, sys.stdout.buffer
-    sources: dict[str, str] = {}
-    _limit(resource.RLIMIT_AS, memory)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_FSIZE, 0)
-    for line in questions:
-        question = json.loads(line)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + question["seconds"])
-        if question["source"] is not None:
-            sources[question["key"]] = question["source"]
-        answer = _answered(question, sources[question["key"]])
-        if answer is None:  # the memory is full: what is left of this process is not to be trusted
-            return
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
-
-
-def _watch(asker: int) -> None:
-    """Ends this process with the one that asks, also in the middle of an answer that nobody waits for any longer."""
-    while os.getppid() == asker:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _limit(kind: int, most: int) -> None:
-    _, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-
-
-def _answered(question: Mapping[str, Any], source: str) -> dict[str, Any] | None:
-    try:
-        return {"found": WORK[question["work"]](source, question["label"], question["variables"])}
-    except MemoryError:
-        return None
-    except UserError as error:
-        if isinstance(error.__cause__, MemoryError):
-            return None
-        return {"error": str(error), "refused": isinstance(error, RefusedError)}
-    except Exception as error:  # of jinja's own analysis
-        return {"error": f"{question['label']} cannot be read ({type(error).__name__}); mend it.", "refused": False}

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..base.errors import RowError, UserError
 from ..base.interrupts import workers_end_with_errors
+from ..batch.encoding import rendered_ahead
 from ..batch.pictures import is_odd
 from ..data.image_files import missing_images
 from ..data.ledger import EXAMPLES, SourceLedger
@@ -258,7 +259,7 @@ def _measure(
     That is returned, because a `DataLoader` puts the worker's traceback into what it raises.
     """
     measures: list[_Measured | UserError] = []
-    for number, row, decode in rows:
+    for (number, _, decode), row in zip(rows, rendered_ahead(collator, (row for _, row, _ in rows)), strict=True):
         try:
             sample = collator.encode(row, with_images=decode)
             if any(map(is_odd, sample.images)):  # a picture of a usual shape is taken, and reading it takes long
