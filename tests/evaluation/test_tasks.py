@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from support.benchmarks import own_task
+from support.benchmarks import lines, own_task, picture
+from support.paths import ROOT
 from vlm_sft.base.assets import list_tasks
 from vlm_sft.base.errors import UserError
 from vlm_sft.evaluation.benchmark import read_benchmarks
 from vlm_sft.evaluation.tasks import load_task, render_prompt
+from vlm_sft.metrics.measures import MEASURES
 
 
 @pytest.mark.parametrize("name", list_tasks())
@@ -67,3 +71,31 @@ def test_a_task_that_is_wrong_is_one_sentence(tmp_path, keys, said):
     with pytest.raises(UserError, match=said) as refused:
         read_benchmarks([own_task(tmp_path, **keys)], None)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("page", ["evaluation.md", "evaluation_zh.md"])
+def test_the_page_names_every_task_and_metric_and_its_example_is_one(page, tmp_path):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for name in list_tasks():
+        _, task = load_task(name)
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        assert f"`{task.metric}`" in line and (task.hub is None or f"`{task.hub.path}`" in line)
+    assert all(f"`{metric}`" in text for metric in MEASURES)
+    (example,) = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "dogs.yaml").write_text(example, encoding="utf-8")
+    row = {
+        "id": 1,
+        "photo": "0.png",
+        "question": "几只？",
+        "answers": "B",
+        "a": "一",
+        "b": "二",
+        "c": "三",
+        "breed": "x",
+    }
+    lines(tmp_path / "dogs.jsonl", [row])
+    picture(tmp_path / "0.png", 0)
+    asked = read_benchmarks([str(tmp_path / "dogs.yaml")], None)[0].asked
+    assert [one.answers for one in asked] == [["B"], ["A"], ["C"]] and asked[0].text.startswith(
+        "几只？\nA. 一\nB. 二\nC. 三\n"
+    )
