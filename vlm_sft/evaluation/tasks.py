@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, ValidationError
 
 from ..base.assets import list_tasks, task_path
@@ -15,7 +16,6 @@ from ..base.words import closest, reason_of
 from ..metrics.measures import MEASURES, NEEDS_CHOICES
 from ..recipe.sections import RecipeModel
 from ..recipe.yaml_file import YamlFile
-from ..templates.limits import LimitedSandbox, budget
 
 Column = str | list[str]
 """A column of a row (`answers[].answer` goes into a list of objects), or several."""
@@ -167,16 +167,13 @@ def _sentence(error: ValidationError, file: YamlFile) -> str:
     return f"{where}: {key + ': ' if key else ''}{said}."
 
 
-@lru_cache(maxsize=1)
-def _sandbox() -> LimitedSandbox:
-    return LimitedSandbox(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+_SANDBOX = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
 
 
 @lru_cache(maxsize=64)
 def compile_prompt(prompt: str) -> jinja2.Template:
-    """Compiles a prompt, in the sandbox that chat templates have."""
-    sandbox = _sandbox()
-    return sandbox.from_string(sandbox.limit(sandbox.parse(prompt)))
+    """Compiles a prompt, in jinja's immutable sandbox."""
+    return _SANDBOX.from_string(prompt)
 
 
 def render_prompt(prompt: str, where: str, values: dict[str, Any]) -> str:
@@ -186,7 +183,6 @@ def render_prompt(prompt: str, where: str, values: dict[str, Any]) -> str:
         UserError: The prompt asks for a column that the row lacks, or fails otherwise.
     """
     try:
-        with budget():
-            return compile_prompt(prompt).render(**values).strip()
+        return compile_prompt(prompt).render(**values).strip()
     except Exception as error:  # whatever a prompt can be made to raise is a fault of the prompt
         raise UserError(f"{where}: the prompt of the benchmark fails there: {reason_of(error)}.") from None
