@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_sft.base.errors import RowError, UserError
-from vlm_sft.reading import table_rows
+from vlm_sft.reading import files, table_rows
 from vlm_sft.reading.files import read_file
 from vlm_sft.reading.table_rows import batch_size
 
@@ -113,7 +114,7 @@ def test_every_page_of_a_file_is_seen(options, tmp_path):
     )
     with open(path, "rb") as opened:
         group = pq.ParquetFile(path).metadata.row_group(0)
-        sizes = [size for number in range(2) for size, _ in table_rows._pages(opened, group.column(number))]
+        sizes = [page.size for number in range(2) for page in table_rows._pages(opened, group.column(number))]
     assert len(sizes) >= 10
     headers = sum(group.column(number).total_uncompressed_size for number in range(2)) - sum(sizes)
     assert 0 < headers < 200 * len(sizes)
@@ -133,3 +134,73 @@ def test_what_is_read_is_what_pyarrow_reads(texts, kind):
     batch = pa.record_batch([KINDS[kind](pa.array(texts, pa.string()))], ["x"])
     found = [values for _, values in table_rows.table_rows(Path(__file__), [batch])]
     assert found == batch.to_pylist()
+
+
+def of_zeros(count):
+    """One row with a list of so many zeros."""
+    return pa.table({"a": pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.array(np.zeros(count, "i8")))})
+
+
+def said_of(path, monkeypatch, most=2**20):
+    monkeypatch.setenv("VLM_SFT_LIMITS", f"page_bytes={most},row_bytes={2**20}")
+    with pytest.raises(UserError) as refused:
+        list(read_file(path))
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_buffers_of_arrow_are_counted_before_any_is_unpacked(kind, codec, tmp_path, monkeypatch):
+    path, table = tmp_path / "a.arrow", of_zeros(10**6)
+    options = pa.ipc.IpcWriteOptions(compression=codec)
+    new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    with new(str(path), table.schema, options=options) as writer:
+        writer.write_table(table)
+    assert path.stat().st_size < 50_000
+    monkeypatch.setattr(files, "table_rows", lambda *_: pytest.fail("it was read"))
+    assert "its buffers unpack to 8,000," in said_of(path, monkeypatch)
+
+
+@pytest.mark.parametrize("codec", [None, "zstd", "lz4"])
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_packed_arrow_is_read_right(kind, codec, tmp_path):
+    path = tmp_path / "a.arrow"
+    rows = [{"n": n, "t": f"猫{n % 3}", "l": [str(n)] * (n % 4)} for n in range(700)]
+    table = pa.Table.from_pylist(rows)
+    table = table.set_column(1, "t", table["t"].combine_chunks().dictionary_encode())
+    new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    with new(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+        writer.write_table(table, max_chunksize=300)
+    assert [row for _, row in read_file(path)] == rows
+
+
+def test_a_file_of_arrow_that_is_cut_off_or_names_other_batches_is_refused(tmp_path, monkeypatch):
+    path, table = tmp_path / "a.arrow", pa.table({"n": list(range(9))})
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        for _ in range(3):
+            writer.write_table(table)
+    whole = path.read_bytes()
+    for wrong in (whole[:-20], whole[: len(whole) // 2], whole[:8]):
+        path.write_bytes(wrong)
+        assert "damaged" in said_of(path, monkeypatch)
+
+
+@pytest.mark.parametrize("word", [None, "x" * 3000])
+def test_lists_of_parquet_are_counted_before_they_are_made(word, tmp_path, monkeypatch):
+    """A page of a few bytes says that a list has as many entries as it likes."""
+    path, table = tmp_path / "a.parquet", of_zeros(10**6)
+    if word:
+        table = pa.table({"a": [[word] * 5000]})
+    pq.write_table(table, path)
+    assert path.stat().st_size < 20_000
+    monkeypatch.setattr(files, "table_rows", lambda *_: pytest.fail("it was read"))
+    assert "entries of lists in its column 'a.list.element' take" in said_of(path, monkeypatch)
+
+
+def test_lists_that_their_pages_hold_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_SFT_LIMITS", f"page_bytes={2**21}")
+    path = tmp_path / "a.parquet"
+    rows = [{"a": [f"{n} {i} 猫" for i in range(30)], "b": [n] * 30} for n in range(5000)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert [row for _, row in read_file(path)] == rows

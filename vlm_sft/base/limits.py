@@ -33,7 +33,7 @@ class Limits:
     picture_pixels: int = _most(16_777_216, "Most pixels that a processor makes of an image for the model.")
     picture_tiles: int = _most(256, "Most tiles that a processor cuts an image into.")
     row_bytes: int = _most(256 * MEGABYTE, "Most bytes of a row of a table, and of a member of a tar file.")
-    page_bytes: int = _most(1024 * MEGABYTE, "Most bytes of a page of a parquet file, unpacked.")
+    page_bytes: int = _most(1024 * MEGABYTE, "Most bytes of a page of a parquet file, or a batch of Arrow, unpacked.")
     text_bytes: int = _most(256 * MEGABYTE, "Most bytes of a text file of a bundle or base, such as a tokenizer.")
     table_bytes: int = _most(256 * MEGABYTE, "Most bytes of a model's tables that no file holds, beyond its weights.")
     template_bytes: int = _most(1024 * MEGABYTE, "Most bytes of memory of the process that renders templates.")

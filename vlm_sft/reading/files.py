@@ -18,7 +18,7 @@ from ..base.errors import RowError, UserError, row_error
 from ..base.whole_files import check_regular, open_regular
 from ..base.words import closest, first_line, reason_of, short
 from .json_text import BOM, is_json, key_twice, lines_of, parse_json, parse_rows, read_text
-from .table_rows import batch_size, check_count, table_rows
+from .table_rows import batch_size, check_count, check_messages, table_rows
 from .tar_shards import read_tar
 
 Found = Iterator[tuple[str, Any]]
@@ -198,17 +198,22 @@ def _read_parquet(path: Path) -> Found:
 
 
 def _read_arrow(path: Path) -> Found:
-    """A stream, as `datasets` writes, or a file (feather); what is read is checked, for its offsets are addresses."""
+    """A stream, as `datasets` writes, or a file (feather), which is a stream between two marks and a list of places.
+
+    What is read is checked, for its offsets are addresses.
+    """
     import pyarrow as pa
 
     check_regular(path)
     with pa.memory_map(str(path)) as mapped:
-        if mapped.read(6) == b"ARROW1":
-            file = pa.ipc.open_file(mapped)
-            yield from table_rows(path, (file.get_batch(i) for i in range(file.num_record_batches)))
-        else:
-            mapped.seek(0)
-            yield from table_rows(path, pa.ipc.open_stream(mapped))
+        is_file = mapped.read(6) == b"ARROW1"
+        start = 8 if is_file else 0
+        mapped.seek(start)
+        batches = check_messages(mapped, path)
+        if is_file and pa.ipc.open_file(mapped).num_record_batches != batches:
+            raise ValueError("its list of places names other batches than there are")
+        mapped.seek(start)
+        yield from table_rows(path, pa.ipc.open_stream(mapped))
 
 
 def _damaged(kind: str, reader: Callable[[Path], Found]) -> Callable[[Path], Found]:

@@ -19,7 +19,7 @@ from ..base.hub import look_for_hub
 from ..base.whole_files import check_entries, read_text
 from ..base.words import first_line
 from .files import FILE_READERS, TEXT_FILES, no_such_file, read_file
-from .table_rows import BATCH
+from .table_rows import BATCH, check_messages
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
@@ -215,12 +215,18 @@ def _check_saved(folder: Path) -> None:
 
 def _read_saved(folder: Path, split: str) -> Iterator[Row]:
     import datasets
+    import pyarrow
 
     for place in (folder, *(each for each in folder.iterdir() if each.is_dir())):
         check_entries(place)
     _check_saved(folder)
     try:
+        for path in (*folder.glob("*.arrow"), *folder.glob("*/*.arrow")):
+            with pyarrow.memory_map(str(path)) as mapped:
+                check_messages(mapped, path)
         saved = datasets.load_from_disk(str(folder))
+    except UserError:
+        raise
     except Exception as error:  # whatever half a folder makes datasets raise
         raise UserError(
             f"The folder {folder} is not a whole saved dataset ({first_line(error)}): save it again."
@@ -232,7 +238,10 @@ def _read_saved(folder: Path, split: str) -> Iterator[Row]:
                 "set the source's `split`."
             )
         saved = saved[split]
-    yield from dataset_rows(saved, str(folder), folder)
+    try:
+        yield from dataset_rows(saved, str(folder), folder)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"The saved dataset {folder} is damaged ({first_line(error)}): save it again.") from None
 
 
 def _read_hub(name: str, split: str, revision: str | None, stream: bool) -> Iterator[Row]:
@@ -262,6 +271,7 @@ def dataset_rows(data: Any, label: str, folder: Path | None) -> Iterator[Row]:
     number = 0
     # The arrow format hands out what is stored: images stay paths and bytes, nothing is decoded.
     for table in data.with_format("arrow").iter(batch_size=BATCH):
+        table.validate(full=True)  # its offsets are addresses
         for values in table.to_pylist():
             number += 1
             yield Row(f"{label}, row {number}", folder, values)

@@ -5,9 +5,10 @@ Both formats can say one large value for many rows, or rows without any bytes; P
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ..base.errors import UserError, row_error
 from ..base.limits import limits
@@ -17,6 +18,13 @@ BATCH = 256  # rows of a parquet file or dataset held as Python objects at a tim
 FREE_ROWS, ROWS_A_BYTE = 1_000_000, 8
 # Parquet's numbers of a kind of page, and of an encoding in which values begin as the one before does.
 DICTIONARY_PAGE, PREFIXES = 2, 7
+# Bytes of a value by its type; and times that lists may take what the pages that hold them have.
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "BYTE_ARRAY": 8}
+REPEATED = 16
+# Kinds of messages of Arrow; numbers of fields of a message, of a batch, and of the batch in a dictionary's message.
+ARROW_DICTIONARY, ARROW_BATCH = "dictionary", "record batch"
+HEADER, BUFFERS, COMPRESSION, DATA = 2, 2, 3, 1
+OLDER = b"experimental_compression"  # before there was a field for it, a word in the message said how it is packed
 HEADERS = 2**10, 2**20  # bytes that are looked at for the header of a page
 
 
@@ -46,20 +54,69 @@ def batch_size(opened: BinaryIO, metadata: Any, path: Path) -> int:
     for group in range(metadata.num_row_groups):
         together = 0
         for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
+            column, kind = metadata.row_group(group).column(number), metadata.schema.column(number)
             pages = list(_pages(opened, column))
-            together += max((size for size, _ in pages), default=0)
+            if kind.max_repetition_level:
+                _check_lists(opened, column, kind, pages, path)
+            together += max((page.size for page in pages), default=0)
             if together > most:
                 raise UserError(
                     f"{path} says that its pages unpack to {together:,} bytes, more than the {most:,} of "
                     f"`limits.page_bytes`; write it with smaller pages, or raise the limit."
                 )
-            largest = max(largest, *(size for size, shares in pages if shares), 0)
+            largest = max(largest, *(page.size for page in pages if page.shares), 0)
     return max(1, min(BATCH, limits().row_bytes // max(largest, 1)))
 
 
-def _pages(opened: BinaryIO, column: Any) -> Iterator[tuple[int, bool]]:
-    """(bytes unpacked, whether values in it share bytes) of each page of a column, as the header of the page says.
+class _Page(NamedTuple):
+    """What the header of a page says: bytes packed and unpacked, whether values share bytes, how many; its place."""
+
+    packed: int
+    size: int
+    shares: bool
+    values: int
+    place: int
+    is_dictionary: bool
+
+
+def _check_lists(opened: BinaryIO, column: Any, kind: Any, pages: Sequence[_Page], path: Path) -> None:
+    """Refuses lists of which a few bytes say that they have many entries: one row may have all that a column has.
+
+    Raises:
+        UserError: They take more than `limits.page_bytes`, and many times the bytes that hold them.
+    """
+    values = sum(page.values for page in pages if not page.is_dictionary)
+    width = kind.length if kind.physical_type == "FIXED_LEN_BYTE_ARRAY" else WIDTHS.get(kind.physical_type, 12)
+    held, most = sum(page.size for page in pages), limits().page_bytes
+    if kind.physical_type == "BYTE_ARRAY":
+        words = [page for page in pages if page.is_dictionary]
+        if any(values * page.size > most for page in words):
+            width += max(_longest_word(opened, column, page) for page in words)
+    if (size := values * width) > most and size > REPEATED * held:
+        raise UserError(
+            f"{path}: the {values:,} entries of lists in its column {kind.path!r} take {size:,} bytes, of {held:,} "
+            f"that it has, more than the {most:,} of `limits.page_bytes`; write it with fewer rows a group, or raise "
+            f"the limit."
+        )
+
+
+def _longest_word(opened: BinaryIO, column: Any, page: _Page) -> int:
+    """Bytes of the longest text of a dictionary, each of which stands behind its length."""
+    import pyarrow as pa
+
+    opened.seek(page.place)
+    data = opened.read(page.packed)
+    if column.compression != "UNCOMPRESSED":
+        data = pa.Codec(column.compression.lower()).decompress(data, page.size, asbytes=True)
+    longest = place = 0
+    while place + 4 <= len(data):
+        length = int.from_bytes(data[place : place + 4], "little")
+        longest, place = max(longest, length), place + 4 + length
+    return longest
+
+
+def _pages(opened: BinaryIO, column: Any) -> Iterator[_Page]:
+    """Each page of a column, as its header says.
 
     The footer says it too, but is not what is obeyed.
     """
@@ -71,9 +128,12 @@ def _pages(opened: BinaryIO, column: Any) -> Iterator[tuple[int, bool]]:
         header, length = _read_header(opened, place)
         if (packed := header.get(3, -1)) < 0 or (size := header.get(2, -1)) < 0:
             raise ValueError("a page has no size")
+        older, newer = header.get(5) or {}, header.get(8) or {}
+        is_dictionary = header.get(1) == DICTIONARY_PAGE
+        shares = is_dictionary or PREFIXES in (older.get(2), newer.get(4))
+        values = max(older.get(1) or 0, newer.get(1) or 0)
+        yield _Page(packed, size, shares, values, place + length, is_dictionary)
         place += length + packed
-        coded = (header.get(5) or {}).get(2), (header.get(8) or {}).get(4)
-        yield size, header.get(1) == DICTIONARY_PAGE or PREFIXES in coded
 
 
 def _read_header(opened: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
@@ -130,6 +190,84 @@ def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
     if kind == 12 and depth < 8:
         return thrift_struct(data, place, depth + 1)
     raise ValueError("a page's header has a field that no such header has")
+
+
+def check_messages(opened: Any, path: Path) -> int:
+    """Counts what the packed buffers of each message of an Arrow file unpack to, from where it was opened.
+
+    Of a message's header, a FlatBuffer (https://arrow.apache.org/docs/format/Columnar.html), the places of buffers are
+    read; a packed buffer begins with the number of bytes that it unpacks to.
+
+    Args:
+        opened: pyarrow's memory map of the file.
+        path: Named in messages.
+
+    Returns:
+        How many of them are batches of rows.
+
+    Raises:
+        UserError: Buffers that are unpacked together have more bytes than `limits.page_bytes`.
+        ValueError: A message cannot be read.
+    """
+    import pyarrow as pa
+
+    batches = held = 0
+    for message in pa.ipc.MessageReader.open_stream(opened):
+        if message.type not in (ARROW_DICTIONARY, ARROW_BATCH):
+            continue
+        try:
+            together = held + _unpacked(message)
+        except struct.error:
+            raise ValueError("a message ends too soon") from None
+        if together > (most := limits().page_bytes):
+            raise UserError(
+                f"{path} says that its buffers unpack to {together:,} bytes, more than the {most:,} of "
+                f"`limits.page_bytes`; write it with fewer rows a batch, or raise the limit."
+            )
+        batches += message.type == ARROW_BATCH
+        held = together if message.type == ARROW_DICTIONARY else held  # dictionaries are held until the end
+    return batches
+
+
+def _unpacked(message: Any) -> int:
+    """Bytes that the packed buffers of a message unpack to, as each says."""
+    head, body = memoryview(message.metadata), message.body
+    batch = _table_at(head, _field(head, _table_at(head, 0), HEADER))
+    if message.type == ARROW_DICTIONARY:
+        batch = _table_at(head, _field(head, batch, DATA))
+    buffers = _field(head, batch, BUFFERS)
+    if not buffers or not (_field(head, batch, COMPRESSION) or OLDER in bytes(head)):
+        return 0
+    vector = _table_at(head, buffers)
+    view, total = memoryview(body), 0
+    for number in range(struct.unpack_from("<I", head, vector)[0]):
+        place, length = struct.unpack_from("<qq", head, vector + 4 + 16 * number)
+        if length:
+            if place < 0 or place + 8 > len(view):
+                raise ValueError("a buffer lies outside of its message")
+            size = struct.unpack_from("<q", view, place)[0]
+            if size < -1:
+                raise ValueError("a buffer has no size")
+            total += max(size, 0)  # -1: it is as it is, and stays where it is
+    return total
+
+
+def _table_at(data: memoryview, place: int) -> int:
+    """Where what a place refers to begins."""
+    if place < 0:
+        raise ValueError("a message refers to what lies before it")
+    return int(place + struct.unpack_from("<I", data, place)[0])
+
+
+def _field(data: memoryview, table: int, number: int) -> int:
+    """The place of a table's field; 0 where it does not say it."""
+    names = table - struct.unpack_from("<i", data, table)[0]
+    if names < 0:
+        raise ValueError("a message refers to what lies before it")
+    if 4 + 2 * number >= struct.unpack_from("<H", data, names)[0]:
+        return 0
+    offset = struct.unpack_from("<H", data, names + 4 + 2 * number)[0]
+    return table + offset if offset else 0
 
 
 def table_rows(path: Path, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
