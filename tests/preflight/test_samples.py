@@ -108,6 +108,17 @@ def test_samples_are_of_every_source(collator, photos):
     assert {sample.source for sample in shown} == {"one", "two"} and len(shown) <= 4
 
 
+def test_samples_of_rows_that_take_turns_are_of_each_kind(collator, photos):
+    """A file of questions in two languages in turn; even steps met one of them, and of 15 rows only the first half."""
+    rows = [row for k in range(8) for row in rows_of(photos, f"a cat {k}", f"一只猫{k}")]
+    for number, row in enumerate(rows):
+        row["id"] = str(number)
+    for these in (rows, rows[:15]):
+        shown = [int(sample.id) for sample in show_samples(these, collator, 8)]
+        assert len(shown) == 8 and {place % 2 for place in shown} == {0, 1} and max(shown) > 7
+        assert shown == [int(sample.id) for sample in show_samples(these, collator, 8)]
+
+
 def test_evidence_is_filled(collator, photos):
     evidence = Evidence()
     look_at(

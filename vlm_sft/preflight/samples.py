@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import copy
 import io
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -166,8 +166,9 @@ def glance(train: Dataset | IterableDataset, processor: VLMProcessor, sources: S
 
 
 def evenly(rows: Sequence[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
-    """So many rows, evenly spread."""
-    return islice(iter(rows[:: max(1, len(rows) // count)]), count)
+    """So many rows from everywhere, the same each time; even steps would show one kind of rows that take turns."""
+    places = random.Random(0).sample(range(len(rows)), min(count, len(rows)))
+    return (rows[place] for place in sorted(places))
 
 
 def whole_lengths(rows: Sequence[dict[str, Any]], collator: MultimodalCollator) -> list[int]:
