@@ -86,6 +86,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             with _until_a_signal(trainer, pushes):
                 trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
             if trainer.eval_dataset is not None and args.eval_strategy == "no":  # no evaluation has been made yet
+                trainer.save_points.save_bundle()  # first: a run that is killed in its evaluation is not lost
                 trainer.evaluate()
         folder = finish(trainer, collator, console)
         if pushes is not None and trainer.is_world_process_zero():
@@ -102,8 +103,7 @@ def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Consol
     from .data.streaming import first_rows
 
     folder = Path(trainer.args.output_dir)
-    trainer.save_model(str(folder))
-    trainer.save_state()
+    trainer.save_points.save_bundle()
     model = trainer.accelerator.unwrap_model(trainer.model)
     collator.kept = None  # what is proven is the bundle, which has no cache
     batch = collator(first_rows(trainer.train_dataset, 4))  # of the first training rows

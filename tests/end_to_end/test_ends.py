@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from support.paths import ROOT, accelerate_config
+from vlm_sft import load
 
 pytestmark = pytest.mark.slow
 
@@ -84,3 +87,22 @@ def test_an_evaluation_that_fails(forge, failing):
     recipe = failing("jpeg", 2, False, split="eval")
     assert forge.run(recipe, "sft.max_steps=2", timeout=LIMIT, resume=False) == 2, forge.said()
     assert "cut.jpg" in forge.said()
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps", "epoch"])
+def test_a_run_that_is_killed_in_its_last_evaluation_has_its_bundle(forge, failing, tmp_path, strategy):
+    settings = ["sft.max_steps=3", f"sft.eval_strategy={strategy}", "sft.eval_steps=3"]
+    killed = failing("kill", 0, False, split="eval")
+    assert forge.run(killed, *settings, timeout=LIMIT, resume=False) == -signal.SIGKILL, forge.said()
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 3
+    calm = failing("never", 0, False, split="eval")
+    assert forge.run(calm, *settings, f"sft.output_dir={tmp_path}/calm", timeout=LIMIT, resume=False) == 0, forge.said()
+    load(tmp_path / "out", device="cpu")
+    weights = [load_file(tmp_path / name / "trained.safetensors") for name in ("out", "calm")]
+    assert weights[0] and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    # Of the one that was not killed, everything that is written at the end knows of the evaluation.
+    found = {name: (tmp_path / "calm" / name).read_text() for name in ("trainer_state.json", "metrics.json")}
+    assert all(text.count('"eval_loss"') == 1 for text in found.values())
+    ledgers = [json.loads((tmp_path / name / "bundle.json").read_text())["ledger"] for name in ("out", "calm")]
+    assert ledgers[0]["train"] == ledgers[1]["train"]
+    assert forge.run(killed, *settings) == 2 and "its bundle can be used as it is" in forge.said()

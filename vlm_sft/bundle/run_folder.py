@@ -252,7 +252,7 @@ def _check_empty(folder: Path, resume: bool) -> None:
     if resume and finished:
         raise UserError(
             f"sft.output_dir {str(folder)!r} holds a finished run without checkpoints, so there is nothing to go on "
-            f"from; choose another, or remove it to train again."
+            f"from: its bundle can be used as it is; choose another folder, or remove it to train again."
         )
     harmless = ("runs", RUN_LOCK)
     full = any(path.name not in harmless and not path.name.startswith(UNFINISHED) for path in folder.iterdir())

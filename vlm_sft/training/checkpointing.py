@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..base.errors import UserError
 from ..base.whole_files import UNFINISHED, read_text
+from ..bundle.manifest import update_manifest
 from ..bundle.run_folder import PREFIX, newest, publish, rotate
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class SavePoints(TrainerCallback):
         self.resumed_from: str | None = None
         self.epoch = 0
         self._due = False
+        self._bundle_of: int | None = None  # the step after which the run's bundle was written
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -93,6 +95,17 @@ class SavePoints(TrainerCallback):
             publish(unfinished, final)
         trainer.accelerator.wait_for_everyone()
 
+    def save_bundle(self) -> None:
+        """Writes the run's bundle or, where it is that of this step, what was noted and logged since."""
+        trainer = self.trainer
+        folder = trainer.args.output_dir
+        if self._bundle_of != trainer.state.global_step:
+            trainer.save_model(folder)
+            self._bundle_of = trainer.state.global_step
+        elif trainer.args.should_save and trainer.provenance is not None:
+            update_manifest(folder, trainer.provenance.notes)
+        trainer.save_state()
+
     def write_counters(self, folder: str | Path) -> None:
         """Writes what this process adds up between logs."""
         text = json.dumps(self.trainer.counters())
@@ -129,6 +142,7 @@ class SavePoints(TrainerCallback):
         ends = state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()
         if control.should_save and ends:
             self._due, control.should_save = True, False
+        self._save_before_last_evaluation(args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -140,6 +154,14 @@ class SavePoints(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
         elif self._due:
             self._due, control.should_save = False, True
+        self._save_before_last_evaluation(args, state, control)
+
+    def _save_before_last_evaluation(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """A run that is killed in its last evaluation has its bundle, unless that is to be of the best checkpoint."""
+        if control.should_evaluate and state.global_step >= state.max_steps and not args.load_best_model_at_end:
+            self.save_bundle()
 
 
 def _is_about_the_disk(error: Exception) -> bool:
