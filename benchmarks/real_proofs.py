@@ -11,15 +11,19 @@ run again. Exit code 1 if a promise does not hold.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +35,9 @@ QUESTIONS = ("What is this?", "这是什么？")
 STEPS, ROWS, BATCH = 4, 16, 4
 TRAIN = [sys.executable, "-m", "vlm_sft.train"]
 TOOL = [str(Path(sys.executable).with_name("vlm-sft"))]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+# What two pictures are taught to be called, in the two languages of QUESTIONS.
+NAMES, TAUGHT_STEPS = ("a red kite", "一只蓝色的鸟"), 16
 
 
 class Ran(NamedTuple):
@@ -93,10 +100,11 @@ class Proofs:
                 for i, path in enumerate(self.pictures[:ROWS])
             ]
             rows.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        tower = {"pretrained": str(self.given.tower), "feature_layer": -3, "feature_select": "patch", "image_size": 112}
+        tower = {"pretrained": str(self.given.tower), "feature_layer": -3, "feature_select": "patch"}
+        tower["image_size"] = self.given.image_size
         sft = {
             "output_dir": str(self.out / name), "learning_rate": 1e-3, "max_steps": STEPS, "max_length": 160,
-            "per_device_train_batch_size": BATCH, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
+            "per_device_train_batch_size": BATCH, "bf16": False, "activation_checkpointing": False, "report_to": "none",
             "logging_steps": 1, "save_strategy": "no", "dataloader_num_workers": 0, "use_cpu": True, "seed": 1,
         }  # fmt: skip
         made = {
@@ -132,6 +140,51 @@ class Proofs:
         """Stage 1, the projector alone, and stage 2, which begins with it."""
         first = self.train("stage1", lora=None)
         return first, self.train("stage2", init_from=str(self.out / "stage1"))
+
+    @property
+    def taught(self) -> Path:
+        """A bundle that learned the NAMES of two pictures by heart, so that what it answers is known."""
+        if not (self.out / "taught" / "bundle.json").exists():
+            rows, file = [], self.out / "taught.jsonl"
+            for i, name in enumerate(NAMES):
+                row = {"image": str(self.pictures[i].relative_to(self.given.pictures)), "question": QUESTIONS[i]}
+                rows.append(json.dumps({**row, "answer": name}, ensure_ascii=False) + "\n")
+            file.write_text("".join(rows), encoding="utf-8")
+            source = {"path": str(file), "format": "vqa", "images": str(self.given.pictures)}
+            sft = {"max_steps": TAUGHT_STEPS, "per_device_train_batch_size": len(NAMES), "learning_rate": 3e-3}
+            self.train("taught", data={"train": [source]}, sft=sft)
+        return self.out / "taught"
+
+    @contextmanager
+    def server(self, folder: Path) -> Iterator[str]:
+        """`transformers serve` in a folder, where models are named by their folders; gives the address."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = [str(Path(sys.executable).with_name("transformers")), "serve", "--device", "cpu", "--port", str(port)]
+        self.commands.append(" ".join(["transformers", *words[1:]]))
+        with (self.out / "server.log").open("w") as log:
+            process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                for _ in range(1500):
+                    with socket.socket() as asked:
+                        if not asked.connect_ex(("127.0.0.1", port)):
+                            break
+                    if process.poll() is not None:
+                        raise RuntimeError((self.out / "server.log").read_text()[-2000:])
+                    time.sleep(0.2)
+                yield f"http://127.0.0.1:{port}/v1"
+            finally:
+                process.terminate()
+                _, _, used = os.wait4(process.pid, 0)
+                process.returncode = 0
+                self.cpu += used.ru_utime + used.ru_stime
+                self.peak = max(self.peak, used.ru_maxrss / 1e3)
+
+    def losses(self, name: str) -> list[float]:
+        """What a run logged, step by step."""
+        logs = json.loads((self.out / name / "metrics.json").read_text(encoding="utf-8"))
+        return [log["loss"] for log in logs if "loss" in log]
 
     def difference(self, one: str, other: str) -> float:
         """Largest difference of a trained weight between two bundles."""
@@ -185,6 +238,93 @@ def bits(number: int) -> Callable[[Proofs], tuple[bool, str]]:
     return prove
 
 
+def processes(proofs: Proofs) -> tuple[bool, str]:
+    """Two processes, with DDP and with FSDP2, learn what one does of the same batches; their bundles load."""
+    same: dict[str, Any] = {"train_sampling_strategy": "sequential"}
+    proofs.train("alone", sft=same)
+    sharded = {**yaml.safe_load((ROOT / "accelerate_configs/fsdp2.yaml").read_text()), "use_cpu": True}
+    (proofs.out / "fsdp2_cpu.yaml").write_text(yaml.safe_dump(sharded))
+    # accelerate does not enter FSDP without a GPU; the tests' driver opens that door alone.
+    programs = {
+        "DDP": (ROOT / "accelerate_configs/cpu_2.yaml", "-m", "vlm_sft.train"),
+        "FSDP2": (proofs.out / "fsdp2_cpu.yaml", ROOT / "tests/support/distributed_driver.py"),
+    }
+    holds, said = True, []
+    for name, (config, *program) in programs.items():
+        recipe = proofs.recipe(name, sft={**same, "per_device_train_batch_size": BATCH // 2})
+        ran = proofs.run(*LAUNCH, config, "--num_processes", "2", "--main_process_port", "0", *program, recipe)
+        worst = relative(proofs.losses("alone"), proofs.losses(name))
+        reloaded, weights = number_after("largest difference of a logit", ran.text), proofs.difference("alone", name)
+        holds &= worst < 1e-4 and reloaded < 1e-3
+        said.append(f"{name} losses {worst:.1g}, weights {weights:.1g}, reloaded {reloaded:.1g}")
+    return holds, "largest difference from one process (losses relative): " + "; ".join(said)
+
+
+def checkpointing(proofs: Proofs) -> tuple[bool, str]:
+    """Layers computed again in the backward pass: the losses and weights of a run that keeps them."""
+    peaks = [
+        proofs.train(name, sft={"activation_checkpointing": again}).peak
+        for name, again in (("kept", False), ("again", True))
+    ]
+    worst, weights = relative(proofs.losses("kept"), proofs.losses("again")), proofs.difference("kept", "again")
+    said = (
+        f"losses differ by {worst:.1g}, weights by {weights:.1g}; peak {peaks[0]:,.0f} MB without, {peaks[1]:,.0f} with"
+    )
+    return worst < 1e-5, said
+
+
+def chat(proofs: Proofs) -> tuple[bool, str]:
+    """`chat` says what the bundle was taught: a question on the command line, and the conversation through a pipe."""
+    ran = proofs.run(*TOOL, "chat", proofs.taught, QUESTIONS[0], "--image", proofs.pictures[0])
+    typed = "".join(f"/reset\n/image {proofs.pictures[i]}\n{question}\n" for i, question in enumerate(QUESTIONS))
+    (proofs.out / "typed.txt").write_text(typed, encoding="utf-8")
+    line = f"{TOOL[0]} chat {proofs.taught} < {proofs.out / 'typed.txt'} 2> {proofs.out / 'chat.err'}"
+    piped = proofs.run("sh", "-c", line).text.strip().splitlines()
+    said = list(zip((NAMES[0], *NAMES), (ran.text.strip().splitlines()[-1], *piped), strict=True))
+    return all(name == answer for name, answer in said), "; ".join(f"{name} → {answer}" for name, answer in said)
+
+
+def serve(proofs: Proofs) -> tuple[bool, str]:
+    """OpenAI's client asks `transformers serve` about the export; the bundle's own answers, whole and in pieces."""
+    from openai import OpenAI
+
+    folder = proofs.out / "served"
+    shutil.rmtree(folder, ignore_errors=True)
+    proofs.run(*TOOL, "export", proofs.taught, folder / "taught")
+    said = []
+    with proofs.server(folder) as address:
+        client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
+        for i, name in enumerate(NAMES):
+            picture = base64.b64encode(proofs.pictures[i].read_bytes()).decode()
+            image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+            content = [image, {"type": "text", "text": QUESTIONS[i]}]
+            ask: dict[str, Any] = {"model": "taught", "messages": [{"role": "user", "content": content}]}
+            ask |= {"max_tokens": 24, "temperature": 0}
+            whole = client.chat.completions.create(**ask).choices[0].message.content or ""
+            chunks = [
+                each.choices[0].delta.content or "" for each in client.chat.completions.create(**ask, stream=True)
+            ]
+            said.append((name, whole.strip(), "".join(chunks).strip(), sum(map(bool, chunks))))
+    holds = all(name == whole == streamed and pieces > 1 for name, whole, streamed, pieces in said)
+    return holds, "; ".join(f"{name} → {whole}, streamed {streamed}" for name, whole, streamed, _ in said)
+
+
+def preflight(proofs: Proofs) -> tuple[bool, str]:
+    """The page of `preflight`: nothing wrong found, pictures shown, every trained tensor seen to move."""
+    page = proofs.out / "preflight.html"
+    recipe = proofs.recipe("preflight")
+    ran = proofs.run(*TOOL, "preflight", recipe, "--output", page)
+    html = page.read_text(encoding="utf-8")
+    pictures = html.count("data:image/")
+    apart = re.findall(r"<(?:script|link)|(?:src|href)=.https?:", html)
+    text = unescape(re.sub(r"<[^>]*>", "", html))
+    (moved,) = re.findall(r"已更新张量\s*(\d+ of \d+)", text)
+    (still,) = re.findall(r"逐位不变\s*(\d+ of \d+)", text)
+    holds = pictures > 0 and not apart and all(question in text for question in QUESTIONS)
+    said = f"{len(html) / 1e3:,.0f} kB, {pictures} pictures; trained tensors moved: {moved}, frozen ones still: {still}"
+    return holds and "Nothing found" in text and ran.code == 0, said
+
+
 def memory(proofs: Proofs) -> tuple[bool, str]:
     """What `--dry-run` says of a device against the resident memory of the process at its peak."""
     recipe = proofs.recipe("memory", sft={"max_steps": 2}, init_from=str(proofs.bundle.parent / "stage1"))
@@ -211,7 +351,8 @@ def gguf(proofs: Proofs) -> tuple[bool, str]:
         ran = proofs.train(f"gguf-{file.stem}", stack=stack, chat_template=template, sft={"max_steps": 3})
         found = number_after("largest difference of a logit", ran.text)
         worst = max(worst, found)
-        said.append(f"{file.name} {found:.2g}")
+        losses = [round(loss, 2) for loss in proofs.losses(f"gguf-{file.stem}")]
+        said.append(f"{file.name} {found:.2g} after losses {losses}")
     return bool(said) and worst < 1e-4, "largest difference of a logit: " + ", ".join(said)
 
 
@@ -220,9 +361,21 @@ PROOFS: dict[str, Callable[[Proofs], tuple[bool, str]]] = {
     "exports": exports,
     "resume": resume,
     "4 bits": bits(4),
+    "8 bits": bits(8),
+    "processes": processes,
+    "checkpointing": checkpointing,
+    "chat": chat,
+    "serve": serve,
+    "preflight": preflight,
     "memory": memory,
     "gguf": gguf,
 }
+
+
+def relative(one: list[float], other: list[float]) -> float:
+    """Largest difference of two lists of losses, as a share of the first's."""
+    assert len(one) == len(other) and one, (one, other)
+    return max(abs(ours - theirs) / ours for ours, theirs in zip(one, other, strict=True))
 
 
 def number_after(words: str, text: str) -> float:
@@ -238,6 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tower", type=Path, required=True, help="folder of DINOv2, or of another tower")
     parser.add_argument("--language-model", type=Path, required=True)
     parser.add_argument("--pictures", type=Path, required=True, help="folder with PNG files, also below it")
+    parser.add_argument("--image-size", type=int, default=112, help="pixels; fewer take less time")
     parser.add_argument("--out", type=Path, default=Path("outputs/proofs"))
     parser.add_argument("--gguf", type=Path, nargs="*", default=[])
     parser.add_argument("--only", nargs="+", choices=PROOFS)
