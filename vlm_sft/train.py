@@ -53,6 +53,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .bundle.hub import check_access
     from .bundle.run_folder import settle_resume, sweep
     from .bundle.save import check_savable
+    from .evaluation.while_training import Benchmarks
     from .preflight.samples import glance
     from .stack.fit import check_texts
     from .stack.kinds import compose
@@ -68,6 +69,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         on_first_process(partial(sweep, args.output_dir))
         if recipe.hub:
             on_first_process(partial(check_access, recipe.hub.repo_id))
+        benchmarks = Benchmarks(recipe)
         composed = compose(recipe)
         check_texts(composed.config, composed.processor, args.max_length)
         check_adapter(recipe, composed, args.resume_from_checkpoint)
@@ -79,6 +81,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         with console.status("Loading the pieces"):
             trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))
         console.print(trainer.plan.table(trainer.model))
+        benchmarks.attach(trainer, partial(say, console))
         pushes = _pushes(recipe, console)
         if pushes is not None:
             trainer.add_callback(pushes)
@@ -88,7 +91,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             if trainer.eval_dataset is not None and args.eval_strategy == "no":  # no evaluation has been made yet
                 trainer.save_points.save_bundle()  # first: a run that is killed in its evaluation is not lost
                 trainer.evaluate()
-        folder = finish(trainer, collator, console)
+        folder = benchmarks.finish(finish(trainer, collator, console))
         if pushes is not None and trainer.is_world_process_zero():
             pushes.finish(folder)
         return folder

@@ -36,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
 
     modules = {
         "inference.chat": "chat",
-        "evaluation.answer_file": "generate",
+        "inference.answer_file": "generate",
         "evaluation.evaluate": "run",
     }
     for module, function in modules.items():
@@ -125,7 +125,7 @@ def test_generate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     )
     wanted = {"input": "q.jsonl", "output": "a.jsonl", "batch_size": 2, "images": "pics", "image_folders": ()}
     wanted |= {"options": {}, "trust_remote_code": False, "boxes": None}
-    assert calls == [("evaluation.answer_file.generate", ("me/b",), wanted)]
+    assert calls == [("inference.answer_file.generate", ("me/b",), wanted)]
 
 
 def test_evaluate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:

@@ -12,7 +12,7 @@ from vlm_sft import load, load_recipe
 from vlm_sft.base.console import make_console
 from vlm_sft.batch.collator import MultimodalCollator
 from vlm_sft.data.dataset import load_source
-from vlm_sft.evaluation.answer_file import generate
+from vlm_sft.inference.answer_file import generate
 from vlm_sft.preflight.launch import Launch
 from vlm_sft.preflight.preflight import preflight
 from vlm_sft.recipe.sections import Source

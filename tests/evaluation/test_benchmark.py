@@ -84,6 +84,7 @@ def test_right_answers_score_and_the_image_blanked_stands_beside(bundle, publish
     assert found["pope"]["scores"]["accuracy"]["value"] == found["pope"]["scores_blank"]["accuracy"]["value"] == 0.5
     assert found["pope"]["scores"]["recall"]["value"] == 1 and found["pope"]["scores"]["yes_share"]["value"] == 1
     assert found["pope"]["kinds"].keys() == {"random", "popular"}
+    assert found["pope"]["kinds"]["random"]["scores"]["recall"]["value"] == 1
     assert found["mme"]["scores"]["perception"]["value"] == 50
     # The same two questions about six pictures are two questions without the pictures.
     assert [count for count, _ in asked] == [6, 2, 4, 2] and asked[0][1] == {"max_new_tokens": 16}

@@ -238,7 +238,7 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
 
     stand_in("prepare.fill_cache", "fill_cache")
     stand_in("inference.chat", "chat")
-    stand_in("evaluation.answer_file", "generate")
+    stand_in("inference.answer_file", "generate")
     stand_in("evaluation.evaluate", "run")
     stand_in("evaluation.benchmark", "run")
     stand_in("preflight.preflight", "run_preflight")

@@ -59,7 +59,7 @@ def generate(
 ) -> None:
     """Answer a file of questions in batches."""
     quiet_libraries()
-    from ..evaluation.answer_file import generate as run
+    from ..inference.answer_file import generate as run
 
     run(
         bundle,

@@ -232,11 +232,11 @@ def score(task: Task, records: Sequence[Record]) -> tuple[Measured, Measured | N
 
     A question without pictures, or that could not be asked, keeps its answer, so that both are over the same questions.
     """
-    measured = MEASURES[task.metric]([_answered(record, record["answer"]) for record in records])
+    measured = MEASURES[task.metric]([answered(record, record["answer"]) for record in records])
     blind = [record["answer"] if record["answer_blank"] is None else record["answer_blank"] for record in records]
     asked_blind = any(record["answer_blank"] is not None for record in records)
     blank = (
-        MEASURES[task.metric]([_answered(r, a) for r, a in zip(records, blind, strict=True)]) if asked_blind else None
+        MEASURES[task.metric]([answered(r, a) for r, a in zip(records, blind, strict=True)]) if asked_blind else None
     )
     for number, record in enumerate(records):
         record["score"] = 0.0 if "error" in record else round(measured.each[number], 6)
@@ -245,7 +245,8 @@ def score(task: Task, records: Sequence[Record]) -> tuple[Measured, Measured | N
     return measured, blank
 
 
-def _answered(record: Record, answer: str) -> Answered:
+def answered(record: Record, answer: str) -> Answered:
+    """A record as measures take it, with one of its answers."""
     kind, group = record["kind"] or "", record["group"] or record["id"]
     return Answered(answer, record["answers"], record["choices"] or {}, kind, group)
 
@@ -259,7 +260,7 @@ def _totals(measured: Measured) -> dict[str, dict[str, float]]:
 
 
 def by_kind(task: Task, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """The first score of each kind of questions, with its interval and how many there are."""
+    """How many questions of each kind there are, the first score of it with its interval, and all `scores`."""
     kinds: dict[str, list[Record]] = {}
     for record in records:
         kinds.setdefault(record["kind"] or "", []).append(record)
@@ -267,9 +268,10 @@ def by_kind(task: Task, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
         return {}
     found = {}
     for kind, some in sorted(kinds.items()):
-        measured = MEASURES[task.metric]([_answered(record, record["answer"]) for record in some])
-        name, first = next(iter(_totals(measured).items()))
-        found[kind] = {"questions": len(some), "metric": name, **first}
+        measured = MEASURES[task.metric]([answered(record, record["answer"]) for record in some])
+        scores = _totals(measured)
+        name = next(iter(scores))
+        found[kind] = {"questions": len(some), "metric": name, **scores[name], "scores": scores}
     return found
 
 

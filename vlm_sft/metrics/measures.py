@@ -169,7 +169,7 @@ def _any(score: Callable[[str, str], float]) -> Callable[[Answered], float]:
 
 MEASURES: dict[str, Measure] = {
     "exact_match": _share("exact_match", lambda one: exact_match(one.answer, one.answers)),
-    "gqa": _share("exact_match", _any(gqa_exact_match)),
+    "gqa": _share("accuracy", _any(gqa_exact_match)),
     "vqa": _vqa,
     "vqa_evalai": partial(_vqa, first="evalai"),
     "choice": _share("accuracy", _choice_is_right),

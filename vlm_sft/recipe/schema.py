@@ -50,6 +50,19 @@ class Cache(RecipeModel):
     """Largest size of the folder in GB; what does not fit goes through the tower each time. Unset: the disk's."""
 
 
+class Evaluation(RecipeModel):
+    """Benchmarks, asked at each evaluation of the run and of the finished bundle; see docs/evaluation.md."""
+
+    benchmarks: Annotated[list[str], Field(min_length=1)]
+    """Names of benchmarks that ship, or files of one's own."""
+    data: str | None = None
+    """Folder of their data, with one folder for each. Unset: the Hub."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Only the first so many rows of each."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Questions at a time."""
+
+
 class Recipe(RecipeModel):
     """One training stage. Relative paths are relative to the working directory."""
 
@@ -87,6 +100,8 @@ class Recipe(RecipeModel):
     """Keeps what frozen vision tower and resampler give for each image, so that they run once; see docs/cache.md."""
     sft: dict[str, Any] = Field(json_schema_extra=_SFT_SCHEMA)
     """Arguments of `trl.SFTConfig`, passed on as they are. `output_dir` is required."""
+    evaluation: Evaluation | None = None
+    """Benchmarks to ask while training and afterwards; `sft.metric_for_best_model: gqa_accuracy` picks by one."""
     watch: Watch = Field(default_factory=Watch)
     """What happens to steps whose loss is not finite or jumps."""
     generation: dict[str, Any] = Field(default_factory=dict)

@@ -19,9 +19,9 @@ from ..base.progress import RowProgress
 from ..base.whole_files import IrregularError, read_bytes, write_whole
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
-from ..inference.generation import answer_each, check_length, encode_question
-from ..inference.questions import QuestionRow, conversation, read_questions
-from ..inference.settings import check_options, ignores_text, open_bundle
+from .generation import answer_each, check_length, encode_question
+from .questions import QuestionRow, conversation, read_questions
+from .settings import check_options, ignores_text, open_bundle
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,8 +14,8 @@ from PIL import Image
 from vlm_sft import build_stack, load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.batch.processor import VLMProcessor
-from vlm_sft.evaluation import answer_file
-from vlm_sft.evaluation.answer_file import generate
+from vlm_sft.inference import answer_file
+from vlm_sft.inference.answer_file import generate
 from vlm_sft.inference.settings import ignores_text
 from vlm_sft.templates.template import load_template
 
