@@ -5,7 +5,7 @@
 - `images/<hand>/<hexcode>.png`: things as several hands have drawn them, and of those that are trained on
   `images/<hand>-varied/<hexcode>.png`, the same turned, mirrored, moved and of other colours,
 - `names_train_<language>.jsonl`: rows {"id", "image", "caption"},
-- `talks_train_<language>.jsonl`: conversations of one or two questions about a picture, in LLaVA's form,
+- `talks_train_<language>.jsonl`: a question about a picture, in LLaVA's form,
 - `<kind>_<split>_<language>.jsonl` of `validation` and `test`, a file a kind of question (QUESTIONS): rows
   {"id", "image", "question", "answer"}; of `names` one for each name that is right: the name itself and those tags of
   the thing that nothing else is called by,
@@ -55,7 +55,10 @@ KINDS = {
     "activity": (range(60, 65), "an activity", "活动"),
     "object": (range(65, 83), "an object", "物品"),
 }
-MOST = 0.16  # of the things that are asked for their kind so many are of one kind, at most: guessing pays little
+# Kinds that look tells: of things never seen, the best of many linear probes on the tower puts 86 % of 49 into the
+# right one of these four, and 56 % of 104 into the right one of all nine. Things of the others are named alone.
+ASKED = ("animal", "food", "place", "vehicle")
+MOST = 0.27  # of the things that are asked for their kind so many are of one kind, at most: guessing pays little
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def ask_kind(thing: Thing, others: list[Thing], language: str, rng: random.Rando
 def ask_whether(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> tuple[str, str]:
     """Is it of a kind: half is right, and about half of what is asked of each kind, or the words would tell."""
     right = rng.random() < 0.5
-    wrong = [other.kind for other in others if other.kind != thing.kind]  # as often as there are things of it
+    wrong = [o.kind for o in others if o.kind in ASKED and o.kind != thing.kind]  # as often as there are things of it
     _, english, chinese = KINDS[thing.kind if right else rng.choice(wrong)]
     if language == "en":
         return f"Is this {english}?", "yes" if right else "no"
@@ -193,9 +196,13 @@ def ask_whether(thing: Thing, others: list[Thing], language: str, rng: random.Ra
 
 
 def ask_which(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> tuple[str, str]:
-    """Which of four names: its own and three of other things of the same split, in any order."""
+    """Which of four names: its own and three of things of the same split and of other kinds, a kind each, in any order.
+
+    A thing of no kind in ASKED stands beside any three of those.
+    """
     own = thing.names[language][0]
-    names = [own, *(other.names[language][0] for other in rng.sample(others, 3))]
+    kinds = rng.sample([kind for kind in ASKED if kind != thing.kind], 3)
+    names = [own, *(rng.choice([o for o in others if o.kind == kind]).names[language][0] for kind in kinds)]
     rng.shuffle(names)
     options = list_words(names, language)
     return (f"Which is it: {options}?" if language == "en" else f"这是哪个：{options}？"), own
@@ -206,11 +213,9 @@ def ask_name(thing: Thing, others: list[Thing], language: str, rng: random.Rando
 
 
 QUESTIONS = {"kind": ask_kind, "whether": ask_whether, "which": ask_which, "names": ask_name}
-# What is asked of a training picture, and how often: in an order in which no answer tells the next.
-TALKS = {
-    ("kind", "which"): 0.2, ("kind", "names"): 0.15, ("whether", "which"): 0.15, ("whether", "names"): 0.15,
-    ("which",): 0.2, ("names",): 0.15,
-}  # fmt: skip
+# What is asked of a training picture, and how often. One question a row: in a conversation one answer tells the next,
+# and an image is one token, so it costs little to be shown again.
+TALKS = {"kind": 0.3, "which": 0.3, "whether": 0.1, "names": 0.3}
 
 
 def others_of(things: Iterable[Thing]) -> dict[str, list[Thing]]:
@@ -262,13 +267,10 @@ def vary_pictures(hands: dict[str, set[str]], out: Path) -> dict[str, set[str]]:
 
 
 def talk(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> list[dict[str, str]]:
-    """The turns of one conversation."""
-    turns = []
-    for kind in rng.choices(list(TALKS), list(TALKS.values()))[0]:
-        question, answer = QUESTIONS[kind](thing, others, language, rng)
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-    return turns
+    """A question and its answer; only for its name is a thing asked whose kind is none of ASKED."""
+    kind = rng.choices(list(TALKS), list(TALKS.values()))[0] if thing.kind in ASKED else "names"
+    question, answer = QUESTIONS[kind](thing, others, language, rng)
+    return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
 
 
 def training_rows(
@@ -288,9 +290,10 @@ def training_rows(
 def held_out_rows(things: list[Thing], known: list[Thing], language: str, rng: random.Random) -> dict[str, Rows]:
     """For each kind of question a row a thing; names are asked of known things, with every name that is right."""
     others = others_of(things)
+    asked = [thing for thing in things if thing.kind in ASKED]
     rows: dict[str, Rows] = {}
     for kind, ask in QUESTIONS.items():
-        them = {"kind": asked_for_kind(things, rng), "names": known}.get(kind, things)
+        them = {"kind": asked_for_kind(asked, rng), "names": known}.get(kind, asked)
         rows[kind] = []
         for thing in them:
             question, answer = ask(thing, others.get(thing.hexcode, []), language, rng)

@@ -24,7 +24,7 @@ LANGUAGES = ("en", "zh")
 WORDS = {
     "en": {
         "head": "| | English | image blanked | Chinese | image blanked |",
-        "kind": "what kind of thing is it, of nine",
+        "kind": "what kind of thing is it, of four",
         "whether": "is it an animal, a plant, …",
         "which": "which of four names",
         "questions": "**the three together**",
@@ -35,7 +35,7 @@ WORDS = {
     },
     "zh": {
         "head": "| | 英文 | 遮住图像 | 中文 | 遮住图像 |",
-        "kind": "属于哪一类（九选一）",
+        "kind": "属于哪一类（四选一）",
         "whether": "是不是动物、植物……",
         "which": "四个名称中的哪一个",
         "questions": "**以上三种合计**",

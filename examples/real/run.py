@@ -82,6 +82,8 @@ def run(seed: int, quick: bool, cache: Path) -> Path:
     steps.run(
         "Draw the data  生成数据", python, HERE / "draw.py", "--cache", cache, "--out", THINGS, "--seed", str(seed)
     )
+    align = "Solve for the projector to begin with  求解初始投影层"
+    steps.run(align, python, HERE / "align.py", "--data", DATA, "--out", DATA / "projector")
     launch = ["accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", "-m", "vlm_sft.train"]
     own = [f"sft.seed={seed}", *(QUICK if quick else [])]
     train = "Stage {}: {}"
