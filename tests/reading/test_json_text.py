@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlm_sft.base.errors import RowError, UserError
-from vlm_sft.reading.json_text import is_json, lines_of, parse_document, parse_json, read_text
+from vlm_sft.reading.json_text import is_json, lines_of, parse_document, parse_json, parse_rows, read_text
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,8 @@ def test_text_is_utf8_with_or_without_a_mark(tmp_path):
     (tmp_path / "a.txt").write_bytes("好\n左边".encode("gb18030"))
     with pytest.raises(UserError, match=r"a\.txt, line 1: byte 0xba is not UTF-8: save the file as UTF-8"):
         read_text(tmp_path / "a.txt")
+
+
+def test_what_is_wrong_behind_a_key_that_stands_twice_is_one_sentence_too():
+    with pytest.raises(UserError, match=r"^a\.json: not JSON at line 1, column 29"):
+        parse_rows('[{"a": 1, "a": 2}, {"b": 1},', Path("a.json"))

@@ -112,9 +112,9 @@ def test_every_page_of_a_file_is_seen(options, tmp_path):
     pq.write_table(
         pa.table({"n": list(range(5000)), "t": [f"猫{i}" for i in range(5000)]}), path, data_page_size=500, **options
     )
+    group = pq.ParquetFile(path).metadata.row_group(0)
     with open(path, "rb") as opened:
-        group = pq.ParquetFile(path).metadata.row_group(0)
-        sizes = [page.size for number in range(2) for page in table_rows._pages(opened, group.column(number))]
+        sizes = [page.size for column in table_rows._columns(opened)[0] for page in table_rows._pages(opened, column)]
     assert len(sizes) >= 10
     headers = sum(group.column(number).total_uncompressed_size for number in range(2)) - sum(sizes)
     assert 0 < headers < 200 * len(sizes)
@@ -204,3 +204,21 @@ def test_lists_that_their_pages_hold_are_read(tmp_path, monkeypatch):
     rows = [{"a": [f"{n} {i} 猫" for i in range(30)], "b": [n] * 30} for n in range(5000)]
     pq.write_table(pa.Table.from_pylist(rows), path)
     assert [row for _, row in read_file(path)] == rows
+
+
+def test_what_makes_pyarrow_end_the_process_is_not_asked_of_it(tmp_path):
+    """Statistics of the wrong length at the end of a file, say."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": [["猫"] * 3, []]}), path)
+    with open(path, "rb") as opened:
+        (column,) = table_rows._columns(opened)[0]
+    levels = column[16][3]
+    assert len(levels) == 4, "pyarrow writes how many values have each level"
+    whole = path.read_bytes()
+    said = bytes([0x19, 0x46, *(2 * level for level in levels)])
+    assert whole.count(said) == 1
+    shorter = bytes([0x19, 0x36, *(2 * level for level in levels[1:])])
+    end = int.from_bytes(whole[-8:-4], "little") - 1
+    path.write_bytes(whole[:-8].replace(said, shorter) + end.to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(UserError, match="histogram size mismatch"):
+        list(read_file(path))

@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from support.recipe_texts import problem, write
+from vlm_sft.base.errors import UserError
 from vlm_sft.recipe.yaml_file import YamlFile, dump_yaml
 
 
@@ -104,3 +105,9 @@ def test_not_utf8(tmp_path: Path) -> None:
         f"{path} is not UTF-8 text (byte 3); save it as UTF-8, for instance with `iconv -f GB18030 -t UTF-8` if it was "
         f"written as GB18030."
     )
+
+
+@pytest.mark.parametrize("text", ["a: 1\x15", "\0", "a: '\x1b]52;c;aa\x07'", "a: \ufffe"])
+def test_control_characters_in_a_file_are_one_sentence(text):
+    with pytest.raises(UserError, match=r"^it is not YAML: unacceptable character #x[0-9a-f]{4}: [^\n]*\.$"):
+        YamlFile("it", text)

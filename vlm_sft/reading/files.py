@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import stat
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from json import JSONDecoder
 from pathlib import Path
@@ -224,7 +225,7 @@ def _damaged(kind: str, reader: Callable[[Path], Found]) -> Callable[[Path], Fou
 
         try:
             yield from reader(path)
-        except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError) as error:
+        except (pa.ArrowException, UnicodeDecodeError, ValueError, OSError, struct.error) as error:
             if isinstance(error, UserError):
                 raise
             what = f"{path}: not {kind} file, or a damaged one"

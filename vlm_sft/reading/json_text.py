@@ -33,14 +33,22 @@ def _decode(data: bytes, path: Path, first_line: int = 1) -> str:
         ) from None
 
 
-def parse_json(text: str | bytes, where: str, mend: str = "correct the file", one_line: bool = False) -> Any:
+def parse_json(
+    text: str | bytes,
+    where: str,
+    mend: str = "correct the file",
+    one_line: bool = False,
+    decoder: json.JSONDecoder | None = None,
+) -> Any:
     """The value of a JSON text.
 
     Raises:
-        RowError: it is not JSON, or an object in it has a key twice, of which Python would keep the last one.
+        RowError: it is not JSON, or an object in it has a key twice (unless another `decoder` marks that), of which
+            Python would keep the last one.
     """
+    decoder = decoder or _STRICT
     try:
-        return _STRICT.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
+        return decoder.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except json.JSONDecodeError as error:
         line = "" if one_line else f"line {error.lineno}, "
         what = f"not JSON at {line}column {error.colno} ({error.msg})"
@@ -122,7 +130,10 @@ def parse_rows(text: str, path: Path) -> tuple[Any, bool]:
     except RowError as error:
         if error.reason != "key twice":
             raise UserError(str(error)) from None
-    return json.loads(text, object_pairs_hook=_marked), True
+    try:
+        return parse_json(text, str(path), decoder=json.JSONDecoder(object_pairs_hook=_marked)), True
+    except RowError as error:  # behind the key that stands twice
+        raise UserError(str(error)) from None
 
 
 def is_json(line: str) -> bool:

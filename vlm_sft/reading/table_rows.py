@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from os import SEEK_END
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +22,7 @@ DICTIONARY_PAGE, PREFIXES = 2, 7
 # Bytes of a value by its type; and times that lists may take what the pages that hold them have.
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "BYTE_ARRAY": 8}
 REPEATED = 16
+CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 # Kinds of messages of Arrow; numbers of fields of a message, of a batch, and of the batch in a dictionary's message.
 ARROW_DICTIONARY, ARROW_BATCH = "dictionary", "record batch"
 HEADER, BUFFERS, COMPRESSION, DATA = 2, 2, 3, 1
@@ -51,11 +53,10 @@ def batch_size(opened: BinaryIO, metadata: Any, path: Path) -> int:
         ValueError: The header of a page cannot be read.
     """
     largest, most = 0, limits().page_bytes
-    for group in range(metadata.num_row_groups):
+    for group in _columns(opened):
         together = 0
-        for number in range(metadata.num_columns):
-            column, kind = metadata.row_group(group).column(number), metadata.schema.column(number)
-            pages = list(_pages(opened, column))
+        for number, column in enumerate(group):
+            pages, kind = list(_pages(opened, column)), metadata.schema.column(number)
             if kind.max_repetition_level:
                 _check_lists(opened, column, kind, pages, path)
             together += max((page.size for page in pages), default=0)
@@ -66,6 +67,17 @@ def batch_size(opened: BinaryIO, metadata: Any, path: Path) -> int:
                 )
             largest = max(largest, *(page.size for page in pages if page.shares), 0)
     return max(1, min(BATCH, limits().row_bytes // max(largest, 1)))
+
+
+def _columns(opened: BinaryIO) -> list[list[dict[int, Any]]]:
+    """What the end of a file says of the columns of each group of rows; pyarrow itself ends the process at some."""
+    opened.seek(-8, SEEK_END)
+    size = int.from_bytes(opened.read(4), "little")
+    opened.seek(-8 - size, SEEK_END)
+    try:
+        return [[column[3] for column in group[1]] for group in thrift_struct(opened.read(size), 0)[0][4]]
+    except (LookupError, TypeError):
+        raise ValueError("its end says nothing of its columns") from None
 
 
 class _Page(NamedTuple):
@@ -79,7 +91,7 @@ class _Page(NamedTuple):
     is_dictionary: bool
 
 
-def _check_lists(opened: BinaryIO, column: Any, kind: Any, pages: Sequence[_Page], path: Path) -> None:
+def _check_lists(opened: BinaryIO, column: dict[int, Any], kind: Any, pages: Sequence[_Page], path: Path) -> None:
     """Refuses lists of which a few bytes say that they have many entries: one row may have all that a column has.
 
     Raises:
@@ -94,46 +106,48 @@ def _check_lists(opened: BinaryIO, column: Any, kind: Any, pages: Sequence[_Page
             width += max(_longest_word(opened, column, page) for page in words)
     if (size := values * width) > most and size > REPEATED * held:
         raise UserError(
-            f"{path}: the {values:,} entries of lists in its column {kind.path!r} take {size:,} bytes, of {held:,} "
-            f"that it has, more than the {most:,} of `limits.page_bytes`; write it with fewer rows a group, or raise "
-            f"the limit."
+            f"{path}: {values:,} entries of lists in its column {kind.path!r} take {size:,} bytes, of {held:,} that it "
+            f"has, more than the {most:,} of `limits.page_bytes`; write fewer rows a group, or raise the limit."
         )
 
 
-def _longest_word(opened: BinaryIO, column: Any, page: _Page) -> int:
+def _longest_word(opened: BinaryIO, column: dict[int, Any], page: _Page) -> int:
     """Bytes of the longest text of a dictionary, each of which stands behind its length."""
     import pyarrow as pa
 
     opened.seek(page.place)
-    data = opened.read(page.packed)
-    if column.compression != "UNCOMPRESSED":
-        data = pa.Codec(column.compression.lower()).decompress(data, page.size, asbytes=True)
-    longest = place = 0
+    data, longest, place = opened.read(page.packed), 0, 0
+    if codec := _said(column, 4):
+        data = pa.Codec(CODECS[codec]).decompress(data, page.size, asbytes=True) if codec in CODECS else b""
+        longest = 0 if data else page.size  # of another codec, it may be all of it
     while place + 4 <= len(data):
         length = int.from_bytes(data[place : place + 4], "little")
         longest, place = max(longest, length), place + 4 + length
     return longest
 
 
-def _pages(opened: BinaryIO, column: Any) -> Iterator[_Page]:
-    """Each page of a column, as its header says.
-
-    The footer says it too, but is not what is obeyed.
-    """
-    place = column.data_page_offset
-    if column.has_dictionary_page and 0 < column.dictionary_page_offset < place:
-        place = column.dictionary_page_offset
-    end = place + column.total_compressed_size
+def _pages(opened: BinaryIO, column: dict[int, Any]) -> Iterator[_Page]:
+    """Each page of a column, as its header says; the footer says it too, but is not what is obeyed."""
+    place = _said(column, 9)
+    if 0 < _said(column, 11) < place:
+        place = _said(column, 11)
+    end = place + _said(column, 7)
     while 0 <= place < end:
         header, length = _read_header(opened, place)
-        if (packed := header.get(3, -1)) < 0 or (size := header.get(2, -1)) < 0:
+        if (packed := _said(header, 3)) < 0 or (size := _said(header, 2)) < 0:
             raise ValueError("a page has no size")
-        older, newer = header.get(5) or {}, header.get(8) or {}
-        is_dictionary = header.get(1) == DICTIONARY_PAGE
-        shares = is_dictionary or PREFIXES in (older.get(2), newer.get(4))
-        values = max(older.get(1) or 0, newer.get(1) or 0)
+        is_dictionary = _said(header, 1) == DICTIONARY_PAGE
+        shares = is_dictionary or PREFIXES in (_said(header, 5, 2), _said(header, 8, 4))
+        values = max(_said(header, 5, 1), _said(header, 8, 1), 0)
         yield _Page(packed, size, shares, values, place + length, is_dictionary)
         place += length + packed
+
+
+def _said(header: Any, *path: int) -> int:
+    """The number of a field, or of a field in a field; -1 where there is none."""
+    for field in path:
+        header = header.get(field) if isinstance(header, dict) else None
+    return header if isinstance(header, int) else -1
 
 
 def _read_header(opened: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
@@ -162,7 +176,7 @@ def thrift_struct(data: bytes, place: int, depth: int = 0) -> tuple[dict[int, An
             field += head >> 4
         else:
             field, place = _number(data, place)
-        found[field], place = _value(data, place, head & 15, depth)
+        found[field], place = _value(data, place, head & 15, depth + 1)
     return found, place + 1
 
 
@@ -187,7 +201,15 @@ def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
     if kind == 8:  # a text, passed over
         size, place = _number(data, place, zigzag=False)
         return None, place + size
-    if kind == 12 and depth < 8:
+    if kind in (9, 10) and depth < 16:  # a list
+        head, found = data[place], []
+        number, place = (head >> 4, place + 1) if head < 0xF0 else _number(data, place + 1, zigzag=False)
+        for _ in range(number):
+            value, after = _value(data, place, head & 15, depth)
+            place = max(after, place + 1)
+            found.append(value)
+        return found, place
+    if kind == 12 and depth < 16:
         return thrift_struct(data, place, depth + 1)
     raise ValueError("a page's header has a field that no such header has")
 
@@ -207,7 +229,7 @@ def check_messages(opened: Any, path: Path) -> int:
 
     Raises:
         UserError: Buffers that are unpacked together have more bytes than `limits.page_bytes`.
-        ValueError: A message cannot be read.
+        ValueError, struct.error: A message cannot be read.
     """
     import pyarrow as pa
 
@@ -215,10 +237,7 @@ def check_messages(opened: Any, path: Path) -> int:
     for message in pa.ipc.MessageReader.open_stream(opened):
         if message.type not in (ARROW_DICTIONARY, ARROW_BATCH):
             continue
-        try:
-            together = held + _unpacked(message)
-        except struct.error:
-            raise ValueError("a message ends too soon") from None
+        together = held + _unpacked(message)
         if together > (most := limits().page_bytes):
             raise UserError(
                 f"{path} says that its buffers unpack to {together:,} bytes, more than the {most:,} of "
@@ -254,8 +273,6 @@ def _unpacked(message: Any) -> int:
 
 def _table_at(data: memoryview, place: int) -> int:
     """Where what a place refers to begins."""
-    if place < 0:
-        raise ValueError("a message refers to what lies before it")
     return int(place + struct.unpack_from("<I", data, place)[0])
 
 

@@ -102,8 +102,9 @@ class YamlFile:
         self._lines: dict[KeyPath, int] = {}
         self._overrides: list[tuple[KeyPath, str]] = []
         self._entries = 0
-        loader = _Loader(text)
+        loader = None
         try:
+            loader = _Loader(text)  # which refuses control characters
             node = loader.get_single_node()
             if not isinstance(node, yaml.MappingNode):
                 what = "is empty" if node is None else "is not a mapping of keys to values"
@@ -119,7 +120,8 @@ class YamlFile:
         except ValueError as error:  # a number of thousands of digits
             raise error if isinstance(error, UserError) else UserError(f"{name} is not YAML: {error}.") from error
         finally:
-            loader.dispose()
+            if loader is not None:
+                loader.dispose()
 
     @classmethod
     def read(cls, path: Path) -> YamlFile:
