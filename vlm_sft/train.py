@@ -82,9 +82,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))
         console.print(trainer.plan.table(trainer.model))
         benchmarks.attach(trainer, partial(say, console))
-        pushes = _pushes(recipe, console)
-        if pushes is not None:
-            trainer.add_callback(pushes)
+        pushes = _pushes(recipe, trainer, console)
         with _progress(trainer, console):
             with _until_a_signal(trainer, pushes):
                 trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
@@ -231,14 +229,16 @@ def _own_folder(recipe: Recipe) -> Iterator[tuple[SFTConfig, Console]]:
         yield args, console
 
 
-def _pushes(recipe: Recipe, console: Console) -> PushCallback | None:
-    """What pushes to the Hub, where the recipe asks for it."""
+def _pushes(recipe: Recipe, trainer: VLMSFTTrainer, console: Console) -> PushCallback | None:
+    """What pushes the saves of a run to the Hub, where the recipe asks for it."""
     if recipe.hub is None:
         return None
     from .training.pushes import PushCallback
 
     options = recipe.hub.model_dump(include={"every_save", "private", "revision", "message"})
-    return PushCallback(recipe.hub.repo_id, partial(say, console), **options)
+    pushes = PushCallback(recipe.hub.repo_id, partial(say, console), **options)
+    trainer.add_callback(pushes)
+    return pushes
 
 
 @contextmanager
