@@ -50,7 +50,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint
+test: lint .venv-lmms-eval/.setup-done
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
@@ -63,6 +63,13 @@ audit: .venv-audit/bin/pip-audit
 .venv-audit/bin/pip-audit:
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.10,<3'
+
+# lmms-eval wants other versions of some libraries than the project: it lives beside it, and looks through to .venv.
+.venv-lmms-eval/.setup-done: .ci/lmms-eval.txt $(STAMP)
+	$(PYTHON) -m venv .venv-lmms-eval
+	.venv-lmms-eval/bin/python .ci/look_through.py $(BIN)/python
+	.venv-lmms-eval/bin/python -m pip install --quiet --no-deps --requirement .ci/lmms-eval.txt
+	@touch $@
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh

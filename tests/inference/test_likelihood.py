@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 from PIL import Image
 
 from support.benchmarks import png
@@ -54,6 +55,17 @@ def test_what_the_model_says_is_likelier_than_anything_else(stack):
     said = answer(stack.model, stack.processor, [asked], max_new_tokens=1)[0]
     first = [likelihoods(stack.model, stack.processor, [row("这是什么？", text)])[0] for text in (said, "z", "猫")]
     assert first[0].logs[0] == max(one.logs[0] for one in first)
+    assert not any(one.greedy for one in first[1:])
+
+
+def test_what_the_model_would_write_to_the_end_is_greedy(stack, monkeypatch):
+    given = row("这是什么？", "a dog")
+    wanted = [label for label in stack.processor.encode_chat(given["messages"]).labels if label >= 0]
+    size = stack.model.lm_head.weight.shape[0]
+    monkeypatch.setattr(stack.model.lm_head, "forward", lambda hidden: torch.eye(size)[torch.tensor(wanted)])
+    assert likelihoods(stack.model, stack.processor, [given])[0].greedy
+    monkeypatch.undo()
+    assert not likelihoods(stack.model, stack.processor, [given])[0].greedy
 
 
 def test_earlier_answers_do_not_count(stack):

@@ -158,7 +158,8 @@ def check_pip(words: list[str]) -> None:
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     for word in words[1:]:
         found = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", word)
-        assert found or word in ("-e", "-c", "constraints.txt"), word
+        pinned = word in read(".ci/lmms-eval.txt").replace("lmms_eval", "lmms-eval").splitlines()
+        assert found or pinned or word in ("-e", "-c", "constraints.txt", "--no-deps"), word
         assert not found or not found[1] or set(found[1].split(",")) <= set(extras)
 
 
@@ -197,8 +198,13 @@ def check_accelerate(page: str, words: list[str], folder: Path) -> None:
 
     assert words[0] == "launch"
     given = launch_command_parser().parse_args(words[1:])
-    assert given.module and given.training_script in ("vlm_sft.train", "vlm_sft.cache", "vlm_sft.evaluate")
+    ours = ("vlm_sft.train", "vlm_sft.cache", "vlm_sft.evaluate")
+    assert given.module and given.training_script in (*ours, "lmms_eval")
     assert given.config_file is None or (ROOT / given.config_file).is_file(), given.config_file
+    if given.training_script == "lmms_eval":  # tests/harness runs it with these options
+        options = [word for word in given.training_script_args if word.startswith("--")]
+        assert set(options) <= {"--model", "--model_args", "--tasks", "--batch_size", "--force_simple"}
+        return
     if given.training_script == "vlm_sft.evaluate":  # its arguments are those of `vlm-sft evaluate`
         return
     check_training(page, given.training_script_args, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,12 @@ class Likelihood(NamedTuple):
     Attributes:
         tokens: Its tokens as text, with the end of the answer.
         logs: The logarithm of the probability of each, after the conversation and the tokens before.
+        greedy: Whether each is what the model would have written there.
     """
 
     tokens: list[str]
     logs: list[float]
+    greedy: bool = False
 
     @property
     def log(self) -> float:
@@ -62,14 +65,17 @@ def likelihoods(
         said = processor.instructions(row["messages"])
         pictures.append(Pictures(loaded, said, where, [name_of(image) for image in row["images"]]))
     batch = processor.batch(encoded, side="right")
-    labels = batch.pop("labels")[:, 1:]
     batch.update(image_inputs(processor, pictures))
-    logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits[:, :-1]
-    found = []
-    for row_logits, row_labels in zip(logits, labels, strict=True):
-        places = (row_labels != IGNORED).nonzero()[:, 0]
-        ids = row_labels[places]
-        logs = row_logits[places.to(row_logits.device)].float().log_softmax(-1).cpu()
-        tokens = [processor.tokenizer.decode([token]) for token in ids.tolist()]
-        found.append(Likelihood(tokens, logs.gather(1, ids[:, None])[:, 0].tolist()))
-    return found
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    output = model(**inputs, supervised_only=True, use_cache=False)  # the head reads no other position
+    ids = [[label for label in chat.labels[1:] if label != IGNORED] for chat in encoded]
+    losses, hits = (found.tolist() for found in (output.token_losses.float(), output.token_hits))
+    ends = list(accumulate(map(len, ids), initial=0))
+    return [
+        Likelihood(
+            [processor.tokenizer.decode([token]) for token in own],
+            [-loss for loss in losses[start:end]],
+            all(hits[start:end]),
+        )
+        for own, (start, end) in zip(ids, pairwise(ends), strict=True)
+    ]

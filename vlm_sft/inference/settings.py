@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import (
     GenerationConfig,
     MinPLogitsWarper,
@@ -150,16 +151,19 @@ def ends_of(processor: VLMProcessor) -> tuple[list[int], str]:
 
 
 def open_bundle(
-    bundle: str, options: dict[str, Any], trust_remote_code: bool = False
+    bundle: str,
+    options: dict[str, Any],
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, VLMProcessor, dict[str, Any]]:
-    """Model, processor and the settings of the bundle's recipe with `options` over them.
+    """Model, processor and the settings of the bundle's recipe with `options` over them; `device` as `vlm_sft.load`.
 
     Raises:
         UserError: As `vlm_sft.load`.
     """
     logging.disable_progress_bar()  # one bar for each file of weights would stand between the lines
     folder = find_bundle(bundle)
-    model, processor = load(folder, trust_remote_code=trust_remote_code)
+    model, processor = load(folder, device, trust_remote_code=trust_remote_code)
     recipe = recipe_of(folder, read_manifest(folder))
     processor.video = Sampling(**recipe.data.video.model_dump())
     return model, processor, {**recipe.generation, **options}  # type: ignore[return-value]

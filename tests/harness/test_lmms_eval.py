@@ -1,0 +1,172 @@
+"""lmms-eval itself, in its own environment, on tasks of our own: what it hears is what our command says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support.bundles import trained
+from support.paths import ROOT
+from vlm_sft import load
+from vlm_sft.evaluation.answer_file import generate
+from vlm_sft.inference.likelihood import likelihoods
+
+PYTHON = ROOT / ".venv-lmms-eval" / "bin" / "python"
+QUESTIONS = ["What is it?", "这是什么？", "Is it a cat? Answer yes or no.", "图中有什么？请回答。"]
+CHOICES = ["a cat", "一只狗", "yes"]
+UTILS = """
+def doc_to_visual(doc):
+    return [doc["image"]]
+
+def doc_to_text(doc, lmms_eval_specific_kwargs=None):
+    return doc["question"]
+
+def doc_to_round(doc, lmms_eval_specific_kwargs=None, previous_output=None, round_idx=None, previous_round_info=None):
+    if round_idx is None:
+        return doc["question"]
+    return doc_to_visual(doc), f"You said: {previous_output[-1]}. Really?", round_idx == 2, previous_output, None
+
+def rounds(doc, results):
+    return {"rounds": len(results[0])}
+"""
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: !function utils.doc_to_text
+doc_to_target: answer
+"""
+WRITTEN = """
+output_type: generate_until
+generation_kwargs: {max_new_tokens: 6, temperature: 0, top_p: 1.0, do_sample: false, image_aspect_ratio: pad, until: []}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+CHOSEN = f"""
+output_type: multiple_choice
+doc_to_choice: {json.dumps(CHOICES, ensure_ascii=False)}
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+SEVERAL = """
+output_type: generate_until_multi_round
+doc_to_text: !function utils.doc_to_round
+process_results: !function utils.rounds
+generation_kwargs: {max_new_tokens: 4, until: "x"}
+metric_list: [{metric: rounds, aggregation: mean, higher_is_better: true}]
+"""
+# Two runs and two mistakes in one process, because lmms-eval takes its time to be imported.
+DRIVER = """
+import json, sys
+from lmms_eval.__main__ import cli_evaluate
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["lmms_eval", *arguments]
+    try:
+        cli_evaluate()
+    except SystemExit as ended:
+        print("ended with", ended.code, file=sys.stderr, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def harness() -> Path:
+    if not PYTHON.exists():
+        pytest.fail("lmms-eval has no environment here: run `make .venv-lmms-eval/.setup-done` (`make test` does).")
+    return PYTHON
+
+
+@pytest.fixture
+def bundle(bundle_recipe, tmp_path):
+    trained(bundle_recipe(chat_template="ziya", lora={"r": 2}), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def tasks(tmp_path, photos):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [
+        {"id": n, "image": photos[n % len(photos)], "question": q, "answer": "yes"} for n, q in enumerate(QUESTIONS)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    (folder / "utils.py").write_text(UTILS, encoding="utf-8")
+    for name, more in (("own_written", WRITTEN), ("own_chosen", CHOSEN), ("own_rounds", SEVERAL)):
+        task = TASK.format(name=name, rows=folder / "rows.jsonl") + more
+        if name == "own_rounds":
+            task = task.replace("doc_to_text: !function utils.doc_to_text\n", "")
+        (folder / f"{name}.yaml").write_text(task, encoding="utf-8")
+    return folder
+
+
+def run(*command, **more) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "HF_HUB_OFFLINE": "1",
+        **more,
+    }
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def samples(folder: Path, task: str) -> list[dict]:
+    """What lmms-eval wrote of each question, in order."""
+    [file] = folder.rglob(f"*_samples_{task}.jsonl")
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return sorted(lines, key=lambda line: line["doc_id"])
+
+
+@pytest.mark.slow
+def test_both_models_say_what_our_own_command_says(harness, bundle, tasks, tmp_path, photos):
+    source = tmp_path / "questions.jsonl"
+    source.write_text(
+        (tasks / "rows.jsonl").read_text(encoding="utf-8").replace('"answer"', '"right"'), encoding="utf-8"
+    )
+    generate(
+        str(bundle), str(source), str(tmp_path / "answers.jsonl"), 3, options={"max_new_tokens": 6, "do_sample": False}
+    )
+    ours = [
+        json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+    given = ["--model", "vlm_sft", "--include_path", tasks, "--batch_size", 3, "--log_samples"]
+    own = ["--model_args", f"pretrained={bundle}"]
+    runs = [
+        [*given, *own, "--force_simple", "--tasks", "own_written,own_chosen", "--output_path", tmp_path / "simple"],
+        [*given[:-1], "--model_args", f"pretrained={tmp_path}/none", "--tasks", "own_written"],
+        [*given[:-1], "--model_args", f"pretrained={bundle},dtype=bf16", "--tasks", "own_written"],
+    ]
+    alone = run(harness, "-c", DRIVER, json.dumps([list(map(str, each)) for each in runs]))
+    two = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "accelerate_configs/cpu_2.yaml",
+        "-m",
+        "lmms_eval",
+    ]
+    run(harness, *two, *given, *own, "--tasks", "own_written,own_rounds", "--output_path", tmp_path / "chat")
+
+    for folder in ("simple", "chat"):
+        assert [line["filtered_resps"] for line in samples(tmp_path / folder, "own_written")] == ours
+    assert "image_aspect_ratio='pad' is none of `generate` and is left out" in alone.stderr
+    assert f"error: '{tmp_path}/none' is no bundle" in alone.stderr and alone.stderr.count("ended with 2") == 2
+    assert "error: --model_args: there is no 'dtype'" in alone.stderr
+
+    model, processor = load(bundle)
+    for number, line in enumerate(samples(tmp_path / "simple", "own_chosen")):
+        asked = [{"type": "image"}, {"type": "text", "text": QUESTIONS[number]}]
+        said = [[{"type": "text", "text": text}] for text in CHOICES]
+        turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": each}] for each in said]
+        rows = [
+            {"messages": each, "images": [photos[number % len(photos)]], "id": str(n)} for n, each in enumerate(turns)
+        ]
+        expected = [-found.log for found in likelihoods(model, processor, rows)]
+        assert [float(each[0]) for each in line["filtered_resps"]] == pytest.approx(expected, abs=1e-3)
+    assert all(len(line["filtered_resps"]) == 2 for line in samples(tmp_path / "chat", "own_rounds"))
