@@ -25,7 +25,7 @@ WORDS = {
     "en": {
         "head": "| | English | image blanked | Chinese | image blanked |",
         "kind": "what kind of thing is it, of four",
-        "whether": "is it an animal, a plant, …",
+        "whether": "is it an animal, a vehicle, …",
         "which": "which of four names",
         "questions": "**the three together**",
         "names": "**its name**, of known things",
@@ -36,7 +36,7 @@ WORDS = {
     "zh": {
         "head": "| | 英文 | 遮住图像 | 中文 | 遮住图像 |",
         "kind": "属于哪一类（四选一）",
-        "whether": "是不是动物、植物……",
+        "whether": "是不是动物、交通工具……",
         "which": "四个名称中的哪一个",
         "questions": "**以上三种合计**",
         "names": "**名称**（见过的事物）",
