@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .bundle.manifest import Provenance
     from .bundle.save import save_bundle
     from .data.dataset import ROW_FEATURES, load_mixture, load_source
-    from .inference.generation import answer, stream_answer
+    from .inference.generation import answer
+    from .inference.streaming import stream_answer
     from .model.configuration import VLMConfig
     from .model.freeze import FreezePlan
     from .model.modeling import VLMForConditionalGeneration, VLMModel
@@ -57,7 +58,7 @@ _HOMES = {
     "save_bundle": "bundle.save",
     "Source": "recipe.sections",
     "Stack": "stack.build_stack",
-    "stream_answer": "inference.generation",
+    "stream_answer": "inference.streaming",
     "UserError": "base.errors",
     "VLMConfig": "model.configuration",
     "VLMForConditionalGeneration": "model.modeling",

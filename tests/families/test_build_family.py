@@ -18,7 +18,8 @@ from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.parity import probe_logits
 from vlm_sft.cli.main import app
-from vlm_sft.inference.generation import answer, stream_answer
+from vlm_sft.inference.generation import answer
+from vlm_sft.inference.streaming import stream_answer
 from vlm_sft.model.freeze import FreezePlan, is_adapter, part_modules, part_of
 from vlm_sft.preflight.dry_run import dry_run as show
 from vlm_sft.preflight.launch import read_launch

@@ -2,83 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from transformers import BlipImageProcessorPil
 
 from support.tiny_pieces import tiny_stack
-from vlm_sft import build_stack, load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.batch.processor import VLMProcessor
 from vlm_sft.inference.generation import (
     PromptTooLongError,
     answer,
-    cut_at,
-    hold_back,
     position_limit,
     prompt_batch,
-    stream_answer,
 )
 from vlm_sft.inference.settings import generation_options
+from vlm_sft.inference.streaming import stream_answer
 from vlm_sft.templates.template import load_template
 
 SHORT = {"max_new_tokens": 16}
-
-
-@pytest.fixture
-def build(recipe_file):
-    """Model in evaluation mode and processor of a tiny recipe."""
-
-    def make(**changes):
-        torch.manual_seed(0)
-        stack = build_stack(load_recipe(recipe_file(**{"chat_template": "ziya", **changes})))
-        return stack.model.eval(), stack.processor
-
-    return make
-
-
-@pytest.fixture
-def tiny(build):
-    return build()
-
-
-@pytest.fixture
-def ask(photos):
-    """A conversation of one question with the first `images` photos."""
-
-    def make(text: str, images: int = 1) -> dict:
-        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
-        return {"messages": [{"role": "user", "content": content}], "images": photos[:images]}
-
-    return make
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Makes a model write given texts, one a row, and then full stops; returns the counter of its steps."""
-
-    def make(model, tokenizer, *texts: str) -> list[int]:
-        rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        filler, steps = tokenizer("x", add_special_tokens=False).input_ids[0], []
-
-        def score(hidden: torch.Tensor) -> torch.Tensor:
-            logits = torch.zeros(*hidden.shape[:-1], 400)
-            for row, ids in enumerate(rows):
-                logits[row, -1, ids[len(steps)] if len(steps) < len(ids) else filler] = 1.0
-            steps.append(len(steps))
-            return logits
-
-        monkeypatch.setattr(model.lm_head, "forward", score)
-        return steps
-
-    return make
 
 
 def with_template(processor: VLMProcessor, template: str) -> VLMProcessor:
@@ -108,31 +52,11 @@ def test_the_image_is_seen(tiny, photos):
     assert (first - second).abs().max() > 1e-4
 
 
-def test_streamed_pieces_joined_are_the_answer(tiny, ask):
-    for row in (ask("这是什么？"), ask("what is this?", 2), ask("hi", 0)):
-        pieces = list(stream_answer(*tiny, row["messages"], row["images"], **SHORT))
-        assert len(pieces) > 1 and all(pieces)
-        assert "".join(pieces) == answer(*tiny, [row], **SHORT)[0]
-
-
-def test_chinese_is_streamed_in_whole_characters(tiny, ask, script):
-    model, processor = tiny
-    script(model, processor.tokenizer, "左上角是红色的3，🙂</s>")
-    pieces = list(stream_answer(model, processor, **ask("这是什么？")))
-    assert "".join(pieces) == "左上角是红色的3，🙂" and len(pieces) > 5
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
 def test_the_last_answer_and_the_images_of_later_messages_are_not_needed(tiny, ask, photos):
     row = ask("这是什么？")
     answered = {"messages": [*row["messages"], {"role": "assistant", "content": "猫"}], "images": photos[:3]}
     assert answer(*tiny, [answered], **SHORT) == answer(*tiny, [row], **SHORT)
     assert answer(*tiny, []) == []
-
-
-def test_beams_are_not_streamed_but_answered(tiny, ask):
-    row, options = ask("这是什么？"), {**SHORT, "num_beams": 2}
-    assert list(stream_answer(*tiny, **row, **options)) == answer(*tiny, [row], **options)
 
 
 # ------------------------------------------------------------------------------------------------------------- the end
@@ -177,29 +101,6 @@ def test_an_answer_that_begins_with_the_end_is_empty(tiny, ask, script):
     assert answer(model, processor, [ask("")]) == [""]
     steps.clear()
     assert list(stream_answer(model, processor, **ask(""))) == []
-
-
-MARKS = st.sampled_from(["</s>", "\n", "###", "<|im_end|>", ""])
-PIECES = st.lists(
-    st.one_of(st.text(max_size=6), st.sampled_from(["#", "##", "###", "</", "s>", "\n", " ", "<|im", "_end|>", "猫"])),
-    max_size=12,
-)
-
-
-@given(pieces=PIECES, mark=MARKS)
-def test_nothing_of_the_mark_or_after_it_is_let_through(pieces, mark):
-    shown = list(hold_back(pieces, mark))
-    assert all(shown)
-    assert "".join(shown) == cut_at("".join(pieces), mark)
-    assert not mark or mark not in "".join(shown)
-
-
-@given(pieces=PIECES, mark=MARKS)
-def test_what_is_shown_is_never_taken_back(pieces, mark):
-    shown = ""
-    for piece in hold_back(pieces, mark):
-        shown += piece
-        assert cut_at("".join(pieces), mark).startswith(shown)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -275,27 +176,6 @@ def test_stretched_positions_count(tiny):
     assert position_limit(tiny[0]) == 2048
     alibi = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300)))
     assert position_limit(alibi) is None
-
-
-# ------------------------------------------------------------------------------------------------------------- threads
-
-
-def test_a_closed_stream_stops_the_model(tiny, ask, script):
-    steps = script(tiny[0], tiny[1].tokenizer, "an answer without an end")
-    before = threading.active_count()
-    stream = stream_answer(*tiny, **ask("hi"), max_new_tokens=450)
-    assert len(list(itertools.islice(stream, 2))) == 2
-    stream.close()
-    assert threading.active_count() == before and len(steps) < 450
-
-
-def test_what_goes_wrong_in_the_model_is_raised_here(tiny, ask, monkeypatch):
-    def fail(hidden):
-        raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr(tiny[0].lm_head, "forward", fail)
-    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-        list(stream_answer(*tiny, **ask("hi")))
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

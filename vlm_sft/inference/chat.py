@@ -24,9 +24,10 @@ from ..reading.video import Films
 from ..rows.boxes import place_boxes
 from ..rows.messages import Part, image_part, text_part
 from ..rows.raw_row import RowView
-from .generation import PromptTooLongError, stream_answer
+from .generation import PromptTooLongError
 from .questions import frames_of_file
 from .settings import check_options, ignores_text, open_bundle
+from .streaming import stream_answer
 from .typed_line import split_paths, use_readline
 
 if TYPE_CHECKING:

@@ -1,19 +1,15 @@
-"""Asks a model: batches of conversations, or one answer as it is written."""
+"""Asks a model: batches of conversations."""
 
 from __future__ import annotations
 
-import queue
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..base.errors import RowError, UserError
 from ..batch.box_text import write_boxes
@@ -23,6 +19,7 @@ from ..batch.processor import VLMProcessor
 from ..batch.typed_text import unsaid_tokens
 from ..reading.video import Films
 from ..rows.messages import unpacked
+from .confidence import Confidence, Said, pieces_of
 from .picture_fault import pictures_named, place_of
 from .settings import ends_of, generation_options, refusal, split_settings
 
@@ -131,14 +128,20 @@ def check_length(model: PreTrainedModel, length: int, where: str = "") -> None:
 
 @torch.inference_mode()
 def answer(
-    model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[dict[str, Any]], **options: Any
-) -> list[str]:
+    model: PreTrainedModel,
+    processor: VLMProcessor,
+    conversations: Sequence[dict[str, Any]],
+    *,
+    confidence: bool = False,
+    **options: Any,
+) -> list[Said]:
     """Answers a batch of conversations.
 
     Args:
         model: The model, on its device, in evaluation mode.
         processor: Its processor.
         conversations: Each `{"messages", "images"}`, as `prompt_batch` takes them.
+        confidence: Says of each answer how sure the model was; not of one that several beams found.
         **options: For transformers' `generate` (default: greedy, at most 128 new tokens). Near the end of the language
             model's positions an answer becomes shorter than `max_new_tokens`.
 
@@ -157,18 +160,27 @@ def answer(
     settings = generation_options(model, processor, options)
     for number, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         check_length(model, length, place_of(conversations[number], number, count))
-    if not _fit(model, batch, settings) and count > 1:
+    if not fit(model, batch, settings) and count > 1:
         # The room of a short conversation must not depend on a long one beside it.
-        return [text for row in conversations for text in answer(model, processor, [row], **options)]
-    with pictures_named(conversations, partial(_first_token, model, processor), options):
-        output = _generate(model, batch, settings)
+        alone = partial(answer, model, processor, confidence=confidence, **options)
+        return [text for row in conversations for text in alone([row])]
+    sure = Confidence() if confidence and beams_of(model, settings) == 1 else None
+    with pictures_named(conversations, partial(first_token, model, processor), options):
+        output = new_tokens(model, batch, settings if sure is None else sure.watching(settings))
     ends, mark = ends_of(processor)
-    return [cut_at(_decode(processor, _before(ends, ids)), mark) for ids in output.tolist()]
+    kept = [before_end(ends, ids) for ids in output.tolist()]
+    texts = [cut_at(decode(processor, ids), mark) for ids in kept]
+    if sure is None:
+        return [Said(text) for text in texts]
+    return [
+        Said(text, pieces_of(text, ids, shares, partial(decode, processor)))
+        for text, ids, shares in zip(texts, kept, sure.probabilities(), strict=True)
+    ]
 
 
 def answer_each(
     model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[dict[str, Any]], **options: Any
-) -> list[str | RowError]:
+) -> list[Said | RowError]:
     """Answers as `answer` does; in place of an answer stands what is wrong with a row, and the others are answered."""
     try:
         return list(answer(model, processor, conversations, **options))
@@ -178,19 +190,24 @@ def answer_each(
     return [each for row in conversations for each in answer_each(model, processor, [row], **options)]
 
 
-def _first_token(model: PreTrainedModel, processor: VLMProcessor, row: dict[str, Any], **options: Any) -> None:
+def first_token(model: PreTrainedModel, processor: VLMProcessor, row: dict[str, Any], **options: Any) -> None:
     """Begins an answer and forgets it; without options also without those of the model."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     own, options = core.generation_config, {name: given for name, given in options.items() if name != "max_length"}
     core.generation_config = own if options else GenerationConfig()
     try:
         settings = generation_options(model, processor, {**options, "max_new_tokens": 1})
-        torch.inference_mode()(_generate)(model, prompt_batch(processor, [row], model.device), settings)
+        torch.inference_mode()(new_tokens)(model, prompt_batch(processor, [row], model.device), settings)
     finally:
         core.generation_config = own
 
 
-def _fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> bool:
+def beams_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> int:
+    """How many beams an answer is searched with."""
+    return settings.get("num_beams") or model.generation_config.num_beams or 1
+
+
+def fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> bool:
     """Whether the longest answer fits behind the longest prompt; where not, `max_new_tokens` is lowered to fit."""
     limit, wanted = position_limit(model), settings.get("max_new_tokens")
     room = None if limit is None else limit - batch["attention_mask"].shape[1]
@@ -200,7 +217,7 @@ def _fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[
     return False
 
 
-def _generate(
+def new_tokens(
     model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any], **more: Any
 ) -> torch.Tensor:
     """Calls `generate`; returns new tokens alone."""
@@ -218,12 +235,12 @@ def _generate(
     return output[:, batch["input_ids"].shape[1] :] if "input_ids" in given else output
 
 
-def _before(ends: Sequence[int], ids: list[int]) -> list[int]:
+def before_end(ends: Sequence[int], ids: list[int]) -> list[int]:
     """Ids before the first that ends an answer."""
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
-def _decode(processor: VLMProcessor, ids: list[int]) -> str:
+def decode(processor: VLMProcessor, ids: list[int]) -> str:
     unsaid = unsaid_tokens(processor.tokenizer)
     # Cleaning up would take back spaces that a stream has shown already.
     text: str = processor.tokenizer.decode([i for i in ids if i not in unsaid], clean_up_tokenization_spaces=False)
@@ -233,118 +250,3 @@ def _decode(processor: VLMProcessor, ids: list[int]) -> str:
 def cut_at(text: str, end: str) -> str:
     """Text before the end mark, stripped."""
     return (text.split(mark, 1)[0] if (mark := end.strip(" ")) else text).strip()
-
-
-def stream_answer(
-    model: PreTrainedModel,
-    processor: VLMProcessor,
-    messages: Sequence[dict[str, Any]],
-    images: Sequence[Any],
-    **options: Any,
-) -> Iterator[str]:
-    """Yields an answer piece by piece as the model writes it; the pieces joined are what `answer` returns.
-
-    Closing the iterator stops the model after the token it is at. With several beams, which only the end decides
-    between, the answer comes in one piece.
-
-    Args and Raises: see `answer`.
-    """
-    row = with_boxes_written(processor, {"messages": list(messages), "images": list(images)})
-    settings = generation_options(model, processor, options)
-    if (settings.get("num_beams") or model.generation_config.num_beams or 1) > 1:
-        yield from (text for text in answer(model, processor, [row], **options) if text)
-        return
-    batch = prompt_batch(processor, [row], model.device)
-    check_length(model, batch["input_ids"].shape[1])
-    _fit(model, batch, settings)
-    writer = _Writer(model, processor, batch, settings)
-    with closing(writer), pictures_named([row], partial(_first_token, model, processor), options):
-        yield from hold_back(writer.pieces(), ends_of(processor)[1])
-
-
-class _Writer(BaseStreamer, StoppingCriteria):
-    """Generates in a thread of its own; the text comes out of a queue as soon as it can no longer change."""
-
-    def __init__(
-        self, model: PreTrainedModel, processor: VLMProcessor, batch: dict[str, torch.Tensor], settings: dict[str, Any]
-    ) -> None:
-        self._processor = processor
-        self._ends, _ = ends_of(processor)
-        self._ids: list[int] = []
-        self._shown = 0
-        self._started = False
-        # A piece of text, an exception, or None at the end.
-        self._queue: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(model, batch, settings), daemon=True)
-        self._thread.start()
-
-    def _run(self, model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-        last: BaseException | None = None
-        stop = StoppingCriteriaList([self, *(settings.pop("stopping_criteria", None) or [])])
-        try:
-            with torch.inference_mode():
-                _generate(model, batch, settings, streamer=self, stopping_criteria=stop)
-        except BaseException as error:
-            last = error
-        self._queue.put(last)
-
-    def put(self, value: torch.Tensor) -> None:
-        """Takes new ids (called by `generate`; the first time with the prompt, which is no answer)."""
-        if not self._started:
-            self._started = True
-            return
-        self._ids += value.flatten().tolist()
-        # The character at the end may be a half one.
-        self._show(self._text().rstrip("\ufffd"))
-
-    def end(self) -> None:
-        """Gives out the rest (called by `generate`)."""
-        self._show(self._text())
-
-    def _text(self) -> str:
-        return _decode(self._processor, _before(self._ends, self._ids))
-
-    def _show(self, text: str) -> None:
-        if len(text) > self._shown:
-            self._queue.put(text[self._shown :])
-            self._shown = len(text)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Whether to stop, a row (called by `generate` after each token)."""
-        return torch.full((len(input_ids),), self._stop.is_set(), dtype=torch.bool, device=input_ids.device)
-
-    def pieces(self) -> Iterator[str]:
-        """Text as it comes; raises here what was raised in the thread."""
-        while (piece := self._queue.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
-
-    def close(self) -> None:
-        """Stops the model and waits for it."""
-        self._stop.set()
-        self._thread.join()
-
-
-def hold_back(pieces: Iterable[str], mark: str) -> Iterator[str]:
-    """Passes pieces on, but never the mark, what may be its beginning, or anything after it.
-
-    Surrounding white space is dropped, so the pieces joined are `cut_at` of the whole text.
-    """
-    pending, started = "", False
-    for piece in pieces:
-        pending += piece
-        if mark and mark in pending:
-            pending = pending.split(mark, 1)[0]
-            break
-        keep = max((n for n in range(1, len(mark)) if pending.endswith(mark[:n])), default=0)
-        ready = pending[: len(pending) - keep].rstrip()
-        pending = pending[len(ready) :]
-        ready = ready if started else ready.lstrip()
-        if ready:
-            started = True
-            yield ready
-    rest = pending.rstrip() if started else pending.strip()
-    if rest:
-        yield rest
