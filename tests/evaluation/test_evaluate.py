@@ -101,7 +101,7 @@ def test_output_elsewhere_leaves_the_bundle_alone(bundle, tmp_path, monkeypatch)
 def test_another_recipe_names_the_data_and_the_bundle_keeps_its_settings(bundle, recipe_file, questions, monkeypatch):
     seen = {}
 
-    def ask(model, processor, questions, batch_size, options, tick):
+    def ask(model, processor, questions, batch_size, options, tick, confidence=False):
         seen.update(options, batch_size=batch_size)
         return ["2"] * len(questions)
 
@@ -118,6 +118,42 @@ def test_the_command_hands_everything_on(bundle, monkeypatch):
     result = CliRunner().invoke(cli.app, ["evaluate", str(bundle), "--split", "test", "--max-rows", "2"])
     assert result.exit_code == 0, result.output
     assert json.loads((bundle / "eval.json").read_text())["questions"] == {"captions": 2, "answers": {"animal": 2}}
+
+
+def test_every_answer_is_written_and_shown(bundle, photos, capsys):
+    run(str(bundle), batch_size=3)
+    lines = (bundle / "evaluation" / "data.test.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 14 and len({record["id"] for record in records}) == 14
+    captions, animals = records[:8], records[8:]
+    assert {record["kind"] for record in captions} == {"captions"} and captions[0]["answer_blank"] is None
+    assert animals[0]["images"] == [photos[0]] and animals[0]["question"] == "what is 0?"
+    assert animals[0]["answers"] == ["一只猫"] and isinstance(animals[0]["answer_blank"], str)
+    for record in records:
+        assert "".join(piece for piece, _ in record["confidence"]) == record["answer"]
+    page = (bundle / "evaluation" / "evaluation.html").read_text(encoding="utf-8")
+    assert page.count("<article") == 14 and "data:image/jpeg;base64," in page and "一只猫" in page
+    assert "Where it is wrong: " in capsys.readouterr().out
+
+
+def test_two_bundles_are_compared_on_the_page(bundle, monkeypatch, tmp_path, command):
+    first = tmp_path / "first.json"
+    monkeypatch.setattr(scoring, "ask", lambda model, processor, questions, *more: ["x"] * len(questions))
+    run(str(bundle), output=str(first))
+    monkeypatch.setattr(scoring, "ask", lambda model, processor, questions, *more: ["一只猫"] * len(questions))
+    run(str(bundle), against=str(tmp_path / "first.jsonl"))
+    page = (bundle / "evaluation" / "evaluation.html").read_text(encoding="utf-8")
+    assert "5 better" in page.replace(' <span lang="zh">', " ") or ">5 better" in page
+    assert page.count("got better 变好") == 1 + 5 and "p = 0.062" in page and "McNemar, exact" in page
+    with pytest.raises(UserError, match=r"has no answers to data.test: run `vlm-sft evaluate \S+` first"):
+        run(str(bundle), against=str(tmp_path))
+
+
+def test_results_elsewhere_have_their_answers_and_page_beside_them(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "ask", lambda model, processor, questions, *more: ["x"] * len(questions))
+    run(str(bundle), output=str(tmp_path / "new.json"))
+    assert (tmp_path / "new.jsonl").is_file() and (tmp_path / "new.html").is_file()
+    assert not (bundle / "evaluation").exists()
 
 
 def cases_of(name):

@@ -53,7 +53,7 @@ class Answers:
         self.known = known
         monkeypatch.setattr(scoring, "ask", self)
 
-    def __call__(self, model, processor, questions, batch_size, options, tick):
+    def __call__(self, model, processor, questions, batch_size, options, tick, confidence=False):
         self.asked.append(questions)
         tick(len(questions))
         return [self.answer(question) for question in questions]

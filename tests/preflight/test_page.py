@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from support.browser import EVIL, Elements, opened
 from vlm_sft.batch.token_view import TokenGroup
 from vlm_sft.batch.tokenizer_coverage import Coverage
 from vlm_sft.data.ledger import Ledger, SourceLedger
 from vlm_sft.data.look_alikes import Compared, LookAlike, LookAlikes, Place
 from vlm_sft.model.freeze import PartRow
+from vlm_sft.pages.pictures import thumbnail
 from vlm_sft.preflight.checks import ERROR, WARNING, Evidence, Finding
 from vlm_sft.preflight.freeze_proof import Proof
 from vlm_sft.preflight.page import BARS, WIDTH, Report, histogram, render_page
 from vlm_sft.preflight.pairs import ShownPair
-from vlm_sft.preflight.samples import Share, Shown, thumbnail
-
-EVIL = """<script>document.title='pwned'</script>"><img src=x onerror="document.title='pwned'">'&lt;猫 {{ 7*7 }}"""
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+from vlm_sft.preflight.samples import Share, Shown
 
 
 def full_report(text=EVIL) -> Report:
@@ -52,39 +46,6 @@ def full_report(text=EVIL) -> Report:
         [Share(text, 0.5, 0.25, 1)], [Share("zh", None, 1.0, 4)], plan,
         None, [text], [text],
     )  # fmt: skip
-
-
-def opened(page: str, folder: Path) -> str:
-    """The page as a browser has it after its scripts, if any, have run.
-
-    In CI a browser must be there. Without one the page is given back as it is, and the tests read that.
-    """
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        assert not os.environ.get("CI"), "CI must have a browser: see .ci/run"
-        return page
-    path = folder / "page.html"
-    path.write_text(page, encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += f" --disable-component-update --disable-sync --user-data-dir={folder / 'profile'} --dump-dom"
-    done = subprocess.run([browser, *flags.split(), path.as_uri()], capture_output=True, timeout=120, check=True)
-    return done.stdout.decode()
-
-
-class Elements(HTMLParser):
-    """Tags with their attributes, and the text of the page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 @pytest.mark.slow

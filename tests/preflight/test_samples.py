@@ -23,7 +23,6 @@ from vlm_sft.preflight.samples import (
     shares_of_sources,
     show,
     show_samples,
-    thumbnail,
     whole_lengths,
 )
 from vlm_sft.recipe.sections import Data
@@ -67,12 +66,6 @@ def test_a_sample_is_what_the_collator_makes(collator, photos):
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (40, 30)
     broken = show(make_row(turn("q", "a", images=1), ["none.png"]), collator)
     assert "none.png" in broken.problem and broken.groups == []
-
-
-def test_thumbnails_are_small():
-    large = thumbnail(Image.effect_noise((3000, 1500), 90).convert("RGB"))
-    assert Image.open(io.BytesIO(large.jpeg)).size == (large.width, large.height) == (288, 144)
-    assert len(large.jpeg) < 40_000
 
 
 def test_boxes_lie_on_the_picture_with_their_words(collator, photos):

@@ -35,6 +35,9 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CARD, METRICS, CURVES, SCORES = "README.md", "metrics.json", "curves.png", "eval.json"
 """What a bundle tells a reader: the model card, the numbers of its training, their curves, what `evaluate` found."""
 
+EVALUATION, ERROR_PAGE = "evaluation", "evaluation.html"
+"""Folder of a bundle with the answers that `evaluate` wrote down, and the page in it that shows them."""
+
 STRANGE_STEPS = "watch.jsonl"
 """Of a run: the steps that went wrong."""
 

@@ -1,17 +1,24 @@
-"""Measures a bundle on held-out rows: captions and answers exactly right, and how much of that needs the image."""
+"""Measures a bundle on held-out rows: captions and answers right, how much of that needs the image, and every error."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError, refused_by_library
-from ..base.names import METRICS, SCORES
-from ..base.whole_files import read_text
-from .scoring import collect, score
+from ..base.names import ERROR_PAGE, EVALUATION, METRICS, SCORES
+from ..base.whole_files import read_text, write_whole
+from ..metrics.intervals import mean_of
+from ..pages.against import against as put_beside
+from ..pages.against import earlier_answers
+from ..pages.errors import error_page
+from ..pages.records import sheet_of
+from .scoring import Answers, collect, score
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -26,17 +33,20 @@ def run(
     max_rows: int | None = None,
     recipe: str | None = None,
     trust_remote_code: bool = False,
+    against: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a bundle, prints a table, writes `eval.json` and the bundle's card.
+    """Evaluates a bundle, prints a table, writes `eval.json`, the bundle's card, every answer and a page of errors.
 
     Args:
         bundle: Folder of the bundle, or `name/repository` on the Hub.
         split: `test` or `eval`: which sources of the recipe's `data`.
         batch_size: Questions answered at a time.
         output: Where the results go; default `eval.json` in the bundle, or `NAME-eval.json` here for one on the Hub.
+            The answers and the page lie in the bundle's `evaluation`, or else beside it, `.jsonl` and `.html`.
         max_rows: Only the first so many rows of each source.
         trust_remote_code: See `vlm_sft.load`.
         recipe: A recipe whose `data` is used in place of the bundle's own.
+        against: Another bundle, or its answers, for the page to compare with; see `earlier_answers`.
 
     Returns:
         What `scoring.score` gives, and `train_seconds`, `split`, `evaluate_seconds`.
@@ -64,20 +74,109 @@ def run(
     target = Path(output) if output else default
     if target.is_dir():
         raise UserError(f"--output {str(target)!r} is a folder; name a file.")
+    name, command = f"data.{split}", "vlm-sft evaluate {}" + (f" --split {split}" if split != "test" else "")
+    theirs = earlier_answers(against, [name], command)[name] if against else None
     questions = collect(sources, max_rows)
     model, processor = load(folder, trust_remote_code=trust_remote_code)
     start = time.perf_counter()
     set_seed(int(own.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
-    results = score(model, processor, questions, batch_size, dict(own.generation))
+    said: list[Answers] = []
+    results = score(model, processor, questions, batch_size, dict(own.generation), said.append)
     seconds = round(time.perf_counter() - start, 1)
     results |= {"train_seconds": train_seconds(folder), "split": split, "evaluate_seconds": seconds}
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside = target == folder / SCORES
+    stem = folder / EVALUATION / name if beside else target.with_suffix("")
+    page = folder / EVALUATION / ERROR_PAGE if beside else target.with_suffix(".html")
+    write_answers(said, name, stem, page, str(bundle), (against or "", theirs))
     if not output and not fetched:
         write_card(folder)
     _print(results, target)
+    say(make_console(stderr=False, quiet=False), f"Where it is wrong: {page}.")
     _check_all_were_asked(results)
     return results
+
+
+def write_answers(
+    said: Sequence[Answers],
+    name: str,
+    stem: Path,
+    page: Path,
+    bundle: str,
+    other: tuple[str, list[dict[str, Any]] | None],
+) -> None:
+    """Writes a record of each question, and the page that shows them.
+
+    Args:
+        said: The answers of each kind.
+        name: Of the split.
+        stem: Path of the records without `.jsonl`.
+        page: Path of the page.
+        bundle: What was asked, in words.
+        other: What it is compared with, in words, and its records.
+
+    Raises:
+        UserError: The other's records are of other questions.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    images: dict[str, Sequence[Any]] = {}
+    for each in said:
+        for record, own in records_of(each):
+            while record["id"] in records:  # of rows that have the id of another
+                record["id"] += "~"
+            records[record["id"]], images[record["id"]] = record, own
+    if not records:
+        return
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records.values())
+    write_whole(stem.with_name(f"{stem.name}.jsonl"), "".join(lines).encode("utf-8", "backslashreplace"))
+    sheet = sheet_of(name, list(records.values()), summary_of(said))
+    described, theirs = other
+    if theirs is not None:
+        put_beside(sheet, theirs, described)
+    write_whole(page, error_page(bundle, [sheet], described, lambda entry: images[entry.id]).encode())
+
+
+def records_of(said: Answers) -> Iterator[tuple[dict[str, Any], Sequence[Any]]]:
+    """A record of each question, and its images; see docs/evaluation.md."""
+    for number, (question, answer) in enumerate(zip(said.questions, said.given, strict=True)):
+        turns = [_text(message) for message in question.messages if message["role"] != "system"]
+        blind = None if said.blind is None or not question.images or question.refused else number
+        pieces = getattr(answer, "confidence", None)
+        record = {
+            "id": question.id, "images": [_name(image) for image in question.images], "question": "\n".join(turns),
+            "choices": None, "answers": question.references, "kind": said.kind or "captions", "answer": str(answer),
+            "answer_blank": None if blind is None or said.blind is None else str(said.blind[blind]),
+            "score": float(said.scores[number]),
+            "score_blank": None if blind is None or said.blind_scores is None else float(said.blind_scores[blind]),
+            "confidence": None if pieces is None else [[piece, round(share, 4)] for piece, share in pieces],
+        }  # fmt: skip
+        yield (record | {"error": question.refused} if question.refused else record), question.images
+
+
+def summary_of(said: Sequence[Answers]) -> dict[str, Any]:
+    """The score of all questions with its interval, and with every image grey."""
+    metrics = {each.metric for each in said}
+    name = metrics.pop() if len(metrics) == 1 else "score"
+    blind = [score for each in said for score in each.blind_scores or ()]
+    found: dict[str, Any] = {"scores": {name: _interval([score for each in said for score in each.scores])}}
+    seeing = any(question.images for each in said if each.blind for question in each.questions)
+    return found | {"scores_blank": {name: _interval(blind)} if blind and seeing else None}
+
+
+def _interval(scores: Sequence[float]) -> dict[str, float]:
+    total = mean_of([float(score) for score in scores])
+    low, high = total.interval()
+    return {"value": total.score(), "low": low, "high": high}
+
+
+def _text(message: dict[str, Any]) -> str:
+    return "".join(part.get("text") or "" for part in message["content"]).strip()
+
+
+def _name(image: dict[str, Any]) -> str:
+    return f"sha256:{sha256(image['bytes']).hexdigest()}" if image["bytes"] else str(image["path"])
 
 
 def _check_all_were_asked(results: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base.console import make_console
 from ..base.errors import RowError, UserError
@@ -43,6 +43,28 @@ class Question:
     format: str = ""
     refused: str = ""
     answer: dict[str, Any] | None = None
+
+
+class Answers(NamedTuple):
+    """The answers to the questions of one kind.
+
+    Attributes:
+        kind: Name of their source; None for captions.
+        metric: What the scores are by.
+        questions: What was asked.
+        given: What the model said to each.
+        scores: Of each.
+        blind: What it said to grey images; None where that was not asked.
+        blind_scores: Of each.
+    """
+
+    kind: str | None
+    metric: str
+    questions: list[Question]
+    given: list[str]
+    scores: list[float]
+    blind: list[str] | None = None
+    blind_scores: list[float] | None = None
 
 
 FEWEST_ANSWERS = 4  # with fewer, VQA accuracy gives no answer full marks: three of the others must agree with it
@@ -85,6 +107,7 @@ def score(
     questions: dict[str | None, list[Question]],
     batch_size: int,
     options: dict[str, Any],
+    keep: Callable[[Answers], None] = lambda answers: None,
 ) -> dict[str, Any]:
     """Asks a model, in evaluation mode, the questions of `collect` and compares.
 
@@ -94,6 +117,7 @@ def score(
         questions: By kind; those of the kind None are captions.
         batch_size: Questions at a time.
         options: For `generate`.
+        keep: Given the answers of each kind.
 
     Returns:
         `caption_exact_match`, `answer_accuracy`, `answer_accuracy_blank_image` (None where nothing measures them),
@@ -112,15 +136,17 @@ def score(
         tick = progress.counter("asked", total, "questions")
         for kind, asked in merged.items():
             metrics = METRICS.get(asked[0].format, EXACT_MATCH)
-            given = ask(model, processor, asked, batch_size, options, tick)
+            given = ask(model, processor, asked, batch_size, options, tick, True)
             scores = {name: _compare(metric, given, asked) for name, metric in metrics.items()}
             accuracy, hits = next(iter(scores.items()))
             if kind is None:
                 captions, wrong["captions"] = hits, _wrong(asked, given, hits)
+                keep(Answers(None, accuracy, asked, given, hits))
                 continue
             answers[kind], wrong["answers"][kind] = scores, _wrong(asked, given, hits)
             blindly = ask_blindly(model, processor, asked, given, batch_size, options, tick)
             blank[kind] = _compare(metrics[accuracy], blindly, asked)
+            keep(Answers(kind, accuracy, asked, given, hits, blindly, blank[kind]))
     hits_by_kind = {kind: next(iter(scores.values())) for kind, scores in answers.items()}
     refused = [question.refused for asked in merged.values() for question in asked if question.refused]
     seeing = [kind for kind in blank if any(question.images for question in merged[kind])]
@@ -198,10 +224,12 @@ def ask(
     batch_size: int,
     options: dict[str, Any],
     tick: Callable[[int], None] = lambda done: None,
+    confidence: bool = False,
 ) -> list[str]:
     """One answer a question, in order; `tick` is told how many were answered since the last time.
 
-    The answer to a question that cannot be asked, because of its pictures, is "", and `refused` then says why.
+    With `confidence` each is a `Said` that knows how sure the model was. The answer to a question that cannot be asked,
+    because of its pictures, is "", and `refused` then says why.
     """
     from ..inference.generation import answer_each
 
@@ -209,9 +237,10 @@ def ask(
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         rows = [{"messages": q.messages, "images": q.images, "id": q.id} for q in batch]
-        for question, found in zip(batch, answer_each(model, processor, rows, **options), strict=True):  # type: ignore[arg-type]
+        said = answer_each(model, processor, rows, confidence=confidence, **options)  # type: ignore[arg-type]
+        for question, found in zip(batch, said, strict=True):
             question.refused = str(found) if isinstance(found, RowError) else ""
-            answers.append("" if question.refused else str(found))
+            answers.append("" if isinstance(found, RowError) else found)
         tick(len(batch))
     return answers
 

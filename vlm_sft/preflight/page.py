@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..base.words import counted, gib, short_count
+from ..base.words import counted
 from ..model.freeze import PartRow
+from ..pages.layout import render
 from .checks import ERROR, WARNING, Evidence, Finding
 from .memory import Estimate
 from .pairs import ShownPair
@@ -113,19 +113,8 @@ def _span(first: int, last: int) -> str:
 
 def render_page(report: Report) -> str:
     """The page as text."""
-    # Everything is escaped: rows are strangers' words.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(
-        count=short_count,
-        counted=counted,
-        gib=gib,
-        percent=lambda share: "–" if share is None else f"{share:.1%}",
-        number=lambda value: f"{value:,}",
-    )
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        Path(__file__).with_name("page.html.jinja"),
         report=report,
         evidence=report.evidence,
         proof=report.evidence.proof,

@@ -10,9 +10,9 @@ from datasets import Dataset
 
 from ..base.errors import RowError
 from ..data.look_alikes import LookAlike, LookAlikes, find_look_alikes
+from ..pages.pictures import Picture, thumbnail
 from ..reading.images import load_image
 from ..rows.messages import IN_EXTRAS
-from .samples import Picture, thumbnail
 
 PAIRS = 24  # shown
 SIDE = 144  # pixels of the longer side

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import copy
-import io
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
@@ -24,6 +22,7 @@ from ..batch.tokenizer_coverage import coverage_of
 from ..data.image_files import shared_images
 from ..data.mixture import SHARES
 from ..data.streaming import first_rows
+from ..pages.pictures import Picture, thumbnail
 from ..rows.box import to_unit
 from ..rows.boxes import AS_WRITTEN
 from ..rows.messages import answers_of, unpacked
@@ -31,7 +30,6 @@ from .checks import Evidence, Finding, check
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
-    from PIL import Image
 
     from ..batch.collator import MultimodalCollator
     from ..batch.processor import VLMProcessor
@@ -42,33 +40,6 @@ LOOKED_AT = 20_000  # rows whose text is read
 GLANCED_AT = 1_000  # rows whose text is read at the start of a training
 MEASURED = 2_000  # of these, rows whose whole length is counted, and answers given to the tokenizer
 SHOWN = 8  # samples
-THUMBNAIL = 288  # pixels of the longer side
-
-
-class Drawn(NamedTuple):
-    """A box on a picture, in its pixels: a point has no width. What it shows in words, and what the row says of it."""
-
-    left: float
-    top: float
-    width: float
-    height: float
-    label: str
-    title: str
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A small JPEG file, its size in pixels, and the boxes on it."""
-
-    jpeg: bytes
-    width: int
-    height: int
-    boxes: list[Drawn] = field(default_factory=list)
-
-    @property
-    def data_uri(self) -> str:
-        """The file, to be put into a page."""
-        return f"data:image/jpeg;base64,{base64.b64encode(self.jpeg).decode()}"
 
 
 @dataclass(frozen=True)
@@ -236,19 +207,6 @@ def boxes_on(
             else:
                 label = part["text"] if part["type"] == "ref" else ""
     return found
-
-
-def thumbnail(image: Image.Image, boxes: Iterable[tuple[list[float], str, str]] = (), side: int = THUMBNAIL) -> Picture:
-    """A small JPEG of an RGB image, `side` pixels at most, and where boxes in 0 to 1 of it lie on that."""
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((side, side))
-    small.save(file, "JPEG", quality=75)
-    drawn = []
-    for box, label, title in boxes:
-        left, top, *corner = (round(number * small.size[i % 2], 1) for i, number in enumerate(box))
-        right, bottom = corner or (left, top)
-        drawn.append(Drawn(left, top, round(right - left, 1), round(bottom - top, 1), label, title))
-    return Picture(file.getvalue(), *small.size, drawn)
 
 
 def shares_of_sources(data: Data, ledger: Ledger, rows: Sequence[dict[str, Any]]) -> list[Share]:
