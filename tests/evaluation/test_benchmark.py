@@ -87,7 +87,7 @@ def test_right_answers_score_and_the_image_blanked_stands_beside(bundle, publish
     assert found["pope"]["kinds"]["random"]["scores"]["recall"]["value"] == 1
     assert found["mme"]["scores"]["perception"]["value"] == 50
     # The same two questions about six pictures are two questions without the pictures.
-    assert [count for count, _ in asked] == [6, 2, 4, 2] and asked[0][1] == {"max_new_tokens": 16}
+    assert [count for count, _ in asked] == [6, 2, 4, 2] and asked[0][1] == {"max_new_tokens": 16, "confidence": True}
 
 
 def test_a_task_of_ones_own_and_what_is_asked_again(bundle, own, tmp_path, monkeypatch, capsys):
@@ -127,7 +127,21 @@ def test_it_goes_on_where_it_was_killed(bundle, own, tmp_path, monkeypatch, caps
     assert sum(calls) == 3 and "2 of 5 questions of dogs are answered already" in capsys.readouterr().err
     assert again["scores"] == whole["scores"]
     assert (out / "dogs.jsonl").read_bytes() == (tmp_path / "whole" / "dogs.jsonl").read_bytes()
-    assert [file.name for file in sorted(out.iterdir())] == ["dogs.json", "dogs.jsonl"]
+    assert [file.name for file in sorted(out.iterdir())] == ["dogs.json", "dogs.jsonl", "evaluation.html"]
+
+
+def test_the_page_shows_every_error_and_what_another_bundle_said(bundle, published, tmp_path, monkeypatch):
+    monkeypatch.setattr(asking, "answer_each", lambda model, processor, rows, **options: ["No"] * len(rows))
+    run(str(bundle), ["pope"], data=str(published), output=str(tmp_path / "no"), compare=False)
+    monkeypatch.setattr(asking, "answer_each", lambda model, processor, rows, **options: ["Yes"] * len(rows))
+    found = run(str(bundle), ["pope"], data=str(published), output=str(tmp_path / "yes"), compare=False,
+                against=str(tmp_path / "no"))  # fmt: skip
+    page = (tmp_path / "yes" / "evaluation.html").read_text(encoding="utf-8")
+    assert page.count("<article") == found["pope"]["questions"] == 6
+    assert page.count("got better 变好</span>") == page.count("got worse 变差</span>") == 3 and "p = 1.000" in page
+    assert "data:image/jpeg;base64," in page and "McNemar, exact" in page
+    with pytest.raises(UserError, match=r"has no answers to mme: run `vlm-sft evaluate \S+ --benchmark mme` first"):
+        run(str(bundle), ["mme"], data=str(published), output=str(tmp_path / "x"), against=str(tmp_path / "no"))
 
 
 def test_options_are_compared_by_likelihood(bundle, published, tmp_path):
@@ -213,5 +227,5 @@ def test_several_processes_find_what_one_finds(bundle, published, tmp_path):
         assert {**two, "seconds": 0} == {**one, "seconds": 0}
         assert (tmp_path / "two" / f"{name}.jsonl").read_bytes() == (tmp_path / "one" / f"{name}.jsonl").read_bytes()
     assert sorted(file.name for file in (tmp_path / "two").iterdir()) == [
-        "gqa.json", "gqa.jsonl", "mmbench_cn.json", "mmbench_cn.jsonl"
+        "evaluation.html", "gqa.json", "gqa.jsonl", "mmbench_cn.json", "mmbench_cn.jsonl"
     ]  # fmt: skip

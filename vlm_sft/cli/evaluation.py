@@ -33,8 +33,11 @@ def evaluate(
     recipe: Annotated[str | None, typer.Option(help="Take the data from this recipe, not the bundle's own.")] = None,
     likelihood: Annotated[bool, typer.Option("--likelihood", help="Choose the option that is likeliest.")] = False,
     blank: Annotated[bool, typer.Option(help="Ask with blanked images too.")] = True,
-    confidence: Annotated[bool, typer.Option("--confidence", help="Write how sure it was of each token.")] = False,
+    confidence: Annotated[bool, typer.Option("--confidence", help="How sure it was also of options compared.")] = False,
     contamination: Annotated[bool, typer.Option(help="Look for the images in the training sources.")] = True,
+    against: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="Bundle, or its answers, that the page compares with.")
+    ] = None,
     options: Options = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -50,7 +53,7 @@ def evaluate(
         from ..evaluation.evaluate import run
 
         run(bundle, split=split, batch_size=batch_size, output=output, max_rows=max_rows, recipe=recipe,
-            trust_remote_code=trust_remote_code)  # fmt: skip
+            trust_remote_code=trust_remote_code, against=against)  # fmt: skip
         return
     if recipe is not None:
         raise UserError("--recipe belongs to the recipe's own data; leave it or --benchmark out.")
@@ -68,4 +71,5 @@ def evaluate(
         compare=contamination,
         options=settings_of(options),
         trust_remote_code=trust_remote_code,
+        against=against,
     )

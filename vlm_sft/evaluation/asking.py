@@ -34,7 +34,8 @@ class How:
         likelihood: Choose the option that the model finds likeliest, in place of letting it write.
         options: What `likelihood` compares where a question has no choices.
         blank: Ask each question with its pictures blanked too.
-        confidence: Write how sure the model was of each token of its answer.
+        confidence: Write how sure the model was of each token also where it compared options or searched with beams,
+            which takes a second pass; of what it wrote itself it is known.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -87,11 +88,14 @@ class Asker:
                 "answers": asked.answers, "kind": asked.kind or None, "group": asked.group or None,
                 "answer": "" if isinstance(found, RowError) else found, "answer_blank": None, "confidence": None,
             }  # fmt: skip
+            if pieces := getattr(found, "confidence", None):
+                record["confidence"] = [[piece, round(share, 4)] for piece, share in pieces]
             records.append({**record, "error": str(found)} if isinstance(found, RowError) else record)
         good = [k for k, found in enumerate(said) if not isinstance(found, RowError)]
         if self.how.confidence:
-            pairs = [(rows[k], str(said[k])) for k in good]
-            for k, found in zip(good, self._likelihoods(pairs), strict=True):
+            unknown = [k for k in good if records[k]["confidence"] is None]  # options compared, or several beams
+            pairs = [(rows[k], str(said[k])) for k in unknown]
+            for k, found in zip(unknown, self._likelihoods(pairs), strict=True):
                 # The last token ends the answer; what the model is sure of is what it says.
                 pairs_of = zip(found.tokens[:-1], found.logs[:-1], strict=True)
                 records[k]["confidence"] = [[token, round(math.exp(log), 4)] for token, log in pairs_of]
@@ -118,7 +122,7 @@ class Asker:
                     raise error if isinstance(error, RowError) else RowError(str(error), where=where) from None
             if self.how.likelihood and all(self._options(asked) for asked in batch):
                 return list(self._likeliest(batch, shown))
-            return answer_each(self.model, self.processor, shown, **self.how.settings)
+            return [*answer_each(self.model, self.processor, shown, confidence=True, **self.how.settings)]
         except RowError as error:
             if len(batch) == 1:
                 return [error]

@@ -16,6 +16,7 @@ from transformers import set_seed
 from ..base.assets import list_tasks
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError
+from ..base.names import ERROR_PAGE
 from ..base.processes import on_first_process, share_work
 from ..base.progress import RowProgress
 from ..bundle.hub import find_bundle, is_fetched
@@ -23,6 +24,10 @@ from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
 from ..inference.settings import check_options
 from ..metrics.measures import MEASURES, Answered, Measured
+from ..pages.against import against as put_beside
+from ..pages.against import earlier_answers
+from ..pages.errors import write_page
+from ..pages.records import Entry, read_records, sheet_of
 from ..recipe.schema import Recipe
 from .asking import Asker, How, Record, share_of
 from .contamination import contamination
@@ -60,6 +65,7 @@ def run(
     compare: bool = True,
     options: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    against: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates a bundle on benchmarks.
 
@@ -73,6 +79,7 @@ def run(
         compare: Look whether their pictures are among those of the bundle's training sources.
         options: For `generate`, over what bundle and task say.
         trust_remote_code: See `vlm_sft.load`.
+        against: Another bundle, or its answers, for the page of errors to compare with.
 
     Returns:
         For each benchmark what is written to its `NAME.json`; see docs/evaluation.md.
@@ -93,6 +100,8 @@ def run(
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {str(target)!r} is a file; name a folder.")
     ready = read_benchmarks(names, data, max_rows)
+    known = [benchmark.name for benchmark in ready]
+    theirs = earlier_answers(against, known, f"vlm-sft evaluate {{}} --benchmark {','.join(names)}") if against else {}
     loading = _Loading(folder, recipe, trust_remote_code)
     found = {}
     for benchmark in ready:
@@ -104,11 +113,41 @@ def run(
         )
     if PartialState().is_main_process:
         print_table(found, target)
+        show_errors(bundle, ready, found, target, against or "", theirs)
+    _check_all_were_asked(found)
+    return found
+
+
+def show_errors(
+    bundle: str,
+    ready: Sequence[Benchmark],
+    found: Mapping[str, Any],
+    target: Path,
+    other: str,
+    theirs: Mapping[str, list[Record]],
+) -> None:
+    """Writes the page of errors beside the records; `other` and `theirs`: see `earlier_answers`."""
+    sheets = []
+    for name, *_ in ready:
+        sheet = sheet_of(name, read_records(target / f"{name}.jsonl"), found[name])
+        sheet.notes += [seen_in_words(seen)] if (seen := found[name]["contamination"]) else []
+        if name in theirs:
+            put_beside(sheet, theirs[name], other)
+        sheets.append(sheet)
+    images = {(each.name, one.id): (one.images, each.pictures) for each in ready for one in each.asked}
+
+    def of(entry: Entry) -> list[dict[str, Any]]:
+        own, pictures = images[entry.sheet, entry.id]
+        return [pictures.whole(image) for image in own]
+
+    write_page(target / ERROR_PAGE, bundle, sheets, other, of)
+
+
+def _check_all_were_asked(found: Mapping[str, Any]) -> None:
     for name, one in found.items():
         if refused := one.get("refused"):
             count = f"{refused['questions']:,} of {one['questions']:,} questions of {name}"
             raise UserError(f"{count} could not be asked and count as wrong; the first: {refused['first']}")
-    return found
 
 
 def read_benchmarks(names: Sequence[str], data: str | None, max_rows: int | None = None) -> list[Benchmark]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError, refused_by_library
-from ..base.names import ERROR_PAGE, EVALUATION, METRICS, SCORES
-from ..base.whole_files import read_text, write_whole
+from ..base.names import ERROR_PAGE, EVALUATION, MANIFEST, METRICS, SCORES
+from ..base.whole_files import read_text, write_json, write_whole
 from ..metrics.intervals import mean_of
 from ..pages.against import against as put_beside
 from ..pages.against import earlier_answers
-from ..pages.errors import error_page
+from ..pages.errors import write_page
 from ..pages.records import sheet_of
 from .scoring import Answers, collect, score
 
@@ -56,7 +56,6 @@ def run(
             questions could not be asked because of their pictures.
     """
     quiet_libraries()
-
     from transformers import set_seed
 
     from ..bundle.card import write_card
@@ -67,13 +66,8 @@ def run(
 
     folder = find_bundle(bundle)
     own = recipe_of(folder, read_manifest(folder))
-    sources = sources_of(load_recipe(recipe) if recipe else own, split)
-    fetched = is_fetched(folder)
-    # What lies in the Hub's cache is not ours to change.
-    default = Path(f"{bundle.partition('@')[0].rpartition('/')[2]}-{SCORES}") if fetched else folder / SCORES
-    target = Path(output) if output else default
-    if target.is_dir():
-        raise UserError(f"--output {str(target)!r} is a folder; name a file.")
+    sources, fetched = sources_of(load_recipe(recipe) if recipe else own, split), is_fetched(folder)
+    target = _target(bundle, folder, fetched, output)
     name, command = f"data.{split}", "vlm-sft evaluate {}" + (f" --split {split}" if split != "test" else "")
     theirs = earlier_answers(against, [name], command)[name] if against else None
     questions = collect(sources, max_rows)
@@ -85,24 +79,28 @@ def run(
     seconds = round(time.perf_counter() - start, 1)
     results |= {"train_seconds": train_seconds(folder), "split": split, "evaluate_seconds": seconds}
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside = target == folder / SCORES
-    stem = folder / EVALUATION / name if beside else target.with_suffix("")
-    page = folder / EVALUATION / ERROR_PAGE if beside else target.with_suffix(".html")
-    write_answers(said, name, stem, page, str(bundle), (against or "", theirs))
+    write_json(target, results)
+    write_answers(said, name, target, bundle, (against or "", theirs))
     if not output and not fetched:
         write_card(folder)
     _print(results, target)
-    say(make_console(stderr=False, quiet=False), f"Where it is wrong: {page}.")
     _check_all_were_asked(results)
     return results
+
+
+def _target(bundle: str, folder: Path, fetched: bool, output: str | None) -> Path:
+    # What lies in the Hub's cache is not ours to change.
+    default = Path(f"{bundle.partition('@')[0].rpartition('/')[2]}-{SCORES}") if fetched else folder / SCORES
+    target = Path(output) if output else default
+    if target.is_dir():
+        raise UserError(f"--output {str(target)!r} is a folder; name a file.")
+    return target
 
 
 def write_answers(
     said: Sequence[Answers],
     name: str,
-    stem: Path,
-    page: Path,
+    target: Path,
     bundle: str,
     other: tuple[str, list[dict[str, Any]] | None],
 ) -> None:
@@ -111,8 +109,7 @@ def write_answers(
     Args:
         said: The answers of each kind.
         name: Of the split.
-        stem: Path of the records without `.jsonl`.
-        page: Path of the page.
+        target: File of the results: those of a bundle have the rest in its `evaluation`, others beside them.
         bundle: What was asked, in words.
         other: What it is compared with, in words, and its records.
 
@@ -122,20 +119,23 @@ def write_answers(
     records: dict[str, dict[str, Any]] = {}
     images: dict[str, Sequence[Any]] = {}
     for each in said:
-        for record, own in records_of(each):
+        for record, shown in records_of(each):
             while record["id"] in records:  # of rows that have the id of another
                 record["id"] += "~"
-            records[record["id"]], images[record["id"]] = record, own
+            records[record["id"]], images[record["id"]] = record, shown
     if not records:
         return
+    own = target.name == SCORES and (target.parent / MANIFEST).is_file()
+    stem = target.parent / EVALUATION / name if own else target.with_suffix("")
+    page = target.parent / EVALUATION / ERROR_PAGE if own else target.with_suffix(".html")
     stem.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records.values())
-    write_whole(stem.with_name(f"{stem.name}.jsonl"), "".join(lines).encode("utf-8", "backslashreplace"))
+    write_whole(stem.with_name(f"{stem.name}.jsonl"), "".join(lines).encode("utf-8", "replace"))
     sheet = sheet_of(name, list(records.values()), summary_of(said))
     described, theirs = other
     if theirs is not None:
         put_beside(sheet, theirs, described)
-    write_whole(page, error_page(bundle, [sheet], described, lambda entry: images[entry.id]).encode())
+    write_page(page, bundle, [sheet], described, lambda entry: images[entry.id])
 
 
 def records_of(said: Answers) -> Iterator[tuple[dict[str, Any], Sequence[Any]]]:

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..base.console import make_console, say
 from ..base.errors import UserError
+from ..base.whole_files import write_whole
+from ..base.words import reason_of
 from ..metrics.exact_match import normalise_answer
 from ..metrics.intervals import mean_of
 from ..reading.images import load_image
@@ -104,6 +107,20 @@ def error_page(
         SURE=SURE,
         UNSURE=UNSURE,
     )
+
+
+def write_page(path: Path, title: str, sheets: Sequence[Sheet], other: str, images: Images, **more: Any) -> None:
+    """Writes `error_page` to a file and says where.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        # What is half a character becomes a question mark: no file can hold it.
+        write_whole(path, error_page(title, sheets, other, images, **more).encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({reason_of(error)}): give another --output or make room.") from None
+    say(make_console(stderr=False, quiet=False, soft_wrap=True), f"Where it is wrong: {path}.")
 
 
 def shade(share: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..base.whole_files import read_text
 from ..base.words import counted, gib, short_count
 
 
@@ -39,7 +40,7 @@ def render(template: Path, script: Path | None = None, **values: Any) -> str:
         percent=lambda share: "–" if share is None else f"{share:.1%}",
         number=lambda value: f"{value:,}",
     )
-    code = "" if script is None else script.read_text(encoding="utf-8")
+    code = "" if script is None else read_text(script)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     # The script is the package's own, and no value is put into it.
     own = {"script": Markup(code), "script_hash": f"sha256-{digest}" if code else ""}  # noqa: S704

@@ -170,7 +170,12 @@ def flaw_of(record: object) -> str:
     )
     if not whole:
         return 'has no "confidence" as answers have it'
-    for key, wanted in (("choices", (dict,)), ("images", (list,)), ("answer_blank", (str,)), ("score_blank", (int, float))):
+    for key, wanted in (
+        ("choices", (dict,)),
+        ("images", (list,)),
+        ("answer_blank", (str,)),
+        ("score_blank", (int, float)),
+    ):
         if record.get(key) is not None and not isinstance(record[key], wanted):
             return f'has no "{key}" as answers have it'
     return "" if math.isfinite(record["score"]) else 'has no "score" as answers have it'
