@@ -27,7 +27,7 @@ from ..metrics.measures import MEASURES, Answered, Measured
 from ..pages.against import against as put_beside
 from ..pages.against import earlier_answers
 from ..pages.errors import write_page
-from ..pages.records import Entry, read_records, sheet_of
+from ..pages.records import read_records, sheet_of
 from ..recipe.schema import Recipe
 from .asking import Asker, How, Record, share_of
 from .contamination import contamination
@@ -92,7 +92,6 @@ def run(
     # Without being told that there is nothing but CPUs, accelerate takes each process of a launch for one alone.
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     check_options(dict(options or {}))
-    console = make_console(highlight=False, soft_wrap=True)
     folder = find_bundle(bundle)
     recipe = recipe_of(folder, read_manifest(folder))
     default = Path(f"{bundle.partition('@')[0].rpartition('/')[2]}-{FOLDER}") if is_fetched(folder) else folder / FOLDER
@@ -100,8 +99,8 @@ def run(
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {str(target)!r} is a file; name a folder.")
     ready = read_benchmarks(names, data, max_rows)
-    known = [benchmark.name for benchmark in ready]
-    theirs = earlier_answers(against, known, f"vlm-sft evaluate {{}} --benchmark {','.join(names)}") if against else {}
+    command = f"vlm-sft evaluate {{}} --benchmark {','.join(names)}"
+    theirs = earlier_answers(against, [each.name for each in ready], command) if against else {}
     loading = _Loading(folder, recipe, trust_remote_code)
     found = {}
     for benchmark in ready:
@@ -109,7 +108,7 @@ def run(
         asked = replace(how or How(), settings=settings, options=benchmark.task.options)
         kept = Records(target, benchmark.name, fingerprint(folder, benchmark.asked, _told(benchmark.task, asked)))
         found[benchmark.name] = on_first_process(kept.finished) or _evaluate(
-            benchmark, loading, asked, kept, console, recipe if compare else None
+            benchmark, loading, asked, kept, make_console(highlight=False, soft_wrap=True), recipe if compare else None
         )
     if PartialState().is_main_process:
         print_table(found, target)
@@ -119,12 +118,7 @@ def run(
 
 
 def show_errors(
-    bundle: str,
-    ready: Sequence[Benchmark],
-    found: Mapping[str, Any],
-    target: Path,
-    other: str,
-    theirs: Mapping[str, list[Record]],
+    bundle: str, ready: Sequence[Benchmark], found: Mapping[str, Any], target: Path, other: str, theirs: dict[str, Any]
 ) -> None:
     """Writes the page of errors beside the records; `other` and `theirs`: see `earlier_answers`."""
     sheets = []
@@ -134,13 +128,8 @@ def show_errors(
         if name in theirs:
             put_beside(sheet, theirs[name], other)
         sheets.append(sheet)
-    images = {(each.name, one.id): (one.images, each.pictures) for each in ready for one in each.asked}
-
-    def of(entry: Entry) -> list[dict[str, Any]]:
-        own, pictures = images[entry.sheet, entry.id]
-        return [pictures.whole(image) for image in own]
-
-    write_page(target / ERROR_PAGE, bundle, sheets, other, of)
+    images = {(each.name, one.id): (each.pictures.whole, one.images) for each in ready for one in each.asked}
+    write_page(target / ERROR_PAGE, bundle, sheets, other, lambda entry: list(map(*images[entry.sheet, entry.id])))
 
 
 def _check_all_were_asked(found: Mapping[str, Any]) -> None:

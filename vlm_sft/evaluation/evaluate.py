@@ -76,9 +76,8 @@ def run(
     set_seed(int(own.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
     said: list[Answers] = []
     results = score(model, processor, questions, batch_size, dict(own.generation), said.append)
-    seconds = round(time.perf_counter() - start, 1)
-    results |= {"train_seconds": train_seconds(folder), "split": split, "evaluate_seconds": seconds}
-    target.parent.mkdir(parents=True, exist_ok=True)
+    results |= {"train_seconds": train_seconds(folder), "split": split}
+    results["evaluate_seconds"] = round(time.perf_counter() - start, 1)
     write_json(target, results)
     write_answers(said, name, target, bundle, (against or "", theirs))
     if not output and not fetched:
@@ -94,6 +93,7 @@ def _target(bundle: str, folder: Path, fetched: bool, output: str | None) -> Pat
     target = Path(output) if output else default
     if target.is_dir():
         raise UserError(f"--output {str(target)!r} is a folder; name a file.")
+    target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 
