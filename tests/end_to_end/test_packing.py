@@ -169,14 +169,14 @@ def test_an_evaluation_of_packs_is_that_of_rows(make_trainer, rows):
 
 
 def test_a_model_whose_rows_see_each_other_is_refused_before_the_first_step(make_trainer, rows, monkeypatch):
-    blind = lambda config, embeds, lengths: (None, torch.arange(embeds.shape[1])[None])  # noqa: E731
+    blind = lambda lm, embeds, lengths, own: (None, torch.arange(embeds.shape[1])[None])  # noqa: E731
     trainer = packed_trainer(make_trainer, rows)
     with monkeypatch.context() as patch:
         patch.setattr(modeling, "kept_apart", blind)
         with pytest.raises(UserError, match=r"in this model \(llama\) a row of a pack sees the one before it: .*s/"):
             trainer.train()
     # Positions alone are not enough for a model that makes its mask without them.
-    restart = lambda config, embeds, lengths: (None, packed_positions(lengths, embeds.shape[1]))  # noqa: E731
+    restart = lambda lm, embeds, lengths, own: (None, packed_positions(lengths, embeds.shape[1]))  # noqa: E731
     monkeypatch.setattr(modeling, "kept_apart", restart)
     trainer.check_packing()
     assert trainer.model.training

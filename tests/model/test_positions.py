@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import LlamaConfig, LlamaModel, OPTConfig, OPTModel, SiglipVisionConfig, SiglipVisionModel
 
 from support.tiny_pieces import save_checkpoint
 from vlm_sft import VLMProcessor
@@ -16,7 +16,7 @@ from vlm_sft.bundle.load import load
 from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.save import save_bundle
 from vlm_sft.export.native_model import native_form
-from vlm_sft.model.positions import cast, fit_positions
+from vlm_sft.model.positions import cast, fit_positions, kept_apart
 from vlm_sft.pieces.load_parts import load_vision_tower
 from vlm_sft.pieces.part_configs import find_vision_tower
 from vlm_sft.stack.build_stack import build_empty_stack, build_stack
@@ -134,3 +134,50 @@ def test_rotations_stay_exact_whatever_the_weights_are_cast_to(to_half, stack_re
     assert next(language_model.parameters()).dtype == torch.bfloat16
     assert torch.equal(language_model.rotary_emb.inv_freq, rates.inv_freq)
     assert model.to("meta").model.language_model.rotary_emb.inv_freq.is_meta
+
+
+def language_model(kind: str, attention: str, heads: int = 2) -> torch.nn.Module:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options = {"attn_implementation": attention}
+    if kind == "opt":
+        return OPTModel._from_config(OPTConfig(**shape, ffn_dim=48, dropout=0.0, word_embed_proj_dim=32), **options)
+    return LlamaModel._from_config(LlamaConfig(**shape, intermediate_size=48, num_key_value_heads=heads), **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_rows_attend_row_by_row_to_what_a_mask_gives_them(kind, checkpointing):
+    """Heads that share keys, a pack without padding, one with fewer rows, and layers that are computed again."""
+    lengths = torch.tensor([[3, 1, 4], [5, 2, 0]])
+    embeds = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(1))
+    real = torch.arange(8) < lengths.sum(1, keepdim=True)
+    found = {}
+    for attention in ("sdpa", "eager"):
+        lm = language_model(kind, attention).train()
+        if checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        given = embeds.clone().requires_grad_()
+        mask, positions = kept_apart(lm, given, lengths)
+        out = lm(inputs_embeds=given, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        out[real].square().sum().backward()
+        gradients = [p.grad for p in lm.parameters() if p.grad is not None]
+        found[attention] = [out.detach()[real], given.grad[real], *gradients]
+        assert mask.shape == ((2, 1, 1, 3) if attention == "sdpa" else (2, 1, 8, 8))  # no mask of all pairs
+    for ours, masked in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, masked, atol=1e-5, rtol=1e-5)
+    assert len(found["sdpa"]) > 4
+
+
+def test_attention_of_what_is_not_packed_is_that_of_transformers():
+    lm, embeds = language_model("llama", "sdpa"), torch.randn(2, 6, 32)
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    before = lm(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    kept_apart(lm, embeds, torch.tensor([[6], [6]]))
+    assert torch.equal(lm(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, before)
+
+
+def test_layers_that_look_back_less_far_make_their_own_masks():
+    lm = language_model("llama", "sdpa")
+    lm.config.sliding_window = 4
+    assert kept_apart(lm, torch.randn(1, 4, 32), torch.tensor([[2, 2]]))[0] is None

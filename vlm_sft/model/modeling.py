@@ -158,7 +158,7 @@ class VLMModel(VLMPreTrainedModel):
         if input_ids is not None and position_ids is None and past_key_values is None:
             position_ids = own_positions(lm, input_ids, attention_mask, row_lengths)
         if row_lengths is not None:
-            attention_mask, position_ids = kept_apart(lm.config, inputs_embeds, row_lengths, position_ids)
+            attention_mask, position_ids = kept_apart(lm, inputs_embeds, row_lengths, position_ids)
         return lm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
