@@ -326,15 +326,16 @@ def preflight(proofs: Proofs) -> tuple[bool, str]:
 
 
 def memory(proofs: Proofs) -> tuple[bool, str]:
-    """What `--dry-run` says of a device against the resident memory of the process at its peak."""
-    recipe = proofs.recipe("memory", sft={"max_steps": 2}, init_from=str(proofs.bundle.parent / "stage1"))
-    said = proofs.run(*TRAIN, recipe, "--dry-run").text
-    (total,) = re.findall(r"(?:total|sum|Total|peak)\D*([\d.]+) (GB|MB|GiB|MiB)", said)[-1:]
-    estimate = float(total[0]) * {"GB": 1e3, "MB": 1, "GiB": 1073.7, "MiB": 1.0486}[total[1]]
+    """What `--dry-run` says of rows as long as the longest against the resident memory of the process at its peak."""
+    recipe = proofs.recipe("memory", sft={"max_steps": 2})
+    (longest,) = re.findall(r"([\d,]+) at most", proofs.run(*TRAIN, recipe, "sft.max_steps=1").text)
+    shutil.rmtree(proofs.out / "memory")
+    length = f"sft.max_length={longest.replace(',', '')}"
+    estimate = most_of(proofs.run(*TRAIN, recipe, length, "--dry-run").text)
     bare = proofs.run(
         sys.executable, "-c", "import vlm_sft, trl, peft, torch, transformers; from trl import SFTTrainer"
     )
-    real = proofs.run(*TRAIN, recipe).peak - bare.peak
+    real = proofs.run(*TRAIN, recipe, length).peak - bare.peak
     return (
         0.5 < estimate / real < 2,
         f"estimate {estimate:,.0f} MB, real {real:,.0f} MB beyond the libraries' {bare.peak:,.0f}",
@@ -376,6 +377,12 @@ def relative(one: list[float], other: list[float]) -> float:
     """Largest difference of two lists of losses, as a share of the first's."""
     assert len(one) == len(other) and one, (one, other)
     return max(abs(ours - theirs) / ours for ours, theirs in zip(one, other, strict=True))
+
+
+def most_of(text: str) -> float:
+    """MB at any moment, as a dry run says it."""
+    number, unit = re.findall(r"most at any moment ([\d.]+) (MiB|GiB)", " ".join(text.split()))[0]
+    return float(number) * {"GiB": 1073.7, "MiB": 1.0486}[unit]
 
 
 def number_after(words: str, text: str) -> float:
