@@ -14,8 +14,9 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from vlm_sft import load_recipe
-from vlm_sft.batch.by_length import ByLength, Packs, _best_fit, pack
+from vlm_sft.batch.by_length import ByLength, Packs
 from vlm_sft.recipe.libraries import build_sft_config
+from vlm_sft.rows.filling import pack
 from vlm_sft.stack.kinds import compose
 from vlm_sft.training.build_trainer import build_collator, build_trainer
 from vlm_sft.training.run_rows import RunRows, load_rows
@@ -116,39 +117,8 @@ def test_lengths_are_those_of_the_mixture(make, tmp_path, photos):
     assert len({row["source"] for row in rows}) == 2
 
 
-def first_fit_decreasing(lengths: list[int], room: int) -> int:
-    """How many packs it needs, as the textbook writes it."""
-    left: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        place = next((k for k, free in enumerate(left) if free >= length), None)
-        if place is None:
-            left.append(room - length)
-        else:
-            left[place] -= length
-    return len(left)
-
-
 ROOM = 60
 SOME = st.lists(st.integers(1, ROOM), max_size=60) | st.lists(st.sampled_from([7, 13, 20, 22, 30, 38]), max_size=60)
-
-
-@given(lengths=SOME)
-def test_packs_hold_every_row_once_and_are_as_few_as_first_fit_makes(lengths):
-    packs = pack(lengths, ROOM)
-    assert sorted(int(row) for rows in packs for row in rows) == list(range(len(lengths)))
-    assert all(sum(lengths[row] for row in rows) <= ROOM for rows in packs)
-    assert len(packs) <= first_fit_decreasing(lengths, ROOM)
-
-
-def test_where_best_fit_is_the_worse_one_first_fit_packs():
-    lengths = [25, 21, 16, 16, 15, 10, 7, 6, 4]  # found by search: best fit alone makes one pack more
-    assert max(_best_fit(sorted(lengths, reverse=True), ROOM)) + 1 > first_fit_decreasing(lengths, ROOM)
-    assert len(pack(lengths, ROOM)) == first_fit_decreasing(lengths, ROOM)
-
-
-def test_rows_that_cannot_be_measured_or_do_not_fit_are_packed_all_the_same():
-    packs = [sorted(rows.tolist()) for rows in pack([0, 200, 58, 0, 61], ROOM)]
-    assert sorted(packs) == [[0, 2, 3], [1], [4]] and pack([], ROOM) == []
 
 
 @given(lengths=SOME, seed=st.integers(-1, 2**40), epoch=st.integers(0, 3))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn.attention.flex_attention import create_mask
 from transformers.integrations import flex_attention as flex
 
 from support.conversations import make_row, turn
+from support.gradients import assert_same, gradients, math_of_flex
 from support.tiny_pieces import tiny_stack
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
@@ -24,9 +24,6 @@ from vlm_sft.model import modeling
 from vlm_sft.model.losses import supervised_positions
 from vlm_sft.model.positions import packed_positions
 from vlm_sft.train import train
-
-# fp32, losses of about 6 and gradients of about 1: sums of the same numbers in another order.
-SAME = {"atol": 2e-6, "rtol": 2e-5}
 
 
 @pytest.fixture
@@ -43,22 +40,6 @@ def rows(photos):
     ]
 
 
-def gradients(trainer, batch) -> dict[str, torch.Tensor]:
-    """The loss of a batch in evaluation mode, and the gradient of each trained tensor."""
-    trainer.model.eval()  # dropout would be drawn for other shapes
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(50))
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
-
-
-def assert_same(found, wanted):
-    assert found.keys() == wanted.keys() and any(g.abs().max() > 1e-3 for n, g in found.items() if n != "loss")
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, **SAME, msg=lambda said, name=name: f"{name}: {said}")
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("language", ["llama", "opt"])
 def test_a_composed_stack_gives_what_separate_rows_give(make_trainer, pieces, rows, attention, language):
@@ -72,18 +53,8 @@ def test_a_composed_stack_gives_what_separate_rows_give(make_trainer, pieces, ro
     assert_same(gradients(trainer, batch), alone)
 
 
-def math_of_flex(query, key, value, block_mask, scale, **options):
-    """What flex attention computes: torch has no gradient of it on a CPU, and compiles for minutes."""
-    shape = (len(query), None, query.shape[2], key.shape[2])
-    mask = create_mask(block_mask.mask_mod, *shape, device="cpu")
-    found = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
-    return (
-        (found, found.new_zeros(found.shape[:3])) if options.get("return_aux") or options.get("return_lse") else found
-    )
-
-
 def test_flex_attention_keeps_rows_apart_in_a_mask_of_blocks(make_trainer, pieces, rows, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    monkeypatch.setattr(torch._dynamo.config, "disable", True, raising=False)
     monkeypatch.setattr(flex, "compile_friendly_flex_attention", math_of_flex)
     stack = tiny_stack(pieces, language={"attn_implementation": "flex_attention"})
     trainer = make_trainer(stack=stack, lora={"r": 4})
@@ -169,14 +140,14 @@ def test_an_evaluation_of_packs_is_that_of_rows(make_trainer, rows):
 
 
 def test_a_model_whose_rows_see_each_other_is_refused_before_the_first_step(make_trainer, rows, monkeypatch):
-    blind = lambda lm, embeds, lengths, own: (None, torch.arange(embeds.shape[1])[None])  # noqa: E731
+    blind = lambda lm, embeds, lengths, own, heads: (None, torch.arange(embeds.shape[1])[None])  # noqa: E731
     trainer = packed_trainer(make_trainer, rows)
     with monkeypatch.context() as patch:
         patch.setattr(modeling, "kept_apart", blind)
         with pytest.raises(UserError, match=r"in this model \(llama\) a row of a pack sees the one before it: .*s/"):
             trainer.train()
     # Positions alone are not enough for a model that makes its mask without them.
-    restart = lambda lm, embeds, lengths, own: (None, packed_positions(lengths, embeds.shape[1]))  # noqa: E731
+    restart = lambda lm, embeds, lengths, own, heads: (None, packed_positions(lengths, embeds.shape[1]))  # noqa: E731
     monkeypatch.setattr(modeling, "kept_apart", restart)
     trainer.check_packing()
     assert trainer.model.training

@@ -16,6 +16,7 @@ from vlm_sft.families.build_family import model_class
 from vlm_sft.families.model import set_dtypes
 from vlm_sft.families.table import FAMILIES
 from vlm_sft.model.freeze import FreezePlan, part_modules, part_of
+from vlm_sft.rows.merging import merged
 from vlm_sft.training.trainer import VLMSFTTrainer
 
 PARTS = ("vision_tower", "projector", "language_model")
@@ -204,3 +205,29 @@ def test_packed_rows_give_the_loss_and_gradients_of_separate_ones(name):
     assert found[0].keys() == found[1].keys() and scale > 1e-3
     for parameter, gradient in found[0].items():
         assert float((found[1][parameter] - gradient).abs().max() / scale) < 1e-5, parameter
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if not FAMILIES[name].no_sharing])
+def test_questions_that_share_a_picture_give_the_loss_and_gradients_of_separate_rows(name):
+    model, processor = build(name)
+    model.eval()
+    if getattr(model.config.get_text_config(), "sliding_window", None):
+        model.config.get_text_config().sliding_window = 4096  # shorter ones are refused, see `shared_mask`
+    data = rows((40, 30), None, None, (60, 200), None, None)
+    for number, row in enumerate(data):
+        row["messages"][1]["content"][0]["text"] = "so " * (1 + 5 * number)
+        row["messages"][0]["content"][-1]["text"] = "这是什么？ " * (1 + number % 3)
+        if number not in (0, 3, 5):  # on the picture of the row before
+            row["images"] = data[number - 1]["images"]
+            row["messages"][0]["content"].insert(0, {"type": "image"})
+    first, second = merged(data[:3], True), merged(data[3:5], True)
+    collator, found = MultimodalCollator(processor), []
+    for items in (data, [second, data[5], first], [{PACK: [first, data[5], second]}]):
+        model.zero_grad()
+        model(**collator(items), supervised_only=True, use_cache=False, num_items_in_batch=40).loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        scale = max(g.abs().max() for g in found[0].values())
+    assert found[0].keys() == found[1].keys() and scale > 1e-3
+    for other in found[1:]:
+        for parameter, gradient in found[0].items():
+            assert float((other[parameter] - gradient).abs().max() / scale) < 1e-5, parameter

@@ -151,13 +151,15 @@ def test_workers_find_the_same_and_the_global_generator_stays(collator, photos, 
 class ByText:
     """A collator that measures a row by its question: so many tokens, or why it cannot be used."""
 
-    def encode(self, row, with_images):
+    def sample(self, row, with_images):
         said = row["messages"][0]["content"][-1]["text"]
         if said == "broken template":
             raise UserError(f"the template fails at {row['id']}.")
         if not said.isdigit():
             raise RowError(f"{row['id']} {said}{' once decoded' if with_images else ''}", reason=said)
-        return SimpleNamespace(chat=SimpleNamespace(input_ids=[0] * int(said)), turns_lost=int(said) % 3, images=[])
+        return SimpleNamespace(
+            chat=SimpleNamespace(input_ids=[0] * int(said), places=[]), turns_lost=int(said) % 3, images=[]
+        )
 
 
 KINDS = st.integers(1, 9).map(str) | st.sampled_from(["太长", "no answer", "file gone"])
@@ -200,7 +202,7 @@ def test_workers_end_with_an_error_of_the_parent(monkeypatch):
             raise KeyboardInterrupt
 
     class Slow:
-        def encode(self, row, with_images):
+        def sample(self, row, with_images):
             time.sleep(0.001)
             raise RowError("no", reason="no")
 

@@ -23,6 +23,10 @@ INSTRUCTION = ("qformer_input_ids", "qformer_attention_mask")
 ROW_LENGTHS = "row_lengths"
 """What a batch of packs holds in place of an attention mask: (B, R) tokens of each row, 0 where a pack has fewer."""
 
+ROW_HEADS = "row_heads"
+"""What it holds beside them where rows share the prefix that has their image: (B, R) number of each one's prefix, or
+its own. The prefix counts as a row there, and the rest of each row as another."""
+
 MANIFEST = "bundle.json"
 """Makes a folder a bundle: its pieces, what is trained, the ledger, versions; written last."""
 

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset as Stored
 from datasets import IterableDataset
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..base.errors import RowError, UserError
 from ..base.names import GROUPED
+from ..rows.filling import pack
+from ..rows.merging import apart, merged
+from ..rows.messages import IN_EXTRAS, SHARED, unpacked
 from .encoding import rendered_ahead
 
 if TYPE_CHECKING:
@@ -40,58 +44,6 @@ def numbered(items: Sequence[Row]) -> Iterator[tuple[int | None, Row]]:
     """Each row of packs with the number of its pack, and each row alone with None."""
     for number, item in enumerate(items):
         yield from ((number, row) for row in item[PACK]) if PACK in item else [(None, item)]
-
-
-def pack(lengths: Sequence[int], room: int) -> list[np.ndarray]:
-    """Numbers of the rows of each pack: every row once, no more than `room` tokens together, in as few as may be.
-
-    The longest rows first, each where the least room is left (best fit); where it takes fewer, into the first pack that
-    has room (first fit). A row longer than `room` has a pack of its own.
-
-    Args:
-        lengths: Tokens of each row.
-        room: Tokens of a pack.
-    """
-    sizes = np.clip(np.asarray(lengths, dtype=np.int64), 1, room)
-    longest_first = np.argsort(-sizes, kind="stable")
-    numbers = _best_fit(sizes[longest_first].tolist(), room)
-    if max(numbers, default=-1) + 1 > math.ceil(sizes.sum() / room):
-        numbers = min(numbers, _first_fit(sizes[longest_first], room), key=lambda found: max(found))
-    by_pack = np.argsort(numbers, kind="stable")
-    borders = np.flatnonzero(np.diff(np.asarray(numbers)[by_pack])) + 1
-    return np.split(longest_first[by_pack], borders) if len(sizes) else []
-
-
-def _best_fit(sizes: list[int], room: int) -> list[int]:
-    """The pack of each row, of rows in falling order."""
-    numbers, packs, free = [], 0, 0
-    open_with: list[list[int]] = [[] for _ in range(room + 1)]  # tokens left -> packs; bit n of `free`: there are some
-    for size in sizes:
-        if fit := free >> size:
-            left = size + (fit & -fit).bit_length() - 1
-            number = open_with[left].pop()
-            free ^= (not open_with[left]) << left
-        else:
-            left, number, packs = room, packs, packs + 1
-        numbers.append(number)
-        if left > size:
-            open_with[left - size].append(number)
-            free |= 1 << (left - size)
-    return numbers
-
-
-def _first_fit(sizes: np.ndarray, room: int) -> list[int]:
-    """The pack of each row, of rows in falling order; those of one length at once."""
-    left, numbers = np.zeros(0, dtype=np.int64), []
-    for size, count in zip(*(part[::-1].tolist() for part in np.unique(sizes, return_counts=True)), strict=True):
-        fit = left // size
-        taken = np.clip(count - (fit.cumsum() - fit), 0, fit)
-        rest, each = int(count - taken.sum()), room // size
-        added = [each] * (rest // each) + [rest % each] * (rest % each > 0)
-        taken = np.concatenate([taken, np.asarray(added, dtype=np.int64)])
-        left = np.concatenate([left, np.full(len(added), room)]) - taken * size
-        numbers.append(np.repeat(np.arange(len(left)), taken))
-    return np.concatenate(numbers).tolist()
 
 
 class ByLength(Sampler[int]):
@@ -262,11 +214,21 @@ class GroupsByLength:
 
     @torch.no_grad()
     def check_packing(self) -> None:
-        """Compares two rows in one pack with the same rows apart, in the model as it will be trained.
+        """Compares two rows in one pack, or behind one image, with the same rows apart, in the model to be trained.
 
         Raises:
             UserError: Their losses differ: something in the model lets a row see the one before it.
         """
+        if (row := _first_shared(self.train_dataset)) is not None:
+            rows = apart(row)[:2]
+            difference, allowed = self._differ(rows, [merged(rows, independent=True)])
+            if difference > allowed:
+                name = self.model.config.get_text_config().model_type
+                raise UserError(
+                    f"independent: in this model ({name}) a question sees the one before it: the losses of the rows "
+                    f"{rows[0]['id']} and {rows[1]['id']} differ by {difference:.2g} a token from those of "
+                    f"each alone (allowed {allowed:.2g}); remove `independent`."
+                )
         if not (self.packing or self.eval_packing):
             return
         collator, first = self._own_collator(), list(itertools.islice(self.train_dataset, PROBED))
@@ -278,24 +240,28 @@ class GroupsByLength:
         # Two packs where a batch has more than one: flash attention takes many rows of one sequence alone.
         sizes = [self.args.train_batch_size] * self.packing + [self.args.eval_batch_size] * self.eval_packing
         packs = min(2, max(sizes))
-        model, was_training = self.model, self.model.training
-        model.eval()
-        try:
-            apart, packed = map(self._losses_of, (rows * packs, [{PACK: rows}] * packs))
-        finally:
-            model.train(was_training)
-        difference = float((packed - apart).double().square().mean().sqrt())
-        # In half precision losses are rounded in proportion: before a projector has learnt, 0.06 of 7 a token is noise.
-        half = self.args.bf16 or self.args.fp16 or model.dtype != torch.float32
-        allowed = max(0.05, 0.02 * float(apart.mean())) if half else 1e-3
+        difference, allowed = self._differ(rows * packs, [{PACK: rows}] * packs)
         if difference > allowed:
-            name = model.config.get_text_config().model_type
-            flash = "flash" in str(model.config.get_text_config()._attn_implementation)
+            config = self.model.config.get_text_config()
+            name, flash = config.model_type, "flash" in str(config._attn_implementation)
             raise UserError(
                 f"sft.packing: in this model ({name}) a row of a pack sees the one before it: the losses of the rows "
                 f"{rows[0]['id']} and {rows[1]['id']} differ by {difference:.2g} a token from those of each alone "
                 f"(allowed {allowed:.2g}); set {'batch sizes of 1, or ' * (flash and packs > 1)}sft.packing=false."
             )
+
+    def _differ(self, alone: list[Any], together: list[Any]) -> tuple[float, float]:
+        """By how much the losses of tokens differ, as the root of their mean square, and by how much they may."""
+        model, was_training = self.model, self.model.training
+        model.eval()
+        try:
+            wanted, found = map(self._losses_of, (alone, together))
+        finally:
+            model.train(was_training)
+        # In half precision losses are rounded in proportion: before a projector has learnt, 0.06 of 7 a token is noise.
+        half = self.args.bf16 or self.args.fp16 or model.dtype != torch.float32
+        allowed = max(0.05, 0.02 * float(wanted.mean())) if half else 1e-3
+        return float((found - wanted).double().square().mean().sqrt()), allowed
 
     def _losses_of(self, items: list[Any]) -> torch.Tensor:
         inputs = self._prepare_inputs(self._own_collator()(items))
@@ -343,7 +309,16 @@ def _lengths(collator: MultimodalCollator, rows: Iterable[Row]) -> list[int]:
     lengths = []
     for row in rendered_ahead(collator, rows):
         try:
-            lengths.append(len(collator.encode(row, with_images=False).chat.input_ids))
+            lengths.append(len(collator.sample(row, with_images=False).chat.input_ids))
         except RowError:  # which its batch will say, or leave out
             lengths.append(0)
     return lengths
+
+
+def _first_shared(rows: Any) -> Row | None:
+    """The first row of a dataset in which questions share an image and none sees another."""
+    if not isinstance(rows, Stored) or IN_EXTRAS not in rows.column_names:
+        return None
+    marked = pc.match_substring(rows.data.column(IN_EXTRAS), f'"{SHARED}": true')
+    place = pc.index(marked, True).as_py()
+    return None if place < 0 else unpacked(rows.data.slice(place, 1).to_pylist()[0])

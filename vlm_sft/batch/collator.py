@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,61 +19,17 @@ from ..base.limits import limits
 from ..base.names import IGNORED
 from ..reading.image_refs import SIZES, TIME
 from ..reading.video import Films
+from ..rows.merging import apart, ids_of
 from ..rows.messages import Message, unpacked
 from ..templates.render import RenderedChat
 from .box_text import write_boxes
 from .by_length import numbered
-from .encoding import EncodedChat, pad, rendered_ahead
+from .encoding import EncodedChat, Sample, pad, rendered_ahead
 from .pictures import KeepsFeatures, Pictures, check_frames, check_pictures, load_picture, name_of, picture_sizes
 from .processor import VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
 SEEN = "seen_rows"  # and for how many rows of each source came, where that is not known before
-
-
-@dataclass
-class Sample:
-    """One row, ready to be batched.
-
-    Attributes:
-        chat: Ids and labels.
-        images: The row's RGB images, in reading order.
-        id: The row's id, for messages.
-        turns_lost: Turns dropped from the end to fit `max_length`.
-        loss_weights: S factors on the loss, or None for 1 everywhere.
-        instructions: What the user says beside each image, for a resampler that reads it.
-        extra: Anything a subclass wants to carry to `collate`.
-        names: Paths of the images, "" where one has none, for messages.
-        pack: Number of its pack in the batch, or None for a row alone.
-        rows: Of a pack that became one sample, its rows, each with its own `extra`.
-    """
-
-    chat: EncodedChat
-    images: list[Image.Image]
-    id: str
-    turns_lost: int = 0
-    loss_weights: list[float] | None = None
-    instructions: list[str] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
-    names: list[str] = field(default_factory=list)
-    pack: int | None = None
-    rows: list[Sample] = field(default_factory=list)
-
-    @classmethod
-    def packed(cls, rows: Sequence[Sample]) -> Sample:
-        """The rows of a pack as one sample."""
-        weighed = any(row.loss_weights is not None for row in rows)
-        weights = [weight for row in rows for weight in row.loss_weights or [1.0] * len(row.chat.input_ids)]
-        return cls(
-            EncodedChat.packed([row.chat for row in rows]),
-            [image for row in rows for image in row.images],
-            ", ".join(row.id for row in rows),
-            sum(row.turns_lost for row in rows),
-            weights if weighed else None,
-            [text for row in rows for text in row.instructions],
-            names=[name for row in rows for name in row.names],
-            rows=list(rows),
-        )
 
 
 class MultimodalCollator:
@@ -132,12 +87,13 @@ class MultimodalCollator:
             UserError: `drop_rejected` is on and no row of the batch is left.
         """
         samples: list[tuple[dict[str, Any], Sample]] = []
-        rejected = []
+        rejected: list[tuple[str, str, str, str]] = []
 
         def reject(row: dict[str, Any], error: RowError) -> None:
             if not self.drop_rejected:
                 raise error
-            rejected.append((str(row.get("source", "")), str(row["id"]), error.reason, str(error)))
+            source = str(row.get("source", ""))
+            rejected.extend((source, each, error.reason, str(error)) for each in ids_of(row))
 
         self._decoded = {}
         try:
@@ -147,7 +103,7 @@ class MultimodalCollator:
                     row = unpacked(row)
                     if wrong := row.get("rejected"):  # a stream's row that could not be read
                         raise RowError(wrong["sentence"], where=row["id"], reason=wrong["reason"])
-                    sample = self.encode(row)
+                    sample = self.sample(row)
                     sample.pack = pack
                     samples.append((row, sample))
                 except RowError as error:
@@ -210,6 +166,22 @@ class MultimodalCollator:
     def render(self, messages: Sequence[Message]) -> RenderedChat:
         """Messages → text, the places of images in it, and the character spans in the loss. To override."""
         return self.processor.render(messages)
+
+    def sample(self, row: dict[str, Any], with_images: bool = True) -> Sample:
+        """A row as one sample: what `encode` makes of it; of rows that share their images, of each of them.
+
+        Args:
+            row: A row of the dataset.
+            with_images: As `encode`.
+
+        Raises:
+            RowError: As `encode`, or the rows cannot share them.
+        """
+        rows = apart(unpacked(row))
+        if len(rows) == 1:
+            return self.encode(rows[0], with_images)
+        samples = [self.encode(each, with_images and not number) for number, each in enumerate(rows)]
+        return Sample.sharing(samples, self.max_length)
 
     def encode(self, row: dict[str, Any], with_images: bool = True) -> Sample:
         """One row → ids, labels and decoded images. To override (call this first, then change the sample).

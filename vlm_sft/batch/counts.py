@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..base.names import ROW_LENGTHS
+from ..base.names import ROW_HEADS, ROW_LENGTHS
 from ..model.losses import supervised_positions
 from ..model.positions import row_numbers
 
@@ -35,18 +35,28 @@ def counts_of(batch: Mapping[str, Any], image_token_id: int | None) -> dict[str,
 
 
 def rows_and_tokens(batch: Mapping[str, torch.Tensor]) -> tuple[int | torch.Tensor, torch.Tensor]:
-    """How many rows a batch has, packed or not, and how many tokens they have, without padding."""
+    """How many rows a batch has, packed or not, and how many tokens they have, without padding.
+
+    A prefix that rows share is no row, and its tokens count once.
+    """
     lengths = batch.get(ROW_LENGTHS)
     if lengths is None:
         return len(batch["input_ids"]), batch["attention_mask"].sum()
-    return (lengths > 0).sum(), lengths.sum()
+    rows = (lengths > 0).sum()
+    if (heads := batch.get(ROW_HEADS)) is not None:
+        before = torch.arange(heads.shape[1] - 1, device=heads.device)
+        rows = rows - ((heads[:, 1:] == before) & (lengths[:, 1:] > 0)).sum()  # the first that goes on from each prefix
+    return rows, lengths.sum()
 
 
 def owners_of(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """(B, S) a number for the row of each token, packed or not, and below which these numbers lie."""
+    """(B, S) a number for the row of each token, packed or not, and below which these numbers lie.
+
+    Rows that share an image are one.
+    """
     sequences, length = batch["input_ids"].shape
     numbers = torch.arange(sequences, device=batch["input_ids"].device)[:, None].expand(-1, length)
     if (lengths := batch.get(ROW_LENGTHS)) is None:
         return numbers, sequences
     most = lengths.shape[1] + 1  # with what is padding
-    return numbers * most + row_numbers(lengths, length), sequences * most
+    return numbers * most + row_numbers(lengths, length, batch.get(ROW_HEADS)), sequences * most

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,9 +11,12 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ..base.names import IGNORED
+from ..base.errors import RowError
+from ..base.names import IGNORED, ROW_HEADS, ROW_LENGTHS
+from ..rows.merging import apart
 from ..rows.messages import unpacked
 from ..templates.process import TOGETHER, asked_ahead
 from ..templates.render import RenderedChat
@@ -50,6 +53,8 @@ class EncodedChat:
         num_images: Number of images the ids have room for.
         places: S flags, 1 where an image feature goes.
         lengths: Of a pack, how many tokens each of its rows has; of one conversation, none.
+        heads: Of rows that share a prefix, which counts as one of `lengths`: the number of each one's prefix, or its
+            own. None where every row is whole.
     """
 
     input_ids: list[int]
@@ -57,16 +62,66 @@ class EncodedChat:
     num_images: int
     places: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    heads: list[int] = field(default_factory=list)
 
     @classmethod
     def packed(cls, chats: Sequence[EncodedChat]) -> EncodedChat:
         """Conversations behind each other; the first token of each is learned no more, as none of its own is before."""
-        pack = cls([], [], sum(chat.num_images for chat in chats), lengths=[len(chat.input_ids) for chat in chats])
+        pack = cls([], [], sum(chat.num_images for chat in chats))
+        heads: list[int] = []
         for chat in chats:
+            heads += [len(pack.lengths) + head for head in chat.heads or [0]]
+            pack.lengths += chat.lengths or [len(chat.input_ids)]
             pack.input_ids += chat.input_ids
             pack.labels += [IGNORED, *chat.labels[1:]]
             pack.places += chat.places
+        pack.heads = heads if any(chat.heads for chat in chats) else []
         return pack
+
+    @classmethod
+    def sharing(cls, chats: Sequence[EncodedChat]) -> EncodedChat:
+        """Conversations on the same images, with the tokens up to these once: that prefix, then the rest of each.
+
+        The prefix is what all have in common, so that each with it has the tokens that it has alone; a token before the
+        first that is learned stays with each, as what says it lies there.
+
+        Raises:
+            RowError: What they have in common does not reach beyond the images.
+        """
+        learned = (next(k for k, label in enumerate(chat.labels) if label != IGNORED) for chat in chats)
+        common = min(learned) - 1
+        first = np.asarray(chats[0].input_ids[: max(common, 0)])
+        for chat in chats[1:]:
+            common = min(common, len(chat.input_ids))
+            differ = np.flatnonzero(first[:common] != np.asarray(chat.input_ids[:common]))
+            common = int(differ[0]) if len(differ) else common
+        if any(any(chat.places[max(common, 0) :]) for chat in chats):
+            raise RowError(
+                "the tokens of rows on one image differ before its end, or an answer follows it at once, so they "
+                "cannot share it",
+                reason="prefix differs",
+            )
+        rest = [len(chat.input_ids) - common for chat in chats]
+        shared = cls([], [], chats[0].num_images, lengths=[common, *rest], heads=[0] * (len(chats) + 1))
+        for number, chat in enumerate(chats):
+            start = common if number else 0
+            shared.input_ids += chat.input_ids[start:]
+            shared.labels += chat.labels[start:]
+            shared.places += chat.places[start:]
+        return shared
+
+    @staticmethod
+    def lengths_of(rows: Sequence[EncodedChat]) -> dict[str, torch.Tensor]:
+        """(B, R) `ROW_LENGTHS` of packs, and of rows that share their images, with (B, R) `ROW_HEADS`; else nothing."""
+        shared = any(row.heads for row in rows)
+        if not shared and not rows[0].lengths:
+            return {}
+        lengths = [row.lengths or [len(row.input_ids)] for row in rows]
+        most = max(map(len, lengths))
+        if not shared:
+            return {ROW_LENGTHS: pad(lengths, most, 0)}
+        heads = [row.heads or list(range(len(each))) for row, each in zip(rows, lengths, strict=True)]
+        return {ROW_LENGTHS: pad(lengths, most, 0), ROW_HEADS: pad(heads, most, 0)}
 
     def append(self, token: int, learned: bool = False, place: bool = False) -> None:
         """Adds one token."""
@@ -79,6 +134,78 @@ class EncodedChat:
         self.input_ids += tokens
         self.labels += [IGNORED] * len(tokens) if labels is None else labels
         self.places += [int(place)] * len(tokens)
+
+
+@dataclass
+class Sample:
+    """One row, ready to be batched.
+
+    Attributes:
+        chat: Ids and labels.
+        images: The row's RGB images, in reading order.
+        id: The row's id, for messages.
+        turns_lost: Turns dropped from the end to fit `max_length`.
+        loss_weights: S factors on the loss, or None for 1 everywhere.
+        instructions: What the user says beside each image, for a resampler that reads it.
+        extra: Anything a subclass wants to carry to `collate`.
+        names: Paths of the images, "" where one has none, for messages.
+        pack: Number of its pack in the batch, or None for a row alone.
+        rows: Of a pack, or of rows that share their images, which became one sample: these, each with its own `extra`.
+    """
+
+    chat: EncodedChat
+    images: list[Image.Image]
+    id: str
+    turns_lost: int = 0
+    loss_weights: list[float] | None = None
+    instructions: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    pack: int | None = None
+    rows: list[Sample] = field(default_factory=list)
+
+    @classmethod
+    def packed(cls, rows: Sequence[Sample]) -> Sample:
+        """The rows of a pack as one sample."""
+        weighed = any(row.loss_weights is not None for row in rows)
+        weights = [weight for row in rows for weight in row.loss_weights or [1.0] * len(row.chat.input_ids)]
+        return cls(
+            EncodedChat.packed([row.chat for row in rows]),
+            [image for row in rows for image in row.images],
+            ", ".join(row.id for row in rows),
+            sum(row.turns_lost for row in rows),
+            weights if weighed else None,
+            [text for row in rows for text in row.instructions],
+            names=[name for row in rows for name in row.names],
+            rows=list(rows),
+        )
+
+    @classmethod
+    def sharing(cls, rows: Sequence[Sample], room: int | None) -> Sample:
+        """Rows on the same images as one sample that has these once.
+
+        Args:
+            rows: Of which the first has the decoded images.
+            room: Tokens that the sample may have; None for no limit.
+
+        Raises:
+            RowError: Their tokens do not begin alike (see `EncodedChat.sharing`), or they are too many.
+        """
+        where = f"row {', '.join(row.id for row in rows)}"
+        try:
+            chat = EncodedChat.sharing([row.chat for row in rows])
+        except RowError as error:
+            raise RowError(f"{where}: {error}", where=where, reason=error.reason) from error
+        if room is not None and len(chat.input_ids) > room:
+            sentence = f"{where}: they share an image and have {len(chat.input_ids)} tokens, more than sft.max_length"
+            raise RowError(f"{sentence} ({room}).", where=where, reason="too long")
+        whole = cls.packed(rows)
+        if whole.loss_weights is not None:
+            ends = np.cumsum([len(row.chat.input_ids) for row in rows])
+            own = [whole.loss_weights[end - rest : end] for end, rest in zip(ends, chat.lengths[1:], strict=True)]
+            whole.loss_weights = [1.0] * chat.lengths[0] + [weight for part in own for weight in part]
+        first = rows[0]
+        return replace(whole, chat=chat, instructions=first.instructions, names=first.names)
 
 
 def rendered_ahead(collator: MultimodalCollator, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -97,8 +224,8 @@ def rendered_ahead(collator: MultimodalCollator, rows: Iterable[dict[str, Any]])
 
 
 def _render(collator: MultimodalCollator, row: dict[str, Any]) -> None:
-    row = unpacked(row)
-    collator.render(write_boxes(collator.processor, row["messages"], row["images"], "", collator.fetch))
+    for each in apart(unpacked(row)):
+        collator.render(write_boxes(collator.processor, each["messages"], each["images"], "", collator.fetch))
 
 
 def supervised_characters(chat: RenderedChat) -> bytearray:

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..base.errors import UserError
-from ..base.names import IGNORED, IMAGE_TOKEN, ROW_LENGTHS
+from ..base.names import IGNORED, IMAGE_TOKEN
 from ..base.whole_files import check_entries
 from ..reading.images import grown_size, needed_side
 from ..rows.messages import Message
@@ -283,7 +283,7 @@ class VLMProcessor(ProcessorMixin):
     def batch(self, rows: Sequence[EncodedChat], side: str = "right", multiple_of: int | None = None) -> BatchFeature:
         """Pads rows to (B, S) `input_ids`, `attention_mask` and `labels`.
 
-        Packs have (B, R) `row_lengths` in place of the mask, by which the model keeps their rows apart.
+        Packs, and rows that share their images, have what `EncodedChat.lengths_of` says in place of the mask.
 
         Args:
             rows: Encoded conversations, or packs of them.
@@ -301,9 +301,9 @@ class VLMProcessor(ProcessorMixin):
             "attention_mask": torch.from_numpy(real.astype(np.int64)),
             "labels": pad([row.labels for row in rows], longest, IGNORED, side),
         }
-        if rows[0].lengths:
+        if apart := EncodedChat.lengths_of(rows):
             del batch["attention_mask"]
-            batch[ROW_LENGTHS] = pad([row.lengths for row in rows], max(len(row.lengths) for row in rows), 0)
+            batch |= apart
         return BatchFeature(batch)
 
 

@@ -6,6 +6,7 @@ Rows know messages, not tokens, and images stay paths or encoded bytes until a d
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ from datasets.fingerprint import Hasher
 
 from ..base.errors import RowError, UserError, raise_it
 from ..base.words import short
-from ..rows.messages import IN_EXTRAS, each_once, packed
+from ..rows.merging import merge_key, merged
+from ..rows.messages import IN_EXTRAS, each_once, packed, unpacked
 from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
 from .row_cache import LANGUAGE, keeper_of
 from .source import check_source, name_of, rows_with_language
@@ -131,23 +133,50 @@ def _read(
 ) -> pa.Table:
     """The rows of a source, with a column of their languages if `languages`."""
     found: list[str] = []
-    extras: list[str | None] = []
 
     def rows() -> Iterator[dict[str, Any]]:
         for row, language in rows_with_language(source, seed=seed, reject=reject, languages=languages, unused=unused):
-            row = each_once(row)
-            extras.append(packed(row))
             if languages:
                 found.append(sys.intern(language))
             yield row
 
-    with _uncollected():
-        table = pa.Table.from_batches(list(_batches(rows(), tell)), schema=ROW_FEATURES.arrow_schema)
+    table = _table(rows(), tell)
     if len(table) == 0:
         raise UserError(f"The source {source.path} holds no rows: add some or remove the source.")
+    return table.append_column(LANGUAGE, pa.array(found, pa.string())) if languages else table
+
+
+def _table(rows: Iterator[dict[str, Any]], tell: Callable[[int], None] = lambda done: None) -> pa.Table:
+    """Rows as a table; with a column for what some of them say beyond its features."""
+    extras: list[str | None] = []
+
+    def stored() -> Iterator[dict[str, Any]]:
+        for row in map(each_once, rows):
+            extras.append(packed(row))
+            yield row
+
+    with _uncollected():
+        table = pa.Table.from_batches(list(_batches(stored(), tell)), schema=ROW_FEATURES.arrow_schema)
     if any(extra is not None for extra in extras):
         table = table.append_column(IN_EXTRAS, pa.array(extras, pa.string()))
-    return table.append_column(LANGUAGE, pa.array(found, pa.string())) if languages else table
+    return table
+
+
+def merge_keys(part: SourceRows, independent: bool) -> list[bytes | None]:
+    """What `merge_key` says of each row."""
+    languages = part.languages or itertools.repeat("")
+    return [merge_key(unpacked(row), independent, own) for row, own in zip(part.rows, languages, strict=False)]
+
+
+def merged_rows(rows: Dataset, groups: Sequence[Sequence[int]], independent: bool) -> Dataset:
+    """The rows of each group of numbers as one row, in memory; see `rows.merging`."""
+
+    def made() -> Iterator[dict[str, Any]]:
+        for group in groups:
+            yield merged([unpacked(row) for row in rows.__getitems__(list(group))], independent)
+
+    fingerprint = Hasher.hash([rows._fingerprint, groups, independent])  # the default hashes the whole table
+    return Dataset(_table(made()), fingerprint=fingerprint)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..base.errors import RowError, UserError
 from ..base.words import short
 
@@ -36,6 +38,8 @@ class SourceLedger:
         found: Rows that were rejected because of their measure or their images before the first step.
         met: Id → reason of the rows that were rejected while training.
         streamed: Whether the rows come from a stream, whose end is not known.
+        merged: Rows that were merged with others on their pictures (`merge_by_image`).
+        conversations: Into how many conversations, or groups of questions, these were merged.
         unused: Key that means nothing in the source's format → rows that have it, with a value; of a stream, of its
             first rows.
     """
@@ -52,12 +56,25 @@ class SourceLedger:
     met: dict[str, str] = field(default_factory=dict)
     streamed: bool = False
     unused: dict[str, int] = field(default_factory=dict)
+    merged: int = 0
+    conversations: int = 0
 
     def leave(self, keys: Iterable[str]) -> None:
         """Counts keys that a row does not use, or key → rows; of more names than columns can be, the first are kept."""
         for key, rows in Counter(keys).items():
             name = key if key in self.unused or len(self.unused) < MOST_NAMES else OTHER_NAMES
             self.unused[name] = self.unused.get(name, 0) + rows
+
+    def draw(self, drawn: np.ndarray, members: np.ndarray) -> None:
+        """Counts what a mixture draws.
+
+        Args:
+            drawn: Numbers of the rows that it draws of this source, one that comes again each time.
+            members: How many rows of the source each of its rows was merged of; 1 for most.
+        """
+        self.used = int(members[np.unique(drawn)].sum())
+        self.repeated = int(members[drawn].sum()) - self.used
+        self.conversations, self.merged = int((members > 1).sum()), int(members[members > 1].sum())
 
     def reject(self, reason: str, sentence: str) -> None:
         """Counts a row that is left out."""
@@ -175,6 +192,9 @@ def ledger_table(ledgers: Mapping[str, Ledger]) -> Group:
             for reason, count in source.rejected.items():
                 reasons.append(Text(f"{name}: {count:,} × {reason}", "bold"))
                 reasons += [Text(f"  {sentence}") for sentence in source.examples.get(reason, [])]
+            if source.merged:
+                made = f"{source.merged:,} rows merged by image into {source.conversations:,}"
+                reasons.append(Text(f"{name}: {made}"))
             if source.unused:
                 reasons.append(Text(f"{name}: not used: {names_of(source.unused)}"))
     return Group(table, *reasons)

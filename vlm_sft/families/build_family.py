@@ -53,10 +53,17 @@ class FamilyKind:
 
     def compose(self, recipe: Recipe) -> Composed:
         piece = find_model(_spec(recipe))
-        why = family_of(piece.config.model_type, piece.pretrained).no_packing
-        if why and (recipe.sft.get("packing") or recipe.sft.get("eval_packing")):
+        family, kind = family_of(piece.config.model_type, piece.pretrained), piece.config.model_type
+        if (why := family.no_packing) and (recipe.sft.get("packing") or recipe.sft.get("eval_packing")):
             where = recipe.where(("sft", "packing"))
-            raise UserError(f"{where}: `sft.packing` is not for a {piece.config.model_type} model: {why}; remove it.")
+            raise UserError(f"{where}: `sft.packing` is not for a {kind} model: {why}; remove it.")
+        for number, source in enumerate((*recipe.data.train, *recipe.data.eval)):
+            if source.independent and (why := family.no_sharing):
+                name, own = (
+                    ("train", number) if number < (train := len(recipe.data.train)) else ("eval", number - train)
+                )
+                where = recipe.where(("data", name, own, "independent"))
+                raise UserError(f"{where}: `independent` is not for a {kind} model: {why}; remove it.")
         template = load_template(recipe.chat_template or default_template(piece.config, piece.pretrained))
         spec = piece.spec.model_copy(update={"revision": piece.revision})
         processor = load_processor(spec, piece.config, template, recipe.system, recipe.box_notation)

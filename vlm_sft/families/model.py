@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from ..base.errors import UserError
 from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
 from ..model.losses import VLMOutput, mean_loss, scaled_logits
-from ..model.positions import ExactRotations, packed_positions, row_numbers
+from ..model.positions import ExactRotations, packed_positions, row_numbers, shared_mask
 from ..model.sharding import others_wait_for
 
 # What of the image path's output goes to the language model; Fuyu's has only a last hidden state.
@@ -47,6 +48,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         label_positions: torch.Tensor | None = None,
         image_token_count: int | None = None,
         row_lengths: torch.Tensor | None = None,
+        row_heads: torch.Tensor | None = None,
         **inputs: Any,
     ) -> VLMOutput:
         """Scores only the positions with a label, a chunk at a time; see `VLMForConditionalGeneration.forward`.
@@ -58,26 +60,57 @@ class FamilyModel(ExactRotations, PreTrainedModel):
             label_positions: `supervised_positions` of the labels, where the batch brings them.
             image_token_count: Left unused: these models compare image tokens and features by themselves.
             row_lengths: (B, R) in place of a mask, where rows are packed; see `positions.packed_positions`.
+            row_heads: (B, R) likewise, where rows share the prefix that has their image.
             **inputs: What the model's own forward takes.
         """
         if row_lengths is not None:
-            inputs |= self.kept_apart(inputs, row_lengths)
+            inputs |= self.kept_apart(inputs, row_lengths, row_heads)
         hidden = self.last_hidden_state(**inputs)
         config, head = self.config.get_text_config(), self.get_output_embeddings()
         score = functools.partial(scaled_logits, head, config)
         loss, losses, hits = mean_loss(score, hidden, labels, loss_weights, num_items_in_batch, label_positions)
         return VLMOutput(loss=loss, token_losses=losses, token_hits=hits)
 
-    def kept_apart(self, inputs: dict[str, torch.Tensor], row_lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    def kept_apart(
+        self, inputs: dict[str, torch.Tensor], row_lengths: torch.Tensor, row_heads: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """What the model is given so that no packed row sees another: positions, of which these models make their mask.
 
         (B, S), anew with each row; (4, B, S) where a place in a picture is a position too (M-RoPE): the first says
         which tokens are of a row, the other three are what the model's own class gives each row when it stands alone.
+        Rows behind a shared prefix need a mask that is ready.
         """
         ids = inputs["input_ids"]
-        plain = packed_positions(row_lengths, ids.shape[1])
+        plain = packed_positions(row_lengths, ids.shape[1], row_heads)
+        found = {} if row_heads is None else {"attention_mask": self._shared_mask(inputs, row_lengths, row_heads)}
         if not hasattr(self.base_model, "get_rope_index"):
-            return {"position_ids": plain}
+            return {**found, "position_ids": plain}
+        return {**found, "position_ids": self._rotary_places(inputs, row_lengths, row_heads, plain)}
+
+    def _shared_mask(
+        self, inputs: dict[str, torch.Tensor], row_lengths: torch.Tensor, row_heads: torch.Tensor
+    ) -> torch.Tensor:
+        """See `positions.shared_mask`; tokens of an image see each other where `token_type_ids` mark them (Gemma 3)."""
+        table, blocks = self.get_input_embeddings().weight, None
+        if (types := inputs.get("token_type_ids")) is not None:
+            starts = (types == 1) & (F.pad(types, (1, 0))[:, :-1] != 1)
+            blocks = torch.where(types == 1, starts.cumsum(1), -1)
+        embeds = torch.empty(*inputs["input_ids"].shape, 1, dtype=table.dtype, device=table.device)
+        return shared_mask(self.config.get_text_config(), embeds, row_lengths, row_heads, blocks)
+
+    def _rotary_places(
+        self,
+        inputs: dict[str, torch.Tensor],
+        row_lengths: torch.Tensor,
+        row_heads: torch.Tensor | None,
+        plain: torch.Tensor,
+    ) -> torch.Tensor:
+        """(4, B, S), see `kept_apart`; what goes on from a shared prefix is text, which counts on from its end."""
+        ids = inputs["input_ids"]
+        # Rows that share a prefix are one sequence to the model's own class, in which text counts on from row to row.
+        if row_heads is not None:
+            row_lengths = torch.zeros_like(row_lengths).scatter_add(1, row_heads, row_lengths)
+        too_far = packed_positions(row_lengths, ids.shape[1]) - plain
         apart = row_lengths[row_lengths > 0].tolist()
         real = row_numbers(row_lengths, ids.shape[1]) < row_lengths.shape[1]
         types = inputs["mm_token_type_ids"]
@@ -86,8 +119,8 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
         found, _ = self.base_model.get_rope_index(alone, mm_token_type_ids=kinds, attention_mask=mask, **grids)
         places = plain.repeat(4, 1, 1)
-        places[1:, real] = found[:, mask.bool()].to(plain)
-        return {"position_ids": places}
+        places[1:, real] = found[:, mask.bool()].to(plain) - too_far[real]
+        return places
 
     def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model's own forward takes, with what it needs for a batch of text alone."""

@@ -13,12 +13,15 @@ from .model import FamilyModel
 class PaliGemma(FamilyModel):
     """PaliGemma, whose own class would let the prompts of all packed rows see each other."""
 
-    def kept_apart(self, inputs: dict[str, torch.Tensor], row_lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    def kept_apart(
+        self, inputs: dict[str, torch.Tensor], row_lengths: torch.Tensor, row_heads: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """See `FamilyModel.kept_apart`; with the whole mask, in which the prompt of each row is a block of its own.
 
         Raises:
             UserError: Some layers look back less far than the packs are long, and one mask is not enough (PaliGemma 2).
         """
+        assert row_heads is None, "the table says why its rows share no image"
         found = super().kept_apart(inputs, row_lengths)
         config, types = self.config.get_text_config(), inputs["token_type_ids"]
         window, length = getattr(config, "sliding_window", None), types.shape[1]

@@ -31,6 +31,7 @@ class Family:
         vllm: Whether vLLM has a class for it.
         no_export: Why it is not exported to its own class, or "".
         no_packing: Why its rows are not packed, or "".
+        no_sharing: Why questions on one image do not share it (`independent`), or "".
         one_image: Whether it was made for one image, so that the frames of a video are refused.
     """
 
@@ -44,6 +45,7 @@ class Family:
     vllm: bool = True
     no_export: str = ""
     no_packing: str = ""
+    no_sharing: str = ""
     one_image: bool = False
 
 
@@ -59,11 +61,13 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": Family("SmolVLMProcessor", {"": "smolvlm"}, counted="rows"),
     # PaliGemma reads its prompt in both directions and writes its answer in one.
     "paligemma": Family("PaliGemmaProcessor", {"": "paligemma"}, "token_type_ids", "answer",
+                        no_sharing="its image is read together with the question",
                         prompt="rendered.replace(bos_token, '', 1).removesuffix('\\n')", boxes="paligemma"),
     "internvl": Family("InternVLProcessor", {"": "internvl"}, counted="patches", boxes="internvl"),
     "gemma3": Family("Gemma3Processor", {"": "gemma3"}, "token_type_ids"),
     "kosmos-2": Family("Kosmos2Processor", {"": "kosmos2"}, "image_embeds_position_mask", vllm=False, one_image=True,
                        no_packing="its own class counts positions through, whatever it is given",
+                       no_sharing="its own class counts positions through, whatever it is given",
                        prompt="rendered.removeprefix(bos_token ~ image_token ~ ' ')", boxes="kosmos2"),
     "fuyu": Family("FuyuProcessor", {"": "fuyu"},
                    no_export="its own processor cannot cut images without torchvision"),

@@ -123,6 +123,7 @@ class VLMModel(VLMPreTrainedModel):
         qformer_attention_mask: torch.Tensor | None = None,
         image_token_count: int | None = None,
         row_lengths: torch.Tensor | None = None,
+        row_heads: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -137,9 +138,8 @@ class VLMModel(VLMPreTrainedModel):
             inputs_embeds: (B, S, D) in place of `input_ids`; then images cannot be given.
             qformer_input_ids: (N, L) the instruction of each image, where the resampler reads it.
             qformer_attention_mask: (N, L), 1 for tokens and 0 for padding.
-            image_token_count: How often the image token stands in `input_ids`; None to count, for which the host waits
-                until the device is done with what it has.
-            row_lengths: (B, R) in place of mask and positions, where rows are packed; see `kept_apart`.
+            image_token_count: How often the image token stands in `input_ids`; None to count, which the host waits for.
+            row_lengths, row_heads: (B, R) in place of mask and positions, where rows are packed; see `kept_apart`.
             image_features: (N, T, W) in place of `pixel_values`; see `get_image_features`.
             **kwargs: Passed on to the language model.
 
@@ -150,7 +150,7 @@ class VLMModel(VLMPreTrainedModel):
             if input_ids is None:
                 raise ValueError("Give input_ids or inputs_embeds.")
             given = dict(zip(INSTRUCTION, (qformer_input_ids, qformer_attention_mask), strict=True))
-            given["image_features"] = image_features
+            given |= {"image_features": image_features}
             inputs_embeds = self.embed(input_ids, pixel_values, image_token_count, **given)
         elif pixel_values is not None:
             raise ValueError("Give the images with input_ids: inputs_embeds leaves no place to put them.")
@@ -158,7 +158,7 @@ class VLMModel(VLMPreTrainedModel):
         if input_ids is not None and position_ids is None and past_key_values is None:
             position_ids = own_positions(lm, input_ids, attention_mask, row_lengths)
         if row_lengths is not None:
-            attention_mask, position_ids = kept_apart(lm, inputs_embeds, row_lengths, position_ids)
+            attention_mask, position_ids = kept_apart(lm, inputs_embeds, row_lengths, position_ids, row_heads)
         return lm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, GenerationMixin
+from transformers import AttentionInterface, GenerationMixin, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
+
+from ..base.errors import UserError
 
 # Towers that take images of any size: they fit their table to the image at every forward (DINOv2 is made for 518 pixels
 # and published with 224), or compute positions, or have none.
@@ -53,21 +55,34 @@ def fit_positions(table: torch.Tensor, shape: torch.Size, patches: int) -> torch
     return torch.cat([rows[:extra], resize_positions(rows[extra:], patches)]).reshape(shape)
 
 
-def row_numbers(row_lengths: torch.Tensor, length: int) -> torch.Tensor:
-    """(B, R) lengths of packed rows → (B, `length`) number of the row that each token belongs to; R: it is padding."""
+def segment_numbers(row_lengths: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, R) lengths of packed rows → (B, `length`) number of the one that each token lies in; R: it is padding."""
     places = torch.arange(length, device=row_lengths.device).expand(len(row_lengths), -1).contiguous()
     return torch.searchsorted(row_lengths.cumsum(1), places, right=True)
 
 
-def packed_positions(row_lengths: torch.Tensor, length: int) -> torch.Tensor:
+def row_numbers(row_lengths: torch.Tensor, length: int, row_heads: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, `length`) number of the row that each token belongs to; of rows with one prefix, that of the prefix."""
+    numbers = segment_numbers(row_lengths, length)
+    return numbers if row_heads is None else F.pad(row_heads, (0, 1), value=row_heads.shape[1]).gather(1, numbers)
+
+
+def packed_positions(row_lengths: torch.Tensor, length: int, row_heads: torch.Tensor | None = None) -> torch.Tensor:
     """(B, R) lengths of packed rows → (B, `length`) positions that begin at zero with each row, and with the padding.
 
     Args:
         row_lengths: Tokens of the rows that stand behind each other in a sequence; 0 where it has fewer than R.
         length: Tokens of a sequence, padding included.
+        row_heads: (B, R) number of the row whose tokens stand before each: its own, or that of a prefix which it shares
+            with others and behind which its positions go on. None: every row is whole.
     """
-    starts = F.pad(row_lengths.cumsum(1), (1, 0)).gather(1, row_numbers(row_lengths, length))
-    return torch.arange(length, device=row_lengths.device) - starts
+    segments = segment_numbers(row_lengths, length)
+    starts = F.pad(row_lengths.cumsum(1), (1, 0))
+    if row_heads is not None:
+        own = torch.arange(row_lengths.shape[1], device=row_lengths.device)
+        before = torch.where(row_heads == own, 0, row_lengths.gather(1, row_heads))
+        starts = starts - F.pad(before, (0, 1))
+    return torch.arange(length, device=row_lengths.device) - starts.gather(1, segments)
 
 
 def own_positions(
@@ -111,6 +126,7 @@ def kept_apart(
     inputs_embeds: torch.Tensor,
     row_lengths: torch.Tensor,
     own: torch.Tensor | None = None,
+    row_heads: torch.Tensor | None = None,
 ) -> tuple[Any, torch.Tensor]:
     """What a language model is given so that no packed row sees another: attention mask and positions.
 
@@ -123,12 +139,19 @@ def kept_apart(
         language_model: Without its head.
         inputs_embeds: (B, S, D) what it reads.
         row_lengths: (B, R) see `packed_positions`.
+        row_heads: (B, R) likewise; with them the mask is always made here.
         own: (2, B, S) `own_positions`; then the prompt of each row is read in both directions.
     """
     config = language_model.config
-    positions = packed_positions(row_lengths, inputs_embeds.shape[1])
-    short = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    if {*(getattr(config, "layer_types", None) or ["short" if short else "full_attention"])} != {"full_attention"}:
+    positions = packed_positions(row_lengths, inputs_embeds.shape[1], row_heads)
+    if row_heads is not None:
+        if own is not None:
+            raise UserError(
+                f"independent: a {config.model_type} model reads picture and question together, so questions cannot "
+                "share it; remove `independent` from the source."
+            )
+        return shared_mask(config, inputs_embeds, row_lengths, row_heads), positions
+    if not looks_back_whole(config):
         return None, positions
     if own is None and _attends_by_row(language_model, row_lengths):
         return row_lengths[:, None, None], positions
@@ -198,6 +221,58 @@ def attend_by_row(
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True)
         found.append(out[0].transpose(0, 1))
     return torch.cat(found).unflatten(0, (batch, length)), None
+
+
+def looks_back_whole(config: PreTrainedConfig) -> bool:
+    """Whether every layer of a language model sees all tokens before its own."""
+    short = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return {*(getattr(config, "layer_types", None) or ["short" if short else "full_attention"])} == {"full_attention"}
+
+
+def shared_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    row_lengths: torch.Tensor,
+    row_heads: torch.Tensor,
+    blocks: torch.Tensor | None = None,
+) -> Any:
+    """The mask of rows behind shared prefixes: each token sees the prefix of its row and what is before it in the row.
+
+    Args:
+        config: Of the language model.
+        inputs_embeds: (B, S, D) what it reads.
+        row_lengths: (B, R) see `packed_positions`.
+        row_heads: (B, R) likewise.
+        blocks: (B, S) numbers of stretches that are read in both directions (the tokens of an image), -1 elsewhere.
+
+    Raises:
+        UserError: The attention takes no such mask, or some layers look back less far than the sequence is long.
+    """
+    length = inputs_embeds.shape[1]
+    kind = config._attn_implementation
+    if "flash" in str(kind):
+        raise UserError(
+            f"independent: {kind} takes no mask in which several questions see one image; set attn_implementation to "
+            "sdpa or flex_attention, or remove `independent` from the source."
+        )
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    window = min((size for size in windows if size), default=length)
+    if window < length and not looks_back_whole(config):
+        raise UserError(
+            f"independent: layers of this model look back {window:,} tokens, and rows that share an image are longer; "
+            f"set sft.max_length={window} or less, or remove `independent` from the source."
+        )
+    segments = segment_numbers(row_lengths, length)
+    rows = row_numbers(row_lengths, length, row_heads)
+
+    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        own, other = segments[batch, query], segments[batch, key]
+        return (own == other) | (rows[batch, query] == other)
+
+    return create_causal_mask(
+        config=config, inputs_embeds=inputs_embeds, attention_mask=None, past_key_values=None, and_mask_function=seen,
+        block_sequence_ids=blocks,
+    )  # fmt: skip
 
 
 class ExactRotations(nn.Module):

@@ -52,6 +52,7 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
         _pieces_fit_their_options(recipe.stack),
         _template_exists(recipe.chat_template),
         _sources_are_told_apart(recipe.data),
+        _rows_can_be_merged(recipe),
         _stream_has_an_end_and_weights(recipe.data, recipe.sft.get("max_steps")),
         _collator_is_a_class(recipe.collator),
         _rows_pack_whole(recipe.sft),
@@ -190,6 +191,40 @@ def _sources_are_told_apart(data: Data) -> Broken:
         for index, source in enumerate(data.train):
             if "weight" not in source.model_fields_set:
                 yield f"data.train.{index}", f'`sampling: weights` needs a `weight` for source "{source.name}" too.'
+
+
+def _rows_can_be_merged(recipe: Recipe) -> Broken:
+    data, stack = recipe.data, recipe.stack
+    for group in ("train", "eval", "test"):
+        for index, source in enumerate(getattr(data, group)):
+            path = f"data.{group}.{index}"
+            if source.independent and not source.merge_by_image:
+                mend = "add `merge_by_image: true`, or remove it"
+                yield f"{path}.independent", f"`independent` says how rows on one picture are merged; {mend}."
+            if not source.merge_by_image:
+                continue
+            if group == "test":
+                yield f"{path}.merge_by_image", "rows of data.test are asked one by one; remove `merge_by_image`."
+            if group == "train" and data.streaming:
+                mend = "remove one of them"
+                yield (
+                    f"{path}.merge_by_image",
+                    f"`merge_by_image` needs all rows on a picture, which a stream does not know; {mend}.",
+                )
+            if stack is not None and stack.resampler is not None and stack.resampler.type == "instruct_qformer":
+                yield (
+                    f"{path}.merge_by_image",
+                    "a resampler of type instruct_qformer sees a picture anew for each question, so questions cannot "
+                    "share it; remove `merge_by_image`.",
+                )
+            model = stack.language_model if stack is not None else recipe.model
+            kernel = (model.attn_implementation if model is not None else None) or ""
+            if source.independent and "flash" in kernel:
+                yield (
+                    f"{path}.independent",
+                    f"{kernel} takes no mask in which several questions see one picture; set attn_implementation to "
+                    "sdpa or flex_attention, or remove `independent`.",
+                )
 
 
 def _stream_has_an_end_and_weights(data: Data, steps: Any) -> Broken:

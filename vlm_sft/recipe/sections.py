@@ -259,6 +259,10 @@ class Source(RecipeModel):
     """Take part as if every row were there so many times."""
     video: Video | None = None
     """Which frames of videos are shown. Unset: as `data.video` says."""
+    merge_by_image: bool = False
+    """Rows on the same pictures become turns of one conversation, up to `sft.max_length`; see docs/data.md."""
+    independent: bool = False
+    """merge_by_image: none of them sees another, only the picture and itself; losses are those of separate rows."""
     _video_of_data: Video = PrivateAttr(default_factory=Video)
 
     @property

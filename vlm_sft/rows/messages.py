@@ -20,6 +20,9 @@ Message = dict[str, Any]
 KEPT = ("loss", "reasoning_content", "tools")
 """What a message may have beside role and content: `loss` False, for an answer that is not learned; what is thought
 before an answer; and, of the first message, the tools there are. Templates decide what is printed of the last two."""
+ROW_BEGINS, SHARED = "row_begins", "shared"
+"""What the first message of each row has in a merged one (`merging`): the row's id, and True where it is to see the
+pictures and itself alone. No message of a file brings them along."""
 PLACE = ("box", "scale", "image", "key")
 """What a part of type `box` has beside its type; see `box_part`."""
 SAME = "same"
@@ -138,7 +141,8 @@ def packed(row: Mapping[str, Any]) -> str | None:
     for i, message in enumerate(row["messages"]):
         parts = enumerate(message["content"])
         boxes = {k: {key: part[key] for key in PLACE} for k, part in parts if part["type"] == "box"}
-        if more := {key: message[key] for key in KEPT if key in message} | ({"boxes": boxes} if boxes else {}):
+        more = {key: message[key] for key in (*KEPT, ROW_BEGINS, SHARED) if key in message}
+        if more := more | ({"boxes": boxes} if boxes else {}):
             messages[i] = more
     for i, image in enumerate(row["images"]):
         if more := {k: image[k] for k in (*SIZES, TIME, SAME) if k in image}:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..base.errors import RowError, UserError
 from ..base.interrupts import workers_end_with_errors
+from ..base.words import counted
 from ..batch.encoding import rendered_ahead
 from ..batch.pictures import is_odd
 from ..data.image_files import missing_images
@@ -50,6 +51,7 @@ class Findings:
         lengths: Tokens of each measured row that can be trained on.
         turns: Turns that it lost to fit, for each of these rows.
         rejected: Rows that cannot be trained on, in order. Beyond a few of a reason the sentence is "".
+        fronts: How many of its tokens there are up to the end of its last image, for each row that has a length.
     """
 
     rows: int = 0
@@ -58,6 +60,7 @@ class Findings:
     lengths: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    fronts: list[int] = field(default_factory=list, compare=False)
 
     @classmethod
     def of_shares(cls, shares: Sequence[Findings]) -> Findings:
@@ -73,6 +76,7 @@ class Findings:
             whole.decoded += share.decoded
             whole.lengths += share.lengths
             whole.turns += share.turns
+            whole.fronts += share.fronts
             whole.rejected += share.rejected
         whole.rejected = _with_few_sentences(whole.rejected)
         return whole
@@ -128,6 +132,7 @@ def look_over(
         else:
             findings.lengths.append(measured.tokens)
             findings.turns.append(measured.turns_lost)
+            findings.fronts.append(measured.front)
     findings.rejected = _with_few_sentences([Rejected(number, *found[number]) for number in sorted(found)])
     return findings
 
@@ -165,6 +170,18 @@ def summary(parts: Sequence[Findings], rows: int) -> dict[str, Any]:
         "turns_lost": sum(turns),
         "histogram": {"edges": [round(edge, 2) for edge in edges.tolist()], "counts": counts.tolist()},
     }
+
+
+def describe_rows(counts: dict[str, Any]) -> str:
+    """One sentence on the rows of a set."""
+    rows = counted(counts["read"] if counts["rows"] is None else counts["rows"], "row")
+    if counts["measured"] < counts["read"]:
+        rows += f" (measured: a sample of {counts['measured']:,}, see data.measure_rows)"
+    lost = f"; {counts['rows_shortened']:,} rows lost {counts['turns_lost']:,} turns to fit max_length"
+    return (
+        f"{rows}, {counts['mean_length']:g} tokens in the mean, {counts['longest']:,} at most"
+        f"{lost if counts['turns_lost'] else ''}."
+    )
 
 
 def _sample(size: int, count: int | None, seed: int) -> np.ndarray:
@@ -210,11 +227,12 @@ class _Picked:
 
 
 class _Measured(NamedTuple):
-    """A row by its number: its tokens and the turns it lost, or the reason and the sentence of its rejection."""
+    """A row by its number: its tokens, the turns it lost and where its images end, or why it is rejected."""
 
     number: int
     tokens: int = 0
     turns_lost: int = 0
+    front: int = 0
     problem: tuple[str, str] | None = None
 
 
@@ -261,7 +279,7 @@ def _measure(
     measures: list[_Measured | UserError] = []
     for (number, _, decode), row in zip(rows, rendered_ahead(collator, (row for _, row, _ in rows)), strict=True):
         try:
-            sample = collator.encode(row, with_images=decode)
+            sample = collator.sample(row, with_images=decode)
             if any(map(is_odd, sample.images)):  # a picture of a usual shape is taken, and reading it takes long
                 collator.check(sample)
         except RowError as error:
@@ -269,5 +287,7 @@ def _measure(
         except UserError as error:
             return [*measures, UserError(str(error))]
         else:
-            measures.append(_Measured(number, len(sample.chat.input_ids), sample.turns_lost))
+            tokens, places = len(sample.chat.input_ids), sample.chat.places
+            front = tokens - places[::-1].index(1) if 1 in places else 0
+            measures.append(_Measured(number, tokens, sample.turns_lost, front))
     return measures

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,8 @@ from ..base.names import GROUPED
 from ..base.processes import cores_for_each, one_process_first, share_work
 from ..base.words import counted
 from ..data.ledger import Ledger, ledger_table
-from .row_check import Findings, look_over, summary
+from ..rows.merging import fill, groups_of
+from .row_check import Findings, describe_rows, look_over, summary
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -79,6 +81,7 @@ def load_rows(
     seed = args.data_seed or args.seed
     packed, eval_packed = args.packing, args.packing if args.eval_packing is None else args.eval_packing
     grouped = (args.train_sampling_strategy == GROUPED or packed) and not data.streaming
+    room = collator.max_length
     look = partial(_look_over, data=data, collator=collator, console=console)
     lengths: list[int] | None = None
     eval_lengths: list[int] | None = None
@@ -89,7 +92,7 @@ def load_rows(
     else:
         look_at, ledger = partial(look, sampled=not grouped), ledgers["train"]
         train, notes["train_rows"], lengths = _load_set(
-            "train", data.train, ledger, look_at, console, data.sampling, languages=data.languages, seed=seed
+            "train", data.train, ledger, look_at, console, data.sampling, room=room, languages=data.languages, seed=seed
         )
         if (count := len(train)) < args.world_size:
             raise UserError(
@@ -101,7 +104,7 @@ def load_rows(
         ledgers["eval"] = seen["eval"] = Ledger(data.max_rejected)
         look_at = partial(look, sampled=not eval_packed)
         rows, notes["eval_rows"], eval_lengths = _load_set(
-            "eval", data.eval, ledgers["eval"], look_at, console, "proportional", seed=args.seed
+            "eval", data.eval, ledgers["eval"], look_at, console, "proportional", room=room, seed=args.seed
         )
     console.print(ledger_table(ledgers))
     notes["ledger"] = {name: ledger.as_dict() for name, ledger in ledgers.items()}
@@ -159,6 +162,7 @@ def _load_set(
     console: Console,
     sampling: str,
     *,
+    room: int | None,
     languages: dict[str, float] | None = None,
     seed: int,
 ) -> tuple[Dataset, dict[str, Any], list[int] | None]:
@@ -188,23 +192,109 @@ def _load_set(
     except UserError:
         ledger.check(console, name)  # no row is left of a source that had some
         raise
-    findings = look(name, [part.rows for part in parts], seed=seed)
+    merging = [number for number, source in enumerate(sources) if source.merge_by_image]
+    findings = look(name, [part.rows for part in parts], seed=seed, whole=merging)
     for source_name, found in zip(names, findings, strict=True):
         found.write_to(ledger.source(source_name))
     ledger.check(console, name)
     left = [part.without({row.number for row in found.rejected}) for part, found in zip(parts, findings, strict=True)]
+    members = [np.ones(len(part.rows), dtype=np.int64) for part in left]  # rows of the source in each row
+    for number in merging:
+        left[number], findings[number], groups = merge_source(
+            left[number], findings[number], sources[number], partial(look, name, seed=seed), room=room, seed=seed
+        )
+        members[number] = np.array([len(group) for group in groups])
     rows, order = mix(left, sources, sampling, languages=languages, seed=seed)
-    ends = np.cumsum([len(part.rows) for part in left])
-    for source_name, end, part in zip(names, ends, left, strict=True):
-        drawn = order[(order >= end - len(part.rows)) & (order < end)]
-        entry = ledger.source(source_name)
-        entry.used = len(np.unique(drawn))
-        entry.repeated = len(drawn) - entry.used
+    ends = np.cumsum([len(own) for own in members])
+    for source_name, end, own in zip(names, ends, members, strict=True):
+        drawn = order[(order >= end - len(own)) & (order < end)] - end + len(own)
+        ledger.source(source_name).draw(drawn, own)
     counts = summary(findings, len(rows))
     console.print(f"{name}: {describe_rows(counts)}", highlight=False)
     lengths = [length for found in findings for length in found.lengths]
     whole = counts["measured"] == counts["read"]
     return rows, counts, [lengths[number] for number in order] if whole else None
+
+
+def merge_source(
+    part: SourceRows,
+    found: Findings,
+    source: Source,
+    look: Callable[..., list[Findings]],
+    *,
+    room: int | None,
+    seed: int,
+) -> tuple[SourceRows, Findings, list[list[int]]]:
+    """Merges rows of a source that are on the same pictures; what is longer than `room` after all is merged anew.
+
+    Args:
+        part: Its rows, all of which were measured.
+        found: What is known of them.
+        source: Says whether the questions see each other.
+        look: `_look_over`, of all but the parts.
+        room: `sft.max_length`.
+        seed: Decides the order of the rows on a picture.
+
+    Returns:
+        The rows then, what is known of them, and the numbers of the rows that each was made of.
+
+    Raises:
+        UserError: The model or its template takes none of what was merged.
+    """
+    from datasets import concatenate_datasets
+
+    from ..data.dataset import SourceRows, merge_keys, merged_rows
+
+    keys = [None if lost else key for key, lost in zip(merge_keys(part, source.independent), found.turns, strict=True)]
+    groups = groups_of(keys, seed)
+    lengths, fronts = np.array(found.lengths, dtype=np.int64), np.array(found.fronts, dtype=np.int64)
+    extra = 0
+    if not source.independent and (pair := next((group[:2] for group in groups if len(group) > 1), None)):
+        # A later turn brings tokens that stood before the picture when it was alone, such as who speaks.
+        (probe,) = look([merged_rows(part.rows, [pair], False)], decode=False)
+        extra = max([0, *(length - int(lengths[pair].sum() - fronts[pair[1]]) for length in probe.lengths)])
+    todo = [filled for group in groups for filled in fill(group, lengths, fronts, room, extra)]
+    tables, start, refused = [part.rows], len(part.rows), []
+    done: list[tuple[list[int], int, int]] = []  # numbers of rows, where what was made of them is, its tokens
+    while todo:
+        done += [(group, group[0], int(lengths[group[0]])) for group in todo if len(group) == 1]
+        if not (pending := [group for group in todo if len(group) > 1]):
+            break
+        tables.append(merged_rows(part.rows, pending, source.independent))
+        (measured,) = look(tables[-1:], decode=False)
+        refused += measured.rejected
+        fit, todo = _settle(pending, measured)
+        done += [(pending[place], start + place, tokens) for place, tokens in fit.items()]
+        start += len(pending)
+    if refused and all(len(group) == 1 for group, *_ in done):
+        why = f'no rows of the source "{source.name}" can be merged by image: {refused[0].sentence}'
+        raise UserError(f"{why.rstrip('.')}; remove `merge_by_image`.")
+    done.sort(key=lambda each: min(each[0]))
+    groups = [group for group, *_ in done]
+    turns = [found.turns[group[0]] if len(group) == 1 else 0 for group in groups]
+    rows = concatenate_datasets(tables).select([place for _, place, _ in done])
+    languages = [part.languages[group[0]] for group in groups] if part.languages else []
+    known = replace(found, lengths=[tokens for *_, tokens in done], turns=turns, fronts=[])
+    return SourceRows(rows, languages), known, groups
+
+
+def _settle(groups: Sequence[list[int]], measured: Findings) -> tuple[dict[int, int], list[list[int]]]:
+    """The places of the groups that fit as they are, with their tokens; and into what the others are divided."""
+    wrong = {row.number for row in measured.rejected}
+    good = iter(zip(measured.lengths, measured.turns, strict=True))
+    fit: dict[int, int] = {}
+    left: list[list[int]] = []
+    for place, group in enumerate(groups):
+        if place in wrong:
+            left += [[number] for number in group]
+            continue
+        tokens, lost = next(good)
+        if not lost:
+            fit[place] = tokens
+            continue
+        kept = max(1, len(group) - lost)  # a row has one turn at least
+        left += [group[:kept], group[kept:]]
+    return fit, left
 
 
 def _look_over(
@@ -216,25 +306,28 @@ def _look_over(
     collator: MultimodalCollator,
     console: Console,
     sampled: bool = True,
+    whole: Collection[int] = (),
+    decode: bool = True,
 ) -> list[Findings]:
     """Looks over the rows of each source, shared by all processes and their cores, and says how far it is.
 
-    `sampled` False: all rows are measured, whatever `data.measure_rows` says.
+    `sampled` False: all rows are measured, whatever `data.measure_rows` says; `whole` are the numbers of parts of which
+    they are in any case. `decode` False: no image is opened.
     """
     from ..base.progress import RowProgress
 
     cores = cores_for_each()
     with RowProgress(console, name) as progress:
 
-        def look(part: Dataset, process: int, processes: int) -> Findings:
+        def look(part: Dataset, measure: int | None, process: int, processes: int) -> Findings:
             def tell(doing: str, done: int, of: int, what: str) -> None:
                 progress.tell(doing, done * processes, of * processes, what, about=processes > 1)
 
             return look_over(
                 part,
                 collator,
-                measure=data.measure_rows if sampled else None,
-                decode=data.decode_rows,
+                measure=measure,
+                decode=data.decode_rows if decode else 0,
                 seed=seed,
                 share=(process, processes),
                 cores=cores,
@@ -242,16 +335,8 @@ def _look_over(
             )
 
         # One source after the other, so that of several errors the one that is raised is the first in their order.
-        return [Findings.of_shares(share_work(partial(look, part))) for part in parts]
-
-
-def describe_rows(counts: dict[str, Any]) -> str:
-    """One sentence on the rows of a set."""
-    rows = counted(counts["read"] if counts["rows"] is None else counts["rows"], "row")
-    if counts["measured"] < counts["read"]:
-        rows += f" (measured: a sample of {counts['measured']:,}, see data.measure_rows)"
-    lost = f"; {counts['rows_shortened']:,} rows lost {counts['turns_lost']:,} turns to fit max_length"
-    return (
-        f"{rows}, {counts['mean_length']:g} tokens in the mean, {counts['longest']:,} at most"
-        f"{lost if counts['turns_lost'] else ''}."
-    )
+        counts = [None if number in whole or not sampled else data.measure_rows for number in range(len(parts))]
+        return [
+            Findings.of_shares(share_work(partial(look, part, count)))
+            for part, count in zip(parts, counts, strict=True)
+        ]
