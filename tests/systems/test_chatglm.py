@@ -119,7 +119,7 @@ def test_packed_rows_do_not_see_each_other(model):
     positions = own_positions(model.transformer, ids, None, lengths)
     numbers = row_numbers(lengths, ids.shape[1])[0]
     embeds = model.transformer.word_embeddings(ids)
-    mask, positions = kept_apart(model.config, embeds, lengths, positions)
+    mask, positions = kept_apart(model, embeds, lengths, positions)
     packed = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits[0]
     for number, row in enumerate(rows):
         assert_close(packed[numbers == number], model(input_ids=row[None]).logits[0])
