@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 
 import pytest
 
@@ -34,6 +35,18 @@ def test_tasks_that_ship_say_where_everything_is_from(name):
 def test_a_prompt_may_ask_for_columns():
     values = {"question": "Which?", "hint": "提示", "row": {"a b": 3}}
     assert render_prompt("{{ hint }} {{ question }} {{ row['a b'] }}", "here", values) == "提示 Which? 3"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["{{ 'x' * 9**9 }}", "{{ question }}{% for i in range(9**5) %}{{ 'x' * 9**5 }}{% endfor %}"]
+)
+def test_a_prompt_of_somebody_else_s_task_cannot_fill_the_memory(prompt, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_SFT_LIMITS", f"template_seconds=2,template_bytes={2**28}")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="line 1 takes more than 2 seconds or 256 MiB") as refused:
+        read_benchmarks([own_task(tmp_path, prompt=prompt)], None)
+    assert "\n" not in str(refused.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import json
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, ValidationError
 
 from ..base.assets import list_tasks, task_path
 from ..base.errors import UserError
-from ..base.words import closest, reason_of
+from ..base.words import closest
 from ..metrics.measures import MEASURES, NEEDS_CHOICES
 from ..recipe.sections import RecipeModel
 from ..recipe.yaml_file import YamlFile
+from ..templates.process import ask
+from ..templates.sandbox import fill_prompt
 
 Column = str | list[str]
 """A column of a row (`answers[].answer` goes into a list of objects), or several."""
@@ -130,12 +131,9 @@ def load_task(name: str) -> tuple[str, Task]:
         raise UserError(_sentence(error, file)) from None
     if flaw := _flaw(task):
         raise UserError(f"{file.where(flaw[:1])}: {flaw[1]}")
-    try:
-        compile_prompt(task.prompt)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{file.where(('prompt',))}: the prompt is no jinja: {reason_of(error)}.") from None
-    if own and task.path is not None:
-        task.path = str(path.parent / Path(task.path).expanduser())
+    if own:
+        ask("check_prompt", task.prompt, file.where(("prompt",)))
+        task.path = task.path and str(path.parent / Path(task.path).expanduser())
     return path.stem, task
 
 
@@ -167,22 +165,19 @@ def _sentence(error: ValidationError, file: YamlFile) -> str:
     return f"{where}: {key + ': ' if key else ''}{said}."
 
 
-_SANDBOX = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-
-
-@lru_cache(maxsize=64)
-def compile_prompt(prompt: str) -> jinja2.Template:
-    """Compiles a prompt, in jinja's immutable sandbox."""
-    return _SANDBOX.from_string(prompt)
+@cache
+def _shipped() -> frozenset[str]:
+    """Prompts of the benchmarks that ship."""
+    return frozenset(str(YamlFile.read(task_path(name)).data["prompt"]) for name in list_tasks())
 
 
 def render_prompt(prompt: str, where: str, values: dict[str, Any]) -> str:
-    """What is asked of a row.
+    """What is asked of a row; the prompt of somebody else's task is rendered in a process with bounds.
 
     Raises:
-        UserError: The prompt asks for a column that the row lacks, or fails otherwise.
+        UserError: The prompt asks for a column that the row lacks, takes too much memory or time, or fails otherwise.
     """
-    try:
-        return compile_prompt(prompt).render(**values).strip()
-    except Exception as error:  # whatever a prompt can be made to raise is a fault of the prompt
-        raise UserError(f"{where}: the prompt of the benchmark fails there: {reason_of(error)}.") from None
+    if prompt in _shipped():
+        return fill_prompt(prompt, where, values)
+    plain = json.loads(json.dumps(values, default=lambda value: ""))  # a picture's bytes are nothing to print
+    return str(ask("prompt", prompt, where, **plain))

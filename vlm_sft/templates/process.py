@@ -78,7 +78,7 @@ def ask(work: str, source: str, label: str, **variables: Any) -> Any:
         raise _Later(None if ours else _Question(work, source, label, as_json(variables)))
     if ours:
         return WORK[work](source, label, variables)
-    if work != "render":
+    if not variables:
         return _known(_Question(work, source, label))
     return _found(_Question(work, source, label, as_json(variables)))
 

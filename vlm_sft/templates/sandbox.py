@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -84,6 +85,36 @@ def run_template(compiled: jinja2.Template, label: str, **variables: Any) -> str
             raise UserError(sentence) from error
         sentence = f"{where} fails with {type(error).__name__}: {reason_of(error)}; mend the jinja there."
         raise UserError(sentence) from error
+
+
+@lru_cache(maxsize=64)
+def _prompt(source: str) -> jinja2.Template:
+    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    return ImmutableSandboxedEnvironment(**options).from_string(source)
+
+
+def check_prompt(source: str, where: str) -> None:
+    """Looks whether the prompt of a benchmark can be read.
+
+    Raises:
+        UserError: It is no jinja.
+    """
+    try:
+        _prompt(source)
+    except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError) as error:
+        raise UserError(f"{where}: the prompt is no jinja: {reason_of(error)}.") from error
+
+
+def fill_prompt(source: str, where: str, values: Mapping[str, Any]) -> str:
+    """The prompt of a benchmark with the columns of a row in it; a name that is not among them is an error.
+
+    Raises:
+        UserError: It fails.
+    """
+    try:
+        return _prompt(source).render(**values).strip()
+    except Exception as error:  # whatever a prompt can be made to raise is a fault of the prompt
+        raise UserError(f"{where}: the prompt of the benchmark fails there: {reason_of(error)}.") from error
 
 
 @lru_cache(maxsize=64)  # asked for every row; parsing takes longer than rendering

@@ -18,10 +18,20 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.limits import limits
-from .sandbox import RefusedError, compile_template, run_template, variables_of, words_of
+from .sandbox import (
+    RefusedError,
+    check_prompt,
+    compile_template,
+    fill_prompt,
+    run_template,
+    variables_of,
+    words_of,
+)
 
 WORK: dict[str, Callable[[str, str, Mapping[str, Any]], Any]] = {
     "render": lambda source, label, given: run_template(compile_template(source, label), label, **given),
+    "prompt": fill_prompt,
+    "check_prompt": lambda source, label, given: check_prompt(source, label),
     "check": lambda source, label, given: compile_template(source, label) and None,
     "variables": lambda source, label, given: sorted(variables_of(source)),
     "words": lambda source, label, given: sorted(words_of(source)),
