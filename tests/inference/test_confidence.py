@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from support.tiny_pieces import make_tokenizer
 from vlm_sft.inference import generation
-from vlm_sft.inference.confidence import Said, pieces_of
+from vlm_sft.inference.confidence import Confidence, Said, pieces_of
 from vlm_sft.inference.generation import answer, answer_each, new_tokens, prompt_batch
 
 SHORT = {"max_new_tokens": 12}
@@ -45,6 +45,13 @@ def test_it_is_what_a_forward_pass_says(tiny, ask, options, monkeypatch):
             found = sum(math.log(share) for _, share in each.confidence)
             checked.append(found == pytest.approx(likelihood(*tiny, row, ids), abs=1e-3))
     assert checked and all(checked)
+
+
+def test_behind_its_end_an_answer_may_be_filled_with_a_token_that_the_head_does_not_know():
+    looking = Confidence()
+    looking.see(torch.zeros(2, 4))
+    looking.take(torch.tensor([1, 4]))  # of four tokens there is none of number 4: a pad token that was added
+    assert looking.probabilities()[0] == [pytest.approx(0.25)]
 
 
 def test_a_scripted_answer_has_the_probabilities_of_its_logits(tiny, ask, script):

@@ -51,7 +51,9 @@ class Confidence:
 
     def take(self, tokens: torch.Tensor) -> None:
         """The (B,) tokens that were taken."""
-        self._taken.append(self._scores.gather(1, tokens[:, None])[:, 0])
+        # Behind its end an answer is filled with a pad token, for which the head may have no row.
+        known = tokens.clamp(max=self._scores.shape[1] - 1)
+        self._taken.append(self._scores.gather(1, known[:, None])[:, 0])
 
     def probabilities(self) -> list[list[float]]:
         """Of each answer, the probability of each of its tokens; those behind its end mean nothing."""
