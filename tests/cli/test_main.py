@@ -131,7 +131,7 @@ def test_generate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
 def test_evaluate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     assert call(monkeypatch, "evaluate", "me/b", "--split", "eval", "--max-rows", "5", "--trust-remote-code") == 0
     wanted = {"split": "eval", "batch_size": 32, "output": None, "max_rows": 5, "recipe": None}
-    wanted["trust_remote_code"] = True
+    wanted |= {"trust_remote_code": True, "against": None}
     assert calls == [("evaluation.evaluate.run", ("me/b",), wanted)]
 
 

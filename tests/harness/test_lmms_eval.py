@@ -12,7 +12,7 @@ import pytest
 from support.bundles import trained
 from support.paths import ROOT
 from vlm_sft import load
-from vlm_sft.evaluation.answer_file import generate
+from vlm_sft.inference.answer_file import generate
 from vlm_sft.inference.likelihood import likelihoods
 
 PYTHON = ROOT / ".venv-lmms-eval" / "bin" / "python"

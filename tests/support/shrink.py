@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from support.tiny_families import tiny
 from support.tiny_pieces import make_tokenizer
@@ -135,6 +136,14 @@ def write_smollm2(pieces: dict[str, str], folder: Path) -> str:
     return str(folder)
 
 
+def write_real_projector(pieces: dict[str, str], folder: Path) -> str:
+    """What `examples/real/align.py` solves for: 8 x 8 patches of the tower above as one token of the language model."""
+    width = SMALL["hidden_size"]
+    weights = _random({"projector.linear.weight": (width, 24 * 64)})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
 def _linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
 
@@ -158,6 +167,7 @@ PIECES: dict[str, Writer] = {
     "THUDM/visualglm-6b": lambda pieces, folder: write_visualglm(folder),
     "data/real/dinov2": write_dinov2,
     "data/real/smollm2": write_smollm2,
+    "data/real/projector": write_real_projector,
     "checkpoints/eva_vit_g.pth": write_eva,
     "checkpoints/blip2_pretrained.pth": write_blip2_pretrained,
     "facebook/opt-2.7b": lambda pieces, folder: pieces["opt"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -77,6 +78,20 @@ def image_size_of(config: PreTrainedConfig) -> tuple[int, int]:
     """(height, width) in pixels that a vision configuration was made for."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def blank_size(config: VLMConfig, projector: object) -> tuple[int, int]:
+    """(height, width) in pixels of an image that the whole image path takes.
+
+    Images may be shown in another size than the tower was made for, and a projector that folds squares of patches does
+    not take every grid.
+    """
+    folded = getattr(projector, "scale_factor", 1)
+    patch = getattr(config.tower, "patch_size", None)
+    if folded == 1 or not isinstance(patch, int) or not config.num_image_tokens:
+        return image_size_of(config.tower)
+    side = math.isqrt(config.num_image_tokens) * folded * patch
+    return side, side
 
 
 def count_patches(config: PreTrainedConfig, height: int, width: int) -> int:

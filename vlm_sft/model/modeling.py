@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Cac
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..base.names import INSTRUCTION
-from .configuration import VLMConfig, image_size_of
+from .configuration import VLMConfig, blank_size
 from .losses import VLMOutput, mean_loss, scaled_logits
 from .parts import Cached, Parts, mark_initialised, parts_from_config
 from .positions import ExactRotations, OwnPositions, kept_apart, own_positions
@@ -198,7 +198,7 @@ class VLMModel(VLMPreTrainedModel):
         if isinstance(self.vision_tower, Cached):
             given["image_features"] = torch.zeros(1, *self.vision_tower.shape, device=like.device)
         else:
-            given["pixel_values"] = torch.zeros(1, 3, *image_size_of(self.config.vision_config), device=like.device)
+            given["pixel_values"] = torch.zeros(1, 3, *blank_size(self.config, self.projector), device=like.device)
         features = self.get_image_features(**given)
         return (features.float().sum() * 0.0).to(like.dtype)  # fp16 would not hold the sum, and infinity times 0 is NaN
 
