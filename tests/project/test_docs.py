@@ -37,7 +37,9 @@ from vlm_sft.recipe.schema import load_recipe
 PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")
 VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta", "data"} | {
-    "debug-batch"
+    "debug-batch",
+    "answer",
+    "match",
 }
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
@@ -232,19 +234,24 @@ class ThreeRows(rows_of.RowsOf):
 def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
     """What is called of the modules that need a model, in whose places others stand: name, arguments, keywords."""
     found: list[tuple[str, tuple, dict]] = []
+    stood_in: set[str] = set()
 
     def stand_in(module: str, function: str, result=None) -> None:
         def called(*args, **kwargs):
             found.append((function, args, kwargs))
             return result
 
-        made = types.ModuleType(f"vlm_sft.{module}")
+        name = f"vlm_sft.{module}"
+        made = sys.modules[name] if name in stood_in else types.ModuleType(name)
+        stood_in.add(name)
         setattr(made, function, called)
-        monkeypatch.setitem(sys.modules, f"vlm_sft.{module}", made)
+        monkeypatch.setitem(sys.modules, name, made)
 
     stand_in("prepare.fill_cache", "fill_cache")
     stand_in("inference.chat", "chat")
     stand_in("inference.answer_file", "generate")
+    for function in ("answer_one", "answer_many", "match_texts", "draw_text"):
+        stand_in("inference.encoder", function)
     stand_in("evaluation.evaluate", "run")
     stand_in("evaluation.benchmark", "run")
     stand_in("preflight.preflight", "run_preflight")

@@ -14,6 +14,7 @@ from ..train import Overrides, RecipeName, Trust, run
 from .bundles import bundles_app
 from .cache import cache_app
 from .data import data_app
+from .encoders import encoders_app
 from .evaluation import evaluation_app
 from .recipes import recipes_app
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("train", short_help="Train one stage, as a recipe describes it.")(run)
 app.add_typer(bundles_app)
 app.add_typer(evaluation_app)
+app.add_typer(encoders_app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")

@@ -20,11 +20,14 @@ from ..base.whole_files import IrregularError, read_bytes, write_whole
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
 from .generation import answer_each, check_length, encode_question
-from .questions import QuestionRow, conversation, read_questions
+from .questions import MADE, QuestionRow, conversation, read_questions
 from .settings import check_options, ignores_text, open_bundle
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+Asker = Callable[[list[QuestionRow]], list[dict[str, Any]]]
+"""Rows of the input → one line a row, with `answer` or `error`, as `answer_rows` gives them."""
 
 
 def generate(
@@ -57,6 +60,35 @@ def generate(
         UserError: A file is wrong, or some rows could not be answered (after all others were).
     """
     check_options(options or {})
+
+    def open_asker(console: Console) -> Asker:
+        model, processor, settings = open_bundle(bundle, options or {}, trust_remote_code)
+        if ignores_text(processor):
+            console.print("This bundle's template shows the model images only: what the questions say is ignored.")
+        return lambda batch: answer_rows(model, processor, batch, images, settings, image_folders, boxes)
+
+    answer_questions(input, output, open_asker, batch_size, images)
+
+
+def answer_questions(
+    input: str,  # noqa: A002
+    output: str,
+    open_asker: Callable[[Console], Asker],
+    batch_size: int,
+    images: str | None,
+) -> None:
+    """Answers a file of questions by whatever answers them.
+
+    Args:
+        input: As `generate`.
+        output: As `generate`.
+        open_asker: Loads what answers; called where a question is left. Told where to say things.
+        batch_size: Rows answered at a time.
+        images: As `generate`; looked for here.
+
+    Raises:
+        UserError: As `generate`.
+    """
     if images is not None and not os.path.isdir(os.path.expanduser(images)):
         raise UserError(f"--images {images} is no folder: correct it.")
     target = Path(output).expanduser()
@@ -67,17 +99,14 @@ def generate(
     order = check_questions(input, earlier, target)
     done = {key: line.get("error") for key, line in earlier.items()}  # whole lines would fill the memory
     todo = (question for question in read_questions(input) if str(question.id) not in done)
-    left = len(order) - len(done)
-    if left:
+    if left := len(order) - len(done):
         if done:
             console.print(f"{len(done):,} of {len(order):,} rows are in {target} already.")
-        model, processor, settings = open_bundle(bundle, options or {}, trust_remote_code)
-        if ignores_text(processor):
-            console.print("This bundle's template shows the model images only: what the questions say is ignored.")
+        ask = open_asker(console)
     with _append(target, size) as write, RowProgress(console, "answers") as progress:
         answered = errors = 0
         while batch := list(islice(todo, batch_size)):
-            lines = answer_rows(model, processor, batch, images, settings, image_folders, boxes)
+            lines = ask(batch)
             write(lines)
             done |= {str(line["id"]): line.get("error") for line in lines}
             answered, errors = answered + len(lines), errors + sum("error" in line for line in lines)
@@ -100,7 +129,7 @@ def check_questions(path: str, done: dict[str, dict[str, Any]], target: Path) ->
                 "for one): give every row its own."
             )
         seen[key] = question.row.where
-        there = {name: value for name, value in done.get(key, {}).items() if name not in ("answer", "error")}
+        there = {name: value for name, value in done.get(key, {}).items() if name not in MADE}
         if there and _dump(there) != _dump(question.kept()):
             raise UserError(
                 f'{target} has an answer to "{key}", but to another version of {question.row.where}: give another '

@@ -23,6 +23,8 @@ from ..rows.raw_row import is_given
 from ..rows.videos import COLUMNS as VIDEOS
 from ..rows.videos import Sampling, frames_of, with_frames
 
+# What is written beside a row's own columns → what a column of that name is called then.
+MADE = {"answer": "reference", "top_answers": "reference_top_answers", "error": "row_error"}
 _KEPT = ("images", "image", "videos", "video", "objects", "bboxes", "bbox")
 
 
@@ -40,7 +42,7 @@ class QuestionRow(NamedTuple):
     def kept(self) -> dict[str, Any]:
         """The row's columns as they are written beside its answer; its own answer (a reference) is renamed."""
         values: dict[str, Any] = {"id": self.id} | self.row.values | {"id": self.id}
-        for name, new in (("answer", "reference"), ("error", "row_error")):
+        for name, new in MADE.items():
             if name in values:
                 while new in values:
                     new = f"_{new}"

@@ -12,8 +12,11 @@ from torch.nn import functional
 from ..base.errors import UserError
 from ..base.names import CONFIG
 from ..base.words import one_line
+from ..encoders.ask import match
+from ..encoders.load import Encoder, load_encoder
 from ..pieces.checkpoints import WEIGHT_FILES, Checkpoint
 from ..pieces.expected import IMAGES, MODEL, TOKENIZER, laid_out
+from ..systems.vle_heads import VLEForTask
 
 KEY = "--model"
 
@@ -21,8 +24,8 @@ KEY = "--model"
 class Scorer:
     """Scores pairs of an image and a text with a model of transformers.
 
-    CLIP, SigLIP and their kin give the cosine of the two embeddings (-1 … 1), BLIP's matching head the probability that
-    they belong together (0 … 1). A text is cut to what the model reads.
+    CLIP, SigLIP and their kin give the cosine of the two embeddings (-1 … 1), the matching heads of BLIP and VLE the
+    probability that they belong together (0 … 1). A text is cut to what the model reads.
 
     Args:
         path: Folder or Hub id of the model, with its processor.
@@ -43,6 +46,10 @@ class Scorer:
                     f"--model {path} is a {kind!r} model: give one that matches images and texts, of the types "
                     f"{', '.join(SCORES)}."
                 )
+            if kind == "vle":
+                self.model, self.processor = _open_vle(path, device)
+                self.device, self._score = self.model.device, SCORES[kind]
+                return
             if kind == "blip" and "BlipForImageTextRetrieval" not in (config.architectures or ()):
                 raise UserError(f"--model {path} has no matching head: give a BLIP-ITM model, like blip-itm-base-coco.")
             model_class = BlipForImageTextRetrieval if kind == "blip" else AutoModel
@@ -75,6 +82,12 @@ class Scorer:
         return self.processor.image_processor(images=images, return_tensors="pt").to(self.device)
 
 
+def _open_vle(path: str, device: str | torch.device | None) -> tuple[VLEForTask, Encoder]:
+    encoder = load_encoder(path, "itm", key=KEY, device=None if device is None else str(device))
+    encoder.cuts = True
+    return encoder.model, encoder
+
+
 def _cosine(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
     # SigLIP was trained on texts padded to their full length, without a mask.
     padding = "max_length" if scorer.model.config.model_type.startswith("siglip") else True
@@ -94,6 +107,10 @@ def _matching(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> to
     return model.itm_head(read[:, 0]).softmax(-1)[:, 1]
 
 
+def _of_vle(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+    return torch.tensor(match(scorer.processor, images, texts))
+
+
 SCORES: dict[str, Callable[[Scorer, list[Image.Image], list[str]], torch.Tensor]] = {
     "clip": _cosine,
     "siglip": _cosine,
@@ -101,4 +118,5 @@ SCORES: dict[str, Callable[[Scorer, list[Image.Image], list[str]], torch.Tensor]
     "chinese_clip": _cosine,
     "altclip": _cosine,
     "blip": _matching,
+    "vle": _of_vle,
 }

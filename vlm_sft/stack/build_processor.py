@@ -24,7 +24,7 @@ from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_toke
 from ..model.configuration import VLMConfig, image_size_of
 from ..pieces.beside import check_growth, check_processor, check_tokenizer
 from ..pieces.checkpoints import unreachable
-from ..pieces.expected import IMAGES, TOKENIZER, laid_out
+from ..pieces.expected import IMAGES, TOKENIZER, VOCABULARIES, WHOLE, laid_out
 from ..pieces.piece import Piece
 from ..recipe.safety import check_picture
 from ..systems.chatglm_tokenizer import VOCABULARY, read_tokenizer
@@ -33,7 +33,7 @@ from .vocabulary import add_words
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
-    from ..recipe.sections import LanguageModel, Resampler, VisionTower
+    from ..recipe.sections import Resampler, VisionTower
 
 # It needs torchvision in transformers. ViT's does the same, but rounds what it resized: pixels differ by half a step.
 LIKE_VIT = "DINOv3ViTImageProcessor"
@@ -44,7 +44,7 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     assert recipe.chat_template is not None
     tower, lm = pieces["vision_tower"], pieces["language_model"]
     image_processor = _load_image_processor(tower, config)
-    tokenizer = _load_tokenizer(lm)
+    tokenizer = load_tokenizer(lm)
     template = load_template(recipe.chat_template)
     # Before the image token and padding, which need no row of a table.
     words = add_words(tokenizer, recipe.words, template, [IMAGE_TOKEN])
@@ -64,7 +64,7 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     return processor
 
 
-def _load_tokenizer(lm: Piece[LanguageModel]) -> PreTrainedTokenizerBase:
+def load_tokenizer(lm: Piece[Any]) -> PreTrainedTokenizerBase:
     """The language model's own; ChatGLM's, which is published with code of its own, is made of its vocabulary."""
     check_tokenizer(lm.place, lm.revision, lm.key)
     try:
@@ -75,7 +75,10 @@ def _load_tokenizer(lm: Piece[LanguageModel]) -> PreTrainedTokenizerBase:
             return tokenizer
         if lm.trusts_code:
             return AutoTokenizer.from_pretrained(lm.place, revision=lm.revision, trust_remote_code=True)
-        return AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        if tokenizer.vocab_files_names and not any((Path(place) / name).is_file() for name in (WHOLE, *VOCABULARIES)):
+            raise ValueError("its class was filled with special tokens alone")
+        return tokenizer
     except UserError:
         raise
     except Exception as error:  # whatever odd values in its files meet there
@@ -111,24 +114,35 @@ def _load_image_processor(tower: Piece[VisionTower], config: VLMConfig) -> BaseI
     if tower.is_foreign:
         height, width = image_size_of(config.vision_config)
         return BlipImageProcessorPil(size={"height": height, "width": width})
+    return load_image_processor(tower, tower.spec.image_size)
+
+
+def load_image_processor(piece: Piece[Any], image_size: int | None = None) -> BaseImageProcessor:
+    """The image processor that lies beside a checkpoint's weights.
+
+    Args:
+        piece: The checkpoint.
+        image_size: Side of the square that it is to make, in pixels; None: its own.
+
+    Raises:
+        UserError: There is none that can be read.
+    """
     try:
         # The PIL backend everywhere: the torchvision one resizes slightly differently, and a bundle must give the
         # same pixels on every machine.
-        check_processor(tower.pretrained, tower.revision, tower.key)
-        images = _read_image_processor(tower)
-        if tower.spec.image_size is not None:
-            images = _at_image_size(images, tower.spec.image_size)
-        check_picture(images.to_dict(), f"{tower.key}: {tower.pretrained!r}")
+        check_processor(piece.pretrained, piece.revision, piece.key)
+        images = _read_image_processor(piece)
+        if image_size is not None:
+            images = _at_image_size(images, image_size)
+        check_picture(images.to_dict(), piece.where)
         return images
     except UserError:
         raise
     except Exception as error:  # whatever odd values in its file meet there
-        raise UserError(
-            f"{tower.key}: {tower.pretrained!r} has no image processor (preprocessor_config.json)."
-        ) from error
+        raise UserError(f"{piece.where} has no image processor (preprocessor_config.json).") from error
 
 
-def _read_image_processor(tower: Piece[VisionTower]) -> BaseImageProcessor:
+def _read_image_processor(tower: Piece[Any]) -> BaseImageProcessor:
     place, options = tower.pretrained, {"revision": tower.revision, "trust_remote_code": True}
     if not tower.trusts_code:
         place, options = laid_out(place, tower.revision, tower.key, (CONFIG, *IMAGES)), {}

@@ -1,0 +1,61 @@
+"""The commands on published encoders of image and text (VLE), which choose, compare and find, and write nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..base.console import quiet_libraries
+from ..base.errors import UserError
+from .arguments import ImageFolders
+
+encoders_app = typer.Typer()
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a VLE.", show_default=False)]
+
+
+@encoders_app.command(short_help="Likeliest answers of a VLE to a question, with their scores.")
+def answer(
+    model: Model,
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", show_default=False)] = None,
+    image: Annotated[str | None, typer.Option("--image", help="The image that is asked about.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many answers.")] = 5,
+    questions: Annotated[str | None, typer.Option(metavar="FILE", help="Answer a file of questions.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="With --questions: JSONL file; a rerun resumes it.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    images: Annotated[str | None, typer.Option(help="Folder that relative image paths start from.")] = None,
+    image_folder: ImageFolders = None,
+) -> None:
+    """Answer one question about an image, or a file of questions, out of the answers that the model knows."""
+    quiet_libraries()
+    from ..inference.encoder import answer_many, answer_one
+
+    if questions is not None and question is None and image is None and output is not None:
+        answer_many(model, questions, output, top, batch_size, images, image_folder or ())
+    elif questions is None and question is not None and image is not None and output is None:
+        answer_one(model, question, image, top)
+    else:
+        raise UserError("Give a question with --image FILE, or --questions FILE with --output FILE.")
+
+
+@encoders_app.command(short_help="How well texts match an image, by a VLE; or where in it one is.")
+def match(
+    model: Model,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT…", show_default=False)],
+    image: Annotated[str, typer.Option("--image", help="The image.")],
+    draw: Annotated[
+        str | None, typer.Option(metavar="PNG", help="Write the picture with the patches bright that show the text.")
+    ] = None,
+) -> None:
+    """Say how likely each text belongs to the image; with --draw, where in the image a text is."""
+    quiet_libraries()
+    from ..inference.encoder import draw_text, match_texts
+
+    if draw is None:
+        match_texts(model, texts, image)
+    elif len(texts) == 1:
+        draw_text(model, texts[0], image, draw)
+    else:
+        raise UserError(f"--draw shows where one text is, and {len(texts)} were given: run it once for each.")

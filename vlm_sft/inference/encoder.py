@@ -1,0 +1,153 @@
+"""`vlm-sft answer` and `vlm-sft match`: asks a published encoder, one picture at a time or a file of questions."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..base.console import tell
+from ..base.errors import UserError
+from ..base.whole_files import write_whole
+from ..base.words import one_line, reason_of
+from ..batch.pictures import Pictures, check_pictures, read_pictures
+from ..encoders.ask import answer, draw, find, match
+from ..encoders.load import Encoder, load_encoder
+from .answer_file import Asker, answer_questions
+from .questions import QuestionRow, conversation
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def answer_one(model: str, question: str, image: str, top: int) -> None:
+    """Prints the likeliest answers to a question about an image, a line each: share, tab, answer.
+
+    Raises:
+        UserError: The model, the question or the image is wrong.
+    """
+    question = _given(question, "the question")
+    encoder = load_encoder(model, "vqa")
+    (answers,) = answer(encoder, _picture(encoder, image), [question], top)
+    for each in answers:
+        tell(f"{each.score:.4f}\t{one_line(each.answer)}")
+
+
+def answer_many(
+    model: str,
+    input: str,  # noqa: A002
+    output: str,
+    top: int,
+    batch_size: int,
+    images: str | None = None,
+    image_folders: Sequence[str] = (),
+) -> None:
+    """Answers a file of questions into a JSONL file; a rerun goes on.
+
+    Args:
+        model: Folder or Hub id of a VLE for VQA.
+        input: As for `generate`: each row one question and one image.
+        output: Each row becomes a line: its columns, `answer` (the likeliest) and `top_answers`,
+            `[[answer, share], …]`.
+        top: How many answers a row gets.
+        batch_size: Rows at a time.
+        images: Folder that relative image paths start from; default that of the input.
+        image_folders: Further folders in which images may lie.
+
+    Raises:
+        UserError: As `generate`.
+    """
+
+    def open_asker(console: Console) -> Asker:
+        encoder = load_encoder(model, "vqa")
+        return lambda batch: _answer_rows(encoder, batch, top, images, image_folders)
+
+    answer_questions(input, output, open_asker, batch_size, images)
+
+
+def _answer_rows(
+    encoder: Encoder, batch: Sequence[QuestionRow], top: int, images: str | None, folders: Sequence[str]
+) -> list[dict[str, Any]]:
+    """One line a row; a row that cannot be asked has its `error`, and the others are answered."""
+    lines, asked = [], []
+    for question in batch:
+        line = question.kept()
+        lines.append(line)
+        try:
+            text, image = _one_question(conversation(question, images, folders), question.row.where)
+            check_pictures(encoder, Pictures([image], where=question.row.where))
+            encoder.text_inputs([text])
+            asked.append((line, text, image))
+        except UserError as error:
+            line["error"] = str(error)
+    if asked:
+        found = answer(encoder, [image for *_, image in asked], [text for _, text, _ in asked], top)
+        for (line, *_), answers in zip(asked, found, strict=True):
+            line["answer"] = answers[0].answer
+            line["top_answers"] = [[each.answer, round(each.score, 6)] for each in answers]
+    return lines
+
+
+def _one_question(row: dict[str, Any], where: str) -> tuple[str, Image.Image]:
+    """The text and the image of a row that asks once.
+
+    Raises:
+        UserError: It has several turns, or not one image.
+    """
+    turns = [message for message in row["messages"] if message["role"] == "user"]
+    if len(turns) != 1 or len(row["images"]) != 1:
+        raise UserError(
+            f"{where}: an encoder answers one question about one image, and this row has {len(turns)} and "
+            f"{len(row['images'])}: give each question a row of its own."
+        )
+    text = " ".join(part["text"].strip() for part in turns[0]["content"] if part["type"] == "text")
+    return _given(text, f"{where}: the question"), row["images"][0]
+
+
+def match_texts(model: str, texts: Sequence[str], image: str) -> None:
+    """Prints how likely each text belongs to an image, a line each: share, tab, text.
+
+    Raises:
+        UserError: The model, a text or the image is wrong.
+    """
+    texts = [_given(text, "a text") for text in texts]
+    encoder = load_encoder(model, "itm")
+    picture = _picture(encoder, image)
+    for text, share in zip(texts, match(encoder, picture * len(texts), texts), strict=True):
+        tell(f"{share:.4f}\t{one_line(text)}")
+
+
+def draw_text(model: str, text: str, image: str, out: str) -> None:
+    """Writes the picture as PNG with the patches bright that show what a text says.
+
+    Raises:
+        UserError: The model, the text or the image is wrong, or the file cannot be written.
+    """
+    text = _given(text, "the text")
+    if Path(out).suffix.lower() != ".png":
+        raise UserError(f"--draw {out}: a PNG is written; let the name end with .png.")
+    encoder = load_encoder(model, "pbc")
+    (picture,) = _picture(encoder, image)
+    found = find(encoder, picture, text)
+    png = io.BytesIO()
+    draw(encoder, picture, found).save(png, "PNG")
+    try:
+        write_whole(Path(out).expanduser(), png.getvalue())
+    except OSError as error:
+        raise UserError(f"--draw {out} cannot be written ({reason_of(error)}): give another path.") from None
+    row, column = divmod(int(found.argmax()), found.shape[1])
+    tell(f"{out}: brightest in row {row + 1} of {found.shape[0]}, column {column + 1} of {found.shape[1]}.")
+
+
+def _picture(encoder: Encoder, path: str) -> list[Image.Image]:
+    return read_pictures(encoder, [os.path.expanduser(path)], [path])
+
+
+def _given(text: str, what: str) -> str:
+    if not text.strip():
+        raise UserError(f"{what} is empty: write one.")
+    return text.strip()

@@ -1,0 +1,203 @@
+"""What is asked of a VLE: an answer, a match, the patches that a text means, a word, a choice. One class a head.
+
+Upstream: `models/VLE/modeling_vle.py` of iflytek/VLE. A published checkpoint holds the encoder and one head or
+more, under these names.
+
+Legend of shapes: B rows, L text tokens, P patches, C choices, A answers, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.deberta_v2.modeling_deberta_v2 import LegacyDebertaV2OnlyMLMHead
+
+from .vle import Boxes, VLEConfig, VLEModel, VLEOutput, VLEPreTrainedModel
+
+
+def _classifier(width: int, classes: int) -> nn.Sequential:
+    # Upstream leaves the norm at torch's own epsilon, whatever the configuration says of the others.
+    return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, classes))
+
+
+class VLEForTask(VLEPreTrainedModel):
+    """VLE with one head; `forward` gives what it says and, with `labels`, its loss."""
+
+    head: ClassVar[str]
+
+    def __init__(self, config: VLEConfig) -> None:
+        super().__init__(config)
+        self.vle = VLEModel(config)
+        self.add_module(self.head, self.make_head(config))
+        self.post_init()
+
+    @staticmethod
+    def make_head(config: VLEConfig) -> nn.Module:
+        """The layers of the head."""
+        raise NotImplementedError
+
+    def read(self, output: VLEOutput) -> torch.Tensor:
+        """What the head says of the encoder's output."""
+        return self.get_submodule(self.head)(output.pooler_output)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of the right class, a scalar."""
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        boxes: Boxes | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Runs encoder and head.
+
+        Args:
+            input_ids: As `VLEModel.forward`, like all but the next one.
+            labels: What is right, as the class says; None for no loss.
+            pixel_values: As above.
+            attention_mask: As above.
+            boxes: As above.
+            image_features: As above.
+            **kwargs: Nothing else is read.
+        """
+        return self._said(self.vle(input_ids, pixel_values, attention_mask, boxes, image_features), labels)
+
+    def _said(
+        self, output: VLEOutput, labels: torch.Tensor | None, choices: int | None = None
+    ) -> SequenceClassifierOutput:
+        logits = self.read(output) if choices is None else self.read(output).view(-1, choices)
+        return SequenceClassifierOutput(
+            loss=None if labels is None else self.loss(logits, labels.to(logits.device)), logits=logits
+        )
+
+
+class VLEForVQA(VLEForTask):
+    """A question → (B, A) scores of the answers in `config.id2label`; `labels` (B, A), how right each of them is."""
+
+    head = "vqa_classifier"
+
+    @staticmethod
+    def make_head(config: VLEConfig) -> nn.Module:
+        return _classifier(2 * config.hidden_size, config.num_vqa_labels or config.num_labels)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean over rows of binary cross entropies summed over answers, as in METER."""
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)) * labels.shape[1]
+
+
+class VLEForITM(VLEForTask):
+    """A text → (B, 2) scores that it does not and that it does belong to the image; `labels` (B,), 1 if it does."""
+
+    head = "itm_score"
+
+    @staticmethod
+    def make_head(config: VLEConfig) -> nn.Module:
+        return nn.Sequential(OrderedDict(fc=nn.Linear(2 * config.hidden_size, 2)))
+
+
+class VLEForPBC(VLEForTask):
+    """A text → (B, P, 2) scores that a patch does not and that it does show it; `labels` (B, P), 1 if it does."""
+
+    head = "pbc_classifier"
+
+    @staticmethod
+    def make_head(config: VLEConfig) -> nn.Module:
+        return _classifier(config.hidden_size, 2)
+
+    def read(self, output: VLEOutput) -> torch.Tensor:
+        assert output.image_embeds is not None
+        return self.pbc_classifier(output.image_embeds[:, 1 : 1 + self.config.num_patches])
+
+
+class VLEForMLM(VLEForTask):
+    """A text with masked tokens → (B, L, V) scores of what they are; `labels` (B, L), -100 where nothing is asked."""
+
+    head = "mlm_score"
+
+    @staticmethod
+    def make_head(config: VLEConfig) -> nn.Module:
+        text = config.text_config
+        return nn.Sequential(nn.Linear(config.hidden_size, text.hidden_size), LegacyDebertaV2OnlyMLMHead(text))
+
+    def read(self, output: VLEOutput) -> torch.Tensor:
+        return self.mlm_score(output.text_embeds)
+
+
+class _VLEForChoice(VLEForTask):
+    """Choices of one question → (B, C) scores; `input_ids` and the mask are (B, C, L), `labels` (B,) the right one."""
+
+    @staticmethod
+    def make_head(config: VLEConfig) -> nn.Module:
+        return _classifier(2 * config.hidden_size, 1)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        boxes: Boxes | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Runs the encoder on every choice, with the image's features made once.
+
+        Args:
+            input_ids: (B, C, L).
+            labels: (B,).
+            pixel_values: (B, 3, H, W).
+            attention_mask: (B, C, L).
+            boxes: Of the B·C choices, those of a row behind each other.
+            image_features: (B, 1 + P, V), in place of pixels.
+            **kwargs: Nothing else is read.
+        """
+        choices = input_ids.shape[1]
+        features = self.vle.get_image_features(pixel_values) if image_features is None else image_features
+        mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+        features = features.repeat_interleave(choices, dim=0)
+        output = self.vle(input_ids.flatten(0, 1), attention_mask=mask, boxes=boxes, image_features=features)
+        return self._said(output, labels, choices)
+
+
+class VLEForVCRQ2A(_VLEForChoice):
+    """Which of four answers is right (VCR, Q→A)."""
+
+    head = "vcr_q2a_logit"
+
+
+class VLEForVCRQA2R(_VLEForChoice):
+    """Which of four reasons is right for the right answer (VCR, QA→R)."""
+
+    head = "vcr_qa2r_logit"
+
+
+class Task(NamedTuple):
+    """A head as a user names it.
+
+    Attributes:
+        model: Its class; its name stands in `architectures`.
+        what: What it does, in words that end a sentence.
+    """
+
+    model: type[VLEForTask]
+    what: str
+
+
+TASKS = {
+    "vqa": Task(VLEForVQA, "answers questions"),
+    "itm": Task(VLEForITM, "says whether a text belongs to an image"),
+    "pbc": Task(VLEForPBC, "finds the patches that a text means"),
+    "mlm": Task(VLEForMLM, "fills masked words in"),
+    "vcr_q2a": Task(VLEForVCRQ2A, "chooses answers"),
+    "vcr_qa2r": Task(VLEForVCRQA2R, "chooses reasons"),
+}
