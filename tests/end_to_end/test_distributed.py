@@ -21,7 +21,7 @@ from vlm_sft.train import train
 DRIVER = ROOT / "tests" / "support" / "distributed_driver.py"
 
 # fp32 on a CPU: sums are added up in another order by two processes, and Adam's division makes the most of it.
-WEIGHTS = {"atol": 1e-6, "rtol": 0.0}
+WEIGHTS = {"atol": 5e-6, "rtol": 0.0}
 LOSS = {"rel": 1e-5}
 
 

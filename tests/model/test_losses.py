@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -22,61 +24,140 @@ from transformers import (
 )
 
 from vlm_sft.model import losses
-from vlm_sft.model.losses import mean_loss, scales_as_its_class, supervised_losses, supervised_positions
+from vlm_sft.model.losses import Head, mean_loss, scales_as_its_class, supervised_positions
 
 
-def make(batch=2, length=6, width=4, vocabulary=9, seed=0):
+def make(batch=2, length=6, width=4, vocabulary=9, seed=0, trained=False):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batch, length, width, generator=generator, requires_grad=True)
-    head = torch.randn(width, vocabulary, generator=generator)
+    module = nn.Linear(width, vocabulary, bias=False).requires_grad_(trained)
+    module.weight.data = torch.randn(vocabulary, width, generator=generator)
     labels = torch.randint(0, vocabulary, (batch, length), generator=generator)
-    return hidden, head, labels
+    return hidden, Head(module, LlamaConfig(vocab_size=vocabulary)), labels
+
+
+def at_a_time(patch, positions):
+    patch.setattr(losses, "FEWEST", positions)
+    patch.setitem(losses.CHUNK_BYTES, True, 0)
+
+
+def gradients_of(loss, hidden, head):
+    loss.backward()
+    found = [hidden.grad, *(parameter.grad for parameter in head.trained())]
+    hidden.grad = None
+    head.module.zero_grad()
+    return found
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), masked=st.lists(st.integers(0, 11), max_size=11), chunk=st.integers(1, 8))
-def test_it_is_the_cross_entropy_of_the_shifted_labels(seed, masked, chunk):
-    hidden, head, labels = make(seed=seed)
+@given(
+    seed=st.integers(0, 10_000),
+    masked=st.lists(st.integers(0, 11), max_size=12),
+    chunk=st.integers(1, 8),
+    trained=st.booleans(),
+    factor=st.sampled_from([1.0, 0.25, 65536.0]),
+)
+def test_it_is_the_cross_entropy_of_the_shifted_labels(seed, masked, chunk, trained, factor):
+    hidden, head, labels = make(seed=seed, trained=trained)
     labels.view(-1)[masked] = -100
+    weights = torch.rand(2, 6, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "CHUNK", chunk)
-        found, hits, weights = supervised_losses(lambda h: h @ head, hidden, labels)
-    logits = (hidden @ head)[:, :-1].reshape(-1, 9)
-    wanted = F.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum", ignore_index=-100)
-    torch.testing.assert_close(found.sum(), wanted, atol=1e-5, rtol=0)
-    assert len(found) == len(hits) == len(weights) == int((labels[:, 1:] != -100).sum())
-    mine, theirs = torch.autograd.grad(found.sum(), hidden)[0], torch.autograd.grad(wanted, hidden)[0]
-    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+        at_a_time(patch, chunk)
+        found, token_losses, hits = mean_loss(head, hidden, labels, weights, 3)
+    logits = head(hidden)[:, :-1].reshape(-1, 9)
+    each = F.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="none", ignore_index=-100)
+    wanted = (each * weights[:, 1:].flatten()).sum() / 3
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+    assert len(token_losses) == len(hits) == int((labels[:, 1:] != -100).sum())
+    mine, theirs = gradients_of(found * factor, hidden, head), gradients_of(wanted * factor, hidden, head)
+    assert len(mine) == 1 + trained
+    torch.testing.assert_close(mine, theirs, atol=1e-6 * factor, rtol=1e-6)
 
 
 def test_only_chunks_of_supervised_positions_are_scored(monkeypatch):
     hidden, head, labels = make(batch=3, length=20)
     labels[:, :15] = -100
-    monkeypatch.setattr(losses, "CHUNK", 4)
+    at_a_time(monkeypatch, 4)
     scored = []
-
-    def score(h):
-        scored.append(len(h))
-        return h @ head
-
-    supervised_losses(score, hidden.detach(), labels)
-    assert scored == [4, 4, 4, 3]
+    head.module.register_forward_hook(lambda module, args, output: scored.append(len(args[0])))
+    for given_ in (hidden, hidden.detach()):
+        mean_loss(head, given_, labels)
+    assert scored == [4, 4, 4, 3] * 2
 
 
-def test_weights_come_in_the_order_of_the_losses():
+def test_so_many_positions_are_scored_at_a_time_as_bytes_of_their_logits_fit(monkeypatch):
+    monkeypatch.setitem(losses.CHUNK_BYTES, True, 4 * 50 * 40)
+    sizes = {}
+    for vocabulary in (10, 50, 10**6):
+        _, head, _ = make(vocabulary=9)
+        head.config.vocab_size = vocabulary
+        sizes[vocabulary] = [len(range(100)[part]) for part in head.chunks(torch.zeros(100, 4))]
+    assert sizes == {10: [100], 50: [40, 40, 20], 10**6: [16] * 6 + [4]}
+    with losses.chunks_as_on(cpu=False):
+        assert len(list(head.chunks(torch.zeros(100, 4)))) == 2, "67 of a million words are 256 MB"
+    assert len(list(head.chunks(torch.zeros(100, 4)))) == 7
+
+
+def test_losses_come_in_reading_order_and_weights_with_them():
     hidden, head, labels = make()
     labels[0, 2] = -100
     weights = torch.arange(12.0).view(2, 6)
-    *_, picked = supervised_losses(lambda h: h @ head, hidden, labels, weights)
-    assert picked.tolist() == [1, 3, 4, 5, 7, 8, 9, 10, 11]
+    total, each, _ = mean_loss(head, hidden, labels, weights, 1)
+    torch.testing.assert_close(total, (each * torch.tensor([1.0, 3, 4, 5, 7, 8, 9, 10, 11])).sum())
 
 
-def test_nothing_to_learn_still_reaches_the_graph():
-    hidden, head, labels = make()
-    found, hits, _ = supervised_losses(lambda h: h @ head, hidden, torch.full_like(labels, -100))
-    assert not found.numel() and not hits.numel()
-    found.sum().backward()
+@pytest.mark.parametrize("half", [False, True], ids=["at once", "made again"])
+def test_nothing_to_learn_still_reaches_the_graph(half):
+    hidden, head, labels = make(trained=True)
+    with torch.autocast("cpu", torch.float16, enabled=half):
+        found, each, hits = mean_loss(head, hidden, torch.full_like(labels, -100))
+    assert found == 0 and not each.numel() and not hits.numel()
+    found.backward()
     assert hidden.grad is not None and not hidden.grad.any()
+
+
+def test_in_bf16_the_gradient_differs_by_no_more_than_its_rounding():
+    hidden, head, labels = make(width=64, vocabulary=500, length=40, trained=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mean_loss(head, hidden, labels)[0]
+        logits = head(hidden)[:, :-1].float().reshape(-1, 500)
+        wanted = F.cross_entropy(logits, labels[:, 1:].reshape(-1))
+    assert torch.equal(found, wanted) or abs(found - wanted) < 1e-6
+    pairs = zip(gradients_of(found, hidden, head), gradients_of(wanted, hidden, head), strict=True)
+    assert all(mine.dtype == theirs.dtype and (mine - theirs).norm() <= 2**-8 * theirs.norm() for mine, theirs in pairs)
+
+
+def test_in_fp16_and_of_a_sharded_head_logits_are_made_again_as_small_gradients_are_lost_before_they_are_scaled():
+    hidden, head, labels = make(batch=3, length=20, trained=True)
+    calls = []
+    head.module.register_forward_hook(lambda *args: calls.append(torch.is_grad_enabled()))
+    with torch.autocast("cpu", torch.float16):
+        found = mean_loss(head, hidden, labels)[0]
+    found.backward()
+    head.module.weight.ds_id = 0  # as DeepSpeed marks what is shared out
+    mean_loss(head, hidden, labels)[0].backward()
+    assert calls == [True] * 4
+
+
+def test_the_gradient_of_an_adapter_in_the_head_is_made_too():
+    hidden, head, labels = make()
+    model = get_peft_model(nn.Sequential(head.module), LoraConfig(r=2, target_modules=["0"]))
+    head = Head(model.base_model.model[0], head.config)
+    for parameter in head.trained():
+        nn.init.normal_(parameter)
+    found = mean_loss(head, hidden, labels)[0]
+    wanted = F.cross_entropy(head(hidden)[:, :-1].reshape(-1, 9), labels[:, 1:].reshape(-1))
+    mine, theirs = gradients_of(found, hidden, head), gradients_of(wanted, hidden, head)
+    assert len(mine) == 3
+    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_a_second_way_back_through_gradients_that_are_used_is_an_error():
+    hidden, head, labels = make()
+    loss = mean_loss(head, hidden, labels)[0]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used"):
+        loss.backward()
 
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -110,20 +191,26 @@ def test_positions_that_a_batch_brings_are_those_that_are_found(masked):
     positions = supervised_positions(labels)
     assert positions.tolist() == [i for i, label in enumerate(labels.flatten().tolist()) if label != -100 and i % 6]
     weights = torch.arange(12.0).view(2, 6)
-    found = supervised_losses(lambda h: h @ head, hidden, labels, weights)
-    given_ = supervised_losses(lambda h: h @ head, hidden, labels, weights, positions)
+    found = mean_loss(head, hidden, labels, weights)
+    given_ = mean_loss(head, hidden, labels, weights, positions=positions)
     assert all(torch.equal(one, other) for one, other in zip(found, given_, strict=True))
 
 
-def test_the_likeliest_tokens_are_looked_for_once_and_not_again_in_the_backward_pass(monkeypatch):
+@pytest.mark.parametrize("again", [False, True])
+def test_logits_are_made_once_where_they_can_be_and_the_likeliest_tokens_are_looked_for_once_in_any_case(
+    monkeypatch, again
+):
     hidden, head, labels = make(batch=3, length=20)
-    monkeypatch.setattr(losses, "CHUNK", 8)
+    at_a_time(monkeypatch, 8)
+    monkeypatch.setattr(Head, "can_learn_at_once", lambda self, hidden: not again)
     counted = Counted()
     with counted:
-        found, hits, _ = supervised_losses(lambda h: h @ head, hidden, labels)
-        found.sum().backward()
-    assert counted.calls["argmax"] == 8 and counted.calls["_log_softmax"] == 2 * 8, "57 positions, 8 at a time"
-    wanted = (hidden.detach()[:, :-1] @ head).argmax(-1) == labels[:, 1:]
+        found, _, hits = mean_loss(head, hidden, labels)
+        found.backward()
+    times = 2 if again else 1
+    assert counted.calls["argmax"] == 8 and counted.calls["_log_softmax"] == times * 8, "57 positions, 8 at a time"
+    assert counted.calls["mm"] == (times + 1) * 8, "the logits, and the gradient of what they were made of"
+    wanted = head(hidden.detach())[:, :-1].argmax(-1) == labels[:, 1:]
     assert torch.equal(hits, wanted.flatten())
 
 
@@ -141,9 +228,10 @@ class Counted(TorchDispatchMode):
 
 def test_a_sum_is_divided_by_the_given_number_and_never_by_zero():
     hidden, head, labels = make()
-    mean, token_losses, _ = mean_loss(lambda h: h @ head, hidden, labels)
-    assert torch.equal(mean, token_losses.mean()) and not token_losses.requires_grad
+    mean, token_losses, _ = mean_loss(head, hidden, labels)
+    torch.testing.assert_close(mean, token_losses.mean())
+    assert not token_losses.requires_grad
     for items in (40, torch.tensor(40)):
-        torch.testing.assert_close(mean_loss(lambda h: h @ head, hidden, labels, None, items)[0], mean * 10 / 40)
+        torch.testing.assert_close(mean_loss(head, hidden, labels, None, items)[0], mean * 10 / 40)
     nothing = torch.full_like(labels, -100)
-    assert mean_loss(lambda h: h @ head, hidden, nothing)[0] == mean_loss(lambda h: h, hidden, nothing, None, 0)[0] == 0
+    assert mean_loss(head, hidden, nothing)[0] == mean_loss(head, hidden, nothing, None, 0)[0] == 0

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from vlm_sft.model.configuration import VLMConfig
-from vlm_sft.model.losses import supervised_positions
+from vlm_sft.model.losses import CHUNK_BYTES, supervised_positions
 from vlm_sft.model.modeling import VLMForConditionalGeneration
 
 ATOL = 1e-5
@@ -149,8 +149,9 @@ def test_the_loss_without_full_logits_is_the_loss(pair):
 def test_loss_chunks_do_not_change_loss_or_gradient(monkeypatch):
     _, ours, tokens = blip2_pair()
     batch, results = make_batch(tokens), []
+    monkeypatch.setitem(CHUNK_BYTES, True, 0)
     for chunk in (1024, 3):
-        monkeypatch.setattr("vlm_sft.model.losses.CHUNK", chunk)
+        monkeypatch.setattr("vlm_sft.model.losses.FEWEST", chunk)
         ours.zero_grad()
         loss = ours(**batch, supervised_only=True).loss
         loss.backward()

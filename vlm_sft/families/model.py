@@ -5,7 +5,6 @@ The class that is made is a subclass of the model's own and has its name, its pa
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..base.errors import UserError
 from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
-from ..model.losses import VLMOutput, mean_loss, scaled_logits
+from ..model.losses import Head, VLMOutput, mean_loss
 from ..model.positions import ExactRotations, packed_positions, row_numbers, shared_mask
 from ..model.sharding import others_wait_for
 
@@ -66,9 +65,8 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         if row_lengths is not None:
             inputs |= self.kept_apart(inputs, row_lengths, row_heads)
         hidden = self.last_hidden_state(**inputs)
-        config, head = self.config.get_text_config(), self.get_output_embeddings()
-        score = functools.partial(scaled_logits, head, config)
-        loss, losses, hits = mean_loss(score, hidden, labels, loss_weights, num_items_in_batch, label_positions)
+        head = Head(self.get_output_embeddings(), self.config.get_text_config())
+        loss, losses, hits = mean_loss(head, hidden, labels, loss_weights, num_items_in_batch, label_positions)
         return VLMOutput(loss=loss, token_losses=losses, token_hits=hits)
 
     def kept_apart(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -16,11 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from ..base.names import IGNORED
+from .sharding import is_sharded
 
-# Positions scored at a time: bounds the logits in memory to this many rows of the vocabulary.
-CHUNK = 1024
-
-Score = Callable[[torch.Tensor], torch.Tensor]
+# Of the logits, in fp32, that are there at a time: on a CPU, or on anything else. Fewer make a head that learns add up
+# its gradient too often.
+CHUNK_BYTES = {True: 2**26, False: 2**28}
+FEWEST = 16  # positions at a time, whatever the vocabulary
 
 
 @dataclass
@@ -56,6 +59,52 @@ def scaled_logits(head: nn.Module, config: PreTrainedConfig, hidden: torch.Tenso
     if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+class Head:
+    """What makes logits of hidden states: a head, and the scalings that its language model puts after it.
+
+    Args:
+        module: The head, maybe with an adapter in it.
+        config: Configuration of the language model.
+    """
+
+    def __init__(self, module: nn.Module, config: PreTrainedConfig) -> None:
+        self.module, self.config = module, config
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, D) → (…, vocabulary) logits."""
+        return scaled_logits(self.module, self.config, hidden)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters of it that learn."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def can_learn_at_once(self, hidden: torch.Tensor) -> bool:
+        """Whether gradients may be made in the forward pass.
+
+        A share of a weight is there while the head runs and no longer; fp16 wants a loss that is scaled up first.
+        """
+        kind = hidden.device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        return half != torch.float16 and not is_sharded(self.module.parameters())
+
+    def chunks(self, hidden: torch.Tensor) -> Iterator[slice]:
+        """Places in (positions, D) that are scored together."""
+        room = CHUNK_BYTES[hidden.device.type == "cpu"]
+        size = max(FEWEST, room // (4 * self.config.vocab_size))
+        return (slice(start, start + size) for start in range(0, len(hidden), size))
+
+
+@contextmanager
+def chunks_as_on(cpu: bool) -> Iterator[None]:
+    """Within, logits are held on this CPU as they would be on one, or on another device, whose memory is estimated."""
+    own = CHUNK_BYTES[True]
+    CHUNK_BYTES[True] = CHUNK_BYTES[cpu]
+    try:
+        yield
+    finally:
+        CHUNK_BYTES[True] = own
 
 
 class _Given(BaseModelOutputWithPast):
@@ -107,7 +156,7 @@ def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
 
 
 def mean_loss(
-    score: Score,
+    head: Head,
     hidden: torch.Tensor,
     labels: torch.Tensor,
     loss_weights: torch.Tensor | None = None,
@@ -117,37 +166,16 @@ def mean_loss(
     """Weighted cross entropy over the supervised positions, divided by their number or another.
 
     Args:
-        score, hidden, labels, loss_weights, positions: See `supervised_losses`.
-        num_items: What the sum is divided by; default the number of supervised positions.
-
-    Returns:
-        The loss and, for the supervised positions, their losses without gradient and whether each was a hit.
-    """
-    losses, hits, weights = supervised_losses(score, hidden, labels, loss_weights, positions)
-    divisor: torch.Tensor | int = losses.numel() if num_items is None else num_items
-    # A number that is on the device stays there: nothing is asked of it.
-    divisor = divisor.to(losses.device).clamp(min=1) if isinstance(divisor, torch.Tensor) else max(divisor, 1)
-    return (losses * weights).sum() / divisor, losses.detach(), hits
-
-
-def supervised_losses(
-    score: Score,
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    loss_weights: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross entropy of every supervised position, a chunk at a time: full (B, S, vocabulary) logits never exist.
-
-    Args:
-        score: (positions, D) → (positions, vocabulary) logits; the head and what follows it.
+        head: Scores positions, a chunk at a time: full (B, S, vocabulary) logits never exist.
         hidden: (B, S, D) outputs; position s - 1 is scored against the label at s.
         labels: (B, S), -100 where nothing is learned.
         loss_weights: (B, S) factors; default 1.
+        num_items: What the sum is divided by; default the number of supervised positions.
         positions: `supervised_positions` of the labels, where they are known; else they are looked for.
 
     Returns:
-        For the supervised positions, in reading order: losses, whether the label is the most likely token, weights.
+        The loss and, for the supervised positions in reading order, their losses without gradient and factor, and
+        whether each was a hit: the label is the most likely token.
     """
     labels = labels.to(hidden.device)
     positions = supervised_positions(labels) if positions is None else positions.to(hidden.device)
@@ -155,31 +183,86 @@ def supervised_losses(
     picked = hidden.flatten(0, 1).index_select(0, positions - 1)
     weights = torch.ones_like(targets, dtype=torch.float32)
     if loss_weights is not None:
-        weights = loss_weights.to(hidden.device).flatten().index_select(0, positions)
-    if not targets.numel():  # keeps the graph: every parameter still gets its (zero) gradient
-        nothing = torch.zeros(0, device=hidden.device) + hidden.float().sum() * 0.0
-        return nothing, torch.zeros(0, dtype=torch.bool, device=hidden.device), weights
-    return *score_positions(score, picked, targets), weights
+        weights = loss_weights.to(hidden.device).flatten().index_select(0, positions).float()
+    total, losses, hits = score_positions(head, picked, targets, weights)
+    divisor: torch.Tensor | int = losses.numel() if num_items is None else num_items
+    # A number that is on the device stays there: nothing is asked of it.
+    divisor = divisor.to(losses.device).clamp(min=1) if isinstance(divisor, torch.Tensor) else max(divisor, 1)
+    return total / divisor, losses, hits
 
 
-def score_positions(score: Score, picked: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions, D) outputs and (positions,) labels → losses, and whether the label is the most likely token."""
-    losses: list[torch.Tensor] = []
-    hits: list[torch.Tensor] = []
-    for chunk, wanted in zip(picked.split(CHUNK), targets.split(CHUNK), strict=True):
-        # Logits of a chunk are made again in the backward pass, so no more than one chunk lives at a time.
-        if chunk.requires_grad:
+@torch.compiler.disable
+def score_positions(
+    head: Head, picked: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(P, D) outputs, (P,) labels and factors → the sum of the losses with gradient; losses and hits without."""
+    trained = head.trained()
+    learns = torch.is_grad_enabled() and (picked.requires_grad or bool(trained))
+    if learns and head.can_learn_at_once(picked):
+        return _Scored.apply(head, targets, weights, picked, *trained)
+    losses = [picked.float().sum(1)[:0]]  # where there is nothing else, it keeps the graph
+    hits = [torch.zeros(0, dtype=torch.bool, device=picked.device)]
+    for part in head.chunks(picked):
+        if learns:
+            # Logits of a chunk are made again in the backward pass, so no more than one chunk lives at a time.
             options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
-            losses.append(checkpoint(_chunk_losses, score, chunk, wanted, hits, len(losses), **options))
+            losses.append(checkpoint(_losses, head, picked[part], targets[part], hits, len(hits), **options))
         else:
-            losses.append(_chunk_losses(score, chunk, wanted, hits, len(losses)))
-    return torch.cat(losses), torch.cat(hits)
+            losses.append(_losses(head, picked[part], targets[part], hits, len(hits)))
+    found = torch.cat(losses)
+    return (found * weights).sum(), found.detach(), torch.cat(hits)
 
 
-def _chunk_losses(
-    score: Score, hidden: torch.Tensor, targets: torch.Tensor, hits: list[torch.Tensor], number: int
+def _losses(
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor, hits: list[torch.Tensor], number: int
 ) -> torch.Tensor:
-    logits = score(hidden).float()
+    logits = head(hidden).float()
     if number == len(hits):  # the backward pass comes here again, and needs the losses alone
         hits.append(logits.detach().argmax(-1) == targets)
     return F.cross_entropy(logits, targets, reduction="none")
+
+
+class _Scored(torch.autograd.Function):
+    """Losses of positions, whose gradients are made while their logits are there: no logits are made twice.
+
+    It can be: all that comes after is one factor. A second backward pass through it is an error.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, targets: torch.Tensor, weights: torch.Tensor, picked: torch.Tensor, *trained: nn.Parameter
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        losses, hits = [weights[:0]], [targets[:0] > 0]
+        of_hidden = torch.zeros_like(picked) if picked.requires_grad else None
+        of_trained: list[torch.Tensor | None] = [None if len(picked) else torch.zeros_like(each) for each in trained]
+        for part in head.chunks(picked):
+            rows = picked[part].detach().requires_grad_(picked.requires_grad)
+            with torch.enable_grad():
+                logits = head(rows)
+            own = targets[part, None]
+            scores = F.log_softmax(logits.detach().float(), -1)
+            losses.append(-scores.gather(1, own)[:, 0])
+            hits.append(logits.detach().argmax(-1) == targets[part])
+            slope = scores.exp_()  # of the losses, in the logits
+            slope.scatter_(1, own, slope.gather(1, own) - 1).mul_(weights[part, None])
+            learning = [rows, *trained] if picked.requires_grad else [*trained]
+            found = torch.autograd.grad(logits, learning, slope.to(logits.dtype), allow_unused=True)
+            if of_hidden is not None:
+                of_hidden[part], found = found[0], found[1:]
+            of_trained = [_sum(whole, gradient) for whole, gradient in zip(of_trained, found, strict=True)]
+        ctx.gradients = [of_hidden, *of_trained]
+        each, right = torch.cat(losses), torch.cat(hits)
+        ctx.mark_non_differentiable(each, right)
+        return (each * weights).sum(), each, right
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("The gradients of the loss were made once, and are used: the graph cannot be kept.")
+        gradients, ctx.gradients = ctx.gradients, None  # not kept: what scales a matrix in place needs no second one
+        return None, None, None, *(None if each is None else each.mul_(factor) for each in gradients)
+
+
+def _sum(whole: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
+    return whole.add_(more) if whole is not None and more is not None else more if whole is None else whole

@@ -6,7 +6,6 @@ T image tokens an image, D width of the language model.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..base.names import INSTRUCTION
 from .configuration import VLMConfig, blank_size
-from .losses import VLMOutput, mean_loss, scaled_logits
+from .losses import Head, VLMOutput, mean_loss
 from .parts import Cached, Parts, mark_initialised, parts_from_config
 from .positions import ExactRotations, OwnPositions, kept_apart, own_positions
 from .sharding import others_wait_for
@@ -315,13 +314,13 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions, GenerationMi
         result = VLMOutput(
             past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-        score = partial(scaled_logits, self.lm_head, self.config.get_text_config())
+        head = Head(self.lm_head, self.config.get_text_config())
         if not supervised_only:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = score(hidden[:, keep, :])
+            result.logits = head(hidden[:, keep, :])
         if labels is not None:
             result.loss, losses, hits = mean_loss(
-                score, hidden, labels, loss_weights, num_items_in_batch, label_positions
+                head, hidden, labels, loss_weights, num_items_in_batch, label_positions
             )
             if supervised_only:
                 result.token_losses, result.token_hits = losses, hits

@@ -102,6 +102,7 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
         computes,
         (args.activation_checkpointing_kwargs or {}) if args.activation_checkpointing else None,
         accumulated=args.gradient_accumulation_steps > 1,
+        on_cpu=args.use_cpu,
     )
     found = replace(found, step=count_step(model, step))
     return Weighed(stack, rows, table, found, full, args.optim.value)

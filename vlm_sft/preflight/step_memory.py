@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..model.losses import chunks_as_on
+
 aten = torch.ops.aten
 # What makes a tensor from nothing. One of floats may be filled from weights later, so it is empty from its start.
 CONTAINERS = {aten.zeros, aten.ones, aten.empty, aten.empty_strided, aten.full, aten.rand, aten.randn}
@@ -38,12 +40,14 @@ class Step:
         autocast: Type that the run computes in; float32 for no autocast.
         checkpointing: Arguments of activation checkpointing; None where it is off.
         accumulated: Whether gradients of earlier batches are there already.
+        on_cpu: Whether logits are held as on a CPU, or as elsewhere.
     """
 
     batch: Mapping[str, torch.Tensor]
     autocast: torch.dtype = torch.float32
     checkpointing: dict[str, Any] | None = None
     accumulated: bool = False
+    on_cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def count_step(model: nn.Module, step: Step) -> Counted:
                 parameter.grad = torch.empty_like(parameter)
                 there.append(parameter.grad)
         with StorageCounter(there) as counter:
-            with torch.autocast("cpu", step.autocast, enabled=step.autocast != torch.float32):
+            autocast = torch.autocast("cpu", step.autocast, enabled=step.autocast != torch.float32)
+            with autocast, chunks_as_on(step.on_cpu):
                 loss = model(**step.batch, supervised_only=True, use_cache=False).loss
             kept = counter.alive
             loss.backward()
