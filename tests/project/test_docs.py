@@ -40,6 +40,7 @@ VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push",
     "debug-batch",
     "answer",
     "match",
+    "init",
 }
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
@@ -248,6 +249,8 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
         monkeypatch.setitem(sys.modules, name, made)
 
     stand_in("prepare.fill_cache", "fill_cache")
+    written = {"recipe": "my_photos.yaml", "rows": "my_photos_rows", "train": 8, "validation": 1, "test": 1}
+    stand_in("start.init", "init", {**written, "commands": []})
     stand_in("inference.chat", "chat")
     stand_in("inference.answer_file", "generate")
     for function in ("answer_one", "answer_many", "match_texts", "draw_text"):

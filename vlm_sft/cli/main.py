@@ -17,6 +17,7 @@ from .data import data_app
 from .encoders import encoders_app
 from .evaluation import evaluation_app
 from .recipes import recipes_app
+from .start import start_app
 
 app = typer.Typer(
     help="Instruction tuning for vision-language models: train, chat, generate, evaluate, export.",
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(start_app)
 app.command("train", short_help="Train one stage, as a recipe describes it.")(run)
 app.add_typer(bundles_app)
 app.add_typer(evaluation_app)

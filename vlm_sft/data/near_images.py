@@ -79,15 +79,31 @@ def near_pairs(
 def repeated(looks: NDArray[np.uint8]) -> int:
     """How many of these pictures look like one before them, as they are or with their sides cut evenly."""
     found, _ = _likely(looks, looks, views(CUTS[:2], False), lambda done: None)
-    pairs = [
+    return len(_best(looks, looks, _of_two(found)))
+
+
+def pairs_within(looks: NDArray[np.uint8], tick: Callable[[int, int], None] = lambda done, of: None) -> Near:
+    """Pairs among these pictures that look alike, the later one first; of each picture, those with its likeliest ones.
+
+    Args:
+        looks: (n, look) bytes.
+        tick: told how many ways of looking are done, and of how many.
+    """
+    ways = views()
+    found, share = _likely(looks, looks, ways, lambda done: tick(done, len(ways)))
+    return Near(_best(looks, looks, _of_two(found), every=True), share)
+
+
+Likely = tuple[Numbers, Numbers, Floats, bool]
+
+
+def _of_two(found: list[Likely]) -> list[Likely]:
+    """Pairs of one set without those of a picture and itself, the later picture first."""
+    return [
         (np.maximum(a, b)[other], np.minimum(a, b)[other], score[other], mirrored)
         for a, b, score, mirrored in found
         for other in [a != b]
     ]
-    return len(_best(looks, looks, pairs))
-
-
-Likely = tuple[Numbers, Numbers, Floats, bool]
 
 
 def _likely(
@@ -134,8 +150,10 @@ def _blocks(numbers: Numbers) -> Iterator[Numbers]:
     yield from (numbers[i : i + BLOCK] for i in range(0, len(numbers), BLOCK))
 
 
-def _best(first: NDArray[np.uint8], second: NDArray[np.uint8], likely: list[Likely]) -> list[NearPair]:
-    """The likest partner of each picture, of its likeliest ones, where it is alike."""
+def _best(
+    first: NDArray[np.uint8], second: NDArray[np.uint8], likely: list[Likely], every: bool = False
+) -> list[NearPair]:
+    """The likest partner of each picture, of its likeliest ones, where it is alike; or `every` one of those."""
     if not likely:
         return []
     a, b, score = (np.concatenate([each[k] for each in likely]) for k in range(3))
@@ -146,13 +164,14 @@ def _best(first: NDArray[np.uint8], second: NDArray[np.uint8], likely: list[Like
     a, b, mirrored, score = (each[new] for each in (a, b, mirrored, score))
     few = _first_of_each(a, score)
     a, b, mirrored = a[few], b[few], mirrored[few]
-    found: dict[int, NearPair] = {}
+    found: dict[tuple[int, int], NearPair] = {}
     for part in _slices(len(a), PAIRS_LAID):
         likeness, same = alike(first[a[part]], second[b[part]], mirrored[part])
         for k in np.flatnonzero(same).tolist():
             pair = NearPair(int(a[part][k]), int(b[part][k]), float(likeness[k]), bool(mirrored[part][k]))
-            if pair.first not in found or pair.likeness > found[pair.first].likeness:
-                found[pair.first] = pair
+            key = (pair.first, pair.second if every else 0)
+            if key not in found or pair.likeness > found[key].likeness:
+                found[key] = pair
     return [found[number] for number in sorted(found)]
 
 

@@ -83,7 +83,7 @@ def _all_rows(path: str, split: str, revision: str | None, stream: bool) -> Iter
     elif os.path.lexists(path) or _is_pattern(path):
         for file in list_files(path):
             yield from _file_rows(file)
-    elif Path(path).suffix.lower() in FILE_READERS or not _HUB_ID.fullmatch(path):
+    elif Path(path).suffix.lower() in FILE_READERS or not is_hub_id(path):
         raise no_such_file(Path(path))
     else:
         yield from _read_hub(path, split, revision, stream)
@@ -123,6 +123,11 @@ def text_files(path: str, split: str = "train") -> list[Path] | None:
     else:
         files = list_files(path) if os.path.lexists(path) or _is_pattern(path) else []
     return files if files and all(file.suffix.lower() in TEXT_FILES for file in files) else None
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path could be the id of a repository on the Hub."""
+    return _HUB_ID.fullmatch(path) is not None
 
 
 def _is_pattern(path: str) -> bool:

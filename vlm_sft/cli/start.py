@@ -1,0 +1,57 @@
+"""The commands that come before everything else: `init`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..base.console import harmless_json, quiet_libraries, tell
+from ..spoken.language import in_words
+
+start_app = typer.Typer()
+
+
+@start_app.command(short_help="From a folder of pictures to a recipe.")
+def init(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folder of pictures and texts, a data file, or a data set's Hub id.",
+            show_default=False,
+        ),
+    ],
+    learn: Annotated[str | None, typer.Option(help="caption, classify, answer or talk; as the data allow.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder of the model to start from.")] = None,
+    language: Annotated[str | None, typer.Option(help="en or zh: of the questions and the recipe's comments.")] = None,
+    hours: Annotated[float | None, typer.Option(help="How long training may take.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of the pictures that a data file names.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The recipe to write; default FOLDER's name with .yaml, here.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; take what is proposed.")] = False,
+    seed: Annotated[int, typer.Option(help="Draws which rows are held out.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was found and written as JSON; asks nothing.")
+    ] = False,
+) -> None:
+    """Look at a folder and at this machine, ask four questions, and write a recipe with its rows shared out into
+    training, validation and test. Your files stay as they are."""
+    quiet_libraries()
+    from ..start.answers import Answers
+    from ..start.init import init as run
+
+    answers = Answers(learn, model, language, hours)
+    done = run(folder, answers, output=output, images=images, ask=not (yes or as_json), seed=seed)
+    if as_json:
+        tell(harmless_json(done, indent=2))
+        return
+    tell(in_words(
+        f"\n{done['recipe']}: {done['train']:,} rows to train on, {done['validation']:,} to validate, "
+        f"{done['test']:,} to test, in {done['rows']}.\nNext:",
+        f"\n{done['recipe']}：训练 {done['train']:,} 行，验证 {done['validation']:,} 行，测试 {done['test']:,} 行，"
+        f"在 {done['rows']} 里。\n接下来：",
+    ))  # fmt: skip
+    for command in done["commands"]:
+        tell(f"  {command}")

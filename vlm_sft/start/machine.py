@@ -1,0 +1,99 @@
+"""What a machine has for training: GPUs and how fast they compute, cores, memory, room on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from ..base.processes import cores
+from ..spoken.language import in_words
+
+# Dense 16-bit TFLOPS of a GPU as its maker states them, by what its name holds; of several, the first that fits.
+TFLOPS = {
+    "B200": 2250, "B100": 1750, "GB200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148,
+    "A100": 312, "A800": 312, "A40": 150, "A6000": 155, "6000 Ada": 364, "PRO 6000": 500, "L40S": 362, "L40": 181,
+    "L20": 119, "L4": 121, "A30": 165, "A10G": 70, "A10": 125, "V100": 112, "T4": 65, "P100": 19,
+    "5090 Laptop": 160, "5090": 210, "5080": 113, "5070 Ti": 88, "5070": 62, "5060": 48, "4090": 165, "4080": 98,
+    "4070 Ti": 80, "4070": 58, "4060": 44, "3090": 71, "3080": 60, "3070": 41, "3060": 26, "2080": 54,
+}  # fmt: skip
+UNKNOWN_GPU, A_CORE = 40, 0.03
+EFFICIENCY = 0.3
+"""Share of the stated speed that training reaches; measured shares of such runs lie between 0.2 and 0.5."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine.
+
+    Attributes:
+        gpus: (name, bytes of memory) of each GPU.
+        cores: That this process may use.
+        ram: Bytes of memory that this process may use.
+        disk: Bytes that are free where it works.
+    """
+
+    gpus: tuple[tuple[str, int], ...]
+    cores: int
+    ram: int
+    disk: int
+
+    @property
+    def room(self) -> int:
+        """Bytes that a model may take: those of the smallest GPU; without one, of the memory."""
+        return min((size for _, size in self.gpus), default=self.ram)
+
+    @property
+    def speed(self) -> float:
+        """Operations a second that training reaches, all GPUs together."""
+        each = [flops_of(name) for name, _ in self.gpus] or [self.cores * A_CORE * 1e12]
+        return sum(each) * EFFICIENCY
+
+    def __str__(self) -> str:
+        gib = 2**30
+        if not self.gpus:
+            english, chinese = f"no GPU, {self.cores} cores", f"没有 GPU，{self.cores} 个核"
+        else:
+            name, size = self.gpus[0]
+            count = len(self.gpus)
+            english = f"{count} GPU{'' if count == 1 else 's'} ({name}, {size / gib:.0f} GiB), {self.cores} cores"
+            chinese = f"{count} 块 GPU（{name}，{size / gib:.0f} GiB），{self.cores} 个核"
+        return in_words(
+            f"{english}, {self.ram / gib:.0f} GiB of memory, {self.disk / gib:.0f} GiB free on the disk",
+            f"{chinese}，{self.ram / gib:.0f} GiB 内存，磁盘剩余 {self.disk / gib:.0f} GiB",
+        )
+
+
+def flops_of(gpu: str) -> float:
+    """Operations a second of a GPU as its maker states them; of an unknown one, those of a small one."""
+    return next((tera for name, tera in TFLOPS.items() if name.lower() in gpu.lower()), UNKNOWN_GPU) * 1e12
+
+
+def this_machine(folder: Path) -> Machine:
+    """The machine that this runs on; `folder` is where it writes."""
+    import torch
+
+    gpus = []
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(number)
+            gpus.append((str(found.name), int(found.total_memory)))
+    above = next((each for each in (folder, *folder.parents) if each.exists()), Path())
+    return Machine(tuple(gpus), cores(), _memory(), shutil.disk_usage(above).free)
+
+
+def _memory() -> int:
+    """Bytes of memory, or what the container may take of it."""
+    whole = int(psutil.virtual_memory().total)
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with os.fdopen(os.open(path, os.O_RDONLY)) as file:
+                said = file.read().strip()
+        except OSError:
+            continue
+        if said.isdecimal():
+            return min(whole, int(said))
+    return whole
