@@ -35,12 +35,14 @@ def with_template(processor: VLMProcessor, template: str) -> VLMProcessor:
 # ------------------------------------------------------------------------------------------- alone, batched, streamed
 
 
-@pytest.mark.parametrize("language_model", ["llama", "opt"])
-def test_a_batch_answers_as_each_row_alone_does(build, pieces, ask, language_model):
+@pytest.mark.parametrize(
+    ("language_model", "more"), [("llama", {}), ("opt", {}), ("llama", {"repetition_penalty": 1.5})]
+)
+def test_a_batch_answers_as_each_row_alone_does(build, pieces, ask, language_model, more):
     model, processor = build(stack=tiny_stack(pieces, lm=language_model))
     rows = [ask("这是什么？"), ask("describe these images, please", 3), ask("hi", 0), ask("what colour is it?", 2)]
-    together = answer(model, processor, rows, **SHORT)
-    assert together == [answer(model, processor, [row], **SHORT)[0] for row in rows]
+    together = answer(model, processor, rows, **SHORT, **more)
+    assert together == [answer(model, processor, [row], **SHORT, **more)[0] for row in rows]
     assert len(set(together)) == 4, "a model that says one thing to everybody proves nothing"
 
 

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from ..base.errors import RowError, UserError
 from ..batch.box_text import write_boxes
@@ -58,13 +63,27 @@ def prompt_batch(
     for number, row in enumerate(conversations):
         where = place_of(row, number, len(conversations))
         row = with_boxes_written(processor, row, where)
-        chat = encode_question(processor, row, where)
-        encoded.append(chat)
-        given = row["images"][: chat.num_images]
-        with Films() as films:
-            loaded = [load_picture(processor, image, where=where, films=films) for image in given]
-        said = processor.instructions(row["messages"])[: chat.num_images]
-        pictures.append(Pictures(loaded, said, where, [name_of(image) for image in given]))
+        encoded.append(encode_question(processor, row, where))
+        pictures.append(pictures_of(processor, row, encoded[-1], where))
+    return left_padded(processor, encoded, pictures, device)
+
+
+def pictures_of(processor: VLMProcessor, row: dict[str, Any], chat: EncodedChat, where: str = "") -> Pictures:
+    """The pictures of a conversation that was encoded as `chat`, decoded; see `prompt_batch`."""
+    given = row["images"][: chat.num_images]
+    with Films() as films:
+        loaded = [load_picture(processor, image, where=where, films=films) for image in given]
+    said = processor.instructions(row["messages"])[: chat.num_images]
+    return Pictures(loaded, said, where, [name_of(image) for image in given])
+
+
+def left_padded(
+    processor: VLMProcessor,
+    encoded: Sequence[EncodedChat],
+    pictures: Sequence[Pictures],
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """What `encode_question` and `pictures_of` gave of several conversations, as one batch; see `prompt_batch`."""
     batch = processor.batch(encoded, side="left")
     batch.pop("labels")
     batch.update(image_inputs(processor, pictures))
@@ -223,8 +242,15 @@ def new_tokens(
     """Calls `generate`; returns new tokens alone."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     known, objects = split_settings(settings)
-    config, more = GenerationConfig(**known), more | objects
-    given = core.generation_inputs(batch, config.num_beams or core.generation_config.num_beams or 1)
+    more = more | objects
+    given = core.generation_inputs(batch, known.get("num_beams") or core.generation_config.num_beams or 1)
+    penalty = known.get("repetition_penalty") or core.generation_config.repetition_penalty or 1.0
+    if "input_ids" not in given and penalty != 1.0:
+        # transformers would spare as many new tokens of a row as it has pads, which it takes for ids in front of them.
+        known = {**known, "repetition_penalty": 1.0}
+        own = RepetitionPenaltyLogitsProcessor(float(penalty))
+        more["logits_processor"] = LogitsProcessorList([own, *(more.get("logits_processor") or [])])
+    config = GenerationConfig(**known)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*with `inputs_embeds` and without `input_ids`")
         try:
