@@ -50,7 +50,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint .venv-lmms-eval/.setup-done
+test: lint .venv-lmms-eval/.setup-done .venv-vlmevalkit/.setup-done
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
@@ -69,6 +69,13 @@ audit: .venv-audit/bin/pip-audit
 	$(PYTHON) -m venv .venv-lmms-eval
 	.venv-lmms-eval/bin/python .ci/look_through.py $(BIN)/python
 	.venv-lmms-eval/bin/python -m pip install --quiet --no-deps --requirement .ci/lmms-eval.txt
+	@touch $@
+
+# VLMEvalKit likewise, without what single benchmarks of it want (OpenCV, decord, torchvision); vlm_sft/harness says which.
+.venv-vlmevalkit/.setup-done: .ci/vlmevalkit.txt $(STAMP)
+	$(PYTHON) -m venv .venv-vlmevalkit
+	.venv-vlmevalkit/bin/python .ci/look_through.py $(BIN)/python
+	.venv-vlmevalkit/bin/python -m pip install --quiet --no-deps --requirement .ci/vlmevalkit.txt
 	@touch $@
 
 demo: setup
