@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from support.asking import running
 from support.bundles import trained
 from support.paths import ROOT
 from vlm_sft import load
 from vlm_sft.inference.answer_file import generate
 from vlm_sft.inference.likelihood import likelihoods
+from vlm_sft.serving.bundles import load_bundles
 
 PYTHON = ROOT / ".venv-lmms-eval" / "bin" / "python"
 QUESTIONS = ["What is it?", "这是什么？", "Is it a cat? Answer yes or no.", "图中有什么？请回答。"]
@@ -142,7 +144,12 @@ def test_both_models_say_what_our_own_command_says(harness, bundle, tasks, tmp_p
         [*given[:-1], "--model_args", f"pretrained={tmp_path}/none", "--tasks", "own_written"],
         [*given[:-1], "--model_args", f"pretrained={bundle},dtype=bf16", "--tasks", "own_written"],
     ]
-    alone = run(harness, "-c", DRIVER, json.dumps([list(map(str, each)) for each in runs]))
+    with running(load_bundles([str(bundle)], {})) as caller:
+        asked = f"model_version=bundle,base_url={caller.url},api_key=none,num_concurrent=4"
+        over_http = ["--model", "openai", "--include_path", tasks, "--log_samples", "--model_args", asked]
+        runs.append([*over_http, "--tasks", "own_written", "--output_path", tmp_path / "http"])
+        alone = run(harness, "-c", DRIVER, json.dumps([list(map(str, each)) for each in runs]))
+        assert 'status="200"} 4' in caller(None, "/metrics", "GET").told
     two = [
         "-m",
         "accelerate.commands.launch",
@@ -153,7 +160,7 @@ def test_both_models_say_what_our_own_command_says(harness, bundle, tasks, tmp_p
     ]
     run(harness, *two, *given, *own, "--tasks", "own_written,own_rounds", "--output_path", tmp_path / "chat")
 
-    for folder in ("simple", "chat"):
+    for folder in ("simple", "chat", "http"):
         assert [line["filtered_resps"] for line in samples(tmp_path / folder, "own_written")] == ours
     assert "image_aspect_ratio='pad' is none of `generate` and is left out" in alone.stderr
     assert f"error: '{tmp_path}/none' is no bundle" in alone.stderr and alone.stderr.count("ended with 2") == 2

@@ -36,12 +36,8 @@ from vlm_sft.recipe.schema import load_recipe
 
 PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")
-VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta", "data"} | {
-    "debug-batch",
-    "answer",
-    "match",
-    "init",
-}
+VERBS = {"train", "chat", "serve", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta"}
+VERBS |= {"data", "debug-batch", "answer", "match", "init"}
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
 
@@ -187,7 +183,7 @@ def check_python(page: str, words: list[str], folder: Path) -> None:
     if words[0] == "-m":
         name, *rooms = words[1].split(".")
         module = ROOT.joinpath("vlm_sft", *rooms).with_suffix(".py")
-        assert name == "pytest" or (name == "vlm_sft" and module.is_file()), words
+        assert name in ("pytest", "lmms_eval") or (name == "vlm_sft" and module.is_file()), words
         if words[1] == "vlm_sft.train":
             check_training(page, words[2:], folder)
         return
@@ -255,6 +251,9 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
     stand_in("inference.answer_file", "generate")
     for function in ("answer_one", "answer_many", "match_texts", "draw_text"):
         stand_in("inference.encoder", function)
+    stand_in("serving.serve", "serve")
+    stand_in("export.servers", "start", ())
+    sys.modules["vlm_sft.export.servers"].ENGINES = ("own", "vllm", "transformers")
     stand_in("evaluation.evaluate", "run")
     stand_in("evaluation.benchmark", "run")
     stand_in("preflight.preflight", "run_preflight")

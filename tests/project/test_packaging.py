@@ -187,9 +187,10 @@ def test_every_import_is_a_declared_dependency() -> None:
         "markupsafe": "jinja2",
     }
     declared = {normal(Requirement(text).name) for text in PROJECT["dependencies"]}
-    # Extras: where DeepSpeed's launcher has started us, inside functions; and where lmms-eval itself imports us.
-    declared |= {"deepspeed", "lmms-eval"}
+    # Extras: where DeepSpeed's launcher has started us, inside functions; and where lmms-eval or VLMEvalKit imports us.
+    declared |= {"deepspeed", "lmms-eval", "vlmeval"}
     declared |= {normal(Requirement(text).name) for text in PROJECT["optional-dependencies"]["eval"]}  # likewise
+    declared |= {"starlette", "uvicorn"}  # with transformers[serving], the extra `serve`
     for path in (ROOT / "vlm_sft").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import GenerationConfig
 
 from ..base.errors import UserError, refused_by_library
 from ..base.limits import limits
@@ -21,7 +23,14 @@ from ..recipe.passed_on import flaw_of_answers
 from ..recipe.safety import pieces_in, refuse_code
 from ..recipe.schema import Recipe, load_recipe
 from ..recipe.yaml_file import YamlFile, texts_in
-from ..stack.adapters import check_keys, fill_adapter, merge_again, open_adapter, read_tensors
+from ..stack.adapters import (
+    check_keys,
+    fill_adapter,
+    merge_again,
+    open_adapter,
+    open_further_adapter,
+    read_tensors,
+)
 from ..stack.build_stack import build_stack
 from ..stack.kinds import kind_of
 from .hub import find_bundle, is_fetched, is_name
@@ -75,11 +84,91 @@ def load(
     processor.words = stack.processor.words
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device) if dtype is None else model.to(device, dtype)
-    for name, value in recipe.generation.items():
-        setattr(stack.model.generation_config, name, value)
-    if found := flaw_of_answers(vars(stack.model.generation_config), limits()):  # the base's own say some too
-        raise UserError(f"{str(folder)!r}: {found[1]}")
+    _set_answers(stack.model.generation_config, recipe, folder)
     return model.eval(), processor
+
+
+class Beside(NamedTuple):
+    """What a further bundle on the base of a loaded model has of its own.
+
+    Attributes:
+        tensors: To put in place of those of the same names in the model, by `parameters_of`.
+        processor: Its processor.
+        answers: What its recipe and its base say of answers.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    processor: VLMProcessor
+    answers: GenerationConfig
+
+
+def load_beside(folder: Path, model: nn.Module, adapter: str) -> Beside:
+    """Loads a further bundle on the base of a loaded model; its LoRA is put beside that of the model.
+
+    Args:
+        folder: The bundle, of whose base `differs_in` finds nothing to be another.
+        model: What `load` gave of the first; its device and types are kept.
+        adapter: A name for its LoRA.
+
+    Raises:
+        UserError: As `load`.
+    """
+    manifest = read_manifest(folder)
+    recipe = recipe_of(folder, manifest)
+    saved = read_tensors(folder / TRAINED)
+    wanted = parameters_of(model, {*manifest.get("held", ()), *manifest["trained"]})
+    check_keys(saved, wanted, folder / TRAINED)
+    if manifest["adapter"]:
+        assert isinstance(model, PeftModel)
+        open_further_adapter(folder, model, adapter)
+    core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    with refused_by_library(f"{str(folder)!r} is no whole bundle: its processor cannot be read"):
+        processor = kind_of(manifest["pieces"]).read_processor(folder, recipe, core.config)
+    answers = copy.deepcopy(core.generation_config)
+    _set_answers(answers, recipe, folder)
+    return Beside({name: saved[name].to(parameter) for name, parameter in wanted.items()}, processor, answers)
+
+
+def _set_answers(answers: GenerationConfig, recipe: Recipe, folder: Path) -> None:
+    """Puts what a recipe says of answers over what the base says, and judges both."""
+    for name, value in recipe.generation.items():
+        setattr(answers, name, value)
+    if found := flaw_of_answers(vars(answers), limits()):
+        raise UserError(f"{str(folder)!r}: {found[1]}")
+
+
+def differs_in(first: Path, other: Path) -> str | None:
+    """In what two bundles do not stand on one base, so that a model in memory cannot be both; None: they do."""
+    told = [read_manifest(folder) for folder in (first, other)]
+    recipes = [recipe_of(folder, manifest) for folder, manifest in zip((first, other), told, strict=True)]
+    try:
+        compare_pieces(told[0]["pieces"], told[1]["pieces"], "")
+    except UserError:
+        return "the weights of their base"
+    if any(manifest.get("merged") for manifest in told):
+        return "the LoRA that was merged into their base"
+    if any(recipe.words for recipe in recipes):
+        return "their words"
+    if set(told[0].get("held", ())) | set(told[0]["trained"]) != set(told[1].get("held", ())) | set(told[1]["trained"]):
+        return "the parts that they hold"
+    for key in ("stack", "model", "quantization"):
+        if _without_places(getattr(recipes[0], key)) != _without_places(getattr(recipes[1], key)):
+            return f"`{key}`"
+    # The first has set these of the base's own, which is not there any more.
+    left = set(recipes[0].generation) - set(recipes[1].generation) - {*SAID_ANYWAY}
+    return f"`generation.{min(left)}`" if left else None
+
+
+SAID_ANYWAY = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "num_beams")
+"""Settings of an answer that a server says of every one."""
+
+
+def _without_places(section: Any) -> Any:
+    """A section of a recipe without where its pieces lie: that is what fingerprints are for."""
+    told = section.model_dump() if hasattr(section, "model_dump") else section
+    if not isinstance(told, dict):
+        return told
+    return {key: _without_places(value) for key, value in told.items() if key not in ("pretrained", "revision")}
 
 
 def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:

@@ -10,7 +10,7 @@ import typer
 from ..base.errors import UserError
 
 
-def _bundle(value: str) -> str:
+def bundle_of(value: str) -> str:
     """Says that a folder is no bundle, and leaves out what it does not use, before the imports, which take seconds."""
     from ..recipe.left_out import leave_out_bitsandbytes_of
 
@@ -46,7 +46,7 @@ Bundle = Annotated[
     str,
     typer.Argument(
         metavar="BUNDLE",
-        callback=_bundle,
+        callback=bundle_of,
         help="Folder that a training run wrote, or name/repository[@revision] on the Hub.",
         show_default=False,
     ),

@@ -17,6 +17,7 @@ from .data import data_app
 from .encoders import encoders_app
 from .evaluation import evaluation_app
 from .recipes import recipes_app
+from .serving import serving_app
 from .start import start_app
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command("train", short_help="Train one stage, as a recipe describes it.")(ru
 app.add_typer(bundles_app)
 app.add_typer(evaluation_app)
 app.add_typer(encoders_app)
+app.add_typer(serving_app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")

@@ -1,4 +1,4 @@
-"""Bundles under VLMEvalKit: `python -m vlm_sft.harness.vlmevalkit BUNDLE --data MMBench_DEV_EN …`.
+"""Bundles under VLMEvalKit: `python -m vlm_sft.harness BUNDLE --data MMBench_DEV_EN …`.
 
 VLMEvalKit has a table of models and no entry point for more, so this program puts the bundle into that table, under the
 name of its folder, and then is VLMEvalKit's own `run.py` with whatever else is on its command line.
@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..base.console import quiet_libraries
-from ..base.errors import RowError, UserError, exit_on_user_error
+from ..base.errors import RowError, UserError
 from ..bundle.run_folder import find_manifest
 from ..inference.generation import answer_each
 from ..inference.questions import frames_of_file
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trusted = "--trust-remote-code" in rest
     rest = [each for each in rest if each != "--trust-remote-code"]
     if bundle is None and not rest:
-        raise UserError("Name a bundle and data: python -m vlm_sft.harness.vlmevalkit BUNDLE --data NAME")
+        raise UserError("Name a bundle and data: python -m vlm_sft.harness BUNDLE --data NAME")
     if bundle is not None and {"--model", "--config"} & set(rest):
         raise UserError("The bundle is the model: leave --model and --config out, or the bundle.")
     if bundle is not None and Path(bundle).exists():
@@ -181,8 +181,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rest = ["--model", name, *rest]
     sys.argv = ["vlmeval", *rest]
     run.main()
-
-
-if __name__ == "__main__":
-    with exit_on_user_error():
-        main()

@@ -127,19 +127,47 @@ def hold_back(pieces: Iterable[str], mark: str) -> Iterator[str]:
 
     Surrounding white space is dropped, so the pieces joined are `cut_at` of the whole text.
     """
-    pending, started = "", False
+    held = HeldBack([mark])
     for piece in pieces:
-        pending += piece
-        if mark and mark in pending:
-            pending = pending.split(mark, 1)[0]
-            break
-        keep = max((n for n in range(1, len(mark)) if pending.endswith(mark[:n])), default=0)
-        ready = pending[: len(pending) - keep].rstrip()
-        pending = pending[len(ready) :]
-        ready = ready if started else ready.lstrip()
-        if ready:
-            started = True
+        if ready := held.take(piece):
             yield ready
-    rest = pending.rstrip() if started else pending.strip()
-    if rest:
+        if held.ended:
+            return
+    if rest := held.rest():
         yield rest
+
+
+class HeldBack:
+    """What of a text may be shown while it is written: nothing from the first of some marks on.
+
+    Args:
+        marks: Texts that end it; empty ones end nothing.
+
+    Attributes:
+        ended: Whether a mark was there.
+    """
+
+    def __init__(self, marks: Iterable[str]) -> None:
+        self._marks = [mark for mark in marks if mark]
+        self._pending, self._started = "", False
+        self.ended = False
+
+    def take(self, piece: str) -> str:
+        """What may be shown now that the text went on by a piece."""
+        self._pending += piece
+        if found := [place for mark in self._marks if (place := self._pending.find(mark)) >= 0]:
+            self._pending, self.ended = self._pending[: min(found)], True
+            return self.rest()
+        begun = (mark[:n] for mark in self._marks for n in range(1, len(mark)))
+        keep = max((len(start) for start in begun if self._pending.endswith(start)), default=0)
+        ready = self._pending[: len(self._pending) - keep].rstrip()
+        self._pending = self._pending[len(ready) :]
+        ready = ready if self._started else ready.lstrip()
+        self._started = self._started or bool(ready)
+        return ready
+
+    def rest(self) -> str:
+        """What is left to show at the end of the text."""
+        rest = self._pending.rstrip() if self._started else self._pending.strip()
+        self._pending, self._started = "", True
+        return rest

@@ -18,7 +18,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from torch import nn
 
-from ..base.errors import UserError
+from ..base.errors import UserError, refused_by_library
 from ..base.names import ADAPTER, ADAPTER_CONFIG
 from ..base.whole_files import read_bytes
 from ..base.words import one_line
@@ -27,7 +27,7 @@ from ..model.sharding import fill
 from ..recipe.library_names import LORA, UNSAID
 from ..recipe.passed_on import flaw
 from ..recipe.safety import read_json
-from .lora import add_adapter, add_empty_adapter
+from .lora import add_adapter, add_empty_adapter, add_further_adapter
 
 MERGED = "merged_{}"
 DORA = "lora_magnitude_vector"
@@ -194,17 +194,31 @@ def _check_ranks(config: PeftConfig, folder: Path) -> None:
         raise UserError(f"{where} has the rank {rank:,}, but its tensors have the rank {max(held, default=0):,}.")
 
 
-def fill_adapter(folder: Path, model: PeftModel) -> None:
+def open_further_adapter(folder: Path, model: PeftModel, name: str) -> None:
+    """Puts the adapter in a folder beside those of a model, under a name, with its weights.
+
+    Raises:
+        UserError: As `open_adapter` and `fill_adapter`.
+    """
+    config = read_config(folder)
+    _check_ranks(config, folder)
+    config.base_model_name_or_path, config.init_lora_weights = None, True
+    with refused_by_library(f"{str(folder / ADAPTER_CONFIG)!r} is no adapter that PEFT can read"):
+        add_further_adapter(model, config, name)
+    fill_adapter(folder, model, name)
+
+
+def fill_adapter(folder: Path, model: PeftModel, name: str = "default") -> None:
     """Puts the adapter in a folder into that of a model, key by key.
 
     Raises:
         UserError: A key is missing, too many, or of another shape.
     """
     adapter = read_tensors(folder / ADAPTER)
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     check_keys(adapter, own, folder / ADAPTER)
-    for name, tensor in own.items():  # which shares its memory with the model's
-        fill(tensor, adapter[name])
+    for key, tensor in own.items():  # which shares its memory with the model's
+        fill(tensor, adapter[key])
 
 
 def check_keys(saved: dict[str, torch.Tensor], wanted: dict[str, Any], path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -108,12 +110,24 @@ def add_adapter(model: nn.Module, config: PeftConfig, **options: Any) -> PeftMod
     PEFT asks the model, not the layer, whether it is quantised. Only while the adapter is put in may the model say yes:
     TRL would cast every trained parameter to bf16, the fp32 projector among them, of a model that says so later.
     """
+    with _saying_its_bits(model):
+        return get_peft_model(model, config, **options)
+
+
+def add_further_adapter(model: PeftModel, config: PeftConfig, name: str) -> None:
+    """Puts one more adapter beside those of a model, whose active one stays active."""
+    with _saying_its_bits(model.get_base_model()):
+        model.add_adapter(name, config)
+
+
+@contextmanager
+def _saying_its_bits(model: nn.Module) -> Iterator[None]:
     kinds = {type(module).__name__ for module in model.modules()}
     marks = {"is_loaded_in_4bit": "Linear4bit" in kinds, "is_loaded_in_8bit": "Linear8bitLt" in kinds}
     for name, value in marks.items():
         setattr(model, name, value)
     try:
-        return get_peft_model(model, config, **options)
+        yield
     finally:
         for name in marks:
             delattr(model, name)

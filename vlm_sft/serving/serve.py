@@ -1,0 +1,133 @@
+"""`vlm-sft serve`: bundles behind an address, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from ..base.console import make_console, say
+from ..base.errors import UserError
+from ..base.words import reason_of
+from ..inference.settings import check_options
+from .access import VARIABLE, is_local, read_key
+from .app import Server
+from .bundles import load_bundles
+from .meters import Meters
+from .pool import Pool
+from .prepare import Rules
+
+PATIENCE = 30.0  # seconds for answers that are being written when the server is told to end
+
+
+def serve(
+    bundles: Sequence[str],
+    rules: Rules,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    batch_size: int = 16,
+    queue: int = 256,
+    key_file: str | None = None,
+    options: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    patience: float = PATIENCE,
+) -> None:
+    """Answers until it is told to end; then what is being written is finished, within `patience` seconds.
+
+    Args:
+        bundles: Folders, or repositories of the Hub.
+        rules: Bounds on requests.
+        host: Address to listen on.
+        port: Port; 0 takes a free one.
+        batch_size: Answers written at a time.
+        queue: Questions that may wait beside them.
+        key_file: File with the key that clients must send; else the environment may say one.
+        options: For transformers' `generate`, over the recipes' `generation`.
+        trust_remote_code: See `vlm_sft.load`.
+        patience: Seconds.
+
+    Raises:
+        UserError: A bundle, an option, the key or the address is wrong.
+    """
+    check_options(options or {})
+    key = read_key(key_file)
+    console = make_console(highlight=False, soft_wrap=True)
+    with listening(host, port) as heard:
+        with console.status("Loading"):
+            served = load_bundles(bundles, options or {}, trust_remote_code, lambda text: say(console, text))
+        if beams := [each.name for each in served.values() if (each.own.get("num_beams") or 1) > 1]:
+            say(console, f"{', '.join(beams)}: answers are written with one beam here, not the recipe's num_beams.")
+        meters = Meters()
+        server = Server(served, Pool(batch_size, queue, meters), meters, rules, key, is_local(host))
+        at = f"http://{f'[{host}]' if ':' in host else host}:{heard.getsockname()[1]}"
+        say(console, f"{', '.join(served)}: {at}/v1 answers as OpenAI's API does. Ctrl-C stops it.")
+        if key is None and not server.local:
+            say(
+                console,
+                f"Everyone who reaches {host} can ask, because there is no key: set {VARIABLE} or --api-key-file, or "
+                "listen on 127.0.0.1.",
+            )
+        config = uvicorn.Config(
+            server.app(), log_level="warning", access_log=False, lifespan="off", server_header=False,
+            timeout_graceful_shutdown=round(patience) + 10, timeout_keep_alive=30, h11_max_incomplete_event_size=65_536,
+        )  # fmt: skip
+        _Uvicorn(config, server, patience, lambda text: say(console, text)).run([heard])
+        server.pool.close()
+        server.pool.join(patience)
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens, taken before weights are read.
+
+    Raises:
+        UserError: The address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as heard:
+        heard.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            heard.bind((host, port))
+        except (OSError, OverflowError) as error:
+            unknown = isinstance(error, socket.gaierror)
+            mend = "correct --host" if unknown else "choose another --port, or 0 for a free one"
+            raise UserError(f"{host}, port {port}, cannot be listened on ({reason_of(error)}): {mend}.") from None
+        yield heard
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends when answers have ended: new questions are refused at once, and what is written has so many seconds."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, patience: float, told: Any) -> None:
+        super().__init__(config)
+        self._answers, self._patience, self._told = server, patience, told
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's own, but the signal is not raised again: a server that was told to end has not failed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {each: signal.signal(each, self.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal asks for an end, a second one wants it now."""
+        if self._answers.stopping:
+            self._answers.pool.close()
+        else:
+            self._answers.stopping = True
+            timer = threading.Timer(self._patience, self._answers.pool.close)
+            timer.daemon = True
+            timer.start()
+        self.should_exit = True
