@@ -48,7 +48,7 @@ def started(tmp_path, monkeypatch):
         if (child := os.fork()) == 0:
             try:
                 os.dup2(write, 1)
-                servers.start(engine, str(folder), "127.0.0.1", 8123, key, images=3, batch_size=5, **more)
+                servers.start(engine, str(folder), "127.0.0.1", 8123, key, local=True, images=3, batch_size=5, **more)
             finally:
                 os._exit(9)
         os.close(write)
@@ -68,9 +68,11 @@ def test_vllm_gets_name_bounds_folder_and_key(export, started, tmp_path) -> None
     assert options == {
         "--served-model-name": "猫", "--host": "127.0.0.1", "--port": "8123", "--max-num-seqs": "5",
         "--limit-mm-per-prompt": '{"image": 3}', "--allowed-local-media-path": str(tmp_path),
+        "--allowed-media-domains": "nowhere.invalid",
     }  # fmt: skip
     assert environment["VLLM_API_KEY"] == "a-key-of-ours-1"
-    given, _, _ = started("vllm", export("blip", "blip-2"), trust_remote_code=True)
+    given, _, _ = started("vllm", export("blip", "blip-2"), trust_remote_code=True, allow_urls=True)
+    assert "--allowed-media-domains" not in given
     assert '{"image": 1}' in given and given[-1] == "--trust-remote-code"
 
 
@@ -83,13 +85,15 @@ def test_transformers_is_started_beside_the_folder(export, started) -> None:
 
 def test_what_cannot_be_started_is_one_sentence(export, tmp_path, monkeypatch) -> None:
     def start(engine, folder, key=None, **more):
-        servers.start(engine, str(folder), "127.0.0.1", 1, key, images=1, batch_size=1, **more)
+        servers.start(engine, str(folder), "127.0.0.1", 1, key, **{"local": True, "images": 1, "batch_size": 1, **more})
 
     folder = export()
     with pytest.raises(UserError, match="--engine transformers asks for no key"):
         start("transformers", folder, "a-key-of-ours-1")
     with pytest.raises(UserError, match="knows no --image-folder"):
         start("transformers", folder, image_folders=("a",))
+    with pytest.raises(UserError, match="reads every file and URL that a client names"):
+        start("transformers", folder, local=False)
     with pytest.raises(UserError, match="one --image-folder alone"):
         start("vllm", folder, image_folders=("a", "b"))
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -44,15 +44,16 @@ def serve(
 ) -> None:
     """Answer as OpenAI's API does: chat completions with images, on this machine alone unless told otherwise."""
     from ..export.servers import ENGINES, start
-    from ..serving.access import read_key
+    from ..serving.access import is_local, read_key
 
     if engine not in ENGINES:
         raise UserError(f"--engine must be one of {', '.join(ENGINES)}, not {engine}.")
     if engine != "own":
-        if len(bundles) > 1 or options or allow_urls:
-            what = "several folders" if len(bundles) > 1 else "--set" if options else "--allow-urls"
+        if len(bundles) > 1 or options:
+            what = "several folders" if len(bundles) > 1 else "--set"
             raise UserError(f"--engine {engine} takes no {what} from here: leave it out, or start {engine} yourself.")
-        start(engine, bundles[0], host, port, read_key(api_key_file), images=max_images, batch_size=batch_size,
+        start(engine, bundles[0], host, port, read_key(api_key_file), local=is_local(host), images=max_images,
+              batch_size=batch_size, allow_urls=allow_urls,
               image_folders=tuple(image_folder or ()), trust_remote_code=trust_remote_code)  # fmt: skip
     if find_spec("uvicorn") is None or find_spec("starlette") is None:
         raise UserError("The server needs two more packages: pip install 'vlm-sft[serve]'.")

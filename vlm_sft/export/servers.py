@@ -15,6 +15,7 @@ from ..base.names import MANIFEST
 from ..base.whole_files import read_text
 
 ENGINES = ("own", "vllm", "transformers")
+NOWHERE = "nowhere.invalid"  # no URL leads there; without a domain vLLM fetches whatever a client names
 
 
 def start(
@@ -24,8 +25,10 @@ def start(
     port: int,
     key: str | None,
     *,
+    local: bool,
     images: int,
     batch_size: int,
+    allow_urls: bool = False,
     image_folders: tuple[str, ...] = (),
     trust_remote_code: bool = False,
 ) -> NoReturn:
@@ -36,8 +39,10 @@ def start(
         export: Folder that `vlm-sft export` wrote.
         host, port: Where to listen.
         key: That clients must send; it is handed on in the environment.
+        local: Whether that address is this machine's own alone.
         images: The most of a request.
         batch_size: Answers written at a time.
+        allow_urls: Whether images of URLs are fetched.
         image_folders: In which files may be named.
         trust_remote_code: Lets the engine run code that lies in the export.
 
@@ -54,13 +59,16 @@ def start(
         if len(image_folders) > 1:
             raise UserError("--engine vllm reads files of one --image-folder alone: give one that holds them all.")
         command += ["--allowed-local-media-path", str(Path(image_folders[0]).resolve())] if image_folders else []
+        command += [] if allow_urls else ["--allowed-media-domains", NOWHERE]
         if key is not None:
             environment["VLLM_API_KEY"] = key
     else:
         if key is not None:
             raise UserError("--engine transformers asks for no key: take another engine, or leave the key out.")
-        if image_folders:
-            raise UserError("--engine transformers knows no --image-folder: take another engine, or leave it out.")
+        if image_folders or not local:
+            what = "knows no --image-folder" if image_folders else "reads every file and URL that a client names"
+            mend = "leave it out" if image_folders else "leave --host at 127.0.0.1"
+            raise UserError(f"--engine transformers {what}: take another engine, or {mend}.")
         # It looks a model up by its name, which is its folder's where it is started, and takes no stroke in it.
         command = ["serve", folder.name, "--host", host, "--port", str(port)]
         environment |= {"HF_HUB_OFFLINE": "1"}
