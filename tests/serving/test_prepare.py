@@ -108,6 +108,9 @@ def test_bounds_on_images_pixels_and_tokens(ready, picture, monkeypatch, served,
     monkeypatch.setenv("VLM_SFT_LIMITS", "image_pixels=2000")
     with pytest.raises(Refusal, match="2,400 pixels together"):
         ready(url, url)
+    monkeypatch.setenv("VLM_SFT_LIMITS", "")
+    with pytest.raises(Refusal, match="2,400 pixels together; at most 2,399 are taken"):
+        ready(url, url, rules=Rules(pixels=2399))
     with pytest.raises(Refusal, match="max_tokens is 9; at most 8"):
         ready(url, most=9, rules=Rules(tokens=8))
     assert ready(url, rules=Rules(tokens=8)).most == 8
@@ -129,6 +132,9 @@ def test_an_answer_is_as_long_as_asked_as_the_recipe_says_or_as_fits(ready, pict
     with pytest.raises(Refusal, match="reads at most 512") as refused:
         prepare(served, Asked("tiny", long, []), Rules(), lambda what: None)
     assert refused.value.code == "context_length_exceeded"
+    longer = [{"role": "user", "content": [{"type": "text", "text": "猫" * 9000}]}]
+    with pytest.raises(Refusal, match="have 9,000 characters, but the language model reads at most 512 tokens"):
+        prepare(served, Asked("tiny", longer, []), Rules(), lambda what: None)
 
 
 def test_how_it_is_drawn_is_said_by_the_client_over_the_recipe(ready, picture, served) -> None:

@@ -33,6 +33,7 @@ def serve(
     image_folder: ImageFolders = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images of public http(s) URLs.")] = False,
     max_images: Annotated[int, typer.Option(min=0, help="Most images of a request.")] = 16,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of a request's images together.")] = 50_000_000,
     max_request_mb: Annotated[int, typer.Option(min=1, help="Most megabytes of a request.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
     patience: Annotated[float, typer.Option(min=0, help="Seconds that answers have to end after SIGTERM.")] = 30.0,
@@ -63,6 +64,6 @@ def serve(
     from ..serving.prepare import Rules, fetcher
     from ..serving.serve import serve as run
 
-    rules = Rules(tuple(image_folder or ()), fetcher() if allow_urls else None, max_images,
+    rules = Rules(tuple(image_folder or ()), fetcher() if allow_urls else None, max_images, max_pixels,
                   max_request_mb * 2**20, tokens=max_tokens)  # fmt: skip
     run(bundles, rules, host, port, batch_size, queue, api_key_file, settings_of(options), trust_remote_code, patience)

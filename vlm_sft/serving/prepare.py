@@ -20,6 +20,7 @@ from .bundles import Served
 from .refusal import Refusal
 from .writing import End, Piece, Writing, how_drawn
 
+LETTERS = 16  # of a token on average at most
 _ENCODING = threading.Lock()  # `Served.reader` is asked by one thread at a time
 
 
@@ -31,6 +32,7 @@ class Rules:
         image_folders: In which files may be named; none: no file may.
         fetch: Gives the file of a URL; None: no URL may be named.
         images: The most of a request.
+        pixels: The most of all images of a request.
         body_bytes: The most of a request; of all that are open, `OPEN` times as many.
         seconds: In which a body must have come.
         tokens: The most of an answer.
@@ -39,6 +41,7 @@ class Rules:
     image_folders: tuple[str, ...] = ()
     fetch: Callable[[str], str] | None = None
     images: int = 16
+    pixels: int = 50_000_000
     body_bytes: int = 64 * 2**20
     seconds: float = 60.0
     tokens: int = 4096
@@ -89,8 +92,13 @@ def prepare(served: Served, asked: Asked, rules: Rules, tell: Callable[[Piece | 
     settings = _drawn(served, asked)
     row = {"messages": asked.messages, "images": [_image(entry, rules) for entry in asked.images]}
     pixels = sum(width * height for width, height in map(picture_size, row["images"]))
-    if pixels > limits().image_pixels:
-        raise Refusal(f"The images have {pixels:,} pixels together; at most {limits().image_pixels:,} are taken.")
+    if pixels > (allowed := min(rules.pixels, limits().image_pixels)):
+        raise Refusal(f"The images have {pixels:,} pixels together; at most {allowed:,} are taken: send smaller ones.")
+    limit = position_limit(served.model)
+    said = sum(len(part["text"] or "") for message in asked.messages for part in message["content"])
+    if limit is not None and said > LETTERS * limit:  # told without counting tokens, which takes seconds of millions
+        what = f"The messages have {said:,} characters, but the language model reads at most {limit:,} tokens"
+        raise Refusal(f"{what}: shorten them.", code="context_length_exceeded")
     with _ENCODING:
         chat = encode_question(served.reader, row)
     if chat.num_images < len(row["images"]):
@@ -99,7 +107,7 @@ def prepare(served: Served, asked: Asked, rules: Rules, tell: Callable[[Piece | 
         check_length(served.model, len(chat.input_ids))
     except PromptTooLongError as error:
         raise Refusal(str(error), code="context_length_exceeded") from None
-    if (limit := position_limit(served.model)) is not None:
+    if limit is not None:
         most = min(most, limit - len(chat.input_ids))
     stop = [*served.stops, *asked.stop]
     draw = how_drawn(settings, asked.seed)
