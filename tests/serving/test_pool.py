@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import queue
 import threading
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -103,9 +106,6 @@ def test_a_client_that_leaves_frees_its_place(make_pool, ask, alone) -> None:
 
 
 def test_a_picture_that_fails_fails_alone(make_pool, ask, alone, shared_photos) -> None:
-    import base64
-    from pathlib import Path
-
     data = Path(shared_photos[0]).read_bytes()
     cut = "data:image/png;base64," + base64.b64encode(data[: len(data) // 2]).decode()
     pool = make_pool()
@@ -157,8 +157,6 @@ def test_a_full_queue_and_a_closed_pool_refuse(make_pool, ask, monkeypatch) -> N
 
 
 def test_two_bundles_have_their_turns(make_pool, ask, alone, served, monkeypatch) -> None:
-    from dataclasses import replace
-
     monkeypatch.setattr(pools, "SLICE", 4)
     other = replace(served, name="other", own={"stop_strings": "e"})
     pool = make_pool()
@@ -169,9 +167,39 @@ def test_two_bundles_have_their_turns(make_pool, ask, alone, served, monkeypatch
     assert long.end()[0] == alone(0, 200)
 
 
-def test_penalties_are_not_stopped_in_the_middle(make_pool, ask, alone, served, monkeypatch) -> None:
-    from dataclasses import replace
+def test_a_bundle_does_not_wait_for_all_questions_to_another(make_pool, ask, alone, served, monkeypatch) -> None:
+    monkeypatch.setattr(pools, "SLICE", 4)
+    other = replace(served, name="other")
+    pool = make_pool(batch_size=1)
+    first, second = ask(pool, 0, 300), ask(pool, 2, 300)
+    first.begun()
+    short = ask(pool, 1, 3, bundle=other)
+    assert short.end()[0] == alone(1, 3) and first.writing.ended is None and second.writing.ended is None
+    assert (first.end()[0], second.end()[0]) == (alone(0, 300), alone(2, 300))
 
+
+def test_a_penalty_beside_a_prompt_that_nearly_fills_the_model(make_pool, served) -> None:
+    careful = replace(served, name="careful", own={"repetition_penalty": 1.5})
+    texts, wanted, told = ["猫" * 155, "What is it?"], [], []
+    pool = make_pool()
+    for text in texts:
+        row = {"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}], "images": []}
+        chat = encode_question(careful.processor, row)
+        most = min(60, 512 - len(chat.input_ids))
+        assert (most < 60) == (text != "What is it?")
+        wanted.append(
+            str(answer(served.model, served.processor, [row], max_new_tokens=most, repetition_penalty=1.5)[0])
+        )
+        told.append(queue.Queue())
+        pool.ask(careful, Writing(chat, row, most, careful.processor, told[-1].put))
+    for answers, text in zip(told, wanted, strict=True):
+        pieces = []
+        while not isinstance(what := answers.get(timeout=60), End):
+            pieces.append(what.text)
+        assert what.error is None and "".join(pieces) == text
+
+
+def test_penalties_are_not_stopped_in_the_middle(make_pool, ask, alone, served, monkeypatch) -> None:
     monkeypatch.setattr(pools, "SLICE", 2)
     careful = replace(served, name="careful", own={"repetition_penalty": 1.5})
     assert not careful.goes_on and served.goes_on

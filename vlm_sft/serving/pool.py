@@ -100,11 +100,9 @@ class Pool:
                     writing.end("error", error if isinstance(error, Exception) else RuntimeError(str(error)))
             with self._changed:
                 self._written = []
-                going_on = [(served, each) for each in _going_on(writings)]
-                if going_on and self._waiting and self._waiting[0][0] is not served:
-                    self._waiting.extend(going_on)  # each bundle in its turn
-                else:
-                    self._waiting.extendleft(reversed(going_on))
+                others = [pair for pair in self._waiting if pair[0] is not served]  # each bundle in its turn
+                alike = [pair for pair in self._waiting if pair[0] is served]
+                self._waiting = deque([*others, *((served, each) for each in _going_on(writings)), *alike])
         self._end_all()
 
     def _next(self) -> tuple[Served, list[Writing]] | None:
@@ -132,18 +130,20 @@ class Pool:
         self.meters.batch(len(writings))
         try:
             self._step(served, writings)
+            return
         except Exception as error:
             left = _going_on(writings)
             if len(left) == 1:
                 left[0].end("error", _said(error))
-            elif left:
-                for each in left:
-                    if fault := _fault_alone(served, each):
-                        each.end("error", fault)
-                going_on = _going_on(left)
-                middle = len(going_on) // 2 if len(going_on) == len(left) else 0
-                for part in filter(None, (going_on[:middle], going_on[middle:])):
-                    self._write(served, part)
+                return
+        # Not in the handler: what was raised holds the tensors of the batch, for which there may be no memory.
+        for each in left:
+            if fault := _fault_alone(served, each):
+                each.end("error", fault)
+        going_on = _going_on(left)
+        middle = len(going_on) // 2 if len(going_on) == len(left) else 0
+        for part in filter(None, (going_on[:middle], going_on[middle:])):
+            self._write(served, part)
 
     def _step(self, served: Served, asked: Sequence[Writing]) -> None:
         served.activate()
@@ -161,10 +161,14 @@ class Pool:
         steps = max(each.left for each in writings)
         if limit is not None:  # a short prompt beside a long one must not run out of positions behind its end
             steps = min([steps, *(limit - each.length for each in writings)])
+        goes_on = served.goes_on and "token_type_ids" not in batch
+        if not goes_on and len(writings) > 1 and steps < max(each.left for each in writings):
+            for each in writings:  # which has room enough alone
+                self._write(served, [each])
+            return
         settings = generation_options(model, processor, {**served.settings, "max_new_tokens": steps})
         settings = {name: value for name, value in settings.items() if name not in ("stop_strings", "tokenizer")}
         choice = Choice(writings)
-        goes_on = served.goes_on and "token_type_ids" not in batch
         pause = partial(self._others_wait, served, writings) if goes_on else self._is_closed
         step = Step(writings, choice, pause)
         more = {"logits_processor": LogitsProcessorList([choice]), "stopping_criteria": StoppingCriteriaList([step])}
