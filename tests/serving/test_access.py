@@ -34,7 +34,7 @@ def test_what_is_no_key_is_refused_and_not_repeated(text, tmp_path, monkeypatch)
 
 def test_a_key_file_that_is_none_is_one_sentence(tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for name, said in (("none", "cannot be read"), ("pipe", "named pipe"), (".", "")):
+    for name, said in (("none", "cannot be read"), ("pipe", "named pipe"), (".", "--api-key-file")):
         with pytest.raises(UserError, match=said):
             read_key(str(tmp_path / name))
 

@@ -64,3 +64,18 @@ def test_what_differs_is_said(bundle_recipe, tmp_path) -> None:
     assert differs_in(first, other) == "`generation.repetition_penalty`" and differs_in(other, first) is None
     found = load_bundles([str(other)], {"max_new_tokens": 3})["other"]
     assert found.settings == {"do_sample": False, "num_beams": 1} and found.own["max_new_tokens"] == 3
+
+
+def test_adapters_of_other_kinds_stand_on_one_base_in_four_bits(bundle_recipe, tmp_path, photos) -> None:
+    bits = {"load_in_4bit": True}
+    kinds = {"first": {"r": 2}, "dora": {"r": 2, "use_dora": True, "target_modules": ["k_proj", "up_proj"]}}
+    for name, lora in kinds.items():
+        trained(bundle_recipe(name=name, chat_template="ziya", lora=lora, quantization=bits), tmp_path / name)
+    served = load_bundles([str(tmp_path / name) for name in kinds], {})
+    assert served["first"].base is served["dora"].base
+    content = [{"type": "image"}, {"type": "text", "text": "这是什么？"}]
+    row = {"messages": [{"role": "user", "content": content}], "images": [photos[2]]}
+    for name in ("dora", "first", "dora"):
+        served[name].activate()
+        said = answer(served[name].model, served[name].processor, [row], max_new_tokens=16)
+        assert said == answer(*load(tmp_path / name), [row], max_new_tokens=16), name
