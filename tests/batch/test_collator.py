@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil
 
 from support.conversations import SAID, TOKENS, make_processor, make_row, turn
 from support.paths import ROOT
-from support.tiny_families import TINY, encoded, processor_of
+from support.tiny_families import CHECKED, encoded, processor_of
 from support.tiny_pieces import TOKENIZERS, tokenizer_of
 from vlm_sft.base.assets import list_templates
 from vlm_sft.base.errors import RowError, UserError
@@ -144,7 +144,7 @@ def test_the_turns_that_stay_are_those_that_dropping_one_by_one_leaves(kind, mes
     assert (sample.chat, sample.turns_lost) == (wanted[0], (len(messages) - wanted[1] + 1) // 2)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CHECKED)
 @settings(max_examples=15, deadline=None)
 @given(messages=long_conversations(), max_length=st.integers(20, 600))
 def test_an_existing_models_turns_stay_likewise(name, messages, max_length):

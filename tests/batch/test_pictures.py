@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from support.conversations import make_processor
-from support.tiny_families import TINY, processor_of, rows
+from support.tiny_families import CHECKED, processor_of, rows
 from support.tiny_pieces import make_tokenizer
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.batch.collator import REJECTED, MultimodalCollator
@@ -52,7 +52,7 @@ TOWERS = {
     "convnext": ConvNextImageProcessorPil(size=EDGE, crop_pct=0.875),
     "bridgetower": BridgeTowerImageProcessorPil(size=EDGE, crop_size=EDGE, size_divisor=4),
 }
-NAMES = [*TINY, *TOWERS, "clip padded", "siglip padded"]
+NAMES = [*CHECKED, *TOWERS, "clip padded", "siglip padded"]
 SHAPES = [(1, 1), (2, 3), (1, 1000), (1000, 1), (3, 2000), (2000, 3), (28, 6000), (4000, 1), (1, 199), (57, 2)]
 REFUSING = {"qwen2_5_vl", "qwen3_vl", "fuyu", "bridgetower"}
 COLOUR = (255, 128, 10)
@@ -60,7 +60,7 @@ COLOUR = (255, 128, 10)
 
 @functools.cache
 def made(name: str) -> VLMProcessor:
-    if name in TINY:
+    if name in CHECKED:
         return processor_of(name)
     tower, _, padded = name.partition(" ")
     template = load_template("vicuna_v1")

@@ -139,7 +139,9 @@ def alone(write, unchecked) -> Path:
 def test_fsdp2_makes_what_one_process_makes(write, write_model, alone, tmp_path):
     # Qwen: a frozen language model without LoRA, through which a gradient comes back only for the image path's sake.
     # Idefics3: as many crops as an image is large.
-    kinds = {"qwen2_5_vl": {"train": {"projector": 1e-2}}, "idefics3": {"train": {"projector": 1e-2}, "lora": {"r": 4}}}
+    names = os.environ.get("VLM_SFT_FAMILIES", "qwen2_5_vl idefics3").split()  # of benchmarks/families.py
+    plain: dict = {"train": {"projector": 1e-2}}
+    kinds = {name: plain if name == "qwen2_5_vl" else {**plain, "lora": {"r": 4}} for name in names}
     recipes = [
         *(write_model(f"{kind}_two", 1, kind, **changes) for kind, changes in kinds.items()),
         write("fsdp2", 1, {"save_strategy": "steps", "save_steps": 3}),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, pipeline
 
-from support.tiny_families import TINY, tiny
+from support.tiny_families import CHECKED, tiny
 from vlm_sft import answer, load
 from vlm_sft.base.errors import UserError
 from vlm_sft.export.check import compare, inputs_of, noise_picture, read_processor
@@ -21,7 +21,7 @@ from vlm_sft.export.export import export
 from vlm_sft.export.forms import FamilyForm
 from vlm_sft.export.native_model import renamed
 
-EXPORTED = [name for name in TINY if name != "fuyu"]
+EXPORTED = [name for name in CHECKED if name != "fuyu"]
 CHATTING = [name for name in EXPORTED if name != "kosmos-2"]
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this? 这是什么？"}]}
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from support.tiny_families import TINY, encoded, tiny
+from support.tiny_families import CHECKED, encoded, tiny
 from vlm_sft import MultimodalCollator, VLMSFTTrainer, build_stack, load, load_mixture, load_recipe, lora_config
 from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.manifest import Provenance
@@ -81,7 +81,7 @@ def seen(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CHECKED)
 def test_it_trains_reloads_and_answers(name, model_recipe, rows_file, seen):
     source = {"path": rows_file, "format": "messages"}
     recipe = model_recipe(name, data={"train": [source], "eval": [source]})
@@ -129,7 +129,7 @@ def test_the_parity_gate_runs_in_a_fresh_process(model_recipe):
 
 
 BITS = {"4": ({"load_in_4bit": True}, "Linear4bit"), "8": ({"load_in_8bit": True}, "Linear8bitLt")}
-QUANTISED = [*((name, "4") for name in TINY), ("qwen2_5_vl", "8"), ("kosmos-2", "8")]
+QUANTISED = [*((name, "4") for name in CHECKED), ("qwen2_5_vl", "8"), ("kosmos-2", "8")]
 
 
 @pytest.mark.parametrize(("name", "bits"), QUANTISED)

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 from trl import SFTConfig
 
-from support.tiny_families import TINY, processor_of, rows, tiny
+from support.tiny_families import CHECKED, EVERY, processor_of, rows, tiny
 from vlm_sft.batch.by_length import PACK
 from vlm_sft.batch.collator import MultimodalCollator
 from vlm_sft.families.build_family import model_class
@@ -31,7 +31,7 @@ def build(name: str):
     return model.train(), processor
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", EVERY)
 def test_logits_and_loss_are_the_models_own(name):
     model, processor = build(name)
     native = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(model.config)].from_pretrained(tiny(name))
@@ -45,7 +45,7 @@ def test_logits_and_loss_are_the_models_own(name):
     assert scored.token_losses.numel() == (batch["labels"] != -100).sum()
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_batch_of_text_alone_gives_every_parameter_the_gradient_that_it_had_and_images_move_it(name):
     model, processor = build(name)
     collator = MultimodalCollator(processor)
@@ -82,7 +82,7 @@ def calls(model, batch) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CHECKED)
 def test_text_alone_calls_what_images_of_any_size_call_in_the_same_order(name):
     # Processes that share weights must ask for the same ones, one after the other: else they wait for ever.
     model, processor = build(name)
@@ -112,7 +112,7 @@ def test_a_frozen_image_path_runs_for_text_alone_only_where_others_wait_for_its_
     assert shared and alone == (shared if name == "kosmos-2" else set())
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CHECKED)
 def test_parts_of_different_types_follow_each_other(name):
     model, processor = build(name)
     set_dtypes(model, ["projector"], torch.bfloat16)
@@ -189,7 +189,7 @@ def test_a_frozen_tower_stays_in_evaluation_mode_and_is_looked_for_once(name, mo
     assert not any(module.training for module in model.eval().modules())
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if not FAMILIES[name].no_packing])
+@pytest.mark.parametrize("name", [name for name in EVERY if not FAMILIES[name].no_packing])
 def test_packed_rows_give_the_loss_and_gradients_of_separate_ones(name):
     model, processor = build(name)
     model.eval()
@@ -204,10 +204,10 @@ def test_packed_rows_give_the_loss_and_gradients_of_separate_ones(name):
         scale = max(g.abs().max() for g in found[0].values())
     assert found[0].keys() == found[1].keys() and scale > 1e-3
     for parameter, gradient in found[0].items():
-        assert float((found[1][parameter] - gradient).abs().max() / scale) < 1e-5, parameter
+        assert float((found[1][parameter] - gradient).abs().max() / scale) < 2e-5, parameter
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if not FAMILIES[name].no_sharing])
+@pytest.mark.parametrize("name", [name for name in CHECKED if not FAMILIES[name].no_sharing])
 def test_questions_that_share_a_picture_give_the_loss_and_gradients_of_separate_rows(name):
     model, processor = build(name)
     model.eval()
@@ -230,4 +230,4 @@ def test_questions_that_share_a_picture_give_the_loss_and_gradients_of_separate_
     assert found[0].keys() == found[1].keys() and scale > 1e-3
     for other in found[1:]:
         for parameter, gradient in found[0].items():
-            assert float((other[parameter] - gradient).abs().max() / scale) < 1e-5, parameter
+            assert float((other[parameter] - gradient).abs().max() / scale) < 2e-5, parameter

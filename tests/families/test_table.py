@@ -30,5 +30,6 @@ def test_a_stranger_is_refused():
 def test_the_language_model_decides_on_the_template():
     assert default_template(LlavaConfig(text_config=LlamaConfig()), "x") == "vicuna_v1"
     assert default_template(LlavaNextConfig(text_config=transformers.MistralConfig()), "x") == "mistral"
-    with pytest.raises(UserError, match="none is known for the llava_next model 'x' with a qwen2 language model; name"):
-        default_template(LlavaNextConfig(text_config=Qwen2Config()), "x")
+    assert default_template(LlavaNextConfig(text_config=Qwen2Config()), "x") == "ovis2"
+    with pytest.raises(UserError, match="none is known for the llava_next model 'x' with a llama language model; name"):
+        default_template(LlavaNextConfig(text_config=LlamaConfig()), "x")

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig
 
-from support.tiny_families import TINY, processor_of, rows, tiny
+from support.tiny_families import CHECKED, processor_of, rows, tiny
 from vlm_sft import MultimodalCollator, build_stack, lora_config
 from vlm_sft.families.build_family import model_class
 from vlm_sft.families.model import set_dtypes
@@ -78,7 +78,7 @@ def test_a_real_step_holds_what_was_counted(case, autocast, checkpointing, stack
     assert counted.peak == pytest.approx(peak, rel=0.01 if case == "four bits" else 0), "bitsandbytes has small tables"
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CHECKED)
 def test_a_step_of_an_existing_model_holds_what_was_counted(name):
     """Models that look at numbers: sizes of images, blank tiles, places of features."""
     config = AutoConfig.from_pretrained(tiny(name))

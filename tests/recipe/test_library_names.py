@@ -18,7 +18,15 @@ from vlm_sft.recipe.libraries import _QUANTIZATION
 from vlm_sft.recipe.library_names import PASSED_ON
 
 # Arguments of processors that are no settings: parts, forms of tensors, and what our own template says.
-NO_SETTINGS = {"image_processor", "tokenizer", "video_processor", "chat_template", "kwargs", "self"}
+NO_SETTINGS = {
+    "image_processor",
+    "tokenizer",
+    "video_processor",
+    "feature_extractor",
+    "chat_template",
+    "kwargs",
+    "self",
+}
 NO_SETTINGS |= {"device", "return_tensors", "data_format", "input_data_format", "disable_grouping"}
 
 
@@ -26,8 +34,8 @@ def arguments_of_processors() -> set[str]:
     names = set(ImagesKwargs.__annotations__)
     for model_type, family in FAMILIES.items():
         names |= set(inspect.signature(getattr(transformers, family.processor).__init__).parameters)
-        images = getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])
-        names |= set(images.valid_kwargs.__annotations__)
+        if listed := IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type):  # none for what has another family's
+            names |= set(getattr(transformers, listed["pil"]).valid_kwargs.__annotations__)
     return names - NO_SETTINGS
 
 

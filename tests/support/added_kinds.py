@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from support.tiny_families import TEXT, VISION, tokenizer_with
+from support.first_families import TEXT, VISION, tokenizer_with
 
 
 def write_vip_llava(folder: Path) -> str:

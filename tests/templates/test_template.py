@@ -25,7 +25,8 @@ def test_tokens_of_the_tokenizer_are_used() -> None:
         assert ends.endswith(after.replace("</s>", "<eos>"))
         assert end_of_answer(name) == after
         assert end_of_answer(name, eos_token="<eos>") == after.replace("</s>", "<eos>")
-    own = {"blip2_caption", "blip2_vqa", "instructblip", "gemma3", "kosmos2", "paligemma", "smolvlm"}
+    own = {"blip2_caption", "blip2_vqa", "instructblip", "gemma3", "kosmos2", "paligemma", "smolvlm", "aya_vision",
+           "gemma4"}  # fmt: skip
     assert {name for name in AROUND if owns_bos(name)} == own
     assert not owns_bos("{# bos_token #}{% generation %}{% endgeneration %}")
 

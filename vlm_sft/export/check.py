@@ -72,9 +72,9 @@ def read_processor(export: Path) -> ProcessorMixin:
     kind = getattr(transformers, name)
     if "video_processor" not in kind.get_attributes():
         return AutoProcessor.from_pretrained(export, backend="pil")
-    from ..families.processor import without_videos
+    from ..families.images_alone import images_alone
 
-    return without_videos(kind).from_pretrained(export, backend="pil")
+    return images_alone(kind).from_pretrained(export, backend="pil")
 
 
 def is_prompt(messages: list[dict[str, Any]]) -> bool:

@@ -25,12 +25,13 @@ from ..recipe.libraries import build_quantization_config
 from ..recipe.safety import check_picture
 from ..templates.template import load_template
 from .fuyu import FuyuProcessor
+from .images_alone import images_alone
 from .kind import Composed
 from .kosmos2 import Kosmos2, Kosmos2Processor
 from .model import FamilyModel, cast_parts, set_dtypes
 from .paligemma import PaliGemma
-from .processor import FamilyProcessor, without_videos
-from .table import default_template, family_of
+from .processor import FamilyProcessor
+from .table import FAMILIES, default_template, family_of
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 KEY = "model.pretrained"
 # What a processor itself, and not that of its images, may be told of how many tokens an image becomes.
-TOKENS = ("image_seq_length", "image_seq_len", "num_additional_image_tokens", "num_patch_index_tokens")
+TOKENS = ("image_seq_length", "image_seq_len", "num_additional_image_tokens", "num_patch_index_tokens",
+          "num_image_tokens", "img_size")  # fmt: skip
 # Models whose class, or whose processor, needs more than the others'.
 MODELS: dict[str, type[FamilyModel]] = {"kosmos-2": Kosmos2, "paligemma": PaliGemma}
 PROCESSORS: dict[str, type[FamilyProcessor]] = {"kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor}
@@ -136,7 +138,8 @@ def _derive(model_type: str) -> type[FamilyModel]:
         return base.forward(self, *args, **self.complete(kwargs))
 
     # transformers looks into the file of a model's class for what it can do.
-    return type(base.__name__, (kind, base), {"__module__": base.__module__, "forward": forward})
+    own = {"__module__": base.__module__, "forward": forward, "plain_head": FAMILIES[model_type].plain_head}
+    return type(base.__name__, (kind, base), own)
 
 
 def load_processor(
@@ -152,7 +155,7 @@ def load_processor(
     check_processor(spec.pretrained, spec.revision, KEY)
     try:
         # The PIL backend everywhere, as for a tower: the same pixels on every machine.
-        kind = without_videos(getattr(transformers, family.processor))
+        kind = images_alone(getattr(transformers, family.processor))
         folder = laid_out(spec.pretrained, spec.revision, KEY, (*TOKENIZER, *IMAGES))
         native = kind.from_pretrained(folder, backend="pil", trust_remote_code=False, **spec.processor)
         check_picture(native.image_processor.to_dict(), f"{KEY}: {spec.pretrained!r} with `model.processor`")

@@ -21,20 +21,22 @@ from ..model.positions import ExactRotations, packed_positions, row_numbers, sha
 from ..model.sharding import others_wait_for
 
 # What of the image path's output goes to the language model; Fuyu's has only a last hidden state.
-IMAGE_OUTPUTS = ("pooler_output", "deepstack_features")
+IMAGE_OUTPUTS = ("pooler_output", "deepstack_features", "visual_indicator_features")
 
 
 class FamilyModel(ExactRotations, PreTrainedModel):
     """What is put over the class of an existing VLM.
 
     Attributes:
+        plain_head: See `Family.plain_head`.
         followers: Ends of the names of buffers that are kept in the type of the frozen weights.
         blank: What the image path is run on, with weight zero, where a batch has no image: a blank image's inputs.
     """
 
     blank: dict[str, torch.Tensor]
     followers: tuple[str, ...] = ()
-    _tower: str | None = None  # the vision tower's name, once it was looked for; "" for none
+    plain_head: bool = False
+    _parts: dict[str, str] | None = None  # what `_part` found
     # Some models say False of their own loss; transformers would give ours no token count then, and a step would be the
     # mean of its micro-batches' means.
     accepts_loss_kwargs = True
@@ -65,7 +67,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         if row_lengths is not None:
             inputs |= self.kept_apart(inputs, row_lengths, row_heads)
         hidden = self.last_hidden_state(**inputs)
-        head = Head(self.get_output_embeddings(), self.config.get_text_config())
+        head = Head(self.get_output_embeddings(), self.config.get_text_config(), self.plain_head)
         loss, losses, hits = mean_loss(head, hidden, labels, loss_weights, num_items_in_batch, label_positions)
         return VLMOutput(loss=loss, token_losses=losses, token_hits=hits)
 
@@ -144,13 +146,17 @@ class FamilyModel(ExactRotations, PreTrainedModel):
             return self.base_model(**inputs).last_hidden_state
         # Where and when the image features would come in: processes that share weights must ask for the same ones in
         # the same order, on the way back too, which a frozen language model has only behind what is trained.
-        hook = self.get_input_embeddings().register_forward_hook(
-            lambda table, args, embeds: embeds + self.idle_image_path().to(embeds.dtype)
+        hook = self.get_submodule(self._part("language_model")).register_forward_pre_hook(
+            self._add_idle, with_kwargs=True
         )
         try:
             return self.base_model(**inputs).last_hidden_state
         finally:
             hook.remove()
+
+    def _add_idle(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        embeds = kwargs["inputs_embeds"]
+        return args, {**kwargs, "inputs_embeds": embeds + self.idle_image_path().to(embeds.dtype)}
 
     def idle_image_path(self) -> torch.Tensor:
         """Zero, as a function of every parameter of the image path."""
@@ -165,15 +171,21 @@ class FamilyModel(ExactRotations, PreTrainedModel):
     def train(self, mode: bool = True) -> FamilyModel:
         """Training mode for what is trained; a frozen vision tower stays in evaluation mode."""
         super().train(mode)
-        if self._tower is None:
-            # The trainer comes here in every micro-batch; looking for the tower among all modules takes longer than
-            # all the rest. Its name is kept, not the module, which may be replaced.
-            self._tower = part_modules(self).get("vision_tower", ("", None))[0]
-        if self._tower:
-            tower = self.get_submodule(self._tower)
+        if name := self._part("vision_tower"):
+            tower = self.get_submodule(name)
             if not any(p.requires_grad for p in tower.parameters()):
                 tower.eval()
         return self
+
+    def _part(self, part: str) -> str:
+        """Name of the module of a part, "" for none.
+
+        The trainer asks in every micro-batch; looking for it among all modules takes longer than all the rest. The name
+        is kept, not the module, which may be replaced.
+        """
+        if self._parts is None:
+            self._parts = {found: name for found, (name, _) in part_modules(self).items()}
+        return self._parts.get(part, "")
 
 
 def set_dtypes(model: FamilyModel, trained: Collection[str], dtype: torch.dtype) -> None:

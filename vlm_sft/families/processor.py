@@ -10,7 +10,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class FamilyProcessor(VLMProcessor):
         box_notation: How boxes are written, a key of `NOTATIONS`; None: as the family has it.
 
     Attributes:
-        num_image_tokens: Tokens of an image, or 0 where they depend on its size.
+        num_image_tokens: Tokens of an image, or 0 where they, or what stands between them, depend on its size.
     """
 
     def __init__(
@@ -77,9 +76,10 @@ class FamilyProcessor(VLMProcessor):
         self._expansions: dict[tuple[int, int], str] = {}
         # Its arithmetic may not know an option of its processor, and then only pictures say the truth.
         self._counts = bool(family.counted) and all(self._count(shape) == self._look(shape) for shape in SHAPES)
-        counts = {self.count_image_tokens(shape) for shape in SHAPES}
+        counts = [self.count_image_tokens(shape) for shape in SHAPES]
         self._bound(max(counts))
-        self.num_image_tokens = counts.pop() if len(counts) == 1 else 0
+        # As many tokens may stand in other rows and columns.
+        self.num_image_tokens = counts[0] if len({self.expansion(shape) for shape in SHAPES}) == 1 else 0
         self.reads_sizes = not self.num_image_tokens
 
     # -- text -----------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class FamilyProcessor(VLMProcessor):
         if self._makes_one_picture:
             return super().seen(size)
         images = self.image_processor
-        if getattr(images, "merge_size", None) is None:
+        if not type(images).__name__.startswith("Qwen2VL"):  # others resize otherwise, also where they merge patches
             return Seen.whole(size)
         bounds = dict(images.size)
         try:
@@ -266,24 +266,6 @@ def _refused(size: tuple[int, int], error: Exception) -> RowError:
         f"({why(error)}): cut it or remove the row.",
         reason="image too large",
     )
-
-
-def without_videos(native: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """A model's own processor class without its processor of videos, which cannot be had without torchvision."""
-    attributes = [name for name in native.get_attributes() if name != "video_processor"]
-    if attributes == native.get_attributes():
-        return native
-
-    def read(cls: Any, args: list[Any], options: dict[str, Any], **kwargs: Any) -> Any:
-        return super(own, cls).from_args_and_dict([*args, None], options, **kwargs)
-
-    further = {
-        "get_attributes": classmethod(lambda cls: attributes),
-        "from_args_and_dict": classmethod(read),
-        "video_processor": SimpleNamespace(num_frames=None, fps=None),  # SmolVLM's asks for these at every template
-    }
-    own: Any = type(native.__name__, (native,), further)  # its own name is written into what it saves
-    return own
 
 
 def expand(chat: RenderedChat, expansions: Sequence[str]) -> RenderedChat:

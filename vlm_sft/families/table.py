@@ -32,6 +32,8 @@ class Family:
         no_export: Why it is not exported to its own class, or "".
         no_packing: Why its rows are not packed, or "".
         no_sharing: Why questions on one image do not share it (`independent`), or "".
+        plain_head: Whether its own class leaves out the scaling of logits that its language model's configuration
+            states.
         one_image: Whether it was made for one image, so that the frames of a video are refused.
     """
 
@@ -46,17 +48,30 @@ class Family:
     no_export: str = ""
     no_packing: str = ""
     no_sharing: str = ""
+    plain_head: bool = False
     one_image: bool = False
 
 
+RECURRENT = "its linear attention carries a state from one row into the next"
 # By `model_type`. Which parameters are which part is said in `PART_NAMES` of `model/freeze.py`.
 FAMILIES: dict[str, Family] = {
     # A Llama-3 in LLaVA-1.6 has another template than Vicuna, and the model type does not tell them apart.
     "llava": Family("LlavaProcessor", {"llama": "vicuna_v1"}, boxes="llava"),
-    "llava_next": Family("LlavaNextProcessor", {"mistral": "mistral"}, counted="tokens", boxes="llava"),
+    "llava_next": Family("LlavaNextProcessor", {"mistral": "mistral", "qwen2": "ovis2"}, counted="tokens",
+                         boxes="llava"),
+    "llava_onevision": Family("LlavaOnevisionProcessor", {"qwen2": "internvl"}, counted="tokens"),
+    "qwen2_vl": Family("Qwen2VLProcessor", {"": "qwen2_5_vl"}, "mm_token_type_ids", counted="tokens", boxes="qwen2_vl"),
     "qwen2_5_vl": Family("Qwen2_5_VLProcessor", {"": "qwen2_5_vl"}, "mm_token_type_ids", counted="tokens",
                          boxes="qwen2_5_vl"),
     "qwen3_vl": Family("Qwen3VLProcessor", {"": "qwen3_vl"}, "mm_token_type_ids", counted="tokens", boxes="qwen3_vl"),
+    "qwen3_vl_moe": Family("Qwen3VLProcessor", {"": "qwen3_vl"}, "mm_token_type_ids", counted="tokens",
+                           boxes="qwen3_vl"),
+    "qwen3_5": Family("Qwen3VLProcessor", {"": "qwen3_5"}, "mm_token_type_ids", counted="tokens", boxes="qwen3_vl",
+                      no_packing=RECURRENT, no_sharing=RECURRENT),
+    "qwen3_5_moe": Family("Qwen3VLProcessor", {"": "qwen3_5"}, "mm_token_type_ids", counted="tokens", boxes="qwen3_vl",
+                      no_packing=RECURRENT, no_sharing=RECURRENT),
+    "glm4v": Family("Glm4vProcessor", {"": "glm4v"}, "mm_token_type_ids", counted="tokens"),
+    "glm46v": Family("Glm46VProcessor", {"": "glm46v"}, "mm_token_type_ids", counted="tokens", vllm=False),
     "idefics3": Family("Idefics3Processor", {"": "smolvlm"}, counted="rows"),
     "smolvlm": Family("SmolVLMProcessor", {"": "smolvlm"}, counted="rows"),
     # PaliGemma reads its prompt in both directions and writes its answer in one.
@@ -65,6 +80,11 @@ FAMILIES: dict[str, Family] = {
                         prompt="rendered.replace(bos_token, '', 1).removesuffix('\\n')", boxes="paligemma"),
     "internvl": Family("InternVLProcessor", {"": "internvl"}, counted="patches", boxes="internvl"),
     "gemma3": Family("Gemma3Processor", {"": "gemma3"}, "token_type_ids"),
+    "gemma4": Family("Gemma4Processor", {"": "gemma4"}, "mm_token_type_ids"),
+    "aya_vision": Family("AyaVisionProcessor", {"": "aya_vision"}, plain_head=True),
+    "ovis2": Family("Ovis2Processor", {"": "ovis2"}, vllm=False),
+    "deepseek_vl": Family("DeepseekVLProcessor", {"": "deepseek_vl"}, vllm=False),
+    "deepseek_vl_hybrid": Family("DeepseekVLHybridProcessor", {"": "deepseek_vl"}, vllm=False),
     "kosmos-2": Family("Kosmos2Processor", {"": "kosmos2"}, "image_embeds_position_mask", vllm=False, one_image=True,
                        no_packing="its own class counts positions through, whatever it is given",
                        no_sharing="its own class counts positions through, whatever it is given",

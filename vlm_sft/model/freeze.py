@@ -31,6 +31,13 @@ PART_NAMES = {
     "image_newline": "projector",  # LLaVA-1.6: a learned feature that ends a row of patches
     "image_to_text_projection": "projector",  # KOSMOS-2: with its latent queries
     "vision_embed_tokens": "projector",  # Fuyu: raw patches, no tower
+    "aligner": "projector",  # DeepSeek-VL
+    "embed_vision": "projector",  # Gemma 4
+    "visual_embeddings_table": "projector",  # Ovis 2: a word of its own for what the tower sees
+    "high_res_vision_model": "vision_tower",  # the second tower of the hybrid DeepSeek-VL, and what shrinks its grid
+    "high_res_vision_neck": "vision_tower",
+    "high_res_vision_proj": "vision_tower",
+    "high_res_vision_alpha": "vision_tower",
     "text_model": "language_model",
     "lm_head": "language_model",
 }

@@ -67,14 +67,15 @@ class Head:
     Args:
         module: The head, maybe with an adapter in it.
         config: Configuration of the language model.
+        plain: Whether these scalings are left out.
     """
 
-    def __init__(self, module: nn.Module, config: PreTrainedConfig) -> None:
-        self.module, self.config = module, config
+    def __init__(self, module: nn.Module, config: PreTrainedConfig, plain: bool = False) -> None:
+        self.module, self.config, self.plain = module, config, plain
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, D) → (…, vocabulary) logits."""
-        return scaled_logits(self.module, self.config, hidden)
+        return self.module(hidden) if self.plain else scaled_logits(self.module, self.config, hidden)
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters of it that learn."""

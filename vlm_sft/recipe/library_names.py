@@ -210,9 +210,12 @@ PROCESSOR = PassedOn(
         "do_image_splitting max_image_size return_row_col_info crop_to_patches min_patches max_patches",
         "do_pan_and_scan pan_and_scan_max_num_crops pan_and_scan_min_crop_size",
         "pan_and_scan_min_ratio_to_activate padding_mode padding_value vision_feature_select_strategy",
-        "num_additional_image_tokens image_token num_patch_index_tokens",
+        "num_additional_image_tokens image_token num_patch_index_tokens num_image_tokens vision_aspect_ratio",
+        "video_token min_size high_res_resample high_res_image_mean high_res_image_std use_covering_area_grid",
+        "max_soft_tokens pooling_kernel_size audio_seq_length audio_ms_per_token img_size downsample_factor",
+        "start_of_img_token end_of_img_token img_patch_token img_line_break_token tile_token tile_global_token",
     )
-    - (_SIZES := _words("size crop_size pad_size max_image_size patch_size")),
+    - (_SIZES := _words("size crop_size pad_size max_image_size patch_size high_res_size")),
     mappings=dict.fromkeys(_SIZES, _words("height width shortest_edge longest_edge max_height max_width")),
 )
 

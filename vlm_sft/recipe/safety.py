@@ -145,10 +145,10 @@ def check_picture(settings: Mapping[str, Any], where: str, file: str = "preproce
     Raises:
         UserError: An image would become larger, or more tiles or tokens, than any tower takes.
     """
-    # Qwen-VL's edges are numbers of pixels.
+    # Edges of Qwen-VL's and GLM's are numbers of pixels.
     inner = settings.get("image_processor")
     kinds = [each.get("image_processor_type") for each in (settings, inner) if isinstance(each, Mapping)]
-    areas = any(str(kind).startswith("Qwen2VL") for kind in kinds)
+    areas = any(str(kind).startswith(("Qwen2VL", "Glm4v", "Glm46V")) for kind in kinds)
     for name, value in _numbers(settings):
         if name in ("max_pixels", "min_pixels") or (areas and name in ("shortest_edge", "longest_edge")):
             most = limits().picture_pixels

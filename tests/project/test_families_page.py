@@ -1,0 +1,40 @@
+"""The table of image-text-to-text models in docs/systems.md is what `benchmarks/families.py` finds."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import pytest
+
+from support.paths import ROOT
+from vlm_sft.families.table import FAMILIES
+
+PAGE = (ROOT / "docs" / "systems.md").read_text(encoding="utf-8").partition("## Image-text-to-text models")[2]
+TABLE = dict(re.findall(r"^\| `([\w.-]+)` \| ((?:works|no): .*) \|$", PAGE.partition("\n## ")[0], re.MULTILINE))
+SAMPLE = ["blip-2", "cohere2_vision", "florence2", "git", "kosmos-2.5", "mistral3", "vipllava"]
+
+
+@pytest.fixture(scope="module")
+def families():
+    spec = importlib.util.spec_from_file_location("families", ROOT / "benchmarks" / "families.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_class_of_transformers_is_in_the_table_and_the_families_work(families):
+    assert list(TABLE) == families.classes()
+    assert {name: said for name, said in TABLE.items() if said.startswith("works")} == {
+        name: families.works(name, []) for name in sorted(FAMILIES)
+    }
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_the_table_says_why_a_class_is_no_family(name, families):
+    assert families.reason(name) == TABLE[name]
+
+
+def test_a_failed_check_is_said_by_its_name(families):
+    assert families.works("llava", ["test_packed_rows_give_the_loss"]) == "no: packed rows give the loss"
+    assert families._is_of("test_x[kosmos-2-4]", "kosmos-2") and not families._is_of("test_x[qwen3_5_moe]", "qwen3_5")
