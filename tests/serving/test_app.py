@@ -169,6 +169,7 @@ def test_a_full_server_says_when_to_come_again(start, body, monkeypatch) -> None
         answer = caller(body(2))
         assert answer.status == 429 and int(answer.headers["retry-after"]) > 0
         assert answer.told["error"]["type"] == "rate_limit_error"
+        assert 'vlm_sft_requests_total{model="",status="429"} 1' in caller(None, "/metrics", "GET").told
         caller.server.stopping = True
         assert caller(body(2)).status == caller(None, "/health", "GET").status == 503
         go.set()

@@ -113,10 +113,12 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """A question and its answer."""
         began, model, status = time.monotonic(), "", 499
-        if self.stopping:
-            raise closing()
-        if self.inside >= (most := self.pool.queue + self.pool.batch_size):
-            raise busy(f"{most:,} requests are open already: ask again in some seconds.", 2)
+        most = self.pool.queue + self.pool.batch_size
+        if self.stopping or self.inside >= most:
+            full = busy(f"{most:,} requests are open already: ask again in some seconds.", 2)
+            refusal = closing() if self.stopping else full
+            self.meters.answered(model, refusal.status, 0.0)
+            raise refusal
         self.inside += 1
         handed_on, data = False, bytearray()
 
