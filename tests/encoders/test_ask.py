@@ -1,4 +1,4 @@
-"""Shares of answers, of a match and of patches, and the picture that shows them."""
+"""Shares of a match and of patches, and the picture that shows them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,17 @@ import torch
 from PIL import Image
 
 from support.golden import assert_close
-from support.vle import ANSWERS, save_vle
-from vlm_sft.encoders.ask import answer, draw, find, match
-from vlm_sft.encoders.load import load_encoder
+from support.vle import save_vle
+from vlm_sft.encoders.ask import draw, find, match
+from vlm_sft.encoders.vle import load_vle
 
 PICTURE = Image.effect_noise((56, 42), 70).convert("RGB")
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    folder = save_vle(tmp_path_factory.mktemp("vle") / "it", "vqa_classifier", "itm_score", "pbc_classifier")
-    return lambda task: load_encoder(str(folder), task)
-
-
-def test_answers_are_those_of_the_head_by_their_share(load):
-    encoder = load("vqa")
-    (first, second) = answer(encoder, [PICTURE] * 2, ["how many dogs", "红色"], 3)
-    shares = encoder([PICTURE], ["how many dogs"])[0].softmax(-1)
-    assert [each.answer for each in first] == [ANSWERS[number] for number in shares.topk(3).indices]
-    assert_close(torch.tensor([each.score for each in first]), shares.topk(3).values)
-    assert len(second) == 3
-    (all_of_them,) = answer(encoder, [PICTURE], ["?"], 50)
-    assert sorted(each.answer for each in all_of_them) == sorted(ANSWERS)
-    assert sum(each.score for each in all_of_them) == pytest.approx(1)
+    folder = save_vle(tmp_path_factory.mktemp("vle") / "it", "itm_score", "pbc_classifier")
+    return lambda task: load_vle(str(folder), task)
 
 
 def test_a_match_is_the_share_of_the_second_class(load):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from support.mplug import model, save_words
 from support.vle import ANSWERS, save_vle
 from vlm_sft.base.errors import UserError
 from vlm_sft.cli.main import app
@@ -22,6 +23,8 @@ def place(tmp_path_factory):
     save_vle(root / "bare")
     for number in range(3):
         Image.effect_noise((50, 40), 60 + number).convert("RGB").save(root / f"{number}.png")
+    (root / "blank.txt").write_text("\n \n")
+    (root / "numbers.json").write_text("[1, 2]")
     (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     rows = [{"id": f"q{n}", "image": f"{n % 3}.png", "question": text, "answer": "right"}
             for n, text in enumerate(["how many dogs", "两只猫 在哪", "red or a dog", "what", "is it"])]  # fmt: skip
@@ -81,6 +84,32 @@ def test_texts_are_matched_and_drawn(place, tmp_path):
         assert drawn.size == picture.size and np.asarray(drawn).mean() < np.asarray(picture).mean()
 
 
+def test_an_mplug_writes_its_answers_or_chooses_them(place, tmp_path):
+    model("large").save_pretrained(tmp_path / "mplug")
+    save_words(tmp_path / "mplug")
+    asked = ("answer", tmp_path / "mplug", "a red dog ?", "--image", place / "0.png", "--top", 2)
+    assert len(run(*asked).splitlines()) == 2
+    (tmp_path / "lines.txt").write_text("dog\n\n猫\na dog\ndog\n", encoding="utf-8")
+    (tmp_path / "list.json").write_text(json.dumps(["dog", "猫", "a dog"]), encoding="utf-8")
+    found = [run(*asked, "--candidates", tmp_path / name) for name in ("lines.txt", "list.json")]
+    assert found[0] == found[1] and {line.split("\t")[1] for line in found[0].splitlines()} <= {"dog", "猫", "a dog"}
+    out = tmp_path / "answers.jsonl"
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "a red dog ?", "image": str(place / "0.png")}))
+    run(
+        "answer",
+        tmp_path / "mplug",
+        "--questions",
+        tmp_path / "q.jsonl",
+        "-o",
+        out,
+        "--candidates",
+        tmp_path / "list.json",
+        "--image-folder",
+        place,
+    )
+    assert json.loads(out.read_text(encoding="utf-8"))["answer"] == found[0].splitlines()[0].split("\t")[1]
+
+
 @pytest.mark.parametrize(("arguments", "says"), [
     (("answer", "vle", "what"), "Give a question with --image"),
     (("answer", "vle", "what", "--image", "0.png", "--questions", "questions.jsonl"), "Give a question with"),
@@ -90,6 +119,10 @@ def test_texts_are_matched_and_drawn(place, tmp_path):
     (("answer", "nowhere", "what", "--image", "0.png"), "MODEL"),
     (("answer", "bare", "what", "--image", "0.png"), "an encoder alone"),
     (("answer", "0.png", "what", "--image", "0.png"), "MODEL"),
+    (("answer", "vle", "what", "--image", "0.png", "--candidates", "no.txt"), "--candidates no.txt cannot be read"),
+    (("answer", "vle", "what", "--image", "0.png", "--candidates", "blank.txt"), "holds no answers"),
+    (("answer", "vle", "what", "--image", "0.png", "--candidates", "numbers.json"), "an answer is no text"),
+    (("answer", "vle", "what", "--image", "0.png", "--candidates", "broken.png"), "broken.png cannot be read"),
     (("match", "vle", "a", "", "--image", "0.png"), "a text is empty"),
     (("match", "vle", "a", "b", "--image", "0.png", "--draw", "x.png"), "one text"),
     (("match", "vle", "a", "--image", "0.png", "--draw", "x.jpg"), "let the name end with .png"),

@@ -11,7 +11,7 @@ from PIL import Image
 from support.vle import save_vle
 from vlm_sft.base.errors import UserError
 from vlm_sft.encoders.ask import match
-from vlm_sft.encoders.load import load_encoder
+from vlm_sft.encoders.vle import load_vle
 from vlm_sft.prepare.scorer import Scorer
 
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -117,7 +117,7 @@ def test_a_vle_scores_by_its_matching_head(tmp_path):
     images = [Image.effect_noise((40, 30), 70).convert("RGB")] * 3
     texts = ["two dogs", "一只猫", "how many dogs " * 30]
     found = Scorer(str(folder))(images, texts)
-    encoder = load_encoder(str(folder), "itm")
+    encoder = load_vle(str(folder), "itm")
     assert found[:2] == pytest.approx(match(encoder, images[:2], texts[:2]), abs=1e-6)
     assert 0 < found[2] < 1  # cut, as every scorer does it
     with pytest.raises(UserError, match=r"--model: .*no head that says whether"):

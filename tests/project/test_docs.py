@@ -33,6 +33,7 @@ from vlm_sft.inference.settings import check_options
 from vlm_sft.prepare import rows_of, scorer
 from vlm_sft.recipe.libraries import validate_libraries
 from vlm_sft.recipe.schema import load_recipe
+from vlm_sft.serving import bundles  # noqa: F401  # the real one, before what it imports has a stand-in
 
 PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")

@@ -1,4 +1,4 @@
-"""The commands on published encoders of image and text (VLE), which choose, compare and find, and write nothing."""
+"""The commands on published models that answer, compare and find in one step: VLE and mPLUG's VQA model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from ..base.errors import UserError
 from .arguments import ImageFolders
 
 encoders_app = typer.Typer()
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a VLE.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a VLE, or of an mPLUG for VQA.", show_default=False)
+]
 
 
-@encoders_app.command(short_help="Likeliest answers of a VLE to a question, with their scores.")
+@encoders_app.command(short_help="Likeliest answers of a VLE or mPLUG, with their scores.")
 def answer(
     model: Model,
     question: Annotated[str | None, typer.Argument(metavar="QUESTION", show_default=False)] = None,
@@ -27,15 +29,21 @@ def answer(
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     images: Annotated[str | None, typer.Option(help="Folder that relative image paths start from.")] = None,
     image_folder: ImageFolders = None,
+    candidates: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Choose among these answers: a JSON list, or one a line.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="BERT's, for an mPLUG that is one weight file: google-bert/bert-base-uncased.")
+    ] = None,
 ) -> None:
-    """Answer one question about an image, or a file of questions, out of the answers that the model knows."""
+    """Answer one question about an image, or a file of questions: the likeliest answers with their scores."""
     quiet_libraries()
     from ..inference.encoder import answer_many, answer_one
 
     if questions is not None and question is None and image is None and output is not None:
-        answer_many(model, questions, output, top, batch_size, images, image_folder or ())
+        answer_many(model, questions, output, top, batch_size, images, image_folder or (), candidates, tokenizer)
     elif questions is None and question is not None and image is not None and output is None:
-        answer_one(model, question, image, top)
+        answer_one(model, question, image, top, candidates, tokenizer)
     else:
         raise UserError("Give a question with --image FILE, or --questions FILE with --output FILE.")
 

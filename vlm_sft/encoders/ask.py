@@ -1,52 +1,28 @@
-"""Asks an encoder: which of its answers are likely, whether texts belong to an image, where in the image one is."""
+"""Asks a VLE whether texts belong to an image, and where in the image one is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from PIL import Image
 
-from .load import Encoder
+from .vle import VLE
 
 
-class Answer(NamedTuple):
-    """One of the answers that a model knows.
-
-    Attributes:
-        answer: The words.
-        score: Its share, 0 … 1; those of all its answers add up to 1.
-    """
-
-    answer: str
-    score: float
-
-
-def answer(encoder: Encoder, images: Sequence[Image.Image], questions: Sequence[str], top: int) -> list[list[Answer]]:
-    """The `top` most likely answers to N questions about N images, the likeliest first (upstream's `top_k`)."""
-    shares = encoder(images, questions).softmax(-1)
-    best = shares.topk(min(top, shares.shape[-1]), dim=-1)
-    names = encoder.model.config.id2label
-    return [
-        [Answer(names[number], score) for number, score in zip(numbers, scores, strict=True)]
-        for numbers, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-
-
-def match(encoder: Encoder, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
+def match(encoder: VLE, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
     """How likely each of N texts belongs to the image beside it, 0 … 1."""
     return encoder(images, texts).softmax(-1)[:, 1].tolist()
 
 
-def find(encoder: Encoder, image: Image.Image, text: str) -> torch.Tensor:
+def find(encoder: VLE, image: Image.Image, text: str) -> torch.Tensor:
     """How likely each patch of an image shows what a text says, (rows, columns) of 0 … 1."""
     shares = encoder([image], [text]).softmax(-1)[0, :, 1]
     side = encoder.model.config.vision_config
     return shares.view(-1, side.image_size // side.patch_size)
 
 
-def draw(encoder: Encoder, image: Image.Image, found: torch.Tensor) -> Image.Image:
+def draw(encoder: VLE, image: Image.Image, found: torch.Tensor) -> Image.Image:
     """The picture with what was found in it bright and the rest dark.
 
     Args:
@@ -62,7 +38,7 @@ def draw(encoder: Encoder, image: Image.Image, found: torch.Tensor) -> Image.Ima
     return Image.composite(image, Image.new("RGB", image.size), light)
 
 
-def _seen(encoder: Encoder, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _seen(encoder: VLE, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of the part of a picture that reaches the model, in its pixels."""
     settings, (width, height) = encoder.image_processor.to_dict(), size
     if not (settings.get("do_center_crop") and (edge := (settings.get("size") or {}).get("shortest_edge"))):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +14,13 @@ from PIL import Image
 
 from ..base.console import tell
 from ..base.errors import UserError
-from ..base.whole_files import write_whole
+from ..base.whole_files import IrregularError, read_text, write_whole
 from ..base.words import one_line, reason_of
 from ..batch.pictures import Pictures, check_pictures, read_pictures
-from ..encoders.ask import answer, draw, find, match
-from ..encoders.load import Encoder, load_encoder
+from ..encoders.ask import draw, find, match
+from ..encoders.encoder import Answer, Encoder
+from ..encoders.load import load_answerer
+from ..encoders.vle import load_vle
 from .answer_file import Asker, answer_questions
 from .questions import QuestionRow, conversation
 
@@ -24,15 +28,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def answer_one(model: str, question: str, image: str, top: int) -> None:
+def answer_one(
+    model: str, question: str, image: str, top: int, candidates: str | None = None, tokenizer: str | None = None
+) -> None:
     """Prints the likeliest answers to a question about an image, a line each: share, tab, answer.
 
     Raises:
         UserError: The model, the question or the image is wrong.
     """
     question = _given(question, "the question")
-    encoder = load_encoder(model, "vqa")
-    (answers,) = answer(encoder, _picture(encoder, image), [question], top)
+    among = read_candidates(candidates)
+    encoder = load_answerer(model, tokenizer)
+    encoder.text_inputs([question])
+    (answers,) = encoder.answers(_picture(encoder, image), [question], top, among)
     for each in answers:
         tell(f"{each.score:.4f}\t{one_line(each.answer)}")
 
@@ -45,11 +53,13 @@ def answer_many(
     batch_size: int,
     images: str | None = None,
     image_folders: Sequence[str] = (),
+    candidates: str | None = None,
+    tokenizer: str | None = None,
 ) -> None:
     """Answers a file of questions into a JSONL file; a rerun goes on.
 
     Args:
-        model: Folder or Hub id of a VLE for VQA.
+        model: Folder or Hub id of a VLE or an mPLUG for VQA, or an mPLUG's weight file.
         input: As for `generate`: each row one question and one image.
         output: Each row becomes a line: its columns, `answer` (the likeliest) and `top_answers`,
             `[[answer, share], …]`.
@@ -57,20 +67,29 @@ def answer_many(
         batch_size: Rows at a time.
         images: Folder that relative image paths start from; default that of the input.
         image_folders: Further folders in which images may lie.
+        candidates: File of the answers to choose from, as `read_candidates` reads it.
+        tokenizer: Folder or Hub id of an mPLUG's tokenizer, where it brings none.
 
     Raises:
         UserError: As `generate`.
     """
 
+    among = read_candidates(candidates)
+
     def open_asker(console: Console) -> Asker:
-        encoder = load_encoder(model, "vqa")
-        return lambda batch: _answer_rows(encoder, batch, top, images, image_folders)
+        encoder = load_answerer(model, tokenizer)
+        ask = partial(encoder.answers, top=top, candidates=among)
+        return lambda batch: _answer_rows(encoder, ask, batch, images, image_folders)
 
     answer_questions(input, output, open_asker, batch_size, images)
 
 
 def _answer_rows(
-    encoder: Encoder, batch: Sequence[QuestionRow], top: int, images: str | None, folders: Sequence[str]
+    encoder: Encoder,
+    ask: Callable[[list[Image.Image], list[str]], list[list[Answer]]],
+    batch: Sequence[QuestionRow],
+    images: str | None,
+    folders: Sequence[str],
 ) -> list[dict[str, Any]]:
     """One line a row; a row that cannot be asked has its `error`, and the others are answered."""
     lines, asked = [], []
@@ -85,11 +104,31 @@ def _answer_rows(
         except UserError as error:
             line["error"] = str(error)
     if asked:
-        found = answer(encoder, [image for *_, image in asked], [text for _, text, _ in asked], top)
+        found = ask([image for *_, image in asked], [text for _, text, _ in asked])
         for (line, *_), answers in zip(asked, found, strict=True):
             line["answer"] = answers[0].answer
             line["top_answers"] = [[each.answer, round(each.score, 6)] for each in answers]
     return lines
+
+
+def read_candidates(path: str | None) -> list[str]:
+    """Answers to choose from: a JSON list of texts, or a text file with one a line; none without a file.
+
+    Raises:
+        UserError: The file cannot be read, or holds none.
+    """
+    if path is None:
+        return []
+    try:
+        text = read_text(Path(path).expanduser())
+        found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (OSError, ValueError, IrregularError, RecursionError) as error:
+        raise UserError(f"--candidates {path} cannot be read ({reason_of(error)}): give a list of answers.") from None
+    if not all(isinstance(each, str) for each in found):
+        raise UserError(f"--candidates {path}: an answer is no text: write a list of texts.")
+    if not (found := list(dict.fromkeys(filter(None, map(str.strip, found))))):
+        raise UserError(f"--candidates {path} holds no answers: write one a line.")
+    return found
 
 
 def _one_question(row: dict[str, Any], where: str) -> tuple[str, Image.Image]:
@@ -115,7 +154,7 @@ def match_texts(model: str, texts: Sequence[str], image: str) -> None:
         UserError: The model, a text or the image is wrong.
     """
     texts = [_given(text, "a text") for text in texts]
-    encoder = load_encoder(model, "itm")
+    encoder = load_vle(model, "itm")
     picture = _picture(encoder, image)
     for text, share in zip(texts, match(encoder, picture * len(texts), texts), strict=True):
         tell(f"{share:.4f}\t{one_line(text)}")
@@ -130,7 +169,7 @@ def draw_text(model: str, text: str, image: str, out: str) -> None:
     text = _given(text, "the text")
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"--draw {out}: a PNG is written; let the name end with .png.")
-    encoder = load_encoder(model, "pbc")
+    encoder = load_vle(model, "pbc")
     (picture,) = _picture(encoder, image)
     found = find(encoder, picture, text)
     png = io.BytesIO()

@@ -249,10 +249,13 @@ def _load_bin(path: str, key: str) -> dict[str, torch.Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{key}: the file {path!r} cannot be read as weights; fetch it again.") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # LAVIS, MiniGPT-4
-        if any(isinstance(value, torch.Tensor) for value in state.values()):
-            raise UserError(f"{key}: the file {path!r} holds tensors beside `model`; only one of both can be meant.")
-        state = state["model"]
+    for name in ("model", "module"):  # LAVIS, MiniGPT-4, mPLUG; and what DeepSpeed saves
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            if any(isinstance(value, torch.Tensor) for value in state.values()):
+                raise UserError(
+                    f"{key}: the file {path!r} holds tensors beside `{name}`; only one of both can be meant."
+                )
+            state = state[name]
     if not isinstance(state, dict):
         raise UserError(f"{key}: the file {path!r} holds no tensors by name.")
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

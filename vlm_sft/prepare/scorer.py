@@ -13,7 +13,7 @@ from ..base.errors import UserError
 from ..base.names import CONFIG
 from ..base.words import one_line
 from ..encoders.ask import match
-from ..encoders.load import Encoder, load_encoder
+from ..encoders.vle import VLE, load_vle
 from ..pieces.checkpoints import WEIGHT_FILES, Checkpoint
 from ..pieces.expected import IMAGES, MODEL, TOKENIZER, laid_out
 from ..systems.vle_heads import VLEForTask
@@ -82,8 +82,8 @@ class Scorer:
         return self.processor.image_processor(images=images, return_tensors="pt").to(self.device)
 
 
-def _open_vle(path: str, device: str | torch.device | None) -> tuple[VLEForTask, Encoder]:
-    encoder = load_encoder(path, "itm", key=KEY, device=None if device is None else str(device))
+def _open_vle(path: str, device: str | torch.device | None) -> tuple[VLEForTask, VLE]:
+    encoder = load_vle(path, "itm", key=KEY, device=None if device is None else str(device))
     encoder.cuts = True
     return encoder.model, encoder
 

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
-from transformers.models.bert.modeling_bert import BertAttention, BertIntermediate, BertOutput
 from transformers.utils import ModelOutput
+
+from .cross_layers import CrossLayer, added
 
 
 class VLEConfig(PreTrainedConfig):
@@ -101,25 +102,6 @@ class Boxes:
     def present(self) -> torch.Tensor:
         """(B, N), whether there is a box."""
         return self.patches.any(-1)
-
-
-class CrossLayer(nn.Module):
-    """A layer of BERT that reads its own stream and then the other one, both in both directions."""
-
-    def __init__(self, config: VLEConfig) -> None:
-        super().__init__()
-        self.attention = BertAttention(config)
-        self.crossattention = BertAttention(config, is_cross_attention=True)
-        self.intermediate = BertIntermediate(config)
-        self.output = BertOutput(config)
-
-    def forward(
-        self, own: torch.Tensor, other: torch.Tensor, own_mask: torch.Tensor, other_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """(B, S, D) and (B, S', D), with what is added to the scores of each; returns (B, S, D)."""
-        own = self.attention(own, own_mask)[0]
-        own = self.crossattention(own, encoder_hidden_states=other, encoder_attention_mask=other_mask)[0]
-        return self.output(self.intermediate(own), own)
 
 
 class Pooler(nn.Module):
@@ -216,19 +198,14 @@ class VLEModel(VLEPreTrainedModel):
             text_types = boxes.text_types
         text = text + self.token_type_embeddings(text_types)
         image = image + self.token_type_embeddings(image_types)
-        text_mask, image_mask = self._added(attention_mask, text.dtype), self._added(image_mask, text.dtype)
+        text_mask, image_mask = added(attention_mask, text.dtype), added(image_mask, text.dtype)
         for text_layer, image_layer in zip(self.cross_modal_text_layers, self.cross_modal_image_layers, strict=True):
             text, image = (
-                text_layer(text, image, text_mask, image_mask),
-                image_layer(image, text, image_mask, text_mask),
+                text_layer(text, text_mask, image, image_mask),
+                image_layer(image, image_mask, text, text_mask),
             )
         pooled = torch.cat([self.cross_modal_text_pooler(text), self.cross_modal_image_pooler(image)], dim=-1)
         return VLEOutput(pooler_output=pooled, text_embeds=text, image_embeds=image)
-
-    @staticmethod
-    def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(B, S) of ones and zeros → (B, 1, 1, S), what is added to scores."""
-        return (1.0 - mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
 
 
 AutoConfig.register(VLEConfig.model_type, VLEConfig)

@@ -11,7 +11,7 @@ from PIL import Image
 from support.golden import assert_close
 from support.vle import ANSWERS, GOLDEN, save_vle
 from vlm_sft.base.errors import UserError
-from vlm_sft.encoders.load import load_encoder
+from vlm_sft.encoders.vle import load_vle
 from vlm_sft.systems.vle_heads import TASKS
 
 HEADS = ("vqa_classifier", "itm_score", "pbc_classifier")
@@ -36,14 +36,14 @@ def changed(folder, tmp_path, **values):
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
 @pytest.mark.parametrize("task", ["vqa", "itm", "pbc"])
 def test_its_numbers_are_upstreams(tmp_path, task, weights):
-    encoder = load_encoder(str(save_vle(tmp_path / "it", TASKS[task].model.head, weights=weights)), task)
+    encoder = load_vle(str(save_vle(tmp_path / "it", TASKS[task].model.head, weights=weights)), task)
     asked = {name: GOLDEN.inputs[name] for name in ("input_ids", "pixel_values", "attention_mask")}
     assert_close(encoder.model(**asked).logits, GOLDEN.outputs[f"{task}_logits"])
     assert not encoder.model.training and not any(p.requires_grad for p in encoder.model.parameters())
 
 
 def test_texts_and_images_of_a_batch_do_not_change_each_other(folder):
-    encoder = load_encoder(str(folder), "vqa")
+    encoder = load_vle(str(folder), "vqa")
     images = [Image.new("RGB", (40, 60), "red"), Image.effect_noise((90, 30), 60).convert("RGB")]
     texts = ["how many dogs", "这是一只猫 and a dog, two dogs"]
     both = encoder(images, texts)
@@ -53,7 +53,7 @@ def test_texts_and_images_of_a_batch_do_not_change_each_other(folder):
 
 
 def test_texts_are_read_as_deberta_reads_them(folder):
-    encoder = load_encoder(str(folder), "vqa")
+    encoder = load_vle(str(folder), "vqa")
     ids = encoder.text_inputs(["how many dogs"])["input_ids"][0].tolist()
     words = encoder.tokenizer.convert_ids_to_tokens(ids)
     assert (words[0], words[-1]) == ("[CLS]", "[SEP]") and "".join(words[1:-1]).replace("▁", " ") == " how many dogs"
@@ -73,7 +73,7 @@ def test_texts_are_read_as_deberta_reads_them(folder):
 ])  # fmt: skip
 def test_what_does_not_fit_is_one_sentence(folder, tmp_path, values, task, says):
     with pytest.raises(UserError, match=says) as raised:
-        load_encoder(changed(folder, tmp_path, **values), task)
+        load_vle(changed(folder, tmp_path, **values), task)
     assert "MODEL" in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -85,9 +85,27 @@ def test_a_file_that_is_missing_is_named(folder, tmp_path, lost, says):
     copy = changed(folder, tmp_path)
     (tmp_path / "changed" / lost).unlink()
     with pytest.raises(UserError, match=says):
-        load_encoder(copy, "itm")
+        load_vle(copy, "itm")
 
 
 def test_an_encoder_without_heads_says_so(tmp_path):
     with pytest.raises(UserError, match=r"no head that answers questions: it is an encoder alone"):
-        load_encoder(str(save_vle(tmp_path / "bare")), "vqa")
+        load_vle(str(save_vle(tmp_path / "bare")), "vqa")
+
+
+def test_answers_are_those_of_the_head_by_their_share(folder):
+    encoder = load_vle(str(folder), "vqa")
+    picture = Image.effect_noise((56, 42), 70).convert("RGB")
+    first, second = encoder.answers([picture] * 2, ["how many dogs", "红色"], 3)
+    shares = encoder([picture], ["how many dogs"])[0].softmax(-1)
+    assert [each.answer for each in first] == [ANSWERS[number] for number in shares.topk(3).indices]
+    assert_close(torch.tensor([each.score for each in first]), shares.topk(3).values)
+    assert len(second) == 3
+    (all_of_them,) = encoder.answers([picture], ["?"], 50)
+    assert sorted(each.answer for each in all_of_them) == sorted(ANSWERS)
+    (few,) = encoder.answers([picture], ["how many dogs"], 5, ["两只", "red"])
+    assert {each.answer for each in few} == {"两只", "red"} and sum(each.score for each in few) == pytest.approx(1)
+    one, other = (shares[ANSWERS.index(each.answer)] for each in few)
+    assert few[0].score / few[1].score == pytest.approx(float(one / other), rel=1e-4)
+    with pytest.raises(UserError, match="does not know the answer 'blue'"):
+        encoder.answers([picture], ["what"], 1, ["red", "blue"])

@@ -1,0 +1,164 @@
+"""mPLUG's VQA model out of its files: ModelScope's folders, the authors' weight files, and folders of transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BertTokenizer, BlipImageProcessorPil
+
+from ..base.errors import UserError, refused_by_library
+from ..base.whole_files import read_text
+from ..pieces.beside import check_tokenizer
+from ..pieces.checkpoints import fetch_file
+from ..pieces.expected import TOKENIZER, WHOLE, laid_out
+from ..pieces.load_parts import check_size, from_pretrained, load_module
+from ..pieces.piece import Piece
+from ..recipe.safety import check_config, check_length, most_bytes
+from ..systems.mplug_vqa import MPlugConfig, MPlugForVQA
+from .encoder import Answer, Encoder, Published, told
+
+BERT_CONFIG = "config_bert.json"
+VISION = "visual_encoder.visual."
+# Of the published models: heads are of 64 numbers; the small one has no projection, and its own stride.
+HEAD_WIDTH, STRIDES, FUSION_LAYERS = 64, {True: 6, False: 3}, 6
+BEAMS, LONGEST_ANSWER = 5, 10  # as upstream generates
+
+
+class MPlug(Encoder):
+    """mPLUG with what makes its inputs. It writes its answers, or ranks those that it is given."""
+
+    model: MPlugForVQA
+
+    @torch.inference_mode()
+    def answers(
+        self, images: Sequence[Image.Image], questions: Sequence[str], top: int, candidates: Sequence[str] = ()
+    ) -> list[list[Answer]]:
+        """See `Encoder.answers`. Written answers have their probability for a score, candidates their share."""
+        inputs = {**self.text_inputs(questions), **self.image_inputs(images)}
+        states, mask = self.model.read(**{name: tensor.to(self.model.device) for name, tensor in inputs.items()})
+        if candidates:
+            made = self.tokenizer(
+                [f"{each}{self.tokenizer.sep_token}" for each in candidates], padding=True, return_tensors="pt"
+            ).to(self.model.device)
+            chosen, shares = self.model.rank(states, mask, made["input_ids"], made["attention_mask"], top)
+            return [
+                [Answer(candidates[n], s) for n, s in zip(*row, strict=True)]
+                for row in zip(chosen.tolist(), shares.tolist(), strict=True)
+            ]
+        begin, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        beams = max(BEAMS, top)
+        ids = self.model.write(states, mask, begin, end, num_beams=beams, num_return_sequences=top, do_sample=False,
+                               max_new_tokens=LONGEST_ANSWER, min_new_tokens=1, length_penalty=0.6)  # fmt: skip
+        states, mask = (each.repeat_interleave(top, dim=0) for each in (states, mask))
+        _, losses = self.model.score(states, mask, ids, (ids != self.tokenizer.pad_token_id).long())
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        found = [Answer(text, score) for text, score in zip(texts, losses.neg().exp().tolist(), strict=True)]
+        return [found[start : start + top] for start in range(0, len(found), top)]
+
+
+def load_mplug(
+    piece: Piece[Published],
+    tokenizer: str | None = None,
+    device: str | None = None,
+    sizes: Mapping[str, Any] | None = None,
+) -> MPlug:
+    """Loads a published mPLUG for VQA.
+
+    Args:
+        piece: Its checkpoint.
+        tokenizer: Folder or Hub id of its tokenizer (BERT's, lower case), where the checkpoint brings none.
+        device: Where it runs; None: the first GPU if there is one, else the CPU.
+        sizes: What tensors and `config_bert.json` do not tell, as `MPlugConfig` names it.
+
+    Raises:
+        UserError: It cannot be had, or is no mPLUG for VQA.
+    """
+    if told(piece).get("model_type") == MPlugConfig.model_type:
+        piece.config = piece.whole
+        model = from_pretrained(MPlugForVQA, piece, dtype=torch.float32)
+    else:
+        model = check_size(MPlugForVQA, _config(piece, sizes or {}), piece.checkpoint)
+        load_module(model, piece.checkpoint, torch.float32)
+    config = model.config
+    words = _tokenizer(tokenizer or piece.pretrained, piece)
+    if len(words) > config.vocab_size:
+        raise UserError(
+            f"{piece.where}: its tokenizer has {len(words):,} tokens, and the model knows {config.vocab_size:,}; name "
+            f"BERT's, in lower case."
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pictures = BlipImageProcessorPil(size={"height": config.image_size, "width": config.image_size})
+    return MPlug(model.eval().requires_grad_(False).to(device), words, pictures)
+
+
+def _config(piece: Piece[Published], sizes: Mapping[str, Any]) -> MPlugConfig:
+    """What its tensors, its `config_bert.json` and `sizes` tell, the last one first."""
+    names = piece.checkpoint.files
+    prefix = next((n.removesuffix(f"{VISION}conv1.weight") for n in names if n.endswith(f"{VISION}conv1.weight")), None)
+    if prefix is None or f"{prefix}text_decoder.cls.predictions.bias" not in names:
+        raise UserError(f"{piece.where} holds no mPLUG for VQA: name its folder or weight file.")
+    conv, table, words = (
+        f"{prefix}{VISION}conv1.weight",
+        f"{prefix}{VISION}positional_embedding",
+        "embeddings.word_embeddings.weight",
+    )
+    inner = f"{prefix}text_encoder.encoder.layer.0.intermediate.dense.weight"
+    places = f"{prefix}text_encoder.embeddings.position_embeddings.weight"
+    wanted = [conv, table, f"{prefix}{VISION}proj", f"{prefix}text_encoder.{words}", inner, places]
+    with refused_by_library(f"{piece.where} holds no mPLUG for VQA"):
+        shapes = piece.checkpoint.shapes(wanted)
+        vocabulary, width = shapes[wanted[3]]
+        vision, _, _, patch = shapes[conv]
+        side = round((shapes[table][0] - 1) ** 0.5) * patch
+
+        def layers(part: str) -> int:
+            start = f"{prefix}{part}"
+            return len({name.removeprefix(start).split(".")[0] for name in names if name.startswith(start)})
+
+        told = {
+            "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": shapes[inner][0],
+            "max_position_embeddings": shapes[places][0], "num_attention_heads": width // HEAD_WIDTH,
+            "num_hidden_layers": layers("fusion_encoder.encoder.layer."),
+            "text_encoder_layers": layers("text_encoder.encoder.layer."),
+            "text_decode_layers": layers("text_decoder.bert.encoder.layer."), "fusion_layers": FUSION_LAYERS,
+            "stride_layer": STRIDES[vision != width], "vision_width": vision, "image_size": side,
+            "vision_layers": layers(f"{VISION}transformer.resblocks."), "vision_heads": vision // HEAD_WIDTH,
+            "vision_patch_size": patch, "vision_output_dim": shapes[f"{prefix}{VISION}proj"][1],
+        }  # fmt: skip
+        return MPlugConfig(**{**told, **_bert_config(piece), **sizes})
+
+
+def _bert_config(piece: Piece[Published]) -> dict[str, Any]:
+    """The counts that tensors do not tell, of a folder that has a `config_bert.json`."""
+    if Path(piece.pretrained).is_file():
+        return {}
+    path = fetch_file(piece.pretrained, BERT_CONFIG, piece.revision, piece.key, required=False)
+    if path is None:
+        return {}
+    check_length(path, most_bytes(BERT_CONFIG))
+    with refused_by_library(f"{piece.where}: its {BERT_CONFIG} cannot be read"):
+        told = dict(json.loads(read_text(path)))
+    check_config(told, piece.where, BERT_CONFIG)
+    wanted = ("num_attention_heads", "fusion_layers", "stride_layer", "layer_norm_eps", "hidden_act")
+    return {name: told[name] for name in wanted if name in told}
+
+
+def _tokenizer(source: str, piece: Piece[Published]) -> BertTokenizer:
+    key = piece.key if source == piece.pretrained else "--tokenizer"
+    if Path(source).is_file():
+        raise UserError(
+            f"{piece.where} is a weight file without a tokenizer: give --tokenizer google-bert/bert-base-uncased."
+        )
+    revision = piece.revision if source == piece.pretrained else None
+    check_tokenizer(source, revision, key)
+    if all(fetch_file(source, name, revision, key, required=False) is None for name in (WHOLE, "vocab.txt")):
+        raise UserError(
+            f"{key}: {source!r} has no tokenizer (vocab.txt): give --tokenizer google-bert/bert-base-uncased."
+        )
+    with refused_by_library(f"{key}: {source!r} has no tokenizer of BERT's kind"):
+        return BertTokenizer.from_pretrained(laid_out(source, revision, key, TOKENIZER))

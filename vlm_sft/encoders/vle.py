@@ -1,0 +1,101 @@
+"""A published VLE with one of its heads, out of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from PIL import Image
+
+from ..base.errors import UserError
+from ..pieces.load_parts import check_size, load_module
+from ..pieces.piece import Piece
+from ..stack.build_processor import load_image_processor, load_tokenizer
+from ..systems.vle import VLEConfig
+from ..systems.vle_heads import TASKS, VLEForTask, VLEForVQA
+from .encoder import Answer, Encoder, Published, piece_of
+
+
+class VLE(Encoder):
+    """VLE with what makes its inputs."""
+
+    model: VLEForTask
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
+        """N images and N texts → what the head says of each pair, (N, …) in fp32 on the CPU."""
+        inputs = {**self.text_inputs(texts), **self.image_inputs(images)}
+        device = self.model.device
+        return self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.float().cpu()
+
+    def answers(
+        self, images: Sequence[Image.Image], questions: Sequence[str], top: int, candidates: Sequence[str] = ()
+    ) -> list[list[Answer]]:
+        """See `Encoder.answers`; the score is a share, and those of all answers that may be given add up to 1."""
+        names = self.model.config.id2label
+        if strangers := sorted(set(candidates) - set(names.values())):
+            raise UserError(f"This model does not know the answer {strangers[0]!r}: leave it out of the candidates.")
+        logits = self(images, questions)
+        if candidates:
+            out = torch.tensor([names[number] not in candidates for number in range(logits.shape[-1])])
+            logits = logits.masked_fill(out, -torch.inf)
+        best = logits.softmax(-1).topk(min(top, len(set(candidates)) or logits.shape[-1]), dim=-1)
+        return [
+            [Answer(names[number], score) for number, score in zip(numbers, scores, strict=True)]
+            for numbers, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+
+def load_vle(
+    pretrained: str, task: str, revision: str | None = None, key: str = "MODEL", device: str | None = None
+) -> VLE:
+    """Loads a published VLE for one task.
+
+    Args:
+        pretrained: Folder or Hub id of a VLE.
+        task: A key of `TASKS`; the checkpoint must hold its head.
+        revision: Branch, tag or commit on the Hub.
+        key: What messages call the checkpoint.
+        device: Where it runs; None: the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: It cannot be had, is no VLE, or has another head.
+    """
+    piece = piece_of(pretrained, revision, key)
+    if (kind := piece.raw.get("model_type")) != VLEConfig.model_type and piece.raw:
+        raise UserError(f"{piece.where} is a {kind!r} model; name a VLE, such as hfl/vle-base-for-vqa.")
+    chosen, files = TASKS[task], piece.checkpoint.files
+    if not _holds(chosen.model, files):
+        held = " and ".join(each.what for each in TASKS.values() if _holds(each.model, files))
+        raise UserError(
+            f"{piece.where} has no head that {chosen.what}: it {held or 'is an encoder alone'}; name one that has."
+        )
+    config = piece.whole
+    if task == "vqa":
+        _check_answers(config, piece)
+    model = check_size(chosen.model, config, piece.checkpoint)
+    load_module(model, piece.checkpoint, torch.float32)
+    tokenizer, images = load_tokenizer(piece), load_image_processor(piece, config.vision_config.image_size)
+    if len(tokenizer) > (rows := config.text_config.vocab_size):
+        raise UserError(
+            f"{piece.where}: its tokenizer has {len(tokenizer):,} tokens, and its text encoder knows {rows:,}; fetch "
+            f"the checkpoint again."
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return VLE(model.eval().requires_grad_(False).to(device), tokenizer, images)
+
+
+def _holds(model: type[VLEForTask], names: Iterable[str]) -> bool:
+    """Whether the tensors of a checkpoint are those of this head too."""
+    return any(name.startswith(f"{model.head}.") for name in names)
+
+
+def _check_answers(config: VLEConfig, piece: Piece[Published]) -> None:
+    """Sets how many answers the head has by its own tensor, and compares it with the answers that are named."""
+    last = f"{VLEForVQA.head}.3.bias"
+    config.num_vqa_labels = piece.checkpoint.shapes([last])[last][0] if last in piece.checkpoint.files else None
+    if config.num_vqa_labels is not None and sorted(config.id2label) != list(range(config.num_vqa_labels)):
+        raise UserError(
+            f"{piece.where}: its head has {config.num_vqa_labels:,} answers and its config.json names "
+            f"{len(config.id2label):,} (id2label); fetch the checkpoint again."
+        )
