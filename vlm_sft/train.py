@@ -53,7 +53,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .bundle.hub import check_access
     from .bundle.run_folder import settle_resume, sweep
     from .bundle.save import check_savable
-    from .evaluation.while_training import Benchmarks
+    from .during.while_training import WhileTraining
     from .preflight.samples import glance
     from .stack.fit import check_texts
     from .stack.kinds import compose
@@ -69,7 +69,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         on_first_process(partial(sweep, args.output_dir))
         if recipe.hub:
             on_first_process(partial(check_access, recipe.hub.repo_id))
-        benchmarks = Benchmarks(recipe)
+        during = WhileTraining(recipe, partial(say, console))
         composed = compose(recipe)
         check_texts(composed.config, composed.processor, args.max_length)
         check_adapter(recipe, composed, args.resume_from_checkpoint)
@@ -81,7 +81,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         with console.status("Loading the pieces"):
             trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))
         console.print(trainer.plan.table(trainer.model))
-        benchmarks.attach(trainer, partial(say, console))
+        during.attach(trainer)
         pushes = _pushes(recipe, trainer, console)
         with _progress(trainer, console):
             with _until_a_signal(trainer, pushes):
@@ -89,7 +89,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             if trainer.eval_dataset is not None and args.eval_strategy == "no":  # no evaluation has been made yet
                 trainer.save_points.save_bundle()  # first: a run that is killed in its evaluation is not lost
                 trainer.evaluate()
-        folder = benchmarks.finish(finish(trainer, collator, console))
+        folder = during.finish(finish(trainer, collator, console))
         if pushes is not None and trainer.is_world_process_zero():
             pushes.finish(folder)
         return folder

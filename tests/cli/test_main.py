@@ -16,6 +16,7 @@ from support.paths import accelerate_config
 from support.recipe_texts import TEXT, write
 from vlm_sft import train
 from vlm_sft.cli import main as cli
+from vlm_sft.forgetting.texts import Wish
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -131,7 +132,7 @@ def test_generate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
 def test_evaluate(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
     assert call(monkeypatch, "evaluate", "me/b", "--split", "eval", "--max-rows", "5", "--trust-remote-code") == 0
     wanted = {"split": "eval", "batch_size": 32, "output": None, "max_rows": 5, "recipe": None}
-    wanted |= {"trust_remote_code": True, "against": None}
+    wanted |= {"trust_remote_code": True, "against": None, "forgetting": Wish()}
     assert calls == [("evaluation.evaluate.run", ("me/b",), wanted)]
 
 

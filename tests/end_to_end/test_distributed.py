@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from support.paths import ROOT, accelerate_config
 from support.tiny_families import encoded, tiny
 from vlm_sft import load_recipe
+from vlm_sft.during.samples import read_samples
 from vlm_sft.train import train
 
 DRIVER = ROOT / "tests" / "support" / "distributed_driver.py"
@@ -114,6 +115,11 @@ def history(folder: Path, key: str) -> list[float]:
     return [row[key] for row in rows if key in row]
 
 
+def answers(folder: Path) -> list[tuple[str, str]]:
+    """What the rows that a run shows were answered before its first step."""
+    return [(record["id"], record["answer"]) for record in read_samples(folder / "samples.jsonl") if not record["step"]]
+
+
 def assert_same_run(one: Path, two: Path) -> None:
     """The same keys, shapes, weights, losses and image use."""
     ours, theirs = tensors(one), tensors(two)
@@ -156,6 +162,7 @@ def test_fsdp2_makes_what_one_process_makes(write, write_model, alone, tmp_path)
         one = train(load_recipe(write_model(f"{kind}_one", 2, kind, **changes)))
         assert_same_run(one, tmp_path / f"{kind}_two")
     assert len(history(tmp_path / "adapter", "loss")) == 2
+    assert "The model is not asked while it is trained: its weights are split." in done.stderr
     # Shares and optimizer state are put back: the run that went on ends where the other did, and loads anywhere.
     assert_same_run(tmp_path / "fsdp2", tmp_path / "resumed")
     assert f"Bundle: {tmp_path / 'resumed'}" in done.stderr and "Parity: reloaded" in done.stderr
@@ -186,6 +193,9 @@ def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_packs_and_streams_
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, tmp_path / "ddp")
     assert_same_run(alone, tmp_path / "cached")
+    # Two processes, and a cache in the tower's place, say what one with a tower does before the first step.
+    assert answers(tmp_path / "ddp") == answers(tmp_path / "cached") == answers(alone) != []
+    assert answers(tmp_path / "llava") and answers(tmp_path / "packs")
     assert list(tmp_path.glob("features/*/*.index"))
     assert_same_run(train(load_recipe(write("packs_alone", 2, packed))), tmp_path / "packs")
     assert_same_run(train(load_recipe(write_model("llava_alone", 2, **llava))), tmp_path / "llava")

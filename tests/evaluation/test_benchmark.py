@@ -20,7 +20,7 @@ from vlm_sft.base.assets import list_tasks
 from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.save import save_bundle
-from vlm_sft.evaluation import asking, benchmark
+from vlm_sft.evaluation import asking
 from vlm_sft.evaluation.asking import How
 from vlm_sft.evaluation.benchmark import run
 from vlm_sft.evaluation.records import read_records
@@ -96,7 +96,7 @@ def test_a_task_of_ones_own_and_what_is_asked_again(bundle, own, tmp_path, monke
     records = read_records(bundle / "evaluation" / "dogs.jsonl")
     assert [record["id"] for record in records] == ["q0", "q1", "q2"] and records[0]["question"] == "有几只狗 0? 1"
     assert records[0]["images"] == [str(tmp_path / "0.png")] and first["kinds"].keys() == {"0.png", "1.png"}
-    monkeypatch.setattr(benchmark, "load", lambda *more, **options: pytest.fail("it is answered already"))
+    monkeypatch.setattr(asking, "load", lambda *more, **options: pytest.fail("it is answered already"))
     assert run(str(bundle), [path], how=How(batch_size=3), compare=False)["dogs"] == first
     with pytest.raises(pytest.fail.Exception):  # another setting is another evaluation
         run(str(bundle), [path], options={"max_new_tokens": 3}, compare=False)

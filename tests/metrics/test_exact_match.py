@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.paths import GOLDENS
-from vlm_sft.metrics.exact_match import exact_match, gqa_exact_match, normalise_answer
+from vlm_sft.metrics.exact_match import contains, exact_match, gqa_exact_match, normalise_answer
 
 
 def golden(name: str):
@@ -50,3 +50,24 @@ def test_exact_match_takes_any_reference():
 def test_gqa_exact_match_equals_lmms_eval():
     for case in golden("gqa_exact_match.json"):
         assert gqa_exact_match(case["prediction"], case["answer"]) == bool(case["exact_match"]), case
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "stands"),
+    [
+        ("It is a red bus.", ["bus"], True),
+        ("the category", ["cat"], False),
+        ("cats", ["cat"], False),
+        ("A CAT!", ["cat"], True),
+        ("一只黑色的猫在睡觉。", ["猫"], True),
+        ("３个人", ["3"], True),
+        ("13 people", ["3"], False),
+        ("t-shirt, blue", ["blue", "green"], True),
+        ("", ["cat"], False),
+        ("anything", [""], False),
+        ("a+b (c)", ["+b (c)"], True),
+        ("猫cat", ["cat"], True),
+    ],
+)
+def test_a_right_answer_stands_in_what_was_said_as_whole_words(said, right, stands):
+    assert contains(said, right) == stands

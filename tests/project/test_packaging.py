@@ -70,7 +70,14 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_what_ships_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
-        for folder in ("recipes", "chat_templates", "evaluation_tasks", "accelerate_configs", "examples/digitscenes"):
+        for folder in (
+            "recipes",
+            "chat_templates",
+            "evaluation_tasks",
+            "text_sets",
+            "accelerate_configs",
+            "examples/digitscenes",
+        ):
             shipped = [p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
             assert shipped
             for path in shipped:

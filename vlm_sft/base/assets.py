@@ -1,4 +1,4 @@
-"""Finds the files that ship beside the code: recipes, chat templates, benchmarks, accelerate configs, examples.
+"""Finds the files that ship beside the code: recipes, chat templates, benchmarks, text sets, accelerate configs.
 
 In a checkout and in an editable install they are folders next to the package; in a wheel the build puts the same
 folders under `vlm_sft/_assets`. Everything else asks here, so that no other module knows the difference.
@@ -33,6 +33,11 @@ def list_templates() -> list[str]:
 def list_tasks() -> list[str]:
     """Returns the names of the benchmarks that ship, sorted."""
     return _names("evaluation_tasks", ".yaml")
+
+
+def list_text_sets() -> list[str]:
+    """Returns the names of the text sets that ship, by which forgetting is measured, sorted."""
+    return _names("text_sets", ".jsonl")
 
 
 def recipe_path(name: str) -> Path:
@@ -71,6 +76,15 @@ def task_path(name: str) -> Path:
         UserError: none of that name ships; the message names the closest one.
     """
     return _find("evaluation_tasks", ".yaml", name, "benchmark")
+
+
+def text_set_path(name: str) -> Path:
+    """Returns the file of a text set that ships.
+
+    Raises:
+        UserError: none of that name ships; the message names the closest one.
+    """
+    return _find("text_sets", ".jsonl", name, "text set")
 
 
 def _names(folder: str, suffix: str) -> list[str]:

@@ -42,8 +42,14 @@ CARD, METRICS, CURVES, SCORES = "README.md", "metrics.json", "curves.png", "eval
 EVALUATION, ERROR_PAGE = "evaluation", "evaluation.html"
 """Folder of a bundle with the answers that `evaluate` wrote down, and the page in it that shows them."""
 
+FORGETTING = "forgetting.json"
+"""In the folder of the answers: what the language model forgot of texts without pictures."""
+
 STRANGE_STEPS = "watch.jsonl"
 """Of a run: the steps that went wrong."""
+
+SAMPLES = "samples.jsonl"
+"""Of a run: what it answered to a few rows at each evaluation."""
 
 RUN_LOCK = ".run.lock"
 """Of a run that is going on: which process writes to the folder."""

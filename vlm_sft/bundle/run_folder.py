@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
-from ..base.names import CHECKPOINT_FILES, EXPORT_REPORT, MANIFEST, RUN_LOCK, STRANGE_STEPS
+from ..base.names import (
+    CHECKPOINT_FILES,
+    EXPORT_REPORT,
+    MANIFEST,
+    RUN_LOCK,
+    SAMPLES,
+    STRANGE_STEPS,
+)
 from ..base.whole_files import UNFINISHED, read_text
 from ..base.words import closest
 
@@ -254,7 +261,7 @@ def _check_empty(folder: Path, resume: bool) -> None:
             f"sft.output_dir {str(folder)!r} holds a finished run without checkpoints, so there is nothing to go on "
             f"from: its bundle can be used as it is; choose another folder, or remove it to train again."
         )
-    harmless = ("runs", RUN_LOCK)
+    harmless = ("runs", RUN_LOCK, SAMPLES)
     full = any(path.name not in harmless and not path.name.startswith(UNFINISHED) for path in folder.iterdir())
     if full and not resume:
         raise UserError(

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ..base.errors import RowError, UserError
 from ..batch.processor import VLMProcessor
+from ..bundle.load import load
 from ..inference.generation import answer_each, check_length, encode_question
 from ..inference.likelihood import likelihoods
 from ..inference.settings import SAMPLING
+from ..recipe.schema import Recipe
 from .pictures import EncodedOnce, Pictures, grey
 from .task_rows import Asked
 
@@ -173,3 +177,24 @@ def share_of(questions: Sequence[Asked], process: int, processes: int) -> list[A
     pictures: dict[tuple[str, ...], int] = {}
     order = sorted(questions, key=lambda asked: pictures.setdefault(tuple(asked.names()), len(pictures)))
     return order[len(order) * process // processes : len(order) * (process + 1) // processes]
+
+
+class Loading:
+    """A bundle, loaded when it is first asked something: `model, processor = loading()`."""
+
+    def __init__(self, folder: Path, recipe: Recipe, trust_remote_code: bool) -> None:
+        self.folder, self.recipe, self.trust = folder, recipe, trust_remote_code
+        self._loaded: tuple[PreTrainedModel, VLMProcessor] | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it was asked something."""
+        return self._loaded is not None
+
+    def __call__(self) -> tuple[PreTrainedModel, VLMProcessor]:
+        if self._loaded is None:
+            state = PartialState()
+            device = state.device if state.num_processes > 1 else None
+            model, processor = load(self.folder, device=device, trust_remote_code=self.trust)
+            self._loaded = model, processor  # type: ignore[assignment]
+        return self._loaded  # type: ignore[return-value]

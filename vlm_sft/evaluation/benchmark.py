@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,12 +17,15 @@ from transformers import set_seed
 from ..base.assets import list_tasks
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError
-from ..base.names import ERROR_PAGE
+from ..base.names import ERROR_PAGE, FORGETTING
 from ..base.processes import on_first_process, share_work
 from ..base.progress import RowProgress
 from ..bundle.hub import find_bundle, is_fetched
-from ..bundle.load import load, recipe_of
+from ..bundle.load import recipe_of
 from ..bundle.manifest import read_manifest
+from ..forgetting.bundles import BeforeAndAfter
+from ..forgetting.compare import page_tables, print_forgetting
+from ..forgetting.texts import USUAL, Wish
 from ..inference.settings import check_options
 from ..metrics.measures import MEASURES, Answered, Measured
 from ..pages.against import against as put_beside
@@ -29,8 +33,8 @@ from ..pages.against import earlier_answers
 from ..pages.errors import write_page
 from ..pages.records import read_records, sheet_of
 from ..recipe.schema import Recipe
-from .asking import Asker, How, Record, share_of
-from .contamination import contamination
+from .asking import Asker, How, Loading, Record, share_of
+from .contamination import contamination, seen_in_words
 from .pictures import Pictures
 from .records import Records, fingerprint
 from .task_rows import Asked, read_task
@@ -66,6 +70,7 @@ def run(
     options: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     against: str | None = None,
+    forgetting: Wish = USUAL,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates a bundle on benchmarks.
 
@@ -80,6 +85,7 @@ def run(
         options: For `generate`, over what bundle and task say.
         trust_remote_code: See `vlm_sft.load`.
         against: Another bundle, or its answers, for the page of errors to compare with.
+        forgetting: What of it is measured.
 
     Returns:
         For each benchmark what is written to its `NAME.json`; see docs/evaluation.md.
@@ -88,40 +94,65 @@ def run(
         UserError: A benchmark or its data are not there or wrong; once all is written, also where questions could not
             be asked.
     """
-    quiet_libraries()
-    # Without being told that there is nothing but CPUs, accelerate takes each process of a launch for one alone.
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    check_options(dict(options or {}))
+    _begin(dict(options or {}))
     folder = find_bundle(bundle)
     recipe = recipe_of(folder, read_manifest(folder))
-    default = Path(f"{bundle.partition('@')[0].rpartition('/')[2]}-{FOLDER}") if is_fetched(folder) else folder / FOLDER
-    target = Path(output).expanduser() if output else default
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--output {str(target)!r} is a file; name a folder.")
+    target = _target(bundle, folder, output)
     ready = read_benchmarks(names, data, max_rows)
     command = f"vlm-sft evaluate {{}} --benchmark {','.join(names)}"
     theirs = earlier_answers(against, [each.name for each in ready], command) if against else {}
-    loading = _Loading(folder, recipe, trust_remote_code)
+    loading = Loading(folder, recipe, trust_remote_code)
+    console = make_console(highlight=False, soft_wrap=True)
+    change = _before(folder, forgetting, trust_remote_code, console)
     found = {}
     for benchmark in ready:
         settings = {**recipe.generation, **benchmark.task.generation, **(options or {})}
         asked = replace(how or How(), settings=settings, options=benchmark.task.options)
         kept = Records(target, benchmark.name, fingerprint(folder, benchmark.asked, _told(benchmark.task, asked)))
         found[benchmark.name] = on_first_process(kept.finished) or _evaluate(
-            benchmark, loading, asked, kept, make_console(highlight=False, soft_wrap=True), recipe if compare else None
+            benchmark, loading, asked, kept, console, recipe if compare else None
         )
+    lost = on_first_process(lambda: change[0].finish(loading, target / FORGETTING, loading.loaded))
     if PartialState().is_main_process:
         print_table(found, target)
-        show_errors(bundle, ready, found, target, against or "", theirs)
+        print_forgetting(lost)
+        show_errors(bundle, ready, found, target, (against or "", theirs), page_tables(lost))
     _check_all_were_asked(found)
     return found
 
 
+def _begin(options: dict[str, Any]) -> None:
+    quiet_libraries()
+    # Without being told that there is nothing but CPUs, accelerate takes each process of a launch for one alone.
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    check_options(options)
+
+
+def _before(folder: Path, wish: Wish, trust: bool, console: Console) -> list[BeforeAndAfter]:
+    """What is measured of forgetting, on the first process alone."""
+    found: list[BeforeAndAfter] = []
+    on_first_process(lambda: found.append(BeforeAndAfter(folder, wish, trust, partial(say, console))))
+    return found
+
+
+def _target(bundle: str, folder: Path, output: str | None) -> Path:
+    default = Path(f"{bundle.partition('@')[0].rpartition('/')[2]}-{FOLDER}") if is_fetched(folder) else folder / FOLDER
+    target = Path(output).expanduser() if output else default
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--output {str(target)!r} is a file; name a folder.")
+    return target
+
+
 def show_errors(
-    bundle: str, ready: Sequence[Benchmark], found: Mapping[str, Any], target: Path, other: str, theirs: dict[str, Any]
+    bundle: str,
+    ready: Sequence[Benchmark],
+    found: Mapping[str, Any],
+    target: Path,
+    against: tuple[str, dict[str, Any]],
+    tables: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes the page of errors beside the records; `other` and `theirs`: see `earlier_answers`."""
-    sheets = []
+    """Writes the page of errors beside the records; `against`: a bundle, and what `earlier_answers` says of it."""
+    sheets, (other, theirs) = [], against
     for name, *_ in ready:
         sheet = sheet_of(name, read_records(target / f"{name}.jsonl"), found[name])
         sheet.notes += [seen_in_words(seen)] if (seen := found[name]["contamination"]) else []
@@ -129,7 +160,8 @@ def show_errors(
             put_beside(sheet, theirs[name], other)
         sheets.append(sheet)
     images = {(each.name, one.id): (each.pictures.whole, one.images) for each in ready for one in each.asked}
-    write_page(target / ERROR_PAGE, bundle, sheets, other, lambda entry: list(map(*images[entry.sheet, entry.id])))
+    given = (sheets, other, lambda entry: list(map(*images[entry.sheet, entry.id])))
+    write_page(target / ERROR_PAGE, bundle, *given, tables=tables)
 
 
 def _check_all_were_asked(found: Mapping[str, Any]) -> None:
@@ -164,24 +196,8 @@ def _told(task: Task, how: How) -> dict[str, Any]:
     return {"metric": task.metric, **same}
 
 
-class _Loading:
-    """A bundle, loaded when it is first asked something."""
-
-    def __init__(self, folder: Path, recipe: Recipe, trust_remote_code: bool) -> None:
-        self.folder, self.recipe, self.trust = folder, recipe, trust_remote_code
-        self._loaded: tuple[PreTrainedModel, VLMProcessor] | None = None
-
-    def __call__(self) -> tuple[PreTrainedModel, VLMProcessor]:
-        if self._loaded is None:
-            state = PartialState()
-            device = state.device if state.num_processes > 1 else None
-            model, processor = load(self.folder, device=device, trust_remote_code=self.trust)
-            self._loaded = model, processor  # type: ignore[assignment]
-        return self._loaded  # type: ignore[return-value]
-
-
 def _evaluate(
-    benchmark: Benchmark, loading: _Loading, how: How, kept: Records, console: Console, recipe: Recipe | None
+    benchmark: Benchmark, loading: Loading, how: How, kept: Records, console: Console, recipe: Recipe | None
 ) -> dict[str, Any]:
     """Asks a benchmark and concludes; a recipe: that of the training sources to compare with."""
     done = on_first_process(kept.done)
@@ -329,17 +345,3 @@ def print_table(found: Mapping[str, Mapping[str, Any]], target: Path) -> None:
 
 def _number(value: float) -> str:
     return f"{value:.1%}" if abs(value) <= 1 else f"{value:,.2f}"
-
-
-def seen_in_words(seen: Mapping[str, Any]) -> str:
-    """What was found of a benchmark in the training sources, in a sentence."""
-    if "unchecked" in seen:
-        return str(seen["unchecked"])
-    count = seen["same"] + seen["alike"]
-    if not count:
-        return f"None of its {seen['pictures']:,} pictures is among those of the training sources."
-    return (
-        f"{count:,} of its {seen['pictures']:,} pictures are among those of the training sources ({seen['same']:,} by "
-        f"their bytes, {seen['alike']:,} by look), and {seen['questions']:,} questions are on them; the first: "
-        f"{seen['examples'][0]}."
-    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,18 @@ from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError, refused_by_library
 from ..base.names import ERROR_PAGE, EVALUATION, MANIFEST, METRICS, SCORES
 from ..base.whole_files import read_text, write_json, write_whole
+from ..forgetting.texts import USUAL, Wish
 from ..metrics.intervals import mean_of
 from ..pages.against import against as put_beside
 from ..pages.against import earlier_answers
 from ..pages.errors import write_page
 from ..pages.records import sheet_of
-from .scoring import Answers, collect, score
+from .scoring import Answers, Question, collect, score
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..batch.processor import VLMProcessor
     from ..recipe.schema import Recipe
     from ..recipe.sections import Source
 
@@ -34,6 +39,7 @@ def run(
     recipe: str | None = None,
     trust_remote_code: bool = False,
     against: str | None = None,
+    forgetting: Wish = USUAL,
 ) -> dict[str, Any]:
     """Evaluates a bundle, prints a table, writes `eval.json`, the bundle's card, every answer and a page of errors.
 
@@ -47,21 +53,22 @@ def run(
         trust_remote_code: See `vlm_sft.load`.
         recipe: A recipe whose `data` is used in place of the bundle's own.
         against: Another bundle, or its answers, for the page to compare with; see `earlier_answers`.
+        forgetting: What of it is measured.
 
     Returns:
-        What `scoring.score` gives, and `train_seconds`, `split`, `evaluate_seconds`.
+        What `scoring.score` gives, `train_seconds`, `split`, `evaluate_seconds`, and `forgetting` if it is measured.
 
     Raises:
         UserError: No bundle, no such split, no rows, or a row that cannot be read; once all is written, also where
             questions could not be asked because of their pictures.
     """
     quiet_libraries()
-    from transformers import set_seed
-
     from ..bundle.card import write_card
     from ..bundle.hub import find_bundle, is_fetched
     from ..bundle.load import load, recipe_of
     from ..bundle.manifest import read_manifest
+    from ..forgetting.bundles import BeforeAndAfter
+    from ..forgetting.compare import page_tables
     from ..recipe.schema import load_recipe
 
     folder = find_bundle(bundle)
@@ -71,20 +78,33 @@ def run(
     name, command = f"data.{split}", "vlm-sft evaluate {}" + (f" --split {split}" if split != "test" else "")
     theirs = earlier_answers(against, [name], command)[name] if against else None
     questions = collect(sources, max_rows)
+    change = BeforeAndAfter(folder, forgetting, trust_remote_code, partial(say, make_console()))
     model, processor = load(folder, trust_remote_code=trust_remote_code)
-    start = time.perf_counter()
-    set_seed(int(own.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
-    said: list[Answers] = []
-    results = score(model, processor, questions, batch_size, dict(own.generation), said.append)
-    results |= {"train_seconds": train_seconds(folder), "split": split}
-    results["evaluate_seconds"] = round(time.perf_counter() - start, 1)
+    results, said = _score(model, processor, questions, batch_size, own)
+    lost = change.finish(lambda: (model, processor))  # type: ignore[arg-type,return-value]
+    results |= {"train_seconds": train_seconds(folder), "split": split, **({"forgetting": lost} if lost else {})}
     write_json(target, results)
-    write_answers(said, name, target, bundle, (against or "", theirs))
+    write_answers(said, name, target, bundle, (against or "", theirs), page_tables(lost))
     if not output and not fetched:
         write_card(folder)
     _print(results, target)
     _check_all_were_asked(results)
     return results
+
+
+def _score(
+    model: nn.Module,
+    processor: VLMProcessor,
+    questions: dict[str | None, list[Question]],
+    batch_size: int,
+    recipe: Recipe,
+) -> tuple[dict[str, Any], list[Answers]]:
+    from transformers import set_seed
+
+    start, said = time.perf_counter(), list[Answers]()
+    set_seed(int(recipe.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
+    results = score(model, processor, questions, batch_size, dict(recipe.generation), said.append)
+    return results | {"evaluate_seconds": round(time.perf_counter() - start, 1)}, said
 
 
 def _target(bundle: str, folder: Path, fetched: bool, output: str | None) -> Path:
@@ -103,6 +123,7 @@ def write_answers(
     target: Path,
     bundle: str,
     other: tuple[str, list[dict[str, Any]] | None],
+    tables: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes a record of each question, and the page that shows them.
 
@@ -112,6 +133,7 @@ def write_answers(
         target: File of the results: those of a bundle have the rest in its `evaluation`, others beside them.
         bundle: What was asked, in words.
         other: What it is compared with, in words, and its records.
+        tables: Further tables of the page.
 
     Raises:
         UserError: The other's records are of other questions.
@@ -135,7 +157,7 @@ def write_answers(
     described, theirs = other
     if theirs is not None:
         put_beside(sheet, theirs, described)
-    write_page(page, bundle, [sheet], described, lambda entry: images[entry.id])
+    write_page(page, bundle, [sheet], described, lambda entry: images[entry.id], tables=tables)
 
 
 def records_of(said: Answers) -> Iterator[tuple[dict[str, Any], Sequence[Any]]]:
@@ -216,6 +238,13 @@ def train_seconds(folder: Path) -> float | None:
 
 
 def _print(results: dict[str, Any], target: Path) -> None:
+    from ..forgetting.compare import print_forgetting
+
+    print_forgetting(results.get("forgetting"))
+    _print_shares(results, target)
+
+
+def _print_shares(results: dict[str, Any], target: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

@@ -104,7 +104,7 @@ class EncodedOnce:
             key: (image, row) for row in rows for image in row["images"] if (key := image_key(image)) not in self._kept
         }
         if new:
-            self._encode(new)
+            self.encode(new)
         self._now = [self._kept[key] for key in keys]
         for key in keys:
             self._kept.move_to_end(key)
@@ -115,7 +115,8 @@ class EncodedOnce:
         return [{**row, "images": [_stand_in(next(numbers)) for _ in row["images"]]} for row in rows]
 
     @torch.inference_mode()
-    def _encode(self, new: Mapping[bytes, tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    def encode(self, new: Mapping[bytes, tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """Keeps what the tower gives for pictures: key → picture, and a row that has it."""
         assert self._core is not None
         tower, config, pixels, named = self._core.model.vision_tower, self._core.config, [], []
         device = next(tower.parameters()).device

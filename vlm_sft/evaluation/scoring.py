@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base.console import make_console
-from ..base.errors import RowError, UserError
+from ..base.errors import RowError, UserError, raise_it
 from ..base.progress import RowProgress
 from ..metrics.table import EXACT_MATCH, METRICS, Metric
 
@@ -70,14 +70,21 @@ class Answers(NamedTuple):
 FEWEST_ANSWERS = 4  # with fewer, VQA accuracy gives no answer full marks: three of the others must agree with it
 
 
-def collect(sources: Sequence[Source], max_rows: int | None = None) -> dict[str | None, list[Question]]:
+def collect(
+    sources: Sequence[Source], max_rows: int | None = None, lenient: bool = False
+) -> dict[str | None, list[Question]]:
     """Questions by kind: the name of their source, and None for captions, whose sources may share their images.
 
+    Args:
+        sources: Where the rows are.
+        max_rows: Only the first so many of each.
+        lenient: Wrong rows are left out, which a run counts in its ledger.
+
     Raises:
-        UserError: A source cannot be read, an image is missing, or a row has no answer to compare with.
+        UserError: A source cannot be read; unless `lenient`, an image is missing or a row has no answer.
     """
     from ..data.dataset import load_source
-    from ..data.image_files import check_images
+    from ..data.image_files import check_images, missing_images
     from ..data.source import every_answer
     from ..rows.formats import FORMATS
 
@@ -85,9 +92,14 @@ def collect(sources: Sequence[Source], max_rows: int | None = None) -> dict[str 
     for source in sources:
         limit = min(filter(None, (source.max_rows, max_rows)), default=None)
         first = source.model_copy(update={"max_rows": limit})
-        rows = load_source(first)
-        check_images(rows)
-        found = gather(rows, source.format)
+        rows = load_source(first, reject=(lambda error: None) if lenient else raise_it)
+        gone: dict[str, str] = {}
+        if lenient:
+            _, gone = missing_images(rows)
+        else:
+            check_images(rows)
+        whole = (row for row in rows if not any(image["path"] in gone for image in row["images"]))
+        found = gather((row for row in whole if _ends_with_answer(row) or not lenient), source.format)
         if source.format == "vqav2":  # its metric wants the answers of all annotators, a row has the most frequent
             answers = every_answer(first)
             for question in found:
@@ -174,13 +186,17 @@ def gather(rows: Iterable[dict[str, Any]], format: str = "") -> list[Question]: 
 
     questions = []
     for row in map(unpacked, rows):
-        if row["messages"][-1]["role"] != "assistant":
+        if not _ends_with_answer(row):
             raise UserError(f"row {row['id']}: its last message is no answer to compare with; end it with one.")
         *asked, answer = row["messages"]
         reference = "".join(part["text"] or "" for part in answer["content"])
         boxed = answer if has_boxes([answer]) else None
         questions.append(Question(asked, row["images"], [reference], str(row["id"]), format, answer=boxed))
     return questions
+
+
+def _ends_with_answer(row: dict[str, Any]) -> bool:
+    return bool(row["messages"][-1]["role"] == "assistant")
 
 
 def merge(questions: Sequence[Question], processor: VLMProcessor) -> list[Question]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Sequence
 
@@ -43,6 +44,22 @@ def exact_match(prediction: str, references: str | Sequence[str]) -> bool:
         raise ValueError("exact_match needs at least one reference.")
     wanted = normalise_answer(prediction)
     return any(wanted == normalise_answer(reference) for reference in references)
+
+
+def contains(prediction: str, references: Sequence[str]) -> bool:
+    """Whether one of the references stands in the prediction, after `normalise_answer`, as whole words.
+
+    Of Chinese, which has no spaces, any place in the text will do.
+    """
+    said = normalise_answer(prediction)
+    return any(_stands_in(normalise_answer(reference), said) for reference in references)
+
+
+def _stands_in(wanted: str, said: str) -> bool:
+    # A letter or digit of ASCII beside one makes it a part of another word: "cat" is not in "category".
+    before, after = ("" if not end.isascii() or not end.isalnum() else "[a-z0-9]" for end in (wanted[:1], wanted[-1:]))
+    pattern = (f"(?<!{before})" if before else "") + re.escape(wanted) + (f"(?!{after})" if after else "")
+    return bool(wanted) and re.search(pattern, said) is not None
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -13,7 +13,7 @@ from . import mmmu
 from .captions import bleu_of, sacrebleu_of, score_captions, score_chinese
 from .choices import can_infer, can_infer_option, option_of_ai2d, option_of_llava, option_of_seed
 from .documents import anls, ocr_contains, relaxed_match
-from .exact_match import exact_match, gqa_exact_match
+from .exact_match import contains, exact_match, gqa_exact_match
 from .intervals import Total, mean_of
 from .vqa import vqa_accuracy
 from .yes_no import mme_says, pope_says_yes
@@ -169,6 +169,7 @@ def _any(score: Callable[[str, str], float]) -> Callable[[Answered], float]:
 
 MEASURES: dict[str, Measure] = {
     "exact_match": _share("exact_match", lambda one: exact_match(one.answer, one.answers)),
+    "contains": _share("contains", lambda one: contains(one.answer, one.answers)),
     "gqa": _share("accuracy", _any(gqa_exact_match)),
     "vqa": _vqa,
     "vqa_evalai": partial(_vqa, first="evalai"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..base.errors import UserError
 from ..base.limits import Limits
@@ -18,6 +18,33 @@ from .yaml_file import KeyPath
 if TYPE_CHECKING:
     from .schema import Recipe
 
+AnswerMetric = Literal[
+    "exact_match",
+    "contains",
+    "gqa",
+    "vqa",
+    "vqa_evalai",
+    "anls",
+    "relaxed",
+    "captions",
+    "captions_characters",
+    "chinese",
+]
+"""What answers to rows of one's own can be measured by."""
+
+LOSSES = ("loss", "token_accuracy", "image_use", "loss_own_image", "loss_other_image")
+"""What every evaluation measures by itself."""
+
+TEXT_LOSS = "text_loss"
+"""What is measured of texts without pictures, with `evaluation.forgetting`."""
+
+_BLEU = ("ROUGE-L", "BLEU-4", "BLEU-3", "BLEU-2", "BLEU-1")
+MORE_SCORES = {
+    "captions": _BLEU, "captions_characters": _BLEU, "chinese": ("BLEU-4",),
+    "vqa": ("VQA_accuracy_EvalAI",), "vqa_evalai": ("VQA_accuracy",),
+}  # fmt: skip
+"""Metric of answers → the scores that it has beside the one of its own name."""
+
 
 def names_that_pass(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """A rule of a recipe: every name in its pass-through mappings stands on a list, and its value is plain."""
@@ -26,6 +53,39 @@ def names_that_pass(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         for name, value in given.items():
             if sentence := flaw(passed_on, name, value, f"{section}."):
                 yield (*path, name), sentence
+
+
+def best_is_measured(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """A rule of a recipe: what its best checkpoint is chosen by is measured, and what is asked has rows."""
+    asked, given, rows = recipe.evaluation, recipe.sft.get("metric_for_best_model"), bool(recipe.data.eval)
+    path: KeyPath = ("sft", "metric_for_best_model")
+    if asked.patience is not None and given is None:
+        yield path, "`evaluation.patience` needs `sft.metric_for_best_model`: what is to become better."
+    if asked.patience is not None and recipe.sft.get("eval_strategy", "no") in ("no", None):
+        yield ("evaluation", "patience"), "`evaluation.patience` needs evaluations while training: `sft.eval_strategy`."
+    for key in ("metrics", "samples"):
+        if getattr(asked, key) and not rows and not (key == "samples" and asked.samples_from):
+            yield ("evaluation", key), f"`evaluation.{key}` asks rows of `data.eval`, which has no source; add one."
+    if not isinstance(given, str):
+        return
+    name = given.removeprefix("eval_")
+    benchmarks = [PurePath(each).stem for each in asked.benchmarks or ()]
+    there = [
+        *LOSSES,
+        *([TEXT_LOSS] if asked.forgetting else []),
+        *(answer_scores() if rows else ()),
+        *(f"{each}_<score>" for each in benchmarks),
+    ]
+    if name in there or any(name.startswith(f"{each}_") for each in benchmarks):
+        return  # which scores a benchmark has, its files say
+    advice = f'did you mean "{hint}"? It' if (hint := closest(name, there)) else "it"
+    yield path, f"no evaluation of this recipe measures {given!r}; {advice} can be one of these: {', '.join(there)}."
+
+
+def answer_scores() -> dict[str, str]:
+    """Name of a score of such answers → the metric that gives it; its first score has the metric's own name."""
+    more = {f"{metric}_{score}": metric for metric, scores in MORE_SCORES.items() for score in scores}
+    return {**{metric: metric for metric in get_args(AnswerMetric)}, **more}
 
 
 def flaw(passed_on: PassedOn, name: str, value: Any, prefix: str = "") -> str | None:

@@ -18,7 +18,7 @@ from ..base.errors import UserError
 from ..base.limits import limits
 from ..base.names import GROUPED, PARTS
 from ..base.words import closest
-from .passed_on import flaw_of_answers, names_that_pass
+from .passed_on import best_is_measured, flaw_of_answers, names_that_pass
 from .sections import Data, Hub, Stack
 from .yaml_file import KeyPath
 
@@ -57,6 +57,7 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
         _collator_is_a_class(recipe.collator),
         _rows_pack_whole(recipe.sft),
         _sft_fits(recipe.sft, evaluates=bool(recipe.data.eval), streaming=recipe.data.streaming),
+        best_is_measured(recipe),
         _answers_are_bounded(recipe),
         _hub_can_be(recipe.hub),
     )

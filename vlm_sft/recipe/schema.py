@@ -23,8 +23,20 @@ from ..base.limits import hold
 from ..base.names import MANIFEST, PARTS
 from ..base.whole_files import check_regular
 from ..base.words import closest
+from .passed_on import AnswerMetric
 from .rules import first_broken_rule
-from .sections import BoxNotation, Data, Dtype, Hub, LanguageModel, PretrainedModel, RecipeModel, Stack, Watch
+from .sections import (
+    BoxNotation,
+    Data,
+    Dtype,
+    Hub,
+    LanguageModel,
+    PretrainedModel,
+    RecipeModel,
+    Source,
+    Stack,
+    Watch,
+)
 from .yaml_file import KeyPath, YamlFile, dump_yaml
 
 _TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
@@ -51,16 +63,30 @@ class Cache(RecipeModel):
 
 
 class Evaluation(RecipeModel):
-    """Benchmarks, asked at each evaluation of the run and of the finished bundle; see docs/evaluation.md."""
+    """What is asked at each evaluation of the run, and of the finished bundle; see docs/evaluation.md."""
 
-    benchmarks: Annotated[list[str], Field(min_length=1)]
-    """Names of benchmarks that ship, or files of one's own."""
+    benchmarks: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names of benchmarks that ship, or files of one's own; the finished bundle is asked them too."""
     data: str | None = None
     """Folder of their data, with one folder for each. Unset: the Hub."""
+    metrics: list[AnswerMetric] = Field(default_factory=list)
+    """What answers to the rows of `data.eval` are measured by; `sft.metric_for_best_model` may name one by itself."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Only the first so many rows of each."""
+    """Only the first so many rows of each benchmark and, for `metrics`, of each source."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Questions at a time."""
+    samples: Annotated[int, Field(ge=0)] | None = None
+    """How many rows of `data.eval`, the same each time, have their answers shown and kept. Unset: 4; 0 for none."""
+    samples_from: Source | None = None
+    """Rows to take them from, in place of `data.eval`."""
+    forgetting: bool = False
+    """Measure at each evaluation, and before the first step, how likely the model finds texts without pictures."""
+    forgetting_texts: str | None = None
+    """File of such texts and questions. Unset: those that ship, in English and Chinese."""
+    forgetting_limit: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.2
+    """How many times as large the perplexity of a language may become before it is warned of."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations in a row that are no better by `sft.metric_for_best_model`. Unset: never."""
 
 
 class Recipe(RecipeModel):
@@ -100,8 +126,8 @@ class Recipe(RecipeModel):
     """Keeps what frozen vision tower and resampler give for each image, so that they run once; see docs/cache.md."""
     sft: dict[str, Any] = Field(json_schema_extra=_SFT_SCHEMA)
     """Arguments of `trl.SFTConfig`, passed on as they are. `output_dir` is required."""
-    evaluation: Evaluation | None = None
-    """Benchmarks to ask while training and afterwards; `sft.metric_for_best_model: gqa_accuracy` picks by one."""
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    """What is asked while training; `sft.metric_for_best_model: exact_match` or `gqa_accuracy` picks by it."""
     watch: Watch = Field(default_factory=Watch)
     """What happens to steps whose loss is not finite or jumps."""
     generation: dict[str, Any] = Field(default_factory=dict)

@@ -9,7 +9,7 @@ import pytest
 from support.benchmarks import PUBLISHED, own_task
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
-from vlm_sft.evaluation import while_training
+from vlm_sft.during import benchmarks as while_training
 from vlm_sft.evaluation.records import read_records
 from vlm_sft.metrics.intervals import mean_of
 from vlm_sft.metrics.measures import MEASURES, Measured
@@ -36,7 +36,7 @@ def test_a_benchmark_picks_the_best_checkpoint_and_the_bundle_is_asked_at_the_en
         evaluation={"benchmarks": ["gqa"], "data": str(tmp_path), "max_rows": 3, "batch_size": 2},
         generation={"max_new_tokens": 2},
     )
-    shares, modes = iter([0.2, 0.9, 0.4]), []
+    shares, modes = iter([0.0, 0.2, 0.9, 0.4]), []  # the first is asked for the names of the scores
     real = MEASURES["gqa"]
 
     def measured(asked):  # an untrained model answers nothing right: scores are given to it
@@ -81,19 +81,3 @@ def test_a_benchmark_that_is_not_there_stops_the_run_before_weights_are_read(rec
 def test_a_recipe_names_at_least_one(recipe_file):
     with pytest.raises(UserError, match=r"evaluation\.benchmarks"):
         load_recipe(recipe_file(evaluation={"benchmarks": []}))
-
-
-def test_a_run_with_a_cache_asks_the_bundle_alone(recipe_file, tmp_path):
-    recipe = load_recipe(recipe_file(evaluation={"benchmarks": [own_task(tmp_path)]}))
-    said, added = [], []
-
-    class Trainer:
-        prefix, is_fsdp_enabled = object(), False
-
-        class accelerator:  # noqa: N801
-            distributed_type = "NO"
-
-        add_callback = staticmethod(added.append)
-
-    while_training.Benchmarks(recipe).attach(Trainer(), said.append)
-    assert not added and "the cache has the vision tower's place" in said[0]

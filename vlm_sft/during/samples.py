@@ -1,0 +1,123 @@
+"""Answers to a few rows, the same at each evaluation: at the terminal, in a file of the run, and in its trackers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base.errors import RowError, UserError
+from ..base.names import SAMPLES
+from ..base.whole_files import read_bytes, write_whole
+from ..base.words import one_line, reason_of
+from ..evaluation.evaluate import records_of
+from ..evaluation.scoring import Answers, Question, merge
+from ..metrics.exact_match import exact_match
+from .in_training import InTraining
+from .own_rows import draw, row_of
+from .trackers import show_in_trackers
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
+
+TOKENS = 64  # of an answer that is shown
+SHOWN = 100  # characters of it at the terminal
+
+
+class Samples:
+    """The answers of a run to a few rows.
+
+    Args:
+        recipe: With its `evaluation`.
+        say: Told what the model said.
+
+    Raises:
+        UserError: A source cannot be read.
+    """
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        self.drawn, self.say = draw(recipe), say
+        most = int(recipe.generation.get("max_new_tokens") or TOKENS)
+        self.settings = {**recipe.generation, "max_new_tokens": min(most, TOKENS)}
+        self.batch_size = recipe.evaluation.batch_size
+        self.file = Path(str(recipe.sft["output_dir"])) / SAMPLES
+        self.questions: list[Question] = []
+        self._first, self._asked = True, -1
+
+    def begin(self, pupil: InTraining, step: int) -> None:
+        """Before the first step: what the model says; where a run goes on, what was said later is forgotten."""
+        if pupil.trainer.is_world_process_zero() and self.drawn:
+            kept = [record for record in read_samples(self.file) if record["step"] <= step] if step else []
+            self._write(kept)
+        if not step:
+            self.ask(pupil, step)
+
+    def ask(self, pupil: InTraining, step: int) -> None:
+        """Asks, and shows what the model says; one that cannot answer is said once, and asked no more."""
+        if not self.drawn or step == self._asked:  # `eval_on_start` evaluates where it was asked already
+            return
+        self._asked = step
+        try:
+            self.questions = self.questions or merge(self.drawn, pupil.processor)  # type: ignore[arg-type]
+            said = pupil.answers([row_of(each) for each in self.questions], self.batch_size, self.settings)
+        except UserError as error:
+            self.say(f"No answers are shown while this run goes on: {error}")
+            self.drawn = []
+            return
+        if not pupil.trainer.is_world_process_zero():
+            return
+        for question, found in zip(self.questions, said, strict=True):
+            question.refused = str(found) if isinstance(found, RowError) else ""
+        answers = ["" if isinstance(found, RowError) else str(found) for found in said]
+        pairs = zip(answers, self.questions, strict=True)
+        scores = [float(exact_match(text, question.references)) for text, question in pairs]
+        told = records_of(Answers(None, "exact_match", self.questions, answers, scores))
+        records = [{"step": step, **_short(record)} for record, _ in told]
+        self._write([*read_samples(self.file), *records])
+        self.say("\n".join([f"Step {step:,}, answers to {len(records)} rows:", *map(in_words, records)]))
+        images = [question.images for question in self.questions]
+        show_in_trackers(pupil.trainer.callback_handler.callbacks, records, images, step, self._first, self.say)
+        self._first = False
+
+    def _write(self, records: Sequence[dict[str, Any]]) -> None:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        try:
+            write_whole(self.file, "".join(lines).encode("utf-8", "backslashreplace"))
+        except OSError as error:  # a full disk ends no run here: a save says so, where it cannot be made
+            self.say(f"{self.file} cannot be written ({reason_of(error)}): these answers stand in the log alone.")
+
+
+def _short(record: dict[str, Any]) -> dict[str, Any]:
+    keys = ("id", "images", "question", "answers", "answer", "score", "error")
+    return {key: record[key] for key in keys if key in record}
+
+
+def in_words(record: dict[str, Any]) -> str:
+    """One answer as a line of a log."""
+    if "error" in record:
+        return f"  {record['id']}: not asked: {_cut(record['error'])}"
+    asked, said = _cut(record["question"]) or "(the image)", _cut(record["answer"]) or "(nothing)"
+    return f"  {record['id']}: {asked} → {said} (right: {_cut(' or '.join(dict.fromkeys(record['answers'])))})"
+
+
+def _cut(text: str) -> str:
+    text = one_line(text)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """What a run answered, in the order of its steps; a line that a kill cut off is left out."""
+    found = []
+    try:
+        lines = read_bytes(path).split(b"\n")
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            found.append(record)
+    return found
