@@ -246,12 +246,14 @@ def _progress(trainer: VLMSFTTrainer, console: Console) -> Iterator[None]:
     """Our progress bar in place of transformers'; an error leaves the terminal as it was."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from .during.run_log import RunLog
     from .training.progress import RichProgress
 
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     bar = RichProgress(console)
     trainer.add_callback(bar)
+    trainer.add_callback(RunLog(trainer))
     try:
         yield
     finally:

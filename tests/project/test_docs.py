@@ -38,7 +38,7 @@ from vlm_sft.serving import bundles  # noqa: F401  # the real one, before what i
 PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")
 VERBS = {"train", "chat", "serve", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta"}
-VERBS |= {"data", "debug-batch", "answer", "match", "init"}
+VERBS |= {"data", "debug-batch", "answer", "match", "init", "watch"}
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
 
@@ -253,6 +253,7 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
     for function in ("answer_one", "answer_many", "match_texts", "draw_text"):
         stand_in("inference.encoder", function)
     stand_in("serving.serve", "serve")
+    stand_in("watching.live", "watch")
     stand_in("export.servers", "start", ())
     sys.modules["vlm_sft.export.servers"].ENGINES = ("own", "vllm", "transformers")
     stand_in("evaluation.evaluate", "run")

@@ -42,6 +42,9 @@ CARD, METRICS, CURVES, SCORES = "README.md", "metrics.json", "curves.png", "eval
 EVALUATION, ERROR_PAGE = "evaluation", "evaluation.html"
 """Folder of a bundle with the answers that `evaluate` wrote down, and the page in it that shows them."""
 
+HISTORY, RUN_FACTS, RUN_PAGE = "history.jsonl", "run.json", "run.html"
+"""Of a run: its numbers, a line at each log; what is fixed of it; and the page that `vlm-sft watch` makes of both."""
+
 FORGETTING = "forgetting.json"
 """In the folder of the answers: what the language model forgot of texts without pictures."""
 

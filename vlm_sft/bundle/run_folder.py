@@ -20,8 +20,11 @@ from ..base.errors import UserError
 from ..base.names import (
     CHECKPOINT_FILES,
     EXPORT_REPORT,
+    HISTORY,
     MANIFEST,
+    RUN_FACTS,
     RUN_LOCK,
+    RUN_PAGE,
     SAMPLES,
     STRANGE_STEPS,
 )
@@ -261,7 +264,7 @@ def _check_empty(folder: Path, resume: bool) -> None:
             f"sft.output_dir {str(folder)!r} holds a finished run without checkpoints, so there is nothing to go on "
             f"from: its bundle can be used as it is; choose another folder, or remove it to train again."
         )
-    harmless = ("runs", RUN_LOCK, SAMPLES)
+    harmless = ("runs", RUN_LOCK, SAMPLES, HISTORY, RUN_FACTS, RUN_PAGE)
     full = any(path.name not in harmless and not path.name.startswith(UNFINISHED) for path in folder.iterdir())
     if full and not resume:
         raise UserError(

@@ -19,6 +19,7 @@ from .evaluation import evaluation_app
 from .recipes import recipes_app
 from .serving import serving_app
 from .start import start_app
+from .watch import watch_app
 
 app = typer.Typer(
     help="Instruction tuning for vision-language models: train, chat, generate, evaluate, export.",
@@ -33,6 +34,7 @@ app.add_typer(bundles_app)
 app.add_typer(evaluation_app)
 app.add_typer(encoders_app)
 app.add_typer(serving_app)
+app.add_typer(watch_app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")

@@ -1,0 +1,80 @@
+"""What files tell of a run: while it goes on, after a kill, of an earlier version, and when they are broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+
+from vlm_sft.base.errors import UserError
+from vlm_sft.watching.runs import read_run, read_runs
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (run := tmp_path / "运行").mkdir()
+    lines = [{"step": 10, "loss": 2.0, "time": 100.0}, {"step": 20, "loss": "nan", "time": 130.0}]
+    lines += [{"step": 20, "eval_loss": 1.5, "time": 140.0}]
+    (run / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "lo')
+    (run / "run.json").write_text(json.dumps({"step": 20, "max_steps": 120, "recipe": "a.yaml"}))
+    return run
+
+
+def test_a_run_that_goes_on_is_told_by_its_lock(folder):
+    run = read_run(folder)
+    assert (run.state, run.step, run.steps, run.name) == ("stopped", 20, 120, "运行") and run.seconds_left is None
+    (folder / ".run.lock").write_text("{}")
+    run = read_run(folder)
+    assert run.state == "running" and run.seconds_left == pytest.approx(4.0 * 100)
+    os.utime(folder / ".run.lock", (time.time() - 500,) * 2)
+    assert read_run(folder).state == "stopped"
+    (folder / "metrics.json").write_text("[]")
+    assert read_run(folder).state == "finished"
+
+
+def test_numbers_come_in_order_and_what_is_no_number_is_left_to_the_chart(folder):
+    run = read_run(folder)
+    assert run.series("eval_loss") == [(20, 1.5)] and run.series("gone") == []
+    (first, second) = run.series("loss")
+    assert first == (10, 2.0) and second[0] == 20 and second[1] != second[1]
+    assert run.keys() == ["step", "loss", "time", "eval_loss"]
+
+
+def test_a_run_of_an_earlier_version_is_read_from_its_metrics_or_its_newest_checkpoint(tmp_path):
+    (old := tmp_path / "old").mkdir()
+    (old / "metrics.json").write_text('[{"step": 1, "loss": NaN}, {"step": 2, "loss": 1.0}, {"train_runtime": 3}]')
+    assert [step for step, _ in read_run(old).series("loss")] == [1, 2] and read_run(old).state == "finished"
+    (killed := tmp_path / "killed" / "checkpoint-9").mkdir(parents=True)
+    (killed.parent / "checkpoint-10").mkdir()
+    (killed.parent / "checkpoint-10" / "trainer_state.json").write_text('{"log_history": [{"step": 5, "loss": 3.0}]}')
+    assert read_run(killed.parent).series("loss") == [(5, 3.0)]
+
+
+@pytest.mark.parametrize("broken", ["", "[", "[1, 2]", "null", '{"step": "x"}\n{"loss": 1}', "\x00\xff" * 9])
+def test_files_that_are_broken_leave_gaps(folder, broken):
+    for name in ("run.json", "samples.jsonl", "watch.jsonl", "metrics.json", "bundle.json"):
+        (folder / name).write_text(broken)
+    run = read_run(folder)
+    assert run.series("loss") and run.samples == [] and run.strange == [] and run.steps == 0
+
+
+def test_what_is_no_run_is_one_sentence(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (file := tmp_path / "file").write_text("x")
+    for path, said in (
+        (tmp_path / "photos", "neither history.jsonl nor"),
+        (tmp_path / "gone", "no such folder"),
+        (file, "no such folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_run(path)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent / "out").mkdir(parents=True)
+        (tmp_path / parent / "out" / "history.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    names = [run.name for run in read_runs([str(tmp_path / "a" / "out"), str(tmp_path / "b" / "out")])]
+    assert len(set(names)) == 2 and read_runs([str(tmp_path / "a" / "out")])[0].name == "out"

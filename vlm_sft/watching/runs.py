@@ -1,0 +1,161 @@
+"""Runs as their files tell of them, while they go on and afterwards; a file that is not there leaves a gap."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import UserError
+from ..base.names import HISTORY, MANIFEST, METRICS, RUN_FACTS, RUN_LOCK, SAMPLES, STRANGE_STEPS
+from ..base.whole_files import IrregularError, read_bytes
+from ..bundle.run_folder import checkpoints, step_of
+
+STATE_FILE = "trainer_state.json"  # of a checkpoint, by transformers
+ALIVE = 30.0  # seconds since the lock was touched, after which a run is taken for ended
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        name: Of its folder.
+        folder: Where it is.
+        history: Its logs by step.
+        facts: What `run.json` says; empty for a run of an earlier version.
+        samples: Answers, by step.
+        strange: Steps that went wrong.
+        state: `running`, `finished` or `stopped`.
+        age: Seconds since anything was written.
+    """
+
+    name: str
+    folder: Path
+    history: list[dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    strange: list[dict[str, Any]] = field(default_factory=list)
+    state: str = "stopped"
+    age: float = 0.0
+
+    @property
+    def step(self) -> int:
+        """The last step that is known of."""
+        known = self.facts.get("step")
+        return max([known if isinstance(known, int) else 0, *(row["step"] for row in self.history)])
+
+    @property
+    def steps(self) -> int:
+        """How many there will be; 0 where that is not known."""
+        found = self.facts.get("max_steps")
+        return found if isinstance(found, int) else 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the mean over the steps that were logged; None where that is not known."""
+        timed = [row for row in self.history if isinstance(row.get("time"), float | int)]
+        done = timed[-1]["step"] - timed[0]["step"] if timed else 0
+        if self.state != "running" or done <= 0 or not self.steps:
+            return None
+        return max(0.0, (timed[-1]["time"] - timed[0]["time"]) / done * (self.steps - timed[-1]["step"]))
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """(step, number) of a key, the last of each step, in order."""
+        found: dict[int, float] = {}
+        for row in self.history:
+            if (value := _number(row.get(key))) is not None:
+                found[row["step"]] = value
+        return sorted(found.items())
+
+    def keys(self) -> list[str]:
+        """Keys of all logs that are numbers, in the order in which they came."""
+        return list(dict.fromkeys(key for row in self.history for key in row if _number(row[key]) is not None))
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    return float(value) if value in ("nan", "inf", "-inf") else None  # type: ignore[arg-type]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads what is there of a run.
+
+    Raises:
+        UserError: The folder is not there, or no run ever wrote to it.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is no run: there is no such folder; give the sft.output_dir of one.")
+    history = _lines(folder / HISTORY) or _old_history(folder)
+    facts = _object(folder / RUN_FACTS)
+    if not history and not facts and not (folder / RUN_LOCK).exists() and not checkpoints(folder):
+        raise UserError(
+            f"{str(folder)!r} is no run: it has neither {HISTORY} nor {METRICS} nor a checkpoint; give the "
+            "sft.output_dir of one."
+        )
+    manifest = _object(folder / MANIFEST)
+    facts = {**{key: manifest[key] for key in ("ledger", "train_rows", "eval_rows") if key in manifest}, **facts}
+    watched = [folder / name for name in (HISTORY, RUN_FACTS, SAMPLES, RUN_LOCK, METRICS, MANIFEST)]
+    touched = max((path.stat().st_mtime for path in watched if path.exists()), default=folder.stat().st_mtime)
+    lock = folder / RUN_LOCK
+    alive = lock.exists() and time.time() - lock.stat().st_mtime < ALIVE
+    state = "running" if alive else "finished" if (folder / METRICS).is_file() else "stopped"
+    return Run(
+        folder.resolve().name, folder, history, facts, _lines(folder / SAMPLES), _lines(folder / STRANGE_STEPS), state,
+        max(0.0, time.time() - touched),
+    )  # fmt: skip
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """Several runs, told apart by as much of their paths as that takes."""
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    for run, name in zip(runs, list(names), strict=True):
+        run.name = str(run.folder) if names.count(name) > 1 else name
+    return runs
+
+
+def _old_history(folder: Path) -> list[dict[str, Any]]:
+    """Of a run of an earlier version: its metrics, or the log of its newest checkpoint."""
+    found = _json(folder / METRICS)
+    newest = max(checkpoints(folder), key=step_of, default=None)
+    if not isinstance(found, list) and newest is not None:
+        found = _object(newest / STATE_FILE).get("log_history")
+    rows = found if isinstance(found, list) else []
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(read_bytes(path), parse_constant=lambda name: {"NaN": math.nan}.get(name, math.inf))
+    except (OSError, ValueError, RecursionError, IrregularError):
+        return None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = _json(path)
+    return found if isinstance(found, dict) else {}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = read_bytes(path)
+    except (OSError, IrregularError):
+        return []
+    found = []
+    for line in text.split(b"\n"):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # the half of a line that a kill left, or that is just being written
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            found.append(entry)
+    return found
