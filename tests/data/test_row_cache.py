@@ -174,3 +174,70 @@ def test_documents_and_their_annotations(tmp_path, passes):
         load_source(source)
         paths.append(load_source(source)[0]["messages"][1]["content"][0]["text"])
     assert paths == ["yes", "no"] and len(passes) == 2
+
+
+@pytest.fixture
+def two(monkeypatch) -> None:
+    """Two processes read sources of a few rows, a few at a time."""
+    monkeypatch.setattr(data, "cores_for_each", lambda: 2)
+    monkeypatch.setattr(data, "ROWS_WORTH_A_WORKER", 1)
+    monkeypatch.setattr(data, "_CHUNK_ROWS", 3)
+
+
+PROMPTS = {"zh": ["描述这张图。", "图里有什么？"], "en": ["Describe it.", "What is there?"]}
+KINDS = {
+    "lines": ({"format": "caption", "prompts": PROMPTS}, ".jsonl"),
+    "a document": ({"format": "caption", "prompts": PROMPTS}, ".json"),
+    "a table": ({"format": "caption", "prompts": PROMPTS}, ".csv"),
+    "several rows of one": ({"format": "caption"}, ".jsonl"),
+    "columns": ({"format": "caption", "columns": {"caption": "text"}}, ".jsonl"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("two")
+def test_what_two_processes_read_is_what_one_reads(tmp_path, monkeypatch, kind):
+    given, suffix = KINDS[kind]
+    name = given.get("columns", {}).get("caption", "caption")
+    rows = [{"image": f"{i}.png", name: f"图 {i}" if i % 2 else f"picture {i}", "seen": "x"} for i in range(20)]
+    if kind == "several rows of one":
+        rows = [{**row, "caption": [row["caption"], "另一个"]} for row in rows]
+    for number in (4, 5, 19):
+        rows[number][name] = ""
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".csv":
+        table = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        path.write_text("\n".join(table), encoding="utf-8")
+    else:
+        text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
+        path.write_text(text, encoding="utf-8")
+    source = Source(path=str(path), **given)
+    found = []
+    for cores in (2, 1):
+        monkeypatch.setattr(data, "cores_for_each", lambda cores=cores: cores)
+        errors, counts, told = [], {}, []
+        part = read_source(
+            source, languages=True, reject=lambda error, errors=errors: errors.append((str(error), error.reason)),
+            unused=counts.update, tell=lambda done, of, told=told: told.append(done),
+        )  # fmt: skip
+        found.append((part.rows[:], part.rows.features, part.languages, errors, counts, told[-1]))
+        shutil.rmtree(tmp_path / "cache")
+    assert found[0] == found[1] and len(found[0][3]) == 3 and found[0][4] == {"seen": 17}
+
+
+@pytest.mark.usefixtures("two")
+def test_where_one_of_two_processes_cannot_go_on_its_sentence_is_said(tmp_path, passes):
+    source = captions(tmp_path, "c", 20)
+    lines = Path(source.path).read_bytes().splitlines()
+    Path(source.path).write_bytes(b"\n".join([*lines[:11], "中文".encode("gb18030"), *lines[11:]]))
+    with pytest.raises(UserError, match="line 12: byte 0xd6 is not UTF-8") as raised:
+        load_source(source)
+    assert "Traceback" not in str(raised.value) and not passes
+    with pytest.raises(UserError, match=r'No row of .* has the column "other"'):
+        load_source(captions(tmp_path, "d", 20).model_copy(update={"columns": {"id": "other"}}))
+    Path(source.path).write_bytes(b"\n" * 100)
+    with pytest.raises(UserError, match="holds no rows"):
+        load_source(source)
+    Path(source.path).write_bytes(b"\n".join([*lines[:7], b"{broken", *lines[7:]]))
+    with pytest.raises(RowError, match="line 8: not JSON"):
+        load_source(source)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import multiprocessing
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,12 +20,14 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 from ..base.errors import RowError, UserError, raise_it
-from ..base.words import short
+from ..base.interrupts import shield_worker, workers_end_with_errors
+from ..base.processes import cores_for_each
+from ..reading.locations import text_files
 from ..rows.merging import merge_key, merged
 from ..rows.messages import IN_EXTRAS, each_once, packed, unpacked
-from .mixture import SHARES, balanced_counts, mixture_counts, mixture_order
-from .row_cache import LANGUAGE, keeper_of
-from .source import check_source, name_of, rows_with_language
+from .mixture import SHARES, order_of
+from .row_cache import LANGUAGE, Keeper, keeper_of
+from .source import blocks_of, check_source, name_of, numbered_rows, rows_with_language
 
 if TYPE_CHECKING:
     from ..recipe.sections import Source
@@ -41,6 +44,9 @@ ROW_FEATURES = Features(
     }
 )
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 2**28  # an Arrow chunk of `binary` may not pass 2 GiB
+ROWS_WORTH_A_WORKER, MOST_WORKERS = 25_000, 16  # fewer rows are read before a second process has begun
+MOST_HELD = 2**30  # bytes of documents whose rows are held for all processes that read them
+DOCUMENT = ".json"
 
 
 def load_source(source: Source, *, seed: int = 0, reject: Callable[[RowError], None] = raise_it) -> Dataset:
@@ -106,7 +112,10 @@ def read_source(
             reject(error)
 
         counts: Counter[str] = Counter()
-        table = _read(source, seed, languages, keep_and_reject, lambda done: tell(done, of), counts.update)
+        workers = 0 if keeper is None or source.max_rows is not None else _workers(keeper, of)
+        table = _read(
+            source, seed, languages, keep_and_reject, lambda done: tell(done, of), counts.update, workers=workers
+        )
         unused(counts)
         kept = keeper.save(table, rejected, counts) if keeper is not None else None
     else:
@@ -129,9 +138,10 @@ def _read(
     languages: bool,
     reject: Callable[[RowError], None],
     tell: Callable[[int], None],
-    unused: Callable[[set[str]], None],
+    unused: Callable[[Iterable[str]], None],
+    workers: int = 0,
 ) -> pa.Table:
-    """The rows of a source, with a column of their languages if `languages`."""
+    """The rows of a source, with a column of their languages if `languages`; `workers` processes share the work."""
     found: list[str] = []
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -140,10 +150,68 @@ def _read(
                 found.append(sys.intern(language))
             yield row
 
-    table = _table(rows(), tell)
+    if workers > 1:
+        table = _read_by(workers, source, seed, languages, reject, tell, unused, found)
+    else:
+        table = _table(rows(), tell)
     if len(table) == 0:
         raise UserError(f"The source {source.path} holds no rows: add some or remove the source.")
     return table.append_column(LANGUAGE, pa.array(found, pa.string())) if languages else table
+
+
+def _workers(keeper: Keeper, rows: int | None) -> int:
+    """How many processes read a source of about so many rows."""
+    count = min((rows or 0) // ROWS_WORTH_A_WORKER, cores_for_each(), MOST_WORKERS)
+    if count < 2 or multiprocessing.get_start_method() != "fork":  # which settles it, so it is not asked for nothing
+        return 0
+    held = sum(file.stat().st_size for file in keeper.files if file.suffix.lower() == DOCUMENT)
+    return count if held <= MOST_HELD else 0
+
+
+@workers_end_with_errors()
+def _read_by(
+    workers: int,
+    source: Source,
+    seed: int,
+    languages: bool,
+    reject: Callable[[RowError], None],
+    tell: Callable[[int], None],
+    unused: Callable[[Iterable[str]], None],
+    found: list[str],
+) -> pa.Table:
+    """The rows of a source, its blocks read by forked processes in turn; their languages go into `found`."""
+    from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+    # A document is parsed once, before the processes part; lines are read by each, which is the least of the work.
+    files = text_files(source.path, source.split) or []
+    held = list(numbered_rows(source)) if any(file.suffix.lower() == DOCUMENT for file in files) else None
+
+    class Blocks(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            shield_worker()
+            info = get_worker_info()
+            share = (info.id, info.num_workers)
+            numbered = numbered_rows(source) if held is None else held
+            try:
+                for block in blocks_of(source, numbered, _CHUNK_ROWS, share, seed=seed, languages=languages):
+                    rejected = [(str(error), error.where, error.reason) for error in block.rejected]
+                    rows = _table(row for row, _ in block.rows)
+                    yield rows, rejected, block.unused, [language for _, language in block.rows]
+            except UserError as error:  # which a loader would raise with a traceback in it
+                yield UserError(str(error))
+
+    tables = [_table(iter(()))]
+    for block in DataLoader(Blocks(), batch_size=None, num_workers=workers, collate_fn=lambda block: block):
+        if isinstance(block, UserError):
+            raise block
+        table, rejected, keys, languages_of = block
+        tables.append(table)
+        for text, where, reason in rejected:
+            reject(RowError(text, where=where, reason=reason))
+        unused(keys)
+        found += map(sys.intern, languages_of)
+        tell(sum(map(len, tables)))
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def _table(rows: Iterator[dict[str, Any]], tell: Callable[[int], None] = lambda done: None) -> pa.Table:
@@ -248,49 +316,8 @@ def mix(
         The mixture, and for each of its rows the number in the concatenation of `parts`.
     """
     together = concatenate_datasets([part.rows for part in parts]) if len(parts) > 1 else parts[0].rows
-    order = _order(sources, parts, sampling, dict(languages or {}), seed)
+    order = order_of(sources, parts, sampling, dict(languages or {}), seed)
     return (together, np.arange(len(together))) if order is None else (together.select(order), order)
-
-
-def _order(
-    sources: Sequence[Source], loaded: Sequence[SourceRows], sampling: str, languages: dict[str, float], seed: int
-) -> np.ndarray | None:
-    """Row numbers of the mixture in the concatenation of its sources; None for all of them as they are."""
-    weights, repeats = [source.weight for source in sources], [source.repeat for source in sources]
-    ends = np.cumsum([len(part.rows) for part in loaded])
-    ranges = np.split(np.arange(ends[-1]), ends[:-1])
-    if languages:
-        of_rows = np.array([language for part in loaded for language in part.languages])
-        _check_languages(set(of_rows.tolist()), languages)
-        cells = {language: [part[of_rows[part] == language] for part in ranges] for language in languages}
-        sizes = {name: [len(p) * r for p, r in zip(parts, repeats, strict=True)] for name, parts in cells.items()}
-        by_language = balanced_counts(sizes, weights, sampling, languages)
-        parts = [part for cell in cells.values() for part in cell]
-        counts = [count for cell in by_language.values() for count in cell]
-        _check_counts(sources, [sum(counts[d :: len(sources)]) for d in range(len(sources))])
-        return mixture_order(parts, counts, seed)
-    if len(sources) == 1 or (sampling == "proportional" and len(set(weights)) == 1):
-        plain = [np.tile(part, repeat) for part, repeat in zip(ranges, repeats, strict=True)]
-        return np.concatenate(plain) if max(repeats) > 1 else None
-    counts = mixture_counts([len(p) * r for p, r in zip(ranges, repeats, strict=True)], weights, sampling)
-    _check_counts(sources, counts)
-    return mixture_order(ranges, counts, seed)
-
-
-def _check_counts(sources: Sequence[Source], counts: Sequence[int]) -> None:
-    for source, count in zip(sources, counts, strict=True):
-        if count == 0:
-            raise UserError(f'The source "{name_of(source)}" would get no row: raise its `weight` or remove it.')
-
-
-def _check_languages(there: set[str], languages: Mapping[str, float]) -> None:
-    for language in languages:
-        if language not in there:
-            known = ", ".join(map(short, sorted(there)))
-            raise UserError(f'`languages` gives a share to "{language}", but the rows are in {known}: remove it.')
-    for language in sorted(there - set(languages)):
-        mend = "add it, or map the column `language`"
-        raise UserError(f'Some rows are in "{short(language)}", which `languages` gives no share: {mend}.')
 
 
 def _batches(rows: Iterator[dict[str, Any]], tell: Callable[[int], None]) -> Iterator[pa.RecordBatch]:

@@ -7,8 +7,17 @@ languages, every (source, language) is a part of its own: the language decides h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from ..base.errors import UserError
+from ..base.words import short
+from .source import name_of
+
+if TYPE_CHECKING:
+    from ..recipe.sections import Source
+    from .dataset import SourceRows
 
 SHARES = {
     "proportional": lambda size: float(size),
@@ -81,3 +90,44 @@ def mixture_order(parts: Sequence[np.ndarray], counts: Sequence[int], seed: int)
         if passes:
             order[labels == d] = np.concatenate(passes)[:count]
     return order
+
+
+def order_of(
+    sources: Sequence[Source], loaded: Sequence[SourceRows], sampling: str, languages: dict[str, float], seed: int
+) -> np.ndarray | None:
+    """Row numbers of the mixture in the concatenation of its sources; None for all of them as they are."""
+    weights, repeats = [source.weight for source in sources], [source.repeat for source in sources]
+    ends = np.cumsum([len(part.rows) for part in loaded])
+    ranges = np.split(np.arange(ends[-1]), ends[:-1])
+    if languages:
+        of_rows = np.array([language for part in loaded for language in part.languages])
+        _check_languages(set(of_rows.tolist()), languages)
+        cells = {language: [part[of_rows[part] == language] for part in ranges] for language in languages}
+        sizes = {name: [len(p) * r for p, r in zip(parts, repeats, strict=True)] for name, parts in cells.items()}
+        by_language = balanced_counts(sizes, weights, sampling, languages)
+        parts = [part for cell in cells.values() for part in cell]
+        counts = [count for cell in by_language.values() for count in cell]
+        _check_counts(sources, [sum(counts[d :: len(sources)]) for d in range(len(sources))])
+        return mixture_order(parts, counts, seed)
+    if len(sources) == 1 or (sampling == "proportional" and len(set(weights)) == 1):
+        plain = [np.tile(part, repeat) for part, repeat in zip(ranges, repeats, strict=True)]
+        return np.concatenate(plain) if max(repeats) > 1 else None
+    counts = mixture_counts([len(p) * r for p, r in zip(ranges, repeats, strict=True)], weights, sampling)
+    _check_counts(sources, counts)
+    return mixture_order(ranges, counts, seed)
+
+
+def _check_counts(sources: Sequence[Source], counts: Sequence[int]) -> None:
+    for source, count in zip(sources, counts, strict=True):
+        if count == 0:
+            raise UserError(f'The source "{name_of(source)}" would get no row: raise its `weight` or remove it.')
+
+
+def _check_languages(there: set[str], languages: Mapping[str, float]) -> None:
+    for language in languages:
+        if language not in there:
+            known = ", ".join(map(short, sorted(there)))
+            raise UserError(f'`languages` gives a share to "{language}", but the rows are in {known}: remove it.')
+    for language in sorted(there - set(languages)):
+        mend = "add it, or map the column `language`"
+        raise UserError(f'Some rows are in "{short(language)}", which `languages` gives no share: {mend}.')

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base.errors import RowError, UserError, raise_it
 from ..base.words import closest, short
@@ -69,7 +70,42 @@ def rows_with_language(
         languages: False: the language is not looked for where no prompt depends on it.
     """
     check_source(source)
-    return islice(_rows(source, seed, reject, stream, languages, unused), source.max_rows)
+    return islice(_rows(source, numbered_rows(source, stream), seed, reject, languages, unused), source.max_rows)
+
+
+class Block(NamedTuple):
+    """Rows with their languages, the rows that are wrong, and in how many rows each key was not used."""
+
+    rows: list[tuple[dict[str, Any], str]]
+    rejected: list[RowError]
+    unused: Counter[str]
+
+
+def blocks_of(
+    source: Source,
+    numbered: Iterable[tuple[int, Row]],
+    size: int,
+    share: tuple[int, int],
+    *,
+    seed: int,
+    languages: bool,
+) -> Iterator[Block]:
+    """A share of the rows of a source: of its blocks of so many rows as they are in its files, every K-th.
+
+    Args:
+        source: as `source_rows`, like the others.
+        numbered: what `numbered_rows` gives of it.
+        size: rows of a block.
+        share: which block is the first, and K.
+        seed: as above.
+        languages: as `rows_with_language`.
+    """
+    left = iter(numbered)
+    for number, block in enumerate(iter(lambda: list(islice(left, size)), [])):
+        if number % share[1] == share[0]:
+            found = Block([], [], Counter())
+            found.rows.extend(_rows(source, block, seed, found.rejected.append, languages, found.unused.update))
+            yield found
 
 
 def every_answer(source: Source) -> dict[str, list[str]]:
@@ -136,20 +172,34 @@ def _check_prompts(source: Source, name: str) -> None:
             )
 
 
+def numbered_rows(source: Source, stream: bool = False) -> Iterator[tuple[int, Row]]:
+    """The rows of a source as they are in its files, counted from 1.
+
+    Raises:
+        UserError: at the end, where no row has a column that the source maps.
+    """
+    unseen = set(source.columns.values())
+    for number, row in enumerate(_raw_rows(source, stream), start=1):
+        unseen -= row.values.keys()
+        yield number, row
+    if unseen:
+        raise UserError(
+            f'No row of {source.path} has the column "{min(unseen)}" that `columns` maps: correct the name.'
+        )
+
+
 def _rows(
     source: Source,
+    numbered: Iterable[tuple[int, Row]],
     seed: int,
     reject: Callable[[RowError], None],
-    stream: bool,
     languages: bool,
     unused: Callable[[set[str]], None],
 ) -> Iterator[tuple[dict[str, Any], str]]:
     name, sampling = name_of(source), Sampling(**source.frames_shown.model_dump())
     images_folder = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
-    unseen = set(source.columns.values())
     of_file: Path | str | None = ""
-    for number, row in enumerate(_raw_rows(source, stream), start=1):
-        unseen -= row.values.keys()
+    for number, row in numbered:
         if row.folder is not of_file:
             of_file, within = row.folder, _folders_of(source, row.folder)
             folder = images_folder or (None if row.folder is None else os.path.abspath(row.folder))
@@ -175,10 +225,6 @@ def _rows(
             reject(error)
         else:
             yield from ready
-    if unseen:
-        raise UserError(
-            f'No row of {source.path} has the column "{min(unseen)}" that `columns` maps: correct the name.'
-        )
 
 
 def _folders_of(source: Source, of_file: Path | None) -> Folders:
