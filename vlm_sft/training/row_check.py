@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..base.interrupts import workers_end_with_errors
 from ..base.words import counted
 from ..batch.encoding import rendered_ahead
 from ..batch.pictures import is_odd
+from ..cache import lengths
 from ..data.image_files import missing_images
 from ..data.ledger import EXAMPLES, SourceLedger
 from ..reading.images import load_image
@@ -124,7 +126,8 @@ def look_over(
     picked, decoded = (numbers[(numbers >= start) & (numbers < end)] for numbers in (picked, decoded))
     findings = Findings(end - start, len(picked), len(decoded))
     found = dict(_without_files(rows, start, end, tick))
-    for measured in _measured(rows, picked, set(decoded.tolist()), collator, cores, tick):
+    place = lengths.place_of(rows, picked, collator) if measure is None else None
+    for measured in _measured_or_kept(place, rows, picked, decoded, collator, cores, tick):
         if measured.number in found:
             continue
         if measured.problem is not None:
@@ -234,6 +237,33 @@ class _Measured(NamedTuple):
     turns_lost: int = 0
     front: int = 0
     problem: tuple[str, str] | None = None
+
+
+def _measured_or_kept(
+    place: Path | None,
+    rows: Dataset,
+    picked: np.ndarray,
+    decoded: np.ndarray,
+    collator: MultimodalCollator,
+    cores: int,
+    tick: Callable[[str, int, int, str], None],
+) -> list[_Measured]:
+    """As `_measured`; of rows whose lengths are kept at a place, those alone are looked at whose images are decoded."""
+    kept = lengths.load(place) if place else None
+    seen = set(decoded.tolist())
+    fresh = _measured(rows, decoded if kept else picked, seen, collator, cores, tick)
+    if kept:
+        again = {each.number: each for each in fresh}
+        known = zip(picked.tolist(), kept, strict=True)
+        return [again.get(number) or _Measured(number, *own[:3], _problem(*own[3:])) for number, own in known]
+    # What is wrong with a picture may be mended in its file, and is no matter of lengths.
+    if place and not any(each.problem for each in fresh if each.number in seen):
+        lengths.save(place, [(*each[1:4], *(each.problem or (None, None))) for each in fresh])
+    return fresh
+
+
+def _problem(reason: str | None, sentence: str | None) -> tuple[str, str] | None:
+    return None if reason is None or sentence is None else (reason, sentence)
 
 
 @workers_end_with_errors()
