@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
+import torch
 
 from support.conversations import make_processor
 from vlm_sft import MultimodalCollator, load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.recipe.libraries import build_sft_config
-from vlm_sft.training.build_trainer import build_collator, load_collator_class
+from vlm_sft.stack.build_stack import build_stack
+from vlm_sft.training.build_trainer import build_collator, load_collator_class, use_liger_kernels
 
 
 class Louder(MultimodalCollator):
@@ -62,3 +67,33 @@ def test_a_users_class_is_found_by_name():
     ):
         with pytest.raises(UserError, match=sentence):
             load_collator_class(path)
+
+
+def test_ligers_kernels_reach_the_language_model_inside_a_stack_or_a_sentence_says_why_not(stack_recipe, monkeypatch):
+    """Liger itself needs a GPU: what it is called with is looked at."""
+    calls, said = [], []
+    there = {name: ModuleType(name) for name in ("liger_kernel", "liger_kernel.transformers")}
+    patches = ModuleType("liger_kernel.transformers.monkey_patch")
+    there["liger_kernel.transformers"]._apply_liger_kernel_to_instance = lambda **given: calls.append(given)
+    for name, module in {**there, patches.__name__: patches}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
+    model = build_stack(stack_recipe("clip")).model
+    kind = model.model.language_model.config.model_type
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {kind: None}
+    args = SimpleNamespace(
+        use_liger_kernel=True,
+        device=torch.device("cuda"),
+        liger_kernel_config={"rope": False, "cross_entropy": True},
+    )
+    use_liger_kernels(model, args, said.append)
+    (call,) = calls
+    assert call.pop("model") is model.model.language_model and not said
+    assert call == {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {}
+    use_liger_kernels(model, args, said.append)
+    assert len(calls) == 1 and f"no kernels for a {kind} language model" in said[0]
+    with pytest.raises(UserError, match="for a GPU, and this run is on a CPU"):
+        use_liger_kernels(model, SimpleNamespace(use_liger_kernel=True, device=torch.device("cpu")), said.append)
+    use_liger_kernels(model, SimpleNamespace(use_liger_kernel=False), said.append)
+    assert len(calls) == len(said) == 1

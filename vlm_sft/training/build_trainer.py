@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
 
@@ -18,7 +18,7 @@ from ..batch.collator import MultimodalCollator
 from ..bundle.handover import hand_over
 from ..bundle.manifest import Provenance, read_manifest, stages_so_far
 from ..cache.prefix import FEATURES, PIXELS, Prefix, find_prefix
-from ..model.freeze import part_of
+from ..model.freeze import part_modules, part_of
 from ..pieces.fingerprints import compare_pieces
 from ..reading.fetch import Fetcher
 from ..recipe.safety import refuse_strange_collator
@@ -29,6 +29,7 @@ from .trainer import VLMSFTTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
     from trl import SFTConfig
 
     from ..batch.processor import VLMProcessor
@@ -111,15 +112,13 @@ def build_trainer(
         collator.kept = prefix.kept
     set_seed(args.seed)
     stack = build_stack(recipe, say, composed)
+    use_liger_kernels(stack.model, args, say)
     if args.resume_from_checkpoint:
         begun = read_manifest(args.resume_from_checkpoint)["pieces"]
         compare_pieces(begun, stack.pieces, str(args.resume_from_checkpoint))
     earlier = None
     if recipe.init_from:
-        # What has begun needs its first bundle no more: a checkpoint has all of it.
-        begun = args.resume_from_checkpoint
-        earlier = stages_so_far(begun)[:-1] if begun else stages_so_far(recipe.init_from)
-        _take_over(recipe, stack, begun, say)
+        earlier = _take_over(recipe, stack, args.resume_from_checkpoint, say)
     elif recipe.stack and recipe.stack.projector.init == "match_embeddings":
         factor = _match_embeddings(stack, collator, train_rows, prefix)
         say(f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
@@ -145,17 +144,45 @@ def build_trainer(
     return trainer
 
 
-def _take_over(recipe: Recipe, stack: Stack, begun: str | None, say: Callable[[str], None]) -> None:
-    """Puts what the earlier stage trained into the stack, from its bundle or from a checkpoint of this run."""
+def use_liger_kernels(model: PreTrainedModel, args: SFTConfig, say: Callable[[str], None]) -> None:
+    """Gives the inner language model Liger's kernels where a run wants them; transformers looks at the outer one alone.
+
+    The head keeps ours: it makes no full logits either, and knows caps, scales, weights and hits.
+
+    Raises:
+        UserError: The run is on a CPU, which has none of them.
+    """
+    if not args.use_liger_kernel:
+        return
+    if args.device.type == "cpu":
+        raise UserError("sft.use_liger_kernel: its kernels are for a GPU, and this run is on a CPU; leave it out.")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    inner = part_modules(model)["language_model"][1]
+    if (kind := inner.config.model_type) not in KNOWN:
+        say(f"sft.use_liger_kernel: Liger has no kernels for a {kind} language model, which keeps its own.")
+        return
+    own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    apply_liger_kernel(inner, {**(args.liger_kernel_config or {}), **own})
+
+
+def _take_over(recipe: Recipe, stack: Stack, begun: str | None, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Puts what the earlier stage trained into the stack, from its bundle or from a checkpoint of this run.
+
+    Returns:
+        The stages so far. What has begun needs its first bundle no more: a checkpoint has all of it.
+    """
     first = str(recipe.init_from)
     if begun:
         hand_over(stack, begun, "continue")  # whatever was merged is in the checkpoint
         for part, entry in read_manifest(begun)["pieces"].items():
             stack.pieces[part] |= {key: entry[key] for key in ("init_from", "held") if key in entry}
-        return
+        return stages_so_far(begun)[:-1]
     parts = ", ".join(hand_over(stack, first, recipe.lora_from))
     lora = {"merge": "; its LoRA is merged", "continue": "; its LoRA is trained on", None: ""}[recipe.lora_from]
     say(f"Starting from {first}: {parts or 'nothing'} taken over{lora}; the frozen pieces are the same.")
+    return stages_so_far(first)
 
 
 def open_prefix(
