@@ -26,6 +26,7 @@ from vlm_sft.preflight.samples import (
     whole_lengths,
 )
 from vlm_sft.recipe.sections import Data
+from vlm_sft.rows.merging import merged
 from vlm_sft.rows.messages import box_part, packed
 
 
@@ -66,6 +67,18 @@ def test_a_sample_is_what_the_collator_makes(collator, photos):
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (40, 30)
     broken = show(make_row(turn("q", "a", images=1), ["none.png"]), collator)
     assert "none.png" in broken.problem and broken.groups == []
+
+
+def test_questions_that_share_an_image_are_shown_behind_it_each_with_its_answer_and_no_word_between(collator, photos):
+    collator = MultimodalCollator(collator.processor)
+    rows = [make_row(turn(f"{n}号是什么？", f"a {n}", images=1), photos, n) for n in range(3)]
+    shown = show(merged(rows, independent=True), collator)
+    alone = [show(row, collator) for row in rows]
+    assert shown.tokens < sum(each.tokens for each in alone), "the image once"
+    assert shown.learned == sum(each.learned for each in alone) and len(shown.images) == 1
+    text = "".join(group.text for group in shown.groups).replace(" ", "")
+    places = [text.find(part) for n in range(3) for part in (f"{n}号是什么？", f"a{n}")]
+    assert places == sorted(places) and places[0] >= 0, text
 
 
 def test_boxes_lie_on_the_picture_with_their_words(collator, photos):

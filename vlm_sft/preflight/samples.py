@@ -169,7 +169,7 @@ def show(row: dict[str, Any], collator: MultimodalCollator) -> Shown:
     """One row as a sample, with its tokens and small images."""
     row, where = unpacked(row), f"row {row['id']}"
     try:
-        sample = collator.encode(row)
+        sample = collator.sample(row)  # questions that share an image are one, and see it and themselves alone
         messages = write_boxes(collator.processor, row["messages"], row["images"], where, collator.fetch)
         boxes = boxes_on(row, where, collator.fetch)
     except RowError as error:
