@@ -189,6 +189,7 @@ def _read_by(
     class Blocks(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
             shield_worker()
+            gc.disable()  # see `_uncollected`
             info = get_worker_info()
             share = (info.id, info.num_workers)
             numbered = numbered_rows(source) if held is None else held
