@@ -5,6 +5,7 @@ WORKERS ?= 2
 PIP_ARGS ?=
 SEED    ?= 0
 QUICK   ?=
+LLAMAFACTORY ?=
 
 BIN   := .venv/bin
 STAMP := .venv/.setup-done
@@ -14,12 +15,13 @@ STAMP := .venv/.setup-done
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
             OMP_WAIT_POLICY=PASSIVE MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=
 
-.PHONY: help setup lint format types test test-fast audit demo real schema build clean
+.PHONY: help setup lint format types test test-fast audit demo real bench schema build clean
 
 help:
 	@echo 'make setup      create .venv and install everything, as pinned in constraints.txt'
 	@echo 'make demo       both quickstart stages on bundled data, evaluation, reload, two questions'
 	@echo 'make real       both stages on published weights and pictures, which it fetches; SEED=1 for another seed, QUICK=1 for a look'
+	@echo 'make bench      beside TRL, a plain loop and LLAMAFACTORY=its/python, in alternation; QUICK=1 for a look'
 	@echo 'make test       lint, types and all tests'
 	@echo 'make test-fast  the tests that are not marked slow'
 	@echo 'make lint       ruff, mypy and the layers of imports; make format mends what ruff can mend'
@@ -83,6 +85,9 @@ demo: setup
 
 real: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/real/run.py --seed $(SEED) $(if $(QUICK),--quick)
+
+bench: setup
+	$(BIN)/python benchmarks/peers.py $(if $(QUICK),--quick) $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 schema: setup
 	$(BIN)/python -m vlm_sft.recipe.schema > recipes/recipe.schema.json

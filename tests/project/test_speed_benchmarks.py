@@ -1,13 +1,16 @@
-"""`benchmarks/packing.py` and `merging.py`, small: the same rows both ways, with one loss and fewer places."""
+"""The benchmarks of speed, small: the same rows every way, with one loss."""
 
 from __future__ import annotations
 
+import json
 import runpy
+import subprocess
 import sys
 
 import pytest
 
 from support.paths import ROOT
+from vlm_sft.bundle.parity import environment
 
 
 def test_packs_have_the_loss_of_the_rows_and_less_padding():
@@ -29,3 +32,33 @@ def test_questions_that_share_an_image_have_the_loss_of_the_rows_and_fewer_token
     tokens = {kind: sum(batch["input_ids"].numel() for batch in batches) for kind, batches in kinds.items()}
     assert losses["independent"] == pytest.approx(losses["rows"], rel=1e-5)
     assert tokens == {"rows": 4 * 3 * 155, "independent": 4 * (144 + 3 * 11)}
+
+
+@pytest.mark.slow
+def test_peers_have_the_same_loss_in_alternation_and_what_they_take_is_told(tmp_path):
+    """TRL, a loop of one's own and this toolkit, on the same checkpoint; a way with another loss ends it."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    assert [each["way"] for each in found] == ["TRL", "plain loop", "vlm_sft", "+ packing, cache"]
+    assert found[0]["faster"] == [1.0] * 3 and len({round(each["loss"], 3) for each in found}) == 1
+    assert found[2]["allowed"] > 1 and found[3]["places"] < found[0]["places"]
+    for each in found:
+        split = each["split"]
+        assert 0 < split["tower"] < split["forward"] < 1 or "cache" in each["way"]
+        assert 0 < split["decode"] < split["batches"] or "cache" in each["way"]
+        assert each["peak_mb"] > 50 and each["samples_per_second"] > 0 and 0 < each["of_the_machine"] < 1
+    assert (tmp_path / "table.md").read_text(encoding="utf-8").count("×") >= 8
+    assert (tmp_path / "speed.png").stat().st_size > 5000
+
+
+def test_a_way_with_another_loss_or_other_tokens_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    peers = runpy.run_path(str(ROOT / "benchmarks" / "peers.py"))
+    chosen = {"TRL": peers["Way"]("trl"), "vlm_sft": peers["Way"]("vlm_sft")}
+    for other in ({"supervised": 10, "loss": 50.1}, {"supervised": 11, "loss": 55.0}):
+        with pytest.raises(SystemExit, match=r"vlm_sft: a loss of 5\.0"):
+            peers["check_losses"]({"TRL": {"supervised": 10, "loss": 50.0}, "vlm_sft": other}, chosen)
+    near = {"supervised": 10, "loss": 50.004}
+    peers["check_losses"]({"TRL": {"supervised": 10, "loss": 50.0}, "vlm_sft": near}, chosen)
