@@ -15,6 +15,7 @@ from vlm_sft.base.words import (
     reason_of,
     short,
     short_count,
+    whole_number,
 )
 
 
@@ -35,6 +36,12 @@ def test_words_for_values():
     assert kind(b"") == "of type bytes"
     assert short("a\n b" + "c" * 99) == "a b" + "c" * 34 + "..."
     assert short("猫\ud800") == "猫?", "half a character is no text that can be printed"
+
+
+def test_a_whole_number_is_one_that_python_reads():
+    assert [whole_number(text) for text in ("0", "12", "007")] == [0, 12, 7]
+    for text in ("", "-1", "²", "٣", "1.0", "1_0", " 1", "9" * 19, "9" * 5000):
+        assert whole_number(text) is None
 
 
 def test_what_an_error_says_is_put_on_one_line():

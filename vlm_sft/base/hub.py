@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from .errors import UserError
+from .words import whole_number
 
 Failure = TypeVar("Failure", bound=BaseException)
 Result = TypeVar("Result")
@@ -111,8 +112,8 @@ def _seconds_to_wait(error: BaseException, attempt: int) -> float | None:
         return float(attempt) if _is_network(error) else None
     if refused.response.status_code not in (408, 429, 500, 502, 503, 504):
         return None
-    asked = refused.response.headers.get("Retry-After", "")
-    return min(float(asked), LONGEST_WAIT) if asked.isdigit() else float(attempt)
+    asked = whole_number(refused.response.headers.get("Retry-After", ""))
+    return float(attempt) if asked is None else min(float(asked), LONGEST_WAIT)
 
 
 @contextmanager
@@ -177,8 +178,8 @@ def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
     if status in (409, 412):
         return f"{repo_id!r} was changed by someone else at the same time ({status}); push again"
     if status == 429:
-        asked = error.response.headers.get("Retry-After", "")
-        wait = f"wait {asked} seconds" if asked.isdigit() else "wait"
+        asked = whole_number(error.response.headers.get("Retry-After", ""))
+        wait = "wait" if asked is None else f"wait {asked} seconds"
         return f"The Hub has had too many requests (429); {wait} and try again"
     if status >= 500:
         return f"The Hub is in trouble ({status}); try again later"

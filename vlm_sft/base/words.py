@@ -11,6 +11,7 @@ CHINESE, OTHER = "zh", "en"
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 _KANA_HANGUL = re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\uac00-\ud7af]")
 _WORD = re.compile(r"[^\W\d_]+")
+LONGEST_NUMBER = 18  # digits
 _LONG = 2000  # characters that decide; a long conversation does not take longer
 
 
@@ -46,6 +47,11 @@ def kind(value: object) -> str:
     """What a value is, in the words of JSON."""
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a stranger's text is; None where it is none ("²" is a digit too), or longer than Python reads."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= LONGEST_NUMBER else None
 
 
 def counted(count: int, noun: str) -> str:

@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from ..base.errors import RowError
 from ..base.whole_files import write_whole
-from ..base.words import one_line, reason_of
+from ..base.words import one_line, reason_of, whole_number
 
 REASON = "image not fetched"
 TYPES = ("image/", "application/octet-stream", "binary/octet-stream")  # the last two from stores that do not know
@@ -154,13 +154,13 @@ class Fetcher:
             raise _refuse(url, f"is {kind[:80]!a}, not an image")
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise _refuse(url, "comes compressed though it was asked not to")
-        stated = response.headers.get("Content-Length", "")
+        stated = whole_number(response.headers.get("Content-Length", ""))
         body = bytearray()
-        if not stated.isdecimal() or int(stated) <= self.max_bytes:
+        if stated is None or stated <= self.max_bytes:
             while len(body) <= self.max_bytes and (chunk := response.read(_CHUNK)):
                 body += chunk
-            if stated.isdecimal() and len(body) < int(stated):
-                raise OSError(f"the connection ended after {len(body):,} of {int(stated):,} bytes")
+            if stated is not None and len(body) < stated:
+                raise OSError(f"the connection ended after {len(body):,} of {stated:,} bytes")
             if len(body) <= self.max_bytes:
                 return bytes(body)
         raise _refuse(url, f"has more than the {self.max_bytes:,} bytes allowed")

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from ..base.errors import UserError
+from ..base.words import whole_number
 
 # Characters, and entries of mappings and lists, of a recipe with everything filled in.
 LARGEST_RECIPE = 8 * 2**20
@@ -37,7 +38,8 @@ class _Recipe:
             if isinstance(here, str) and "${" in here:
                 return self.of(here, path)
             if isinstance(here, list):
-                here = here[int(part)] if part.isdigit() and int(part) < len(here) else None
+                place = whole_number(part)
+                here = here[place] if place is not None and place < len(here) else None
             else:
                 here = here.get(part) if isinstance(here, dict) else None
         return self.of(here, path)
