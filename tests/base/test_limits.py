@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,12 @@ def test_each_is_a_key_of_a_recipe_that_a_bundle_cannot_raise(name, recipe_file)
     assert limits() == Limits()
     load_recipe(path, [f"limits.{name}={usual + 2}"])
     assert limits() == Limits(**{name: usual + 2})
+
+
+def test_the_docs_name_each_with_its_default():
+    docs = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for each in fields(Limits):
+        assert f"`{each.name}` ({each.default:,}" in docs
 
 
 def test_an_image_is_as_large_as_the_recipe_says(recipe_file, photos):

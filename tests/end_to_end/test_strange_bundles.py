@@ -18,7 +18,7 @@ from support.bundles import trained
 from support.tiny_pieces import tiny_recipe
 from vlm_sft import answer, load, load_recipe
 from vlm_sft.base.errors import UserError
-from vlm_sft.base.limits import limits
+from vlm_sft.base.limits import hold, limits
 from vlm_sft.cli import main as cli
 from vlm_sft.inference.settings import open_bundle
 from vlm_sft.pieces.checkpoints import Checkpoint
@@ -88,7 +88,7 @@ def test_python_hands_on_no_code_that_a_file_could_name(bundle, code, photos):
     repo, mark = code
     model, processor, _ = open_bundle(str(bundle), {})
     question = [{"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [photos[0]]}]
-    with pytest.raises(UserError, match="generation has no setting 'custom_generate'"):
+    with pytest.raises(UserError, match='no generation setting "custom_generate"'):
         answer(model, processor, question, custom_generate=str(repo), trust_remote_code=True)
     assert not mark.exists()
 
@@ -395,10 +395,10 @@ NUMBERS = {
     "stack.vision_tower.config": ({"num_hidden_layers": 10**6}, r"num_hidden_layers: 1,000,000; no model has more"),
     "generation": ({"num_beams": 10**6}, r"`num_beams` is 1,000,000, but `limits\.beams` is 64"),
     "limits": ({"beams": 10**6}, None),
-    "generation ": ({"num_beams": "9"}, r"`num_beams` must be a whole number from 1, not '9'"),
+    "generation ": ({"num_beams": "9"}, r"`generation\.num_beams` must be a whole number from 1, not '9'"),
     "generation  ": (
         {"stop_strings": ["x" * 500_000]},
-        r"`stop_strings` has at most 64 texts of at most 200 characters",
+        r"`stop_strings` has more than 64 texts of 200 characters",
     ),
     "stack.vision_tower.config ": ({"patch_size": 0}, "no vision tower can be made of its configuration"),
     "stack.vision_tower.image_size ": (9996, r"9,996 x 9,996; no model has more than 16,777,216 pixels"),
@@ -449,14 +449,32 @@ def test_a_thin_picture_in_a_question_is_refused(bundle, tmp_path):
         answer(model, processor, question)
 
 
-SETTINGS = {"exponential_decay_length_penalty": [1], "forced_eos_token_id": True, "guidance_scale": 0}
+SETTINGS = {
+    "exponential_decay_length_penalty": [1],
+    "forced_eos_token_id": True,
+    "guidance_scale": 2,
+    "prefill_chunk_size": 3,
+    "encoder_no_repeat_ngram_size": 10**9,
+    "cache_config": "x",
+    "cache_implementation": "paged",
+    "temperature": 1e-300,
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_that_no_list_can_judge_are_one_sentence(name, bundle, photos):
+def test_settings_of_an_answer_are_judged_before_a_model_is_read(name, bundle, monkeypatch):
     edit(bundle / "recipe.yaml", generation={name: SETTINGS[name]})
-    question = [{"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [photos[0]]}]
-    model, processor, options = open_bundle(str(bundle), {})
-    with pytest.raises(UserError, match="cannot answer with these settings") as caught:
-        answer(model, processor, question, **options)
+    monkeypatch.setattr("vlm_sft.bundle.load.build_stack", pytest.fail)
+    with pytest.raises(UserError, match=f"`(generation.)?{name}` (must be|is|reads a prompt)") as caught:
+        open_bundle(str(bundle), {})
     assert "\n" not in str(caught.value)
+
+
+def test_a_cache_of_fixed_length_is_counted_before_it_is_taken(bundle, photos):
+    edit(bundle / "recipe.yaml", generation={"cache_implementation": "static", "max_cache_len": 2000})
+    hold({"cache_bytes": 10**6})
+    question = {"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": [photos[0]]}
+    model, processor, options = open_bundle(str(bundle), {})
+    assert answer(model, processor, [question], **options | {"max_cache_len": 90, "max_new_tokens": 1})
+    with pytest.raises(UserError, match=r"`cache_implementation: static` takes 2\.0 MiB before the first token, but"):
+        answer(model, processor, [question] * 2, **options)

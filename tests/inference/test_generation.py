@@ -142,7 +142,7 @@ def test_a_placeholder_in_the_vocabulary_is_never_written(tiny, monkeypatch):
 
 
 def test_one_answer_to_a_question(tiny, ask):
-    with pytest.raises(UserError, match="num_return_sequences must be 1"):
+    with pytest.raises(UserError, match="`num_return_sequences` must be 1"):
         answer(*tiny, [ask("hi")], num_return_sequences=2)
 
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
 from vlm_sft.base.errors import UserError
+from vlm_sft.base.limits import limits
 from vlm_sft.pieces.beside import (
-    MOST_GROWTH,
     check_config_names,
     check_growth,
     check_tokenizer,
@@ -126,7 +126,10 @@ def test_tokens_have_an_end():
         {"model": {"vocab": [["x" * 10_001, -1.0]]}},
         {"added_tokens": [{"content": "x" * 10_001}]},
     ):
-        with pytest.raises(UserError, match=r"has a token of 10,001 characters; it is refused"):
+        with pytest.raises(
+            UserError,
+            match=r"has a token of 10,001 characters; more than 10,000 \(`limits.token_characters`\) are refused",
+        ):
             check_growth(tokenizer, "it")
 
 
@@ -160,4 +163,4 @@ def test_what_passes_does_not_grow_further_than_is_said(normalizer, text):
         "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
     }
     grown = Tokenizer.from_str(json.dumps(tokenizer)).normalizer.normalize_str(text) if normalizer else text
-    assert len(grown) <= MOST_GROWTH * len(text)
+    assert len(grown) <= limits().tokenizer_growth * len(text)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
 from .errors import UserError
+from .words import whole_number
 
 ENVIRONMENT = "VLM_SFT_LIMITS"
 MEGABYTE = 2**20
@@ -34,12 +35,26 @@ class Limits:
     picture_tiles: int = _most(256, "Most tiles that a processor cuts an image into.")
     row_bytes: int = _most(256 * MEGABYTE, "Most bytes of a row of a table, and of a member of a tar file.")
     page_bytes: int = _most(1024 * MEGABYTE, "Most bytes of a page of a parquet file, or a batch of Arrow, unpacked.")
+    recipe_bytes: int = _most(MEGABYTE, "Most bytes of a recipe, a template or an adapter's settings in a bundle.")
+    config_bytes: int = _most(16 * MEGABYTE, "Most bytes of a config.json, and of a bundle's manifest.")
     text_bytes: int = _most(256 * MEGABYTE, "Most bytes of a text file of a bundle or base, such as a tokenizer.")
     table_bytes: int = _most(256 * MEGABYTE, "Most bytes of a model's tables that no file holds, beyond its weights.")
+    model_layers: int = _most(1000, "Most layers of a model.")
+    model_labels: int = _most(100_000, "Most labels of a model that names what it sees.")
+    model_size: int = _most(100_000_000, "Largest width, vocabulary or other size in a config.json.")
+    picture_side: int = _most(10_000, "Most pixels of a side of what a processor makes of an image.")
+    vocabulary: int = _most(2_000_000, "Most tokens of a tokenizer that is made of its settings.")
+    tokenizer_growth: int = _most(64, "Most characters that a tokenizer makes of one.")
+    token_characters: int = _most(10_000, "Most characters of a token.")
+    tokens_around: int = _most(1000, "Most tokens that a tokenizer puts around a text.")
+    adapter_numbers: int = _most(10_000, "Largest number in the mappings of an adapter's settings.")
     template_bytes: int = _most(1024 * MEGABYTE, "Most bytes of memory of the process that renders templates.")
     template_seconds: int = _most(10, "Most seconds of a core for a template and one conversation.")
     beams: int = _most(64, "Most beams of an answer.")
-    cache_tokens: int = _most(1_048_576, "Most tokens of a cache that is taken before an answer (`max_cache_len`).")
+    cache_tokens: int = _most(1_048_576, "Most tokens of an answer or of a cache before it, all beams together.")
+    cache_bytes: int = _most(16_384 * MEGABYTE, "Most bytes of a cache of fixed length, taken before an answer.")
+    stop_texts: int = _most(64, "Most texts that end an answer.")
+    stop_characters: int = _most(200, "Most characters of a text that ends an answer.")
 
 
 def limits() -> Limits:
@@ -67,9 +82,9 @@ def hold(given: Mapping[str, int]) -> None:
 def _parsed(text: str) -> Limits:
     found = {}
     for word in filter(None, (each.strip() for each in text.split(","))):
-        name, _, value = word.partition("=")
-        if name not in Limits.__dataclass_fields__ or not value.isdecimal() or int(value) < 1:
+        name, _, said = word.partition("=")
+        if name not in Limits.__dataclass_fields__ or not (value := whole_number(said)):
             known = ", ".join(each.name for each in fields(Limits))
             raise UserError(f"{ENVIRONMENT}: {word!r} is no limit; write name=number, of {known}.")
-        found[name] = int(value)
+        found[name] = value
     return Limits(**found)

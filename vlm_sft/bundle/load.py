@@ -13,13 +13,11 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..base.errors import UserError, refused_by_library
-from ..base.limits import limits
 from ..base.names import RECIPE, TEMPLATE, TRAINED
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan
 from ..model.sharding import fill
 from ..pieces.fingerprints import compare_pieces
-from ..recipe.passed_on import flaw_of_answers
 from ..recipe.safety import pieces_in, refuse_code
 from ..recipe.schema import Recipe, load_recipe
 from ..recipe.yaml_file import YamlFile, texts_in
@@ -84,7 +82,7 @@ def load(
     processor.words = stack.processor.words
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device) if dtype is None else model.to(device, dtype)
-    _set_answers(stack.model.generation_config, recipe, folder)
+    _set_answers(stack.model.generation_config, recipe)
     return model.eval(), processor
 
 
@@ -125,16 +123,14 @@ def load_beside(folder: Path, model: nn.Module, adapter: str) -> Beside:
     with refused_by_library(f"{str(folder)!r} is no whole bundle: its processor cannot be read"):
         processor = kind_of(manifest["pieces"]).read_processor(folder, recipe, core.config)
     answers = copy.deepcopy(core.generation_config)
-    _set_answers(answers, recipe, folder)
+    _set_answers(answers, recipe)
     return Beside({name: saved[name].to(parameter) for name, parameter in wanted.items()}, processor, answers)
 
 
-def _set_answers(answers: GenerationConfig, recipe: Recipe, folder: Path) -> None:
-    """Puts what a recipe says of answers over what the base says, and judges both."""
+def _set_answers(answers: GenerationConfig, recipe: Recipe) -> None:
+    """Puts what a recipe says of answers over what the base says; both were judged when they were read."""
     for name, value in recipe.generation.items():
         setattr(answers, name, value)
-    if found := flaw_of_answers(vars(answers), limits()):
-        raise UserError(f"{str(folder)!r}: {found[1]}")
 
 
 def differs_in(first: Path, other: Path) -> str | None:

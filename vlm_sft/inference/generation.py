@@ -26,7 +26,7 @@ from ..reading.video import Films
 from ..rows.messages import unpacked
 from .confidence import Confidence, Said, pieces_of
 from .picture_fault import pictures_named, place_of
-from .settings import ends_of, generation_options, refusal, split_settings
+from .settings import check_cache, ends_of, generation_options, refusal, split_settings
 
 
 class PromptTooLongError(UserError):
@@ -227,10 +227,23 @@ def beams_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> int:
 
 
 def fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> bool:
-    """Whether the longest answer fits behind the longest prompt; where not, `max_new_tokens` is lowered to fit."""
-    limit, wanted = position_limit(model), settings.get("max_new_tokens")
-    room = None if limit is None else limit - batch["attention_mask"].shape[1]
-    if room is None or wanted is None or wanted <= room:
+    """Whether the longest answer fits behind the longest prompt; where not, `max_new_tokens` is lowered to fit.
+
+    A `max_length`, which counts prompt and answer, becomes the `max_new_tokens` that it leaves.
+
+    Raises:
+        UserError: It leaves none.
+    """
+    limit, length = position_limit(model), batch["attention_mask"].shape[1]
+    wanted, whole = settings.get("max_new_tokens"), settings.pop("max_length", None)
+    if wanted is None and whole is not None:
+        limit = min(whole, limit or whole)
+        if whole <= length:
+            raise UserError(
+                f"`max_length` is {whole:,}, and a prompt alone has {length:,} tokens; say `max_new_tokens`."
+            )
+    room = None if limit is None else limit - length
+    if room is None or (wanted is not None and wanted <= room):
         return True
     settings["max_new_tokens"] = room
     return False
@@ -242,6 +255,7 @@ def new_tokens(
     """Calls `generate`; returns new tokens alone."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     known, objects = split_settings(settings)
+    check_cache(model, settings, *batch["attention_mask"].shape)
     more = more | objects
     given = core.generation_inputs(batch, known.get("num_beams") or core.generation_config.num_beams or 1)
     penalty = known.get("repetition_penalty") or core.generation_config.repetition_penalty or 1.0
@@ -255,7 +269,7 @@ def new_tokens(
         warnings.filterwarnings("ignore", message=".*with `inputs_embeds` and without `input_ids`")
         try:
             output: torch.Tensor = model.generate(**given, generation_config=config, **more)
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, OverflowError) as error:
             raise refusal(error) from error
     # Given embeddings, `generate` returns what is new alone.
     return output[:, batch["input_ids"].shape[1] :] if "input_ids" in given else output

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from transformers import (
-    GenerationConfig,
     MinPLogitsWarper,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
@@ -15,22 +15,22 @@ from transformers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from transformers.utils import logging
+from transformers.utils import is_hqq_available, is_optimum_quanto_available, logging
 
 from ..base.errors import UserError
-from ..base.words import closest, one_line
+from ..base.limits import limits
+from ..base.words import closest, gib, one_line
 from ..batch.processor import VLMProcessor
 from ..bundle.hub import find_bundle
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
 from ..recipe.library_names import GENERATION
-from ..recipe.passed_on import flaw
+from ..recipe.passed_on import flaw, flaw_of_answers
 from ..rows.videos import Sampling
 
 DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": None}
 """Settings that mean sampling, and the values that mean nothing."""
-COUNTS = {"max_new_tokens", "max_length", "num_beams"}
 PROCESSORS: dict[str, Any] = {
     "temperature": TemperatureLogitsWarper,
     "top_p": TopPLogitsWarper,
@@ -39,7 +39,12 @@ PROCESSORS: dict[str, Any] = {
     "typical_p": TypicalLogitsWarper,
     "repetition_penalty": RepetitionPenaltyLogitsProcessor,
 }
-"""Each refuses, in words, what it cannot work with."""
+"""What transformers does with them, for those who draw tokens themselves."""
+FLOATS = {*SAMPLING, "top_h", "repetition_penalty", "encoder_repetition_penalty"} - {"top_k"}
+"""Settings whose whole numbers transformers refuses."""
+NAMING_TOKENS = {"forced_bos_token_id", "forced_eos_token_id", "bos_token_id", "bad_words_ids", "sequence_bias"}
+GROWING_CACHES = {"dynamic", "offloaded", "quantized"}
+CACHE_BACKENDS = {"quanto": is_optimum_quanto_available, "hqq": is_hqq_available}
 # What `answer` and `stream_answer` also pass on: a caller in Python makes them, and no file can say them.
 OBJECTS = {"tokenizer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
 
@@ -65,7 +70,7 @@ def refusal(error: Exception) -> Exception:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuses generation settings that are on no list of ours, or that transformers does not take.
+    """Refuses generation settings that are on no list of ours, that transformers does not take, or that take too much.
 
     Raises:
         UserError: It names the setting, and the closest one there is or what is wrong with its value.
@@ -80,24 +85,16 @@ def check_options(options: dict[str, Any]) -> None:
             )
         if sentence := flaw(GENERATION, name, value):
             raise UserError(sentence)
-    options = _tidy(options)
-    for name in COUNTS.intersection(options):
-        value = options[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f'The generation setting "{name}" must be a whole number from 1, not {value!r}.')
-    for name, value in options.items():
-        try:
-            GenerationConfig(**{"do_sample": True, name: value})
-            if name in PROCESSORS and value is not None and (name, value) != ("top_k", 0):  # 0 turns it off
-                PROCESSORS[name](value)
-        except Exception as error:  # whatever a value of another type makes a class raise
-            raise UserError(f'The generation setting "{name}" cannot be {value!r}: {one_line(error)}') from None
+    if found := flaw_of_answers(options, limits()):
+        raise UserError(found[1])
+    backend = (options.get("cache_config") or {}).get("backend") or "quanto"
+    if options.get("cache_implementation") == "quantized" and not CACHE_BACKENDS[backend]():
+        raise UserError(f"`cache_implementation: quantized` needs {backend}, which is not installed; leave it out.")
 
 
 def _tidy(options: dict[str, Any]) -> dict[str, Any]:
     """`temperature=0` means greedy to most programs, and 2 is as good as 2.0; transformers refuses both."""
-    whole = {name for name, value in options.items() if isinstance(value, int) and not isinstance(value, bool)}
-    options = {n: float(v) if n in PROCESSORS and n in whole and n != "top_k" else v for n, v in options.items()}
+    options = {name: float(v) if name in FLOATS and isinstance(v, int) else v for name, v in options.items()}
     if options.get("temperature") == 0:
         options = {**{name: value for name, value in options.items() if name not in SAMPLING}, "do_sample": False}
     return options
@@ -110,11 +107,17 @@ def generation_options(model: PreTrainedModel, processor: VLMProcessor, options:
     break, `<|im_end|>`), the same that was in the loss.
 
     Raises:
-        UserError: Several answers to one question were asked for.
+        UserError: As `check_options`; a setting names a token that the model does not have.
     """
     tokenizer, own = processor.tokenizer, model.generation_config
-    if options.get("num_return_sequences", own.num_return_sequences) not in (None, 1):
-        raise UserError("num_return_sequences must be 1: every question gets one answer.")
+    check_options({name: value for name, value in options.items() if name not in OBJECTS})
+    words = model.config.get_text_config().vocab_size
+    for name in NAMING_TOKENS & options.keys():
+        if (most := max(_numbers(options[name]), default=0)) >= words:
+            raise UserError(f"`{name}` names the token {most:,}, but the model has {words:,} of them, from 0.")
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        if len(set(options.get(name) or ())) >= words:
+            raise UserError(f"`{name}` leaves no token for an answer; the model has {words:,} of them.")
     options = _tidy(options)
     defaults = {**DEFAULTS, "max_new_tokens": own.max_new_tokens or DEFAULTS["max_new_tokens"]}
     if "max_length" in options:
@@ -131,11 +134,54 @@ def generation_options(model: PreTrainedModel, processor: VLMProcessor, options:
         merged["stop_strings"] = [*([own_ends] if isinstance(own_ends, str) else own_ends), end]
     if merged.get("stop_strings"):
         merged["tokenizer"] = tokenizer
+    else:
+        merged.pop("stop_strings", None)  # an empty list would want the tokenizer too
     merged["eos_token_id"] = ends or None
-    if processor.image_token_id < model.config.get_text_config().vocab_size:  # written, it would be an image to read
+    if processor.image_token_id < words:  # written, it would be an image to read
         suppressed = options.get("suppress_tokens") or own.suppress_tokens or []
         merged["suppress_tokens"] = [*suppressed, processor.image_token_id]
     return merged
+
+
+def _numbers(value: object) -> Iterator[int]:
+    """The whole numbers in lists of lists; the numbers beside them (a bias) are none of these."""
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _numbers(entry)
+    elif isinstance(value, int):
+        yield value
+
+
+def check_cache(model: PreTrainedModel, settings: Mapping[str, Any], rows: int, length: int) -> None:
+    """Counts the bytes of a cache of fixed length, which is taken whole before the first token.
+
+    Args:
+        model: The model.
+        settings: Those of an answer.
+        rows: How many conversations are answered together.
+        length: Tokens of the longest prompt.
+
+    Raises:
+        UserError: It is larger than `limits.cache_bytes`.
+    """
+
+    def said(name: str) -> Any:
+        given = settings.get(name)
+        return getattr(model.generation_config, name, None) if given is None else given
+
+    if said("use_cache") is False or (said("cache_implementation") or "dynamic") in GROWING_CACHES:
+        return
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    new = settings.get("max_new_tokens")
+    longest = max(length + new if new else said("max_length") or 0, said("max_cache_len") or 0)
+    if (size := rows * (said("num_beams") or 1) * longest * token) > (most := limits().cache_bytes):
+        raise UserError(
+            f"`cache_implementation: {said('cache_implementation')}` takes {gib(size)} before the first token, but "
+            f"`limits.cache_bytes` is {gib(most)}; ask for fewer tokens, beams or answers at a time, or raise it."
+        )
 
 
 def ends_of(processor: VLMProcessor) -> tuple[list[int], str]:

@@ -15,9 +15,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..base.errors import UserError
+from ..base.limits import limits
 from ..base.names import ADAPTER_CONFIG, CONFIG, PROCESSOR_CONFIG
 from ..recipe.library_names import GENERATION, UNSAID
-from ..recipe.passed_on import flaw
+from ..recipe.passed_on import flaw, flaw_of_answers
 from ..recipe.safety import check_picture, read_json
 from .checkpoints import fetch_file
 
@@ -36,11 +37,6 @@ _MARKS = ("/", "\\", ":")
 # Of a `tokenizer_config.json`: names of files that transformers replaces by those of the checkpoint, and others.
 _REPLACED = {"tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "added_tokens_file", "spm_file"}
 _SENTENCEPIECE = {"enable_sampling", "nbest_size", "alpha"}
-
-# A normalizer, or a decoder, may make this many characters of one: published ones make 18 (NFKD of one Arabic sign).
-MOST_GROWTH = 64
-LONGEST_TOKEN = 10_000
-MOST_ADDED = 1000
 
 
 def keep_plain_generation(model: PreTrainedModel, where: str) -> None:
@@ -61,6 +57,8 @@ def keep_plain_generation(model: PreTrainedModel, where: str) -> None:
             setattr(config, name, None)
         elif sentence := flaw(GENERATION, name, value):
             raise UserError(f"{where}: its generation_config.json is refused: {sentence}")
+    if found := flaw_of_answers(vars(config) if config is not None else {}, limits()):
+        raise UserError(f"{where}: its generation_config.json is refused: {found[1]}")
 
 
 def check_config_names(config: Mapping[str, Any], where: str, file: str = CONFIG) -> None:
@@ -151,21 +149,28 @@ def check_growth(tokenizer: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: It does.
     """
-    for part in ("normalizer", "decoder"):
-        if (growth := _growth(tokenizer.get(part))) > MOST_GROWTH:
+    most = limits()
+    for part in ("normalizer", "decoder"):  # published ones make 18 characters of one at most (NFKD of one Arabic sign)
+        if (growth := _growth(tokenizer.get(part))) > most.tokenizer_growth:
             raise UserError(
                 f"{where}: the {part} of its tokenizer.json makes up to {growth:,.0f} characters of one; more than "
-                f"{MOST_GROWTH} are refused."
+                f"{most.tokenizer_growth:,} (`limits.tokenizer_growth`) are refused."
             )
-    if (more := _added(tokenizer.get("post_processor"))) > MOST_ADDED:
-        raise UserError(f"{where}: its tokenizer.json puts {more:,} tokens around each text; it is refused.")
+    if (more := _added(tokenizer.get("post_processor"))) > most.tokens_around:
+        raise UserError(
+            f"{where}: its tokenizer.json puts {more:,} tokens around each text; more than {most.tokens_around:,} "
+            f"(`limits.tokens_around`) are refused."
+        )
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     tokens = [entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary or ()]
     tokens += [each.get("content") for each in tokenizer.get("added_tokens") or () if isinstance(each, Mapping)]
     longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
-    if longest > LONGEST_TOKEN:
-        raise UserError(f"{where}: its tokenizer.json has a token of {longest:,} characters; it is refused.")
+    if longest > most.token_characters:
+        raise UserError(
+            f"{where}: its tokenizer.json has a token of {longest:,} characters; more than {most.token_characters:,} "
+            f"(`limits.token_characters`) are refused."
+        )
 
 
 def _growth(step: object) -> float:

@@ -9,10 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict
 
 # Values that say the same as nothing: what is off, and two defaults.
 UNSAID: tuple[Any, ...] = (None, False, "", [], {}, "nll", "keep_start")
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a setting may be.
+
+    Attributes:
+        words: How messages say it.
+        type: The same for pydantic, which checks it strictly.
+    """
+
+    words: str
+    type: Any
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class PassedOn:
             recipe, or an override that the user typed, may have them.
         never: Name → why no recipe has it.
         ours: Names that we read ourselves; the library never sees them.
+        types: What their values may be, where the library does not look itself; of a mapping's under `name.key`.
     """
 
     library: str
@@ -35,6 +51,7 @@ class PassedOn:
     own: Mapping[str, str] = field(default_factory=dict)
     never: Mapping[str, str] = field(default_factory=dict)
     ours: frozenset[str] = frozenset()
+    types: Mapping[str, Takes] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -167,21 +184,90 @@ QUANTIZATION = PassedOn(
     ),
 )
 
+# What `generate` may be told. It looks at few values itself, and at most of them when the model is in memory already;
+# some would make it take any amount of memory (an n-gram is as many lists), others end in NaN or in an overflow.
+# How many tokens and beams there may be is one of the limits, see `passed_on.flaw_of_answers`.
+_LARGEST = 2**31 - 1
+_Id = Annotated[int, Field(ge=0, le=_LARGEST)]
+_OwnId = Annotated[int, Field(ge=-1, le=_LARGEST)]  # -1: a published file that knows none
+_ANY_ROW = Strict(False)  # a tuple is as good as a list
+_Ids = Annotated[list[_Id], _ANY_ROW]
+_SomeIds = Annotated[_Ids, Field(min_length=1)]
+
+
+def _whole(least: int, most: int = _LARGEST) -> Takes:
+    words = f"a whole number from {least}" + (f" to {most}" if most != _LARGEST else "")
+    return Takes(words, Annotated[int, Field(ge=least, le=most)])
+
+
+def _number(least: float, most: float) -> Takes:
+    words = f"a number from {least:g} to {most:,g}"
+    return Takes(words, Annotated[float, Field(ge=least, le=most, allow_inf_nan=False)])
+
+
+_Word = Annotated[str, Field(min_length=1)]
+_Bias = Annotated[tuple[_SomeIds, Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]], _ANY_ROW]
+_SWITCH = Takes("true or false", bool)
+_IDS = Takes("a list of ids of tokens", _Ids)
+_ID_OR_IDS = Takes("an id of a token, or a list of them", _OwnId | Annotated[list[_OwnId], _ANY_ROW])
+_PENALTY = _number(0.01, 100)
+_ANSWER: dict[str, Takes] = {
+    **dict.fromkeys(_words("max_new_tokens max_length max_cache_len num_beams prefill_chunk_size"), _whole(1)),
+    **dict.fromkeys(_words("prompt_lookup_num_tokens max_matching_ngram_size"), _whole(1)),
+    **dict.fromkeys(_words("min_length min_new_tokens top_k"), _whole(0)),
+    **dict.fromkeys(_words("no_repeat_ngram_size encoder_no_repeat_ngram_size"), _whole(0)),
+    **dict.fromkeys(_words("do_sample use_cache renormalize_logits remove_invalid_values"), _SWITCH),
+    "disable_compile": _SWITCH,
+    **dict.fromkeys(_words("top_p min_p epsilon_cutoff eta_cutoff"), _number(0, 1)),
+    **dict.fromkeys(_words("top_h typical_p"), _number(0.001, 1)),
+    **dict.fromkeys(_words("repetition_penalty encoder_repetition_penalty"), _PENALTY),
+    **dict.fromkeys(_words("suppress_tokens begin_suppress_tokens"), _IDS),
+    **dict.fromkeys(_words("pad_token_id bos_token_id eos_token_id decoder_start_token_id"), _ID_OR_IDS),
+    "forced_bos_token_id": Takes("an id of a token", _Id),
+    "forced_eos_token_id": Takes("an id of a token, or a list of them", _Id | _SomeIds),
+    "temperature": Takes("0, or a number from 0.000001 to 1,000,000", Literal[0] | _number(1e-6, 1e6).type),
+    "guidance_scale": _number(1, 100),
+    "length_penalty": _number(-10, 10),
+    "max_time": _number(1e-6, 1e9),
+    "num_return_sequences": Takes("1: every question gets one answer", _whole(1, 1).type),
+    "early_stopping": Takes("true, false or never", bool | Literal["never"]),
+    "cache_implementation": Takes(
+        "dynamic, static, offloaded, offloaded_static or quantized",
+        Literal["dynamic", "static", "offloaded", "offloaded_static", "quantized"]
+        | Literal["sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"],
+    ),
+    "stop_strings": Takes("a text or a list of texts, none of them empty", _Word | Annotated[list[_Word], _ANY_ROW]),
+    "bad_words_ids": Takes(
+        "a list of lists of ids of tokens", Annotated[list[_SomeIds], _ANY_ROW, Field(min_length=1)]
+    ),
+    "sequence_bias": Takes(
+        "a list of pairs, each a list of ids of tokens and a number from -1,000 to 1,000",
+        Annotated[list[_Bias], _ANY_ROW, Field(min_length=1)],
+    ),
+    "exponential_decay_length_penalty": Takes(
+        "a whole number from 0 and a number from 0.01 to 10",
+        Annotated[tuple[_Id, Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)]], _ANY_ROW],
+    ),
+    "cache_config.backend": Takes("quanto or hqq", Literal["quanto", "hqq"]),
+    "cache_config.nbits": _whole(1, 8),
+    "cache_config.axis_key": _whole(-1, 1),
+    "cache_config.axis_value": _whole(-1, 1),
+    "cache_config.q_group_size": _whole(1, 4096),
+    "cache_config.residual_length": _whole(1, 2**20),
+    "watermarking_config.greenlist_ratio": _number(0.001, 0.999),
+    "watermarking_config.bias": _number(-1000, 1000),
+    "watermarking_config.hashing_key": _whole(0),
+    "watermarking_config.seeding_scheme": Takes("lefthash or selfhash", Literal["lefthash", "selfhash"]),
+    "watermarking_config.context_width": _whole(1, 1000),
+}
+
 _MOVED = "transformers fetches the code for it from the Hub"
 _TEXT_ALONE = "an answer is text alone"
 _ONE_MODEL = "one model writes an answer"
 GENERATION = PassedOn(
     "transformers.GenerationConfig",
-    _words(
-        "max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings do_sample",
-        "num_beams use_cache cache_implementation max_cache_len temperature top_k top_p min_p top_h typical_p",
-        "epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty length_penalty",
-        "no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id",
-        "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens",
-        "sequence_bias token_healing guidance_scale num_return_sequences pad_token_id bos_token_id",
-        "eos_token_id encoder_no_repeat_ngram_size decoder_start_token_id prompt_lookup_num_tokens",
-        "max_matching_ngram_size disable_compile prefill_chunk_size",
-    ),
+    frozenset(name for name in _ANSWER if "." not in name),
+    types=_ANSWER | dict.fromkeys(("cache_config", "watermarking_config"), Takes("a mapping of its settings", dict)),
     mappings={
         "cache_config": _words("backend nbits axis_key axis_value q_group_size residual_length"),
         "watermarking_config": _words("greenlist_ratio bias hashing_key seeding_scheme context_width"),
@@ -194,6 +280,7 @@ GENERATION = PassedOn(
         **dict.fromkeys(_words("is_assistant num_assistant_tokens num_assistant_tokens_schedule"), _ONE_MODEL),
         **dict.fromkeys(_words("assistant_confidence_threshold assistant_early_exit assistant_lookbehind"), _ONE_MODEL),
         **dict.fromkeys(_words("target_lookbehind assistant_ensemble_weight use_mtp speculation_type"), _ONE_MODEL),
+        "token_healing": "it writes the end of the prompt anew, of which the images are a part",
         "compile_config": "it names code that compiles",
         "continuous_batching_config": "it belongs to a server",
         "transformers_version": "it is written by transformers",

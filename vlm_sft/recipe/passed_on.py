@@ -6,13 +6,16 @@ No torch here: a recipe is read without it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from ..base.errors import UserError
 from ..base.limits import Limits
-from ..base.words import closest
-from .library_names import DEFAULTS, HERE, PASSED_ON, UNSAID, PassedOn
+from ..base.words import closest, short
+from .library_names import DEFAULTS, GENERATION, HERE, PASSED_ON, UNSAID, PassedOn, Takes
 from .yaml_file import KeyPath
 
 if TYPE_CHECKING:
@@ -110,7 +113,9 @@ def flaw(passed_on: PassedOn, name: str, value: Any, prefix: str = "") -> str | 
         return None
     if isinstance(value, Mapping):
         return _flaw_of_mapping(passed_on, name, value, prefix)
-    return None if is_plain(value) else f"`{prefix}{name}` takes numbers and words, not {value!r}."
+    if not is_plain(value):
+        return f"`{prefix}{name}` takes numbers and words, not {value!r}."
+    return _flaw_of_type(passed_on, name, value, prefix)
 
 
 def _flaw_of_mapping(passed_on: PassedOn, name: str, value: Mapping[str, Any], prefix: str) -> str | None:
@@ -122,11 +127,31 @@ def _flaw_of_mapping(passed_on: PassedOn, name: str, value: Mapping[str, Any], p
             return f'unknown key "{prefix}{name}.{key}"; it has {", ".join(sorted(keys))}.'
         if isinstance(entry, Mapping) or not is_plain(entry):
             return f"`{prefix}{name}.{key}` takes numbers and words, not {entry!r}."
+        if sentence := _flaw_of_type(passed_on, f"{name}.{key}", entry, prefix):
+            return sentence
     return None
 
 
-# Texts that end an answer: transformers makes a table of each letter of each, for every token.
-MOST_STOPS, LONGEST_STOP = 64, 200
+def _flaw_of_type(passed_on: PassedOn, name: str, value: object, prefix: str) -> str | None:
+    if value is None or (takes := passed_on.types.get(name)) is None:
+        return None
+    try:
+        _adapter(takes).validate_python(value)
+    except ValidationError:
+        return f"`{prefix}{name}` must be {takes.words}, not {short(repr(value))}."
+    return None
+
+
+@cache
+def _adapter(takes: Takes) -> TypeAdapter[Any]:
+    return TypeAdapter(takes.type, config=ConfigDict(strict=True))
+
+
+# Settings that say how many tokens there may be; the first three are what is taken for every beam at once.
+_TOKENS = (
+    *("max_new_tokens", "max_length", "max_cache_len", "min_length", "min_new_tokens", "prefill_chunk_size"),
+    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+)
 
 
 def flaw_of_answers(settings: Mapping[str, Any], most_of: Limits) -> tuple[str, str] | None:
@@ -136,16 +161,24 @@ def flaw_of_answers(settings: Mapping[str, Any], most_of: Limits) -> tuple[str, 
         settings: Of a recipe's `generation`, or of a model.
         most_of: What they may ask for.
     """
-    for name, limit in (("num_beams", "beams"), ("max_cache_len", "cache_tokens")):
-        value, most = settings.get(name), getattr(most_of, limit)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            return name, f"`{name}` must be a whole number from 1, not {value!r}."
-        if value is not None and value > most:
+    for name, value in settings.items():
+        if name in GENERATION.types and (sentence := _flaw_of_type(GENERATION, name, value, "")):
+            return name, sentence
+    for name in ("num_beams", *_TOKENS):
+        limit = "beams" if name == "num_beams" else "cache_tokens"
+        if (value := settings.get(name) or 0) > (most := getattr(most_of, limit)):
             return name, f"`{name}` is {value:,}, but `limits.{limit}` is {most:,}; lower it, or raise the limit."
+    beams = settings.get("num_beams") or 1
+    for name in _TOKENS[:3]:
+        if beams > 1 and beams * (value := settings.get(name) or 0) > most_of.cache_tokens:
+            asked = f"`num_beams` and `{name}` ask for {beams:,} x {value:,} tokens at a time"
+            return name, f"{asked}, but `limits.cache_tokens` is {most_of.cache_tokens:,}; lower one."
     stops = settings.get("stop_strings") or ()
-    stops = [stops] if isinstance(stops, str) else list(stops)
-    if len(stops) > MOST_STOPS or any(not isinstance(stop, str) or len(stop) > LONGEST_STOP for stop in stops):
-        return "stop_strings", f"`stop_strings` has at most {MOST_STOPS} texts of at most {LONGEST_STOP} characters."
+    stops = [stops] if isinstance(stops, str) else stops
+    if len(stops) > most_of.stop_texts or max(map(len, stops), default=0) > most_of.stop_characters:
+        most = f"{most_of.stop_texts:,} texts of {most_of.stop_characters:,} characters"
+        mend = "leave some out, or raise `limits.stop_texts` or `limits.stop_characters`"
+        return "stop_strings", f"`stop_strings` has more than {most}; {mend}."
     return None
 
 

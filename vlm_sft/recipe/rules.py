@@ -312,6 +312,10 @@ def _numbers_that_train(sft: dict[str, Any]) -> Broken:
 def _answers_are_bounded(recipe: Recipe) -> Broken:
     if found := flaw_of_answers(recipe.generation, replace(limits(), **recipe.limits.model_dump(exclude_unset=True))):
         yield f"generation.{found[0]}", f"`generation`: {found[1]}"
+    for name, plain in (("guidance_scale", 1), ("prefill_chunk_size", None)):
+        if recipe.stack is not None and recipe.generation.get(name) not in (None, plain):
+            sentence = f"`generation.{name}` reads a prompt of words alone, and that of a stack holds its images"
+            yield f"generation.{name}", f"{sentence}; remove it."
 
 
 def _hub_can_be(hub: Hub | None) -> Broken:

@@ -21,25 +21,24 @@ if TYPE_CHECKING:
     from .schema import Recipe
     from .sections import AnyPiece
 
-# Bytes of files that need no more, whoever asks; that of other texts is `limits.text_bytes`.
-LIMITS = {
-    RECIPE: MEGABYTE,
-    TEMPLATE: MEGABYTE,
-    ADAPTER_CONFIG: MEGABYTE,
-    MANIFEST: 16 * MEGABYTE,
-    CONFIG: 16 * MEGABYTE,
+# The limits of texts that need less than `limits.text_bytes`.
+SHORTER = {
+    **dict.fromkeys((RECIPE, TEMPLATE, ADAPTER_CONFIG), "recipe_bytes"),
+    **dict.fromkeys((MANIFEST, CONFIG), "config_bytes"),
 }
 TEXTS = (".json", ".yaml", ".jinja", ".txt", ".md")
-# What a configuration may say: more than any published model has, and little enough to be built without weights.
-LARGEST_IMAGE, LARGEST_NUMBER = 10_000, 10**8
+# The limits of what a configuration says of a model: more than any published one has, and little enough to be built
+# without weights. A base of rotary positions, and how many there are, are no sizes of a tensor; such numbers are large.
+_SIZES = {
+    re.compile(r"layers?$|^depths?$|^n_layer|blocks$"): "model_layers",
+    re.compile(r"^num_labels$"): "model_labels",
+    re.compile(r"^image_size$"): "picture_side",
+    re.compile(r"rope|theta|position|length"): None,
+    re.compile(""): "model_size",
+}
+LARGEST_POSITION = 10**12
 _TILES = ("max_patches", "min_patches", "pan_and_scan_max_num_crops")
 _SIDES = ("height", "width", "shortest_edge", "longest_edge", "patch_size", "merge_size", "temporal_patch_size")
-MOST = {
-    re.compile(r"layers?$|^depths?$|^n_layer|blocks$"): 1000,
-    re.compile(r"^num_labels$"): 100_000,
-    re.compile(r"^image_size$"): LARGEST_IMAGE,
-    re.compile(r"rope|theta|position|length"): 10**12,  # these are no sizes of a tensor
-}
 
 
 def check_folder(folder: Path) -> None:
@@ -64,7 +63,8 @@ def check_folder(folder: Path) -> None:
 
 def most_bytes(name: str) -> int:
     """Bytes that a text file of this name may have."""
-    return LIMITS.get(name, limits().text_bytes)
+    found: int = getattr(limits(), SHORTER.get(name, "text_bytes"))
+    return found
 
 
 def check_length(path: str | Path, limit: int) -> None:
@@ -129,9 +129,9 @@ def check_config(config: Mapping[str, Any], where: str, who: str = "its config.j
     for name, value in _numbers(config):
         if isinstance(value, float):
             continue  # no size
-        most = next((limit for pattern, limit in MOST.items() if pattern.search(name)), LARGEST_NUMBER)
-        if value > most:
-            raise UserError(f"{where}: {who} says {name}: {value:,}; no model has more than {most:,}.")
+        limit = next(limit for pattern, limit in _SIZES.items() if pattern.search(name))
+        if value > (most := getattr(limits(), limit) if limit else LARGEST_POSITION):
+            raise UserError(f"{where}: {who} says {name}: {_more_than(value, most, limit)}.")
 
 
 def check_picture(settings: Mapping[str, Any], where: str, file: str = "preprocessor_config.json") -> None:
@@ -151,11 +151,11 @@ def check_picture(settings: Mapping[str, Any], where: str, file: str = "preproce
     areas = any(str(kind).startswith(("Qwen2VL", "Glm4v", "Glm46V")) for kind in kinds)
     for name, value in _numbers(settings):
         if name in ("max_pixels", "min_pixels") or (areas and name in ("shortest_edge", "longest_edge")):
-            most = limits().picture_pixels
+            limit = "picture_pixels"
         else:
-            most = limits().picture_tiles if name in _TILES else LARGEST_IMAGE
-        if value > most:
-            raise UserError(f"{where}: its {file} says {name}: {value:,}; no model has more than {most:,}.")
+            limit = "picture_tiles" if name in _TILES else "picture_side"
+        if value > (most := getattr(limits(), limit)):
+            raise UserError(f"{where}: its {file} says {name}: {_more_than(value, most, limit)}.")
         if name in _SIDES and (value < 1 or isinstance(value, float)):
             raise UserError(f"{where}: its {file} says {name}: {value:,}, which is no size.")
     for name, height, width in _areas(settings):
@@ -164,6 +164,10 @@ def check_picture(settings: Mapping[str, Any], where: str, file: str = "preproce
                 f"{where}: its {file} says {name}: {height:,} x {width:,}; no model has more than {pixels:,} pixels "
                 f"(`limits.picture_pixels`)."
             )
+
+
+def _more_than(value: float, most: int, limit: str | None) -> str:
+    return f"{value:,}; no model has more than {most:,}" + (f" (`limits.{limit}`)" if limit else "")
 
 
 def _areas(value: object, name: str = "") -> Iterator[tuple[str, float, float]]:

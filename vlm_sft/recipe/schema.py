@@ -19,11 +19,11 @@ from ..base.assets import list_recipes, recipe_path
 from ..base.console import tell
 from ..base.errors import UserError
 from ..base.limits import Limits as Budget
-from ..base.limits import hold
+from ..base.limits import hold, limits
 from ..base.names import MANIFEST, PARTS
 from ..base.whole_files import check_regular
 from ..base.words import closest
-from .passed_on import AnswerMetric
+from .passed_on import AnswerMetric, flaw_of_answers
 from .rules import first_broken_rule
 from .sections import (
     BoxNotation,
@@ -227,6 +227,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe._file, recipe._path, recipe._strange = file, found, (found.parent / MANIFEST).is_file()
     given = recipe.limits.model_dump(exclude_unset=True)
     hold({name: value for name, value in given.items() if not recipe.strange or recipe.is_typed(("limits", name))})
+    if recipe.strange and (flaw := flaw_of_answers(recipe.generation, limits())):  # whatever its own `limits` say
+        raise recipe.error(("generation", flaw[0]), f"`generation`: {flaw[1]}")
     return recipe
 
 

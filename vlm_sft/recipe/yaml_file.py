@@ -20,12 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from ..base.errors import UserError, find_secrets, without_tokens
+from ..base.limits import limits
 from ..base.whole_files import read_text
+from ..base.words import whole_number
 from .interpolations import check_expansion
 
 KeyPath = tuple[str | int, ...]
 
-LARGEST_FILE, MOST_ENTRIES = 2**20, 100_000
+MOST_ENTRIES = 100_000
 # Environment variables that a recipe may read: it is saved with the bundle and shared, and a stranger's asks for any.
 MAY_BE_READ = re.compile(
     r"HOME|PWD|TMPDIR|SCRATCH|WORK|HOSTNAME|HF_HOME|(?:DATA|DATASETS?|IMAGES?|MODELS?|OUTPUTS?|CHECKPOINTS?)(?:_DIR|_ROOT|_HOME|_PATH)?"
@@ -131,8 +133,8 @@ class YamlFile:
             UserError: it cannot be read, is not YAML (with the line), or is not a mapping.
         """
         try:
-            if (size := path.stat().st_size) > LARGEST_FILE:
-                raise UserError(f"{path} has {size:,} bytes, more than the {LARGEST_FILE:,} that a recipe may have.")
+            if (size := path.stat().st_size) > (most := limits().recipe_bytes):
+                raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that a recipe may have.")
             text = read_text(path, "utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
@@ -275,7 +277,7 @@ def parse_assignment(text: str) -> tuple[KeyPath, Any]:
     if match is None:
         raise UserError(f'override "{text}" is not understood; write key.path=value, like sft.max_steps=10.')
     parts = match["key"].replace("[", ".").replace("]", "").split(".")
-    path = tuple(int(part) if part.isdigit() else part for part in parts)
+    path = tuple(part if (place := whole_number(part)) is None else place for part in parts)
     try:
         return path, yaml.load(match["value"], Loader=_Loader)  # noqa: S506  # a SafeLoader
     except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:

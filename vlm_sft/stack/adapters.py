@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..base.errors import UserError, refused_by_library
+from ..base.limits import limits
 from ..base.names import ADAPTER, ADAPTER_CONFIG
 from ..base.whole_files import read_bytes
 from ..base.words import one_line
@@ -31,8 +32,6 @@ from .lora import add_adapter, add_empty_adapter, add_further_adapter
 
 MERGED = "merged_{}"
 DORA = "lora_magnitude_vector"
-# Numbers in the mappings of an adapter's options (groups, samples, buffers), all of which stand for memory.
-MOST_OF_AN_OPTION = 10_000
 
 
 class Merged(NamedTuple):
@@ -175,9 +174,12 @@ def _check_names(folder: Path) -> None:
         if value not in UNSAID and (sentence := flaw(LORA, name, value)):
             raise UserError(f"{where} asks for `{name}`, which is refused: {sentence}")
         entries = value.values() if isinstance(value, dict) else ()
+        # Groups, samples, buffers: all numbers in these mappings stand for memory.
         largest = max((each for each in entries if isinstance(each, int)), default=0)
-        if LORA.mappings.get(name) and largest > MOST_OF_AN_OPTION:
-            raise UserError(f"{where} says {largest:,} in `{name}`; more than {MOST_OF_AN_OPTION:,} are refused.")
+        if LORA.mappings.get(name) and largest > (most := limits().adapter_numbers):
+            raise UserError(
+                f"{where} says {largest:,} in `{name}`; more than {most:,} (`limits.adapter_numbers`) are refused."
+            )
 
 
 def _check_ranks(config: PeftConfig, folder: Path) -> None:
