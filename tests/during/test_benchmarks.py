@@ -10,9 +10,9 @@ from support.benchmarks import PUBLISHED, own_task
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.during import benchmarks as while_training
-from vlm_sft.evaluation.records import read_records
 from vlm_sft.metrics.intervals import mean_of
 from vlm_sft.metrics.measures import MEASURES, Measured
+from vlm_sft.pages.records import read_records
 from vlm_sft.train import train
 
 EACH_STEP = [

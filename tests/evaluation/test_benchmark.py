@@ -23,7 +23,7 @@ from vlm_sft.bundle.save import save_bundle
 from vlm_sft.evaluation import asking
 from vlm_sft.evaluation.asking import How
 from vlm_sft.evaluation.benchmark import run
-from vlm_sft.evaluation.records import read_records
+from vlm_sft.pages.records import read_records
 from vlm_sft.stack.build_stack import build_stack
 
 KEYS = {"id", "images", "question", "choices", "answers", "kind", "group", "answer", "answer_blank", "score",

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from vlm_sft.base.errors import UserError
-from vlm_sft.evaluation.records import Records, fingerprint, read_records
+from vlm_sft.evaluation.records import Records, fingerprint
 from vlm_sft.evaluation.task_rows import Asked
+from vlm_sft.pages.records import read_records
 
 
 @pytest.fixture
@@ -38,14 +39,23 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path):
     path = tmp_path / "x.jsonl"
     for text in ("[]\n", '{"id": 3, "answer": ""}\n', "x\n{}"):
         path.write_text(text)
-        with pytest.raises(UserError, match="line 1 is no record of an evaluation"):
+        with pytest.raises(UserError, match=r"line 1 (is no|has no).*: remove the file and evaluate again"):
             read_records(path, unfinished=True)
     with pytest.raises(UserError, match="cannot be read"):
         read_records(tmp_path / "gone.jsonl")
     path.write_text('{"id": "1", "answer": "猫"}\n{"id": "2", "ans', encoding="utf-8")
     assert [one["id"] for one in read_records(path, unfinished=True)] == ["1"]
-    with pytest.raises(UserError, match="line 2"):
+    with pytest.raises(UserError, match='line 1 has no "question"'):
         read_records(path)
+
+
+def test_a_name_with_marks_of_patterns_is_a_name(tmp_path):
+    records = Records(tmp_path, "[ab]*", "a" * 64)
+    (tmp_path / f"a.{'a' * 12}.part-0.jsonl").write_text("another's")
+    with records.adding(0) as write:
+        write([{"id": "1", "answer": "猫"}])
+    records.finish(records.collect(["1"]), {"fingerprint": "a" * 64})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.aaaaaaaaaaaa.part-0.jsonl", "[ab]*.json", "[ab]*.jsonl"}
 
 
 def test_half_a_character_is_written_and_read(tmp_path):

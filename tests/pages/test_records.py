@@ -48,6 +48,8 @@ def test_a_sheet_has_the_scores_of_its_summary(tmp_path):
         ({**RECORD, "id": 7}, 'has no "id" as answers have it'),
         ({**RECORD, "score": None}, 'has no "score" as answers have it'),
         ({**RECORD, "score": float("nan")}, 'has no "score" as answers have it'),
+        ({**RECORD, "score": 10**400}, 'has no "score" as answers have it'),
+        ({**RECORD, "score_blank": 10**400}, 'has no "score_blank" as answers have it'),
         ({**RECORD, "answers": "red"}, 'has no "answers" as answers have it'),
         ({**RECORD, "confidence": [["blue"]]}, 'has no "confidence" as answers have it'),
         ({**RECORD, "confidence": [["blue", "sure"]]}, 'has no "confidence" as answers have it'),
@@ -67,7 +69,7 @@ def test_other_files_are_refused_in_a_sentence(tmp_path, line, flaw):
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "odd.jsonl").write_bytes(b"\xff\xfe")
-    for name, why in (("empty", "holds no answers"), ("odd", "cannot be read"), ("none", "cannot be read")):
+    for name, why in (("empty", "holds no answers"), ("odd", "is no JSON"), ("none", "cannot be read")):
         with pytest.raises(UserError, match=why):
             read_records(tmp_path / f"{name}.jsonl")
     with pytest.raises(UserError, match="cannot be read"):

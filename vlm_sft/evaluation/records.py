@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..base.errors import UserError
 from ..base.names import MANIFEST
 from ..base.whole_files import file_digest, read_bytes, write_whole
 from ..base.words import reason_of
+from ..pages.records import read_records
 from .asking import Record
 from .task_rows import Asked
 
@@ -50,7 +52,7 @@ class Records:
         self.summary = folder / f"{name}.json"
 
     def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.name}.{self.mark[:12]}.part-*.jsonl"))
+        return sorted(self.folder.glob(f"{escape(self.name)}.{self.mark[:12]}.part-*.jsonl"))
 
     def finished(self) -> dict[str, Any]:
         """What was found when the same was asked before; nothing where it was not, or not all of it."""
@@ -118,34 +120,3 @@ def dump(record: Record) -> bytes:
         return (json.dumps(record, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # half a character, which JSON can only escape
         return (json.dumps(record) + "\n").encode()
-
-
-def read_records(path: Path, unfinished: bool = False) -> list[Record]:
-    """The records of a file.
-
-    Args:
-        path: As `vlm-sft evaluate --benchmark` wrote it.
-        unfinished: Its last line may be half a record, which is left out.
-
-    Raises:
-        UserError: It cannot be read, or a line is no record.
-    """
-    try:
-        lines = read_bytes(path).split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({reason_of(error)}): evaluate again.") from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip(b"\0 \r"):
-            continue
-        try:
-            record = json.loads(line)
-            assert isinstance(record, dict) and isinstance(record["id"], str) and "answer" in record
-        except (ValueError, KeyError, AssertionError, RecursionError):
-            if unfinished and number == len(lines):
-                break
-            raise UserError(
-                f"{path}, line {number} is no record of an evaluation: remove the file and evaluate again."
-            ) from None
-        found.append(record)
-    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
-from ..base.whole_files import IrregularError, read_text
+from ..base.whole_files import IrregularError, read_bytes
 from ..base.words import reason_of
 from ..metrics.paired import Paired
 
@@ -122,47 +122,55 @@ def sheet_of(name: str, records: Sequence[Mapping[str, Any]], summary: Mapping[s
     )
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path, unfinished: bool = False) -> list[dict[str, Any]]:
     """The lines of a file of answers.
+
+    Args:
+        path: As `vlm-sft evaluate` wrote it.
+        unfinished: It is still written: answers have no scores yet, and half a record in its last line is left out.
 
     Raises:
         UserError: It cannot be read, or a line is not one of ours.
     """
+    mend = "remove the file and evaluate again" if unfinished else "give a file that `vlm-sft evaluate` wrote"
     try:
-        text = read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({reason_of(error)}): give a file of answers.") from None
-    except IrregularError as error:
-        raise UserError(f"{path} cannot be read (it is {error.what}): give a file of answers.") from None
+        lines = read_bytes(path).split(b"\n")
+    except (OSError, IrregularError) as error:
+        what = f"it is {error.what}" if isinstance(error, IrregularError) else reason_of(error)
+        raise UserError(f"{path} cannot be read ({what}): {mend}.") from None
     records, seen = [], set()
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    for number, line in enumerate(lines, start=1):
+        if not line.strip(b"\0 \r"):
             continue
-        flaw = ""
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
         except (ValueError, RecursionError):
-            flaw = "is no JSON"
+            record, flaw = None, "is no JSON"
         else:
-            flaw = flaw_of(record)
-        if not flaw and record["id"] in seen:
+            flaw = flaw_of(record, scored=not unfinished)
+        if flaw and unfinished and number == len(lines):
+            break
+        if not flaw and record["id"] in seen and not unfinished:
             flaw = f'has the id "{record["id"]}" again'
         if flaw:
-            raise UserError(f"{path}: line {number} {flaw}: give a file that `vlm-sft evaluate` wrote.")
+            raise UserError(f"{path}: line {number} {flaw}: {mend}.")
         seen.add(record["id"])
         records.append(record)
-    if not records:
-        raise UserError(f"{path} holds no answers: give a file that `vlm-sft evaluate` wrote.")
+    if not records and not unfinished:
+        raise UserError(f"{path} holds no answers: {mend}.")
     return records
 
 
-def flaw_of(record: object) -> str:
-    """What makes a line no record of ours, or ""."""
+def flaw_of(record: object, scored: bool = True) -> str:
+    """What makes a line no record of ours, or ""; one that is not scored has no more than its id and an answer."""
     if not isinstance(record, dict):
         return "is no object"
-    for key, kinds in (("id", str), ("question", str), ("answers", list), ("answer", str), ("score", int | float)):
-        if not isinstance(record.get(key), kinds):
+    kinds: dict[str, type] = {"id": str, "answer": str}
+    for key, kind in (kinds | {"question": str, "answers": list} if scored else kinds).items():
+        if not isinstance(record.get(key), kind):
             return f'has no "{key}" as answers have it'
+    if not scored:
+        return ""
     pieces = record.get("confidence")
     whole = pieces is None or (
         isinstance(pieces, list)
@@ -174,11 +182,17 @@ def flaw_of(record: object) -> str:
         ("choices", (dict,)),
         ("images", (list,)),
         ("answer_blank", (str,)),
-        ("score_blank", (int, float)),
     ):
         if record.get(key) is not None and not isinstance(record[key], wanted):
             return f'has no "{key}" as answers have it'
-    return "" if math.isfinite(record["score"]) else 'has no "score" as answers have it'
+    if record.get("score_blank") is not None and not _is_score(record["score_blank"]):
+        return 'has no "score_blank" as answers have it'
+    return "" if _is_score(record.get("score")) else 'has no "score" as answers have it'
+
+
+def _is_score(value: object) -> bool:
+    """Whether it is a number as measures give them: CIDEr's 10 is the largest."""
+    return isinstance(value, int | float) and -1e6 <= value <= 1e6
 
 
 def _is_share(value: object) -> bool:
