@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 
 import pytest
 
 from support.benchmarks import AUTHORS, PUBLISHED, inside, own_task, parquet, png
 from vlm_sft.base.errors import UserError
 from vlm_sft.evaluation.benchmark import read_benchmarks
+from vlm_sft.evaluation.task_files import LONGEST_LITERAL, literal
 from vlm_sft.evaluation.task_rows import Asked, turned
 
 
@@ -73,3 +75,46 @@ def test_pictures_outside_the_folder_are_refused(tmp_path):
     (tmp_path / "secret.png").write_bytes(png(0))
     with pytest.raises(UserError, match=r"secret\.png"):
         read_benchmarks([path], None)
+
+
+ODD = {
+    "answer": [b"\xff", "²", "--5", "9" * 5000, {"a": [b"x"]}, float("inf"), "[" + "[" * 5000, "-" * 5000 + "1"],
+    "id": ["²", "9" * 5000, ["a", "b"], {"a": 1}, -1],
+    "question": [["a"], {"a": None}, 5, "\ud800"],
+    "options": [["²", "1"], "[1, " * 400, "(" * 5000, {"a": 1}, [None, {"b": []}]],
+    "source": ["a column called like an argument of ours"],
+    "label": [1],
+    "work": [None],
+    "self": ["x"],
+}
+
+
+@pytest.mark.parametrize("keys", [{}, {"answer_is": "number"}, {"answer_is": "letter"}, {"circular": True}])
+def test_odd_values_of_any_column_are_read_or_one_sentence(keys, tmp_path):
+    rotates = {"metric": "choice_circular" if keys.get("circular") else "choice", "choices": "options"}
+    usual = {"id": "1", "question": "什么?", "answer": "a", "options": ["a", "b"]}
+    join = {"join": {"files": ["other.jsonl"], "on": "question", "key": "key"}}
+    (tmp_path / "other.jsonl").write_text('{"key": ["a"]}\n{"key": {"b": 1}}\n')
+    read, said = 0, []
+    for column, value in ((column, value) for column, values in ODD.items() for value in values):
+        for more in ({"prompt": "{{ question }}{{ row|length }}"}, join):
+            path = own_task(tmp_path, path=".", files=["rows.jsonl"], images=[], **{**rotates, **keys, **more})
+            text = json.dumps(usual | {column: value}, default=lambda raw: raw.decode("latin-1"))
+            (tmp_path / "rows.jsonl").write_text(text + "\n")
+            try:
+                read += len(read_benchmarks([path], None)[0].asked)
+            except UserError as error:
+                said.append(str(error))
+    assert read > 0 and not any("\n" in sentence for sentence in said)
+
+
+def test_bytes_and_dates_of_a_table_are_text(tmp_path):
+    rows = [{"question": "when?", "answer": date(2024, 2, 29), "id": b"\xff"}]
+    parquet(tmp_path / "rows.parquet", rows)
+    (asked,) = read_benchmarks([own_task(tmp_path, path="rows.parquet", images=[])], None)[0].asked
+    assert asked.answers == ['"2024-02-29"'] and asked.id == "\"b'\\\\xff'\""
+
+
+def test_a_long_text_is_not_read_as_a_list():
+    text = "[" + "1," * LONGEST_LITERAL + "]"
+    assert literal(text) == text and literal("['a', '猫']") == ["a", "猫"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..reading.json_text import parse_document, read_text
 from ..reading.locations import dataset_rows
 from .tasks import Hub, Join, Layout, Task
 
+LONGEST_LITERAL = 100_000
 Placed = tuple[str, Path | None, dict[str, Any]]
 """A row: its place in words, the folder that its pictures lie in, and its columns."""
 
@@ -42,11 +44,16 @@ def files_of(folder: Path, patterns: Sequence[str]) -> list[Path]:
     if folder.is_file():
         return [folder] if not patterns or any(fnmatch(folder.name, Path(pattern).name) for pattern in patterns) else []
     if patterns:
-        return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+        return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if _lies_in(path, folder)]
     for depth in ("*", "data/*", "*/*"):
         if found := sorted(path for path in folder.glob(depth) if path.suffix.lower() in FILE_READERS):
             return found
     return []
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether it is a file in this folder: a link of the user's own may lead elsewhere, a pattern may not."""
+    return path.is_file() and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def rows_of(place: Path | Hub, layout: Layout, hub: Hub | None) -> Iterator[Placed]:
@@ -63,16 +70,21 @@ def rows_of(place: Path | Hub, layout: Layout, hub: Hub | None) -> Iterator[Plac
     other: dict[Any, dict[str, Any]] = {}
     if (join := layout.join) is not None:
         for _, _, values in _read_all(place if isinstance(place, Path) else join.hub or place, join, join.hub):
-            other[at(values, join.key)] = values
+            other[_named(at(values, join.key))] = values
     for where, folder, values in _read_all(place, layout, hub):
         if any(at(values, column) != wanted for column, wanted in layout.only.items()):
             continue
         if join is not None:
-            named = at(values, join.on)
+            named = _named(at(values, join.on))
             if named not in other:
                 raise UserError(f'{where}: "{join.on}" is {short(str(named))}, and no row has that "{join.key}".')
             values = {**other[named], **values}
         yield where, folder, values
+
+
+def _named(value: Any) -> Any:
+    """What a row is found by: a list or an object, which is no key, by its text."""
+    return value if isinstance(value, str | int | float | None) else repr(value)
 
 
 def _read_all(place: Path | Hub, layout: Layout | Join, hub: Hub | None) -> Iterator[Placed]:
@@ -156,7 +168,12 @@ def at(values: Mapping[str, Any], column: str) -> Any:
 
 
 def literal(text: str) -> Any:
-    """A list that was written as text, as MMMU has its options and OK-VQA in tables its answers."""
+    """A list that was written as text, as MMMU has its options and OK-VQA in tables its answers.
+
+    A long text is left one: Python's parser takes hundreds of bytes for each of its letters.
+    """
+    if len(text) > LONGEST_LITERAL:
+        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
-from ..base.words import short
+from ..base.words import short, whole_number
 from ..metrics.choices import lettered
 from ..reading.image_refs import LONGEST_LIKELY, Folders, resolve_image
 from .pictures import Pictures
@@ -112,7 +112,7 @@ def _texts(values: Mapping[str, Any], columns: Column) -> list[str]:
 def _text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _options(values: Mapping[str, Any], columns: Column | None) -> list[str]:
@@ -171,7 +171,8 @@ def _right(layout: Layout, values: dict[str, Any], choices: dict[str, str], wher
         return found
     letters = list(choices)
     if layout.answer_is == "number":
-        found = [letters[int(n)] if n.lstrip("-").isdigit() and 0 <= int(n) < len(letters) else n for n in found]
+        numbers = [(text, whole_number(text)) for text in found]
+        found = [text if n is None or n >= len(letters) else letters[n] for text, n in numbers]
     elif layout.answer_is == "text":
         found = [
             next((letter for letter in letters if choices[letter].strip() == text.strip()), text) for text in found
@@ -213,7 +214,7 @@ def _there(values: Mapping[str, Any]) -> str:
 
 def rotated(task: Task, found: list[Asked]) -> list[Asked]:
     """Questions with every rotation of their options, as MMBench numbers them; as they are where the data has them."""
-    numbers = [int(asked.id) if asked.id.isdigit() else None for asked in found]
+    numbers = [whole_number(asked.id) for asked in found]
     if any(number is not None and number >= ROTATION for number in numbers):
         for asked, number in zip(found, numbers, strict=True):
             asked.group = asked.id if number is None else str(number % ROTATION)
@@ -222,10 +223,13 @@ def rotated(task: Task, found: list[Asked]) -> list[Asked]:
 
 
 def turned(asked: Asked, shift: int) -> Asked:
-    """A question with its options rotated to the left, as a row of MMBench's own."""
+    """A question with its options rotated to the left, as a row of MMBench's own; one without options as it is."""
+    if not asked.choices:
+        return replace(asked, group=asked.id)
     letters, options = list(asked.choices), list(asked.choices.values())
     choices = dict(zip(letters, [*options[shift:], *options[:shift]], strict=True))
-    number = str(int(asked.id) + shift * ROTATION) if asked.id.isdigit() else f"{asked.id}+{shift}"
+    plain = whole_number(asked.id)
+    number = f"{asked.id}+{shift}" if plain is None else str(plain + shift * ROTATION)
     return replace(
         asked,
         id=number if shift else asked.id,

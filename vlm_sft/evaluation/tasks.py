@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from ..base.assets import list_tasks, task_path
 from ..base.errors import UserError
+from ..base.limits import limits
 from ..base.words import closest
 from ..metrics.measures import MEASURES, NEEDS_CHOICES
+from ..recipe.library_names import GENERATION
+from ..recipe.passed_on import flaw, flaw_of_answers
 from ..recipe.sections import RecipeModel
 from ..recipe.yaml_file import YamlFile
 from ..templates.process import ask
 from ..templates.sandbox import fill_prompt
 
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 Column = str | list[str]
 """A column of a row (`answers[].answer` goes into a list of objects), or several."""
 
@@ -147,7 +152,27 @@ def _flaw(task: Task) -> tuple[str, str] | None:
         return "metric", f'the metric "{task.metric}" needs `choices`; name the columns of the options.'
     if task.circular and task.metric != "choice_circular":
         return "circular", "`circular` is measured by `metric: choice_circular` alone; write that."
-    return None
+    named = [name for layout in (task, *task.layouts) for name in _patterns(layout)]
+    named += [task.path] if task.path else []
+    if outside := next((name for name in named if PurePath(name).is_absolute() or ".." in PurePath(name).parts), None):
+        mend = "name files beside the YAML file, or give another folder with --benchmark-data"
+        return "path" if outside == task.path else "files", f'"{outside}" leads elsewhere; {mend}.'
+    hubs = [task.hub, *(layout.join.hub for layout in (task, *task.layouts) if layout.join is not None)]
+    if strange := next((hub.path for hub in hubs if hub is not None and not _is_hub_id(hub.path)), None):
+        return "hub", f'"{strange}" is no data set of the Hub; write name/data-set.'
+    said = (flaw(GENERATION, name, value, "generation.") for name, value in task.generation.items())
+    if sentence := next(filter(None, said), None):
+        return "generation", sentence
+    return ("generation", found[1]) if (found := flaw_of_answers(task.generation, limits())) else None
+
+
+def _is_hub_id(text: str) -> bool:
+    """Not a folder here, which `datasets` would read in place of a data set, and no pattern or address."""
+    return bool(_HUB_ID.fullmatch(text)) and not Path(text).exists()
+
+
+def _patterns(layout: Layout) -> list[str]:
+    return [*layout.files, *(layout.join.files if layout.join is not None else ())]
 
 
 def _sentence(error: ValidationError, file: YamlFile) -> str:

@@ -60,7 +60,7 @@ _COLLECTS: ContextVar[bool] = ContextVar("collects", default=False)
 _ANSWERS: dict[_Question, dict[str, Any]] = {}
 
 
-def ask(work: str, source: str, label: str, **variables: Any) -> Any:
+def ask(work: str, source: str, label: str, /, **variables: Any) -> Any:
     """Does something with a template: here where it ships with this package, else in a process of its own.
 
     Args:
