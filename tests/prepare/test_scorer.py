@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -110,6 +111,30 @@ def test_other_models_are_refused_by_name(models, pieces, tmp_path):
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"has no weights that can be read here \(model\.safetensors, "):
         Scorer(str(tmp_path / "pickled"))
+
+
+STRANGE = {
+    "config.json": (
+        {"text_config": {**TEXT, "vocab_size": 90_000_000}},
+        "describes .* parameters, but its weights have",
+    ),
+    "config.json ": ({"_attn_implementation": "me/kernel"}, "makes transformers fetch or read something else"),
+    "adapter_config.json": ({}, "has an adapter_config.json beside its weights"),
+    "tokenizer_config.json": ({"mecab_kwargs": {"mecab_dic": "/etc"}}, "says mecab_kwargs: .*; it is refused"),
+    "processor_config.json": ({"image_processor": {"size": {"height": 99999, "width": 28}}}, "says height: 99,999"),
+}
+
+
+@pytest.mark.parametrize("file", STRANGE)
+def test_a_strangers_model_is_looked_at_before_it_is_read(file, models, tmp_path, monkeypatch):
+    values, said = STRANGE[file]
+    base = shutil.copytree(models["clip"], tmp_path / "clip")
+    path = base / file.strip()
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | values))
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", pytest.fail)
+    with pytest.raises(UserError, match=said) as refused:
+        Scorer(str(base))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_vle_scores_by_its_matching_head(tmp_path):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from support.ice_text import CONTROL, ids_of, save_ice_text, text_of
 from vlm_sft.base.errors import UserError
-from vlm_sft.systems.chatglm_tokenizer import IMAGE_TOKENS, read_tokenizer
+from vlm_sft.systems.chatglm_tokenizer import IMAGE_TOKENS, _text_of, read_tokenizer
 
 KINDS = [{"kind": "unigram", "rule": "nmt_nfkc"}, {"kind": "bpe", "rule": "identity"}]
 # No signs that join a letter (M): behind one that it rewrites, tokenizers drops them, which sentencepiece does not.
@@ -90,3 +90,15 @@ def test_another_file_is_refused_in_a_sentence(content, tmp_path):
     (tmp_path / "ice_text.model").write_bytes(content)
     with pytest.raises(UserError, match=r"^k: ice_text\.model cannot be read as a tokenizer of ChatGLM; fetch it"):
         read_tokenizer(tmp_path, "k")
+
+
+@pytest.mark.parametrize("number", [10**9, -1])
+def test_ids_of_images_are_counted_before_they_are_made(number, tmp_path):
+    save_ice_text(tmp_path, images=number)
+    with pytest.raises(UserError, match=r"^k: its tokenizer_config\.json says num_image_tokens: .*2,000,000 \(`limits"):
+        read_tokenizer(tmp_path, "k")
+
+
+def test_a_blank_of_any_length_is_bounded():
+    assert _text_of("<|blank_3|>") == "   " and len(_text_of("<|blank_999999999999|>")) == 10_000
+    assert _text_of("<|blank_" + "9" * 5000 + "|>") == "<|blank_" + "9" * 5000 + "|>"

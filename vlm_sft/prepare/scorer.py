@@ -10,12 +10,14 @@ from PIL import Image
 from torch.nn import functional
 
 from ..base.errors import UserError
-from ..base.names import CONFIG
 from ..base.words import one_line
 from ..encoders.ask import match
+from ..encoders.encoder import piece_of
 from ..encoders.vle import VLE, load_vle
+from ..pieces.beside import check_processor, check_tokenizer, refuse_adapter
 from ..pieces.checkpoints import WEIGHT_FILES, Checkpoint
 from ..pieces.expected import IMAGES, MODEL, TOKENIZER, laid_out
+from ..pieces.load_parts import check_size
 from ..systems.vle_heads import VLEForTask
 
 KEY = "--model"
@@ -36,10 +38,11 @@ class Scorer:
     """
 
     def __init__(self, path: str, device: str | torch.device | None = None) -> None:
-        from transformers import AutoConfig, AutoModel, AutoProcessor, BlipForImageTextRetrieval
+        from transformers import AutoModel, AutoProcessor, BlipForImageTextRetrieval
 
         try:
-            config = AutoConfig.from_pretrained(laid_out(path, None, KEY, (CONFIG,)))
+            piece = piece_of(path, None, KEY)
+            config = piece.whole
             kind = config.model_type
             if kind not in SCORES:
                 raise UserError(
@@ -54,6 +57,11 @@ class Scorer:
                 raise UserError(f"--model {path} has no matching head: give a BLIP-ITM model, like blip-itm-base-coco.")
             model_class = BlipForImageTextRetrieval if kind == "blip" else AutoModel
             weights = Checkpoint(path, None, KEY, WEIGHT_FILES[:2])  # in safetensors
+            refuse_adapter(path, None, KEY)
+            check_tokenizer(path, None, KEY)
+            check_processor(path, None, KEY)
+            weights.check_shards()
+            check_size(model_class._from_config if kind == "blip" else AutoModel.from_config, config, weights)
             place = laid_out(path, None, KEY, (*MODEL, *IMAGES, *TOKENIZER), weights)
             self.model = model_class.from_pretrained(place, use_safetensors=True, dtype=torch.float32).eval()
             self.processor = AutoProcessor.from_pretrained(place, use_fast=False)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 
 from ..base.errors import UserError
+from ..base.limits import limits
 from ..base.whole_files import read_bytes, read_text
 
 VOCABULARY = "ice_text.model"
@@ -26,7 +27,7 @@ CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC
            "<pad>")  # fmt: skip
 SPECIAL = {"bos_token": "<sop>", "eos_token": "<eop>", "pad_token": "<pad>", "unk_token": "<unk>",
            "mask_token": "[MASK]"}  # fmt: skip
-BLANK = re.compile(r"<\|blank_(\d+)\|>")
+BLANK = re.compile(r"<\|blank_(\d{1,18})\|>", re.ASCII)
 NORMAL, CONTROLS, USERS = 1, 3, 4  # kinds of pieces in sentencepiece's file
 UNIGRAM = 1  # the other kind of model is BPE
 # What upstream's class takes where `tokenizer_config.json` does not say it: ids below are for images (first releases).
@@ -48,6 +49,12 @@ def read_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerFast:
         proto = import_protobuf().ModelProto.FromString(read_bytes(path))
         stated = json.loads(read_text(settings)) if settings.is_file() else {}
         shift = int(stated.get("num_image_tokens", IMAGE_TOKENS))
+        most = limits().vocabulary
+        if not 0 <= shift <= most:
+            raise UserError(
+                f"{key}: its tokenizer_config.json says num_image_tokens: {shift:,}; no tokenizer has more than "
+                f"{most:,} (`limits.vocabulary`)."
+            )
         return _fast(proto, shift)
     except UserError:
         raise
@@ -97,5 +104,5 @@ def _fast(proto: Any, shift: int) -> PreTrainedTokenizerFast:
 def _text_of(piece: str) -> str:
     """The white space that a piece stands for, or the piece."""
     if blank := BLANK.fullmatch(piece):
-        return " " * int(blank[1])
+        return " " * min(int(blank[1]), limits().token_characters)
     return {"<n>": "\n", "<|tab|>": "\t"}.get(piece, piece)
