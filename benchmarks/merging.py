@@ -13,13 +13,11 @@ Seconds are those of the processor, in one thread, so that what else runs on the
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
-from packing import VOCABULARY, Batch, make_stack, passes
+from packing import VOCABULARY, Batch, compare, make_stack
 
 from vlm_sft.batch.encoding import EncodedChat
 from vlm_sft.batch.processor import VLMProcessor
@@ -38,31 +36,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_merging"))
     given = parser.parse_args()
-    torch.set_num_threads(1)
     model, processor = make_stack(given.width, given.layers, SIDE)
     kinds = make_batches(processor, given.images, given.questions, given.batch)
-    losses = {kind: passes(model, batches)[1] for kind, batches in kinds.items()}  # and warm
-    if abs(losses["rows"] - losses["independent"]) > 1e-4 * abs(losses["rows"]):
-        raise SystemExit(f"The losses differ: {losses}")
-    rounds: list[dict[str, float]] = []
-    for _ in range(given.rounds):
-        rounds.append({kind: passes(model, batches)[0] for kind, batches in kinds.items()})
-        print(json.dumps(rounds[-1]), flush=True)
-    ratios = [each["rows"] / each["independent"] for each in rounds]
     tokens = {kind: sum(batch["input_ids"].numel() for batch in batches) for kind, batches in kinds.items()}
     allowed = tokens["rows"] / tokens["independent"]
-    result = {
-        "settings": {name: value for name, value in vars(given).items() if name != "out"},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "losses": losses,
-        "tokens": tokens,
-        "faster": {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)},
-        "tokens_allow": allowed,
-        "share_of_allowed": statistics.median(ratios) / allowed,
-    }
-    print(json.dumps(result, indent=1))
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    more = {"tokens": tokens, "tokens_allow": allowed}
+    compare(given, model, kinds, given.images * given.questions, more, allowed)
 
 
 def make_batches(processor: VLMProcessor, images: int, questions: int, size: int) -> dict[str, list[Batch]]:

@@ -49,27 +49,48 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_packing"))
     given = parser.parse_args()
-    torch.set_num_threads(1)
     model, processor = make_stack(given.width, given.layers)
     kinds = make_batches(processor, given.rows, given.batch, given.length)
-    rounds: list[dict[str, float]] = []
+    padding = {kind: padding_share(batches) for kind, batches in kinds.items()}
+    allowed = (1 - padding["packs"]) / (1 - padding["rows"])
+    compare(given, model, kinds, given.rows, {"padding_share": padding, "padding_allows": allowed}, allowed)
+
+
+def compare(
+    given: argparse.Namespace,
+    model: VLMForConditionalGeneration,
+    kinds: dict[str, list[Batch]],
+    samples: int,
+    more: dict[str, Any],
+    allowed: float,
+) -> None:
+    """Times two kinds of batches of the same samples in alternation, and writes what was found.
+
+    Args:
+        given: `rounds` and `out`; all of it is written down.
+        model: What they train.
+        kinds: `rows`, and what is compared with them.
+        samples: How many there are.
+        more: What else is written down.
+        allowed: How much faster the other kind could be.
+    """
+    torch.set_num_threads(1)
+    (other,) = kinds.keys() - {"rows"}
     losses = {kind: passes(model, batches)[1] for kind, batches in kinds.items()}  # and warm
-    if abs(losses["rows"] - losses["packs"]) > 1e-4 * abs(losses["rows"]):
+    if abs(losses["rows"] - losses[other]) > 1e-4 * abs(losses["rows"]):
         raise SystemExit(f"The losses differ: {losses}")
+    rounds: list[dict[str, float]] = []
     for _ in range(given.rounds):
         rounds.append({kind: passes(model, batches)[0] for kind, batches in kinds.items()})
         print(json.dumps(rounds[-1]), flush=True)
-    padding = {kind: padding_share(batches) for kind, batches in kinds.items()}
-    ratios = [each["rows"] / each["packs"] for each in rounds]
-    allowed = (1 - padding["packs"]) / (1 - padding["rows"])
+    ratios = [each["rows"] / each[other] for each in rounds]
     result = {
         "settings": {name: value for name, value in vars(given).items() if name != "out"},
         "parameters": sum(p.numel() for p in model.parameters()),
         "losses": losses,
-        "padding_share": padding,
-        "samples_per_second": {kind: given.rows / min(each[kind] for each in rounds) for kind in kinds},
+        **more,
+        "samples_per_second": {kind: samples / min(each[kind] for each in rounds) for kind in kinds},
         "faster": {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)},
-        "padding_allows": allowed,
         "share_of_allowed": statistics.median(ratios) / allowed,
     }
     print(json.dumps(result, indent=1))

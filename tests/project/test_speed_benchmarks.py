@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from support.paths import ROOT
 from vlm_sft.bundle.parity import environment
@@ -25,10 +26,11 @@ def test_packs_have_the_loss_of_the_rows_and_less_padding():
 
 def test_questions_that_share_an_image_have_the_loss_of_the_rows_and_fewer_tokens(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    passes = runpy.run_path(str(ROOT / "benchmarks" / "packing.py"))["passes"]
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "merging.py"))
     model, processor = benchmark["make_stack"](64, 1, benchmark["SIDE"])
     kinds = benchmark["make_batches"](processor, images=4, questions=3, size=2)
-    losses = {kind: benchmark["passes"](model, batches)[1] for kind, batches in kinds.items()}
+    losses = {kind: passes(model, batches)[1] for kind, batches in kinds.items()}
     tokens = {kind: sum(batch["input_ids"].numel() for batch in batches) for kind, batches in kinds.items()}
     assert losses["independent"] == pytest.approx(losses["rows"], rel=1e-5)
     assert tokens == {"rows": 4 * 3 * 155, "independent": 4 * (144 + 3 * 11)}
@@ -62,3 +64,19 @@ def test_a_way_with_another_loss_or_other_tokens_is_refused(monkeypatch):
             peers["check_losses"]({"TRL": {"supervised": 10, "loss": 50.0}, "vlm_sft": other}, chosen)
     near = {"supervised": 10, "loss": 50.004}
     peers["check_losses"]({"TRL": {"supervised": 10, "loss": 50.0}, "vlm_sft": near}, chosen)
+
+
+@pytest.mark.parametrize("name", ["packing", "merging"])
+def test_both_are_programs_that_write_down_what_they_found(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    sizes = {
+        "packing": ["--rows", "4", "--batch", "2", "--length", "200"],
+        "merging": ["--images", "2", "--batch", "1"],
+    }
+    words = [name, *sizes[name], "--width", "64", "--layers", "1", "--rounds", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["settings"]["rounds"] == 2 and found["faster"]["least"] <= found["faster"]["most"]
+    assert len(capsys.readouterr().out.splitlines()) > 3
