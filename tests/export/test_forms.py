@@ -59,7 +59,7 @@ def asked_of_the_export(out):
 def test_its_own_class_gives_the_bundles_logits_and_the_pipeline_its_answers(name, save, here, tmp_path):
     folder, out = save(name), tmp_path / "export"
     found = export(folder, out)
-    assert found["max_difference"] <= 1e-5 and found["pixels"] == 0 and found["form"] == name
+    assert found["max_difference"] <= 2e-5 and found["pixels"] == 0 and found["form"] == name
     assert json.loads((out / "config.json").read_text())["architectures"] == [found["class"]]
     assert found["chats"] == (name in CHATTING)
     assert set(load_file(out / "model.safetensors")) == set(load_file(tiny(name) / "model.safetensors"))

@@ -39,7 +39,15 @@ def test_a_name_tells_its_part_under_any_wrapper(wrapper, name, part):
 
 def test_a_name_of_no_part_is_a_mistake_of_ours():
     with pytest.raises(KeyError, match="belongs to none of"):
-        part_of("model.audio_tower.weight")
+        part_of("model.smell_tower.weight")
+
+
+def test_what_nothing_reads_is_frozen_whatever_is_trained():
+    plan = FreezePlan({"vision_tower": 1e-3})
+    assert part_of("model.audio_tower.layers.0.weight") == "vision_tower"
+    assert plan.rate_of("model.audio_tower.layers.0.weight") is None
+    assert plan.rate_of("base_model.model.model.embed_audio.embedding_projection.weight") is None
+    assert plan.rate_of("model.vision_tower.layers.0.weight") == 1e-3
 
 
 def test_what_is_not_named_is_frozen(model):

@@ -38,9 +38,13 @@ PART_NAMES = {
     "high_res_vision_neck": "vision_tower",
     "high_res_vision_proj": "vision_tower",
     "high_res_vision_alpha": "vision_tower",
+    "audio_tower": "vision_tower",  # Gemma 4 hears too, see `UNREAD`
+    "embed_audio": "vision_tower",
     "text_model": "language_model",
     "lm_head": "language_model",
 }
+# Parts of a published model that nothing here reads: they go along as they are, whatever is trained.
+UNREAD = ("audio_tower.", "embed_audio.")
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.")
 NEW_ROWS = ".trainable_tokens_delta"  # the rows of new words, as PEFT keeps them beside a table
 ADAPTER_MARKS = (".lora_", NEW_ROWS)
@@ -119,6 +123,8 @@ class FreezePlan:
 
     def rate_of(self, name: str) -> float | None:
         """Peak learning rate of a parameter by its name; None when it is frozen."""
+        if unwrapped(name).startswith(UNREAD):
+            return None
         return self.adapter_rate if is_adapter(name) else self.train.get(part_of(name))
 
     def apply(self, model: nn.Module) -> None:
