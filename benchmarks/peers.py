@@ -319,7 +319,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(f"{size}, {stage}", loc="left")
         axis.set_xlabel("times as fast as TRL (samples a second of processor time)")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, loc="upper right", fontsize="small")
+        axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
