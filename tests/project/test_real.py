@@ -535,6 +535,15 @@ def test_variants_are_recipes_and_end_with_the_evaluation(modules, make_real, tm
     assert written["variant"] == variant and written["asked"] == []
 
 
+def test_quick_is_a_few_things_steps_and_questions(make_real):
+    code, commands = make_real(quick=True)
+    assert code == 0 and commands[2].endswith("--seed 1 --most 6")
+    trained = [line for line in commands if line.startswith("accelerate")]
+    assert len(trained) == 2 and all("sft.max_steps=2" in line for line in trained)
+    assert "stack.projector.pretrained=data/real/projector_quick" in trained[0], "what it was solved for stays as it is"
+    assert commands[-4].endswith("--max-rows 1") and sum(line.startswith("vlm-sft chat") for line in commands) == 2
+
+
 def test_make_real_ends_where_a_step_fails(make_real, monkeypatch):
     monkeypatch.setenv("FAIL", "accelerate")
     code, commands = make_real(quick=True)
