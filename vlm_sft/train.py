@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .base.assets import list_recipes
 from .base.console import make_console, say, tell
 from .base.errors import UserError, exit_on_user_error, first_to_say
 from .base.interrupts import Interrupts
 from .base.names import CURVES, METRICS
 from .base.processes import hold_folder, leave_process_group, let_threads_sleep, on_first_process
 from .base.whole_files import write_json
+from .spoken.catalogue import translated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,8 +30,21 @@ if TYPE_CHECKING:
     from .training.pushes import PushCallback
     from .training.trainer import VLMSFTTrainer
 
+
+def _recipes(incomplete: str) -> list[str]:
+    """What a shell proposes for a recipe: those that ship, and YAML files."""
+    files = sorted(glob.glob(f"{glob.escape(incomplete)}*.yaml")) + sorted(glob.glob(f"{glob.escape(incomplete)}*/"))
+    return [name for name in list_recipes() if name.startswith(incomplete)] + files
+
+
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or the name of a recipe that ships.",
+        show_default=False,
+        autocompletion=_recipes,
+    ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Set any key of the recipe.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let base pieces run Python code that they bring.")]
@@ -49,6 +65,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         UserError: Anything a user can mend.
     """
+    from .base.progress import waiting
     from .bundle.handover import check_adapter, settle_adapter
     from .bundle.hub import check_access
     from .bundle.run_folder import settle_resume, sweep
@@ -78,7 +95,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         rows = load_rows(recipe, collator, args, console)
         for finding in on_first_process(partial(glance, rows[0], composed.processor, recipe.data.train)):
             say(console, str(finding))
-        with console.status("Loading the pieces"):
+        with waiting(console, "Loading the pieces"):
             trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))
         console.print(trainer.plan.table(trainer.model))
         during.attach(trainer)
@@ -97,6 +114,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
     """Writes bundle, metrics and curves, then proves in a fresh process that the bundle gives the same logits."""
+    from .base.progress import waiting
     from .batch.collator import REJECTED, SEEN
     from .bundle.card import write_card
     from .bundle.curves import draw_curves
@@ -118,7 +136,7 @@ def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Consol
         history = trainer.state.log_history
         write_json(folder / METRICS, history, indent=1)
         curves = draw_curves(history, folder / CURVES, title=folder.name)
-        with console.status("Loading the bundle in a fresh process to compare its logits"):
+        with waiting(console, "Loading the bundle in a fresh process to compare its logits"):
             parity = check_parity(folder, model, batch, logits)
         write_card(folder)
         difference = f"largest difference of a logit {parity['max_difference']:.2g}"
@@ -179,7 +197,7 @@ def run(
     except KeyboardInterrupt:
         sentence = "Stopped at once; what was saved before is whole: go on with --resume."
         if first_to_say(sentence):
-            tell(sentence, stderr=True)
+            tell(translated(sentence), stderr=True)
         raise SystemExit(130) from None
     leave_process_group()
 

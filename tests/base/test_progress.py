@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
 
 from vlm_sft.base import progress as module
-from vlm_sft.base.progress import RowProgress
+from vlm_sft.base.progress import RowProgress, waiting
 
 
 @pytest.fixture
@@ -69,3 +70,44 @@ def test_slow_questions_have_a_rate_and_what_failed_is_noted(clock):
         "问题: asked 4 of 8 questions, 0.4 a second, 0:00:10 left",
         "问题: asked 6 of 8 questions, 0.3 a second, 0:00:07 left, 2 with errors",
     ]
+
+
+def test_after_a_minute_a_log_file_gets_a_line_a_minute(clock):
+    console = Console(file=io.StringIO(), width=120)
+    with RowProgress(console, "long") as progress:
+        for second in range(600):
+            clock[0] += 1
+            progress.tell("read", second, None)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 9 + 8, "nine in the first minute, then one each"
+
+
+def test_a_log_file_shows_that_something_long_still_goes_on(monkeypatch):
+    """Where nobody knows how far it is, and where one batch takes long."""
+    monkeypatch.setattr(module, "LATER", 0.05)
+    console = Console(file=io.StringIO(), width=120)
+    with waiting(console, "Loading the pieces"):
+        time.sleep(0.3)
+    assert "Loading the pieces: 0:00:00 so far\n" in console.file.getvalue()
+    before = console.file.getvalue()
+    time.sleep(0.2)
+    assert console.file.getvalue() == before, "it is over"
+    with RowProgress(console, "answers") as progress:
+        progress.tell("asked", 3, 9)
+        time.sleep(0.3)
+    assert "answers: asked 3 of 9 rows (0:00:00 so far)" in console.file.getvalue()
+
+
+def test_waiting_is_a_spinner_at_a_terminal():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with waiting(console, "Loading the pieces"):
+        time.sleep(0.2)
+    assert "Loading the pieces" in console.file.getvalue() and "so far" not in console.file.getvalue()
+
+
+def test_rows_pass_through_and_are_counted(clock):
+    console = Console(file=io.StringIO(), width=120)
+    with RowProgress(console, "src") as progress:
+        for row in progress.through(range(3), "converted"):
+            clock[0] += 6 + row
+    assert console.file.getvalue().splitlines()[-1].startswith("src: converted 3 rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -30,6 +31,8 @@ def test_a_folder_is_shown_checked_and_tidied(tmp_path, say, command):
     store.close()
     code, said = say("info", tmp_path / "kept")
     assert code == 0 and "vision_tower: eyes/眼" in said and "2 x 3" in said
+    (kept,) = json.loads(say("info", tmp_path / "kept", "--json")[1])
+    assert (kept["pictures"], kept["shape"], kept["about"]["pretrained"]) == (2, [2, 3], {"vision_tower": "eyes/眼"})
     code, said = say("verify", tmp_path / "kept")
     assert code == 0 and "0 of 2 entries" in said
     (shard,) = store.folder.glob("*.features")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -64,3 +65,12 @@ def test_a_list_in_a_terminal_breaks_between_words(
     assert call(monkeypatch, "recipes", "list") == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 60 and any(line.startswith(" " * 20) for line in lines)
+
+
+def test_list_as_json_names_every_recipe(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vlm-sft", "recipes", "list", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    found = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in found] == list_recipes()
+    assert all(each["title"] and Path(each["path"]).is_file() for each in found)

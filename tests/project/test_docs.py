@@ -39,6 +39,14 @@ PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")
 VERBS = {"train", "chat", "serve", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta"}
 VERBS |= {"data", "debug-batch", "answer", "match", "init", "watch"}
+VERBS |= {"data", "debug-batch", "answer", "match", "init"}
+VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta", "data"} | {
+    "debug-batch",
+    "answer",
+    "match",
+    "init",
+    "doctor",
+}
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from ..spoken.catalogue import translated
+from ..spoken.language import in_words
 from .console import tell
 from .words import one_line
 
@@ -94,14 +96,14 @@ def exit_on_user_error() -> Iterator[None]:
     """
     rank = os.environ.get("RANK", "0")
     # Other processes name themselves, because what goes wrong in one row goes wrong in one process only.
-    process = "" if rank == "0" else f" (process {rank})"
+    process = "" if rank == "0" else in_words(f" (process {rank})", f"（进程 {rank}）")
     try:
         yield
     except Exception as error:
         sentence = sentence_of(error) if isinstance(error, UserError) else _of_the_disk(error)
         if sentence is not None:
             if first_to_say(sentence):
-                tell(f"error{process}: {sentence}", stderr=True)
+                tell(in_words(f"error{process}: ", f"错误{process}：") + translated(sentence), stderr=True)
             raise SystemExit(2) from None
         if not (isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_IS_GONE)):
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +55,18 @@ def stores_in(root: str | Path) -> list[Kept]:
     return sorted(found, key=lambda each: -each.used)
 
 
-def verify(store: Store) -> int:
-    """Reads every entry and compares its checksum; returns how many are damaged. A run makes those again."""
-    return sum(store.get(key) is None for key in store.known)
+def verify(store: Store, tick: Callable[[int], None] = lambda more: None) -> int:
+    """Reads every entry and compares its checksum; returns how many are damaged. A run makes those again.
+
+    Args:
+        store: What is read.
+        tick: Told of each entry.
+    """
+    damaged = 0
+    for key in store.known:
+        damaged += store.get(key) is None
+        tick(1)
+    return damaged
 
 
 def prune(root: str | Path, days: float | None = None, max_gb: float | None = None) -> Iterator[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
-from ..base.console import quiet_libraries, tell
+from ..base.console import harmless_json, make_console, quiet_libraries, tell
 from ..base.errors import UserError
 from ..train import Trust
-from .arguments import Boxes, Bundle, ImageFolders, LocalBundle, Options, RunFolder, settings_of
+from .arguments import Boxes, Bundle, ImageFolders, Json, LocalBundle, Options, RunFolder, settings_of
 
 bundles_app = typer.Typer()
 
@@ -98,15 +99,21 @@ def export(
     to: Annotated[str, typer.Option(help="transformers, vllm or bundle-merged.")] = "transformers",
     keep_adapter: Annotated[bool, typer.Option("--keep-adapter", help="Leave LoRA unmerged, in OUT/adapter.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as in training.")] = None,
+    as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a bundle as a native checkpoint, LoRA merged; its logits are compared in a fresh process."""
     quiet_libraries()
+    from ..base.progress import waiting
     from ..export.export import export as run
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype must be float32, bfloat16 or float16, not {dtype}.")
-    found = run(bundle, out, to, keep_adapter=keep_adapter, dtype=dtype, trust_remote_code=trust_remote_code)
+    with waiting(make_console(), f"Writing {out} and comparing its logits"):
+        found = run(bundle, out, to, keep_adapter=keep_adapter, dtype=dtype, trust_remote_code=trust_remote_code)
+    if as_json:
+        tell(harmless_json({"out": out, **found}, indent=2))
+        return
     tell(
         f"{out}: logits of {found['positions']} positions, compared in a fresh process, differ from the bundle's by at "
         f"most {found['max_difference']:.2g} (allowed {found['tolerance']:.2g})."
@@ -128,7 +135,11 @@ def push(
     quiet_libraries()
     from huggingface_hub.utils import enable_progress_bars
 
+    from ..base.progress import waiting
     from ..bundle.hub import push_bundle
 
     enable_progress_bars() if sys.stderr.isatty() else None
-    tell(push_bundle(bundle, repo, private=private, revision=revision, message=message, rows=rows))
+    # At the terminal the Hub's own bars are shown.
+    with nullcontext() if sys.stderr.isatty() else waiting(make_console(), f"Pushing to {repo}"):
+        address = push_bundle(bundle, repo, private=private, revision=revision, message=message, rows=rows)
+    tell(address)

@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from ..base.assets import list_recipes
-from ..base.console import make_console, tell
+from ..base.console import harmless_json, make_console, tell
 from ..base.errors import UserError
 from ..base.processes import leave_process_group
 from ..train import Overrides, RecipeName, Trust, launcher
+from .arguments import Json
 
 cache_app = typer.Typer(help="Features of frozen parts: build, info, verify, prune.", no_args_is_help=True)
 
@@ -38,13 +39,24 @@ main = launcher(build, "python -m vlm_sft.cache")
 
 
 @cache_app.command()
-def info(folder: Where) -> None:
+def info(folder: Where, as_json: Json = False) -> None:
     """Print what is kept: from which pieces, how many pictures, how large, and when it was last used."""
     from rich.table import Table
 
     from ..cache.store import GB
     from ..cache.upkeep import stores_in
 
+    if as_json:
+        said = [
+            {
+                "store": each.store.folder.name, "pictures": len(each.store), "shape": each.store.shape,
+                "dtype": str(each.store.dtype).removeprefix("torch."), "bytes": each.bytes, "used": each.used,
+                "about": each.about,
+            }
+            for each in stores_in(_root(folder))
+        ]  # fmt: skip
+        tell(harmless_json(said, indent=2))
+        return
     table = Table("store", "features of", "pictures", "each", "type", "GB", "last used")
     for kept in stores_in(_root(folder)):
         store, pretrained = kept.store, kept.about.get("pretrained")
@@ -61,13 +73,15 @@ def info(folder: Where) -> None:
 @cache_app.command()
 def verify(folder: Where) -> None:
     """Read every entry and compare its checksum; exit code 1 where some are damaged (the next run makes them again)."""
+    from ..base.progress import RowProgress
     from ..cache.upkeep import stores_in
     from ..cache.upkeep import verify as check
 
     damaged = 0
     for kept in stores_in(_root(folder)):
         total = len(kept.store)
-        damaged += (wrong := check(kept.store))
+        with RowProgress(make_console(), kept.store.folder.name[:8]) as progress:
+            damaged += (wrong := check(kept.store, progress.counter("read", total, "entries")))
         tell(f"{kept.store.folder}: {wrong:,} of {total:,} entries are damaged.")
     if damaged:
         raise SystemExit(1)

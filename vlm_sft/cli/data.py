@@ -46,11 +46,13 @@ def convert(
     max_rejected: Rejected = 0.0,
 ) -> None:
     """Write the rows of a source, or of all training sources of a recipe, in another format."""
+    from ..base.progress import RowProgress
     from ..prepare.convert import convert_rows
     from ..prepare.rows_of import RowsOf
 
     rows = RowsOf(src, kind, images, column, max_rejected, image_folder)
-    written = convert_rows(rows, to, out, copy_images=copy_images)
+    with RowProgress(make_console(), src) as progress:
+        written = convert_rows(progress.through(rows, "converted"), to, out, copy_images=copy_images)
     frames = f" {rows.frames:,} frames of videos were written as pictures." if rows.frames else ""
     tell(f"{out}: {written:,} rows.{frames}")
 
@@ -77,8 +79,9 @@ def stats(
 
     found, console = DataStats(), make_console()
     rows = RowsOf(src, kind, images, column, max_rejected, image_folder)
-    for row in rows:
-        found.add(row)
+    with RowProgress(console, src) as progress:
+        for row in progress.through(rows, "counted"):
+            found.add(row)
     if not found.rows:
         raise UserError(f"No row of {src} can be counted, for the reasons above: correct the rows, or --format.")
     most = rows.look_images if look_images is None else look_images
@@ -147,7 +150,8 @@ def filter_(
     if limit is None:
         tell("Nothing was filtered: choose by the histogram, then run again with --threshold or --keep.")
         return
-    kept = convert_rows(kept_rows(rows, found, limit), to, out)
+    with RowProgress(console, src) as progress:
+        kept = convert_rows(progress.through(kept_rows(rows, found, limit), "written"), to, out)
     tell(f"{out}: {kept:,} of {len(found):,} rows have a score of {limit:.4g} or more, or no image.")
 
 

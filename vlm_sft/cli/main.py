@@ -11,6 +11,7 @@ from ..base.errors import exit_on_user_error
 from ..base.names import PREFLIGHT_PAGE
 from ..base.processes import let_threads_sleep
 from ..train import Overrides, RecipeName, Trust, run
+from .arguments import Json
 from .bundles import bundles_app
 from .cache import cache_app
 from .data import data_app
@@ -24,7 +25,7 @@ from .watch import watch_app
 app = typer.Typer(
     help="Instruction tuning for vision-language models: train, chat, generate, evaluate, export.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -60,6 +61,7 @@ def preflight(
     accelerate_config: Annotated[
         str | None, typer.Option(help="Estimate time and memory for the processes of this config file of accelerate.")
     ] = None,
+    as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Look at the data, take a real step, and write a page with what will be trained on; exit code 1 if it fails."""
@@ -71,6 +73,7 @@ def preflight(
         output=output,
         with_model=not no_model,
         accelerate_config=accelerate_config,
+        as_json=as_json,
         trust_remote_code=trust_remote_code,
     )
 

@@ -10,27 +10,39 @@ from typing import Annotated
 
 import typer
 
-from ..base.console import tell
+from ..base.console import harmless_json, tell
 from ..base.errors import UserError
 from ..base.whole_files import read_text
+from .arguments import Json
 
 recipes_app = typer.Typer(help="The recipes that ship: list, show, copy.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @recipes_app.command("list")
-def list_() -> None:
+def list_(as_json: Json = False) -> None:
     """Print the names of the recipes that ship, and what each is."""
     from ..base.assets import list_recipes, recipe_path
 
     names = list_recipes()
+    if as_json:
+        tell(
+            harmless_json([{"name": name, "title": _title(name), "path": str(recipe_path(name))} for name in names], 2)
+        )
+        return
     indent = max(map(len, names)) + 2
     # A pipe gets one line a recipe, a terminal lines that are not broken within a word.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
     for name in names:
-        comments = (line for line in read_text(recipe_path(name)).splitlines() if line.startswith("# "))
-        title = next((line for line in comments if "$schema" not in line), "")  # that one is for the editor
-        line = f"{name:<{indent}}{title.removeprefix('# ')}"
+        line = f"{name:<{indent}}{_title(name)}"
         tell(textwrap.fill(line, max(width, indent + 20), subsequent_indent=" " * indent))
+
+
+def _title(name: str) -> str:
+    """What a recipe is: its first comment but that for the editor."""
+    from ..base.assets import recipe_path
+
+    comments = (line for line in read_text(recipe_path(name)).splitlines() if line.startswith("# "))
+    return next((line.removeprefix("# ") for line in comments if "$schema" not in line), "")
 
 
 @recipes_app.command()

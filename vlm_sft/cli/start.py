@@ -1,4 +1,4 @@
-"""The commands that come before everything else: `init`."""
+"""The commands that come before everything else: `init` and `doctor`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from ..base.console import harmless_json, quiet_libraries, tell
 from ..spoken.language import in_words
+from ..train import Overrides
 
 start_app = typer.Typer()
 
@@ -55,3 +56,28 @@ def init(
     ))  # fmt: skip
     for command in done["commands"]:
         tell(f"  {command}")
+
+
+@start_app.command(short_help="What a bug report needs of this machine, and what a recipe misses.")
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Say what a run of it would miss.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    hub: Annotated[bool, typer.Option("--hub", help="Ask whether the Hub answers.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print versions, machine and settings to paste into a bug report: no token, no name, no path. With a recipe, also
+    what a run of it would miss; exit code 1 where it could not begin."""
+    from ..start.doctor import examine, summary
+
+    report = examine(recipe, overrides, ask_hub=hub)
+    if as_json:
+        tell(harmless_json(report.as_dict(), indent=2))
+    else:
+        for line in report.lines():
+            tell(line)
+        if recipe is not None:
+            tell(summary(report))
+    if any(finding.stops for finding in report.findings):
+        raise SystemExit(1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError, refused_by_library
 from ..base.names import ERROR_PAGE, EVALUATION, MANIFEST, METRICS, SCORES
+from ..base.progress import waiting
 from ..base.whole_files import read_text, write_json, write_whole
 from ..forgetting.texts import USUAL, Wish
 from ..metrics.intervals import mean_of
@@ -83,6 +84,14 @@ def run(
     results, said = _score(model, processor, questions, batch_size, own)
     lost = change.finish(lambda: (model, processor))  # type: ignore[arg-type,return-value]
     results |= {"train_seconds": train_seconds(folder), "split": split, **({"forgetting": lost} if lost else {})}
+    with waiting(make_console(), f"Loading {bundle}"):
+        model, processor = load(folder, trust_remote_code=trust_remote_code)
+    start = time.perf_counter()
+    set_seed(int(own.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
+    said: list[Answers] = []
+    results = score(model, processor, questions, batch_size, dict(own.generation), said.append)
+    results |= {"train_seconds": train_seconds(folder), "split": split}
+    results["evaluate_seconds"] = round(time.perf_counter() - start, 1)
     write_json(target, results)
     write_answers(said, name, target, bundle, (against or "", theirs), page_tables(lost))
     if not output and not fetched:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..base.console import make_console
 from ..base.errors import RowError, UserError
-from ..base.progress import RowProgress
+from ..base.progress import RowProgress, waiting
 from ..base.whole_files import IrregularError, read_bytes, write_whole
 from ..base.words import reason_of
 from ..batch.processor import VLMProcessor
@@ -102,7 +102,8 @@ def answer_questions(
     if left := len(order) - len(done):
         if done:
             console.print(f"{len(done):,} of {len(order):,} rows are in {target} already.")
-        ask = open_asker(console)
+        with waiting(console, "Loading the model"):
+            ask = open_asker(console)
     with _append(target, size) as write, RowProgress(console, "answers") as progress:
         answered = errors = 0
         while batch := list(islice(todo, batch_size)):

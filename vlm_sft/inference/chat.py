@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..base.console import make_console, tell
 from ..base.errors import UserError
+from ..base.progress import waiting
 from ..base.words import closest, counted
 from ..batch.pictures import PictureError, read_pictures
 from ..batch.processor import VLMProcessor
@@ -77,10 +78,10 @@ def chat(
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding must not end the conversation
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     console = make_console(highlight=False, soft_wrap=True)
-    with console.status(f"Loading {bundle}"):
+    with waiting(console, f"Loading {bundle}"):
         model, processor, settings = open_bundle(bundle, options or {}, trust_remote_code)
-        waiting: list[Shown] = [("", image) for image in read_pictures(processor, loaded, images)]
-        talk = Conversation(model, processor, settings, waiting, boxes)
+        shown: list[Shown] = [("", image) for image in read_pictures(processor, loaded, images)]
+        talk = Conversation(model, processor, settings, shown, boxes)
     for path in videos:
         talk.waiting += frames_of_file(path, talk.processor)
     if question is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..base.console import say
+from ..base.console import make_console, say
 from ..base.errors import UserError
 from ..base.words import counted
 from .launch import Launch
@@ -32,6 +32,7 @@ SIZES = ((1280, 960), (640, 480), (320, 240), (64, 64))
 
 def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
     """Prints what a run of a recipe would be; reads configurations and tokenizers, but no weights."""
+    from ..base.progress import waiting
     from ..bundle.handover import check_adapter, settle_adapter
     from ..recipe.libraries import validate_libraries
     from ..stack.kinds import compose
@@ -43,7 +44,8 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
     if recipe.lora_from == "continue":
         check_adapter(recipe, compose(recipe))
     console.print(recipe.to_yaml(), markup=False, highlight=False)
-    weighed = weigh(recipe, launch)
+    with waiting(make_console(), "Counting the memory of a step"):
+        weighed = weigh(recipe, launch)
     if warning := precision_warning(recipe, weighed.stack.model.config):
         say(console, warning)
     console.print(weighed.table)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base.console import make_console, say
+from ..base.console import harmless_json, make_console, say, tell
 from ..base.errors import UserError
 from ..base.names import PREFLIGHT_PAGE
 
@@ -43,6 +44,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
     Raises:
         UserError: The recipe is wrong, a source or a piece cannot be had, or the page cannot be written.
     """
+    from ..base.progress import waiting
     from ..bundle.handover import settle_adapter
     from ..data.dataset import load_source
     from ..recipe.libraries import build_sft_config, validate_libraries
@@ -69,7 +71,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
         # Training never reads the rows of `data.test`.
         test = (load_source(source, seed=args.seed, reject=lambda error: None) for source in recipe.data.test)
         train, held_out = rows[0], [*([rows[1]] if rows[1] else []), *test]
-        with console.status("Looking at texts and images"):
+        with waiting(console, "Looking at texts and images"):
             look_at(evidence, collator, train, held_out, recipe.data.train)
             every = train if recipe.data.streaming is False else evidence.rows
             evidence.look_alikes = compare_looks(every, held_out, recipe.data.look_images, args.seed)
@@ -78,7 +80,8 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
         report.sources = shares_of_sources(recipe.data, evidence.ledgers["train"], evidence.rows)
         report.languages = shares_of_languages(recipe.data, evidence.rows)
     report.lengths = _lengths(recipe, collator, args.seed)
-    _weigh(recipe, launch, report)
+    with waiting(console, "Counting the memory of a step"):
+        _weigh(recipe, launch, report)
     if rows is not None and with_model:
         _take_steps(tolerant, collator, composed, evidence, console)
         report.time = _time(evidence.proof, args, launch, rows) if evidence.proof else []
@@ -159,6 +162,7 @@ def _take_steps(
     from datasets import Dataset, Features, Value
 
     from ..base.console import quiet_libraries
+    from ..base.progress import waiting
     from ..data.dataset import ROW_FEATURES
     from ..recipe.libraries import build_sft_config
     from ..rows.messages import IN_EXTRAS, each_once, packed
@@ -167,7 +171,7 @@ def _take_steps(
     from .freeze_proof import MOST, SETTINGS, prove
 
     folder = tempfile.TemporaryDirectory(prefix="vlm-sft-preflight-", ignore_cleanup_errors=True)
-    with folder as output_dir, console.status("Loading the pieces and taking real steps"):
+    with folder as output_dir, waiting(console, "Loading the pieces and taking real steps"):
         settings = {name: value for name, value in recipe.sft.items() if name != "warmup_ratio"}
         sft = {**settings, **SETTINGS, "output_dir": output_dir}
         changed = recipe.model_copy(update={"sft": sft, "cache": None})  # what is proven frozen must be there
@@ -246,6 +250,7 @@ def run_preflight(
     output: str = PREFLIGHT_PAGE,
     with_model: bool = True,
     accelerate_config: str | None = None,
+    as_json: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
     """Runs preflight and prints what it found.
@@ -256,6 +261,7 @@ def run_preflight(
         output: Where the page goes.
         with_model: Reads the weights and takes real steps.
         accelerate_config: The processes that will train.
+        as_json: Prints verdict, findings and time as JSON, on standard output.
         trust_remote_code: Lets base pieces run the Python code that they bring, where the recipe asks for it.
 
     Raises:
@@ -270,5 +276,10 @@ def run_preflight(
     report = preflight(loaded, read_launch(accelerate_config), console, output=page, with_model=with_model)
     for line in [*map(str, report.findings), *report.time, f"Page: {page}"]:
         say(console, line)
+    if as_json:
+        found = [asdict(finding) for finding in report.findings]
+        memory = report.memory.total if report.memory else None
+        said = {"verdict": report.verdict, "findings": found, "time": report.time, "memory": memory, "page": str(page)}
+        tell(harmless_json(said, indent=2))
     if report.verdict == "error":
         raise SystemExit(1)

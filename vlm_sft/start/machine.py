@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from ..base.processes import cores
+from ..base.words import counted
 from ..spoken.language import in_words
 
 # Dense 16-bit TFLOPS of a GPU as its maker states them, by what its name holds; of several, the first that fits.
@@ -21,6 +22,7 @@ TFLOPS = {
     "4070 Ti": 80, "4070": 58, "4060": 44, "3090": 71, "3080": 60, "3070": 41, "3060": 26, "2080": 54,
 }  # fmt: skip
 UNKNOWN_GPU, A_CORE = 40, 0.03
+GIB = 2**30
 EFFICIENCY = 0.3
 """Share of the stated speed that training reaches; measured shares of such runs lie between 0.2 and 0.5."""
 
@@ -52,19 +54,22 @@ class Machine:
         each = [flops_of(name) for name, _ in self.gpus] or [self.cores * A_CORE * 1e12]
         return sum(each) * EFFICIENCY
 
-    def __str__(self) -> str:
-        gib = 2**30
-        if not self.gpus:
-            english, chinese = f"no GPU, {self.cores} cores", f"没有 GPU，{self.cores} 个核"
-        else:
+    def in_english(self) -> str:
+        """`1 GPU (NVIDIA A100, 80 GiB), 8 cores, 64 GiB of memory, 500 GiB free on the disk`."""
+        gpus = "no GPU"
+        if self.gpus:
             name, size = self.gpus[0]
-            count = len(self.gpus)
-            english = f"{count} GPU{'' if count == 1 else 's'} ({name}, {size / gib:.0f} GiB), {self.cores} cores"
-            chinese = f"{count} 块 GPU（{name}，{size / gib:.0f} GiB），{self.cores} 个核"
-        return in_words(
-            f"{english}, {self.ram / gib:.0f} GiB of memory, {self.disk / gib:.0f} GiB free on the disk",
-            f"{chinese}，{self.ram / gib:.0f} GiB 内存，磁盘剩余 {self.disk / gib:.0f} GiB",
-        )
+            gpus = f"{counted(len(self.gpus), 'GPU')} ({name}, {size / GIB:.0f} GiB)"
+        memory, disk = f"{self.ram / GIB:.0f} GiB of memory", f"{self.disk / GIB:.0f} GiB free on the disk"
+        return f"{gpus}, {counted(self.cores, 'core')}, {memory}, {disk}"
+
+    def __str__(self) -> str:
+        gpus = "没有 GPU"
+        if self.gpus:
+            name, size = self.gpus[0]
+            gpus = f"{len(self.gpus)} 块 GPU（{name}，{size / GIB:.0f} GiB）"
+        memory, disk = f"{self.ram / GIB:.0f} GiB 内存", f"磁盘剩余 {self.disk / GIB:.0f} GiB"
+        return in_words(self.in_english(), f"{gpus}，{self.cores} 个核，{memory}，{disk}")
 
 
 def flops_of(gpu: str) -> float:

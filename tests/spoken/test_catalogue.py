@@ -1,0 +1,71 @@
+"""Chinese sentences: each stands for an English one that the code still raises, with the same places in it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+
+import pytest
+
+from support.paths import ROOT
+from vlm_sft.base.errors import UserError, exit_on_user_error
+from vlm_sft.spoken.catalogue import CHINESE, translated
+
+
+def template_of(node: ast.AST) -> str | None:
+    """A text of the code with `{}` where something is put in; None for what is no text."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+        return "".join(parts)
+    return None
+
+
+@pytest.fixture(scope="module")
+def said() -> set[str]:
+    """Every text of the package, as a template."""
+    found = set()
+    for path in sorted((ROOT / "vlm_sft").rglob("*.py")):
+        if path.name != "catalogue.py":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            found |= {text for node in ast.walk(tree) if (text := template_of(node)) is not None}
+    return found
+
+
+def test_there_are_the_twenty_that_come_first():
+    assert len(CHINESE) >= 20
+
+
+@pytest.mark.parametrize("english", CHINESE)
+def test_the_code_still_says_it_and_the_places_are_the_same(english, said):
+    assert english in said
+    places = {int(name) for _, name, _, _ in string.Formatter().parse(CHINESE[english]) if name is not None}
+    # What is put in may be said twice, or left out where Chinese does not need it, but never be one that is not there.
+    assert places <= set(range(english.count("{}")))
+    assert re.search(r"[\u4e00-\u9fff]", CHINESE[english])
+
+
+@pytest.mark.parametrize("english", CHINESE)
+def test_a_sentence_is_put_into_chinese_with_what_is_in_it(english, monkeypatch):
+    things = [f"值{n}" for n in range(english.count("{}"))]
+    sentence = english.replace("{}", "\0").replace("\0", "{}").format(*things) if '{"' not in english else None
+    if sentence is None:
+        head, *rest = english.split("{}")
+        sentence = head + "".join(thing + part for thing, part in zip(things, rest, strict=True))
+    monkeypatch.setenv("VLM_SFT_LANG", "zh")
+    assert translated(sentence) == CHINESE[english].format(*things)
+    monkeypatch.setenv("VLM_SFT_LANG", "en")
+    assert translated(sentence) == sentence
+
+
+def test_the_command_says_it_in_chinese_and_other_sentences_as_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("VLM_SFT_LANG", "zh")
+    for sentence, words in (
+        ("rows {x}.jsonl is no bundle: look", "错误：rows {x}.jsonl 不是训练结果（bundle）：look"),
+        ("nobody has translated this.", "错误：nobody has translated this."),
+    ):
+        with pytest.raises(SystemExit) as ended, exit_on_user_error():
+            raise UserError(sentence)
+        assert ended.value.code == 2 and capsys.readouterr().err.strip() == words

@@ -1,0 +1,95 @@
+"""Sentences that a newcomer meets first, in Chinese: by the English one's template, as it stands in the code.
+
+`{}` in a template is what the code puts in there; `{0}`, `{1}` in the Chinese one are these in order. A sentence that
+is none of them stays English, and so does what others say within one.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from .language import spoken_language
+
+# Of a row's error the code has two pieces, what is wrong and how to mend it, that follow where it is.
+CHINESE: dict[str, str] = {
+    "the recipe {} does not exist; {}": "配方 {0} 不存在；{1}",
+    "these ship: {}.": "自带的有：{0}。",
+    "did you mean {}?": "是不是 {0}？",
+    '"{}" ships with vlm_sft and can be named like that.': "“{0}” 是自带的，可以直接写这个名字。",
+    'did you mean "{}"?': "是不是 “{0}”？",
+    "these are valid here: {}.": "这里可用的有：{0}。",
+    ": it holds no pictures and no data files.": "：里面没有图片，也没有数据文件。",
+    "{} is a folder; name the recipe's YAML file in it.": "{0} 是文件夹；请写出其中配方的 YAML 文件名。",
+    '{}: unknown key "{}"; {}': "{0}：没有 “{1}” 这个键；{2}",
+    '{}: the key "{}" is missing.': "{0}：缺少键 “{1}”。",
+    '{}: "{}" must not be empty.': "{0}：“{1}” 不能为空。",
+    "The data file {} was not found{}: correct the path (relative to the working directory).":
+        "找不到数据文件 {0}{1}：请改正路径（相对于当前目录）。",
+    "The data file {} was not found (there is no folder {}): correct the path.":
+        "找不到数据文件 {0}（没有文件夹 {1}）：请改正路径。",
+    "The data file {} is empty (0 bytes): write it again or remove the source.":
+        "数据文件 {0} 是空的（0 字节）：请重新写出，或删去这个数据源。",
+    'The data file {} ends in "{}", but only {} can be read: convert it.':
+        "数据文件 {0} 的后缀是 “{1}”，只能读 {2}：请转换格式。",
+    "The pattern {} matches no file: correct it (** searches folders within folders).":
+        "没有文件符合 {0}：请改正（** 会搜索下级文件夹）。",
+    "The folder {} holds no data file ({}): a folder of images needs a metadata.jsonl with a line "
+    '{"file_name": ..., "caption": ...} for each.':
+        "文件夹 {0} 里没有数据文件（{1}）：图片文件夹需要 metadata.jsonl，每张图片一行 "
+        '{{"file_name": ..., "caption": ...}}；或者先运行 vlm-sft init {0}。',
+    'There is no file or folder "{}" here, and as a dataset of the Hub (split "{}") it could not be loaded ({}): '
+    "correct the path, or download the dataset first.":
+        "这里没有文件或文件夹 “{0}”，也无法作为 Hub 上的数据集（{1}）加载（{2}）：请改正路径，或先下载数据集。",
+    "{} of {} images cannot be used; the first is {} ({}), which {}: correct the paths or the source's `images` "
+    "folder, or remove the rows.":
+        "{1} 张图片中有 {0} 张不能用；第一张是 {2}（{3}），它 {4}："
+        "请改正路径或数据源的 `images` 文件夹，或删去这些行。",
+    "There are {} GPUs but no launcher, so one process would share its batches out; use `accelerate launch -m "
+    "vlm_sft.train RECIPE`, or show it one GPU: CUDA_VISIBLE_DEVICES=0.":
+        "有 {0} 块 GPU，却只启动了一个进程；请用 `accelerate launch -m vlm_sft.train RECIPE`，"
+        "或只用一块 GPU：CUDA_VISIBLE_DEVICES=0。",
+    "{} is no bundle: {}": "{0} 不是训练结果（bundle）：{1}",
+    "{} exists already; name another destination or remove it.": "{0} 已经存在；请换一个目标，或先删除它。",
+    "{} exists already and is not overwritten; remove it, or give another --output.":
+        "{0} 已经存在，不会覆盖；请先删除它，或用 --output 换一个名字。",
+    "{} does not exist; give a folder, a data file, or the id of a data set on the Hub.":
+        "{0} 不存在；请给出文件夹、数据文件，或 Hub 上数据集的名称。",
+    "{} holds {} and no text to learn; {} now lists them: write what each shows into its column `caption` (or a .txt "
+    "beside each picture), then run: {}":
+        "{0} 里只有图片（{1}），没有可以学习的文字；{2} 已列出它们：请在 `caption` 一列写出每张图片的内容"
+        "（或在图片旁放同名的 .txt），然后运行：{3}",
+    "Nobody answered: give --yes to take what is proposed, or the answers as flags.":
+        "没有人回答：请用 --yes 采用建议，或用参数给出答案。",
+    "{} has nothing that can be learned from{}": "{0} 里没有可以学习的内容{1}",
+    "{} {} cannot be had here; choose one of: {}.": "{0} {1} 在这里不行；请选择：{2}。",
+    "There are {} different pictures with a text that can be used, and training, validation and test need one each; "
+    "bring more, that do not look alike.":
+        "可用的、带文字的不同图片只有 {0} 张，而训练、验证和测试各至少要一张；请增加互不相似的图片。",
+    "What does {} hold? Give --format, as a recipe does (messages, llava, caption, …).":
+        "{0} 是什么格式？请像配方一样给出 --format（messages、llava、caption 等）。",
+    "Stopped at once; what was saved before is whole: go on with --resume.":
+        "已立即停止；之前保存的内容是完整的：用 --resume 继续。",
+    "sft.max_length is {}, but an image makes a row of {} tokens; raise it.":
+        "sft.max_length 是 {0}，而一张图片就要 {1} 个 token；请调大。",
+}  # fmt: skip
+
+
+def translated(sentence: str) -> str:
+    """A sentence in the language that is spoken; as it is, where nobody has put it into that."""
+    if spoken_language() != "zh":
+        return sentence
+    for pattern, chinese in _patterns():
+        if found := pattern.fullmatch(sentence):
+            return chinese.format(*map(translated, found.groups()))  # a piece of one may be a sentence itself
+    return sentence
+
+
+@cache
+def _patterns() -> list[tuple[re.Pattern[str], str]]:
+    """The templates as patterns, those with the most words of their own first: they say the most."""
+    order = sorted(CHINESE, key=lambda template: -len(template.replace("{}", "")))
+    return [
+        (re.compile("(.*?)".join(map(re.escape, template.split("{}"))), re.DOTALL), CHINESE[template])
+        for template in order
+    ]
