@@ -133,7 +133,11 @@ def test_a_step_that_fails():
 def test_memory():
     assert said(Evidence(memory=(90 * 2**30, 80 * 2**30)))[0][0] == ERROR
     assert said(Evidence(memory=(76 * 2**30, 80 * 2**30))) == [
-        (WARNING, "The run is estimated to take 76.0 GiB of 80.0 GiB.")
+        (
+            WARNING,
+            "The run is estimated to take 76.0 GiB of 80.0 GiB, and only 90% can be planned with: "
+            "`vlm-sft fit RECIPE` says which settings fit.",
+        )
     ]
 
 

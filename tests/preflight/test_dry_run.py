@@ -16,6 +16,14 @@ from vlm_sft.stack.build_stack import build_empty_stack
 from vlm_sft.train import main
 
 
+def test_what_does_not_fit_the_gpu_here_is_said_as_preflight_says_it(recipe_file, monkeypatch, capsys):
+    for room, said in ((80 * 2**30, False), (2**20, True)):
+        monkeypatch.setattr("vlm_sft.preflight.dry_run.memory_here", lambda room=room: room)
+        main([str(recipe_file()), "--dry-run"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("`vlm-sft fit RECIPE` says which settings fit" in shown) is said
+
+
 def test_dry_run_reads_no_weight(recipe_file, monkeypatch, capsys):
     monkeypatch.setattr("safetensors.torch.load_file", lambda *args, **kwargs: pytest.fail("weights were read"))
     monkeypatch.setattr("vlm_sft.pieces.load_parts.load_language_model", lambda *args: pytest.fail("weights were read"))

@@ -46,6 +46,7 @@ VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push",
     "match",
     "init",
     "doctor",
+    "fit",
 }
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
@@ -254,6 +255,7 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
         monkeypatch.setitem(sys.modules, name, made)
 
     stand_in("prepare.fill_cache", "fill_cache")
+    stand_in("start.fit_command", "run")
     written = {"recipe": "my_photos.yaml", "rows": "my_photos_rows", "train": 8, "validation": 1, "test": 1}
     stand_in("start.init", "init", {**written, "commands": []})
     stand_in("inference.chat", "chat")

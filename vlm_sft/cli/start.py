@@ -1,4 +1,4 @@
-"""The commands that come before everything else: `init` and `doctor`."""
+"""The commands that come before everything else: `init`, `fit` and `doctor`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import typer
 
 from ..base.console import harmless_json, quiet_libraries, tell
 from ..spoken.language import in_words
-from ..train import Overrides
+from ..train import Overrides, RecipeName, Trust
+from .arguments import Json
 
 start_app = typer.Typer()
 
@@ -81,3 +82,23 @@ def doctor(
             tell(summary(report))
     if any(finding.stops for finding in report.findings):
         raise SystemExit(1)
+
+
+@start_app.command(short_help="Which settings of a recipe fit a GPU, the fastest first.")
+def fit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Memory or name: 24GB, 'RTX 4090', 'A100 40GB'. Default: the GPU here.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many of them train together.")] = 1,
+    write: Annotated[bool, typer.Option("--write", help="Set the fastest in the recipe's file.")] = False,
+    as_json: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say which settings of a recipe fit a GPU: batch and accumulation, whose product stays; checkpointing; FSDP2; and
+    where nothing else fits 4 bits, smaller pictures, shorter rows. No weight is read."""
+    from ..recipe.opening import open_recipe
+    from ..start.fit_command import run
+
+    run(open_recipe(recipe, overrides, trust_remote_code), gpu, count, write=write, as_json=as_json)

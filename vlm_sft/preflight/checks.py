@@ -18,6 +18,7 @@ from ..rows.boxes import has_typed_boxes
 from ..rows.messages import answers_of, row_key
 from ..templates.literals import find_markers, role_markers
 from .freeze_proof import Proof
+from .memory import too_large
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 EXAMPLES = 3
@@ -254,12 +255,9 @@ def tight_memory(evidence: Evidence) -> Iterator[Finding]:
     if evidence.memory is None:
         return
     needs, has = evidence.memory
-    gib = f"{needs / 2**30:.1f} GiB of {has / 2**30:.1f} GiB"
-    mend = "Lower per_device_train_batch_size, use activation_checkpointing, or quantise; see docs/memory.md."
-    if needs > has:
-        yield Finding(ERROR, f"The run is estimated to take {gib}, which it does not have.", mend)
-    elif needs > 0.9 * has:
-        yield Finding(WARNING, f"The run is estimated to take {gib}.", mend)
+    if sentence := too_large(needs, has):
+        mend = "Lower per_device_train_batch_size, use activation_checkpointing, or quantise; see docs/memory.md."
+        yield Finding(ERROR if needs > has else WARNING, sentence, mend)
 
 
 CHECKS = (

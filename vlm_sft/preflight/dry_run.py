@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,7 +38,7 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
     from ..recipe.libraries import validate_libraries
     from ..stack.kinds import compose
     from ..stack.precision import precision_warning
-    from .memory import known_optimizer
+    from .memory import known_optimizer, too_large
 
     validate_libraries(recipe)
     recipe = settle_adapter(recipe, planned=True)
@@ -55,7 +56,18 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
         say(console, "This is without the cache: once it holds all pictures, frozen parts before it are not loaded.")
     if not known_optimizer(weighed.optimizer):
         say(console, f"What sft.optim={weighed.optimizer} keeps is not known here; it is counted as AdamW.")
+    if room := memory_here():
+        sentence = too_large(weighed.estimate.total, room)
+        if sentence:
+            say(console, sentence)
     say(console, f"{weighed.step}\nNo weight was read.")
+
+
+def memory_here() -> int | None:
+    """Bytes of the GPU here; None where there is none."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
 class Weighed(NamedTuple):
@@ -68,6 +80,7 @@ class Weighed(NamedTuple):
         estimate: Bytes on each device.
         step: The step that was counted.
         optimizer: As `sft.optim` names it.
+        others: Bytes on each device for the other ways to launch it.
     """
 
     stack: Stack
@@ -76,10 +89,17 @@ class Weighed(NamedTuple):
     estimate: Estimate
     step: FullStep
     optimizer: str
+    others: Sequence[Estimate] = ()
 
 
-def weigh(recipe: Recipe, launch: Launch) -> Weighed:
-    """Builds a recipe's model without weights and estimates what a run of it takes on each device."""
+def weigh(recipe: Recipe, launch: Launch, *others: Launch) -> Weighed:
+    """Builds a recipe's model without weights and estimates what a run of it takes on each device.
+
+    Args:
+        recipe: A validated recipe.
+        launch: The processes.
+        others: Further ways to launch it, estimated with the same count of a step.
+    """
     import torch
 
     from ..recipe.libraries import build_sft_config, computes_in
@@ -96,7 +116,7 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
         model = add_empty_adapter(model, config)
         stack.plan.apply(model)
     computes = getattr(torch, computes_in(recipe))
-    found = estimate(model, None, launch, args.optim.value, computes)
+    found = [estimate(model, None, each, args.optim.value, computes) for each in (launch, *others)]
     rows, table = stack.plan.rows(model), stack.plan.table(model)
     full = full_step(args, stack.processor)
     step = Step(
@@ -106,8 +126,9 @@ def weigh(recipe: Recipe, launch: Launch) -> Weighed:
         accumulated=args.gradient_accumulation_steps > 1,
         on_cpu=args.use_cpu,
     )
-    found = replace(found, step=count_step(model, step))
-    return Weighed(stack, rows, table, found, full, args.optim.value)
+    counted_step = count_step(model, step)
+    first, *more = (replace(each, step=counted_step) for each in found)
+    return Weighed(stack, rows, table, first, full, args.optim.value, more)
 
 
 def on_any_machine(recipe: Recipe) -> Recipe:

@@ -28,6 +28,8 @@ BITSANDBYTES = {
 }  # fmt: skip
 # bitsandbytes keeps small tensors in 32 bits, and one fp32 scale for each so many weights of others.
 SMALL, BLOCK = 4096, 256
+TIGHT = 0.9
+"""Share of a device that can be planned with; what is not counted takes the rest."""
 NOT_COUNTED = (
     "Not counted: what the GPU's driver and libraries take for themselves (half a GiB to one), what the allocator "
     "cannot use between blocks, and NCCL's buffers."
@@ -139,6 +141,22 @@ def estimate(
         largest = max((sum(weight.numel() for weight in layer.parameters()) for layer in layers), default=0)
         gathered = 2 * largest * computes.itemsize
     return Estimate(used, step, gathered, launch)
+
+
+def too_large(needs: int, has: int) -> str | None:
+    """A sentence where a run takes more memory than a device has, or almost as much; else None.
+
+    Args:
+        needs: Bytes that it is estimated to take.
+        has: Bytes of the device.
+    """
+    if needs <= TIGHT * has:
+        return None
+    how = "which it does not have" if needs > has else f"and only {TIGHT:.0%} can be planned with"
+    return (
+        f"The run is estimated to take {needs / 2**30:.1f} GiB of {has / 2**30:.1f} GiB, {how}: `vlm-sft fit RECIPE` "
+        f"says which settings fit."
+    )
 
 
 def weight_bytes(parameter: nn.Parameter) -> int:

@@ -13,13 +13,15 @@ from ..base.processes import cores
 from ..base.words import counted
 from ..spoken.language import in_words
 
-# Dense 16-bit TFLOPS of a GPU as its maker states them, by what its name holds; of several, the first that fits.
-TFLOPS = {
-    "B200": 2250, "B100": 1750, "GB200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148,
-    "A100": 312, "A800": 312, "A40": 150, "A6000": 155, "6000 Ada": 364, "PRO 6000": 500, "L40S": 362, "L40": 181,
-    "L20": 119, "L4": 121, "A30": 165, "A10G": 70, "A10": 125, "V100": 112, "T4": 65, "P100": 19,
-    "5090 Laptop": 160, "5090": 210, "5080": 113, "5070 Ti": 88, "5070": 62, "5060": 48, "4090": 165, "4080": 98,
-    "4070 Ti": 80, "4070": 58, "4060": 44, "3090": 71, "3080": 60, "3070": 41, "3060": 26, "2080": 54,
+# Dense 16-bit TFLOPS of a GPU as its maker states them, and GiB of memory, by what its name holds; the first that fits.
+GPUS: dict[str, tuple[float, int]] = {
+    "GB200": (2250, 180), "B200": (2250, 180), "B100": (1750, 180), "H200": (989, 141), "H100 PCIe": (756, 80),
+    "H100": (989, 80), "H800": (989, 80), "H20": (148, 96), "A100": (312, 80), "A800": (312, 80), "A40": (150, 48),
+    "6000 Ada": (364, 48), "PRO 6000": (500, 96), "A6000": (155, 48), "L40S": (362, 48), "L40": (181, 48),
+    "L20": (119, 48), "L4": (121, 24), "A30": (165, 24), "A10G": (70, 24), "A10": (125, 24), "V100": (112, 16),
+    "T4": (65, 16), "P100": (19, 16), "5090": (210, 32), "5080": (113, 16), "5070 Ti": (88, 16), "5070": (62, 12),
+    "5060": (48, 8), "4090": (165, 24), "4080": (98, 16), "4070 Ti": (80, 12), "4070": (58, 12), "4060": (44, 8),
+    "3090": (71, 24), "3080": (60, 10), "3070": (41, 8), "3060": (26, 12), "2080": (54, 8),
 }  # fmt: skip
 UNKNOWN_GPU, A_CORE = 40, 0.03
 GIB = 2**30
@@ -74,7 +76,12 @@ class Machine:
 
 def flops_of(gpu: str) -> float:
     """Operations a second of a GPU as its maker states them; of an unknown one, those of a small one."""
-    return next((tera for name, tera in TFLOPS.items() if name.lower() in gpu.lower()), UNKNOWN_GPU) * 1e12
+    return (known_gpu(gpu) or (UNKNOWN_GPU, 0))[0] * 1e12
+
+
+def known_gpu(gpu: str) -> tuple[float, int] | None:
+    """TFLOPS and GiB of a GPU by its name; None for one that is not known here."""
+    return next((found for name, found in GPUS.items() if name.lower() in gpu.lower()), None)
 
 
 def this_machine(folder: Path) -> Machine:
