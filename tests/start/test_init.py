@@ -166,7 +166,7 @@ def test_what_cannot_be_read_is_said_and_left_out(command, tmp_path):
         "2 texts of photos left out, the first: photos/001.txt is not UTF-8: save it as UTF-8.",
         "1 .xlsx file is left out, the first photos/list.xlsx: save them as CSV (UTF-8).",
         "photos/notes.json is left out: no known format has rows like its first",
-        "1 row left out because a picture cannot be read, the first: row photos/003.txt: the image",
+        "1 row left out because a picture cannot be read, the first: photos/003.txt: the image",
         "3 pictures left out without a text, the first: photos/001.jpg.",
     ):
         assert words in said, words
@@ -202,3 +202,29 @@ def test_chinese_is_spoken_where_it_is_asked_for(command, tmp_path, monkeypatch)
     code, out, said = command("init", "photos", "--yes", "--model", tiny("llava"))
     assert code == 0 and "接下来：" in out and "这台机器：" in said and "相似" in said
     assert "由 `vlm-sft init` 写成" in (tmp_path / "photos.yaml").read_text(encoding="utf-8")
+
+
+def test_boxes_and_a_missing_header_are_not_taken_for_words(command, tmp_path):
+    for name in pictures(tmp_path / "yolo"):
+        (tmp_path / "yolo" / name).with_suffix(".txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    code, _, said = command("init", "yolo", "--yes")
+    assert code == 2 and "are left out: its texts hold numbers alone (boxes?)" in said
+    names = pictures(tmp_path / "bare")
+    (tmp_path / "bare" / "a.csv").write_text("".join(f"{name},a thing {name}\n" for name in names))
+    code, _, said = command("init", "bare", "--yes")
+    assert code == 2 and "bare/a.csv is left out: its first line looks like a row and not like a header" in said
+
+
+def test_classes_that_are_numbers_are_called_by_their_names(command, tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    names = pictures(tmp_path / "tmp")
+    features = Features({"image": {"bytes": Value("binary"), "path": Value("string")},
+                         "label": ClassLabel(names=["cat", "dog", "鸟"])})  # fmt: skip
+    shown = [{"bytes": (tmp_path / "tmp" / name).read_bytes(), "path": name} for name in names]
+    rows = Dataset.from_dict({"image": shown, "label": [n % 3 for n in range(COUNT)]}, features=features)
+    rows.save_to_disk(tmp_path / "saved")
+    code, out, said = command("init", "saved", "--json", "--model", tiny("llava"))
+    assert code == 0 and json.loads(out)["learn"] == "classify", said
+    text = (tmp_path / "saved.yaml").read_text(encoding="utf-8")
+    assert "Answer with one of: cat, dog, 鸟." in text

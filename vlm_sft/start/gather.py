@@ -24,7 +24,8 @@ from ..reading.json_text import read_text as read_whole
 from ..reading.locations import read_rows
 from ..reading.published import read_published
 from .folder import Folder, split_named_by
-from .guess import LOOKED_AT, Guess, guess, published_kind
+from .guess import LOOKED_AT, Guess, guess, published_kind, why_not
+from .label_names import label_names, with_names
 
 IMAGES = "images"
 """The folder of pictures that lay in shards, beside the files of rows."""
@@ -242,12 +243,17 @@ def _add(
             why = wrong[0] if not first and wrong else f"no known format has rows like its first, with {keys}."
             found.left_out.append(f"{name} is left out: {why}")
             return
-        image = dict(meant.columns).get("image", "image")
+        if (why := why_not(first)) is not None:
+            found.left_out.append(f"{name} is left out: {why}")
+            return
+        image, names = dict(meant.columns).get("image", "image"), label_names(name)
+        if names:
+            meant = meant._replace(labels=meant.labels or dict(meant.columns).get("caption") in names)
         for number, (where, values) in enumerate(chain(head, walk), start=1):
             if isinstance(values, RowError):
                 wrong.append(str(values))
                 continue
-            row, held = pictures.named(values, home, image)
+            row, held = pictures.named(with_names(values, names), home, image)
             own = split_named_by(Path(where), folder.root) if folder else side
             found.rows[meant, held].append(Given(where, row, own))
             if number % 500 == 0:
@@ -279,5 +285,9 @@ def _add_texts(found: Gathered, folder: Folder) -> None:
     if wrong:
         found.left_out.append(f"{counted(len(wrong), 'text')} of {folder.root} left out, the first: {wrong[0]}")
     texts = [row.values["caption"] for row in rows]
+    if (why := why_not([{"caption": text} for text in texts])) is not None:
+        found.left_out.append(f"The texts beside the pictures of {folder.root} are left out: {why}")
+        del found.rows[Guess("caption"), False]
+        return
     if 2 <= len(set(texts)) <= len(texts) / 2 and max(map(len, texts)) <= 40 and len(texts) > 9:
         found.rows[Guess("caption", (), True), False] = found.rows.pop((Guess("caption"), False))

@@ -136,11 +136,25 @@ def _holds_text(rows: Iterable[Mapping[str, Any]], key: str) -> bool:
 
 def _are_classes(values: Sequence[Any], name: str) -> bool:
     """Whether texts are names of classes: they come again and again and are short, or their column says so."""
-    texts = [value.strip() for value in values if isinstance(value, str)]
+    texts = [str(value).strip() for value in values if isinstance(value, str | int)]
     if not texts or len(texts) < len(values) or max(map(len, texts)) > LONGEST_CLASS:
         return False
     called_so = name.strip().lower() in NAMES["label"]
     return len(set(texts)) > 1 and len(set(texts)) <= max(2, len(texts) * FEW_CLASSES) and (called_so or len(texts) > 9)
+
+
+def why_not(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why rows are not learned although they could be read, or None.
+
+    A table without a header has its first row for one, and texts without a letter are most often boxes.
+    """
+    first = rows[0] if rows else {}
+    if any(isinstance(key, str) and Path(key.strip()).suffix.lower() in PICTURES for key in first):
+        return "its first line looks like a row and not like a header: write one above it, such as image,caption."
+    texts = [value for row in rows for value in row.values() if isinstance(value, str) and not _is_picture(value)]
+    if texts and not any(letter.isalpha() for text in texts for letter in text) and any(" " in text for text in texts):
+        return "its texts hold numbers alone (boxes?), and no words that could be learned."
+    return None
 
 
 def published_kind(document: Any) -> str | None:

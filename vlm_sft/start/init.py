@@ -201,7 +201,7 @@ def _about(sides: Sides) -> list[str]:
     """What became of rows when they were shared out."""
     found = []
     if sides.unreadable:
-        first = next(iter(sides.unreadable.values()))
+        first = next(iter(sides.unreadable.values())).removeprefix("row ")
         found.append(in_words(
             f"{counted(len(sides.unreadable), 'row')} left out because a picture cannot be read, the first: {first}",
             f"{len(sides.unreadable):,} 行因图片无法读取而略去，第一个：{first}"))  # fmt: skip

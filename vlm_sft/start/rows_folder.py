@@ -79,7 +79,10 @@ def _check(kind: Kind, given: Sequence[Given], file: Path, root: Path | None, ti
     def reject(error: RowError) -> None:
         line = re.match(re.escape(str(file)) + r", line (\d+)", error.where)
         place = given[int(line[1]) - 1].where if line else error.where
-        wrong.append(place + str(error).removeprefix(error.where))
+        sentence = (
+            str(error).removeprefix(error.where).replace(f" and {file.parent}", "")
+        )  # which is not there for long
+        wrong.append(place + sentence)
 
     seen: dict[int, tuple[list[Any], list[str]]] = {}
     for row, language in rows_with_language(_source(kind, str(file), root), reject=reject):
