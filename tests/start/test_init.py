@@ -17,6 +17,7 @@ from vlm_sft.cli import main as cli
 from vlm_sft.data.look_alikes import find_look_alikes
 from vlm_sft.data.source import source_rows
 from vlm_sft.recipe.schema import load_recipe
+from vlm_sft.start.machine import Machine
 
 
 @pytest.fixture
@@ -228,3 +229,15 @@ def test_classes_that_are_numbers_are_called_by_their_names(command, tmp_path):
     assert code == 0 and json.loads(out)["learn"] == "classify", said
     text = (tmp_path / "saved.yaml").read_text(encoding="utf-8")
     assert "Answer with one of: cat, dog, 鸟." in text
+
+
+def test_a_model_that_is_not_known_gets_the_batch_that_fits_the_gpu(command, tmp_path, monkeypatch):
+    machine = Machine((("NVIDIA A100", 80 * 2**30),), 4, 64 * 2**30, 500 * 2**30)
+    monkeypatch.setattr("vlm_sft.start.init.this_machine", lambda folder: machine)
+    SHAPES["questions"][0](tmp_path / "q")
+    code, _, said = command("init", "q", "--json", "--model", tiny("llava"))
+    assert code == 0, said
+    sft = load_recipe("q.yaml").sft
+    assert (sft["per_device_train_batch_size"], sft["gradient_accumulation_steps"]) == (4, 1)
+    assert "activation_checkpointing" not in sft
+    assert "global batch: 4 x 1 accumulation x 1 process = 4; about " in (tmp_path / "q.yaml").read_text()

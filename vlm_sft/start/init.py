@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.console import make_console, say
 from ..base.errors import UserError
-from ..base.progress import RowProgress
+from ..base.progress import RowProgress, waiting
 from ..base.whole_files import write_whole, written_beside
 from ..base.words import counted, gib, reason_of
 from ..reading.locations import is_hub_id
@@ -20,9 +20,10 @@ from ..spoken.language import in_words
 from .answers import Answers, draft_of
 from .folder import Folder, look_into
 from .gather import IMAGES, Gathered, Pictures, gather, gather_hub
-from .machine import this_machine
-from .models import plan
+from .machine import Machine, flops_of, this_machine
+from .models import Plan, plan
 from .questions import Asker
+from .recipe_edit import set_keys
 from .recipe_text import Draft, recipe_text
 from .rows_folder import Kind, check_rows, write_sides
 from .sides import TEST, TRAIN, VALIDATION, Sides, share_out
@@ -99,6 +100,8 @@ def init(
     draft = draft._replace(parts=parts, counts=counts, plan=planned)
     write_whole(place.recipe, recipe_text(draft).encode())
     _check(place.recipe)
+    if planned.known is None and machine.gpus:
+        planned = _fit(place.recipe, draft, machine, console)
     return {
         "recipe": _relative(place.recipe), "rows": _relative(place.rows), **counts, "groups": sides.groups,
         "alike": sides.alike, "left_out": [*left_out, *_about(sides)], "learn": draft.learn,
@@ -219,6 +222,28 @@ def _about(sides: Sides) -> list[str]:
             f"So many pictures look alike that others were looked for to {sides.searched:.0%} of them only.",
             f"相似的图片太多，只对其中 {sides.searched:.0%} 查找了相似图片。"))  # fmt: skip
     return found
+
+
+def _fit(recipe: Path, draft: Draft, machine: Machine, console: Console) -> Plan:
+    """Finds the batch of a model of which nothing is known here, by the count of its memory, and writes it."""
+    from ..recipe.schema import load_recipe
+    from .fit import Gpu, fit, keys_of
+
+    gpu = Gpu(machine.room, len(machine.gpus), flops_of(machine.gpus[0][0]))
+    try:
+        with waiting(console, in_words("Counting the memory of steps", "正在计算显存")):
+            found = fit(load_recipe(recipe), gpu)
+    except UserError as error:
+        say(console, in_words(f"Whether it fits was not found out: {error}", f"未能确定是否放得下：{error}"))
+        return draft.plan
+    best = found.settings[0]
+    fitted = draft.plan._replace(
+        rows=best.batch, accumulation=best.accumulation, four_bits=best.four_bits, memory=float(best.memory)
+    )
+    write_whole(recipe, recipe_text(draft._replace(plan=fitted, checkpointing=best.checkpointing)).encode())
+    as_written = replace(best, length=found.now.length, pixels=None)
+    set_keys(recipe, keys_of(best, as_written))  # a shorter row or a smaller picture, which the text does not know
+    return fitted
 
 
 def _check(recipe: Path) -> None:

@@ -75,7 +75,7 @@ class Draft(NamedTuple):
         seed: That drew the sides.
         processes: That train together.
         workers: That read pictures.
-        on_gpu: Whether there is a GPU.
+        checkpointing: Whether activations are computed once more in place of kept.
         hours: That training may take.
     """
 
@@ -89,7 +89,7 @@ class Draft(NamedTuple):
     seed: int
     processes: int
     workers: int
-    on_gpu: bool
+    checkpointing: bool
     hours: float
 
 
@@ -185,7 +185,7 @@ def _training(draft: Draft, says: Callable[..., str]) -> list[str]:
         f"  gradient_accumulation_steps: {plan.accumulation}",
         f"  per_device_eval_batch_size: {plan.rows}",
         f"  max_length: {known.length if known else 2048} # {says('length')}",
-        *([f"  activation_checkpointing: true # {says('checkpoint')}"] if draft.on_gpu else []),
+        *([f"  activation_checkpointing: true # {says('checkpoint')}"] if draft.checkpointing else []),
         f"  dataloader_num_workers: {draft.workers}",
         "  logging_steps: 10",
         f"  eval_strategy: {often[0]} # {says('strategy')}",
