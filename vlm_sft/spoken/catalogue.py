@@ -20,6 +20,17 @@ CHINESE: dict[str, str] = {
     'did you mean "{}"?': "是不是 “{0}”？",
     "these are valid here: {}.": "这里可用的有：{0}。",
     ": it holds no pictures and no data files.": "：里面没有图片，也没有数据文件。",
+    "{} of {} left out, the first: {}": "{1} 中略去 {0}，第一处：{2}",
+    "{} left out, the first: {}": "略去 {0}，第一处：{1}",
+    "{} left out without a text, the first: {}.": "{0} 没有文字而略去，第一张：{1}。",
+    "{} is left out: {}": "略去 {0}：{1}",
+    "no known format has rows like its first, with {}.": "没有一种已知格式的行像它的第一行，其中有 {0}。",
+    "its texts hold numbers alone (boxes?), and no words that could be learned.":
+        "其中的文字只有数字（标注框？），没有可以学习的词句。",
+    "its first line looks like a row and not like a header: write one above it, such as image,caption.":
+        "第一行像数据而不像表头：请在上面加一行表头，例如 image,caption。",
+    "{} is not UTF-8: save it as UTF-8.": "{0} 不是 UTF-8：请保存为 UTF-8。",
+    "{} is empty: write what the picture shows, or remove it.": "{0} 是空的：请写出图片的内容，或删去它。",
     "{} is a folder; name the recipe's YAML file in it.": "{0} 是文件夹；请写出其中配方的 YAML 文件名。",
     '{}: unknown key "{}"; {}': "{0}：没有 “{1}” 这个键；{2}",
     '{}: the key "{}" is missing.': "{0}：缺少键 “{1}”。",
@@ -75,10 +86,16 @@ CHINESE: dict[str, str] = {
 }  # fmt: skip
 
 
+_COUNTERS = {"row": "行", "picture": "张图片", "text": "段文字"}
+_COUNTED = re.compile(rf"([\d,]+) ({'|'.join(_COUNTERS)})s?")
+
+
 def translated(sentence: str) -> str:
     """A sentence in the language that is spoken; as it is, where nobody has put it into that."""
     if spoken_language() != "zh":
         return sentence
+    if found := _COUNTED.fullmatch(sentence):
+        return f"{found[1]} {_COUNTERS[found[2]]}"
     for pattern, chinese in _patterns():
         if found := pattern.fullmatch(sentence):
             return chinese.format(*map(translated, found.groups()))  # a piece of one may be a sentence itself

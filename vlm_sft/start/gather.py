@@ -274,8 +274,13 @@ def _add_texts(found: Gathered, folder: Folder) -> None:
         try:
             text = read_text(file, "utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
-            why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({reason_of(error)})"
-            wrong.append(f"{file} {why}: save it as UTF-8.")
+            not_utf8 = isinstance(error, UnicodeDecodeError)
+            reason = reason_of(error)
+            wrong.append(
+                f"{file} is not UTF-8: save it as UTF-8."
+                if not_utf8
+                else f"{file} cannot be read ({reason}): check it."
+            )
             continue
         if not text:
             wrong.append(f"{file} is empty: write what the picture shows, or remove it.")

@@ -16,6 +16,7 @@ from ..base.progress import RowProgress, waiting
 from ..base.whole_files import write_whole, written_beside
 from ..base.words import counted, gib, reason_of
 from ..reading.locations import is_hub_id
+from ..spoken.catalogue import translated
 from ..spoken.language import in_words
 from .answers import Answers, draft_of
 from .folder import Folder, look_into
@@ -172,7 +173,7 @@ def _read(given: str, found: Folder | None, stage: Path, console: Console) -> tu
 
 def _say_all(console: Console, sentences: list[str]) -> None:
     for sentence in sentences[:MOST_SAID]:
-        say(console, sentence)
+        say(console, translated(sentence))
     if (more := len(sentences) - MOST_SAID) > 0:
         say(console, in_words(f"And {more:,} more of this kind; --json lists them all.",
                               f"还有 {more:,} 条同类的；--json 会全部列出。"))  # fmt: skip
