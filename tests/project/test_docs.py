@@ -255,7 +255,9 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
         monkeypatch.setitem(sys.modules, name, made)
 
     stand_in("prepare.fill_cache", "fill_cache")
-    stand_in("start.fit_command", "run")
+    stand_in("machine.fit_command", "run")
+    nothing = types.SimpleNamespace(lines=list, findings=[], as_dict=dict, summary=str)
+    stand_in("machine.doctor", "examine", nothing)
     written = {"recipe": "my_photos.yaml", "rows": "my_photos_rows", "train": 8, "validation": 1, "test": 1}
     stand_in("start.init", "init", {**written, "commands": []})
     stand_in("inference.chat", "chat")

@@ -16,8 +16,8 @@ from support.tiny_families import tiny
 from vlm_sft.cli import main as cli
 from vlm_sft.data.look_alikes import find_look_alikes
 from vlm_sft.data.source import source_rows
+from vlm_sft.machine.machine import Machine
 from vlm_sft.recipe.schema import load_recipe
-from vlm_sft.start.machine import Machine
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlm_sft.start.machine import Machine, flops_of
+from vlm_sft.machine.machine import Machine, flops_of
 from vlm_sft.start.models import CANDIDATES, HEADROOM, hours_of, known_model, plan, proposals
 
 GB = 2**30

@@ -70,7 +70,7 @@ def doctor(
 ) -> None:
     """Print versions, machine and settings to paste into a bug report: no token, no name, no path. With a recipe, also
     what a run of it would miss; exit code 1 where it could not begin."""
-    from ..start.doctor import examine, summary
+    from ..machine.doctor import examine
 
     report = examine(recipe, overrides, ask_hub=hub)
     if as_json:
@@ -79,7 +79,7 @@ def doctor(
         for line in report.lines():
             tell(line)
         if recipe is not None:
-            tell(summary(report))
+            tell(report.summary())
     if any(finding.stops for finding in report.findings):
         raise SystemExit(1)
 
@@ -98,7 +98,7 @@ def fit(
 ) -> None:
     """Say which settings of a recipe fit a GPU: batch and accumulation, whose product stays; checkpointing; FSDP2; and
     where nothing else fits 4 bits, smaller pictures, shorter rows. No weight is read."""
+    from ..machine.fit_command import run
     from ..recipe.opening import open_recipe
-    from ..start.fit_command import run
 
     run(open_recipe(recipe, overrides, trust_remote_code), gpu, count, write=write, as_json=as_json)

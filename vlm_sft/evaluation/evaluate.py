@@ -90,8 +90,7 @@ def run(
     set_seed(int(own.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
     said: list[Answers] = []
     results = score(model, processor, questions, batch_size, dict(own.generation), said.append)
-    results |= {"train_seconds": train_seconds(folder), "split": split}
-    results["evaluate_seconds"] = round(time.perf_counter() - start, 1)
+    results |= {"split": split, "train_seconds": train_seconds(folder), "evaluate_seconds": _since(start)}
     write_json(target, results)
     write_answers(said, name, target, bundle, (against or "", theirs), page_tables(lost))
     if not output and not fetched:
@@ -114,6 +113,9 @@ def _score(
     set_seed(int(recipe.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
     results = score(model, processor, questions, batch_size, dict(recipe.generation), said.append)
     return results | {"evaluate_seconds": round(time.perf_counter() - start, 1)}, said
+def _since(start: float) -> float:
+    """Seconds, to a tenth."""
+    return round(time.perf_counter() - start, 1)
 
 
 def _target(bundle: str, folder: Path, fetched: bool, output: str | None) -> Path:

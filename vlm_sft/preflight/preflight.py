@@ -80,8 +80,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
         report.sources = shares_of_sources(recipe.data, evidence.ledgers["train"], evidence.rows)
         report.languages = shares_of_languages(recipe.data, evidence.rows)
     report.lengths = _lengths(recipe, collator, args.seed)
-    with waiting(console, "Counting the memory of a step"):
-        _weigh(recipe, launch, report)
+    _weigh(recipe, launch, report, console)
     if rows is not None and with_model:
         _take_steps(tolerant, collator, composed, evidence, console)
         report.time = _time(evidence.proof, args, launch, rows) if evidence.proof else []
@@ -143,13 +142,15 @@ def _lengths(recipe: Recipe, collator: MultimodalCollator, seed: int) -> list[in
     return found
 
 
-def _weigh(recipe: Recipe, launch: Launch, report: Report) -> None:
+def _weigh(recipe: Recipe, launch: Launch, report: Report, console: Console) -> None:
     """Fills in freeze plan and memory, from sizes alone."""
     import torch
 
+    from ..base.progress import waiting
     from .dry_run import weigh
 
-    weighed = weigh(recipe, launch)
+    with waiting(console, "Counting the memory of a step"):
+        weighed = weigh(recipe, launch)
     report.plan, report.memory = weighed.rows, weighed.estimate
     if torch.cuda.is_available():
         report.evidence.memory = (weighed.estimate.total, torch.cuda.get_device_properties(0).total_memory)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..base.errors import UserError
 from ..base.words import CHINESE
+from ..machine.machine import Machine
 from ..reading.locations import is_hub_id
 from ..spoken.language import in_words, spoken_language
-from .machine import Machine
 from .models import CANDIDATES, GB, Candidate, fits, plan, proposals
 from .questions import Asker
 from .recipe_text import Draft

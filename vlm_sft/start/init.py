@@ -15,16 +15,16 @@ from ..base.errors import UserError
 from ..base.progress import RowProgress, waiting
 from ..base.whole_files import write_whole, written_beside
 from ..base.words import counted, gib, reason_of
+from ..machine.machine import Machine, flops_of, this_machine
+from ..machine.recipe_edit import set_keys
 from ..reading.locations import is_hub_id
 from ..spoken.catalogue import translated
 from ..spoken.language import in_words
 from .answers import Answers, draft_of
 from .folder import Folder, look_into
 from .gather import IMAGES, Gathered, Pictures, gather, gather_hub
-from .machine import Machine, flops_of, this_machine
 from .models import Plan, plan
 from .questions import Asker
-from .recipe_edit import set_keys
 from .recipe_text import Draft, recipe_text
 from .rows_folder import Kind, check_rows, write_sides
 from .sides import TEST, TRAIN, VALIDATION, Sides, share_out
@@ -227,8 +227,8 @@ def _about(sides: Sides) -> list[str]:
 
 def _fit(recipe: Path, draft: Draft, machine: Machine, console: Console) -> Plan:
     """Finds the batch of a model of which nothing is known here, by the count of its memory, and writes it."""
+    from ..machine.fit import Gpu, fit, keys_of
     from ..recipe.schema import load_recipe
-    from .fit import Gpu, fit, keys_of
 
     gpu = Gpu(machine.room, len(machine.gpus), flops_of(machine.gpus[0][0]))
     try:

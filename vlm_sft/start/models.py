@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .machine import Machine
+from ..machine.machine import Machine
 
 GB = 2**30
 HEADROOM = 0.9

@@ -13,7 +13,7 @@ import pytest
 
 from support.recipe_texts import TEXT, write
 from vlm_sft.cli import main as cli
-from vlm_sft.start.doctor import examine
+from vlm_sft.machine.doctor import examine
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import yaml
 
 from vlm_sft.base.assets import assets_root
 from vlm_sft.base.errors import UserError
-from vlm_sft.start.recipe_edit import set_keys
+from vlm_sft.machine.recipe_edit import set_keys
 
 CHANGES = {
     ("sft", "per_device_train_batch_size"): 2,

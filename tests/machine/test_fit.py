@@ -11,10 +11,10 @@ import yaml
 from support.tiny_families import tiny
 from vlm_sft.base.errors import UserError
 from vlm_sft.cli import main as cli
+from vlm_sft.machine.fit import GIB, Gpu, changed, fit, keys_of, parse_gpu
 from vlm_sft.preflight.dry_run import weigh
 from vlm_sft.preflight.launch import Launch
 from vlm_sft.recipe.schema import load_recipe
-from vlm_sft.start.fit import GIB, Gpu, changed, fit, keys_of, parse_gpu
 
 MIB = 2**20
 

@@ -20,8 +20,7 @@ from packaging.requirements import Requirement
 
 from ..base.errors import UserError, without_tokens
 from ..base.words import counted, one_line
-from .machine import Machine, this_machine
-from .models import GB
+from .machine import GIB, Machine, this_machine
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -34,7 +33,7 @@ VARIABLES = (
 )  # fmt: skip
 SET = ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY")  # of these, only whether they are set
 _PLAIN = re.compile(r"[\w.,:=@+-]*", re.ASCII)
-LITTLE_DISK = 20 * GB
+LITTLE_DISK = 20 * GIB
 WIDTH = 67  # beside the first column, in a window of 80
 _WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
@@ -76,8 +75,8 @@ class Report(NamedTuple):
         """Ready for JSON."""
         return {
             "system": self.system, "versions": self.versions, "cuda": self.cuda, "cores": self.machine.cores,
-            "gpus": [{"name": name, "gib": round(size / GB, 1)} for name, size in self.machine.gpus],
-            "memory_gib": round(self.machine.ram / GB, 1), "disk_free_gib": round(self.machine.disk / GB, 1),
+            "gpus": [{"name": name, "gib": round(size / GIB, 1)} for name, size in self.machine.gpus],
+            "memory_gib": round(self.machine.ram / GIB, 1), "disk_free_gib": round(self.machine.disk / GIB, 1),
             "environment": self.environment, "hub": self.hub,
             "findings": [finding._asdict() for finding in self.findings],
         }  # fmt: skip
@@ -103,6 +102,11 @@ class Report(NamedTuple):
         if not self.findings:
             yield "             Nothing is missing."
 
+    def summary(self) -> str:
+        """One line at the end."""
+        stops = sum(finding.stops for finding in self.findings)
+        return f"{counted(stops, 'thing')} missing." if stops else "Ready."
+
 
 def examine(recipe: str | None = None, overrides: list[str] | None = None, *, ask_hub: bool = False) -> Report:
     """Looks at versions, machine and environment, and at what a recipe needs.
@@ -123,7 +127,7 @@ def examine(recipe: str | None = None, overrides: list[str] | None = None, *, as
         if not hub:
             findings.append(Finding("The Hub does not answer: check the network, or name local folders.", False))
     if machine.disk < LITTLE_DISK:
-        free = f"{machine.disk / GB:.1f} GiB"
+        free = f"{machine.disk / GIB:.1f} GiB"
         findings.append(Finding(f"Only {free} are free on the disk; models and checkpoints take tens of GiB.", False))
     if recipe is not None:
         findings += _for_recipe(recipe, overrides or [], machine)
@@ -263,9 +267,3 @@ def _cached(name: str) -> bool:
 def _private(text: str) -> str:
     """A sentence without paths, which name people and projects; the last part of each stays."""
     return re.sub(r"(?<![\w.])(?:~|/)[^\s:;,'\"()]*/([^\s/:;,'\"()]+)", r"…/\1", without_tokens(one_line(text)))
-
-
-def summary(report: Report) -> str:
-    """One line at the end."""
-    stops = sum(finding.stops for finding in report.findings)
-    return f"{counted(stops, 'thing')} missing." if stops else "Ready."
