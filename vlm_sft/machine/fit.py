@@ -15,13 +15,12 @@ from ..base.errors import UserError
 from ..base.words import gib
 from ..preflight.launch import Launch
 from ..preflight.memory import TIGHT, too_large
-from .machine import EFFICIENCY, UNKNOWN_GPU, known_gpu
+from .machine import EFFICIENCY, GIB, UNKNOWN_GPU, known_gpu
 
 if TYPE_CHECKING:
     from ..preflight.dry_run import Weighed
     from ..recipe.schema import Recipe
 
-GIB = 2**30
 FOUR_BITS = {
     "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": "bfloat16",
@@ -34,7 +33,8 @@ PATCHES = 4  # of a tower, for a token of an image
 KeyPath = tuple[str, ...]
 
 
-class Gpu(NamedTuple):
+@dataclass(frozen=True)
+class Gpu:
     """What a run is to fit: bytes of each GPU, how many, and operations a second of each."""
 
     size: int

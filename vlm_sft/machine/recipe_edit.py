@@ -59,7 +59,7 @@ def _put(data: dict[str, Any], key: KeyPath, value: Any) -> None:
 
 
 def _set(text: str, key: KeyPath, value: Any, path: Path) -> str:
-    node = yaml.compose(text)
+    node: Any = yaml.compose(text)
     for depth, name in enumerate(key):
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: `{'.'.join(key[:depth])}` is no mapping; set `{'.'.join(key)}` by hand.")

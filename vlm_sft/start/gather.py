@@ -240,8 +240,8 @@ def _add(
         if meant is None:
             wrong = [str(values) for _, values in head if isinstance(values, RowError)]
             keys = ", ".join(f'"{key}"' for key in list(first[0])[:8]) if first else "nothing"
-            why = wrong[0] if not first and wrong else f"no known format has rows like its first, with {keys}."
-            found.left_out.append(f"{name} is left out: {why}")
+            unlike = f"no known format has rows like its first, with {keys}."
+            found.left_out.append(f"{name} is left out: {wrong[0] if not first and wrong else unlike}")
             return
         if (why := why_not(first)) is not None:
             found.left_out.append(f"{name} is left out: {why}")
