@@ -137,8 +137,8 @@ class _Search:
         args = build_sft_config(on_any_machine(recipe))
         self.recipe, self.gpu, self.tick, self.step = recipe, gpu, tick, ""
         self.room = int(TIGHT * gpu.size)
-        processor = recipe.model.processor if recipe.model else {}
-        self._pixels = processor.get("max_pixels") if isinstance(processor.get("max_pixels"), int) else None
+        pixels = processor_of(recipe).get("max_pixels")
+        self._pixels = pixels if isinstance(pixels, int) else None
         self.given = Setting(
             args.per_device_train_batch_size, args.gradient_accumulation_steps, bool(args.activation_checkpointing),
             bool((recipe.quantization or {}).get("load_in_4bit")), args.max_length or WITHOUT_LIMIT,
@@ -227,6 +227,11 @@ class _Search:
         return 1000 * operations * slower / (self.gpu.flops * EFFICIENCY * self.gpu.count)
 
 
+def processor_of(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of the model's own processor; a stack has none."""
+    return getattr(recipe.text_piece, "processor", {})
+
+
 def changed(recipe: Recipe, setting: Setting) -> Recipe:
     """The recipe with a setting; where it does not say its precision, as a GPU runs it."""
     sft = {
@@ -238,9 +243,9 @@ def changed(recipe: Recipe, setting: Setting) -> Recipe:
     update: dict[str, Any] = {"sft": sft}
     if setting.four_bits and recipe.quantization is None:
         update["quantization"] = dict(FOUR_BITS)
-    if setting.pixels is not None and recipe.model is not None:
-        processor = {**recipe.model.processor, "max_pixels": setting.pixels}
-        update["model"] = recipe.model.model_copy(update={"processor": processor})
+    if setting.pixels is not None:
+        processor = {**processor_of(recipe), "max_pixels": setting.pixels}
+        update["model"] = recipe.text_piece.model_copy(update={"processor": processor})
     return recipe.model_copy(update=update)
 
 

@@ -67,7 +67,7 @@ def draft_of(
         raise UserError(f"--hours must be a number above zero, not {hours:g}.")
     return Draft(
         name, given, language, learn, plan(model, rows, machine, hours), (), {}, seed, max(1, len(machine.gpus)),
-        max(0, min(MOST_WORKERS, machine.cores - 1)), bool(machine.gpus), hours,
+        max(0, min(MOST_WORKERS, machine.cores - 1)), True, hours,
     )  # fmt: skip
 
 

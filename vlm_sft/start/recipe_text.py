@@ -43,7 +43,7 @@ SAYS = {
               "总批量：{rows} × {accumulation} 次累积 × {count} 个进程 = {all}{memory}"),
     "memory": ("; about {memory} of memory", "；大约需要 {memory} 显存"),
     "length": ("tokens of a row at most, those of its picture included", "每行最多的 token 数，包括图片的"),
-    "checkpoint": ("less memory for a third more time", "多用三分之一的时间，省下内存"),
+    "checkpoint": ("true: less memory for a third more time", "true：多用三分之一的时间，省下内存"),
     "strategy": ("and saved as often; `--resume` goes on from there", "并同样频繁地保存；`--resume` 从那里继续"),
     "generation": ("of answers, in chat, generate and evaluate", "对话、生成和评估时的回答"),
 }  # fmt: skip
@@ -185,7 +185,7 @@ def _training(draft: Draft, says: Callable[..., str]) -> list[str]:
         f"  gradient_accumulation_steps: {plan.accumulation}",
         f"  per_device_eval_batch_size: {plan.rows}",
         f"  max_length: {known.length if known else 2048} # {says('length')}",
-        *([f"  activation_checkpointing: true # {says('checkpoint')}"] if draft.checkpointing else []),
+        f"  activation_checkpointing: {str(draft.checkpointing).lower()} # {says('checkpoint')}",
         f"  dataloader_num_workers: {draft.workers}",
         "  logging_steps: 10",
         f"  eval_strategy: {often[0]} # {says('strategy')}",
