@@ -48,6 +48,7 @@ VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push",
     "doctor",
     "fit",
 }
+VERBS |= {"data", "debug-batch", "answer", "match", "init", "doctor", "fit"}
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
 
