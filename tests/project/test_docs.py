@@ -38,17 +38,7 @@ from vlm_sft.serving import bundles  # noqa: F401  # the real one, before what i
 PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")
 VERBS = {"train", "chat", "serve", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta"}
-VERBS |= {"data", "debug-batch", "answer", "match", "init", "watch"}
-VERBS |= {"data", "debug-batch", "answer", "match", "init"}
-VERBS = {"train", "chat", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta", "data"} | {
-    "debug-batch",
-    "answer",
-    "match",
-    "init",
-    "doctor",
-    "fit",
-}
-VERBS |= {"data", "debug-batch", "answer", "match", "init", "doctor", "fit"}
+VERBS |= {"data", "debug-batch", "answer", "match", "init", "watch", "doctor", "fit"}
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
 

@@ -25,6 +25,7 @@ from .scoring import Answers, Question, collect, score
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from ..batch.processor import VLMProcessor
     from ..recipe.schema import Recipe
@@ -66,7 +67,7 @@ def run(
     quiet_libraries()
     from ..bundle.card import write_card
     from ..bundle.hub import find_bundle, is_fetched
-    from ..bundle.load import load, recipe_of
+    from ..bundle.load import recipe_of
     from ..bundle.manifest import read_manifest
     from ..forgetting.bundles import BeforeAndAfter
     from ..forgetting.compare import page_tables
@@ -80,17 +81,10 @@ def run(
     theirs = earlier_answers(against, [name], command)[name] if against else None
     questions = collect(sources, max_rows)
     change = BeforeAndAfter(folder, forgetting, trust_remote_code, partial(say, make_console()))
-    model, processor = load(folder, trust_remote_code=trust_remote_code)
+    model, processor = _load(folder, trust_remote_code)
     results, said = _score(model, processor, questions, batch_size, own)
     lost = change.finish(lambda: (model, processor))  # type: ignore[arg-type,return-value]
     results |= {"train_seconds": train_seconds(folder), "split": split, **({"forgetting": lost} if lost else {})}
-    with waiting(make_console(), f"Loading {bundle}"):
-        model, processor = load(folder, trust_remote_code=trust_remote_code)
-    start = time.perf_counter()
-    set_seed(int(own.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
-    said: list[Answers] = []
-    results = score(model, processor, questions, batch_size, dict(own.generation), said.append)
-    results |= {"split": split, "train_seconds": train_seconds(folder), "evaluate_seconds": _since(start)}
     write_json(target, results)
     write_answers(said, name, target, bundle, (against or "", theirs), page_tables(lost))
     if not output and not fetched:
@@ -98,6 +92,13 @@ def run(
     _print(results, target)
     _check_all_were_asked(results)
     return results
+
+
+def _load(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, VLMProcessor]:
+    from ..bundle.load import load
+
+    with waiting(make_console(), f"Loading {folder.name}"):
+        return load(folder, trust_remote_code=trust_remote_code)  # type: ignore[return-value]
 
 
 def _score(
@@ -113,9 +114,6 @@ def _score(
     set_seed(int(recipe.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
     results = score(model, processor, questions, batch_size, dict(recipe.generation), said.append)
     return results | {"evaluate_seconds": round(time.perf_counter() - start, 1)}, said
-def _since(start: float) -> float:
-    """Seconds, to a tenth."""
-    return round(time.perf_counter() - start, 1)
 
 
 def _target(bundle: str, folder: Path, fetched: bool, output: str | None) -> Path:
