@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoConfig
 
 from support.benchmarks import png
+from support.tiny_families import TINY, processor_of, tiny
+from support.tiny_families import rows as family_rows
 from vlm_sft.base.errors import RowError
 from vlm_sft.evaluation import pictures
 from vlm_sft.evaluation.pictures import EncodedOnce, Pictures
+from vlm_sft.families.build_family import model_class
 from vlm_sft.inference.generation import answer
 from vlm_sft.inference.likelihood import likelihoods
 from vlm_sft.stack.build_stack import build_stack
@@ -50,6 +55,28 @@ def test_answers_are_those_of_pictures_encoded_each_time(bundle_recipe, resample
         again = [one.log for one in likelihoods(model, processor, shared.stand_ins(said))]
     assert again == pytest.approx(logs, abs=1e-5)
     assert logs[0] == pytest.approx(logs[2], abs=1e-5) and abs(logs[0] - logs[1]) > 1e-4
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_existing_models_encode_each_picture_once(name):
+    """The same answers and likelihoods as where each question brings its picture, of any size."""
+    config = AutoConfig.from_pretrained(tiny(name))
+    model, processor = model_class(config).from_pretrained(tiny(name)).eval(), processor_of(name)
+    model.blank = processor.image_inputs([Image.new("RGB", (64, 64))])
+    first, second, text = family_rows((40, 30), (300, 60), None)
+    said = [{**second, "id": "again"}, first, second, {**first, "id": "twice"}]
+    said = [*said, text] if name != "kosmos-2" else said
+    asked = [{**row, "messages": row["messages"][:1]} for row in said]
+    wanted = answer(model, processor, asked, max_new_tokens=3)
+    logs = [one.log for one in likelihoods(model, processor, said)]
+    with EncodedOnce(model, processor) as shared:
+        shown = shared.stand_ins(asked)
+        assert answer(model, processor, shown[:2], max_new_tokens=3) == wanted[:2]
+        assert answer(model, processor, shown[1:], max_new_tokens=3) == wanted[1:]
+        again = [one.log for one in likelihoods(model, processor, shared.stand_ins(said))]
+        assert shared.encoded == 2
+    assert again == pytest.approx(logs, abs=1e-4) and abs(logs[0] - logs[1]) > 1e-4
+    assert answer(model, processor, asked, max_new_tokens=3) == wanted  # as before
 
 
 def test_no_more_is_kept_than_may_be(bundle_recipe, monkeypatch):

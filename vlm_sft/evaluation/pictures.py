@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from tempfile import SpooledTemporaryFile
 from types import TracebackType
@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..batch.pictures import load_picture, name_of, refused
 from ..batch.processor import VLMProcessor
+from ..families.seen_once import ImagePath
 from ..model.modeling import VLMForConditionalGeneration
 from ..model.towers import see
 from ..reading.image_refs import image_key
@@ -65,31 +66,36 @@ def grey() -> dict[str, Any]:
 class EncodedOnce:
     """A context in which each picture goes through the vision tower once, however many questions are on it.
 
-    In place of pictures, rows have stand-ins of one pixel whose colour is a number, and the processor gives what came
-    out of the tower for that number in place of pixels.
+    In place of pictures, rows have stand-ins whose colour is a number, and the processor gives what came out of the
+    tower for that number in place of pixels; of an existing VLM, the whole image path.
 
     Args:
-        model: A composed model; an existing VLM (`model:`) is not cut into parts, and nothing is shared in it.
+        model: A composed model, or an existing VLM (`model:`).
         processor: Its processor.
     """
 
     def __init__(self, model: torch.nn.Module, processor: VLMProcessor) -> None:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._core = core if isinstance(core, VLMForConditionalGeneration) and not processor.reads_sizes else None
+        self._path = ImagePath(core, processor) if hasattr(core, "image_path") else None  # type: ignore[arg-type]
         self._processor = processor
-        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-        self._now: list[torch.Tensor] = []
+        self._kept: OrderedDict[bytes, Any] = OrderedDict()  # tensors, or what existing VLMs have `Seen`
+        self._now: list[Any] = []
+        self._giving = ExitStack()
         self.encoded = 0
 
     def __enter__(self) -> EncodedOnce:
         """Puts itself between the processor and the pictures."""
-        if self._core is not None:
+        if self._core is not None or self._path is not None:
             self._processor.image_inputs = self._image_inputs  # type: ignore[method-assign]
+        if self._path is not None:
+            self._giving.enter_context(self._path.giving(lambda: self._now))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Takes itself away."""
         self._processor.__dict__.pop("image_inputs", None)
+        self._giving.close()
 
     def stand_ins(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Conversations with stand-ins in place of their pictures, which are encoded now where they are not kept.
@@ -97,7 +103,7 @@ class EncodedOnce:
         Raises:
             RowError: A picture cannot be read, or the model's own processor refuses it.
         """
-        if self._core is None:
+        if self._core is None and self._path is None:
             return list(rows)
         keys = [image_key(image) for row in rows for image in row["images"]]
         new = {
@@ -108,15 +114,23 @@ class EncodedOnce:
         self._now = [self._kept[key] for key in keys]
         for key in keys:
             self._kept.move_to_end(key)
-        size = next((each.nbytes for each in self._now), 1)
-        while len(self._kept) > max(len(set(keys)), MOST_BYTES // size):
-            self._kept.popitem(last=False)
-        numbers = iter(range(len(keys)))
-        return [{**row, "images": [_stand_in(next(numbers)) for _ in row["images"]]} for row in rows]
+        size = sum(each.nbytes for each in self._kept.values())
+        while len(self._kept) > len(set(keys)) and size > MOST_BYTES:
+            size -= self._kept.popitem(last=False)[1].nbytes
+        stand_ins = (_stand_in(number, getattr(seen, "size", None)) for number, seen in enumerate(self._now))
+        return [{**row, "images": [next(stand_ins) for _ in row["images"]]} for row in rows]
 
     @torch.inference_mode()
     def encode(self, new: Mapping[bytes, tuple[dict[str, Any], dict[str, Any]]]) -> None:
         """Keeps what the tower gives for pictures: key → picture, and a row that has it."""
+        if self._path is not None:
+            for key, (image, row) in new.items():
+                where = f"row {row['id']}"
+                picture = load_picture(self._processor, image, where=where)
+                with _of_picture(where, name_of(image), picture.size, "the model"):
+                    self._kept[key] = self._path.look(picture)
+                self.encoded += 1
+            return
         assert self._core is not None
         tower, config, pixels, named = self._core.model.vision_tower, self._core.config, [], []
         device = next(tower.parameters()).device
@@ -143,6 +157,8 @@ class EncodedOnce:
     def _image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str]) -> dict[str, torch.Tensor]:
         if not images:
             return {}
+        if self._path is not None:
+            return self._path.inputs([_number(image) for image in images], self._now)
         features = torch.stack([self._now[_number(image)] for image in images])
         return {"image_features": features, **self._processor.instruction_inputs(instructions)}
 
@@ -158,8 +174,11 @@ def _of_picture(where: str, name: str, size: tuple[int, int], by: str) -> Iterat
         raise refused(where, name, size, by, error) from error
 
 
-def _stand_in(number: int) -> Image.Image:
-    return Image.new("RGB", (1, 1), (number >> 16 & 255, number >> 8 & 255, number & 255))
+def _stand_in(number: int, size: Any = None) -> Image.Image:
+    """A picture that is a number; of its own size where its tokens are counted by that."""
+    return Image.new(
+        "RGB", size if isinstance(size, tuple) else (1, 1), (number >> 16 & 255, number >> 8 & 255, number & 255)
+    )
 
 
 def _number(image: Image.Image) -> int:

@@ -28,6 +28,10 @@ class Kosmos2(FamilyModel):
         features = self._features(**self._blank_inputs())[:0] if pixels is None else self._features(pixels)
         return {**{name: value for name, value in inputs.items() if name != "pixel_values"}, "image_embeds": features}
 
+    def image_path(self) -> tuple[nn.Module, str]:
+        """See `FamilyModel.image_path`; the features are made before the model's own classes see a picture."""
+        return self, "_features"
+
     def last_hidden_state(self, **inputs: Any) -> torch.Tensor:
         """(B, S, D) what the head reads."""
         return self.text_model.model(**self.complete(inputs)).last_hidden_state

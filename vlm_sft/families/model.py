@@ -158,6 +158,10 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         embeds = kwargs["inputs_embeds"]
         return args, {**kwargs, "inputs_embeds": embeds + self.idle_image_path().to(embeds.dtype)}
 
+    def image_path(self) -> tuple[nn.Module, str]:
+        """A module and the name of its method that makes features of what the processor makes of images."""
+        return self.base_model, "get_image_features"
+
     def idle_image_path(self) -> torch.Tensor:
         """Zero, as a function of every parameter of the image path."""
         output = self.base_model.get_image_features(**self._blank_inputs())

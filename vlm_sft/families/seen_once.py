@@ -1,0 +1,110 @@
+"""What an existing VLM makes of pictures, kept and given again: for many questions on few pictures."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..batch.processor import VLMProcessor
+from .model import IMAGE_OUTPUTS, FamilyModel
+
+# Of an image's inputs, those that the model looks at beside the features: they say where its tokens stand.
+BESIDE = ("image_grid_thw",)
+# Features of each layer: a list of lists of pictures.
+BY_LAYER = "deepstack_features"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture that went through the image path.
+
+    Attributes:
+        size: (width, height) of the picture, by which its tokens are counted.
+        features: What the image path gave: a tensor, or an output of transformers.
+        beside: What the model looks at beside them.
+    """
+
+    size: tuple[int, int]
+    features: Any
+    beside: Mapping[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the features."""
+        return sum(tensor.nbytes for tensor in _tensors(self.features))
+
+
+class ImagePath:
+    """The image path of an existing VLM.
+
+    Args:
+        model: On its device, in evaluation mode.
+        processor: Its processor.
+    """
+
+    def __init__(self, model: FamilyModel, processor: VLMProcessor) -> None:
+        self._owner, self._name = model.image_path()
+        self._own = getattr(self._owner, self._name)
+        self._model, self._processor = model, processor
+
+    def look(self, picture: Image.Image) -> Seen:
+        """Sends one picture through."""
+        inputs = type(self._processor).image_inputs(self._processor, [picture], [])
+        given = self._own(**{name: tensor.to(self._model.device) for name, tensor in inputs.items()})
+        if not isinstance(given, torch.Tensor):
+            named = [name for name in IMAGE_OUTPUTS if given.get(name) is not None] or ["last_hidden_state"]
+            given = type(given)(**{name: given[name] for name in named})
+        return Seen(picture.size, given, {name: inputs[name] for name in BESIDE if name in inputs})
+
+    def inputs(self, numbers: Sequence[int], seen: Sequence[Seen]) -> dict[str, torch.Tensor]:
+        """What the model takes in place of pictures: their numbers, and what it looks at beside the features."""
+        beside = {
+            name: torch.cat([seen[number].beside[name] for number in numbers]) for name in seen[numbers[0]].beside
+        }
+        return {"pixel_values": torch.tensor(numbers), **beside}
+
+    @contextmanager
+    def giving(self, seen: Callable[[], Sequence[Seen]]) -> Iterator[None]:
+        """Within, the image path gives what it gave before, for the numbers of pictures."""
+
+        @functools.wraps(self._own)  # `generate` looks at what it takes
+        def give(pixel_values: torch.Tensor, *more: Any, **options: Any) -> Any:
+            now = seen()
+            return joined([now[number].features for number in pixel_values.tolist()])
+
+        setattr(self._owner, self._name, give)
+        try:
+            yield
+        finally:
+            delattr(self._owner, self._name)
+
+
+def joined(features: Sequence[Any]) -> Any:
+    """What the image path gives for several pictures at once, out of what it gave for each."""
+    first = features[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(features))
+    found: dict[str, Any] = {}
+    for name, value in first.items():
+        values = [each[name] for each in features]
+        if name == BY_LAYER:
+            found[name] = [[one for part in layer for one in part] for layer in zip(*values, strict=True)]
+        elif isinstance(value, torch.Tensor):
+            found[name] = torch.cat(values)
+        else:
+            found[name] = [one for each in values for one in each]
+    return type(first)(**found)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    for each in value.values() if isinstance(value, Mapping) else value:
+        yield from _tensors(each)
