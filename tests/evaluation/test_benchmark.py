@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,16 +14,23 @@ import pytest
 import yaml
 
 from support.benchmarks import PUBLISHED, own_task
+from support.chat_server import ChatServerDouble
 from support.paths import ROOT, accelerate_config
 from support.tiny_pieces import tiny_recipe
 from vlm_sft import load_recipe
 from vlm_sft.base.assets import list_tasks
 from vlm_sft.base.errors import UserError
+from vlm_sft.bundle.load import load
 from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.save import save_bundle
 from vlm_sft.evaluation import asking
 from vlm_sft.evaluation.asking import How
-from vlm_sft.evaluation.benchmark import run
+from vlm_sft.evaluation.benchmark import read_benchmarks, run
+from vlm_sft.evaluation.records import answered
+from vlm_sft.evaluation.tasks import load_task
+from vlm_sft.inference.likelihood import likelihoods
+from vlm_sft.judging.judge import Judge
+from vlm_sft.metrics.measures import MEASURES
 from vlm_sft.pages.records import read_records
 from vlm_sft.stack.build_stack import build_stack
 
@@ -52,20 +60,30 @@ def published(tmp_path_factory):
 
 
 @pytest.fixture
+def judging():
+    """A server that gives a reference 8 points and an answer 4, and what it shows second less or more."""
+    with ChatServerDouble() as server:
+        yield server
+
+
+@pytest.fixture
 def own(tmp_path):
     """Writes a task of one's own with rows beside it; see `own_task`."""
     return partial(own_task, tmp_path)
 
 
-def test_every_benchmark_that_ships_is_asked_and_scored(bundle, published, tmp_path, capsys):
+def test_every_benchmark_that_ships_is_asked_and_scored(bundle, published, judging, tmp_path, capsys):
     assert sorted(PUBLISHED) == list_tasks()
-    found = run(str(bundle), list(PUBLISHED), data=str(published), output=str(tmp_path / "out"), compare=False)
+    judge = Judge(judging.url, "法官")
+    found = run(str(bundle), list(PUBLISHED), data=str(published), output=str(tmp_path / "out"), compare=False,
+                judge=judge, options={"max_new_tokens": 4})  # fmt: skip
     printed = capsys.readouterr().out
     for name, one in found.items():
         records = read_records(tmp_path / "out" / f"{name}.jsonl")
         assert json.loads((tmp_path / "out" / f"{name}.json").read_text(encoding="utf-8")) == one
         assert 3 <= len(records) == one["questions"] <= 6 and name in printed
-        assert [record.keys() for record in records] == [KEYS] * len(records)
+        keys = KEYS | ({"verdicts", "verdicts_blank"} if "judge" in one else set())
+        assert [record.keys() for record in records] == [keys] * len(records)
         assert all(record["answer_blank"] is not None for record in records), name  # each has a picture
         assert one["scores"].keys() == one["scores_blank"].keys()
         assert all(total["low"] <= total["value"] <= total["high"] for total in one["scores"].values()), name
@@ -88,6 +106,71 @@ def test_right_answers_score_and_the_image_blanked_stands_beside(bundle, publish
     assert found["mme"]["scores"]["perception"]["value"] == 50
     # The same two questions about six pictures are two questions without the pictures.
     assert [count for count, _ in asked] == [6, 2, 4, 2] and asked[0][1] == {"max_new_tokens": 16, "confidence": True}
+
+
+def test_a_judge_scores_answers_in_both_languages(bundle, published, judging, tmp_path, monkeypatch, capsys):
+    def answer_each(model, processor, rows, **options):
+        return ["answer"] * len(rows)
+
+    monkeypatch.setattr(asking, "answer_each", answer_each)
+    judging.says = lambda prompt: verdicts[prompt.count("reference 1")](prompt)
+    verdicts = [lambda prompt: "8 4\n参考更好。" if prompt.index("reference") < prompt.index("answer") else "6 6",
+                lambda prompt: "<script>alert(1)</script> nothing"]  # fmt: skip
+    given = {"data": str(published), "output": str(tmp_path), "compare": False}
+    names = ["llava_bench", "llava_bench_zh"]
+    found = run(str(bundle), names, judge=Judge(judging.url, "法官", price=(1, 2)), **given)
+    for one in found.values():
+        scores = {name: score["value"] for name, score in one["scores"].items()}
+        assert scores == {"relative_score": pytest.approx(71.428571), "relative_conv": pytest.approx(71.428571),
+            "relative_detail": 0, "relative_complex": pytest.approx(71.428571), "answer_score": 5, "reference_score": 7,
+            "relative_reference_first": 50, "relative_answer_first": 100,
+            "gain_of_first": pytest.approx(0.4)}  # fmt: skip
+        assert one["scores"]["relative_score"]["low"] == one["scores"]["relative_score"]["value"]
+        assert (one["judge"]["verdicts"], one["judge"]["unparsable"], one["judge"]["model"]) == (12, 4, "法官")
+        assert one["judge"]["cost"]["cost"] == pytest.approx(one["judge"]["cost"]["asked"] * 0.00012)
+    records = read_records(tmp_path / "llava_bench_zh.jsonl")
+    assert [record["score"] for record in records] == [
+        pytest.approx(5 / 7, abs=1e-6),
+        None,
+        pytest.approx(5 / 7, abs=1e-6),
+    ]
+    assert records[0]["verdicts"][0] == {
+        "order": "reference first",
+        "reference": 8,
+        "answer": 4,
+        "text": "8 4\n参考更好。",
+    }
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "relative score" in printed and "gain of first" in printed and "4 name no scores" in printed
+    page = (tmp_path / "evaluation.html").read_text(encoding="utf-8")
+    assert "参考更好。" in page and "&lt;script&gt;alert(1)" in page and "no score 无得分" in page
+    assert "names no scores" in page and "<b>4</b> : 8" in page and "Judged by 法官" in page
+    # The same again: no model, no question to the judge, and the same is found.
+    count = len(judging.asked)
+    monkeypatch.setattr(asking, "load", lambda *more, **options: pytest.fail("it is answered already"))
+    again = run(str(bundle), names, judge=Judge(judging.url, "法官", price=(1, 2)), **given)
+    assert len(judging.asked) == count and again["llava_bench"]["scores"] == found["llava_bench"]["scores"]
+    assert again["llava_bench"]["judge"]["cost"]["paid"] == 0
+    run(str(bundle), names, judge=Judge(judging.url, "another"), **given)  # asks another judge, and no model
+    assert len(judging.asked) == 2 * count
+
+
+def test_a_judge_that_stops_is_gone_on_with(bundle, own, judging, tmp_path, monkeypatch):
+    rules = {"prompt": "{{ question }} {{ answer }}{{ row.answer }}", "compare": False, "scale": [1, 5]}
+    path = own(metric="judge", judge=rules, count=4, answers="nothing")
+    judging.says = lambda prompt: "4"
+    judging.next = [(404, {}, b"")]
+    given = {"output": str(tmp_path / "out"), "compare": False, "judge": Judge(judging.url, "m", requests=1)}
+    with pytest.raises(UserError, match="answers 404: give the URL up to its /v1"):
+        run(str(bundle), [path], **given)
+    monkeypatch.setattr(asking, "answer_each", lambda *given, **options: pytest.fail("it is answered already"))
+    found = run(str(bundle), [path], **given)["dogs"]
+    assert found["scores"]["relative_score"]["value"] == 80 and found["scores"]["answer_score"]["value"] == 4
+    assert all(record["answers"] == [] for record in read_records(tmp_path / "out" / "dogs.jsonl"))
+    judging.next = [(400, {}, b'{"error": "forbidden"}')]
+    given["judge"] = Judge(judging.url, "n", requests=1)
+    with pytest.raises(UserError, match=r"\d of 8 verdicts on dogs could not be had and count nowhere; .*forbidden"):
+        run(str(bundle), [path], **given)
 
 
 def test_a_task_of_ones_own_and_what_is_asked_again(bundle, own, tmp_path, monkeypatch, capsys):
@@ -144,6 +227,25 @@ def test_the_page_shows_every_error_and_what_another_bundle_said(bundle, publish
         run(str(bundle), ["mme"], data=str(published), output=str(tmp_path / "x"), against=str(tmp_path / "no"))
 
 
+def test_a_bundle_that_has_no_answers_yet_is_asked_the_same(bundle, own, published, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other, ignore=shutil.ignore_patterns("evaluation"))
+    task = own(metric="exact_match", count=4)
+    before = sorted(path.name for path in other.iterdir())
+    given = {"data": None, "output": str(tmp_path / "out"), "compare": False, "max_rows": 3, "against": str(other)}
+    run(str(bundle), [task], prompt="问：{{ question }}", **given)
+    page = (tmp_path / "out" / "evaluation.html").read_text(encoding="utf-8")
+    assert page.count("<article") == 3 and "McNemar" in page and str(other) in page
+    (theirs,) = (tmp_path / "out" / "against").glob("*.jsonl")
+    asked = [record["question"] for record in read_records(theirs)]
+    assert asked == [record["question"] for record in read_records(tmp_path / "out" / "dogs.jsonl")]
+    assert asked[0] == "问：有几只狗 0?" and sorted(path.name for path in other.iterdir()) == before
+    monkeypatch.setattr(asking, "load", lambda *more, **options: pytest.fail("both are answered already"))
+    run(str(bundle), [task], prompt="问：{{ question }}", **given)
+    with pytest.raises(UserError, match=r"--prompt: the prompt is no jinja"):
+        run(str(bundle), [task], prompt="{{ question", **given)
+
+
 def test_options_are_compared_by_likelihood(bundle, published, tmp_path):
     how = How(likelihood=True, confidence=True)
     found = run(str(bundle), ["mmbench_cn", "pope"], data=str(published), output=str(tmp_path), how=how, compare=False)
@@ -153,6 +255,38 @@ def test_options_are_compared_by_likelihood(bundle, published, tmp_path):
         assert all(0 < share <= 1 for record in records for _, share in record["confidence"])
         assert "".join(token for token, _ in records[0]["confidence"]).strip() == records[0]["answer"]
         assert found[name]["likelihood"] is True
+
+
+def test_whole_options_are_compared_raw_by_token_and_by_character(bundle, published, tmp_path):
+    given = {"data": str(published), "output": str(tmp_path), "compare": False, "options": {"max_new_tokens": 2}}
+    found = run(str(bundle), ["mmbench_cn", "mmmu", "pope"], how=How(likelihood="texts"), **given)
+    task, records = load_task("mmbench_cn")[1], read_records(tmp_path / "mmbench_cn.jsonl")
+    for record in records:
+        assert record["options"].keys() == record["options_blank"].keys() == record["choices"].keys()
+        assert record["answer"] == max(record["options"], key=lambda letter: record["options"][letter][0])
+        assert "".join(token for token, _ in record["confidence"]).strip() == record["choices"][record["answer"]]
+    for name, scores in (("", found["mmbench_cn"]["scores"]), ("_blank", found["mmbench_cn"]["scores_blank"])):
+        assert scores.keys() == {f"{metric}{rule}" for metric in ("circular_accuracy", "accuracy")
+                                 for rule in ("", "_per_token", "_per_character")}  # fmt: skip
+        for rule, least in (("_per_token", lambda r, o: -o[1][0] / o[1][1]),
+                            ("_per_character", lambda r, o: -o[1][0] / len(r["choices"][o[0]]))):  # fmt: skip
+            said = [min(r[f"options{name}"].items(), key=lambda o: least(r, o))[0] for r in records]
+            again = MEASURES[task.metric]([answered(r, each) for r, each in zip(records, said, strict=True)])
+            assert scores[f"circular_accuracy{rule}"]["value"] == again.totals["circular_accuracy"].score()
+    # As the model finds them by itself, without the mark that ends an answer.
+    model, processor = load(bundle)
+    one = records[0]
+    read = read_benchmarks(["mmbench_cn"], str(published))[0]
+    picture = read.pictures.whole(read.asked[0].images[0])
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": one["question"]}]}
+    for letter, text in one["choices"].items():
+        messages = [question, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+        (alone,) = likelihoods(model, processor, [{"messages": messages, "images": [picture], "id": "x"}])
+        assert one["options"][letter] == [pytest.approx(sum(alone.logs[:-1]), abs=1e-3), len(alone.logs) - 1]
+    # A question without options is written, also in a batch with others; Yes and No are what they are.
+    open_ones = [record for record in read_records(tmp_path / "mmmu.jsonl") if not record["choices"]]
+    assert open_ones and not any("options" in record for record in open_ones)
+    assert {record["answer"] for record in read_records(tmp_path / "pope.jsonl")} <= {"Yes", "No"}
 
 
 def test_pictures_of_the_training_sources_are_named(bundle, own, caption_file, tmp_path, capsys):
@@ -206,11 +340,38 @@ def test_a_question_longer_than_the_model_reads_is_counted_too(bundle, own, tmp_
         (["--benchmark", "pope", "--recipe", "x.yaml"], "--recipe belongs to the recipe's own data"),
         (["--benchmark", ","], "names no benchmark"),
         (["--likelihood"], "--likelihood belongs to --benchmark"),
+        (["--benchmark", "pope", "--option-texts"], "--option-texts belongs to --likelihood"),
         (["--no-blank"], "--no-blank belongs to --benchmark"),
+        (["--prompt", "{{ question }}"], "--prompt belongs to --benchmark"),
+        (["--benchmark", "gqa", "--prompt", "{{ question"], "--prompt.*is no jinja"),
+        (["--judge", "http://localhost/v1"], "--judge belongs to --benchmark"),
+        (["--benchmark", "pope", "--judge", "http://localhost/v1"], "name the model there too, with --judge-model"),
+        (["--benchmark", "pope", "--judge-model", "m"], "--judge-model belongs to --judge"),
+        (["--benchmark", "llava_bench", "--judge", "nowhere", "--judge-model", "m"], "--judge is no URL of a server"),
+        (
+            ["--benchmark", "x", "--judge", "http://a/v1", "--judge-model", "m", "--judge-price", "1"],
+            "two prices, like 2.5,10",
+        ),
+        (["--benchmark", "x", "--judge", "http://a/v1", "--judge-model", "m", "--judge-price", "nan,1"], "two prices"),
+        (
+            ["--benchmark", "x", "--judge", "http://a/v1", "--judge-model", "m", "--judge-set", "n=2"],
+            "n is not yours to set",
+        ),
+        (
+            ["--benchmark", "x", "--judge", "http://a/v1", "--judge-model", "m", "--judge-set", "n"],
+            "--judge-set n is not",
+        ),
     ],
 )
 def test_the_command_refuses_in_one_sentence(bundle, command, arguments, said):
     assert re.search(said, command("evaluate", bundle, *arguments))
+
+
+def test_a_judge_is_named_where_one_is_wanted_and_there_alone(bundle, published):
+    with pytest.raises(UserError, match=r"A judge scores one of the benchmarks: .*--judge URL --judge-model NAME"):
+        run(str(bundle), ["pope", "llava_bench"], data=str(published))
+    with pytest.raises(UserError, match="--judge belongs to benchmarks that a judge scores, as llava_bench"):
+        run(str(bundle), ["pope"], data=str(published), judge=Judge("http://localhost/v1", "m"))
 
 
 @pytest.mark.slow

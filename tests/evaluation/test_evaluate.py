@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -147,6 +148,16 @@ def test_two_bundles_are_compared_on_the_page(bundle, monkeypatch, tmp_path, com
     assert page.count("got better 变好") == 1 + 5 and "p = 0.062" in page and "McNemar, exact" in page
     with pytest.raises(UserError, match=r"has no answers to data.test: run `vlm-sft evaluate \S+` first"):
         run(str(bundle), against=str(tmp_path))
+
+
+def test_a_bundle_that_was_never_asked_is_asked_the_same(bundle, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    before = {path.name: path.stat().st_mtime_ns for path in other.iterdir()}
+    run(str(bundle), max_rows=2, against=str(other))
+    page = (bundle / "evaluation" / "evaluation.html").read_text(encoding="utf-8")
+    assert str(other) in page and "p = 1.000" in page and "got better 变好</span>" not in page
+    assert {path.name: path.stat().st_mtime_ns for path in other.iterdir()} == before
 
 
 def test_results_elsewhere_have_their_answers_and_page_beside_them(bundle, tmp_path, monkeypatch):

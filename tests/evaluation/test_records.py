@@ -61,10 +61,11 @@ def test_a_name_with_marks_of_patterns_is_a_name(tmp_path):
 def test_half_a_character_is_written_and_read(tmp_path):
     records = Records(tmp_path, "x", "a" * 64)
     with records.adding(0) as write:
-        write([{"id": "1", "answer": "\ud83d"}])
+        write([{"id": "1", "answer": "\ud83d", "question": "谁？", "answers": ["猫"], "score": 0.0}])
     assert records.done() == {"1"} and records.collect(["1"])[0]["answer"] == "\ud83d"
     records.finish(records.collect(["1"]), {"fingerprint": "a" * 64})
-    assert records.finished() == {"fingerprint": "a" * 64} and not records.done()
+    assert records.finished() == {"fingerprint": "a" * 64} and records.done() == {"1"}
+    assert not list(tmp_path.glob("*.part-*")) and records.collect(["1"])[0]["answer"] == "\ud83d"
     assert Records(tmp_path, "x", "b" * 64).finished() == {}
 
 

@@ -6,6 +6,7 @@ import re
 import resource
 
 import pytest
+import yaml
 
 from support.benchmarks import lines, own_task, picture
 from support.paths import ROOT
@@ -19,7 +20,8 @@ from vlm_sft.metrics.measures import MEASURES
 @pytest.mark.parametrize("name", list_tasks())
 def test_tasks_that_ship_say_where_everything_is_from(name):
     found, task = load_task(name)
-    assert found == name and len(task.sources) >= 2 and task.about.endswith(".")
+    assert found == name and task.about.endswith(".")
+    assert all(what in " ".join(task.sources) for what in ("layout", "prompt", "metric"))
     assert task.hub or task.files or task.layouts
     assert ("zh" in name or "cn" in name) == (task.language == "zh")
     text = render_prompt(
@@ -83,6 +85,25 @@ def test_a_prompt_of_somebody_else_s_task_cannot_fill_the_memory(prompt, tmp_pat
         ({"path": "gone.jsonl"}, "there is no folder or file .*gone.jsonl"),
         ({"path": None}, "is on no Hub: give the folder of its data with --benchmark-data"),
         ({"circular": True}, "`circular` is measured by"),
+        ({"metric": "judge"}, "`metric: judge` and `judge` belong together"),
+        ({"judge": {"prompt": "x"}}, "`metric: judge` and `judge` belong together"),
+        ({"metric": "judge", "judge": {"prompt": "{{ first }}"}}, r"line \d+: its prompt shows no `second`"),
+        ({"metric": "judge", "judge": {"prompt": "{{ first }}", "compare": False}}, "its prompt shows no `answer`"),
+        (
+            {"metric": "judge", "judge": {"prompt": "{{ caption }} {{ answer }}", "compare": False}},
+            "rows.jsonl, line 1: the prompt of the benchmark fails there: 'caption' is undefined",
+        ),
+        ({"metric": "judge", "judge": {"prompt": "{{ first second"}}, r"line \d+: the prompt is no jinja"),
+        (
+            {"metric": "judge", "judge": {"prompt": "{{ first }}{{ second }}", "scale": [10, 1]}},
+            r"line \d+: `scale` is the lowest and the highest",
+        ),
+        (
+            {"metric": "judge", "judge": {"prompt": "{{ first }}{{ second }}", "scale": [0, 5]}},
+            "`scale` begins above 0",
+        ),
+        ({"metric": "judge", "judge": {"prompt": "{{ first }}{{ second }}", "scale": [1]}}, "judge.scale"),
+        ({"metric": "judge", "judge": {"url": "http://evil"}}, "judge"),
         ({"only": {"image": "7.png"}}, "holds no rows"),
         ({"rows": "data"}, "rows.jsonl"),
         (
@@ -105,7 +126,7 @@ def test_the_page_names_every_task_and_metric_and_its_example_is_one(page, tmp_p
         line = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
         assert f"`{task.metric}`" in line and (task.hub is None or f"`{task.hub.path}`" in line)
     assert all(f"`{metric}`" in text for metric in MEASURES)
-    (example,) = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    example, judged = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "dogs.yaml").write_text(example, encoding="utf-8")
     row = {
         "id": 1,
@@ -119,6 +140,12 @@ def test_the_page_names_every_task_and_metric_and_its_example_is_one(page, tmp_p
     }
     lines(tmp_path / "dogs.jsonl", [row])
     picture(tmp_path / "0.png", 0)
+    own = own_task(tmp_path / "own", **yaml.safe_load(judged))
+    row = {"id": 1, "image": "0.png", "question": "几只？", "answer": "2", "caption": "草地"}
+    lines(tmp_path / "own" / "rows.jsonl", [row])
+    columns = read_benchmarks([own], None)[0].asked[0].columns
+    said = render_prompt(load_task(own)[1].judge.prompt, "here", {**columns, "answer": "两只"})
+    assert said.startswith("问题：几只？\n照片：草地\n回答：两只\n")
     asked = read_benchmarks([str(tmp_path / "dogs.yaml")], None)[0].asked
     assert [one.answers for one in asked] == [["B"], ["A"], ["C"]] and asked[0].text.startswith(
         "几只？\nA. 一\nB. 二\nC. 三\n"

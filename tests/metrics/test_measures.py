@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -78,3 +79,24 @@ def test_each_measure(measure, one, score):
     found = MEASURES[measure]([one])
     assert score is None or found.each == [score]
     assert len(found.each) == 1 and all(0 <= total.score() <= 10.001 for total in found.totals.values())
+
+
+def test_a_judge_is_summed_up_as_llava_does():
+    """`summarize_gpt_review.py`: the mean of the answers' scores over that of the references', of all and by kind."""
+    verdicts = [[(8, 4), (6, 6)], [(9, 9), None], [None, None], [(10, 5), (10, 7)]]
+    kinds = ["conv", "conv", "detail", "complex"]
+    asked = [Answered("", ["r"], kind=kind, verdicts=each) for kind, each in zip(kinds, verdicts, strict=True)]
+    found = MEASURES["judge"](asked)
+    pairs = [pair for each in verdicts for pair in each if pair]
+    scores = {name: total.score() for name, total in found.totals.items()}
+    assert scores["relative_score"] == pytest.approx(100 * (31 / 5) / (43 / 5)) and len(pairs) == 5
+    assert scores["relative_conv"] == pytest.approx(100 * 19 / 23) and scores["relative_complex"] == pytest.approx(60)
+    assert scores["relative_detail"] == 0 and scores["answer_score"] == 6.2 and scores["reference_score"] == 8.6
+    assert scores["relative_reference_first"] == pytest.approx(100 * 18 / 27)
+    # Of the two questions with both orders: what was shown first over the same shown second.
+    assert scores["gain_of_first"] == pytest.approx((8 + 6 + 10 + 7) / (6 + 4 + 10 + 5) - 1)
+    assert found.each[:2] == [pytest.approx(10 / 14), 1] and math.isnan(found.each[2]) and found.each[3] == 0.6
+    low, high = found.totals["relative_score"].interval()
+    assert low < scores["relative_score"] < high
+    nothing = MEASURES["judge"]([Answered("", ["r"], verdicts=[None, None])])
+    assert nothing.totals["relative_score"].interval() == (0, 0) and math.isnan(nothing.each[0])

@@ -12,7 +12,7 @@ from support.browser import EVIL, Elements, opened
 from vlm_sft.metrics.intervals import mean_of
 from vlm_sft.pages import errors
 from vlm_sft.pages.against import against
-from vlm_sft.pages.errors import confusion_of, draw, error_page, files_of, kinds_of, shade
+from vlm_sft.pages.errors import confusion_of, confusions_by_kind, draw, error_page, files_of, kinds_of, shade
 from vlm_sft.pages.records import entries_of, sheet_of
 
 
@@ -40,9 +40,12 @@ def full(tmp_path):
     def make(text=EVIL):
         Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
         image = str(tmp_path / "a.png")
+        verdicts = [{"order": text, "reference": 8, "answer": 2, "text": text},
+                    {"order": "answer first", "reference": None, "answer": None, "text": text},
+                    {"order": "alone", "reference": None, "answer": None, "text": "", "error": text}]  # fmt: skip
         rows = [
             record(0, images=[image], question=text, choices={text: text}, answers=[text], kind=text, answer=text,
-                   answer_blank=text, confidence=[[text, 0.3]]),
+                   answer_blank=text, confidence=[[text, 0.3]], verdicts=verdicts),
             record(1, 1.0, images=[image, "sha256:00"], answers=[text], confidence=[[text, 0.95]], kind="数量"),
             record(2, 0.0, score_blank=1.0, answer_blank="red", confidence=[["blue", 0.99]]),
             record(3, 0.0, error=text, confidence=None), record(4, 0.6), record(5, 1.0, id=text),
@@ -127,6 +130,17 @@ def test_pictures_that_are_gone_or_in_a_table_are_said(tmp_path):
     assert found.shown[0].pictures == [None] * 3 and found.left_out == ["3 pictures that cannot be read any more."]
     inside = draw([sheet(record(0, images=["sha256:00"]))], lambda entry: [Image.new("RGB", (8, 8))])
     assert inside.shown[0].pictures[0].startswith("data:image/jpeg;base64,") and inside.left_out == []
+
+
+def test_what_is_mixed_up_is_shown_of_each_kind_for_itself():
+    rows = [record(i, float(i < 3), answers=[right], answer=right if i < 3 else "four 四", kind=kind)
+            for i, (right, kind) in enumerate([("two", "count"), ("two", "count"), ("red", "color"), ("three", "count"),
+                                               ("three", "count"), ("red", "color")])]  # fmt: skip
+    found = confusions_by_kind(sheet(*rows).entries)
+    assert list(found) == ["count"]  # of colours one answer alone is right
+    assert found["count"].rows == ["two", "three"] and found["count"].counts[1][-1] == 2
+    assert confusions_by_kind(sheet(record(0), record(1)).entries) == {}
+    assert "<summary>count</summary>" in error_page("x", [sheet(*rows)])
 
 
 def test_kinds_have_intervals_and_the_worst_is_first():

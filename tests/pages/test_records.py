@@ -32,6 +32,12 @@ def test_a_record_is_shown_as_it_is():
     assert bare.sure is None and not bare.wrong and not bare.blind and bare.images == []
 
 
+def test_what_no_judge_gave_a_score_is_neither_wrong_nor_better():
+    verdict = {"order": "answer first", "reference": None, "answer": None, "text": "谢谢"}
+    (entry,) = entries_of("bench", [{**RECORD, "score": None, "verdicts": [verdict]}])
+    assert not entry.wrong and not entry.blind and not entry.change and entry.verdicts[0].text == "谢谢"
+
+
 def test_a_sheet_has_the_scores_of_its_summary(tmp_path):
     path = write(tmp_path, RECORD, {**RECORD, "id": "q2"})
     score = {"exact_match": {"value": 0.5, "low": 0.0, "high": 1.0}}
@@ -56,6 +62,12 @@ def test_a_sheet_has_the_scores_of_its_summary(tmp_path):
         ({**RECORD, "choices": ["cat"]}, 'has no "choices" as answers have it'),
         ({**RECORD, "images": "/a.jpg"}, 'has no "images" as answers have it'),
         ({**RECORD, "score_blank": "0"}, 'has no "score_blank" as answers have it'),
+        (
+            {**RECORD, "verdicts": [{"order": "alone", "answer": "4", "text": ""}]},
+            'has no "verdicts" as answers have it',
+        ),
+        ({**RECORD, "verdicts": [7]}, 'has no "verdicts" as answers have it'),
+        ({**RECORD, "verdicts": "good"}, 'has no "verdicts" as answers have it'),
         ({**RECORD}, 'has the id "q1" again'),
     ],
 )

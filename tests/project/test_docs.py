@@ -274,6 +274,7 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
 def check_vlm_sft(monkeypatch, tmp_path, calls):
     """Runs a command for real, with stand-ins for what needs a model."""
     monkeypatch.setattr(rows_of, "RowsOf", ThreeRows)
+    monkeypatch.setenv("OPENAI_API_KEY", "x" * 20)  # the reader has one
     monkeypatch.setattr(scorer, "Scorer", lambda path: lambda images, texts: [0.5] * len(images))
     for look in ("find_manifest", "find_records"):  # the folders are the reader's
         monkeypatch.setattr(run_folder, look, lambda folder: folder)

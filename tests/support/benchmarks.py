@@ -329,18 +329,66 @@ def realworldqa(folder: Path) -> None:
         "answer": "B", "image_path": f"{n}.webp"} for n in range(3)])  # fmt: skip
 
 
+def llava_bench(folder: Path) -> None:
+    parquet(folder / "data" / "train-00000-of-00001.parquet", [{"question_id": str(n), "question": "Where is it?",
+        "image": inside(n % 2), "category": ["conv", "detail", "complex"][n], "image_id": f"00{n % 2}.jpg",
+        "gpt_answer": f"the reference {n}", "caption": "A bay."} for n in range(3)])  # fmt: skip
+
+
+def llava_bench_authors(folder: Path) -> None:
+    _llava_bench(folder, "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", ["A bay.", "Sunny."], "Where is it?")
+
+
+def llava_bench_zh(folder: Path) -> None:
+    _llava_bench(
+        folder, *(f"chinese/{name}.jsonl" for name in ("question", "context", "answers")), "海湾。", "这是哪里？"
+    )
+
+
+def _llava_bench(folder: Path, questions: str, context: str, answers: str, caption: object, question: str) -> None:
+    lines(folder / questions, [{"question_id": n, "image": f"00{n % 2}.jpg", "text": question,
+        "category": ["conv", "detail", "complex"][n]} for n in range(3)])  # fmt: skip
+    lines(folder / context, [{"id": f"00{n}", "image": f"00{n}.jpg", "caption": caption} for n in range(2)])
+    lines(folder / answers, [{"question_id": n, "prompt": question, "answer_id": f"a{n}", "model_id": "gpt-4",
+        "text": f"the reference {n}"} for n in range(3)])  # fmt: skip
+    for n in range(2):
+        picture(folder / "images" / f"00{n}.jpg", n)
+
+
+BOXES = [{"category": "cat", "bbox": [0.1, 0.2, 0.3, 0.4]}, {"category": "cat", "bbox": [0.5, 0.5, 0.75, 1.0]}]
+
+
+def llava_bench_coco(folder: Path) -> None:
+    boxes = "\n".join(f"{each['category']}: {each['bbox']}" for each in BOXES)
+    parquet(folder / "data" / "train-00000-of-00001.parquet", [{"question_id": str(n), "question": "How many?",
+        "image": inside(n % 2), "category": ["conv", "detail", "complex"][n], "image_id": f"00{n % 2}.jpg",
+        "answer": f"the reference {n}", "caption": f"A cat.\nTwo cats.\n\n{boxes}"} for n in range(3)])  # fmt: skip
+
+
+def llava_bench_coco_authors(folder: Path) -> None:
+    lines(folder / "qa90_questions.jsonl", [{"question_id": n, "image": "000000441147.jpg", "text": "How many?",
+        "category": ["conv", "detail", "complex"][n]} for n in range(3)])  # fmt: skip
+    lines(folder / "qa90_gpt4_answer.jsonl", [{"question_id": n, "text": f"the reference {n}", "category": "conv"}
+        for n in range(3)])  # fmt: skip
+    lines(folder / "caps_boxes_coco2014_val_80.jsonl", [{"id": "000000441147", "image": "000000441147.jpg",
+        "captions": ["A cat.", "Two cats."], "instances": BOXES}])  # fmt: skip
+    picture(folder / "val2014" / "COCO_val2014_000000441147.jpg", 1)
+
+
 PUBLISHED: dict[str, Callable[[Path], None]] = {"vqav2": vqav2, "okvqa": okvqa, "gqa": gqa, "gqa_zh": gqa_zh,
     "textvqa": textvqa, "vizwiz": vizwiz, "pope": pope, "mmbench_en": mmbench_en, "mmbench_cn": mmbench_cn,
     "mmmu": mmmu, "scienceqa": scienceqa, "ai2d": ai2d, "chartqa": chartqa, "docvqa": docvqa, "ocrbench": ocrbench,
     "coco_caption": coco_caption, "coco_caption_val": coco_caption_val, "flickr30k": flickr30k, "seed": seed,
-    "mme": mme, "mmstar": mmstar, "realworldqa": realworldqa}  # fmt: skip
+    "mme": mme, "mmstar": mmstar, "realworldqa": realworldqa, "llava_bench": llava_bench,
+    "llava_bench_coco": llava_bench_coco, "llava_bench_zh": llava_bench_zh}  # fmt: skip
 """Each benchmark that ships, as the Hub has it (or, where it is not there with pictures, as its authors have it)."""
 
 AUTHORS: dict[str, Callable[[Path], None]] = {"vqav2": vqav2_authors, "okvqa": okvqa_authors, "gqa": gqa_authors,
     "textvqa": textvqa_authors, "vizwiz": vizwiz_authors, "pope": pope_authors, "mmbench_en": mmbench_en_authors,
     "mmbench_cn": mmbench_cn_authors, "chartqa": chartqa_authors, "docvqa": docvqa_authors,
         "ocrbench": ocrbench_authors,
-    "flickr30k": flickr30k_authors, "seed": seed_authors}  # fmt: skip
+    "flickr30k": flickr30k_authors, "seed": seed_authors, "llava_bench": llava_bench_authors,
+    "llava_bench_coco": llava_bench_coco_authors}  # fmt: skip
 """Those whose authors' own files are read too."""
 
 

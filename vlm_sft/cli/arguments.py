@@ -79,14 +79,15 @@ Options = Annotated[
 ]
 
 
-def settings_of(assignments: list[str] | None) -> dict[str, Any]:
+def settings_of(assignments: list[str] | None, option: str = "--set") -> dict[str, Any]:
     """`["max_new_tokens=64"]` → `{"max_new_tokens": 64}`, values read as in a recipe."""
     from ..recipe.yaml_file import parse_assignment
 
     settings = {}
     for assignment in assignments or []:
         if "=" not in assignment:
-            raise UserError(f"--set {assignment} is not understood; write KEY=VALUE, like --set max_new_tokens=64.")
+            example = "max_new_tokens=64" if option == "--set" else "temperature=0"
+            raise UserError(f"{option} {assignment} is not understood; write KEY=VALUE, like {option} {example}.")
         path, value = parse_assignment(assignment)
         settings[".".join(map(str, path))] = value
     return settings

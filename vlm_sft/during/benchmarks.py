@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from ..base.processes import share_work
 from ..evaluation.asking import Asker, How, Record, share_of
-from ..evaluation.benchmark import Benchmark, answered, read_benchmarks, run
+from ..evaluation.benchmark import Benchmark, read_benchmarks, run
+from ..evaluation.records import answered
+from ..evaluation.tasks import check_judge
 from ..metrics.measures import MEASURES, Answered
 from .in_training import InTraining
 
@@ -33,6 +35,7 @@ class Benchmarks:
         self.ready: list[Benchmark] = []
         if asked := recipe.evaluation.benchmarks:
             self.ready = read_benchmarks(asked, recipe.evaluation.data, recipe.evaluation.max_rows)
+            check_judge([each.task for each in self.ready])  # a recipe names no server: a command does
 
     @property
     def names(self) -> list[str]:

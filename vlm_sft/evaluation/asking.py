@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 from ..base.errors import RowError, UserError
 from ..batch.processor import VLMProcessor
 from ..bundle.load import load
-from ..inference.generation import answer_each, check_length, encode_question
-from ..inference.likelihood import likelihoods
+from ..inference.confidence import pieces_of
+from ..inference.generation import answer_each, check_length, decode, encode_question
+from ..inference.likelihood import Likelihood, likelihoods
 from ..inference.settings import SAMPLING
 from ..recipe.schema import Recipe
 from .pictures import EncodedOnce, Pictures, grey
@@ -35,7 +37,8 @@ class How:
     Attributes:
         settings: For `generate`.
         batch_size: Questions at a time.
-        likelihood: Choose the option that the model finds likeliest, in place of letting it write.
+        likelihood: Choose the option that the model finds likeliest, in place of letting it write: by its letter, or
+            (`texts`) by its text.
         options: What `likelihood` compares where a question has no choices.
         blank: Ask each question with its pictures blanked too.
         confidence: Write how sure the model was of each token also where it compared options or searched with beams,
@@ -44,10 +47,22 @@ class How:
 
     settings: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 16
-    likelihood: bool = False
+    likelihood: bool | Literal["texts"] = False
     options: Sequence[str] = ()
     blank: bool = True
     confidence: bool = False
+
+
+class Chosen(str):
+    """The letter of the option whose text is likeliest.
+
+    Attributes:
+        logs: Letter to the logarithm of the probability of the option's text, and how many tokens that has.
+        confidence: The tokens of the chosen text, and the probability of each.
+    """
+
+    logs: dict[str, tuple[float, int]]
+    confidence: list[tuple[str, float]]
 
 
 class Asker:
@@ -94,19 +109,22 @@ class Asker:
             }  # fmt: skip
             if pieces := getattr(found, "confidence", None):
                 record["confidence"] = [[piece, round(share, 4)] for piece, share in pieces]
+            if isinstance(found, Chosen):
+                record |= {"options": _rounded(found), "options_blank": None}
             records.append({**record, "error": str(found)} if isinstance(found, RowError) else record)
         good = [k for k, found in enumerate(said) if not isinstance(found, RowError)]
         if self.how.confidence:
             unknown = [k for k in good if records[k]["confidence"] is None]  # options compared, or several beams
             pairs = [(rows[k], str(said[k])) for k in unknown]
-            for k, found in zip(unknown, self._likelihoods(pairs), strict=True):
-                # The last token ends the answer; what the model is sure of is what it says.
-                pairs_of = zip(found.tokens[:-1], found.logs[:-1], strict=True)
-                records[k]["confidence"] = [[token, round(math.exp(log), 4)] for token, log in pairs_of]
+            for k, likelihood in zip(unknown, self._likelihoods(pairs), strict=True):
+                pieces = self._pieces(str(said[k]), likelihood)
+                records[k]["confidence"] = [[piece, round(share, 4)] for piece, share in pieces]
         if self.how.blank:
             seeing = [k for k in good if batch[k].images]
             for k, blind in zip(seeing, self._blindly([batch[k] for k in seeing]), strict=True):
                 records[k]["answer_blank"] = "" if isinstance(blind, RowError) else blind
+                if isinstance(blind, Chosen):
+                    records[k]["options_blank"] = _rounded(blind)
         return records
 
     def _row(self, asked: Asked, blank: bool = False) -> dict[str, Any]:
@@ -124,24 +142,50 @@ class Asker:
                     check_length(self.model, len(encode_question(self.processor, row, where).input_ids), where)
                 except UserError as error:
                     raise error if isinstance(error, RowError) else RowError(str(error), where=where) from None
-            if self.how.likelihood and all(self._options(asked) for asked in batch):
-                return list(self._likeliest(batch, shown))
-            return [*answer_each(self.model, self.processor, shown, confidence=True, **self.how.settings)]
+            compared = [k for k, asked in enumerate(batch) if self.how.likelihood and self._options(asked)]
+            written = [k for k in range(len(batch)) if k not in compared]
+            said: dict[int, str | RowError] = {}
+            if compared:
+                chosen = self._likeliest([batch[k] for k in compared], [shown[k] for k in compared])
+                said |= dict(zip(compared, chosen, strict=True))
+            if written:
+                asked_of = [shown[k] for k in written]
+                found = answer_each(self.model, self.processor, asked_of, confidence=True, **self.how.settings)
+                said |= dict(zip(written, found, strict=True))
+            return [said[k] for k in range(len(batch))]
         except RowError as error:
             if len(batch) == 1:
                 return [error]
         return [found for asked, row in zip(batch, rows, strict=True) for found in self._answers([asked], [row])]
 
-    def _options(self, asked: Asked) -> Sequence[str]:
-        return list(asked.choices) or self.how.options
+    def _options(self, asked: Asked) -> dict[str, str]:
+        """What may be answered → the text whose likelihood is looked for."""
+        if asked.choices and self.how.likelihood == "texts":
+            return asked.choices
+        return {option: option for option in list(asked.choices) or self.how.options}
 
     def _likeliest(self, batch: Sequence[Asked], shown: Sequence[dict[str, Any]]) -> Iterator[str]:
-        pairs = [(row, option) for asked, row in zip(batch, shown, strict=True) for option in self._options(asked)]
-        found = iter(self._likelihoods(pairs, shown=True))
+        pairs = [(row, text) for asked, row in zip(batch, shown, strict=True) for text in self._options(asked).values()]
+        likelihoods = iter(self._likelihoods(pairs, shown=True))
         for asked in batch:
-            yield max([(next(found).log, -n, option) for n, option in enumerate(self._options(asked))])[2]
+            found = {option: next(likelihoods) for option in self._options(asked)}
+            if not (asked.choices and self.how.likelihood == "texts"):
+                yield max(found, key=lambda option: found[option].log)
+                continue
+            # Of a text, as lm-eval has it, without the mark that ends it.
+            logs = {option: (sum(one.logs[:-1]), len(one.logs) - 1) for option, one in found.items()}
+            chosen = Chosen(max(logs, key=lambda option: logs[option][0]))
+            one = found[chosen]
+            chosen.logs = logs
+            chosen.confidence = self._pieces(asked.choices[chosen], one)
+            yield chosen
 
-    def _likelihoods(self, pairs: Sequence[tuple[dict[str, Any], str]], shown: bool = False) -> Iterator[Any]:
+    def _pieces(self, text: str, found: Likelihood) -> list[tuple[str, float]]:
+        """An answer in pieces with the probability of each; the last token, which ends it, is none."""
+        shares = [math.exp(log) for log in found.logs[:-1]]
+        return pieces_of(text.strip(), found.ids[:-1], shares, partial(decode, self.processor))
+
+    def _likelihoods(self, pairs: Sequence[tuple[dict[str, Any], str]], shown: bool = False) -> Iterator[Likelihood]:
         for start in range(0, len(pairs), self.how.batch_size):
             some = pairs[start : start + self.how.batch_size]
             rows = [row for row, _ in some]
@@ -158,6 +202,10 @@ class Asker:
         rows = [self._row(asked, blank=True) for asked in new.values()]
         self._blind |= dict(zip(new, self._answers(list(new.values()), rows) if rows else [], strict=True))
         return [self._blind[key] for key in keys]
+
+
+def _rounded(chosen: Chosen) -> dict[str, list[float]]:
+    return {option: [round(log, 4), tokens] for option, (log, tokens) in chosen.logs.items()}
 
 
 def batches(questions: Sequence[Asked], size: int) -> Iterator[list[Asked]]:

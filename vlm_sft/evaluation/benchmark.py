@@ -27,27 +27,31 @@ from ..forgetting.bundles import BeforeAndAfter
 from ..forgetting.compare import page_tables, print_forgetting
 from ..forgetting.texts import USUAL, Wish
 from ..inference.settings import check_options
-from ..metrics.measures import MEASURES, Answered, Measured
+from ..judging.reviews import in_words, review
 from ..pages.against import against as put_beside
-from ..pages.against import earlier_answers
+from ..pages.against import earlier_answers, not_yet_asked
 from ..pages.errors import write_page
 from ..pages.records import read_records, sheet_of
-from ..recipe.schema import Recipe
 from .asking import Asker, How, Loading, Record, share_of
 from .contamination import contamination, seen_in_words
 from .pictures import Pictures
-from .records import Records, fingerprint
+from .records import Records, by_kind, fingerprint, print_table, score, totals_of
 from .task_rows import Asked, read_task
-from .tasks import Task, load_task
+from .tasks import Task, check_judge, load_task, render_prompt
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
     from ..batch.processor import VLMProcessor
+    from ..judging.judge import Judge
 
 FOLDER = "evaluation"
 """Of a bundle: where the records of benchmarks lie."""
+AGAINST = "against"
+"""There: those of another bundle that was asked for the comparison alone."""
+VERDICTS = "verdicts.jsonl"
+"""There: what judges said, of all benchmarks."""
 
 
 class Benchmark(NamedTuple):
@@ -70,6 +74,8 @@ def run(
     options: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     against: str | None = None,
+    judge: Judge | None = None,
+    prompt: str | None = None,
     forgetting: Wish = USUAL,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates a bundle on benchmarks.
@@ -84,55 +90,66 @@ def run(
         compare: Look whether their pictures are among those of the bundle's training sources.
         options: For `generate`, over what bundle and task say.
         trust_remote_code: See `vlm_sft.load`.
-        against: Another bundle, or its answers, for the page of errors to compare with.
+        against: Another bundle, or its answers, for the page to compare with; one without answers is asked the same.
+        judge: Scores the answers to benchmarks that are measured by one.
+        prompt: What is asked in place of the benchmarks' own prompts.
         forgetting: What of it is measured.
 
     Returns:
         For each benchmark what is written to its `NAME.json`; see docs/evaluation.md.
 
     Raises:
-        UserError: A benchmark or its data are not there or wrong; once all is written, also where questions could not
-            be asked.
+        UserError: A benchmark or its data are not there or wrong; in the end, also where questions were not asked.
     """
-    _begin(dict(options or {}))
+    _begin()
+    check_options(dict(options or {}))
     folder = find_bundle(bundle)
-    recipe = recipe_of(folder, read_manifest(folder))
     target = _target(bundle, folder, output)
-    ready = read_benchmarks(names, data, max_rows)
-    command = f"vlm-sft evaluate {{}} --benchmark {','.join(names)}"
-    theirs = earlier_answers(against, [each.name for each in ready], command) if against else {}
-    loading = Loading(folder, recipe, trust_remote_code)
-    console = make_console(highlight=False, soft_wrap=True)
-    change = _before(folder, forgetting, trust_remote_code, console)
-    found = {}
-    for benchmark in ready:
-        settings = {**recipe.generation, **benchmark.task.generation, **(options or {})}
-        asked = replace(how or How(), settings=settings, options=benchmark.task.options)
-        kept = Records(target, benchmark.name, fingerprint(folder, benchmark.asked, _told(benchmark.task, asked)))
-        found[benchmark.name] = on_first_process(kept.finished) or _evaluate(
-            benchmark, loading, asked, kept, console, recipe if compare else None
-        )
+    ready = read_benchmarks(names, data, max_rows, prompt)
+    check_judge([each.task for each in ready], judge)
+    told = _Told(how or How(), dict(options or {}), compare, judge)
+    change = _before(folder, forgetting, trust_remote_code)
+    theirs = _others_answers(against, names, ready, target / AGAINST, told, trust_remote_code) if against else {}
+    loading = _bundle(folder, trust_remote_code)
+    found = _ask_all(ready, loading, target, told)
     lost = on_first_process(lambda: change[0].finish(loading, target / FORGETTING, loading.loaded))
     if PartialState().is_main_process:
-        print_table(found, target)
+        _tell(found, target)
         print_forgetting(lost)
         show_errors(bundle, ready, found, target, (against or "", theirs), page_tables(lost))
     _check_all_were_asked(found)
     return found
 
 
-def _begin(options: dict[str, Any]) -> None:
+def _bundle(folder: Path, trust_remote_code: bool) -> Loading:
+    return Loading(folder, recipe_of(folder, read_manifest(folder)), trust_remote_code)
+
+
+def _before(folder: Path, wish: Wish, trust_remote_code: bool) -> list[BeforeAndAfter]:
+    """What is measured of forgetting, on the first process alone."""
+    note = partial(say, make_console(highlight=False, soft_wrap=True))
+    found: list[BeforeAndAfter] = []
+    on_first_process(lambda: found.append(BeforeAndAfter(folder, wish, trust_remote_code, note)))
+    return found
+
+
+def _begin() -> None:
     quiet_libraries()
     # Without being told that there is nothing but CPUs, accelerate takes each process of a launch for one alone.
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    check_options(options)
 
 
-def _before(folder: Path, wish: Wish, trust: bool, console: Console) -> list[BeforeAndAfter]:
-    """What is measured of forgetting, on the first process alone."""
-    found: list[BeforeAndAfter] = []
-    on_first_process(lambda: found.append(BeforeAndAfter(folder, wish, trust, partial(say, console))))
-    return found
+def _others_answers(
+    other: str, names: Sequence[str], ready: Sequence[Benchmark], folder: Path, told: _Told, trust_remote_code: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """What another bundle said before; to what it was not asked yet, it is asked now, and its model is gone then."""
+    new = not_yet_asked(other, [each.name for each in ready])
+    known = [each.name for each in ready if each.name not in new]
+    found = earlier_answers(other, known, f"vlm-sft evaluate {{}} --benchmark {','.join(names)}") if known else {}
+    if new:
+        again = [each for each in ready if each.name in new]
+        _ask_all(again, _bundle(find_bundle(other), trust_remote_code), folder, told._replace(compare=False))
+    return found | {name: read_records(folder / f"{name}.jsonl") for name in new}
 
 
 def _target(bundle: str, folder: Path, output: str | None) -> Path:
@@ -141,6 +158,41 @@ def _target(bundle: str, folder: Path, output: str | None) -> Path:
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {str(target)!r} is a file; name a folder.")
     return target
+
+
+class _Told(NamedTuple):
+    """How benchmarks are asked: `run`'s arguments."""
+
+    how: How
+    options: dict[str, Any]
+    compare: bool
+    judge: Judge | None
+
+
+def _ask_all(ready: Sequence[Benchmark], loading: Loading, target: Path, told: _Told) -> dict[str, dict[str, Any]]:
+    """Asks one bundle, and writes its answers; what was asked before is not asked again."""
+    found = {}
+    for benchmark in ready:
+        settings = {**loading.recipe.generation, **benchmark.task.generation, **told.options}
+        asked = replace(told.how, settings=settings, options=benchmark.task.options)
+        mark = fingerprint(loading.folder, benchmark.asked, _decides(benchmark.task, asked))
+        kept = Records(target, benchmark.name, mark)
+        finished = on_first_process(kept.finished)
+        if not finished or benchmark.task.judge is not None:  # a verdict that is there already is not asked for again
+            finished = _evaluate(benchmark, loading, asked, kept, told, finished)
+        found[benchmark.name] = finished
+    return found
+
+
+def _tell(found: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+    console = make_console(stderr=False, quiet=False, highlight=False, soft_wrap=True)
+    print_table(found, console)
+    for name, one in found.items():
+        if (seen := one["contamination"]) is not None:
+            say(console, f"{name}: {seen_in_words(seen)}")
+        if (judged := one.get("judge")) is not None:
+            say(console, f"{name}: {in_words(judged)}")
+    say(console, f"Written to {target}.")
 
 
 def show_errors(
@@ -156,6 +208,7 @@ def show_errors(
     for name, *_ in ready:
         sheet = sheet_of(name, read_records(target / f"{name}.jsonl"), found[name])
         sheet.notes += [seen_in_words(seen)] if (seen := found[name]["contamination"]) else []
+        sheet.notes += [in_words(judged)] if (judged := found[name].get("judge")) else []
         if name in theirs:
             put_beside(sheet, theirs[name], other)
         sheets.append(sheet)
@@ -169,9 +222,14 @@ def _check_all_were_asked(found: Mapping[str, Any]) -> None:
         if refused := one.get("refused"):
             count = f"{refused['questions']:,} of {one['questions']:,} questions of {name}"
             raise UserError(f"{count} could not be asked and count as wrong; the first: {refused['first']}")
+        if (judged := one.get("judge")) and judged["refused"]:
+            count = f"{judged['refused']:,} of {judged['verdicts']:,} verdicts on {name}"
+            raise UserError(f"{count} could not be had and count nowhere; the first: {judged['first']}")
 
 
-def read_benchmarks(names: Sequence[str], data: str | None, max_rows: int | None = None) -> list[Benchmark]:
+def read_benchmarks(
+    names: Sequence[str], data: str | None, max_rows: int | None = None, prompt: str | None = None
+) -> list[Benchmark]:
     """The questions of benchmarks, read and checked before anything is loaded.
 
     Raises:
@@ -179,7 +237,7 @@ def read_benchmarks(names: Sequence[str], data: str | None, max_rows: int | None
     """
     if not names:
         raise UserError(f"--benchmark names no benchmark; there are {', '.join(list_tasks())}, and files of your own.")
-    tasks = [load_task(name) for name in names]
+    tasks = [load_task(name, prompt) for name in names]
     known = [name for name, _ in tasks]
     if twice := next((name for name in known if known.count(name) > 1), None):
         raise UserError(f'--benchmark names "{twice}" twice; name each once.')
@@ -190,28 +248,36 @@ def read_benchmarks(names: Sequence[str], data: str | None, max_rows: int | None
     return found
 
 
-def _told(task: Task, how: How) -> dict[str, Any]:
+def _decides(task: Task, how: How) -> dict[str, Any]:
     """What of the task and of how it is asked decides over the records."""
     same = {name: value for name, value in vars(how).items() if name != "batch_size"}
     return {"metric": task.metric, **same}
 
 
 def _evaluate(
-    benchmark: Benchmark, loading: Loading, how: How, kept: Records, console: Console, recipe: Recipe | None
+    benchmark: Benchmark,
+    loading: Loading,
+    how: How,
+    kept: Records,
+    told: _Told,
+    finished: dict[str, Any],
 ) -> dict[str, Any]:
-    """Asks a benchmark and concludes; a recipe: that of the training sources to compare with."""
+    """Asks a benchmark, of which all answers may be there already, and concludes."""
+    console = make_console(highlight=False, soft_wrap=True)
     done = on_first_process(kept.done)
-    if done:
+    if done and not finished:
         count = f"{len(done):,} of {len(benchmark.asked):,} questions of {benchmark.name}"
         say(console, f"{count} are answered already.")
     started = time.perf_counter()
     set_seed(int(loading.recipe.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
     ask(benchmark, loading, how, kept, done, console)
-    seconds = round(time.perf_counter() - started, 1)
+    seconds = finished.get("seconds", round(time.perf_counter() - started, 1))
 
     def first() -> dict[str, Any]:
-        seen = contamination(recipe, benchmark.asked, benchmark.pictures) if recipe else None
-        return conclude(benchmark, how, kept, seconds, seen)
+        seen = finished.get("contamination")
+        if told.compare and not finished:
+            seen = contamination(loading.recipe, benchmark.asked, benchmark.pictures)
+        return conclude(benchmark, how, kept, seconds, seen, told.judge)
 
     return on_first_process(first)
 
@@ -246,10 +312,20 @@ def ask(
 
 
 def conclude(
-    benchmark: Benchmark, how: How, kept: Records, seconds: float, seen: dict[str, Any] | None = None
+    benchmark: Benchmark,
+    how: How,
+    kept: Records,
+    seconds: float,
+    seen: dict[str, Any] | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Scores the records, writes them in order and what was found."""
     records = kept.collect([asked.id for asked in benchmark.asked])
+    judged = None
+    if judge is not None and benchmark.task.judge is not None:
+        columns = {asked.id: asked.columns for asked in benchmark.asked}
+        path, console = kept.folder / VERDICTS, make_console(highlight=False, soft_wrap=True)
+        judged = review(records, columns, benchmark.task.judge, render_prompt, judge, path, console)
     measured, blank = score(benchmark.task, records)
     summary: dict[str, Any] = {
         "benchmark": benchmark.name,
@@ -258,90 +334,16 @@ def conclude(
         "likelihood": how.likelihood,
         "fingerprint": kept.mark,
         "questions": len(records),
-        "scores": _totals(measured),
-        "scores_blank": _totals(blank) if blank else None,
+        "scores": totals_of(measured),
+        "scores_blank": totals_of(blank) if blank else None,
         "kinds": by_kind(benchmark.task, records),
         "contamination": seen,
         "seconds": seconds,
     }
+    if judged is not None:
+        summary["judge"] = judged
     refused = [record["error"] for record in records if "error" in record]
     if refused:
         summary["refused"] = {"questions": len(refused), "first": refused[0]}
     kept.finish(records, summary)
     return summary
-
-
-def score(task: Task, records: Sequence[Record]) -> tuple[Measured, Measured | None]:
-    """Scores answers, and those without the pictures; the score of each goes into its record.
-
-    A question without pictures, or that could not be asked, keeps its answer, so that both are over the same questions.
-    """
-    measured = MEASURES[task.metric]([answered(record, record["answer"]) for record in records])
-    blind = [record["answer"] if record["answer_blank"] is None else record["answer_blank"] for record in records]
-    asked_blind = any(record["answer_blank"] is not None for record in records)
-    blank = (
-        MEASURES[task.metric]([answered(r, a) for r, a in zip(records, blind, strict=True)]) if asked_blind else None
-    )
-    for number, record in enumerate(records):
-        record["score"] = 0.0 if "error" in record else round(measured.each[number], 6)
-        was_asked = blank is not None and record["answer_blank"] is not None
-        record["score_blank"] = round(blank.each[number], 6) if blank is not None and was_asked else None
-    return measured, blank
-
-
-def answered(record: Record, answer: str) -> Answered:
-    """A record as measures take it, with one of its answers."""
-    kind, group = record["kind"] or "", record["group"] or record["id"]
-    return Answered(answer, record["answers"], record["choices"] or {}, kind, group)
-
-
-def _totals(measured: Measured) -> dict[str, dict[str, float]]:
-    found = {}
-    for name, total in measured.totals.items():
-        low, high = total.interval()
-        found[name] = {"value": round(total.score(), 6), "low": round(low, 6), "high": round(high, 6)}
-    return found
-
-
-def by_kind(task: Task, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """How many questions of each kind there are, the first score of it with its interval, and all `scores`."""
-    kinds: dict[str, list[Record]] = {}
-    for record in records:
-        kinds.setdefault(record["kind"] or "", []).append(record)
-    if len(kinds) < 2:
-        return {}
-    found = {}
-    for kind, some in sorted(kinds.items()):
-        measured = MEASURES[task.metric]([answered(record, record["answer"]) for record in some])
-        scores = _totals(measured)
-        name = next(iter(scores))
-        found[kind] = {"questions": len(some), "metric": name, **scores[name], "scores": scores}
-    return found
-
-
-def print_table(found: Mapping[str, Mapping[str, Any]], target: Path) -> None:
-    """Prints every score with its interval and that without pictures, and what was seen in training."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table("benchmark", "score", box=SIMPLE_HEAD, show_edge=False)
-    for name in ("value", "95 % interval", "image blanked", "questions"):
-        table.add_column(name, justify="right")
-    for name, one in found.items():
-        for metric, score_of in one["scores"].items():
-            blank = (one["scores_blank"] or {}).get(metric)
-            table.add_row(
-                name, metric.replace("_", " "), _number(score_of["value"]),
-                f"{_number(score_of['low'])} – {_number(score_of['high'])}",
-                _number(blank["value"]) if blank else "", f"{one['questions']:,}",
-            )  # fmt: skip
-    console = make_console(stderr=False, quiet=False, highlight=False, soft_wrap=True)
-    console.print(table)
-    for name, one in found.items():
-        if (seen := one["contamination"]) is not None:
-            say(console, f"{name}: {seen_in_words(seen)}")
-    say(console, f"Written to {target}.")
-
-
-def _number(value: float) -> str:
-    return f"{value:.1%}" if abs(value) <= 1 else f"{value:,.2f}"

@@ -49,6 +49,20 @@ def contamination(recipe: Recipe, asked: Sequence[Asked], pictures: Pictures) ->
     }  # fmt: skip
 
 
+def seen_in_words(seen: Mapping[str, Any]) -> str:
+    """What was found of a benchmark in the training sources, in a sentence."""
+    if "unchecked" in seen:
+        return str(seen["unchecked"])
+    count = seen["same"] + seen["alike"]
+    if not count:
+        return f"None of its {seen['pictures']:,} pictures is among those of the training sources."
+    return (
+        f"{count:,} of its {seen['pictures']:,} pictures are among those of the training sources ({seen['same']:,} by "
+        f"their bytes, {seen['alike']:,} by look), and {seen['questions']:,} questions are on them; the first: "
+        f"{seen['examples'][0]}."
+    )
+
+
 class _Chained:
     """The rows of several data sets, walked through as often as asked."""
 
@@ -77,17 +91,3 @@ class _Shown:
     def shows(self, one: Asked, found: set[str]) -> bool:
         """Whether a question shows one of the pictures that were found, which are named by their first questions."""
         return any(self.first[name][0] in found for name in one.names())
-
-
-def seen_in_words(seen: Mapping[str, Any]) -> str:
-    """What was found of a benchmark in the training sources, in a sentence."""
-    if "unchecked" in seen:
-        return str(seen["unchecked"])
-    count = seen["same"] + seen["alike"]
-    if not count:
-        return f"None of its {seen['pictures']:,} pictures is among those of the training sources."
-    return (
-        f"{count:,} of its {seen['pictures']:,} pictures are among those of the training sources ({seen['same']:,} by "
-        f"their bytes, {seen['alike']:,} by look), and {seen['questions']:,} questions are on them; the first: "
-        f"{seen['examples'][0]}."
-    )

@@ -18,18 +18,15 @@ from ..base.whole_files import read_text, write_json, write_whole
 from ..forgetting.texts import USUAL, Wish
 from ..metrics.intervals import mean_of
 from ..pages.against import against as put_beside
-from ..pages.against import earlier_answers
+from ..pages.against import earlier_answers, not_yet_asked
 from ..pages.errors import write_page
 from ..pages.records import sheet_of
 from .scoring import Answers, Question, collect, score
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from ..batch.processor import VLMProcessor
     from ..recipe.schema import Recipe
     from ..recipe.sections import Source
+    from .asking import Loading
 
 
 def run(
@@ -54,37 +51,34 @@ def run(
         max_rows: Only the first so many rows of each source.
         trust_remote_code: See `vlm_sft.load`.
         recipe: A recipe whose `data` is used in place of the bundle's own.
-        against: Another bundle, or its answers, for the page to compare with; see `earlier_answers`.
+        against: Another bundle, or its answers, for the page to compare with; one without answers is asked the same.
         forgetting: What of it is measured.
 
     Returns:
-        What `scoring.score` gives, `train_seconds`, `split`, `evaluate_seconds`, and `forgetting` if it is measured.
+        What `scoring.score` gives, and `train_seconds`, `split`, `evaluate_seconds`, and maybe `forgetting`.
 
     Raises:
-        UserError: No bundle, no such split, no rows, or a row that cannot be read; once all is written, also where
-            questions could not be asked because of their pictures.
+        UserError: No bundle, no such split, no rows, or a row that cannot be read; in the end, also where questions
+            could not be asked.
     """
     quiet_libraries()
     from ..bundle.card import write_card
     from ..bundle.hub import find_bundle, is_fetched
-    from ..bundle.load import recipe_of
-    from ..bundle.manifest import read_manifest
     from ..forgetting.bundles import BeforeAndAfter
     from ..forgetting.compare import page_tables
     from ..recipe.schema import load_recipe
 
     folder = find_bundle(bundle)
-    own = recipe_of(folder, read_manifest(folder))
-    sources, fetched = sources_of(load_recipe(recipe) if recipe else own, split), is_fetched(folder)
+    loading = _bundle(folder, trust_remote_code)
+    sources, fetched = sources_of(load_recipe(recipe) if recipe else loading.recipe, split), is_fetched(folder)
     target = _target(bundle, folder, fetched, output)
-    name, command = f"data.{split}", "vlm-sft evaluate {}" + (f" --split {split}" if split != "test" else "")
-    theirs = earlier_answers(against, [name], command)[name] if against else None
+    name, command = f"data.{split}", f"vlm-sft evaluate {{}}{f' --split {split}' if split != 'test' else ''}"
     questions = collect(sources, max_rows)
     change = BeforeAndAfter(folder, forgetting, trust_remote_code, partial(say, make_console()))
-    model, processor = _load(folder, trust_remote_code)
-    results, said = _score(model, processor, questions, batch_size, own)
-    lost = change.finish(lambda: (model, processor))  # type: ignore[arg-type,return-value]
-    results |= {"train_seconds": train_seconds(folder), "split": split, **({"forgetting": lost} if lost else {})}
+    theirs = _others_answers(against, name, command, questions, batch_size, trust_remote_code) if against else None
+    results, said = _asked(loading, questions, batch_size)
+    lost = change.finish(loading)
+    results |= {"train_seconds": train_seconds(folder), "split": split} | ({"forgetting": lost} if lost else {})
     write_json(target, results)
     write_answers(said, name, target, bundle, (against or "", theirs), page_tables(lost))
     if not output and not fetched:
@@ -94,25 +88,43 @@ def run(
     return results
 
 
-def _load(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, VLMProcessor]:
-    from ..bundle.load import load
+def _bundle(folder: Path, trust_remote_code: bool) -> Loading:
+    from ..bundle.load import recipe_of
+    from ..bundle.manifest import read_manifest
+    from .asking import Loading
 
-    with waiting(make_console(), f"Loading {folder.name}"):
-        return load(folder, trust_remote_code=trust_remote_code)  # type: ignore[return-value]
+    return Loading(folder, recipe_of(folder, read_manifest(folder)), trust_remote_code)
 
 
-def _score(
-    model: nn.Module,
-    processor: VLMProcessor,
+def _others_answers(
+    other: str,
+    name: str,
+    command: str,
     questions: dict[str | None, list[Question]],
     batch_size: int,
-    recipe: Recipe,
+    trust_remote_code: bool,
+) -> list[dict[str, Any]]:
+    """What another bundle said before, or says now; its model is gone then."""
+    from ..bundle.hub import find_bundle
+
+    if not not_yet_asked(other, [name]):
+        return earlier_answers(other, [name], command)[name]
+    _, said = _asked(_bundle(find_bundle(other), trust_remote_code), questions, batch_size)
+    return [record for record, _ in _numbered(said)]
+
+
+def _asked(
+    loading: Loading, questions: dict[str | None, list[Question]], batch_size: int
 ) -> tuple[dict[str, Any], list[Answers]]:
+    """What a bundle scores, with `evaluate_seconds`, and its answers."""
     from transformers import set_seed
 
-    start, said = time.perf_counter(), list[Answers]()
-    set_seed(int(recipe.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
-    results = score(model, processor, questions, batch_size, dict(recipe.generation), said.append)
+    with waiting(make_console(), f"Loading {loading.folder.name}"):
+        model, processor = loading()
+    start = time.perf_counter()
+    set_seed(int(loading.recipe.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
+    said: list[Answers] = []
+    results = score(model, processor, questions, batch_size, dict(loading.recipe.generation), said.append)
     return results | {"evaluate_seconds": round(time.perf_counter() - start, 1)}, said
 
 
@@ -147,13 +159,9 @@ def write_answers(
     Raises:
         UserError: The other's records are of other questions.
     """
-    records: dict[str, dict[str, Any]] = {}
-    images: dict[str, Sequence[Any]] = {}
-    for each in said:
-        for record, shown in records_of(each):
-            while record["id"] in records:  # of rows that have the id of another
-                record["id"] += "~"
-            records[record["id"]], images[record["id"]] = record, shown
+    numbered = list(_numbered(said))
+    records = {record["id"]: record for record, _ in numbered}
+    images = {record["id"]: shown for record, shown in numbered}
     if not records:
         return
     own = target.name == SCORES and (target.parent / MANIFEST).is_file()
@@ -167,6 +175,17 @@ def write_answers(
     if theirs is not None:
         put_beside(sheet, theirs, described)
     write_page(page, bundle, [sheet], described, lambda entry: images[entry.id], tables=tables)
+
+
+def _numbered(said: Sequence[Answers]) -> Iterator[tuple[dict[str, Any], Sequence[Any]]]:
+    """Records and images of all kinds, each record with an id of its own."""
+    seen: set[str] = set()
+    for each in said:
+        for record, shown in records_of(each):
+            while record["id"] in seen:  # of rows that have the id of another
+                record["id"] += "~"
+            seen.add(record["id"])
+            yield record, shown
 
 
 def records_of(said: Answers) -> Iterator[tuple[dict[str, Any], Sequence[Any]]]:

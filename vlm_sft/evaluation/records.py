@@ -1,4 +1,4 @@
-"""Records of a benchmark's questions in files: written as they come, found again after a kill, put in order at the end.
+"""Records of a benchmark's questions: written as they come, found again after a kill, put in order and scored.
 
 While a benchmark goes on, each process adds to a file of its own, `gqa.1f0c….part-0.jsonl`, whose name says of what:
 the bundle, the task, its rows and how they are asked. Only what was asked in the same way is gone on with.
@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
 from ..base.names import MANIFEST
 from ..base.whole_files import file_digest, read_bytes, write_whole
 from ..base.words import reason_of
+from ..metrics.measures import MEASURES, Answered, Measured
 from ..pages.records import read_records
 from .asking import Record
 from .task_rows import Asked
+from .tasks import Task
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 FORMAT = 1
 
@@ -64,8 +70,12 @@ class Records:
         return found if same else {}
 
     def done(self) -> set[str]:
-        """Ids of the questions that were answered before a kill."""
-        return {record["id"] for path in self._parts() for record in read_records(path, unfinished=True)}
+        """Ids of the questions that were answered before: all of them, or those before a kill."""
+        return {record["id"] for record in self._answered()}
+
+    def _answered(self) -> Iterator[Record]:
+        for path in [self.path] if self.finished() else self._parts():
+            yield from read_records(path, unfinished=path != self.path)
 
     @contextmanager
     def adding(self, process: int) -> Iterator[Any]:
@@ -96,7 +106,7 @@ class Records:
 
     def collect(self, order: Sequence[str]) -> list[Record]:
         """All records in the order of the rows."""
-        found = {record["id"]: record for path in self._parts() for record in read_records(path, unfinished=True)}
+        found = {record["id"]: record for record in self._answered()}
         return [found[number] for number in order]
 
     def finish(self, records: Sequence[Record], summary: dict[str, Any]) -> None:
@@ -120,3 +130,107 @@ def dump(record: Record) -> bytes:
         return (json.dumps(record, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # half a character, which JSON can only escape
         return (json.dumps(record) + "\n").encode()
+
+
+def score(task: Task, records: Sequence[Record]) -> tuple[Measured, Measured | None]:
+    """Scores answers, and those without the pictures; the score of each goes into its record.
+
+    A question without pictures, or that could not be asked, keeps its answer, so that both are over the same questions.
+    """
+    measured = measure(task, records)
+    blank = measure(task, records, blank=True) if any(r["answer_blank"] is not None for r in records) else None
+    for number, record in enumerate(records):
+        record["score"] = 0.0 if "error" in record else _share(measured.each[number])
+        was_asked = blank is not None and record["answer_blank"] is not None
+        record["score_blank"] = _share(blank.each[number]) if blank is not None and was_asked else None
+    return measured, blank
+
+
+def measure(task: Task, records: Sequence[Record], blank: bool = False) -> Measured:
+    """What the benchmark's metric finds; where texts of options were compared, also with those compared by token and by
+    character."""
+
+    def found(best: Callable[[str, list[float]], float] | None = None) -> Measured:
+        return MEASURES[task.metric]([answered(record, *_said(record, blank, best)) for record in records])
+
+    measured = found()
+    if any(record.get("options") for record in records):
+        for name, best in NORMALISED.items():
+            measured.totals.update({f"{score}_{name}": total for score, total in found(best).totals.items()})
+    return measured
+
+
+NORMALISED: dict[str, Callable[[str, list[float]], float]] = {
+    "per_token": lambda text, found: found[0] / max(found[1], 1),
+    "per_character": lambda text, found: found[0] / max(len(text), 1),  # lm-eval's acc_norm
+}
+"""How else options are compared than by the likelihood of the whole: text, its log and its tokens → what is most."""
+
+
+def _said(record: Record, blank: bool, best: Callable[[str, list[float]], float] | None) -> tuple[str, bool]:
+    """What was answered, and whether to grey images; see `score`."""
+    blank = blank and record["answer_blank"] is not None
+    options = record.get("options_blank" if blank else "options")
+    if best is None or not options:
+        return record["answer_blank" if blank else "answer"], blank
+    return max(options, key=lambda option: best(record["choices"][option], options[option])), blank
+
+
+def _share(score: float) -> float | None:
+    """A score as it is written; null where nobody gave one."""
+    return None if math.isnan(score) else round(score, 6)
+
+
+def answered(record: Record, answer: str, blank: bool = False) -> Answered:
+    """A record as measures take it, with one of its answers, and what a judge says of that."""
+    kind, group = record["kind"] or "", record["group"] or record["id"]
+    found = record.get("verdicts_blank" if blank else "verdicts") or ()
+    verdicts = [None if each["answer"] is None else (each["reference"], each["answer"]) for each in found]
+    return Answered(answer, record["answers"], record["choices"] or {}, kind, group, verdicts)
+
+
+def totals_of(measured: Measured) -> dict[str, dict[str, float]]:
+    """Every score of a measure with its interval."""
+    found = {}
+    for name, total in measured.totals.items():
+        low, high = total.interval()
+        found[name] = {"value": round(total.score(), 6), "low": round(low, 6), "high": round(high, 6)}
+    return found
+
+
+def by_kind(task: Task, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """How many questions of each kind there are, the first score of it with its interval, and all `scores`."""
+    kinds: dict[str, list[Record]] = {}
+    for record in records:
+        kinds.setdefault(record["kind"] or "", []).append(record)
+    if len(kinds) < 2:
+        return {}
+    found = {}
+    for kind, some in sorted(kinds.items()):
+        scores = totals_of(measure(task, some))
+        name = next(iter(scores))
+        found[kind] = {"questions": len(some), "metric": name, **scores[name], "scores": scores}
+    return found
+
+
+def print_table(found: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Prints every score of benchmarks with its interval and that without pictures."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table("benchmark", "score", box=SIMPLE_HEAD, show_edge=False)
+    for name in ("value", "95 % interval", "image blanked", "questions"):
+        table.add_column(name, justify="right")
+    for name, one in found.items():
+        for metric, score_of in one["scores"].items():
+            blank = (one["scores_blank"] or {}).get(metric)
+            table.add_row(
+                name, metric.replace("_", " "), _number(score_of["value"]),
+                f"{_number(score_of['low'])} – {_number(score_of['high'])}",
+                _number(blank["value"]) if blank else "", f"{one['questions']:,}",
+            )  # fmt: skip
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:.1%}" if abs(value) <= 1 else f"{value:,.2f}"

@@ -67,18 +67,18 @@ def rows_of(place: Path | Hub, layout: Layout, hub: Hub | None) -> Iterator[Plac
     Raises:
         UserError: A file is missing or damaged, or the other row of a join is. Raised while iterating.
     """
-    other: dict[Any, dict[str, Any]] = {}
-    if (join := layout.join) is not None:
-        for _, _, values in _read_all(place if isinstance(place, Path) else join.hub or place, join, join.hub):
-            other[_named(at(values, join.key))] = values
+    others: list[dict[Any, dict[str, Any]]] = []
+    for join in layout.join:
+        read = _read_all(place if isinstance(place, Path) else join.hub or place, join, join.hub)
+        others.append({_named(at(values, join.key)): values for _, _, values in read})
     for where, folder, values in _read_all(place, layout, hub):
         if any(at(values, column) != wanted for column, wanted in layout.only.items()):
             continue
-        if join is not None:
+        for join, other in zip(layout.join, others, strict=True):
             named = _named(at(values, join.on))
             if named not in other:
                 raise UserError(f'{where}: "{join.on}" is {short(str(named))}, and no row has that "{join.key}".')
-            values = {**other[named], **values}
+            values = {**values, join.into: other[named]} if join.into else {**other[named], **values}
         yield where, folder, values
 
 

@@ -17,7 +17,7 @@ from ..metrics.choices import lettered
 from ..reading.image_refs import LONGEST_LIKELY, Folders, resolve_image
 from .pictures import Pictures
 from .task_files import at, files_of, literal, place_of, rows_of
-from .tasks import Column, Layout, Task, render_prompt
+from .tasks import Column, Layout, Task, plain, render_prompt
 
 ROTATION = 1_000_000  # MMBench's index of a rotation: the question's, and so many for each shift
 _FIELD = re.compile(r"\{(\w+)(?::0?(\d{1,2}))?\}")
@@ -37,6 +37,7 @@ class Asked:
         kind: The benchmark's own category, or "".
         group: What it belongs together by, or "".
         where: Its row in words.
+        columns: What the prompt of its judge sees of its row, where there is one.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Asked:
     kind: str = ""
     group: str = ""
     where: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """What its pictures are called: the path of a file, or a digest of what lies in a table."""
@@ -130,7 +132,8 @@ def _asked(
     task: Task, layout: Layout, values: dict[str, Any], where: str, number: int, folder: Path | None, pictures: Pictures
 ) -> Asked:
     choices = lettered(_options(values, layout.choices))
-    answers = _right(layout, values, choices, where)
+    alone = task.judge is not None and not task.judge.compare
+    answers = _texts(values, layout.answers)[:1] if alone else _right(layout, values, choices, where)
     question = at(values, layout.question) if layout.question else ""
     if layout.question and not _given(question):
         raise UserError(
@@ -138,11 +141,11 @@ def _asked(
         )
     options = _lines(choices)
     columns = {name: value if _given(value) else "" for name, value in values.items() if name.isidentifier()}
-    text = render_prompt(
-        task.prompt,
-        where,
-        {**columns, "question": str(question), "options": options, "choices": choices, "row": values},
-    )
+    seen = {**columns, "question": str(question), "options": options, "choices": choices, "row": values}
+    text = render_prompt(task.prompt, where, seen)
+    if task.judge is not None:  # a column that its prompt lacks is known before hours of asking
+        unknown = dict.fromkeys(("answer", "reference", "first", "second", "kind"), "")
+        render_prompt(task.judge.prompt, where, {**seen, **unknown})
     named = at(values, layout.id) if layout.id else None
     return Asked(
         id=_text(named) if _given(named) else str(number),
@@ -153,6 +156,7 @@ def _asked(
         kind=_text(kind) if layout.kind and _given(kind := at(values, layout.kind)) else "",
         group=_text(group) if layout.group and _given(group := at(values, layout.group)) else "",
         where=where,
+        columns=plain(seen) if task.judge is not None else {},
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from ..base.assets import list_tasks, task_path
 from ..base.errors import UserError
@@ -53,6 +54,25 @@ class Join(RecipeModel):
     """Column of a row that names the other."""
     key: str
     """Column of the other that is named."""
+    into: str | None = None
+    """The other's columns go into one column of this name (`gpt4` → `gpt4.text`); unset: beside the row's own."""
+
+
+class Judging(RecipeModel):
+    """How a judge is asked of an answer; who judges, and where, is said by the command alone."""
+
+    prompt: str
+    """Jinja. It has what the benchmark's prompt has, `kind`, `reference` and `answer`, and, to show both in either
+    order, `first` and `second`."""
+    system: str | None = None
+    """Its system message."""
+    compare: bool = True
+    """Its first line gives two scores, of the first answer and of the second, and both orders are asked; else one, of
+    the answer alone, which is measured against the top of the scale."""
+    scale: list[float] = Field(default=[1, 10], min_length=2, max_length=2)
+    """Lowest and highest score."""
+    settings: dict[str, Any] = Field(default_factory=lambda: {"temperature": 0.2, "max_tokens": 1024})
+    """For the judge's server."""
 
 
 class Layout(RecipeModel):
@@ -62,8 +82,10 @@ class Layout(RecipeModel):
     """Patterns of files in the benchmark's folder; none: any data file there is."""
     rows: str | None = None
     """Key of a JSON document under which its list of rows stands; `*` where it maps ids to rows (the column `_key`)."""
-    join: Join | None = None
-    """Columns that come from other rows."""
+    join: Annotated[list[Join], BeforeValidator(lambda given: [given] if isinstance(given, dict) else given)] = Field(
+        default_factory=list
+    )
+    """Columns that come from other rows, of one place or of several."""
     only: dict[str, str | int | bool] = Field(default_factory=dict)
     """Rows are those whose columns have these values."""
     id: str | None = None
@@ -102,6 +124,8 @@ class Task(Layout):
     """Jinja: what is asked. It has `question`, `options` (lines of "A. text"), `choices` and the row's columns."""
     metric: str
     """A key of `metrics.measures.MEASURES`."""
+    judge: Judging | None = None
+    """How answers are judged, of `metric: judge`."""
     circular: bool = False
     """Ask each question once for every rotation of its options, unless the data has them."""
     options: list[str] = Field(default_factory=list)
@@ -114,8 +138,12 @@ class Task(Layout):
     """Other layouts in which it is published, each with its `files`; the first whose files are there is read."""
 
 
-def load_task(name: str) -> tuple[str, Task]:
+def load_task(name: str, prompt: str | None = None) -> tuple[str, Task]:
     """A benchmark that ships, by its name, or one's own, by its file.
+
+    Args:
+        name: Its name or file.
+        prompt: What is asked in place of its own prompt.
 
     Returns:
         Its name and what it is.
@@ -138,8 +166,28 @@ def load_task(name: str) -> tuple[str, Task]:
         raise UserError(f"{file.where(flaw[:1])}: {flaw[1]}")
     if own:
         ask("check_prompt", task.prompt, file.where(("prompt",)))
+        if task.judge is not None:
+            ask("check_prompt", task.judge.prompt, file.where(("judge", "prompt")))
         task.path = task.path and str(path.parent / Path(task.path).expanduser())
+    if prompt is not None:
+        ask("check_prompt", prompt, "--prompt")
+        task.prompt = prompt
     return path.stem, task
+
+
+def check_judge(tasks: Sequence[Task], judge: object = None) -> None:
+    """Looks whether there is a judge where one is wanted, and only there.
+
+    Raises:
+        UserError: There is none, or it has nothing to do.
+    """
+    judged = any(task.judge is not None for task in tasks)
+    if judged and judge is None:
+        raise UserError(
+            "A judge scores one of the benchmarks: ask it by `vlm-sft evaluate … --judge URL --judge-model NAME`."
+        )
+    if judge is not None and not judged:
+        raise UserError("--judge belongs to benchmarks that a judge scores, as llava_bench: name one, or leave it out.")
 
 
 def _flaw(task: Task) -> tuple[str, str] | None:
@@ -150,6 +198,15 @@ def _flaw(task: Task) -> tuple[str, str] | None:
         return "metric", f'the metric "{task.metric}" is none; {hint}'
     if task.metric in NEEDS_CHOICES and not all(layout.choices for layout in (task, *task.layouts)):
         return "metric", f'the metric "{task.metric}" needs `choices`; name the columns of the options.'
+    if (task.judge is None) == (task.metric == "judge"):
+        return "metric", "`metric: judge` and `judge` belong together; write both, or leave both out."
+    shown = ("first", "second") if task.judge is not None and task.judge.compare else ("answer",)
+    if task.judge is not None and (lacks := [name for name in shown if name not in task.judge.prompt]):
+        return "judge", f"its prompt shows no `{lacks[0]}`; show it, or write `compare` as it is meant."
+    if task.judge is not None and not 0 <= task.judge.scale[0] < task.judge.scale[1] < 1000:
+        return "judge", "`scale` is the lowest and the highest score, such as [1, 10]; correct it."
+    if task.judge is not None and task.judge.compare and not task.judge.scale[0]:
+        return "judge", "`scale` begins above 0 where answers are compared: a share of nothing is none; correct it."
     if task.circular and task.metric != "choice_circular":
         return "circular", "`circular` is measured by `metric: choice_circular` alone; write that."
     named = [name for layout in (task, *task.layouts) for name in _patterns(layout)]
@@ -157,7 +214,7 @@ def _flaw(task: Task) -> tuple[str, str] | None:
     if outside := next((name for name in named if PurePath(name).is_absolute() or ".." in PurePath(name).parts), None):
         mend = "name files beside the YAML file, or give another folder with --benchmark-data"
         return "path" if outside == task.path else "files", f'"{outside}" leads elsewhere; {mend}.'
-    hubs = [task.hub, *(layout.join.hub for layout in (task, *task.layouts) if layout.join is not None)]
+    hubs = [task.hub, *(join.hub for layout in (task, *task.layouts) for join in layout.join)]
     if strange := next((hub.path for hub in hubs if hub is not None and not _is_hub_id(hub.path)), None):
         return "hub", f'"{strange}" is no data set of the Hub; write name/data-set.'
     said = (flaw(GENERATION, name, value, "generation.") for name, value in task.generation.items())
@@ -172,7 +229,7 @@ def _is_hub_id(text: str) -> bool:
 
 
 def _patterns(layout: Layout) -> list[str]:
-    return [*layout.files, *(layout.join.files if layout.join is not None else ())]
+    return [*layout.files, *(name for join in layout.join for name in join.files)]
 
 
 def _sentence(error: ValidationError, file: YamlFile) -> str:
@@ -193,7 +250,8 @@ def _sentence(error: ValidationError, file: YamlFile) -> str:
 @cache
 def _shipped() -> frozenset[str]:
     """Prompts of the benchmarks that ship."""
-    return frozenset(str(YamlFile.read(task_path(name)).data["prompt"]) for name in list_tasks())
+    shipped = [YamlFile.read(task_path(name)).data for name in list_tasks()]
+    return frozenset(str(each["prompt"]) for data in shipped for each in (data, data.get("judge")) if each)
 
 
 def render_prompt(prompt: str, where: str, values: dict[str, Any]) -> str:
@@ -204,5 +262,9 @@ def render_prompt(prompt: str, where: str, values: dict[str, Any]) -> str:
     """
     if prompt in _shipped():
         return fill_prompt(prompt, where, values)
-    plain = json.loads(json.dumps(values, default=lambda value: ""))  # a picture's bytes are nothing to print
-    return str(ask("prompt", prompt, where, **plain))
+    return str(ask("prompt", prompt, where, **plain(values)))
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them: a picture's bytes are nothing to print."""
+    return dict(json.loads(json.dumps(values, default=lambda value: "")))

@@ -28,11 +28,13 @@ class Seen:
         size: (width, height) of the picture, by which its tokens are counted.
         features: What the image path gave: a tensor, or an output of transformers.
         beside: What the model looks at beside them.
+        pixels: Names of the pixels that it was made of: some models take a picture in two sizes.
     """
 
     size: tuple[int, int]
     features: Any
     beside: Mapping[str, torch.Tensor]
+    pixels: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -60,14 +62,15 @@ class ImagePath:
         if not isinstance(given, torch.Tensor):
             named = [name for name in IMAGE_OUTPUTS if given.get(name) is not None] or ["last_hidden_state"]
             given = type(given)(**{name: given[name] for name in named})
-        return Seen(picture.size, given, {name: inputs[name] for name in BESIDE if name in inputs})
+        beside = {name: inputs[name] for name in BESIDE if name in inputs}
+        return Seen(picture.size, given, beside, tuple(name for name in inputs if name.endswith("pixel_values")))
 
     def inputs(self, numbers: Sequence[int], seen: Sequence[Seen]) -> dict[str, torch.Tensor]:
         """What the model takes in place of pictures: their numbers, and what it looks at beside the features."""
         beside = {
             name: torch.cat([seen[number].beside[name] for number in numbers]) for name in seen[numbers[0]].beside
         }
-        return {"pixel_values": torch.tensor(numbers), **beside}
+        return {**{name: torch.tensor(numbers) for name in seen[numbers[0]].pixels}, **beside}
 
     @contextmanager
     def giving(self, seen: Callable[[], Sequence[Seen]]) -> Iterator[None]:

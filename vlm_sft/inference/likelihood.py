@@ -22,11 +22,13 @@ class Likelihood(NamedTuple):
         tokens: Its tokens as text, with the end of the answer.
         logs: The logarithm of the probability of each, after the conversation and the tokens before.
         greedy: Whether each is what the model would have written there.
+        ids: Its tokens.
     """
 
     tokens: list[str]
     logs: list[float]
     greedy: bool = False
+    ids: Sequence[int] = ()
 
     @property
     def log(self) -> float:
@@ -76,6 +78,7 @@ def likelihoods(
             [processor.tokenizer.decode([token]) for token in own],
             [-loss for loss in losses[start:end]],
             all(hits[start:end]),
+            own,
         )
         for own, (start, end) in zip(ids, pairwise(ends), strict=True)
     ]

@@ -41,8 +41,9 @@ class Total(NamedTuple):
 def mean_of(scores: NDArray[np.float64] | list[float]) -> Total:
     """The mean of scores, one a unit."""
     values = np.asarray(scores, float)
-    return Total(np.stack([values, np.ones_like(values)], axis=1), _ratio)
+    return Total(np.stack([values, np.ones_like(values)], axis=1), ratio)
 
 
-def _ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(…, 2) sums → the first over the second, which counts."""
     return sums[..., 0] / np.maximum(sums[..., 1], 1)

@@ -14,7 +14,7 @@ from .captions import bleu_of, sacrebleu_of, score_captions, score_chinese
 from .choices import can_infer, can_infer_option, option_of_ai2d, option_of_llava, option_of_seed
 from .documents import anls, ocr_contains, relaxed_match
 from .exact_match import contains, exact_match, gqa_exact_match
-from .intervals import Total, mean_of
+from .intervals import Total, mean_of, ratio
 from .vqa import vqa_accuracy
 from .yes_no import mme_says, pope_says_yes
 
@@ -28,6 +28,8 @@ class Answered(NamedTuple):
         choices: Letter to option, or none.
         kind: The benchmark's own category, or "".
         group: Questions of one group belong together: the rotations of one, the two about one picture.
+        verdicts: Of a judge: what each gives the reference and the answer, or None where it names no scores. The
+            reference comes first in those of even places; an answer judged alone has one, with the top of the scale.
     """
 
     answer: str
@@ -35,6 +37,7 @@ class Answered(NamedTuple):
     choices: dict[str, str] = {}
     kind: str = ""
     group: str = ""
+    verdicts: Sequence[tuple[float, float] | None] = ()
 
 
 class Measured(NamedTuple):
@@ -163,6 +166,38 @@ def _chinese(asked: Sequence[Answered]) -> Measured:
     return Measured(rouge, {"ROUGE-L": mean_of(rouge), "BLEU-4": Total(counts, sacrebleu_of)})
 
 
+def _judge(asked: Sequence[Answered]) -> Measured:
+    """LLaVA-Bench: 100 x the sum of the scores of answers / that of their references, and what being shown first gives.
+
+    A verdict that names no scores counts nowhere; a question without any has no score (nan).
+    """
+    orders = np.zeros((len(asked), 2, 3))  # of each question and order: reference, answer, how many
+    for number, one in enumerate(asked):
+        for place, verdict in enumerate(one.verdicts):
+            orders[number, place] += (0, 0, 0) if verdict is None else (*verdict, 1)
+    both = orders.sum(axis=1)
+    judged = both[:, 2] > 0
+
+    def relative(parts: NDArray[np.float64]) -> Total:
+        parts = parts[parts[:, 2] > 0]
+        return Total(parts if len(parts) else np.zeros((1, 3)), lambda s: 100 * s[..., 1] / np.maximum(s[..., 0], 1e-9))
+
+    totals = {"relative_score": relative(both)}
+    kinds = list(dict.fromkeys(one.kind for one in asked))
+    if len(kinds) > 1:
+        totals |= {f"relative_{kind or 'other'}": relative(both[[one.kind == kind for one in asked]]) for kind in kinds}
+    totals["answer_score"] = Total(both[judged][:, 1:], ratio) if judged.any() else mean_of([0.0])
+    totals["reference_score"] = Total(both[judged][:, ::2], ratio) if judged.any() else mean_of([0.0])
+    if orders[:, 1, 2].any():
+        totals |= {"relative_reference_first": relative(orders[:, 0]), "relative_answer_first": relative(orders[:, 1])}
+        pairs = orders[(orders[:, :, 2] > 0).all(axis=1)]
+        first, second = pairs[:, 0, 0] + pairs[:, 1, 1], pairs[:, 1, 0] + pairs[:, 0, 1]
+        shown = np.stack([first, second], axis=1) if len(pairs) else np.ones((1, 2))
+        totals["gain_of_first"] = Total(shown, lambda s: s[..., 0] / s[..., 1] - 1)
+    each = np.where(judged, both[:, 1] / np.maximum(both[:, 0], 1e-9), np.nan)
+    return Measured(each.tolist(), totals)
+
+
 def _any(score: Callable[[str, str], float]) -> Callable[[Answered], float]:
     return lambda one: max(score(one.answer, right) for right in one.answers)
 
@@ -190,6 +225,7 @@ MEASURES: dict[str, Measure] = {
     "captions_ptb": partial(_captions, tokens="ptb"),
     "captions_characters": partial(_captions, tokens="characters"),
     "chinese": _chinese,
+    "judge": _judge,
 }  # fmt: skip
 """Name of a metric, as a task has it → how it is measured."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
-from ..base.names import EVALUATION
+from ..base.names import EVALUATION, MANIFEST
 from ..metrics.paired import compare
 from .records import Other, Sheet, read_records
 
@@ -39,6 +39,14 @@ def earlier_answers(other: str, names: Sequence[str], command: str) -> dict[str,
     return found
 
 
+def not_yet_asked(other: str, names: Sequence[str]) -> list[str]:
+    """To which of some sheets a bundle has no answers; none where `other` is a folder or file of answers alone."""
+    place = Path(other).expanduser()
+    if not (place / MANIFEST).is_file() and (place.exists() or other.partition("@")[0].count("/") != 1):
+        return []
+    return [name for name in names if not (place / EVALUATION / f"{name}.jsonl").is_file()]
+
+
 def against(sheet: Sheet, theirs: Sequence[Mapping[str, Any]], where: str) -> None:
     """Puts another bundle's answers beside those of a sheet, and says how sure the difference is.
 
@@ -51,7 +59,7 @@ def against(sheet: Sheet, theirs: Sequence[Mapping[str, Any]], where: str) -> No
         UserError: A question of theirs with the same id is another one, or they have none in common.
     """
     others = {record["id"]: record for record in theirs}
-    entries, pairs = [], []
+    entries, pairs, common = [], [], 0
     for entry in sheet.entries:
         record = others.get(entry.id)
         if record is None:
@@ -62,13 +70,15 @@ def against(sheet: Sheet, theirs: Sequence[Mapping[str, Any]], where: str) -> No
                 f'{where}: its question "{entry.id}" is not that of {sheet.name} here (another text, or other right '
                 "answers): evaluate both on the same data."
             )
-        other = Other(record["answer"], float(record["score"]))
+        other = Other(record["answer"], None if record["score"] is None else float(record["score"]))
         entries.append(replace(entry, other=other))
-        pairs.append((entry.score, other.score))
+        common += 1
+        if entry.score is not None and other.score is not None:  # a judge may name no score
+            pairs.append((entry.score, other.score))
     if not pairs:
         raise UserError(f"{where} and {sheet.name} have no question in common: evaluate both on the same data.")
     sheet.entries, sheet.paired = entries, compare(pairs)
-    if alone := len(sheet.entries) - len(pairs):
+    if alone := len(sheet.entries) - common:
         sheet.notes.append(f"{alone:,} of {len(sheet.entries):,} questions were not asked of the other bundle.")
-    if more := len(others) - len(pairs):
+    if more := len(others) - common:
         sheet.notes.append(f"The other bundle was asked {more:,} more, which are not compared.")

@@ -26,6 +26,11 @@ SIDE = 320
 ANSWERS = 8  # rows and columns of a table of what is mixed up
 SURE, UNSURE = 0.9, 0.5  # probabilities at which the colour of a piece changes
 OTHERS = "…"
+ORDERS = {
+    "reference first": ("reference first", "参考在前"),
+    "answer first": ("answer first", "回答在前"),
+    "alone": ("alone", "单独"),
+}  # of what a judge was shown
 
 Images = Callable[[Entry], Sequence[Any]]
 """The images of an entry, each as `load_image` takes it."""
@@ -101,11 +106,13 @@ def error_page(
         left_out=drawn.left_out,
         kinds={sheet.name: kinds_of(sheet.entries) for sheet in sheets},
         confusions={sheet.name: confusion_of(sheet.entries) for sheet in sheets},
+        by_kind={sheet.name: confusions_by_kind(sheet.entries) for sheet in sheets},
         names=sorted({entry.kind for sheet in sheets for entry in sheet.entries if entry.kind}),
         sure_is_known=any(item.entry.sure is not None for item in drawn.shown),
         shade=shade,
         SURE=SURE,
         UNSURE=UNSURE,
+        ORDERS=ORDERS,
     )
 
 
@@ -135,11 +142,11 @@ def kinds_of(entries: Sequence[Entry]) -> list[KindRow]:
         by_kind.setdefault(entry.kind, []).append(entry)
     rows = []
     for kind, own in by_kind.items():
-        scores = [entry.score for entry in own]
-        low, high = mean_of(scores).interval()
+        scores = [entry.score for entry in own if entry.score is not None]
+        low, high = mean_of(scores).interval() if scores else (0.0, 0.0)
         blank = [entry.score_blank for entry in own if entry.score_blank is not None]
-        others = [entry.other.score for entry in own if entry.other is not None]
-        rows.append(KindRow(kind, len(own), sum(scores) / len(own), low, high, _mean(blank), _mean(others)))
+        others = [entry.other.score for entry in own if entry.other is not None and entry.other.score is not None]
+        rows.append(KindRow(kind, len(own), _mean(scores) or 0.0, low, high, _mean(blank), _mean(others)))
     return sorted(rows, key=lambda row: row.mean) if len(rows) > 1 else []
 
 
@@ -152,7 +159,7 @@ def confusion_of(entries: Sequence[Entry]) -> Confusion | None:
     pairs: Counter[tuple[str, str]] = Counter()
     right: set[tuple[str, str]] = set()
     for entry in entries:
-        if not entry.answers or entry.error:
+        if not entry.answers or entry.error or entry.verdicts:  # an answer that is judged is no one answer
             continue
         wanted = normalise_answer(max(entry.answers, key=lambda text: entry.answers[text]))
         said = wanted if not entry.wrong else normalise_answer(entry.answer)
@@ -178,6 +185,15 @@ def confusion_of(entries: Sequence[Entry]) -> Confusion | None:
         columns, counts = columns[:-1], [row[:-1] for row in counts]
     marks = [[(wanted, said) in right for said in columns] for wanted in often]
     return Confusion(often, columns, counts, marks, max(max(row) for row in counts))
+
+
+def confusions_by_kind(entries: Sequence[Entry]) -> dict[str, Confusion]:
+    """What is answered in place of what, of each kind of questions for itself; none where all are of one kind."""
+    by_kind: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_kind.setdefault(entry.kind, []).append(entry)
+    found = {kind: confusion_of(own) for kind, own in sorted(by_kind.items())} if len(by_kind) > 1 else {}
+    return {kind: confusion for kind, confusion in found.items() if confusion is not None}
 
 
 def draw(sheets: Sequence[Sheet], images: Images) -> Drawn:

@@ -23,7 +23,18 @@ class Other:
     """What another bundle said to the same question."""
 
     answer: str
-    score: float
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said of an answer, and what it gave the reference and the answer; None where it names no scores."""
+
+    order: str
+    reference: float | None
+    answer: float | None
+    text: str
+    error: str
 
 
 @dataclass(frozen=True)
@@ -40,11 +51,12 @@ class Entry:
         answer: What the model said.
         pieces: It in pieces with the probability of each; None where that is not known.
         answer_blank: What it said to grey images; None where it was not asked.
-        score: From 0 to 1; of captions it may be more.
+        score: From 0 to 1; of captions and what a judge scores it may be more. None where a judge names no score.
         score_blank: Of `answer_blank`.
         error: Why it could not be asked, or "".
         images: As the record names them.
         other: Of the other bundle, if there is one.
+        verdicts: Of a judge.
     """
 
     sheet: str
@@ -56,11 +68,12 @@ class Entry:
     answer: str
     pieces: list[tuple[str, float]] | None
     answer_blank: str | None
-    score: float
+    score: float | None
     score_blank: float | None
     error: str
     images: list[str]
     other: Other | None = None
+    verdicts: tuple[Verdict, ...] = ()
 
     @property
     def sure(self) -> float | None:
@@ -73,18 +86,19 @@ class Entry:
     @property
     def wrong(self) -> bool:
         """Whether it counts as wrong."""
-        return self.score < WRONG_BELOW
+        return self.score is not None and self.score < WRONG_BELOW
 
     @property
     def blind(self) -> bool:
         """Whether the answer to grey images is the better one."""
-        return self.score_blank is not None and self.score_blank > self.score
+        return self.score is not None and self.score_blank is not None and self.score_blank > self.score
 
     @property
     def change(self) -> str:
         """Whether it got better or worse than the other bundle's, or ""."""
-        if self.other is None or self.other.score == self.score:
+        if self.other is None or self.score is None or self.other.score in (None, self.score):
             return ""
+        assert self.other.score is not None
         return BETTER if self.score > self.other.score else WORSE
 
 
@@ -182,17 +196,28 @@ def flaw_of(record: object, scored: bool = True) -> str:
         ("choices", (dict,)),
         ("images", (list,)),
         ("answer_blank", (str,)),
+        ("verdicts", (list,)),
     ):
         if record.get(key) is not None and not isinstance(record[key], wanted):
             return f'has no "{key}" as answers have it'
     if record.get("score_blank") is not None and not _is_score(record["score_blank"]):
         return 'has no "score_blank" as answers have it'
-    return "" if _is_score(record.get("score")) else 'has no "score" as answers have it'
+    verdicts = record.get("verdicts") or ()
+    if not all(map(_is_verdict, verdicts)):
+        return 'has no "verdicts" as answers have it'
+    unscored = bool(verdicts) and "score" in record and record["score"] is None  # the judge named no scores
+    return "" if unscored or _is_score(record.get("score")) else 'has no "score" as answers have it'
 
 
 def _is_score(value: object) -> bool:
     """Whether it is a number as measures give them: CIDEr's 10 is the largest."""
     return isinstance(value, int | float) and -1e6 <= value <= 1e6
+
+
+def _is_verdict(value: object) -> bool:
+    scores = [value.get("reference"), value.get("answer")] if isinstance(value, dict) else [""]
+    numbers = all(score is None or _is_score(score) for score in scores)
+    return numbers and isinstance(value, dict) and isinstance(value.get("text"), str)
 
 
 def _is_share(value: object) -> bool:
@@ -210,7 +235,13 @@ def entries_of(sheet: str, records: Sequence[Mapping[str, Any]]) -> Iterator[Ent
             sheet, record["id"], str(record.get("kind") or ""), record["question"],
             {str(key): str(value) for key, value in (record.get("choices") or {}).items()}, answers, record["answer"],
             None if pieces is None else [(str(piece), float(share)) for piece, share in pieces],
-            record.get("answer_blank"), float(record["score"]),
+            record.get("answer_blank"), None if record["score"] is None else float(record["score"]),
             None if record.get("score_blank") is None else float(record["score_blank"]),
             str(record.get("error") or ""), [str(image) for image in record.get("images") or ()],
+            verdicts=tuple(map(_verdict, record.get("verdicts") or ())),
         )  # fmt: skip
+
+
+def _verdict(one: Mapping[str, Any]) -> Verdict:
+    said = str(one.get("order") or ""), one["reference"], one["answer"], one["text"], str(one.get("error") or "")
+    return Verdict(*said)
