@@ -90,3 +90,13 @@ def test_stores_go_by_age_and_then_by_size(tmp_path, make):
     limit = (size_of(tmp_path / "cache" / "new") + 10) / 1e9
     (sentence,) = prune(tmp_path / "cache", max_gb=limit)
     assert "old" in sentence and [kept.store.folder.name for kept in stores_in(tmp_path / "cache")] == ["new"]
+
+
+def test_what_lies_behind_a_link_is_not_removed(tmp_path, make):
+    make()
+    (tmp_path / "links").mkdir()
+    for kept in stores_in(tmp_path / "cache"):
+        (tmp_path / "links" / kept.store.folder.name).symlink_to(kept.store.folder)
+    with pytest.raises(UserError, match="is a link"):
+        list(prune(tmp_path / "links", days=-1))
+    assert stores_in(tmp_path / "cache")

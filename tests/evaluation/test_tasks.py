@@ -104,6 +104,19 @@ def test_a_prompt_of_somebody_else_s_task_cannot_fill_the_memory(prompt, tmp_pat
         ),
         ({"metric": "judge", "judge": {"prompt": "{{ first }}{{ second }}", "scale": [1]}}, "judge.scale"),
         ({"metric": "judge", "judge": {"url": "http://evil"}}, "judge"),
+        *(
+            ({"metric": "judge", "judge": {"prompt": "{{ first }}{{ second }}", "settings": {name: value}}}, "settings")
+            for name, value in (
+                ("tools", [{"type": "web_search"}]),
+                ("model", "another"),
+                ("messages", []),
+                ("stream", True),
+                ("user", "x"),
+                ("store", "true"),
+                ("extra_headers", {"a": "b"}),
+                ("temperature", [1]),
+            )
+        ),
         ({"only": {"image": "7.png"}}, "holds no rows"),
         ({"rows": "data"}, "rows.jsonl"),
         (

@@ -81,9 +81,14 @@ def prune(root: str | Path, days: float | None = None, max_gb: float | None = No
         max_gb: See above; None for no such limit.
 
     Raises:
-        UserError: As `stores_in`.
+        UserError: As `stores_in`, or a store is a link to somewhere else.
     """
     kept = stores_in(root)
+    for each in kept:
+        if each.store.folder.is_symlink():
+            raise UserError(
+                f"cache: {str(each.store.folder)!r} is a link, and what lies behind it is not removed: remove the link."
+            )
     for each in [each for each in kept if days is not None and time.time() - each.used > days * DAY]:
         if sentence := _remove(each, f"no run opened it for {days:g} days"):
             kept.remove(each)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
 from ..base.assets import list_tasks, task_path
 from ..base.errors import UserError
@@ -58,6 +58,13 @@ class Join(RecipeModel):
     """The other's columns go into one column of this name (`gpt4` → `gpt4.text`); unset: beside the row's own."""
 
 
+# What a benchmark's file may say to the judge's server: how it answers, and no tool, file or account there.
+JUDGE_SETTINGS = (
+    *("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "presence_penalty"),
+    *("frequency_penalty", "reasoning_effort"),
+)
+
+
 class Judging(RecipeModel):
     """How a judge is asked of an answer; who judges, and where, is said by the command alone."""
 
@@ -72,7 +79,15 @@ class Judging(RecipeModel):
     scale: list[float] = Field(default=[1, 10], min_length=2, max_length=2)
     """Lowest and highest score."""
     settings: dict[str, Any] = Field(default_factory=lambda: {"temperature": 0.2, "max_tokens": 1024})
-    """For the judge's server."""
+    """For the judge's server, of `JUDGE_SETTINGS`."""
+
+    @field_validator("settings")
+    @classmethod
+    def _of_the_list(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for name, value in settings.items():
+            if name not in JUDGE_SETTINGS or isinstance(value, bool) or not isinstance(value, int | float | str | None):
+                raise ValueError(f"{name} is no setting of a judge's answer; they are {', '.join(JUDGE_SETTINGS)}")
+        return settings
 
 
 class Layout(RecipeModel):
