@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch
 from support.bundles import snapshot
 from vlm_sft.base.errors import UserError
 from vlm_sft.model.freeze import part_modules
-from vlm_sft.training.watch import ROW_IDS, Losses, WatchedCollator, dead_worker
+from vlm_sft.training.watch import ROW_IDS, Losses, WatchedCollator, dead_worker, gone_workers
 
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
@@ -174,3 +176,14 @@ def test_a_worker_that_is_killed_names_its_rows(make_trainer):
     trainer.data_collator = Deadly(trainer.data_collator)
     with pytest.raises(UserError, match=r"died in a batch of row captions/5 \(.*4\.png\); if memory ran out"):
         trainer.train()
+
+
+def test_a_worker_whose_death_was_said_to_nobody_is_found(tmp_path):
+    assert gone_workers(tmp_path) == ""
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    child.start()
+    (tmp_path / str(child.pid)).write_text("row 图/5", encoding="utf-8")
+    assert gone_workers(tmp_path) == ""
+    child.kill()
+    child.join()
+    assert "row 图/5" in (dead_worker(gone_workers(tmp_path), tmp_path) or "")

@@ -38,7 +38,7 @@ from ..model.sharding import gather, repeated_layers
 from ..stack.lora import add_adapter
 from .checkpointing import SavePoints
 from .meters import Meters, RowsMet, exact, ledgers_of
-from .watch import ROW_IDS, Collator, Watch, dead_worker
+from .watch import ROW_IDS, Collator, Watch, dead_worker, gone_workers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -158,9 +158,11 @@ class VLMSFTTrainer(GroupsByLength, UsesPrefix, SFTTrainer):
             try:
                 try:
                     return super().train(*args, **kwargs)
-                except ConnectionError:
-                    # What a dead worker sent cannot be read; torch says so when the signal of its death comes.
+                except ConnectionError as error:
+                    # What a dead worker sent cannot be read; torch says so when the signal of its death comes, once.
                     time.sleep(5)
+                    if gone := gone_workers(Path(self._notes)):
+                        raise RuntimeError(gone) from error
                     raise
             except RuntimeError as error:
                 if sentence := dead_worker(str(error), Path(self._notes)):

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -311,3 +312,10 @@ def dead_worker(message: str, notes: Path) -> str | None:
         f"A data-loader worker died {where}; if memory ran out, "
         f"use fewer workers (sft.dataloader_num_workers), smaller images or a smaller batch, and go on with --resume."
     )
+
+
+def gone_workers(notes: Path) -> str:
+    """What torch would say of the workers that wrote notes and live no longer; "" where there are none."""
+    alive = {str(child.pid) for child in active_children()}
+    gone = sorted(file.name for file in notes.iterdir() if file.name not in alive)
+    return f"DataLoader worker (pid(s) {', '.join(gone)}) exited unexpectedly" if gone else ""
