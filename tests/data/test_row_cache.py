@@ -83,7 +83,7 @@ def test_an_edit_of_the_code_that_makes_rows_reads_them_anew(tmp_path, passes, f
 
 
 def test_the_rooms_whose_code_makes_rows_are_those_that_reading_a_source_loads():
-    """Every module of ours that `data.source` imports, in turn, and that is not of `base` or `spoken`, which know no rows."""
+    """Every module of ours that `data.source` imports, in turn, but for `base` and `spoken`, which know no rows."""
     found, new = set(), [sys.modules["vlm_sft.data.source"]]
     while new:
         found.add(module := new.pop())
