@@ -67,7 +67,7 @@ def test_a_memory_that_holds_no_more_is_one_sentence(make_trainer, photos, monke
 @pytest.mark.slow
 def test_a_cache_stands_in_for_the_tower(recipe_file, caption_file, tmp_path):
     from vlm_sft import load_recipe
-    from vlm_sft.during.samples import read_samples
+    from vlm_sft.during.run_log import read_lines
     from vlm_sft.train import train
 
     source = {"path": caption_file, "format": "caption"}
@@ -76,5 +76,5 @@ def test_a_cache_stands_in_for_the_tower(recipe_file, caption_file, tmp_path):
         data = {"train": [source], "eval": [source]}
         recipe = recipe_file(name, chat_template="ziya", data=data, generation={"max_new_tokens": 4}, **more)
         folder = train(load_recipe(recipe, ["sft.eval_strategy=steps", "sft.eval_steps=1"]))
-        answers.append([(row["step"], row["id"], row["answer"]) for row in read_samples(folder / "samples.jsonl")])
+        answers.append([(row["step"], row["id"], row["answer"]) for row in read_lines(folder / "samples.jsonl")])
     assert answers[0] == answers[1] and len(answers[0]) == 12

@@ -8,7 +8,8 @@ from vlm_sft import load_recipe
 from vlm_sft.base.console import make_console, say
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.base.names import SAMPLES
-from vlm_sft.during.samples import Samples, in_words, read_samples
+from vlm_sft.during.run_log import read_lines
+from vlm_sft.during.samples import Samples, in_words
 from vlm_sft.inference.confidence import Said
 
 
@@ -49,7 +50,7 @@ def test_answers_stand_in_the_log_and_in_the_file(samples):
     made.ask(Pupil(Said("一只猫"), RowError("row x: the image is damaged")), 20)
     assert len(said) == 1 and said[0].startswith("Step 20, answers to 2 rows:\n") and "→ 一只猫 (right: " in said[0]
     assert "not asked: row x: the image is damaged" in said[0]
-    first, second = read_samples(made.file)
+    first, second = read_lines(made.file)
     assert first["answer"] == "一只猫" and first["step"] == 20 and second["error"] == "row x: the image is damaged"
     assert made.file.name == SAMPLES and "\\u" not in made.file.read_text(encoding="utf-8")
 
@@ -66,7 +67,7 @@ def test_a_terminal_obeys_nothing_that_a_row_or_an_answer_says(samples, capsys):
 def test_half_a_character_can_be_written_down(samples):
     made, _ = samples
     made.ask(Pupil(Said("a\ud83d"), Said("")), 1)
-    assert [row["answer"] for row in read_samples(made.file)] == ["a\ud83d", ""]
+    assert [row["answer"] for row in read_lines(made.file)] == ["a\ud83d", ""]
 
 
 def test_a_model_that_cannot_answer_is_asked_once(samples):
@@ -74,10 +75,10 @@ def test_a_model_that_cannot_answer_is_asked_once(samples):
     made.ask(Pupil(UserError("the model cannot answer with these settings of `generation`: no")), 1)
     made.ask(Pupil(Said("a"), Said("b")), 2)
     assert len(said) == 1 and said[0].startswith("No answers are shown while this run goes on: the model cannot")
-    assert read_samples(made.file) == []
+    assert read_lines(made.file) == []
 
 
 def test_lines_that_are_none_are_passed_over(tmp_path):
     path = tmp_path / SAMPLES
     path.write_text('{"step": 1, "id": "a"}\n[]\n{"step": "x"}\n\n{"step": 2, "i')
-    assert read_samples(path) == [{"step": 1, "id": "a"}] and read_samples(tmp_path / "gone") == []
+    assert read_lines(path) == [{"step": 1, "id": "a"}] and read_lines(tmp_path / "gone") == []

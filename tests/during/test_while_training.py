@@ -10,7 +10,7 @@ from support.bundles import log
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.during import own_rows
-from vlm_sft.during.samples import read_samples
+from vlm_sft.during.run_log import read_lines
 from vlm_sft.during.while_training import WhileTraining
 from vlm_sft.metrics.intervals import mean_of
 from vlm_sft.metrics.measures import Measured
@@ -46,7 +46,7 @@ def test_a_run_that_is_asked_is_bit_for_bit_the_run_that_is_not(asked_recipe):
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
     assert not (bare / "samples.jsonl").exists()
-    samples = read_samples(asked / "samples.jsonl")
+    samples = read_lines(asked / "samples.jsonl")
     assert [row["step"] for row in samples] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     ids = [row["id"] for row in samples]
     assert ids == ids[:3] * 4 and len(set(ids)) == 3
@@ -81,7 +81,7 @@ def test_a_run_that_goes_on_keeps_the_answers_so_far_and_forgets_later_ones(aske
     with (folder / "samples.jsonl").open("a") as file:
         file.write(json.dumps(lost) + '\n{"step": 3, "id"')
     train(asked_recipe(steps=3, samples=2), resume=True)
-    assert [row["step"] for row in read_samples(folder / "samples.jsonl")] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [row["step"] for row in read_lines(folder / "samples.jsonl")] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_what_a_recipe_asks_for_is_there(asked_recipe):

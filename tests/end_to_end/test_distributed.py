@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from support.paths import ROOT, accelerate_config
 from support.tiny_families import encoded, tiny
 from vlm_sft import load_recipe
-from vlm_sft.during.samples import read_samples
+from vlm_sft.during.run_log import read_lines
 from vlm_sft.train import train
 
 DRIVER = ROOT / "tests" / "support" / "distributed_driver.py"
@@ -117,7 +117,7 @@ def history(folder: Path, key: str) -> list[float]:
 
 def answers(folder: Path) -> list[tuple[str, str]]:
     """What the rows that a run shows were answered before its first step."""
-    return [(record["id"], record["answer"]) for record in read_samples(folder / "samples.jsonl") if not record["step"]]
+    return [(record["id"], record["answer"]) for record in read_lines(folder / "samples.jsonl") if not record["step"]]
 
 
 def assert_same_run(one: Path, two: Path) -> None:

@@ -125,7 +125,7 @@ def _dump(line: dict[str, Any]) -> bytes:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a history, the half of one that a kill left not among them."""
+    """Lines of a history or of samples, in order; the half of one that a kill left is not among them."""
     found = []
     try:
         text = read_bytes(path)
@@ -134,7 +134,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in text.split(b"\n"):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             found.append(entry)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.errors import RowError, UserError
 from ..base.names import SAMPLES
-from ..base.whole_files import read_bytes, write_whole
+from ..base.whole_files import write_whole
 from ..base.words import one_line, reason_of
 from ..evaluation.evaluate import records_of
 from ..evaluation.scoring import Answers, Question, merge
 from ..metrics.exact_match import exact_match
 from .in_training import InTraining
 from .own_rows import draw, row_of
+from .run_log import read_lines
 from .trackers import show_in_trackers
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Samples:
     def begin(self, pupil: InTraining, step: int) -> None:
         """Before the first step: what the model says; where a run goes on, what was said later is forgotten."""
         if pupil.trainer.is_world_process_zero() and self.drawn:
-            kept = [record for record in read_samples(self.file) if record["step"] <= step] if step else []
+            kept = [record for record in read_lines(self.file) if record["step"] <= step] if step else []
             self._write(kept)
         if not step:
             self.ask(pupil, step)
@@ -74,7 +75,7 @@ class Samples:
         scores = [float(exact_match(text, question.references)) for text, question in pairs]
         told = records_of(Answers(None, "exact_match", self.questions, answers, scores))
         records = [{"step": step, **_short(record)} for record, _ in told]
-        self._write([*read_samples(self.file), *records])
+        self._write([*read_lines(self.file), *records])
         self.say("\n".join([f"Step {step:,}, answers to {len(records)} rows:", *map(in_words, records)]))
         images = [question.images for question in self.questions]
         show_in_trackers(pupil.trainer.callback_handler.callbacks, records, images, step, self._first, self.say)
@@ -104,20 +105,3 @@ def in_words(record: dict[str, Any]) -> str:
 def _cut(text: str) -> str:
     text = one_line(text)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """What a run answered, in the order of its steps; a line that a kill cut off is left out."""
-    found = []
-    try:
-        lines = read_bytes(path).split(b"\n")
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append(record)
-    return found

@@ -62,7 +62,8 @@ class VLEForTask(VLEPreTrainedModel):
         """Runs encoder and head.
 
         Args:
-            input_ids: As `VLEModel.forward`, like all but the next one.
+            input_ids: As `VLEModel.forward`, like all but the next one; (B, C, L) for choices, and so the mask. Boxes
+                are those of the B·C choices then, of a row's behind each other.
             labels: What is right, as the class says; None for no loss.
             pixel_values: As above.
             attention_mask: As above.
@@ -70,12 +71,13 @@ class VLEForTask(VLEPreTrainedModel):
             image_features: As above.
             **kwargs: Nothing else is read.
         """
-        return self._said(self.vle(input_ids, pixel_values, attention_mask, boxes, image_features), labels)
-
-    def _said(
-        self, output: VLEOutput, labels: torch.Tensor | None, choices: int | None = None
-    ) -> SequenceClassifierOutput:
-        logits = self.read(output) if choices is None else self.read(output).view(-1, choices)
+        if choices := input_ids.shape[1] if input_ids.dim() == 3 else None:  # the features are made once for all
+            features = self.vle.get_image_features(pixel_values) if image_features is None else image_features
+            pixel_values, image_features = None, features.repeat_interleave(choices, dim=0)
+            input_ids = input_ids.flatten(0, 1)
+            attention_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+        logits = self.read(self.vle(input_ids, pixel_values, attention_mask, boxes, image_features))
+        logits = logits.view(-1, choices) if choices else logits
         return SequenceClassifierOutput(
             loss=None if labels is None else self.loss(logits, labels.to(logits.device)), logits=logits
         )
@@ -139,34 +141,6 @@ class _VLEForChoice(VLEForTask):
     @staticmethod
     def make_head(config: VLEConfig) -> nn.Module:
         return _classifier(2 * config.hidden_size, 1)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        boxes: Boxes | None = None,
-        image_features: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Runs the encoder on every choice, with the image's features made once.
-
-        Args:
-            input_ids: (B, C, L).
-            labels: (B,).
-            pixel_values: (B, 3, H, W).
-            attention_mask: (B, C, L).
-            boxes: Of the B·C choices, those of a row behind each other.
-            image_features: (B, 1 + P, V), in place of pixels.
-            **kwargs: Nothing else is read.
-        """
-        choices = input_ids.shape[1]
-        features = self.vle.get_image_features(pixel_values) if image_features is None else image_features
-        mask = None if attention_mask is None else attention_mask.flatten(0, 1)
-        features = features.repeat_interleave(choices, dim=0)
-        output = self.vle(input_ids.flatten(0, 1), attention_mask=mask, boxes=boxes, image_features=features)
-        return self._said(output, labels, choices)
 
 
 class VLEForVCRQ2A(_VLEForChoice):
