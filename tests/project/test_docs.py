@@ -452,7 +452,7 @@ TOUR.append("vlm_sft/training/trainer.py")
 
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
 def test_the_readmes_are_read_in_two_minutes(page):
-    assert len(read(page).encode()) <= 7 * 1024
+    assert len(read(page).encode()) <= 6_450  # about 6 KB; what would be more stands in docs/
 
 
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
