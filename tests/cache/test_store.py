@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,6 +77,36 @@ def test_two_writers_have_files_of_their_own(tmp_path):
     other.add([b"o" * 16], torch.zeros(1, 2, 3))
     assert len(list((tmp_path / "stack").glob("*.features"))) == 2
     assert len(Store(tmp_path / "stack", {}, (2, 3))) == 5
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from vlm_sft.cache.store import Store
+store = Store(Path(sys.argv[1]), {"what": "猫"}, (16, 64))
+for n in range(100_000):
+    store.add([n.to_bytes(16, "little")], torch.full((1, 16, 64), float(n)))
+    print(n, flush=True)
+"""
+
+
+def test_a_writer_that_is_killed_loses_nothing_that_it_had_written_and_another_goes_on(tmp_path):
+    folder, written = tmp_path / "stack", 0
+    for turn in (400, 700):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, folder], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        for line in writer.stdout:
+            if (written := int(line)) >= turn:
+                writer.kill()
+                break
+        writer.communicate()
+        store = Store(folder)
+        # The last may stand there too, whole, without having been said.
+        assert len(store) >= written + 1
+        found = [store.get(key) for key in store.known]
+        wanted = [torch.full((16, 64), float(int.from_bytes(key, "little"))) for key in store.known]
+        assert store.damaged == 0 and all(map(torch.equal, found, wanted))
+    assert len(list(folder.glob("*.index"))) == 2
 
 
 def test_no_more_is_kept_than_the_limit(tmp_path):

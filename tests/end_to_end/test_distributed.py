@@ -147,17 +147,24 @@ def test_fsdp2_makes_what_one_process_makes(write, write_model, alone, tmp_path)
     # Idefics3: as many crops as an image is large.
     names = os.environ.get("VLM_SFT_FAMILIES", "qwen2_5_vl idefics3").split()  # of benchmarks/families.py
     plain: dict = {"train": {"projector": 1e-2}}
+    kept = {"path": str(tmp_path / "features")}
     kinds = {name: plain if name == "qwen2_5_vl" else {**plain, "lora": {"r": 4}} for name in names}
     recipes = [
         *(write_model(f"{kind}_two", 1, kind, **changes) for kind, changes in kinds.items()),
         write("fsdp2", 1, {"save_strategy": "steps", "save_steps": 3}),
         # Nothing of the image path is trained, but the process with text must still lend its share of the tower.
         write("adapter", 1, {"max_steps": 2}, train={}),
+        write("kept", 1, {"save_strategy": "steps", "save_steps": 3}, cache=kept),
+        write("kept_on", 1, {"resume_from_checkpoint": str(tmp_path / "kept" / "checkpoint-3")}, cache=kept),
         write("resumed", 1, {"resume_from_checkpoint": str(tmp_path / "fsdp2" / "checkpoint-3")}),
     ]
     done = launch(on_cpu("fsdp2", tmp_path), [str(DRIVER), *map(str, recipes)])
     assert done.returncode == 0, done.stderr
     assert_same_run(alone, tmp_path / "fsdp2")
+    # No process holds a share of tower and resampler, whose features both processes write.
+    assert_same_run(alone, tmp_path / "kept")
+    assert_same_run(tmp_path / "kept", tmp_path / "kept_on")
+    assert len(list(tmp_path.glob("features/*/*.index"))) >= 1
     for kind, changes in kinds.items():
         one = train(load_recipe(write_model(f"{kind}_one", 2, kind, **changes)))
         assert_same_run(one, tmp_path / f"{kind}_two")

@@ -19,13 +19,14 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..batch.collator import MultimodalCollator
-from ..model.configuration import VLMConfig, image_size_of
+from ..model.configuration import VLMConfig
 from ..model.parts import empty_part
-from ..model.towers import resample, see
+from ..model.towers import keep_all_patches, resample, see
 from ..pieces.fingerprints import names_of
 from ..pieces.load_parts import load_resampler, load_vision_tower
 from ..recipe.libraries import computes_in
 from ..stack.build_stack import build_empty_stack
+from ..stack.compose import check_image_size
 from ..stack.fit import count_features
 from ..stack.lora import lora_config
 from ..stack.precision import dtype_of
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
 CACHE_KEYS = "cache_keys"  # of a batch: for each picture its key, what is new of its file, and whether it is kept
 FEATURES, PIXELS = "image_features", "pixel_values"
 AT_ONCE = 16  # pictures that go through a tower together on a GPU; fewer are filled up, so that all are computed alike
-FORMAT = 1
-# What decides over a picture on its way into the tower, of a collator of one's own.
-DECIDING = ("__call__", "encode", "decode", "collate")
+FORMAT = 2  # 1 kept what ViT-MAE gives of patches drawn at random
+# All that a collator of one's own may say without touching a picture on its way into the tower.
+HARMLESS = {"__init__", "render"}
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 
 
@@ -72,20 +73,27 @@ def find_prefix(
         )
     if composed.pieces["vision_tower"].trusts_code:
         return (), f"{off} brings code of its own, which may look at more than the picture."
-    if own := [n for n in DECIDING if getattr(type(collator), n) is not getattr(MultimodalCollator, n)]:
-        kind = type(collator).__name__
-        return (
-            (),
-            f"{where}: the cache is off: {kind} has its own `{own[0]}`, which may change pictures (augmentation).",
-        )
-    if full := [key for key in ("bf16_full_eval", "fp16_full_eval") if recipe.sft.get(key)]:
-        return (), f"{where}: the cache is off: `sft.{full[0]}` evaluates in another type than is trained in."
+    if own := _changes_pictures(collator):
+        return (), f"{where}: the cache is off: {own}, which may change pictures (augmentation)."
     resampler = recipe.stack.resampler
     if resampler is None or "resampler" in recipe.train or "resampler" in changed:
         return ("vision_tower",), ""
     if resampler.type == "instruct_qformer":
         return ("vision_tower",), f"{where}: the resampler reads the instruction, so the tower's features are kept."
     return ("vision_tower", "resampler"), ""
+
+
+def _changes_pictures(collator: MultimodalCollator) -> str | None:
+    """What of a collator may give a picture other pixels each time, or None: ours are all made by one rule."""
+    kind, images = type(collator), collator.processor.image_processor
+    for name, ours in vars(MultimodalCollator).items():
+        if callable(ours) and name not in HARMLESS and (getattr(kind, name) is not ours or name in vars(collator)):
+            return f"{kind.__name__} has its own `{name}`"
+    if type(images).__module__.partition(".")[0] not in ("transformers", __name__.partition(".")[0]):
+        return f"{kind.__name__} has an image processor of its own, {type(images).__name__}"
+    if own := sorted({"__call__", "preprocess", "_preprocess"} & set(vars(images))):
+        return f"the image processor has its own `{own[0]}`"
+    return None
 
 
 def _adapted(recipe: Recipe, composed: Composed) -> set[str]:
@@ -174,7 +182,9 @@ class Prefix:
         self.config = config
         self.shape: tuple[int, int] = (config.num_query_tokens, config.projector_widths[0])
         if "resampler" not in parts:
-            self.shape = (count_features(config, *image_size_of(config.tower)), config.tower_width)
+            # The size that pictures are given, which is not always the one that a tower was made for (DINOv2).
+            size = check_image_size(config, composed.processor, composed.pieces["vision_tower"].pretrained)
+            self.shape = (count_features(config, *size), config.tower_width)
         about = self._about(collator)
         name = digest(json.dumps(about, sort_keys=True).encode()).hex()
         self.store = Store(self.root / name, about, self.shape, recipe.cache.max_gb)
@@ -216,6 +226,7 @@ class Prefix:
             pieces = self.composed.pieces
             with torch.random.fork_rng():  # whether it is loaded must not change what is drawn later
                 tower = load_vision_tower(pieces["vision_tower"], dtype_of(self.recipe, "vision_tower"))
+                tower = keep_all_patches(tower)
                 resampler = load_resampler(pieces["resampler"]) if "resampler" in self.parts else None
             self._modules = [tower, resampler]
         for module in self._modules:

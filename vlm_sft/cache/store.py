@@ -163,6 +163,7 @@ class Store:
             return
         try:
             self._begin(features)
+            assert features.shape[1:] == self.shape, f"features of {features.shape[1:]} are none of {self.shape}"
             assert self._writer is not None and self._shard is not None
             rows = features[fresh].to(self.dtype).contiguous().cpu().view(torch.uint8).reshape(len(fresh), -1).numpy()
             if self.max_gb is not None and size_of(self.folder.parent) + rows.nbytes > self.max_gb * GB:
