@@ -17,7 +17,14 @@ from .base.console import make_console, say, tell
 from .base.errors import UserError, exit_on_user_error, first_to_say
 from .base.interrupts import Interrupts
 from .base.names import CURVES, METRICS
-from .base.processes import hold_folder, leave_process_group, let_threads_sleep, on_first_process
+from .base.processes import (
+    SPLITTING,
+    hold_folder,
+    leave_process_group,
+    let_threads_sleep,
+    on_first_process,
+    refuse_split_rows,
+)
 from .base.whole_files import write_json
 from .spoken.catalogue import translated
 
@@ -151,8 +158,10 @@ def check_processes(args: SFTConfig) -> None:
 
     Raises:
         UserError: The launcher started several processes, but there is one to train with; or none was used where there
-            are several GPUs, of which torch would make one with `DataParallel`.
+            are several GPUs, of which torch would make one with `DataParallel`; or they would share single rows out.
     """
+    said = {name: os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}") for name in SPLITTING}
+    refuse_split_rows(said, "parallelism_config of `accelerate launch`")
     if args.n_gpu > 1:
         raise UserError(
             f"There are {args.n_gpu} GPUs but no launcher, so one process would share its batches out; use `accelerate "

@@ -213,6 +213,17 @@ def test_processes_that_do_not_find_each_other(refused, recipe_file, monkeypatch
     )
 
 
+@pytest.mark.parametrize("name", ["cp_size", "sp_size", "tp_size"])
+def test_processes_that_would_share_a_row_out(refused, recipe_file, monkeypatch, name):
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "2")  # as `accelerate launch` does of its config file
+    said = refused(recipe_file())
+    assert said.startswith(f"error: parallelism_config of `accelerate launch`: {name} is 2, but ")
+    assert "is not supported, because image tokens and image features would be cut apart; leave it out" in said
+    monkeypatch.delenv(f"PARALLELISM_CONFIG_{name.upper()}")
+    said = refused(recipe_file(), f"sft.parallelism_config.{name}=4")
+    assert "what the processes share out is told to `accelerate launch --config_file`" in said
+
+
 @pytest.mark.slow
 def test_more_processes_than_rows(recipe_file, data):
     done = launch_two(

@@ -107,3 +107,12 @@ def test_what_is_shared_out():
 def test_other_files_are_refused(keys, sentence, config):
     with pytest.raises(UserError, match=sentence):
         read_launch(config(**keys))
+
+
+@pytest.mark.parametrize("name", ["cp_size", "sp_size", "tp_size"])
+def test_a_config_that_shares_single_rows_out_is_refused(config, name):
+    keys = {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 2}}
+    split = {"parallelism_config_dp_shard_size": 2, f"parallelism_config_{name}": 2}
+    with pytest.raises(UserError, match=rf"accelerate.yaml: parallelism_config: {name} is 2, but .* not supported"):
+        read_launch(config(**keys, parallelism_config=split))
+    assert read_launch(config(**keys, parallelism_config={**split, f"parallelism_config_{name}": 1})).kind == "FSDP"

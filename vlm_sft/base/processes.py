@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 Found = TypeVar("Found")
+# What accelerate's parallelism_config may share out beside whole rows.
+SPLITTING = {"cp_size": "context parallelism", "sp_size": "sequence parallelism", "tp_size": "tensor parallelism"}
 BEAT = 10.0  # seconds between two touches
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart, where containers have host names of their own
 
@@ -31,6 +33,25 @@ def let_threads_sleep() -> None:
     loaded: to be called by the commands before, never on import.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def refuse_split_rows(sizes: Mapping[str, Any], where: str) -> None:
+    """Refuses what shares one row, or one layer, out over processes: a row's pictures would stay whole on each of them.
+
+    Args:
+        sizes: How many processes share, by the names that accelerate has for it (`cp_size`); as numbers or text.
+        where: Who says so, for the sentence.
+
+    Raises:
+        UserError: One is not 1.
+    """
+    for name, what in SPLITTING.items():
+        if (size := str(sizes.get(name) or 1)) != "1":
+            raise UserError(
+                f"{where}: {name} is {size}, but {what} is not supported, because image tokens and image features "
+                f"would be cut apart; leave it out: for long rows take FSDP2 (accelerate_configs/fsdp2.yaml) with "
+                f"sft.activation_checkpointing: true, fewer frames or smaller images."
+            )
 
 
 def one_process_first(work: Callable[[], Found]) -> Found:

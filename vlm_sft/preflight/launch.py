@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..base.errors import UserError
+from ..base.processes import refuse_split_rows
 from ..base.whole_files import read_text
 from ..base.words import reason_of
 
@@ -77,6 +78,9 @@ def _from_file(path: Path) -> Launch:
     if not isinstance(config, dict) or "distributed_type" not in config:
         what = "it has no distributed_type; `accelerate config` writes such files."
         raise UserError(f"--accelerate-config {path}: {what}")
+    if isinstance(split := config.get("parallelism_config"), dict):
+        sizes = {name.removeprefix("parallelism_config_"): size for name, size in split.items()}
+        refuse_split_rows(sizes, f"--accelerate-config {path}: parallelism_config")
     kind = str(config["distributed_type"]).upper()
     processes = config.get("num_processes", 1)
     if not isinstance(processes, int) or processes < 1:

@@ -108,7 +108,6 @@ SFT = PassedOn(
         "hub_revision": "a place on the Hub",
         "resume_from_checkpoint": "a folder",
         "accelerator_config": "a file",
-        "parallelism_config": "other processes",
         "fsdp_config": "a file",
         "torch_compile_backend": "code",
     },
@@ -131,6 +130,7 @@ SFT = PassedOn(
         "remove_unused_columns": "the collator needs the columns `messages` and `images`",
         "fsdp": _SHARED,
         "deepspeed": _SHARED,
+        "parallelism_config": _SHARED,
     },
 )
 
