@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base.errors import RowError, UserError
-from ..base.names import SAMPLES
+from ..base.names import SAMPLES, Record
 from ..base.whole_files import write_whole
 from ..base.words import one_line, reason_of
 from ..evaluation.evaluate import records_of
@@ -81,7 +81,7 @@ class Samples:
         show_in_trackers(pupil.trainer.callback_handler.callbacks, records, images, step, self._first, self.say)
         self._first = False
 
-    def _write(self, records: Sequence[dict[str, Any]]) -> None:
+    def _write(self, records: Sequence[Record]) -> None:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
             write_whole(self.file, "".join(lines).encode("utf-8", "backslashreplace"))
@@ -89,12 +89,12 @@ class Samples:
             self.say(f"{self.file} cannot be written ({reason_of(error)}): these answers stand in the log alone.")
 
 
-def _short(record: dict[str, Any]) -> dict[str, Any]:
+def _short(record: Record) -> Record:
     keys = ("id", "images", "question", "answers", "answer", "score", "error")
     return {key: record[key] for key in keys if key in record}
 
 
-def in_words(record: dict[str, Any]) -> str:
+def in_words(record: Record) -> str:
     """One answer as a line of a log."""
     if "error" in record:
         return f"  {record['id']}: not asked: {_cut(record['error'])}"

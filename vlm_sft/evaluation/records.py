@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
-from ..base.names import MANIFEST
+from ..base.names import MANIFEST, Json, Record, Values
 from ..base.whole_files import file_digest, read_bytes, write_whole
 from ..base.words import reason_of
 from ..metrics.measures import MEASURES, Answered, Measured
 from ..pages.records import read_records
-from .asking import Record
 from .task_rows import Asked
 from .tasks import Task
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-def fingerprint(bundle: Path, asked: Sequence[Asked], how: Mapping[str, Any]) -> str:
+def fingerprint(bundle: Path, asked: Sequence[Asked], how: Values) -> str:
     """What decides over the records: the bundle's weights, every question with its answers, and how it is asked."""
     digest = hashlib.sha256(json.dumps([FORMAT, how], sort_keys=True, default=str).encode())
     for path in (bundle / MANIFEST, *sorted(bundle.glob("*.safetensors"))):
@@ -60,7 +59,7 @@ class Records:
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(f"{escape(self.name)}.{self.mark[:12]}.part-*.jsonl"))
 
-    def finished(self) -> dict[str, Any]:
+    def finished(self) -> Json:
         """What was found when the same was asked before; nothing where it was not, or not all of it."""
         try:
             found = json.loads(read_bytes(self.summary))
@@ -109,7 +108,7 @@ class Records:
         found = {record["id"]: record for record in self._answered()}
         return [found[number] for number in order]
 
-    def finish(self, records: Sequence[Record], summary: dict[str, Any]) -> None:
+    def finish(self, records: Sequence[Record], summary: Json) -> None:
         """Writes the records in order and what was found, and takes the parts away."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +197,7 @@ def totals_of(measured: Measured) -> dict[str, dict[str, float]]:
     return found
 
 
-def by_kind(task: Task, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+def by_kind(task: Task, records: Sequence[Record]) -> dict[str, Json]:
     """How many questions of each kind there are, the first score of it with its interval, and all `scores`."""
     kinds: dict[str, list[Record]] = {}
     for record in records:
@@ -213,7 +212,7 @@ def by_kind(task: Task, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def print_table(found: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+def print_table(found: Mapping[str, Values], console: Console) -> None:
     """Prints every score of benchmarks with its interval and that without pictures."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
