@@ -181,6 +181,11 @@ def test_a_task_of_ones_own_and_what_is_asked_again(bundle, own, tmp_path, monke
     assert records[0]["images"] == [str(tmp_path / "0.png")] and first["kinds"].keys() == {"0.png", "1.png"}
     monkeypatch.setattr(asking, "load", lambda *more, **options: pytest.fail("it is answered already"))
     assert run(str(bundle), [path], how=How(batch_size=3), compare=False)["dogs"] == first
+    # Scores that somebody wrote beside the answers are not believed: they are made of the answers.
+    summary = bundle / "evaluation" / "dogs.json"
+    summary.write_text(json.dumps({**first, "scores": {"\x1b]52;c;aGk=\x07": 10**400}, "kinds": [], "questions": None}))
+    assert run(str(bundle), [path], how=How(batch_size=3), compare=False)["dogs"] == first
+    assert json.loads(summary.read_text(encoding="utf-8")) == first
     with pytest.raises(pytest.fail.Exception):  # another setting is another evaluation
         run(str(bundle), [path], options={"max_new_tokens": 3}, compare=False)
 

@@ -8,7 +8,7 @@ import pytest
 from support.benchmarks import PUBLISHED, document, inside, parquet
 from vlm_sft.base.errors import UserError
 from vlm_sft.evaluation.benchmark import read_benchmarks
-from vlm_sft.evaluation.task_files import at, place_of
+from vlm_sft.evaluation.task_files import at, literal, place_of
 from vlm_sft.evaluation.tasks import load_task
 
 
@@ -67,3 +67,18 @@ def test_columns_are_found_in_objects_and_lists():
     row = {"a": {"b": [{"c": 1}, {}]}, "a.b": 5, "text": "['x', 'y']"}
     assert at(row, "a.b") == 5 and at(row, "a.b[].c") == [1, None]
     assert at(row, "text[]") == ["x", "y"] and at(row, "gone.b") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{[]}", "{[]: 1}", "{(1, 2): 3}", "[{(1, 2): 3}]", "{1, 2}", "[{1}]", "b'x'", "[b'x']", "[...]", "1j", "[1j]",
+     "-" * 90_000 + "1", "[" * 50_000, "1" + "+1" * 40_000, "9" * 50_000, "x if y else " * 8000 + "1", "\0",
+     "'\\ud800"],
+    ids=range(18),
+)  # fmt: skip
+def test_what_no_row_holds_stays_the_text_that_it_is(text):
+    assert literal(text) == text
+
+
+def test_lists_that_were_written_as_text_are_lists():
+    assert literal("['猫', \"dog's\", 3, None, 1.5, ['x'], {'a': 1}]") == ["猫", "dog's", 3, None, 1.5, ["x"], {"a": 1}]

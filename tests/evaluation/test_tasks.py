@@ -76,6 +76,12 @@ def test_a_prompt_of_somebody_else_s_task_cannot_fill_the_memory(prompt, tmp_pat
         ({"files": ["../*.jsonl"]}, 'jsonl" leads elsewhere'),
         ({"files": ["/home/*/*.json"]}, 'json" leads elsewhere'),
         ({"layouts": [{"join": {"files": ["a/../../b.csv"], "on": "a", "key": "b"}}]}, 'b.csv" leads elsewhere'),
+        *(
+            ({"files": [pattern]}, r'line \d+: ".*" is no name or pattern of files; write one like')
+            for pattern in ("**", "**/*.json", "a**", "", ".", "*/" * 11 + "x", "x" * 300)
+        ),
+        ({"path": "x" * 300}, r'line \d+: "x+..." is no name or pattern of files'),
+        ({"hub": {"path": "x" * 300}}, "is no data set of the Hub"),
         ({"hub": {"path": "/home/me"}}, '"/home/me" is no data set of the Hub; write name/data-set'),
         ({"hub": {"path": "../data"}}, "is no data set of the Hub"),
         ({"hub": {"path": "hf://datasets/a/b"}}, "is no data set of the Hub"),

@@ -123,3 +123,25 @@ def test_the_histogram_is_a_picture(tmp_path):
     scores = [Score(str(i), (i % 17) / 17, None) for i in range(100)]
     with Image.open(draw_histogram(scores, tmp_path / "h.png", 0.4, "clip")) as picture:
         assert picture.size[0] > 600 and len(set(picture.convert("L").getdata())) > 20
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"id": "s/1", "score": "1", "error": null}', '{"id": "s/1", "score": [1], "error": null}',
+     '{"id": "s/1", "score": NaN, "error": null}', '{"id": "s/1", "score": 1e999, "error": null}',
+     '{"id": "s/1", "score": 1' + "0" * 400 + ', "error": null}', '{"id": 1, "score": 1, "error": null}',
+     '{"id": "s/1", "score": 1, "error": 5}', "[" * 100_000, "null", "[]"],
+    ids=range(10),
+)  # fmt: skip
+def test_lines_that_are_no_scores_are_one_sentence(line, tmp_path):
+    path = tmp_path / "scores.jsonl"
+    path.write_text(json.dumps({**ABOUT, "text": "answers"}) + "\n" + line + "\n")
+    with pytest.raises(UserError, match="is not a file of scores: give another name"):
+        score_rows([row(1)], Redness(), path, ABOUT)
+
+
+def test_what_a_file_of_scores_says_of_itself_is_not_repeated_without_end(tmp_path):
+    (tmp_path / "scores.jsonl").write_text(json.dumps({"model": "x" * 100_000}) + "\n")
+    with pytest.raises(UserError, match="belongs to") as caught:
+        score_rows([row(1)], Redness(), tmp_path / "scores.jsonl", ABOUT)
+    assert len(str(caught.value)) < 1500

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -17,7 +17,7 @@ from transformers import set_seed
 from ..base.assets import list_tasks
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError
-from ..base.names import ERROR_PAGE, FORGETTING, Json, Options, Record, Values
+from ..base.names import ERROR_PAGE, FORGETTING
 from ..base.processes import on_first_process, share_work
 from ..base.progress import RowProgress
 from ..bundle.hub import find_bundle, is_fetched
@@ -32,7 +32,7 @@ from ..pages.against import against as put_beside
 from ..pages.against import earlier_answers, not_yet_asked
 from ..pages.errors import write_page
 from ..pages.records import read_records, sheet_of
-from .asking import Asker, How, Loading, share_of
+from .asking import Asker, How, Loading, Record, share_of
 from .contamination import contamination, seen_in_words
 from .pictures import Pictures
 from .records import Records, by_kind, fingerprint, print_table, score, totals_of
@@ -71,13 +71,13 @@ def run(
     how: How | None = None,
     max_rows: int | None = None,
     compare: bool = True,
-    options: Values | None = None,
+    options: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     against: str | None = None,
     judge: Judge | None = None,
     prompt: str | None = None,
     forgetting: Wish = USUAL,
-) -> dict[str, Json]:
+) -> dict[str, dict[str, Any]]:
     """Evaluates a bundle on benchmarks.
 
     Args:
@@ -141,7 +141,7 @@ def _begin() -> None:
 
 def _others_answers(
     other: str, names: Sequence[str], ready: Sequence[Benchmark], folder: Path, told: _Told, trust_remote_code: bool
-) -> dict[str, list[Record]]:
+) -> dict[str, list[dict[str, Any]]]:
     """What another bundle said before; to what it was not asked yet, it is asked now, and its model is gone then."""
     new = not_yet_asked(other, [each.name for each in ready])
     known = [each.name for each in ready if each.name not in new]
@@ -164,12 +164,12 @@ class _Told(NamedTuple):
     """How benchmarks are asked: `run`'s arguments."""
 
     how: How
-    options: Options
+    options: dict[str, Any]
     compare: bool
     judge: Judge | None
 
 
-def _ask_all(ready: Sequence[Benchmark], loading: Loading, target: Path, told: _Told) -> dict[str, Json]:
+def _ask_all(ready: Sequence[Benchmark], loading: Loading, target: Path, told: _Told) -> dict[str, dict[str, Any]]:
     """Asks one bundle, and writes its answers; what was asked before is not asked again."""
     found = {}
     for benchmark in ready:
@@ -177,14 +177,11 @@ def _ask_all(ready: Sequence[Benchmark], loading: Loading, target: Path, told: _
         asked = replace(told.how, settings=settings, options=benchmark.task.options)
         mark = fingerprint(loading.folder, benchmark.asked, _decides(benchmark.task, asked))
         kept = Records(target, benchmark.name, mark)
-        finished = on_first_process(kept.finished)
-        if not finished or benchmark.task.judge is not None:  # a verdict that is there already is not asked for again
-            finished = _evaluate(benchmark, loading, asked, kept, told, finished)
-        found[benchmark.name] = finished
+        found[benchmark.name] = _evaluate(benchmark, loading, asked, kept, told)
     return found
 
 
-def _tell(found: Mapping[str, Values], target: Path) -> None:
+def _tell(found: Mapping[str, Mapping[str, Any]], target: Path) -> None:
     console = make_console(stderr=False, quiet=False, highlight=False, soft_wrap=True)
     print_table(found, console)
     for name, one in found.items():
@@ -198,10 +195,10 @@ def _tell(found: Mapping[str, Values], target: Path) -> None:
 def show_errors(
     bundle: str,
     ready: Sequence[Benchmark],
-    found: Values,
+    found: Mapping[str, Any],
     target: Path,
-    against: tuple[str, Json],
-    tables: Sequence[Values] = (),
+    against: tuple[str, dict[str, Any]],
+    tables: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes the page of errors beside the records; `against`: a bundle, and what `earlier_answers` says of it."""
     sheets, (other, theirs) = [], against
@@ -217,7 +214,7 @@ def show_errors(
     write_page(target / ERROR_PAGE, bundle, *given, tables=tables)
 
 
-def _check_all_were_asked(found: Values) -> None:
+def _check_all_were_asked(found: Mapping[str, Any]) -> None:
     for name, one in found.items():
         if refused := one.get("refused"):
             count = f"{refused['questions']:,} of {one['questions']:,} questions of {name}"
@@ -248,7 +245,7 @@ def read_benchmarks(
     return found
 
 
-def _decides(task: Task, how: How) -> Json:
+def _decides(task: Task, how: How) -> dict[str, Any]:
     """What of the task and of how it is asked decides over the records."""
     same = {name: value for name, value in vars(how).items() if name != "batch_size"}
     return {"metric": task.metric, **same}
@@ -260,12 +257,12 @@ def _evaluate(
     how: How,
     kept: Records,
     told: _Told,
-    finished: Json,
-) -> Json:
+) -> dict[str, Any]:
     """Asks a benchmark, of which all answers may be there already, and concludes."""
     console = make_console(highlight=False, soft_wrap=True)
-    done = on_first_process(kept.done)
-    if done and not finished:
+    finished = on_first_process(kept.finished)
+    done = on_first_process(lambda: kept.done(benchmark.asked))
+    if done and not (finished and len(done) == len(benchmark.asked)):
         count = f"{len(done):,} of {len(benchmark.asked):,} questions of {benchmark.name}"
         say(console, f"{count} are answered already.")
     started = time.perf_counter()
@@ -273,7 +270,7 @@ def _evaluate(
     ask(benchmark, loading, how, kept, done, console)
     seconds = finished.get("seconds", round(time.perf_counter() - started, 1))
 
-    def first() -> Json:
+    def first() -> dict[str, Any]:
         seen = finished.get("contamination")
         if told.compare and not finished:
             seen = contamination(loading.recipe, benchmark.asked, benchmark.pictures)
@@ -316,18 +313,18 @@ def conclude(
     how: How,
     kept: Records,
     seconds: float,
-    seen: Json | None = None,
+    seen: dict[str, Any] | None = None,
     judge: Judge | None = None,
-) -> Json:
+) -> dict[str, Any]:
     """Scores the records, writes them in order and what was found."""
-    records = kept.collect([asked.id for asked in benchmark.asked])
+    records = kept.collect(benchmark.asked)
     judged = None
     if judge is not None and benchmark.task.judge is not None:
         columns = {asked.id: asked.columns for asked in benchmark.asked}
         path, console = kept.folder / VERDICTS, make_console(highlight=False, soft_wrap=True)
         judged = review(records, columns, benchmark.task.judge, render_prompt, judge, path, console)
     measured, blank = score(benchmark.task, records)
-    summary: Json = {
+    summary: dict[str, Any] = {
         "benchmark": benchmark.name,
         "about": benchmark.task.about,
         "metric": benchmark.task.metric,

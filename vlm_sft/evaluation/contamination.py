@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..base.console import make_console
 from ..base.errors import UserError
-from ..base.names import ImageEntry, Json, Row, Values
 from ..base.progress import RowProgress
 from ..data.dataset import load_source
 from ..data.image_files import shared_images
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = 5
 
 
-def contamination(recipe: Recipe, asked: Sequence[Asked], pictures: Pictures) -> Json:
+def contamination(recipe: Recipe, asked: Sequence[Asked], pictures: Pictures) -> dict[str, Any]:
     """Pictures of a benchmark that the training sources of a recipe have too.
 
     Returns:
@@ -50,7 +49,17 @@ def contamination(recipe: Recipe, asked: Sequence[Asked], pictures: Pictures) ->
     }  # fmt: skip
 
 
-def seen_in_words(seen: Values) -> str:
+def is_seen(value: object) -> bool:
+    """Whether a value is what `contamination` gives."""
+    if not isinstance(value, dict) or "unchecked" in value:
+        return isinstance(value, dict) and isinstance(value["unchecked"], str)
+    counts = [value.get(name) for name in ("pictures", "same", "alike", "questions")]
+    first = value.get("examples")
+    whole = all(isinstance(count, int) and 0 <= count < 10**9 for count in counts)
+    return whole and isinstance(first, list) and (bool(first) or not (value["same"] or value["alike"]))
+
+
+def seen_in_words(seen: Mapping[str, Any]) -> str:
     """What was found of a benchmark in the training sources, in a sentence."""
     if "unchecked" in seen:
         return str(seen["unchecked"])
@@ -70,7 +79,7 @@ class _Chained:
     def __init__(self, parts: Sequence[Dataset]) -> None:
         self._parts = parts
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for part in self._parts:
             yield from part
 
@@ -80,12 +89,12 @@ class _Shown:
 
     def __init__(self, asked: Sequence[Asked], pictures: Pictures) -> None:
         self._pictures = pictures
-        self.first: dict[str, tuple[str, ImageEntry]] = {}
+        self.first: dict[str, tuple[str, dict[str, Any]]] = {}
         for one in asked:
             for name, image in zip(one.names(), one.images, strict=True):
                 self.first.setdefault(name, (one.id, image))
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for number, image in self.first.values():
             yield {"id": number, "source": "benchmark", "images": [self._pictures.whole(image)]}
 

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
-from ..base.names import MANIFEST, Json, Record, Values
-from ..base.whole_files import file_digest, read_bytes, write_whole
+from ..base.names import MANIFEST
+from ..base.whole_files import IrregularError, file_digest, read_bytes, write_whole
 from ..base.words import reason_of
 from ..metrics.measures import MEASURES, Answered, Measured
-from ..pages.records import read_records
+from ..pages.records import is_confidence, read_records
+from .asking import Record, about
+from .contamination import is_seen
 from .task_rows import Asked
 from .tasks import Task
 
@@ -29,9 +31,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FORMAT = 1
+SAID = ("answer", "answer_blank", "confidence", "options", "options_blank", "error")
+"""What of a record the model said."""
+LONGEST = 1e9  # seconds that asking may have taken, and any number of a record
 
 
-def fingerprint(bundle: Path, asked: Sequence[Asked], how: Values) -> str:
+def fingerprint(bundle: Path, asked: Sequence[Asked], how: Mapping[str, Any]) -> str:
     """What decides over the records: the bundle's weights, every question with its answers, and how it is asked."""
     digest = hashlib.sha256(json.dumps([FORMAT, how], sort_keys=True, default=str).encode())
     for path in (bundle / MANIFEST, *sorted(bundle.glob("*.safetensors"))):
@@ -59,22 +64,38 @@ class Records:
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(f"{escape(self.name)}.{self.mark[:12]}.part-*.jsonl"))
 
-    def finished(self) -> Json:
-        """What was found when the same was asked before; nothing where it was not, or not all of it."""
+    def finished(self) -> dict[str, Any]:
+        """What cannot be found again when the same was asked before: its `seconds` and `contamination`.
+
+        Nothing where it was not asked before. The file may be a stranger's: scores are never read from it, they are
+        made of the answers anew.
+        """
         try:
             found = json.loads(read_bytes(self.summary))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError, IrregularError):
             return {}
-        same = isinstance(found, dict) and found.get("fingerprint") == self.mark and self.path.is_file()
-        return found if same else {}
+        if not isinstance(found, dict) or found.get("fingerprint") != self.mark or not self.path.is_file():
+            return {}
+        seconds, seen = found.get("seconds"), found.get("contamination")
+        known = isinstance(seconds, int | float) and 0 <= seconds < LONGEST
+        return {"seconds": seconds if known else 0.0, "contamination": seen if is_seen(seen) else None}
 
-    def done(self) -> set[str]:
-        """Ids of the questions that were answered before: all of them, or those before a kill."""
-        return {record["id"] for record in self._answered()}
+    def done(self, asked: Sequence[Asked]) -> set[str]:
+        """Ids of these questions that were answered before: all of them, or those before a kill."""
+        return {record["id"] for record in self._answered(asked)}
 
-    def _answered(self) -> Iterator[Record]:
-        for path in [self.path] if self.finished() else self._parts():
-            yield from read_records(path, unfinished=path != self.path)
+    def _answered(self, asked: Sequence[Asked]) -> Iterator[Record]:
+        """Answers to these questions; what a file says of the questions themselves is not looked at.
+
+        A line that is no answer to one of them is passed over, and its question is asked again.
+        """
+        known = {one.id: one for one in asked}
+        for path in ([self.path] if self.finished() else []) + self._parts():
+            for record in read_records(path, unfinished=True):
+                one = known.get(record["id"])
+                if one is not None and is_answer(record, one):
+                    said = {name: record[name] for name in SAID if name in record}
+                    yield {**about(one), "answer": "", "answer_blank": None, "confidence": None, **said}
 
     @contextmanager
     def adding(self, process: int) -> Iterator[Any]:
@@ -103,12 +124,12 @@ class Records:
         with stream:
             yield write
 
-    def collect(self, order: Sequence[str]) -> list[Record]:
-        """All records in the order of the rows."""
-        found = {record["id"]: record for record in self._answered()}
-        return [found[number] for number in order]
+    def collect(self, asked: Sequence[Asked]) -> list[Record]:
+        """All records in the order of the questions."""
+        found = {record["id"]: record for record in self._answered(asked)}
+        return [found[one.id] for one in asked]
 
-    def finish(self, records: Sequence[Record], summary: Json) -> None:
+    def finish(self, records: Sequence[Record], summary: dict[str, Any]) -> None:
         """Writes the records in order and what was found, and takes the parts away."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +142,28 @@ class Records:
 
     def _failed(self, error: OSError) -> UserError:
         return UserError(f"{self.folder} cannot be written ({reason_of(error)}): give another --output or make room.")
+
+
+def is_answer(record: Mapping[str, Any], asked: Asked) -> bool:
+    """Whether a line holds what a model can have said to a question, in the types that are written of it."""
+    blank, error = record.get("answer_blank"), record.get("error", "")
+    options = [record.get("options"), record.get("options_blank")]
+    fitting = all(one is None or _are_logs(one, asked.choices) for one in options)
+    chosen = options[0] is not None and isinstance(blank, str) and blank in asked.choices
+    whole = fitting and (options[1] is None or chosen) and (options[0] is None or record["answer"] in asked.choices)
+    return (
+        whole and isinstance(blank, str | None) and isinstance(error, str) and is_confidence(record.get("confidence"))
+    )
+
+
+def _are_logs(options: object, choices: Mapping[str, str]) -> bool:
+    """Whether it is `options` of a record: letter to the logarithm of a probability and a number of tokens."""
+    if not isinstance(options, dict) or options.keys() != choices.keys() or not options:
+        return False
+    pairs = [pair for pair in options.values() if isinstance(pair, list) and len(pair) == 2]
+    numbers = [number for pair in pairs for number in pair]
+    sane = all(isinstance(number, int | float) and abs(number) < LONGEST for number in numbers)
+    return sane and len(pairs) == len(options)
 
 
 def dump(record: Record) -> bytes:
@@ -197,7 +240,7 @@ def totals_of(measured: Measured) -> dict[str, dict[str, float]]:
     return found
 
 
-def by_kind(task: Task, records: Sequence[Record]) -> dict[str, Json]:
+def by_kind(task: Task, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """How many questions of each kind there are, the first score of it with its interval, and all `scores`."""
     kinds: dict[str, list[Record]] = {}
     for record in records:
@@ -212,7 +255,7 @@ def by_kind(task: Task, records: Sequence[Record]) -> dict[str, Json]:
     return found
 
 
-def print_table(found: Mapping[str, Values], console: Console) -> None:
+def print_table(found: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     """Prints every score of benchmarks with its interval and that without pictures."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

@@ -7,15 +7,14 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path, PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
 from ..base.assets import list_tasks, task_path
 from ..base.errors import UserError
 from ..base.limits import limits
-from ..base.names import Json, Options
-from ..base.words import closest
+from ..base.words import closest, short
 from ..metrics.measures import MEASURES, NEEDS_CHOICES
 from ..recipe.library_names import GENERATION
 from ..recipe.passed_on import flaw, flaw_of_answers
@@ -24,6 +23,8 @@ from ..recipe.yaml_file import YamlFile
 from ..templates.process import ask
 from ..templates.sandbox import fill_prompt
 
+LONGEST_ID = 193  # of the Hub: two names of 96 characters
+DEEPEST, LONGEST_PART = 10, 60  # folders of a pattern of files, and characters of each
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 Column = str | list[str]
 """A column of a row (`answers[].answer` goes into a list of objects), or several."""
@@ -79,12 +80,12 @@ class Judging(RecipeModel):
     the answer alone, which is measured against the top of the scale."""
     scale: list[float] = Field(default=[1, 10], min_length=2, max_length=2)
     """Lowest and highest score."""
-    settings: Options = Field(default_factory=lambda: {"temperature": 0.2, "max_tokens": 1024})
+    settings: dict[str, Any] = Field(default_factory=lambda: {"temperature": 0.2, "max_tokens": 1024})
     """For the judge's server, of `JUDGE_SETTINGS`."""
 
     @field_validator("settings")
     @classmethod
-    def _of_the_list(cls, settings: Json) -> Json:
+    def _of_the_list(cls, settings: dict[str, Any]) -> dict[str, Any]:
         for name, value in settings.items():
             if name not in JUDGE_SETTINGS or isinstance(value, bool) or not isinstance(value, int | float | str | None):
                 raise ValueError(f"{name} is no setting of a judge's answer; they are {', '.join(JUDGE_SETTINGS)}")
@@ -146,7 +147,7 @@ class Task(Layout):
     """Ask each question once for every rotation of its options, unless the data has them."""
     options: list[str] = Field(default_factory=list)
     """Answers that `--likelihood` compares where the rows have no choices: `[Yes, No]`."""
-    generation: Options = Field(default_factory=dict)
+    generation: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `transformers.GenerationConfig`, over those of the bundle's recipe."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Only the first so many rows."""
@@ -225,11 +226,14 @@ def _flaw(task: Task) -> tuple[str, str] | None:
         return "judge", "`scale` begins above 0 where answers are compared: a share of nothing is none; correct it."
     if task.circular and task.metric != "choice_circular":
         return "circular", "`circular` is measured by `metric: choice_circular` alone; write that."
-    named = [name for layout in (task, *task.layouts) for name in _patterns(layout)]
-    named += [task.path] if task.path else []
+    patterns = [name for layout in (task, *task.layouts) for name in _patterns(layout)]
+    named = [*patterns, *([task.path] if task.path else [])]
     if outside := next((name for name in named if PurePath(name).is_absolute() or ".." in PurePath(name).parts), None):
         mend = "name files beside the YAML file, or give another folder with --benchmark-data"
         return "path" if outside == task.path else "files", f'"{outside}" leads elsewhere; {mend}.'
+    if (odd := next((name for name in named if not _is_pattern(name)), None)) is not None:
+        what = f'"{short(odd)}" is no name or pattern of files; write one like data/*.parquet.'
+        return "path" if odd == task.path else "files", what
     hubs = [task.hub, *(join.hub for layout in (task, *task.layouts) for join in layout.join)]
     if strange := next((hub.path for hub in hubs if hub is not None and not _is_hub_id(hub.path)), None):
         return "hub", f'"{strange}" is no data set of the Hub; write name/data-set.'
@@ -239,9 +243,15 @@ def _flaw(task: Task) -> tuple[str, str] | None:
     return ("generation", found[1]) if (found := flaw_of_answers(task.generation, limits())) else None
 
 
+def _is_pattern(text: str) -> bool:
+    """Whether it names files a few folders below: `**` walks through all of them, and is alone in its place."""
+    parts = PurePath(text).parts
+    return 0 < len(parts) <= DEEPEST and all("**" not in part and len(part) <= LONGEST_PART for part in parts)
+
+
 def _is_hub_id(text: str) -> bool:
     """Not a folder here, which `datasets` would read in place of a data set, and no pattern or address."""
-    return bool(_HUB_ID.fullmatch(text)) and not Path(text).exists()
+    return len(text) <= LONGEST_ID and bool(_HUB_ID.fullmatch(text)) and not Path(text).exists()
 
 
 def _patterns(layout: Layout) -> list[str]:
@@ -270,7 +280,7 @@ def _shipped() -> frozenset[str]:
     return frozenset(str(each["prompt"]) for data in shipped for each in (data, data.get("judge")) if each)
 
 
-def render_prompt(prompt: str, where: str, values: Json) -> str:
+def render_prompt(prompt: str, where: str, values: dict[str, Any]) -> str:
     """What is asked of a row; the prompt of somebody else's task is rendered in a process with bounds.
 
     Raises:
@@ -281,6 +291,6 @@ def render_prompt(prompt: str, where: str, values: Json) -> str:
     return str(ask("prompt", prompt, where, **plain(values)))
 
 
-def plain(values: Json) -> Json:
+def plain(values: dict[str, Any]) -> dict[str, Any]:
     """Values as JSON has them: a picture's bytes are nothing to print."""
     return dict(json.loads(json.dumps(values, default=lambda value: "")))

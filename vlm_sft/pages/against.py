@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..base.errors import UserError
-from ..base.names import EVALUATION, MANIFEST, Record, Values
+from ..base.names import EVALUATION, MANIFEST
 from ..metrics.paired import compare
 from .records import Other, Sheet, read_records
 
 
-def earlier_answers(other: str, names: Sequence[str], command: str) -> dict[str, list[Record]]:
+def earlier_answers(other: str, names: Sequence[str], command: str) -> dict[str, list[dict[str, Any]]]:
     """What another bundle answered before, by the names of sheets.
 
     Args:
@@ -46,7 +47,7 @@ def not_yet_asked(other: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if not (place / EVALUATION / f"{name}.jsonl").is_file()]
 
 
-def against(sheet: Sheet, theirs: Sequence[Values], where: str) -> None:
+def against(sheet: Sheet, theirs: Sequence[Mapping[str, Any]], where: str) -> None:
     """Puts another bundle's answers beside those of a sheet, and says how sure the difference is.
 
     Args:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..base.errors import UserError
-from ..base.names import Record, Values
 from ..base.whole_files import IrregularError, read_bytes
 from ..base.words import reason_of
 from ..metrics.paired import Paired
@@ -123,7 +123,7 @@ class Sheet:
     notes: list[str] = field(default_factory=list)
 
 
-def sheet_of(name: str, records: Sequence[Values], summary: Values) -> Sheet:
+def sheet_of(name: str, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Sheet:
     """A sheet of what `evaluate` found.
 
     Args:
@@ -136,7 +136,7 @@ def sheet_of(name: str, records: Sequence[Values], summary: Values) -> Sheet:
     )
 
 
-def read_records(path: Path, unfinished: bool = False) -> list[Record]:
+def read_records(path: Path, unfinished: bool = False) -> list[dict[str, Any]]:
     """The lines of a file of answers.
 
     Args:
@@ -185,12 +185,7 @@ def flaw_of(record: object, scored: bool = True) -> str:
             return f'has no "{key}" as answers have it'
     if not scored:
         return ""
-    pieces = record.get("confidence")
-    whole = pieces is None or (
-        isinstance(pieces, list)
-        and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) and _is_share(p[1]) for p in pieces)
-    )
-    if not whole:
+    if not is_confidence(record.get("confidence")):
         return 'has no "confidence" as answers have it'
     for key, wanted in (
         ("choices", (dict,)),
@@ -209,6 +204,14 @@ def flaw_of(record: object, scored: bool = True) -> str:
     return "" if unscored or _is_score(record.get("score")) else 'has no "score" as answers have it'
 
 
+def is_confidence(pieces: object) -> bool:
+    """Whether it is an answer in pieces, each with its probability; or nothing."""
+    return pieces is None or (
+        isinstance(pieces, list)
+        and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) and _is_share(p[1]) for p in pieces)
+    )
+
+
 def _is_score(value: object) -> bool:
     """Whether it is a number as measures give them: CIDEr's 10 is the largest."""
     return isinstance(value, int | float) and -1e6 <= value <= 1e6
@@ -224,7 +227,7 @@ def _is_share(value: object) -> bool:
     return isinstance(value, int | float) and 0 <= value <= 1.001
 
 
-def entries_of(sheet: str, records: Sequence[Values]) -> Iterator[Entry]:
+def entries_of(sheet: str, records: Sequence[Mapping[str, Any]]) -> Iterator[Entry]:
     """The questions of a file of answers."""
     for record in records:
         answers: dict[str, int] = {}
@@ -242,6 +245,6 @@ def entries_of(sheet: str, records: Sequence[Values]) -> Iterator[Entry]:
         )  # fmt: skip
 
 
-def _verdict(one: Values) -> Verdict:
+def _verdict(one: Mapping[str, Any]) -> Verdict:
     said = str(one.get("order") or ""), one["reference"], one["answer"], one["text"], str(one.get("error") or "")
     return Verdict(*said)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from PIL import Image
 
 from ..base.errors import UserError
 from ..base.limits import limits
-from ..base.names import ImageEntry, Json, Row
 from ..base.whole_files import read_bytes
 from ..base.words import one_line, reason_of
 from ..batch.pictures import BLANK, name_of, refused
@@ -29,6 +28,7 @@ from ..reading.video import Films
 # What of a row is compared with its image.
 TEXTS: dict[str, tuple[str, ...]] = {"answers": ("assistant",), "all": ("user", "assistant")}
 BINS = 40
+LARGEST = 1e6  # score that a model gives
 
 
 class Score(NamedTuple):
@@ -46,10 +46,10 @@ class Score(NamedTuple):
 
 
 def score_rows(
-    rows: Iterable[Row],
+    rows: Iterable[dict[str, Any]],
     scorer: Callable[[Sequence[Image.Image], Sequence[str]], list[float]],
     path: str | Path,
-    about: Json,
+    about: dict[str, Any],
     *,
     text: str = "answers",
     batch_size: int = 32,
@@ -97,7 +97,7 @@ def score_rows(
     return found
 
 
-def _scores_of(batch: list[Row], scorer: Callable[..., list[float]], roles: Sequence[str]) -> list[Score]:
+def _scores_of(batch: list[dict[str, Any]], scorer: Callable[..., list[float]], roles: Sequence[str]) -> list[Score]:
     """Scores of a batch; a broken image, or one that the model refuses, does not take the others with it."""
     images, texts, owners = [], [], []
     errors: dict[int, str] = {}
@@ -129,7 +129,7 @@ def _scores_of(batch: list[Row], scorer: Callable[..., list[float]], roles: Sequ
     return [Score(row["id"], means.get(number), errors.get(number)) for number, row in enumerate(batch)]
 
 
-def _opened(image: ImageEntry, where: str, scorer: object, films: Films) -> Image.Image:
+def _opened(image: dict[str, Any], where: str, scorer: object, films: Films) -> Image.Image:
     """A picture of which the scorer's image processor makes no more pixels than may be decoded."""
     loaded = load_image(image, where=where, films=films)
     grown = grown_size(loaded.size, getattr(getattr(scorer, "processor", None), "image_processor", None))
@@ -138,13 +138,13 @@ def _opened(image: ImageEntry, where: str, scorer: object, films: Films) -> Imag
     return loaded
 
 
-def text_of(row: Row, roles: Sequence[str]) -> str:
+def text_of(row: dict[str, Any], roles: Sequence[str]) -> str:
     """What some speakers of a row say, in one line."""
     said = [p["text"] for m in row["messages"] if m["role"] in roles for p in m["content"] if p.get("text")]
     return one_line(" ".join(said))
 
 
-def _read_scores(path: Path, about: Json) -> tuple[list[Score], int]:
+def _read_scores(path: Path, about: dict[str, Any]) -> tuple[list[Score], int]:
     """Scores of an earlier run, and the size of the file without a half-written last line.
 
     Raises:
@@ -156,14 +156,27 @@ def _read_scores(path: Path, about: Json) -> tuple[list[Score], int]:
     try:
         first, *lines = [json.loads(line) for line in whole] or [None]
         scores = [Score(line["id"], line["score"], line["error"]) for line in lines]
-    except (ValueError, KeyError, TypeError):
+        if not all(map(_is_score, scores)):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"--scores {path} is not a file of scores: give another name.") from None
     if first is not None and first != about:
-        raise UserError(f"--scores {path} belongs to {first}, not to {about}: give another file.")
+        raise UserError(f"--scores {path} belongs to {_cut(first)}, not to {_cut(about)}: give another file.")
     return scores, sum(map(len, whole)) if first is not None else 0
 
 
-def _line(value: Json) -> bytes:
+def _is_score(score: Score) -> bool:
+    """Whether a line holds what is written of a row; the file may be a stranger's."""
+    number = score.score is None or (isinstance(score.score, int | float) and abs(score.score) <= LARGEST)
+    return number and isinstance(score.id, str) and isinstance(score.error, str | None)
+
+
+def _cut(about: object) -> str:
+    text = str(about)
+    return text if len(text) <= 500 else f"{text[:497]}..."
+
+
+def _line(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
@@ -177,7 +190,7 @@ def threshold_of_share(scores: Sequence[Score], keep: float) -> float:
     return float(np.quantile(values, 1 - keep, method="lower"))
 
 
-def kept_rows(rows: Iterable[Row], scores: Sequence[Score], threshold: float) -> Iterator[Row]:
+def kept_rows(rows: Iterable[dict[str, Any]], scores: Sequence[Score], threshold: float) -> Iterator[dict[str, Any]]:
     """The rows whose score is the threshold or more, and those without an image."""
     for row, score in zip(rows, scores, strict=True):
         if score.error is None and (score.score is None or score.score >= threshold):
