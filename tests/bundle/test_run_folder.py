@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -9,7 +11,19 @@ import pytest
 
 from vlm_sft.base.errors import UserError
 from vlm_sft.base.names import CHECKPOINT_FILES
-from vlm_sft.bundle.run_folder import checkpoints, flaw_of, newest, publish, remove, rotate, settle_resume, sweep
+from vlm_sft.bundle.run_folder import (
+    checkpoints,
+    flaw_of,
+    newest,
+    publish,
+    read_lines,
+    read_object,
+    read_value,
+    remove,
+    rotate,
+    settle_resume,
+    sweep,
+)
 
 
 def save(folder, step, text="weights"):
@@ -161,3 +175,30 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatc
     monkeypatch.setattr("os.access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
     with pytest.raises(UserError, match=r"cannot be written: '.*' is read-only for this user; choose another"):
         settle(tmp_path / "a" / "b")
+
+
+def test_lines_with_steps_are_read_and_others_left_out(tmp_path):
+    path = tmp_path / "history.jsonl"
+    odd = [[], None, 3, "x", {"step": "1"}, {"step": 1.5}, {"step": -1}, {"step": 10**400}, {"step": None}, {}]
+    lines = [json.dumps(each) for each in [{"step": 1, "loss": 2.0}, *odd, {"step": 2, "说": "一"}]]
+    path.write_text("\n".join(lines) + '\n{"step": 3, "a": ' + "[" * 5000 + '\n\xff\n{"step": 4, "lo', encoding="utf-8")
+    assert read_lines(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "说": "一"}]
+
+
+def test_numbers_are_numbers_that_a_float_can_hold(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('{"a": ' + "9" * 400 + ', "b": NaN, "c": -3, "d": 123456789012345, "e": 1e999}')
+    found = read_object(path)
+    assert found["a"] == math.inf and math.isnan(found["b"]) and (found["c"], found["d"]) == (-3, 123456789012345)
+
+
+@pytest.mark.parametrize("text", ["", "[", "[" * 100_000, "\xff", "nan", '{"a": ' + "1" * 5000 + "x}"])
+def test_what_is_no_object_is_none(tmp_path, text):
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    assert read_object(tmp_path / "run.json") == {}
+
+
+def test_what_is_no_file_is_nothing(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "gone", "."):
+        assert read_value(tmp_path / name) is None and read_lines(tmp_path / name) == []

@@ -67,7 +67,7 @@ def test_a_memory_that_holds_no_more_is_one_sentence(make_trainer, photos, monke
 @pytest.mark.slow
 def test_a_cache_stands_in_for_the_tower(recipe_file, caption_file, tmp_path):
     from vlm_sft import load_recipe
-    from vlm_sft.during.run_log import read_lines
+    from vlm_sft.bundle.run_folder import read_lines
     from vlm_sft.train import train
 
     source = {"path": caption_file, "format": "caption"}

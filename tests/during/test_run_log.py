@@ -8,7 +8,8 @@ import math
 import pytest
 
 from vlm_sft import load_recipe
-from vlm_sft.during.run_log import most_memory, read_lines
+from vlm_sft.bundle.run_folder import read_lines
+from vlm_sft.during.run_log import most_memory
 from vlm_sft.train import train
 from vlm_sft.watching.page import run_page
 from vlm_sft.watching.runs import read_run

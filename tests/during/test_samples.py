@@ -8,7 +8,7 @@ from vlm_sft import load_recipe
 from vlm_sft.base.console import make_console, say
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.base.names import SAMPLES
-from vlm_sft.during.run_log import read_lines
+from vlm_sft.bundle.run_folder import read_lines
 from vlm_sft.during.samples import Samples, in_words
 from vlm_sft.inference.confidence import Said
 
@@ -52,6 +52,10 @@ def test_answers_stand_in_the_log_and_in_the_file(samples):
     assert "not asked: row x: the image is damaged" in said[0]
     first, second = read_lines(made.file)
     assert first["answer"] == "一只猫" and first["step"] == 20 and second["error"] == "row x: the image is damaged"
+    (small,) = first["shown"]  # so that the page needs no other file, and reads none that a run names
+    assert small.startswith("data:image/jpeg;base64,") and len(small) < 10_000
+    made.ask(Pupil(Said("一只猫"), Said("")), 30)
+    assert ["shown" in line for line in read_lines(made.file)] == [True, True, False, False]
     assert made.file.name == SAMPLES and "\\u" not in made.file.read_text(encoding="utf-8")
 
 

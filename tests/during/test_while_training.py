@@ -9,8 +9,8 @@ import pytest
 from support.bundles import log
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
+from vlm_sft.bundle.run_folder import read_lines
 from vlm_sft.during import own_rows
-from vlm_sft.during.run_log import read_lines
 from vlm_sft.during.while_training import WhileTraining
 from vlm_sft.metrics.intervals import mean_of
 from vlm_sft.metrics.measures import Measured

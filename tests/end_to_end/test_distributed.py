@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from support.paths import ROOT, accelerate_config
 from support.tiny_families import encoded, tiny
 from vlm_sft import load_recipe
-from vlm_sft.during.run_log import read_lines
+from vlm_sft.bundle.run_folder import read_lines
 from vlm_sft.train import train
 
 DRIVER = ROOT / "tests" / "support" / "distributed_driver.py"

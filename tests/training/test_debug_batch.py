@@ -67,3 +67,19 @@ def test_rows_are_found_whatever_the_mixture_drew_and_rejected(recipe_file, capt
 
 def test_the_command_is_there():
     assert CliRunner().invoke(app, ["debug-batch", "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", '{"step": 3}', '{"step": 3, "why": "x", "loss": "x", "rows": []}',
+     '{"step": 3, "why": 1, "loss": 1, "rows": []}',
+     '{"step": 3, "why": "x", "loss": 1, "rows": [1]}', '{"step": 3, "why": "x", "loss": 1, "rows": [[{}]]}',
+     '{"step": ' + "9" * 400 + ', "why": "x", "loss": 1, "rows": []}', "{" * 10_000 + "}", "\xff}"],
+    ids=range(9),
+)  # fmt: skip
+def test_lines_that_are_no_records_are_passed_over(line, tmp_path):
+    whole = {"step": 2, "why": "jump", "loss": 9.0, "rows": [["a/1"]]}
+    (tmp_path / "watch.jsonl").write_text(f"{json.dumps(whole)}\n{line}\n", encoding="latin-1")
+    assert find_record(tmp_path, None) == whole
+    with pytest.raises(UserError, match=r"has no record of step 3; it has: 2\."):
+        find_record(tmp_path, 3)

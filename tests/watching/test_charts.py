@@ -52,3 +52,10 @@ def test_what_is_no_number_is_counted_and_a_chart_of_nothing_is_none():
     panel = draw("loss", "", [Line("a", [(1, 1.0), (2, math.inf), (3, math.nan)]), Line("b", [])])
     assert panel.gone == 2 and [drawn.line.label for drawn in panel.lines] == ["a"]
     assert draw("loss", "", [Line("a", [(1, math.nan)])]) is None and draw("loss", "", []) is None
+
+
+def test_numbers_that_nobody_can_have_meant_are_counted_or_lie_on_the_line():
+    wide = draw("x", "", [Line("a", [(1, 1e308), (2, -1e308), (3, 1.0)])])
+    assert wide is not None and wide.gone == 2 and wide.lines[0].last == "1"
+    tiny = draw("x", "", [Line("a", [(1, 5e-324), (2, 1e-323)])])
+    assert tiny is not None and tiny.gone == 0

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from support.browser import EVIL, Elements, opened
+from vlm_sft.during.samples import thumbnails
 from vlm_sft.watching.page import asked_of, panels_of, run_page
 from vlm_sft.watching.runs import read_run, read_runs
 
@@ -28,8 +29,9 @@ def runs(tmp_path, photos):
         sources = {EVIL: {"read": 10, "used": 9, "truncated": 2, "rejected": {"broken": 1}}}
         facts = {"max_steps": 60, "step": 29, "recipe": EVIL, "parts": parts, "ledger": {"train": {"sources": sources}}}
         (folder / "run.json").write_text(json.dumps(facts))
+        small = thumbnails([photos[0]])[0]
         samples = [
-            {"step": step, "id": "a/1", "images": [photos[0], "/gone.png", "sha256:00"], "question": EVIL,
+            {"step": step, "id": "a/1", "images": [photos[0], "/gone.png"], "shown": [small, EVIL], "question": EVIL,
              "answers": ["两只", "两只"], "answer": f"{EVIL} {step}", "score": float(step > 20)}
             for step in range(30)
         ]  # fmt: skip
@@ -85,3 +87,12 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     (tmp_path / ".run.lock").write_text("{}")
     page = run_page([read_run(tmp_path)])
     assert "Nothing is logged yet" in page and "running" in page and 'http-equiv="refresh"' not in page
+
+
+def test_no_picture_that_a_run_names_is_read(tmp_path, photos):
+    links = [photos[0], "http://127.0.0.1/x.png", "data:image/svg+xml;base64,PHN2Zz4="]
+    links += ['data:image/jpeg;base64,x" onerror=', "data:image/jpeg;base64," + "A" * 300_000, 3, None]
+    lines = [{"step": 1, "id": "a", "images": [photos[0]], "shown": links, "answers": [], "answer": "a"}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "history.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert "<img" not in run_page([read_run(tmp_path)])

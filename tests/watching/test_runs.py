@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import time
 
 import pytest
@@ -78,3 +79,37 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
         (tmp_path / parent / "out" / "history.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     names = [run.name for run in read_runs([str(tmp_path / "a" / "out"), str(tmp_path / "b" / "out")])]
     assert len(set(names)) == 2 and read_runs([str(tmp_path / "a" / "out")])[0].name == "out"
+
+
+ODD = (
+    *(None, True, -1, 0, 10**15, 10**400, -(10**400), 5e-324, 1e-323, 1e308, -1e308, float("nan"), float("inf")),
+    *(1e17, 1e17 + 16, "", "nan", "-inf", "x\x1b]52;c;aGk=\x07", "\ud800", [], [[1]], {}, {"rows": 10**400}),
+    {"value": 10**400, "by": []},
+)  # fmt: skip
+KEYS = ("step", "loss", "time", "eval_loss", "eval_x", "learning_rate", "grad_norm", "id", "answer", "answers", "shown",
+        "question", "score", "error", "images", "rows", "why", "max_steps", "best", "parts", "ledger", "train_rows",
+        "batch", "device", "processes", "recipe")  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_stands_in_a_runs_files_its_page_is_made(tmp_path, seed):
+    from vlm_sft.watching.page import run_page
+
+    rng = random.Random(seed)
+
+    def odd(depth=0):
+        if depth < 2 and rng.random() < 0.3:
+            return {rng.choice(KEYS): odd(depth + 1) for _ in range(3)} if rng.random() < 0.5 else [odd(depth + 1)]
+        return rng.choice(ODD)
+
+    def entry():
+        step = {"step": rng.choice([1, 2, 3, 10**14])} if rng.random() < 0.9 else {}
+        return {key: odd() for key in rng.sample(KEYS, 6)} | step
+
+    for _ in range(12):
+        for name in ("history.jsonl", "samples.jsonl", "watch.jsonl"):
+            (tmp_path / name).write_text("".join(json.dumps(entry()) + "\n" for _ in range(6)))
+        (tmp_path / "run.json").write_text(json.dumps(entry()))
+        (tmp_path / "metrics.json").write_text(json.dumps([entry(), odd()]))
+        (tmp_path / ".run.lock").write_text("")
+        assert "</html>" in run_page([read_run(tmp_path), read_run(tmp_path)])

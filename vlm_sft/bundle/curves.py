@@ -6,9 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from ..base.names import Json
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +61,7 @@ def learning_rates(history: list[dict[str, float]]) -> list[Series]:
     return [(key, part) for key, part in parts.items() if key.startswith(LEARNING_RATE)] or [(LEARNING_RATE, "")]
 
 
-def _draw_panel(axis: Axes, name: str, series: Sequence[Series], history: list[Json]) -> None:
+def _draw_panel(axis: Axes, name: str, series: Sequence[Series], history: list[dict[str, Any]]) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     drawn: list[float] = []

@@ -8,13 +8,14 @@ whenever the run is killed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
 from ..base.names import (
@@ -28,7 +29,7 @@ from ..base.names import (
     SAMPLES,
     STRANGE_STEPS,
 )
-from ..base.whole_files import UNFINISHED, read_text
+from ..base.whole_files import UNFINISHED, IrregularError, read_bytes, read_text
 from ..base.words import closest
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def flaw_of(checkpoint: Path) -> str | None:
     """
     try:
         files = json.loads(read_text(checkpoint / CHECKPOINT_FILES))["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return f"it has no list of its files ({CHECKPOINT_FILES})"
     for name, size in files:
         path = checkpoint / name
@@ -271,3 +272,52 @@ def _check_empty(folder: Path, resume: bool) -> None:
             f"sft.output_dir {str(folder)!r} is not empty; choose another, remove it, or go on with the run in it: "
             f"--resume."
         )
+
+
+# What a run wrote down of itself, as whoever shows it reads it: the folder may be a stranger's. What is none of ours is
+# left out: the half of a line that a kill left, another type, a number beyond all counts.
+DIGITS = 15  # of a whole number that is counted with; a longer one is a float, and no step
+
+
+def read_value(path: Path) -> Any:
+    """What a JSON file holds; None where it is not there, or is no JSON."""
+    try:
+        return _parsed(read_bytes(path))
+    except (OSError, IrregularError):
+        return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The same, where it is an object; else an empty one."""
+    found = read_value(path)
+    return found if isinstance(found, dict) else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a history, of samples or of strange steps, each with its `step`, in order."""
+    try:
+        lines = read_bytes(path).split(b"\n")
+    except (OSError, IrregularError):
+        return []
+    return with_steps(map(_parsed, lines))
+
+
+def with_steps(values: Any) -> list[dict[str, Any]]:
+    """The objects among some values that have a `step`."""
+    return [each for each in values if isinstance(each, dict) and is_step(each.get("step"))]
+
+
+def is_step(value: object) -> bool:
+    """Whether a value can be a number of steps."""
+    return isinstance(value, int) and value >= 0
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text, parse_int=_whole, parse_constant=lambda name: {"NaN": math.nan}.get(name, math.inf))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _whole(text: str) -> int | float:
+    return int(text) if len(text) <= DIGITS else float(text)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..base.errors import RowError, UserError
-from ..base.names import Json, Row
 from ..evaluation.scoring import FEWEST_ANSWERS, Question, collect, merge
 from ..metrics.measures import MEASURES, Answered
 from ..recipe.passed_on import answer_scores
@@ -82,7 +81,7 @@ class OwnRows:
         return {f"eval_{name}": value for name, value in found.items()}
 
 
-def _named(metric: str, scores: Json) -> Json:
+def _named(metric: str, scores: dict[str, Any]) -> dict[str, Any]:
     """The first score has the metric's own name, the others stand behind it."""
     return {metric if not k else f"{metric}_{name}": value for k, (name, value) in enumerate(scores.items())}
 
@@ -106,6 +105,6 @@ def draw(recipe: Recipe) -> list[Question]:
     return [found[number] for number in sorted(chosen)]
 
 
-def row_of(question: Question) -> Row:
+def row_of(question: Question) -> dict[str, Any]:
     """A question as it is asked."""
     return {"messages": question.messages, "images": question.images, "id": question.id}

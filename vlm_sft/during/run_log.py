@@ -20,10 +20,11 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.console import tell
-from ..base.names import HISTORY, RUN_FACTS, Json
-from ..base.whole_files import read_bytes, write_json, write_whole
+from ..base.names import HISTORY, RUN_FACTS
+from ..base.whole_files import write_json, write_whole
 from ..base.words import reason_of
 from ..bundle.manifest import without_secrets
+from ..bundle.run_folder import read_lines
 
 if TYPE_CHECKING:
     from ..training.trainer import VLMSFTTrainer
@@ -40,7 +41,7 @@ class RunLog(TrainerCallback):
         self.trainer = trainer
         self.folder = Path(str(trainer.args.output_dir))
         self._began = time.time()
-        self._parts: list[Json] = []
+        self._parts: list[dict[str, Any]] = []
         self._wrong = False
 
     def on_train_begin(
@@ -83,7 +84,7 @@ class RunLog(TrainerCallback):
         trainer, provenance = self.trainer, self.trainer.provenance
         recipe = provenance.recipe if provenance else None
         notes = provenance.notes if provenance else {}
-        facts: Json = {
+        facts: dict[str, Any] = {
             "recipe": str(recipe.path) if recipe and recipe.path else None,
             "began": round(self._began, 1),
             "step": state.global_step,
@@ -115,27 +116,10 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def _dump(line: Json) -> bytes:
+def _dump(line: dict[str, Any]) -> bytes:
     # JSON has no NaN: what is not finite is written as text, and read back as a number.
     plain = {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in line.items()
     }
     return (json.dumps(plain, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
-
-
-def read_lines(path: Path) -> list[Json]:
-    """Lines of a history or of samples, in order; the half of one that a kill left is not among them."""
-    found = []
-    try:
-        text = read_bytes(path)
-    except OSError:
-        return []
-    for line in text.split(b"\n"):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
-    return found

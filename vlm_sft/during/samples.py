@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..base.errors import RowError, UserError
-from ..base.names import SAMPLES, Record
+from ..base.names import SAMPLES
 from ..base.whole_files import write_whole
 from ..base.words import one_line, reason_of
+from ..bundle.run_folder import read_lines
 from ..evaluation.evaluate import records_of
 from ..evaluation.scoring import Answers, Question, merge
 from ..metrics.exact_match import exact_match
+from ..pages.pictures import thumbnail
+from ..reading.images import load_image
 from .in_training import InTraining
 from .own_rows import draw, row_of
-from .run_log import read_lines
 from .trackers import show_in_trackers
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
 
 TOKENS = 64  # of an answer that is shown
+SIDE = 200  # pixels of a picture that is written with them
 SHOWN = 100  # characters of it at the terminal
 
 
@@ -75,13 +79,14 @@ class Samples:
         scores = [float(exact_match(text, question.references)) for text, question in pairs]
         told = records_of(Answers(None, "exact_match", self.questions, answers, scores))
         records = [{"step": step, **_short(record)} for record, _ in told]
-        self._write([*read_lines(self.file), *records])
-        self.say("\n".join([f"Step {step:,}, answers to {len(records)} rows:", *map(in_words, records)]))
         images = [question.images for question in self.questions]
+        small = [{"shown": thumbnails(some)} if self._first else {} for some in images]  # they do not change
+        self._write([*read_lines(self.file), *(one | two for one, two in zip(records, small, strict=True))])
+        self.say("\n".join([f"Step {step:,}, answers to {len(records)} rows:", *map(in_words, records)]))
         show_in_trackers(pupil.trainer.callback_handler.callbacks, records, images, step, self._first, self.say)
         self._first = False
 
-    def _write(self, records: Sequence[Record]) -> None:
+    def _write(self, records: Sequence[dict[str, Any]]) -> None:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
             write_whole(self.file, "".join(lines).encode("utf-8", "backslashreplace"))
@@ -89,12 +94,21 @@ class Samples:
             self.say(f"{self.file} cannot be written ({reason_of(error)}): these answers stand in the log alone.")
 
 
-def _short(record: Record) -> Record:
+def _short(record: dict[str, Any]) -> dict[str, Any]:
     keys = ("id", "images", "question", "answers", "answer", "score", "error")
     return {key: record[key] for key in keys if key in record}
 
 
-def in_words(record: Record) -> str:
+def thumbnails(images: Sequence[Any]) -> list[str]:
+    """Small pictures as data URIs: the page of a run is made of its own files, wherever those lie later."""
+    found = []
+    for image in images:
+        with suppress(UserError):
+            found.append(thumbnail(load_image(image), side=SIDE).data_uri)
+    return found
+
+
+def in_words(record: dict[str, Any]) -> str:
     """One answer as a line of a log."""
     if "error" in record:
         return f"  {record['id']}: not asked: {_cut(record['error'])}"

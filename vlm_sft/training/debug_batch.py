@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -12,12 +12,11 @@ from torch import nn
 
 from ..base.console import make_console
 from ..base.errors import UserError
-from ..base.names import IGNORED, Json, Row
-from ..base.whole_files import read_text
+from ..base.names import IGNORED
 from ..batch.collator import MultimodalCollator
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
-from ..bundle.run_folder import checkpoints, find_records, flaw_of, step_of
+from ..bundle.run_folder import checkpoints, find_records, flaw_of, read_lines, step_of
 from ..data.dataset import load_source
 from ..recipe.schema import Recipe
 from ..rows.messages import unpacked
@@ -50,15 +49,24 @@ def run(folder: str, step: int | None = None, checkpoint: str | None = None, tru
     console.print(table)
 
 
-def find_record(folder: Path, step: int | None) -> Json:
+def find_record(folder: Path, step: int | None) -> dict[str, Any]:
     """The record of a step in `watch.jsonl`, or the last one."""
     path = find_records(folder)
-    records = [json.loads(line) for line in read_text(path).splitlines() if line.endswith("}")]
+    records = [record for record in read_lines(path) if _is_whole(record)]
     found = [record for record in records if step is None or record["step"] == step]
     if not found:
         steps = ", ".join(str(record["step"]) for record in records)
         raise UserError(f"{str(path)!r} has no record of step {step}; it has: {steps or 'none'}.")
     return found[-1]
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Whether a line of `watch.jsonl` holds all that is looked at."""
+    rows = record.get("rows")
+    named = isinstance(rows, list) and all(
+        isinstance(ids, list) and all(isinstance(n, str) for n in ids) for ids in rows
+    )
+    return named and isinstance(record.get("loss"), int | float) and isinstance(record.get("why"), str)
 
 
 def checkpoint_before(folder: Path, step: int) -> Path:
@@ -71,10 +79,10 @@ def checkpoint_before(folder: Path, step: int) -> Path:
     )
 
 
-def find_rows(recipe: Recipe, ids: list[str]) -> list[Row]:
+def find_rows(recipe: Recipe, ids: list[str]) -> list[dict[str, Any]]:
     """The training rows with these ids, read anew from the recipe's sources, in this order."""
     seed = recipe.sft.get("data_seed") or recipe.sft.get("seed", 42)
-    found: dict[str, Row] = {}
+    found: dict[str, dict[str, Any]] = {}
     for source in recipe.data.train:  # unmixed: which rows a mixture draws depends on the rows that were rejected
         rows = load_source(source, seed=seed, reject=lambda error: None)
         places = {name: place for place, name in enumerate(rows["id"])}
@@ -84,7 +92,7 @@ def find_rows(recipe: Recipe, ids: list[str]) -> list[Row]:
     return [found[name] for name in ids]
 
 
-def examine(model: nn.Module, collator: MultimodalCollator, row: Row) -> tuple[str, ...]:
+def examine(model: nn.Module, collator: MultimodalCollator, row: dict[str, Any]) -> tuple[str, ...]:
     """One row of the table: what comes out when the row goes through the model alone."""
     try:
         batch = collator([row])

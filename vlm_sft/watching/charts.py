@@ -12,6 +12,7 @@ WIDTH, HEIGHT = 440, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 24
 MOST = 300  # points of a line; more are joined by their mean
 WIDE = 20  # a positive panel that spans more is logarithmic
+LARGEST, SMALLEST = 1e100, 1e-100  # numbers beyond are none that a run can have meant
 COLOURS = 8  # of the page; more runs begin again
 
 
@@ -45,7 +46,7 @@ class Panel:
         lines: As they are drawn.
         across: (place, label) of the marks below.
         up: (place, label) of the marks at the left.
-        gone: How many points were no numbers.
+        gone: How many points were no numbers that could be drawn.
     """
 
     title: str
@@ -62,10 +63,13 @@ def draw(title: str, chinese: str, lines: Sequence[Line], share: bool = False) -
     Args:
         title: In English.
         chinese: In Chinese.
-        lines: Each with its points in order; those that are not finite are left out and counted.
+        lines: Each with its points in order; those beyond `LARGEST` are left out and counted.
         share: The numbers are shares of one.
     """
-    whole = [Line(one.label, [p for p in one.points if math.isfinite(p[1])], one.colour, one.dashed) for one in lines]
+    whole = [
+        Line(one.label, [p for p in map(_drawable, one.points) if abs(p[1]) < LARGEST], one.colour, one.dashed)
+        for one in lines
+    ]
     gone = sum(len(a.points) - len(b.points) for a, b in zip(lines, whole, strict=True))
     whole = [one for one in whole if one.points]
     if not whole:
@@ -93,6 +97,11 @@ def draw(title: str, chinese: str, lines: Sequence[Line], share: bool = False) -
         drawn.append(Drawn(one, path, dots, _say(one.points[-1][1], share)))
     across = [(x(step), f"{step:,}") for step in _steps(first, last)]
     return Panel(title, chinese, drawn, across, [(y(mark), _say(mark, share)) for mark in marks], gone)
+
+
+def _drawable(point: tuple[int, float]) -> tuple[int, float]:
+    """A point, on the line where nobody could tell it from that."""
+    return point if abs(point[1]) > SMALLEST else (point[0], 0.0 if point[1] == point[1] else point[1])
 
 
 def _place(value: float, bottom: float, top: float, log: bool) -> float:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import UserError
-from ..base.names import Json, Record
 from ..base.words import duration
 from ..pages.layout import render
-from ..pages.pictures import thumbnail
-from ..reading.images import load_image
 from .charts import COLOURS, Line, Panel, draw
 from .runs import Run
 
@@ -35,7 +32,8 @@ MORE = 12  # further metrics of answers that are drawn
 COUNTS = ("total", "trained", "adapted")  # of a part, in weights
 STEPS = 12  # of a row's answers
 ROWS = 24
-SIDE = 200
+PICTURES, LONGEST_PICTURE = 8, 200_000  # of a row, and letters of one
+_PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]+=*")
 
 
 @dataclass
@@ -116,7 +114,7 @@ def _lines(runs: Sequence[Run], keys: Sequence[tuple[str, str]]) -> list[Line]:
 
 def asked_of(run: Run) -> list[Asked]:
     """The rows of a run's samples, each with its answers in order."""
-    rows: dict[str, list[Record]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for record in run.samples:
         rows.setdefault(str(record.get("id")), []).append(record)
     found = []
@@ -126,26 +124,23 @@ def asked_of(run: Run) -> list[Asked]:
         said = [(r["step"], str(r.get("answer", "")), bool(r.get("score")), str(r.get("error", ""))) for r in chosen]
         first = records[-1]
         answers = list(dict.fromkeys(map(str, _list(first.get("answers")))))
-        pictures = [shown for image in _list(first.get("images")) if (shown := _shown(str(image)))]
+        shown = next((record["shown"] for record in reversed(records) if record.get("shown")), None)
+        pictures = [picture for picture in _list(shown)[:PICTURES] if _is_picture(picture)]
         hidden = len(records) - len(chosen)
         found.append(Asked(run.name, name, str(first.get("question") or ""), answers, pictures, said, hidden))
     return found
 
 
-def _spread(records: list[Json], most: int) -> list[Json]:
+def _spread(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     """The first, the last, and some between them."""
     if len(records) <= most:
         return records
     return [records[round(number * (len(records) - 1) / (most - 1))] for number in range(most)]
 
 
-def _shown(image: str) -> str:
-    if image.startswith("sha256:"):
-        return ""  # it lies inside a table
-    try:
-        return thumbnail(load_image(image), side=SIDE).data_uri
-    except UserError:
-        return ""
+def _is_picture(value: object) -> bool:
+    """Whether it is a small picture as a run writes it; no file is read that a run names."""
+    return isinstance(value, str) and len(value) <= LONGEST_PICTURE and _PICTURE.fullmatch(value) is not None
 
 
 def facts_of(run: Run) -> list[tuple[str, str]]:
@@ -162,7 +157,7 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
     return [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in given if value]
 
 
-def parts_of(run: Run) -> list[Json]:
+def parts_of(run: Run) -> list[dict[str, Any]]:
     """What is made of each part, as `run.json` says; nothing where a part lacks something."""
     found = run.facts.get("parts")
     parts = [_object(part) for part in found] if isinstance(found, list) else []
@@ -188,7 +183,7 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _object(value: object) -> Json:
+def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
-from ..base.names import HISTORY, MANIFEST, METRICS, RUN_FACTS, RUN_LOCK, SAMPLES, STRANGE_STEPS, Json, Record
-from ..base.whole_files import IrregularError, read_bytes
-from ..bundle.run_folder import checkpoints, step_of
+from ..base.names import HISTORY, MANIFEST, METRICS, RUN_FACTS, RUN_LOCK, SAMPLES, STRANGE_STEPS
+from ..bundle.run_folder import checkpoints, is_step, read_lines, read_object, read_value, step_of, with_steps
 
 STATE_FILE = "trainer_state.json"  # of a checkpoint, by transformers
+LONGEST = 1e10  # seconds that anybody waits for
 ALIVE = 30.0  # seconds since the lock was touched, after which a run is taken for ended
 
 
@@ -36,24 +34,26 @@ class Run:
 
     name: str
     folder: Path
-    history: list[Json]
-    facts: Json = field(default_factory=dict)
-    samples: list[Record] = field(default_factory=list)
-    strange: list[Json] = field(default_factory=list)
+    history: list[dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    strange: list[dict[str, Any]] = field(default_factory=list)
     state: str = "stopped"
     age: float = 0.0
 
     @property
     def step(self) -> int:
         """The last step that is known of."""
-        known = self.facts.get("step")
-        return max([known if isinstance(known, int) else 0, *(row["step"] for row in self.history)])
+        return max([self._fact("step"), *(row["step"] for row in self.history)])
 
     @property
     def steps(self) -> int:
         """How many there will be; 0 where that is not known."""
-        found = self.facts.get("max_steps")
-        return found if isinstance(found, int) else 0
+        return self._fact("max_steps")
+
+    def _fact(self, name: str) -> int:
+        known: Any = self.facts.get(name)
+        return known if is_step(known) else 0
 
     @property
     def seconds_left(self) -> float | None:
@@ -62,7 +62,8 @@ class Run:
         done = timed[-1]["step"] - timed[0]["step"] if timed else 0
         if self.state != "running" or done <= 0 or not self.steps:
             return None
-        return max(0.0, (timed[-1]["time"] - timed[0]["time"]) / done * (self.steps - timed[-1]["step"]))
+        left = (timed[-1]["time"] - timed[0]["time"]) / done * (self.steps - timed[-1]["step"])
+        return max(0.0, left) if abs(left) < LONGEST else None
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step, number) of a key, the last of each step, in order."""
@@ -94,24 +95,23 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is no run: there is no such folder; give the sft.output_dir of one.")
-    history = _lines(folder / HISTORY) or _old_history(folder)
-    facts = _object(folder / RUN_FACTS)
+    history = read_lines(folder / HISTORY) or _old_history(folder)
+    facts = read_object(folder / RUN_FACTS)
     if not history and not facts and not (folder / RUN_LOCK).exists() and not checkpoints(folder):
         raise UserError(
             f"{str(folder)!r} is no run: it has neither {HISTORY} nor {METRICS} nor a checkpoint; give the "
             "sft.output_dir of one."
         )
-    manifest = _object(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST)
     facts = {**{key: manifest[key] for key in ("ledger", "train_rows", "eval_rows") if key in manifest}, **facts}
     watched = [folder / name for name in (HISTORY, RUN_FACTS, SAMPLES, RUN_LOCK, METRICS, MANIFEST)]
     touched = max((path.stat().st_mtime for path in watched if path.exists()), default=folder.stat().st_mtime)
     lock = folder / RUN_LOCK
     alive = lock.exists() and time.time() - lock.stat().st_mtime < ALIVE
     state = "running" if alive else "finished" if (folder / METRICS).is_file() else "stopped"
-    return Run(
-        folder.resolve().name, folder, history, facts, _lines(folder / SAMPLES), _lines(folder / STRANGE_STEPS), state,
-        max(0.0, time.time() - touched),
-    )  # fmt: skip
+    samples, strange = read_lines(folder / SAMPLES), read_lines(folder / STRANGE_STEPS)
+    age = max(0.0, time.time() - touched)
+    return Run(folder.resolve().name, folder, history, facts, samples, strange, state, age)
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
@@ -123,39 +123,10 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     return runs
 
 
-def _old_history(folder: Path) -> list[Json]:
+def _old_history(folder: Path) -> list[dict[str, Any]]:
     """Of a run of an earlier version: its metrics, or the log of its newest checkpoint."""
-    found = _json(folder / METRICS)
+    found = read_value(folder / METRICS)
     newest = max(checkpoints(folder), key=step_of, default=None)
     if not isinstance(found, list) and newest is not None:
-        found = _object(newest / STATE_FILE).get("log_history")
-    rows = found if isinstance(found, list) else []
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(read_bytes(path), parse_constant=lambda name: {"NaN": math.nan}.get(name, math.inf))
-    except (OSError, ValueError, RecursionError, IrregularError):
-        return None
-
-
-def _object(path: Path) -> Json:
-    found = _json(path)
-    return found if isinstance(found, dict) else {}
-
-
-def _lines(path: Path) -> list[Json]:
-    try:
-        text = read_bytes(path)
-    except (OSError, IrregularError):
-        return []
-    found = []
-    for line in text.split(b"\n"):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # the half of a line that a kill left, or that is just being written
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
-    return found
+        found = read_object(newest / STATE_FILE).get("log_history")
+    return with_steps(found if isinstance(found, list) else [])
