@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .stack.lora import lora_config
     from .templates.render import RenderedChat, render, render_chat
     from .templates.template import end_of_answer
-    from .train import train as train_recipe
     from .training.trainer import VLMSFTTrainer
 
 _HOMES = {
@@ -60,7 +59,6 @@ _HOMES = {
     "Source": "recipe.sections",
     "Stack": "stack.build_stack",
     "stream_answer": "inference.streaming",
-    "train_recipe": "train:train",  # at the top `vlm_sft.train` is the program
     "UserError": "base.errors",
     "VLMConfig": "model.configuration",
     "VLMForConditionalGeneration": "model.modeling",
@@ -101,7 +99,6 @@ __all__ = [
     "render_chat",
     "save_bundle",
     "stream_answer",
-    "train_recipe",
 ]
 
 
@@ -115,8 +112,7 @@ def __getattr__(name: str) -> Any:
             return "0+unknown"
     if name not in _HOMES:
         raise AttributeError(f"module 'vlm_sft' has no attribute {name!r}")
-    module, _, there = _HOMES[name].partition(":")
-    return getattr(importlib.import_module(f".{module}", __name__), there or name)
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

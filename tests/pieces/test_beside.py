@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import GenerationConfig
+from transformers.convert_slow_tokenizer import import_protobuf
 
+from support.ice_text import ice_text
 from vlm_sft.base.errors import UserError
 from vlm_sft.base.limits import limits
 from vlm_sft.pieces.beside import (
@@ -95,7 +97,7 @@ def test_a_tokenizer_names_no_other_files(settings, tmp_path):
 
 
 def charsmap(longest):
-    return base64.b64encode((8).to_bytes(4, "little") + b"\1" * 8 + b"a\0" + b"b" * longest + b"\0").decode()
+    return base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + b"a\0" + b"b" * longest + b"\0").decode()
 
 
 def replace(content, pattern=" "):
@@ -164,3 +166,75 @@ def test_what_passes_does_not_grow_further_than_is_said(normalizer, text):
     }
     grown = Tokenizer.from_str(json.dumps(tokenizer)).normalizer.normalize_str(text) if normalizer else text
     assert len(grown) <= limits().tokenizer_growth * len(text)
+
+
+LONG = "ab" * 10_000
+
+
+def folder_with(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(tmp_path)
+
+
+def pieces_file(change):
+    proto = import_protobuf().ModelProto.FromString(ice_text())
+    change(proto)
+    return proto.SerializeToString()
+
+
+VOCABULARIES = {
+    "a word of vocab.txt": ("vocab.txt", f"a\n{LONG}\n", "its vocab.txt has a token of 20,000 characters"),
+    "a word of vocab.json": ("vocab.json", json.dumps({LONG: 1}), "its vocab.json has a token of 20,000 characters"),
+    "a merge": ("merges.txt", f"a b\n{LONG} b", "its merges.txt has a token of 20,002 characters"),
+    "a word of tiktoken": ("tiktoken.model", f"{LONG} 1", "its tiktoken.model has a token of 20,002"),
+    "an added token": ("added_tokens.json", json.dumps({LONG: 3}), "its added_tokens.json has a token of 20,000"),
+    "a special token": ("special_tokens_map.json", json.dumps({"pad_token": {"content": LONG}}), "a token of 20,000"),
+    "a decoded token": (
+        "tokenizer_config.json", json.dumps({"added_tokens_decoder": {"1": {"content": LONG}}}),
+        "its tokenizer_config.json has a token of 20,000 characters",
+    ),
+    # The library that makes a tokenizer of such a piece ends the process; another takes minutes for it.
+    "a piece": (
+        "tokenizer.model", pieces_file(lambda proto: setattr(proto.pieces[-1], "piece", LONG)),
+        r"its tokenizer.model has a token of 20,000 characters; more than 10,000 .`limits.token_characters`.",
+    ),
+    "a damaged table": (
+        "ice_text.model",
+        pieces_file(lambda proto: setattr(proto.normalizer_spec, "precompiled_charsmap", b"\4\0\0\0\xff\xff\0\0a\0")),
+        "the table of replacements in its ice_text.model is damaged; fetch it again",
+    ),
+    "a table that grows": (
+        "spiece.model",
+        pieces_file(lambda proto: setattr(proto.normalizer_spec, "precompiled_charsmap",
+                                          proto.normalizer_spec.precompiled_charsmap + b"x" * 1000)),
+        "the normalizer of its spiece.model makes up to 1,000 characters of one",
+    ),
+    "a nested file": ("tokenizer_config.json", '{"a":' * 200 + "1" + "}" * 200, "too deep; the checkpoint is"),
+    "settings that are a number": ("tokenizer_config.json", '{"sp_model_kwargs": 5}', "sp_model_kwargs: 5; it is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_a_vocabulary_is_looked_at_before_a_library_makes_a_tokenizer_of_it(case, tmp_path):
+    name, content, said = VOCABULARIES[case]
+    with pytest.raises(UserError, match=said):
+        check_tokenizer(folder_with(tmp_path, name, content), None, "k")
+
+
+@pytest.mark.parametrize("odd", [5, "x", [1], {"vocab": 5}, {"vocab": "ab"}, {"vocab": [[1]]}, None])
+def test_odd_models_and_tokens_of_a_tokenizer_are_left_to_the_library(odd):
+    check_growth({"model": odd, "added_tokens": odd, "normalizer": odd, "post_processor": odd}, "k")
+
+
+def test_a_small_file_behind_a_link_that_leads_out_is_not_read(tmp_path):
+    (tmp_path / "secret").write_text("a\nb\n")
+    (base := tmp_path / "base").mkdir()
+    (base / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"k: '.*vocab.txt' leads out of its checkpoint; put the file itself there"):
+        check_tokenizer(str(base), None, "k")
+    (base / "vocab.txt").unlink()
+    (base / "own.txt").write_text("a\nb\n")
+    (base / "vocab.txt").symlink_to("own.txt")
+    check_tokenizer(str(base), None, "k")
+    (linked := tmp_path / "linked").symlink_to(base)  # the user's own link to a folder
+    check_tokenizer(str(linked), None, "k")

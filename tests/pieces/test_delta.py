@@ -161,6 +161,14 @@ WRONG = {
         lambda base, delta: base, lambda base, delta: {**base, **{n: delta[n] for n in TABLES}}, {},
         "holds a whole model and no differences",
     ),
+    "a table of one number": (
+        lambda base, delta: {**base, EMBED: torch.tensor(1.0)}, lambda base, delta: {**delta, EMBED: torch.tensor(1.0)},
+        {}, r"tensor '.*embed_tokens.weight' of .* has the shape \(\), which is no table",
+    ),
+    "a type that is not added": (
+        lambda base, delta: base, lambda base, delta: {**delta, EMBED: delta[EMBED].to(torch.float8_e4m3fn)}, {},
+        "has the type torch.float8_e4m3fn, which is not added; name the checkpoint in bf16",
+    ),
     "tables of another model": (
         lambda base, delta: base, lambda base, delta: halved(delta), {}, "is neither like the base's .* --tables whole",
     ),
@@ -262,3 +270,25 @@ def test_one_shard_at_a_time_is_in_memory(tmp_path):
     taken = int(done.stdout)
     print(f"{taken / 1e6:.0f} MB for a model of 200 MB")
     assert taken < 100_000_000
+
+
+@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, "[]", "\xff", '{"a": ' + "[" * 200 + "]" * 200 + "}", ""])
+def test_settings_that_are_none_are_one_sentence(pair, tmp_path, text):
+    (tmp_path / "delta" / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="the checkpoint is not whole"):
+        apply_delta(*pair, tmp_path / "out")
+
+
+def test_what_a_delta_says_of_itself_is_not_repeated_without_end(pair, tmp_path):
+    (tmp_path / "delta" / "config.json").write_text(json.dumps({"hidden_act": "x" * 100_000}))
+    with pytest.raises(UserError, match=r"has hidden_act silu in its config.json, the delta x+\.\.\.;") as caught:
+        apply_delta(*pair, tmp_path / "out")
+    assert len(str(caught.value)) < 600
+
+
+def test_no_file_elsewhere_is_copied_beside_the_model(pair, tmp_path):
+    (tmp_path / "secret").write_text("of mine")
+    (tmp_path / "delta" / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"DELTA: '.*merges.txt' leads out of its checkpoint; put the file"):
+        apply_delta(*pair, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

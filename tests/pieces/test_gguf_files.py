@@ -16,6 +16,7 @@ from support.bundles import LLAVA, logits, trained
 from support.gguf_writer import TEMPLATE, write_gguf
 from vlm_sft import load, load_recipe
 from vlm_sft.base.errors import UserError
+from vlm_sft.base.limits import limits
 from vlm_sft.export.export import export
 from vlm_sft.pieces.checkpoints import Checkpoint
 from vlm_sft.pieces.gguf_files import GgufFile
@@ -132,6 +133,11 @@ def cut(at: int, name: bytes = b""):
     return lambda raw: raw[: at + (raw.rindex(name) + len(name) if name else 0)]
 
 
+def gguf_list(kind: int, count: int, each: bytes) -> bytes:
+    """A file with one list, of which everything is there that it announces."""
+    return b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"x" + struct.pack("<IIQ", 9, kind, count) + each * count
+
+
 BROKEN = {
     **{f"cut at {at}": cut(at) for at in (0, 3, 4, 10, 24, 100, -1, -5000)},
     "cut in its tokens": cut(50, TOKENS),
@@ -143,6 +149,9 @@ BROKEN = {
     "more entries": put("<Q", 2**60, 16),
     "endless key": put("<Q", 2**63, 24),
     "endless list of texts": put("<Q", 2**60, 8, TOKENS),
+    "list of more than any model has": lambda raw: gguf_list(8, limits().vocabulary + 1, bytes(8)),
+    "list of more numbers than any model has": lambda raw: gguf_list(0, limits().vocabulary + 1, b"\0"),
+    "more entries than any model has": lambda raw: gguf_list(0, 1, b"\0")[:16] + struct.pack("<Q", 10**6),
     "endless list of numbers": put("<Q", 2**60, 8, TYPES),
     "list of lists": put("<I", 9, 4, TOKENS),
     "value of no kind": put("<I", 77, 0, TOKENS),

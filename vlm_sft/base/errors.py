@@ -20,6 +20,7 @@ from .words import one_line
 
 # What gloo says where the process at the other end of a connection has ended.
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
+PANIC = "PanicException"  # of a library written in Rust; no `Exception`, so that nobody goes on behind it
 PATIENCE = 10.0  # seconds; the launcher looks ten times in one, so it has long seen the first failure
 TOLD_TO_END = "SIGTERM came before."  # a note on an error of a process that the launcher has already told to end
 
@@ -76,7 +77,9 @@ def refused_by_library(sentence: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError, AssertionError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             raise
         said = one_line(error)[:300]

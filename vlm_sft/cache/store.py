@@ -18,14 +18,13 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 
 from ..base.errors import UserError
-from ..base.names import Json
 from ..base.whole_files import open_regular, read_text, write_json
 from ..base.words import reason_of
 from .records import LOCK, Records, append_whole, new_writer
@@ -58,7 +57,7 @@ class Store:
     def __init__(
         self,
         folder: Path,
-        about: Json | None = None,
+        about: dict[str, Any] | None = None,
         shape: tuple[int, int] | None = None,
         max_gb: float | None = None,
     ) -> None:
@@ -72,7 +71,7 @@ class Store:
         self._shard: IO[bytes] | None = None
         self.refresh()
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}, "_writer": None, "_shard": None}
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow.compute as pc
 
 from ..base.errors import UserError
-from ..base.names import ImageEntry, Row
 from ..base.whole_files import digest, file_digest
 from ..reading.image_refs import is_url
 
@@ -79,7 +78,7 @@ def _problem(path: str) -> str | None:
     return None if status.st_size else "is empty (0 bytes)"
 
 
-Shown = tuple[ImageEntry, str]
+Shown = tuple[dict[str, Any], str]
 """An image, and the id of a row that shows it."""
 
 
@@ -90,7 +89,7 @@ class Leak(NamedTuple):
     held_out: str
 
 
-def shared_images(train: Iterable[Row], held_out: Iterable[Row]) -> list[Leak]:
+def shared_images(train: Iterable[dict[str, Any]], held_out: Iterable[dict[str, Any]]) -> list[Leak]:
     """Training images that stand among the held-out ones, each once.
 
     A picture that was saved anew, or at another size, has other bytes and is not found. Files are opened only where
@@ -113,7 +112,7 @@ def shared_images(train: Iterable[Row], held_out: Iterable[Row]) -> list[Leak]:
         return [Leak(row, owners[found]) for found, (_, row) in pairs if found in owners]
 
 
-def _different(rows: Iterable[Row]) -> list[Shown]:
+def _different(rows: Iterable[dict[str, Any]]) -> list[Shown]:
     """Each different image, by its path or bytes, and the first row that shows it."""
     found: dict[Any, Shown] = {}
     for row in rows:
@@ -138,7 +137,7 @@ def _digest(shown: Shown) -> bytes | None:
     return digest_of(shown[0])
 
 
-def digest_of(image: ImageEntry) -> bytes | None:
+def digest_of(image: Mapping[str, Any]) -> bytes | None:
     """A digest of the bytes of an image, of a file or embedded; None for a file that cannot be read."""
     if image["bytes"] is not None:
         return digest(image["bytes"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..base.names import ImageEntry, Json, Row
 from ..base.words import counted
 from ..reading.image_refs import TIME, image_key, is_url
 from ..rows.messages import unpacked
@@ -85,7 +84,7 @@ class LookAlikes:
     held_out: Compared = field(default_factory=Compared)
     repeated: int = 0
     searched: float = 1.0
-    pictures: Sequence[tuple[ImageEntry, ImageEntry]] = field(default_factory=list)
+    pictures: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]] = field(default_factory=list)
 
     @property
     def held_out_found(self) -> int:
@@ -97,7 +96,7 @@ class LookAlikes:
         counts = Counter((pair.train.source, pair.held_out.source) for pair in self.pairs)
         return [(*sources, count) for sources, count in counts.most_common()]
 
-    def as_dict(self) -> Json:
+    def as_dict(self) -> dict[str, Any]:
         """All numbers and pairs, ready for JSON."""
         names = {"images": "of", "looked_at": "looked_at", "unreadable": "unreadable", "blank": "flat", "urls": "urls"}
         sides = {"train": self.train, "held_out": self.held_out}
@@ -147,7 +146,7 @@ class _Side:
         rows: see `find_look_alikes`, as the others.
     """
 
-    def __init__(self, rows: Iterable[Row], what: str, most: int | None, seed: int, tick: Tick) -> None:
+    def __init__(self, rows: Iterable[dict[str, Any]], what: str, most: int | None, seed: int, tick: Tick) -> None:
         self._rows = rows
         self.keys: dict[bytes, None] = {}
         self.compared = Compared()
@@ -167,14 +166,14 @@ class _Side:
         self.compared.looked_at, self.compared.unreadable = len(chosen), found.problems
         self.compared.flat = int(is_flat(found.looks[found.readable]).sum())
 
-    def _walk(self) -> Iterator[tuple[ImageEntry, Row]]:
+    def _walk(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Every image with its row, but for frames of videos."""
         for row in self._rows:
             for image in unpacked(row)["images"]:
                 if TIME not in image:
                     yield image, row
 
-    def _pick(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, ImageEntry, Row]]:
+    def _pick(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
         """Different images of these numbers, in order, with their rows."""
         wanted = {number: k for k, number in enumerate(self._chosen[numbers].tolist())}
         seen: set[bytes] = set()
@@ -202,14 +201,14 @@ class _Side:
         path = self.places[number].path
         return self._stamps[number] if path is None else digest_of({"path": path, "bytes": None})
 
-    def entries(self, numbers: Sequence[int]) -> dict[int, ImageEntry]:
+    def entries(self, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
         """Number → the image as its row has it."""
         return {number: image for number, image, _ in self._pick(np.unique(np.array(numbers, np.int64)))}
 
 
 def find_look_alikes(
-    train: Iterable[Row],
-    held_out: Iterable[Row],
+    train: Iterable[dict[str, Any]],
+    held_out: Iterable[dict[str, Any]],
     *,
     most: int | None = None,
     seed: int = 0,

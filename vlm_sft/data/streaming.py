@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from datasets import Features, IterableDataset, Value
 
 from ..base.errors import RowError, UserError, raise_it
-from ..base.names import Row
 from ..rows.messages import IN_EXTRAS, each_once, packed
 from .dataset import ROW_FEATURES
 from .source import name_of, source_rows
@@ -75,7 +74,7 @@ class _Stream:
     of: int
     keep_rejected: bool
 
-    def __call__(self, shards: list[int]) -> Iterator[Row]:
+    def __call__(self, shards: list[int]) -> Iterator[dict[str, Any]]:
         chance = random.Random(f"{self.seed}/{self.of}/{shards}")
         streams = [self._endless(source, set(shards)) for source in self.sources]
         weights = [source.weight for source in self.sources]
@@ -86,7 +85,7 @@ class _Stream:
             row, held[place] = held[place], row
             yield row
 
-    def _endless(self, source: Source, shards: set[int]) -> Iterator[Row]:
+    def _endless(self, source: Source, shards: set[int]) -> Iterator[dict[str, Any]]:
         while True:
             mine = 0
             for number, row in enumerate(self._rows(source)):
@@ -96,7 +95,7 @@ class _Stream:
             if not mine:
                 raise too_few_rows(source, self.of)
 
-    def _rows(self, source: Source) -> Iterator[Row]:
+    def _rows(self, source: Source) -> Iterator[dict[str, Any]]:
         """One pass; a rejected row stands where the file has it."""
         rejected: list[RowError] = []
         reject = rejected.append if self.keep_rejected else raise_it
@@ -106,13 +105,13 @@ class _Stream:
         yield from self._marked(source, rejected)
 
     @staticmethod
-    def _marked(source: Source, rejected: list[RowError]) -> Iterator[Row]:
+    def _marked(source: Source, rejected: list[RowError]) -> Iterator[dict[str, Any]]:
         while rejected:
             error = rejected.pop(0)
             why = {"reason": error.reason, "sentence": str(error)}
             yield {"messages": [], "images": [], "source": name_of(source), "id": error.where, "rejected": why}
 
 
-def first_rows(rows: Any, count: int) -> list[Row]:
+def first_rows(rows: Any, count: int) -> list[dict[str, Any]]:
     """The first good rows of a dataset or a stream."""
     return list(itertools.islice((row for row in rows if row.get("rejected") is None), count))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.errors import UserError
-from ..base.names import Json
 from ..pieces.piece import Piece
 from ..reading.images import grown_size
 
@@ -110,6 +109,6 @@ def piece_of(pretrained: str, revision: str | None, key: str) -> Piece[Published
     return piece
 
 
-def told(piece: Piece[Published]) -> Json:
+def told(piece: Piece[Published]) -> dict[str, Any]:
     """What the `config.json` of a checkpoint says; nothing where it is one weight file."""
     return {} if Path(piece.pretrained).is_file() else piece.raw

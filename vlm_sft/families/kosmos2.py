@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..base.names import Inputs
 from .model import FamilyModel
 from .processor import FamilyProcessor
 
@@ -20,7 +19,7 @@ class Kosmos2(FamilyModel):
 
     followers = ("embed_positions.weights",)
 
-    def complete(self, inputs: Inputs) -> Inputs:
+    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Features of the images in place of the images, of none where there is none."""
         if inputs.get("image_embeds") is not None:
             return inputs

@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..base.errors import UserError
-from ..base.names import Inputs, Options
 from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
 from ..model.losses import Head, VLMOutput, mean_loss
 from ..model.positions import ExactRotations, packed_positions, row_numbers, shared_mask
@@ -123,7 +122,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         places[1:, real] = found[:, mask.bool()].to(plain) - too_far[real]
         return places
 
-    def complete(self, inputs: Inputs) -> Inputs:
+    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model's own forward takes, with what it needs for a batch of text alone."""
         return inputs
 
@@ -155,7 +154,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         finally:
             hook.remove()
 
-    def _add_idle(self, module: nn.Module, args: tuple[Any, ...], kwargs: Options) -> Any:
+    def _add_idle(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         embeds = kwargs["inputs_embeds"]
         return args, {**kwargs, "inputs_embeds": embeds + self.idle_image_path().to(embeds.dtype)}
 
@@ -217,7 +216,7 @@ def cast_parts(model: FamilyModel, trained: Collection[str], dtype: torch.dtype)
             buffer.data = buffer.data.to(dtype)
 
 
-def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Options) -> tuple[Any, Options]:
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
 
     def cast(value: Any) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 
 from ..base.errors import UserError
-from ..base.names import Json
 from ..base.whole_files import read_text, write_json
 from ..base.words import one_line
 from ..bundle.hub import is_fetched
@@ -128,7 +127,7 @@ class BeforeAndAfter:
                 before = measure(model, processor, texts)
         return compare(texts, before, measure(model, processor, texts), self.limit)
 
-    def _of_tower(self, model: PreTrainedModel) -> dict[str, Json]:
+    def _of_tower(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         """What the vision tower of a stack lost, where its stage changed it and its piece has a text tower."""
         if self.pictures is None:
             return {}
@@ -154,7 +153,7 @@ def _written(file: Path) -> Forgetting | None:
     return found
 
 
-def noted(manifest: Json, mark: str) -> State | None:
+def noted(manifest: dict[str, Any], mark: str) -> State | None:
     """What a run noted before its first step on the texts of this mark, or None."""
     found = manifest.get(NOTE)
     before = found.get("before") if isinstance(found, dict) else None

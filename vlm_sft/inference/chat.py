@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from ..base.console import make_console, tell
 from ..base.errors import UserError
-from ..base.names import Options, Row
 from ..base.progress import waiting
 from ..base.words import closest, counted
 from ..batch.pictures import PictureError, read_pictures
@@ -24,7 +23,7 @@ from ..reading.images import load_image
 from ..reading.tar_shards import VIDEO_ENDINGS
 from ..reading.video import Films
 from ..rows.boxes import place_boxes
-from ..rows.messages import Message, Part, image_part, text_part
+from ..rows.messages import Part, image_part, text_part
 from ..rows.raw_row import RowView
 from .generation import PromptTooLongError
 from .questions import frames_of_file
@@ -51,7 +50,7 @@ def chat(
     bundle: str,
     images: list[str],
     question: str | None = None,
-    options: Options | None = None,
+    options: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     boxes: str | None = None,
     videos: Sequence[str] = (),
@@ -109,13 +108,13 @@ class Conversation:
         self,
         model: PreTrainedModel,
         processor: VLMProcessor,
-        options: Options,
+        options: dict[str, Any],
         waiting: list[Shown],
         boxes: str | None = None,
     ) -> None:
         self.model, self.processor, self.options, self.boxes = model, processor, options, boxes
         self.captions_only = ignores_text(processor)
-        self.messages: list[Message] = []
+        self.messages: list[dict[str, Any]] = []
         self.images: list[Image.Image] = []
         self.waiting = waiting
 
@@ -153,7 +152,7 @@ class Conversation:
 class Answer:
     """An answer as it is written: iterate over its pieces, then close it."""
 
-    def __init__(self, talk: Conversation, question: Row) -> None:
+    def __init__(self, talk: Conversation, question: dict[str, Any]) -> None:
         self._talk, self._question = talk, question
         self._said = ""
         self._images = [*talk.images, *(image for _, image in talk.waiting)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available, lo
 
 from ..base.errors import UserError
 from ..base.limits import limits
-from ..base.names import Options, Values
 from ..base.words import closest, gib, one_line
 from ..batch.processor import VLMProcessor
 from ..bundle.hub import find_bundle
@@ -32,7 +31,7 @@ from ..rows.videos import Sampling
 DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": None}
 """Settings that mean sampling, and the values that mean nothing."""
-PROCESSORS: Options = {
+PROCESSORS: dict[str, Any] = {
     "temperature": TemperatureLogitsWarper,
     "top_p": TopPLogitsWarper,
     "top_k": TopKLogitsWarper,
@@ -50,7 +49,7 @@ CACHE_BACKENDS = {"quanto": is_optimum_quanto_available, "hqq": is_hqq_available
 OBJECTS = {"tokenizer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
 
 
-def split_settings(settings: Options) -> tuple[Options, Options]:
+def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of an answer: those of `GenerationConfig`, and objects that are handed to `generate` beside it.
 
     Raises:
@@ -70,7 +69,7 @@ def refusal(error: Exception) -> Exception:
     return UserError(f"the model cannot answer with these settings of `generation`: {one_line(error)}")
 
 
-def check_options(options: Options) -> None:
+def check_options(options: dict[str, Any]) -> None:
     """Refuses generation settings that are on no list of ours, that transformers does not take, or that take too much.
 
     Raises:
@@ -93,7 +92,7 @@ def check_options(options: Options) -> None:
         raise UserError(f"`cache_implementation: quantized` needs {backend}, which is not installed; leave it out.")
 
 
-def _tidy(options: Options) -> Options:
+def _tidy(options: dict[str, Any]) -> dict[str, Any]:
     """`temperature=0` means greedy to most programs, and 2 is as good as 2.0; transformers refuses both."""
     options = {name: float(v) if name in FLOATS and isinstance(v, int) else v for name, v in options.items()}
     if options.get("temperature") == 0:
@@ -101,7 +100,7 @@ def _tidy(options: Options) -> Options:
     return options
 
 
-def generation_options(model: PreTrainedModel, processor: VLMProcessor, options: Options) -> Options:
+def generation_options(model: PreTrainedModel, processor: VLMProcessor, options: dict[str, Any]) -> dict[str, Any]:
     """Options for `generate`: what was asked for over our defaults, and where an answer ends.
 
     An answer ends with the tokenizer's end token or with what the chat template puts after an answer (`###`, a line
@@ -153,7 +152,7 @@ def _numbers(value: object) -> Iterator[int]:
         yield value
 
 
-def check_cache(model: PreTrainedModel, settings: Values, rows: int, length: int) -> None:
+def check_cache(model: PreTrainedModel, settings: Mapping[str, Any], rows: int, length: int) -> None:
     """Counts the bytes of a cache of fixed length, which is taken whole before the first token.
 
     Args:
@@ -199,10 +198,10 @@ def ends_of(processor: VLMProcessor) -> tuple[list[int], str]:
 
 def open_bundle(
     bundle: str,
-    options: Options,
+    options: dict[str, Any],
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
-) -> tuple[PreTrainedModel, VLMProcessor, Options]:
+) -> tuple[PreTrainedModel, VLMProcessor, dict[str, Any]]:
     """Model, processor and the settings of the bundle's recipe with `options` over them; `device` as `vlm_sft.load`.
 
     Raises:

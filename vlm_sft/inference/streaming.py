@@ -13,9 +13,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ..base.names import Options
 from ..batch.processor import VLMProcessor
-from ..rows.messages import Message
 from .generation import (
     answer,
     beams_of,
@@ -35,7 +33,7 @@ from .settings import ends_of, generation_options
 def stream_answer(
     model: PreTrainedModel,
     processor: VLMProcessor,
-    messages: Sequence[Message],
+    messages: Sequence[dict[str, Any]],
     images: Sequence[Any],
     **options: Any,
 ) -> Iterator[str]:
@@ -63,7 +61,7 @@ class _Writer(BaseStreamer, StoppingCriteria):
     """Generates in a thread of its own; the text comes out of a queue as soon as it can no longer change."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: VLMProcessor, batch: dict[str, torch.Tensor], settings: Options
+        self, model: PreTrainedModel, processor: VLMProcessor, batch: dict[str, torch.Tensor], settings: dict[str, Any]
     ) -> None:
         self._processor = processor
         self._ends, _ = ends_of(processor)
@@ -76,7 +74,7 @@ class _Writer(BaseStreamer, StoppingCriteria):
         self._thread = threading.Thread(target=self._run, args=(model, batch, settings), daemon=True)
         self._thread.start()
 
-    def _run(self, model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: Options) -> None:
+    def _run(self, model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
         last: BaseException | None = None
         stop = StoppingCriteriaList([self, *(settings.pop("stopping_criteria", None) or [])])
         try:

@@ -6,9 +6,8 @@ or let short texts grow is refused with its name; what is fingerprinted is what 
 
 from __future__ import annotations
 
-import base64
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,15 @@ from transformers import PreTrainedModel
 
 from ..base.errors import UserError
 from ..base.limits import limits
-from ..base.names import ADAPTER_CONFIG, CONFIG, PROCESSOR_CONFIG, Json, Values
+from ..base.names import ADAPTER_CONFIG, CONFIG, PROCESSOR_CONFIG
+from ..base.whole_files import read_bytes
+from ..base.words import short
 from ..recipe.library_names import GENERATION, UNSAID
 from ..recipe.passed_on import flaw, flaw_of_answers
-from ..recipe.safety import check_picture, read_json
+from ..recipe.safety import check_length, check_picture, most_bytes, read_json
+from ..systems.sentencepieces import is_sound, longest_of, read_pieces, table_of
 from .checkpoints import fetch_file
+from .expected import VOCABULARIES, WHOLE
 
 # Of a `generation_config.json`: what transformers writes there itself, and what runs code or compiles.
 _WRITTEN = ("_from_model_config", "transformers_version", "_original_object_hash", "_commit_hash")
@@ -61,7 +64,7 @@ def keep_plain_generation(model: PreTrainedModel, where: str) -> None:
         raise UserError(f"{where}: its generation_config.json is refused: {found[1]}")
 
 
-def check_config_names(config: Values, where: str, file: str = CONFIG) -> None:
+def check_config_names(config: Mapping[str, Any], where: str, file: str = CONFIG) -> None:
     """Refuses what a `config.json` says beside sizes: kernels, other files, other repositories.
 
     Args:
@@ -116,15 +119,62 @@ def check_tokenizer(pretrained: str, revision: str | None, key: str, subfolder: 
     Raises:
         UserError: They name other files, or make long texts of short ones.
     """
-    settings = _read(pretrained, f"{subfolder}/tokenizer_config.json".lstrip("/"), revision, key)
-    where = f"{key}: {pretrained!r}"
-    for name, value in settings.items():
+    files = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", WHOLE)
+    said = {file: _read(pretrained, f"{subfolder}/{file}".lstrip("/"), revision, key) for file in files}
+    where, whole = f"{key}: {pretrained!r}", said.pop(WHOLE)
+    for name, value in said["tokenizer_config.json"].items():
         elsewhere = name.endswith(("_file", "_files", "_path", "_dir", "_object")) and name not in _REPLACED
         elsewhere |= name in ("vocab", "merges", "mecab_kwargs", "sudachi_kwargs", "jumanpp_kwargs", *_ELSEWHERE)
-        elsewhere |= name == "sp_model_kwargs" and bool(set(value or ()) - _SENTENCEPIECE)
+        elsewhere |= name == "sp_model_kwargs" and (
+            not isinstance(value, Mapping) or bool(value.keys() - _SENTENCEPIECE)
+        )
         if elsewhere and value not in UNSAID:
-            raise UserError(f"{where}: its tokenizer_config.json says {name}: {value!r}; it is refused.")
-    check_growth(_read(pretrained, f"{subfolder}/tokenizer.json".lstrip("/"), revision, key), where)
+            raise UserError(f"{where}: its tokenizer_config.json says {name}: {short(str(value))}; it is refused.")
+    for file, stated in said.items():
+        _check_words((text for name, text in _texts(stated) if name != "chat_template"), where, file)
+    check_growth(whole, where)
+    for name in () if whole else VOCABULARIES:
+        _check_vocabulary(pretrained, f"{subfolder}/{name}".lstrip("/"), revision, key)
+
+
+def _check_vocabulary(pretrained: str, name: str, revision: str | None, key: str) -> None:
+    """Looks at the file of a vocabulary before a library makes a tokenizer of it: some end the process at long words.
+
+    Raises:
+        UserError: It is too large, has too many or too long tokens, or a table of replacements that is damaged.
+    """
+    if Path(pretrained).is_file():
+        return
+    path, where = fetch_file(pretrained, name, revision, key, required=False), f"{key}: {pretrained!r}"
+    if path is None or not Path(path).is_file():
+        return
+    if name.endswith(".json"):
+        _check_words(read_json(Path(path), "checkpoint"), where, name)
+        return
+    check_length(path, most_bytes(name))
+    data = read_bytes(path)
+    if name.endswith(".txt") or (proto := read_pieces(data)) is None:
+        _check_words(data.split(b"\n"), where, name)
+        return
+    _check_words((piece.piece for piece in proto.pieces), where, name)
+    charsmap = proto.normalizer_spec.precompiled_charsmap
+    check_growth({"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap}}, where, name)
+
+
+def _check_words(words: Iterable[str | bytes], where: str, file: str) -> None:
+    most, count, longest = limits(), 0, 0
+    for word in words:
+        count, longest = count + 1, max(longest, len(word))
+    if longest > most.token_characters:
+        raise UserError(
+            f"{where}: its {file} has a token of {longest:,} characters; more than {most.token_characters:,} "
+            f"(`limits.token_characters`) are refused."
+        )
+    if count > most.vocabulary:
+        raise UserError(
+            f"{where}: its {file} has {count:,} entries; more than {most.vocabulary:,} (`limits.vocabulary`) are "
+            f"refused."
+        )
 
 
 def check_processor(pretrained: str, revision: str | None, key: str) -> None:
@@ -139,38 +189,38 @@ def check_processor(pretrained: str, revision: str | None, key: str) -> None:
         check_picture(settings, f"{key}: {pretrained!r}", file)
 
 
-def check_growth(tokenizer: Values, where: str) -> None:
+def check_growth(tokenizer: Mapping[str, Any], where: str, file: str = WHOLE) -> None:
     """Refuses a `tokenizer.json` that makes very long texts of short ones, or has endless tokens.
 
     Args:
         tokenizer: What stands in the file.
         where: Named in the message.
+        file: Its name.
 
     Raises:
         UserError: It does.
     """
     most = limits()
+    if not all(map(is_sound, _charsmaps(tokenizer.get("normalizer")))):
+        raise UserError(f"{where}: the table of replacements in its {file} is damaged; fetch it again.")
     for part in ("normalizer", "decoder"):  # published ones make 18 characters of one at most (NFKD of one Arabic sign)
         if (growth := _growth(tokenizer.get(part))) > most.tokenizer_growth:
             raise UserError(
-                f"{where}: the {part} of its tokenizer.json makes up to {growth:,.0f} characters of one; more than "
+                f"{where}: the {part} of its {file} makes up to {growth:,.0f} characters of one; more than "
                 f"{most.tokenizer_growth:,} (`limits.tokenizer_growth`) are refused."
             )
     if (more := _added(tokenizer.get("post_processor"))) > most.tokens_around:
         raise UserError(
-            f"{where}: its tokenizer.json puts {more:,} tokens around each text; more than {most.tokens_around:,} "
+            f"{where}: its {file} puts {more:,} tokens around each text; more than {most.tokens_around:,} "
             f"(`limits.tokens_around`) are refused."
         )
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-    tokens = [entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary or ()]
-    tokens += [each.get("content") for each in tokenizer.get("added_tokens") or () if isinstance(each, Mapping)]
-    longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
-    if longest > most.token_characters:
-        raise UserError(
-            f"{where}: its tokenizer.json has a token of {longest:,} characters; more than {most.token_characters:,} "
-            f"(`limits.token_characters`) are refused."
-        )
+    entries = vocabulary if isinstance(vocabulary, Mapping | list) else ()
+    added = tokenizer.get("added_tokens")
+    tokens = [entry[0] if isinstance(entry, list) and entry else entry for entry in entries]
+    tokens += [each.get("content") for each in added if isinstance(each, Mapping)] if isinstance(added, list) else []
+    _check_words((token for token in tokens if isinstance(token, str)), where, file)
 
 
 def _growth(step: object) -> float:
@@ -187,7 +237,7 @@ def _growth(step: object) -> float:
         # A regular expression may match nothing, between any two characters.
         grown = longest / len(given) if isinstance(given, str) and given else longest + 1
     elif step.get("type") == "Precompiled":
-        grown = _longest_precompiled(step.get("precompiled_charsmap"))
+        grown = longest_of(step.get("precompiled_charsmap"))
     else:
         grown = longest
     return max(grown, 1) * inner
@@ -209,14 +259,27 @@ def _added(step: object) -> int:
     return longest * places + sum(map(_added, within))
 
 
-def _longest_precompiled(charsmap: object) -> float:
-    """The longest text in sentencepiece's table of replacements: a trie of so many bytes, then texts ended by zeros."""
-    try:
-        table = base64.b64decode(charsmap or "") if isinstance(charsmap, str) else bytes(charsmap or ())  # type: ignore[call-overload]
-    except (ValueError, TypeError):
-        return math.inf
-    end = 4 + int.from_bytes(table[:4], "little")
-    return max(map(len, table[end:].split(b"\0"))) if table and end <= len(table) else math.inf if table else 1
+def _charsmaps(step: object) -> Iterator[bytes]:
+    """The tables of replacements in a step of a `tokenizer.json`, and in those within it."""
+    if isinstance(step, Mapping):
+        if step.get("type") == "Precompiled" and (table := table_of(step.get("precompiled_charsmap"))):
+            yield table
+        for value in step.values():
+            for entry in value if isinstance(value, list) else ():
+                yield from _charsmaps(entry)
+
+
+def _texts(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """(key, text) of every text in mappings and lists, and of every key."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield "", str(key)
+            yield from _texts(entry, str(key))
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry, name)
 
 
 def _entries(value: object) -> Iterator[tuple[str, Any]]:
@@ -230,7 +293,7 @@ def _entries(value: object) -> Iterator[tuple[str, Any]]:
             yield from _entries(entry)
 
 
-def _read(pretrained: str, name: str, revision: str | None, key: str) -> Json:
+def _read(pretrained: str, name: str, revision: str | None, key: str) -> dict[str, Any]:
     """A mapping in a JSON file of a checkpoint; empty where it has no such file."""
     if Path(pretrained).is_file():  # a bare file of weights
         return {}

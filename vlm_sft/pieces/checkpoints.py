@@ -36,6 +36,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # How the file of a shard is called: it lies beside its index.
 _SHARD = re.compile(r"(?!\.)[\w.+=-]+\.(safetensors|bin|pt|pth)")
 
@@ -310,7 +311,23 @@ def fetch_file(pretrained: str, name: str, revision: str | None, key: str, requi
         if not Path(pretrained).exists():
             raise unreachable(pretrained, key)
         raise UserError(f"{key}: {pretrained!r} has no file {name}.")
+    if path is not None and Path(pretrained).is_dir() and not name.endswith(WEIGHTS):
+        _check_inside(path, pretrained, key)
     return path
+
+
+def _check_inside(path: str, folder: str, key: str) -> None:
+    """A small file of a folder is not read behind a link that leads out of it: what it holds may be saved and shared.
+
+    Weights may lie on another disk. In the cache of `huggingface_hub` every file is a link to a blob of its repository.
+
+    Raises:
+        UserError: It does.
+    """
+    root, real = Path(folder).resolve(), Path(path).resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
+        raise UserError(f"{key}: {path!r} leads out of its checkpoint; put the file itself there.")
 
 
 def unreachable(pretrained: str, key: str, lacks: str = CONFIG) -> UserError:

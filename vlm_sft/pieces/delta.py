@@ -8,21 +8,22 @@ tokens than LLaMA, has whole embeddings and a whole head, and differences elsewh
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..base.errors import UserError
-from ..base.names import CONFIG, TEMPLATE, Json
-from ..base.whole_files import read_text, remove_unfinished, write_json, written_beside
-from ..base.words import reason_of
+from ..base.names import CONFIG, TEMPLATE
+from ..base.whole_files import remove_unfinished, write_json, written_beside
+from ..base.words import reason_of, short
+from ..recipe.safety import read_json
 from .checkpoints import Checkpoint, fetch_file
 
 REPORT, INDEX = "apply_delta.json", "model.safetensors.index.json"
@@ -41,6 +42,11 @@ SETTINGS = (
 TABLE = re.compile(r"(?:.*\.)?(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings)\.weight")
 # Old files have it, transformers computes it; it is no weight.
 COMPUTED = "rotary_emb.inv_freq"
+# Of weights that are added, and of whole numbers, which are taken over.
+TYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
 SHARD_BYTES = 2 * 10**9
 
 
@@ -52,7 +58,7 @@ def apply_delta(
     *,
     shard_bytes: int = SHARD_BYTES,
     say: Callable[[str], None] = lambda message: None,
-) -> Json:
+) -> dict[str, Any]:
     """Adds a delta to its base and writes the model as sharded safetensors, with the delta's config and tokenizer.
 
     Nothing stands under `out` until all of it is written, read back and compared; an interrupted run is started again.
@@ -97,7 +103,7 @@ def apply_delta(
     return {**report, "shards": len(shards)}
 
 
-def _report(old: Checkpoint, new: Checkpoint, kinds: Kinds, tables: str, whole: set[str]) -> Json:
+def _report(old: Checkpoint, new: Checkpoint, kinds: Kinds, tables: str, whole: set[str]) -> dict[str, Any]:
     """What will be done, as `apply_delta` returns it, without the shards."""
     before = old.shapes(filter(is_table, kinds))
     more = {name: kinds[name][0][0] - shape[0] for name, shape in before.items()}
@@ -149,12 +155,20 @@ def match(old: Checkpoint, new: Checkpoint) -> Kinds:
                 f"{min(extra)!r}; {advice}"
             )
     kinds, shapes = new.kinds(sides[1]), old.shapes(sides[0])
-    for name, (shape, _) in kinds.items():
+    for name, (shape, kind) in kinds.items():
+        if kind not in TYPES:
+            raise UserError(
+                f"DELTA: tensor {name!r} of {new.pretrained!r} has the type {kind}, which is not added; name the "
+                f"checkpoint in bf16, fp16 or fp32."
+            )
         before = shapes[name]
-        if is_table(name) and shape[1:] == before[1:] and shape[0] >= before[0]:
+        if is_table(name) and len(shape) != 2:
+            raise UserError(f"DELTA: tensor {name!r} of {new.pretrained!r} has the shape {shape}, which is no table.")
+        rows = is_table(name) and shape[1:] == before[1:]
+        if rows and shape[0] >= before[0]:
             continue
         if shape != before:
-            swapped = is_table(name) and shape[1:] == before[1:]
+            swapped = rows
             raise UserError(
                 f"BASE: tensor {name!r} of {old.pretrained!r} has the shape {before}, the delta's has {shape}; "
                 + ("the delta has fewer tokens than its base: are BASE and DELTA swapped?" if swapped else advice)
@@ -253,12 +267,8 @@ def _bytes(kind: tuple[tuple[int, ...], torch.dtype]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _settings(pretrained: str, key: str) -> Json:
-    path = fetch_file(pretrained, CONFIG, None, key)
-    try:
-        return dict(json.loads(read_text(path)))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{key}: config.json of {pretrained!r} cannot be read; fetch it again.") from error
+def _settings(pretrained: str, key: str) -> dict[str, Any]:
+    return read_json(Path(fetch_file(pretrained, CONFIG, None, key)), "checkpoint")
 
 
 def _check_settings(base: str, delta: str) -> None:
@@ -267,7 +277,8 @@ def _check_settings(base: str, delta: str) -> None:
     for name in SETTINGS:
         if name in before and name in after and before[name] != after[name]:
             raise UserError(
-                f"BASE: {base!r} has {name} {before[name]!r} in its config.json, the delta {after[name]!r}; it is not "
+                f"BASE: {base!r} has {name} {short(str(before[name]))} in its config.json, the delta "
+                f"{short(str(after[name]))}; it is not "
                 f"the model that the delta was made from."
             )
 

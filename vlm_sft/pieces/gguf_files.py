@@ -10,6 +10,7 @@ import math
 import os
 import struct
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -21,11 +22,11 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..base.errors import UserError
-from ..base.names import Json, Values
+from ..base.limits import limits
 from ..base.whole_files import open_regular
 from ..base.words import one_line
 
-MAGIC, VERSIONS, ALIGNMENT, MOST_AXES = b"GGUF", (2, 3), 32, 4
+MAGIC, VERSIONS, ALIGNMENT, MOST_AXES, MOST_ENTRIES = b"GGUF", (2, 3), 32, 4, 100_000
 # A factor for each frequency, and how Llama 3.1 and those after it make them; the file has no word on the latter.
 FACTORS = "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -157,7 +158,7 @@ def read_weights(file: GgufFile, empty: PreTrainedModel, dtype: torch.dtype) -> 
     Raises:
         ValueError: The file holds a tensor that transformers has no place for, so that the model would be another one.
     """
-    config: Json = empty.config.to_dict()
+    config: dict[str, Any] = empty.config.to_dict()
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
     places = get_gguf_hf_weights_map(empty, processor)
     names = [name for name in file.places if name != FACTORS]  # see `positions_of`
@@ -177,7 +178,7 @@ def read_weights(file: GgufFile, empty: PreTrainedModel, dtype: torch.dtype) -> 
     return tensors
 
 
-def positions_of(file: GgufFile, config: Values) -> Json:
+def positions_of(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says of its positions, which transformers leaves out: Llama 3.1's, whose factors lie in a tensor.
 
     Args:
@@ -254,6 +255,8 @@ class _Reader:
         if kind == GGUFValueType.STRING:
             return self.text()
         inner, count = GGUFValueType(self.number("<I")), self.number("<Q")
+        if count > (most := limits().vocabulary):  # transformers takes hundreds of bytes for each
+            raise ValueError(f"it has a list of {count:,}; more than {most:,} (`limits.vocabulary`) are refused")
         if inner in NUMBERS:
             self.take(count * struct.calcsize(NUMBERS[inner]))
         elif inner == GGUFValueType.STRING:
@@ -279,6 +282,8 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, object], dict[str, Place
     if (version := reader.number("<I")) not in VERSIONS:
         raise ValueError(f"its version {version:,} is not read")
     tensors, entries = reader.number("<Q"), reader.number("<Q")
+    if max(tensors, entries) > MOST_ENTRIES:
+        raise ValueError(f"it announces {max(tensors, entries):,} entries")
     settings = {}
     for _ in range(entries):
         name = reader.text().decode()

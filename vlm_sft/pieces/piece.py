@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.hub import extract_commit_hash
 
 from ..base.errors import UserError
-from ..base.names import CONFIG, PARTS, Json
+from ..base.names import CONFIG, PARTS
 from ..base.whole_files import read_text
 from ..base.words import one_line
-from ..recipe.safety import check_config, check_length, most_bytes
+from ..recipe.safety import check_config, check_length, is_deep, most_bytes
 from .beside import check_config_names
 from .checkpoints import Checkpoint, fetch_file, unreachable
 from .expected import laid_out, unpacked
@@ -101,7 +101,7 @@ class Piece(Generic[SpecT]):
         return extract_commit_hash(self._config_file, None) or self.spec.revision
 
     @cached_property
-    def raw(self) -> Json:
+    def raw(self) -> dict[str, Any]:
         """`config.json` as it stands; empty where there is none, or none that can be read.
 
         Raises:
@@ -117,6 +117,8 @@ class Piece(Generic[SpecT]):
             return {}
         if not isinstance(raw, dict):
             return {}
+        if is_deep(raw):
+            raise UserError(f"{self.where}: its config.json is nested too deeply; it is refused.")
         check_config(raw, self.where)
         if not self.trusts_code:
             check_config_names(raw, self.where)

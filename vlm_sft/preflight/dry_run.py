@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base.console import make_console, say
 from ..base.errors import UserError
-from ..base.names import Inputs
 from ..base.words import counted
 from .launch import Launch
 
@@ -175,7 +174,7 @@ class FullStep:
         less = "shorter rows and rows without an image take less"
         return f"A step: {counted(self.rows, 'row')} of {self.length} tokens, {image} in each; {less}{larger}."
 
-    def batch(self, processor: VLMProcessor) -> Inputs:
+    def batch(self, processor: VLMProcessor) -> dict[str, Any]:
         """What the collator makes of such rows: every token but the image's is scored, and the last row is shorter."""
         from PIL import Image
 

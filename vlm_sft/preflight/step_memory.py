@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..base.names import Options
 from ..model.losses import chunks_as_on
 
 aten = torch.ops.aten
@@ -46,7 +45,7 @@ class Step:
 
     batch: Mapping[str, torch.Tensor]
     autocast: torch.dtype = torch.float32
-    checkpointing: Options | None = None
+    checkpointing: dict[str, Any] | None = None
     accumulated: bool = False
     on_cpu: bool = False
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
 from ..base.limits import MEGABYTE, limits
-from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE, Json, Values
+from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE
 from ..base.whole_files import check_entries, read_text
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ _SIZES = {
     re.compile(""): "model_size",
 }
 LARGEST_POSITION = 10**12
+DEEPEST = 64  # mappings and lists in each other, in a file of settings
 _TILES = ("max_patches", "min_patches", "pan_and_scan_max_num_crops")
 _SIDES = ("height", "width", "shortest_edge", "longest_edge", "patch_size", "merge_size", "temporal_patch_size")
 
@@ -73,7 +74,7 @@ def check_length(path: str | Path, limit: int) -> None:
         raise UserError(f"{str(path)!r} has {size:,} bytes, more than the {limit:,} that such a file may have.")
 
 
-def read_json(path: Path, whole: str = "bundle") -> Json:
+def read_json(path: Path, whole: str = "bundle") -> dict[str, Any]:
     """A mapping in a JSON file of a bounded size.
 
     Args:
@@ -90,9 +91,20 @@ def read_json(path: Path, whole: str = "bundle") -> Json:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {error}; the {whole} is not whole.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} holds no mapping; the {whole} is not whole.")
+    if not isinstance(content, dict) or is_deep(content):
+        raise UserError(f"{str(path)!r} holds no mapping, or one that is too deep; the {whole} is not whole.")
     return content
+
+
+def is_deep(value: object) -> bool:
+    """Whether mappings and lists lie more than `DEEPEST` deep in each other: what walks through them would not end."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [entry for entries in inner for entry in entries if isinstance(entry, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def check_pieces(pieces: object, where: str) -> None:
@@ -115,7 +127,7 @@ def is_words(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
-def check_config(config: Values, where: str, who: str = "its config.json") -> None:
+def check_config(config: Mapping[str, Any], where: str, who: str = "its config.json") -> None:
     """Looks at the numbers of a `config.json` before a model is made of them.
 
     Args:
@@ -134,7 +146,7 @@ def check_config(config: Values, where: str, who: str = "its config.json") -> No
             raise UserError(f"{where}: {who} says {name}: {_more_than(value, most, limit)}.")
 
 
-def check_picture(settings: Values, where: str, file: str = "preprocessor_config.json") -> None:
+def check_picture(settings: Mapping[str, Any], where: str, file: str = "preprocessor_config.json") -> None:
     """The same for the sizes in the file of an image processor, or of a processor with one in it.
 
     Args:

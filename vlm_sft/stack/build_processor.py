@@ -95,7 +95,9 @@ def _load_qformer_tokenizer(piece: Piece[Resampler], config: VLMConfig) -> PreTr
     try:
         names = [f"{subfolder}/{name}".lstrip("/") for name in TOKENIZER]
         tokenizer = load_qformer_tokenizer(laid_out(source, revision, piece.key, names), subfolder)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever odd values in its files meet there
         raise UserError(
             f"stack.resampler: {source!r} has no tokenizer for the instruction that the "
             f"Q-Former reads; name one under stack.resampler.tokenizer (published: google-bert/bert-base-uncased)."

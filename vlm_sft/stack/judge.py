@@ -23,11 +23,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-
-from ..base.names import Json
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 FACTOR = {torch.float32: 128, torch.float16: 8, torch.bfloat16: 8}
@@ -36,7 +35,7 @@ ALONG = 0.01
 NEVER = -1e4  # a logit below this is the mark of a word that the model may not say
 
 
-def measure(wanted: torch.Tensor, found: torch.Tensor, without: torch.Tensor | None = None) -> Json:
+def measure(wanted: torch.Tensor, found: torch.Tensor, without: torch.Tensor | None = None) -> dict[str, Any]:
     """What `judge` needs to know of two models' logits.
 
     Args:
@@ -87,7 +86,7 @@ def measure(wanted: torch.Tensor, found: torch.Tensor, without: torch.Tensor | N
     return result
 
 
-def judge(measured: Json, dtype: torch.dtype, layers: int, than: str = "the trainer's") -> Json:
+def judge(measured: dict[str, Any], dtype: torch.dtype, layers: int, than: str = "the trainer's") -> dict[str, Any]:
     """Says whether what was measured is rounding; the rule is that of the module.
 
     Args:
@@ -117,7 +116,7 @@ def judge(measured: Json, dtype: torch.dtype, layers: int, than: str = "the trai
     return result
 
 
-def _reasons(measured: Json, tolerance: float, kind: torch.dtype) -> Iterator[str]:
+def _reasons(measured: dict[str, Any], tolerance: float, kind: torch.dtype) -> Iterator[str]:
     """What is too large beside the largest difference."""
     if (rms := measured["rms_difference"]) > tolerance / 4:
         yield f"by {rms:.2g} in the root mean square (allowed {tolerance / 4:.2g})"

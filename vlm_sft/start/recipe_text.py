@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..base.names import Options
 from ..base.words import gib
 from ..rows.formats import FORMATS
 from .models import Plan
@@ -59,7 +58,7 @@ class Part(NamedTuple):
     """
 
     side: str
-    settings: Options
+    settings: dict[str, Any]
 
 
 class Draft(NamedTuple):
