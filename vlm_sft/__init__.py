@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .stack.lora import lora_config
     from .templates.render import RenderedChat, render, render_chat
     from .templates.template import end_of_answer
+    from .train import train as train_recipe
     from .training.trainer import VLMSFTTrainer
 
 _HOMES = {
@@ -59,6 +60,7 @@ _HOMES = {
     "Source": "recipe.sections",
     "Stack": "stack.build_stack",
     "stream_answer": "inference.streaming",
+    "train_recipe": "train:train",  # at the top `vlm_sft.train` is the program
     "UserError": "base.errors",
     "VLMConfig": "model.configuration",
     "VLMForConditionalGeneration": "model.modeling",
@@ -99,6 +101,7 @@ __all__ = [
     "render_chat",
     "save_bundle",
     "stream_answer",
+    "train_recipe",
 ]
 
 
@@ -112,7 +115,8 @@ def __getattr__(name: str) -> Any:
             return "0+unknown"
     if name not in _HOMES:
         raise AttributeError(f"module 'vlm_sft' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    module, _, there = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f".{module}", __name__), there or name)
 
 
 def __dir__() -> list[str]:

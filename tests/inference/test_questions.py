@@ -11,12 +11,12 @@ from support.conversations import make_processor
 from support.films import animation, film, frame_of
 from vlm_sft.base.errors import UserError
 from vlm_sft.inference.questions import QuestionRow, conversation, read_questions
-from vlm_sft.reading.locations import Row
+from vlm_sft.reading.locations import FileRow
 from vlm_sft.rows.videos import Sampling
 
 
 def ask(values: dict, folder=None) -> QuestionRow:
-    return QuestionRow(values.get("id", 1), Row("q.jsonl, line 1", folder, values))
+    return QuestionRow(values.get("id", 1), FileRow("q.jsonl, line 1", folder, values))
 
 
 def parts(question: QuestionRow, images: str | None = None) -> list[str]:

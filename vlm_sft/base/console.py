@@ -16,6 +16,8 @@ import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from .names import Options
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -85,7 +87,7 @@ def plain_table(title: str, caption: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    left: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
+    left: Options = {"title_justify": "left", "caption_justify": "left"}
     return Table(title=title, caption=caption, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), **left)
 
 

@@ -1,6 +1,31 @@
-"""What things are called, wherever they are written down: parts and inputs of a model, marks in rows, files."""
+"""What things are called, wherever they are written down: parts and inputs of a model, marks in rows, files, and the
+types of what has names and values alone."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+Row: TypeAlias = dict[str, Any]
+"""A row of a dataset: its `messages`, its `images` and what stands beside them, as `ROW_FEATURES` types them."""
+
+ImageEntry: TypeAlias = dict[str, Any]
+"""An image, a video or a frame, as a row has it: `path` and `bytes`, one of them None, and what says more of it."""
+
+Record: TypeAlias = dict[str, Any]
+"""What is written of one question and its answer; docs/evaluation.md has the keys."""
+
+Inputs: TypeAlias = dict[str, Any]
+"""What a model's forward takes, by name: tensors, and what a collator says beside them."""
+
+Options: TypeAlias = dict[str, Any]
+"""Arguments by name, for a library's function that judges them itself."""
+
+Json: TypeAlias = dict[str, Any]
+"""An object of a JSON or YAML file: one that was read and not yet judged, or one to be written."""
+
+Values: TypeAlias = Mapping[str, Any]
+"""The same where it is only read: a file's row, the settings of others, what a template is filled with."""
 
 PARTS = ("vision_tower", "resampler", "projector", "language_model")
 """In the order an image passes them: recipe keys, attributes of the model, rows of tables."""

@@ -7,13 +7,13 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
-from .names import RUN_LOCK
+from .names import RUN_LOCK, Json, Values
 from .whole_files import open_regular, read_text
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def let_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def refuse_split_rows(sizes: Mapping[str, Any], where: str) -> None:
+def refuse_split_rows(sizes: Values, where: str) -> None:
     """Refuses what shares one row, or one layer, out over processes: a row's pictures would stay whole on each of them.
 
     Args:
@@ -236,19 +236,19 @@ def _in_use(file: Path) -> UserError:
     )
 
 
-def _words(holder: dict[str, Any]) -> str:
+def _words(holder: Json) -> str:
     if not holder:
         return "which is just beginning"
     return f"process {holder.get('process')} on {holder.get('host')} since {holder.get('since')}"
 
 
-def _self() -> dict[str, Any]:
+def _self() -> Json:
     host = platform.node()
     machine = read_text(BOOT).strip() if BOOT.is_file() else host
     return {"process": os.getpid(), "host": host, "machine": machine, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def _holder(file: Path) -> dict[str, Any]:
+def _holder(file: Path) -> Json:
     """Who wrote the file; nothing where nobody has finished writing it."""
     try:
         found = json.loads(read_text(file))

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from .words import duration
 
-Row = TypeVar("Row")
+Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES, LATER = 5.0, 60.0
 """Between lines of a log file in the first minute, and from then on."""
@@ -115,7 +115,7 @@ class RowProgress:
         elif now - self._said > (SECONDS_BETWEEN_LINES if now - self._opened < LATER else LATER):
             self._print(line)
 
-    def through(self, rows: Iterable[Row], doing: str, of: int | None = None, what: str = "rows") -> Iterator[Row]:
+    def through(self, rows: Iterable[Item], doing: str, of: int | None = None, what: str = "rows") -> Iterator[Item]:
         """The same rows, of which it says how many have passed; see `tell`."""
         for number, row in enumerate(rows, start=1):
             yield row

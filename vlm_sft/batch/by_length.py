@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..base.errors import RowError, UserError
-from ..base.names import GROUPED
+from ..base.names import GROUPED, Inputs, Row
 from ..rows.filling import pack
 from ..rows.merging import apart, merged
 from ..rows.messages import IN_EXTRAS, SHARED, unpacked
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 PACK = "pack"
 PROBED = 8  # rows of which the two shortest, with images where there are some, show whether the model keeps them apart
 WINDOW = 64  # packs that a stream is read ahead for: of these, the last may be half empty
-Row = dict[str, Any]
 LengthsOf = Callable[[list[Row]], list[int]]
 
 
@@ -141,7 +140,7 @@ def pack_stream(rows: IterableDataset, lengths_of: LengthsOf, room: int, mean_le
     return rows.map(function, batched=True, batch_size=held, remove_columns=columns)
 
 
-def _pack_window(columns: Mapping[str, list[Any]], lengths_of: LengthsOf, room: int) -> dict[str, Any]:
+def _pack_window(columns: Mapping[str, list[Any]], lengths_of: LengthsOf, room: int) -> dict[str, list[list[Row]]]:
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     packs = [sorted(numbers) for numbers in pack(lengths_of(rows), room)]
     return {PACK: [[rows[number] for number in numbers] for numbers in sorted(packs)]}
@@ -166,7 +165,7 @@ class GroupsByLength:
     data_collator: Any
     train_dataset: Any
     model: PreTrainedModel
-    _prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]]
+    _prepare_inputs: Callable[[Inputs], Inputs]
     compute_loss_context_manager: Callable[[], AbstractContextManager[None]]
 
     def take_packing(self, args: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..base.errors import RowError, UserError
 from ..base.limits import limits
-from ..base.names import IGNORED
+from ..base.names import IGNORED, ImageEntry, Inputs, Row
 from ..reading.image_refs import SIZES, TIME
 from ..reading.video import Films
 from ..rows.merging import apart, ids_of
@@ -76,7 +76,7 @@ class MultimodalCollator:
         self.max_pixels = max_pixels or limits().image_pixels
         self.side = processor.needed_side if reduce else None
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row]) -> Inputs:
         """Batches rows: (B, S) `input_ids`, `attention_mask`, `labels`, and what `image_inputs` makes of images.
 
         Rows that come in packs stand behind each other, as `VLMProcessor.batch` says; one that is left out leaves no
@@ -86,10 +86,10 @@ class MultimodalCollator:
             RowError: A row cannot be trained on, and `drop_rejected` is off.
             UserError: `drop_rejected` is on and no row of the batch is left.
         """
-        samples: list[tuple[dict[str, Any], Sample]] = []
+        samples: list[tuple[Row, Sample]] = []
         rejected: list[tuple[str, str, str, str]] = []
 
-        def reject(row: dict[str, Any], error: RowError) -> None:
+        def reject(row: Row, error: RowError) -> None:
             if not self.drop_rejected:
                 raise error
             source = str(row.get("source", ""))
@@ -118,9 +118,9 @@ class MultimodalCollator:
 
     def _collate_accepted(
         self,
-        samples: Sequence[tuple[dict[str, Any], Sample]],
-        reject: Callable[[dict[str, Any], RowError], None],
-    ) -> dict[str, Any] | None:
+        samples: Sequence[tuple[Row, Sample]],
+        reject: Callable[[Row, RowError], None],
+    ) -> Inputs | None:
         """The batch of rows, or of those whose pictures the image processor takes; None where none is left."""
         try:
             return self.collate(self._packs([sample for _, sample in samples])) if samples else None
@@ -167,7 +167,7 @@ class MultimodalCollator:
         """Messages → text, the places of images in it, and the character spans in the loss. To override."""
         return self.processor.render(messages)
 
-    def sample(self, row: dict[str, Any], with_images: bool = True) -> Sample:
+    def sample(self, row: Row, with_images: bool = True) -> Sample:
         """A row as one sample: what `encode` makes of it; of rows that share their images, of each of them.
 
         Args:
@@ -183,7 +183,7 @@ class MultimodalCollator:
         samples = [self.encode(each, with_images and not number) for number, each in enumerate(rows)]
         return Sample.sharing(samples, self.max_length)
 
-    def encode(self, row: dict[str, Any], with_images: bool = True) -> Sample:
+    def encode(self, row: Row, with_images: bool = True) -> Sample:
         """One row → ids, labels and decoded images. To override (call this first, then change the sample).
 
         Args:
@@ -225,11 +225,11 @@ class MultimodalCollator:
         names = [name_of(image) for image in images]
         return Sample(chat, decoded, str(row["id"]), turns_lost=lost, instructions=instructions, names=names)
 
-    def _picture(self, image: Mapping[str, Any], where: str) -> Image.Image:
+    def _picture(self, image: ImageEntry, where: str) -> Image.Image:
         decode = partial(self.decode, image, where)
         return decode() if self.kept is None else self.kept.picture(image, decode)
 
-    def decode(self, image: Mapping[str, Any], where: str) -> Image.Image:
+    def decode(self, image: ImageEntry, where: str) -> Image.Image:
         """One image of a row as RGB; within a batch, the same picture for the same file or bytes.
 
         Args:
@@ -301,7 +301,7 @@ class MultimodalCollator:
             reason = error.reason if isinstance(error, RowError) else "bad conversation"
             raise RowError(f"{where}: {error}", where=where, reason=reason) from error
 
-    def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def collate(self, samples: Sequence[Sample]) -> Inputs:
         """Samples → one padded batch. To override."""
         chats = [sample.chat for sample in samples]
         batch = dict(self.processor.batch(chats, multiple_of=self.pad_to_multiple_of))

@@ -6,11 +6,10 @@ The model takes both; a batch without them is counted where it is used.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-from ..base.names import ROW_HEADS, ROW_LENGTHS
+from ..base.names import ROW_HEADS, ROW_LENGTHS, Inputs, Values
 from ..model.losses import supervised_positions
 from ..model.positions import row_numbers
 
@@ -18,7 +17,7 @@ LABEL_POSITIONS = "label_positions"  # (P,) places of the supervised labels in t
 IMAGE_TOKEN_COUNT = "image_token_count"  # how often the image token stands in the ids: an int, on no device
 
 
-def counts_of(batch: Mapping[str, Any], image_token_id: int | None) -> dict[str, Any]:
+def counts_of(batch: Values, image_token_id: int | None) -> Inputs:
     """`label_positions` and `image_token_count` of a batch, as far as it has what they are counted in.
 
     Args:
@@ -26,7 +25,7 @@ def counts_of(batch: Mapping[str, Any], image_token_id: int | None) -> dict[str,
         image_token_id: Id that stands for image features; None where the model does not ask.
     """
     labels, ids = batch.get("labels"), batch.get("input_ids")
-    found: dict[str, Any] = {}
+    found: Inputs = {}
     if isinstance(labels, torch.Tensor) and labels.ndim == 2:
         found[LABEL_POSITIONS] = supervised_positions(labels)
     if isinstance(ids, torch.Tensor) and image_token_id is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..base.errors import RowError
-from ..base.names import IGNORED, ROW_HEADS, ROW_LENGTHS
+from ..base.names import IGNORED, ROW_HEADS, ROW_LENGTHS, Inputs, Row
 from ..rows.merging import apart
 from ..rows.messages import unpacked
 from ..templates.process import TOGETHER, asked_ahead
@@ -159,7 +159,7 @@ class Sample:
     turns_lost: int = 0
     loss_weights: list[float] | None = None
     instructions: list[str] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Inputs = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     pack: int | None = None
     rows: list[Sample] = field(default_factory=list)
@@ -208,7 +208,7 @@ class Sample:
         return replace(whole, chat=chat, instructions=first.instructions, names=first.names)
 
 
-def rendered_ahead(collator: MultimodalCollator, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def rendered_ahead(collator: MultimodalCollator, rows: Iterable[Row]) -> Iterator[Row]:
     """The rows as they are, each when its conversation and those behind it were rendered, many in one message.
 
     Where a template does not ship with this package, another process renders it: to wait for it takes longer than that.
@@ -223,7 +223,7 @@ def rendered_ahead(collator: MultimodalCollator, rows: Iterable[dict[str, Any]])
             yield from chunk
 
 
-def _render(collator: MultimodalCollator, row: dict[str, Any]) -> None:
+def _render(collator: MultimodalCollator, row: Row) -> None:
     for each in apart(unpacked(row)):
         collator.render(write_boxes(collator.processor, each["messages"], each["images"], "", collator.fetch))
 

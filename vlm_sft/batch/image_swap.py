@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from ..base.names import Inputs
 from .counts import owners_of
 
 
 def with_other_images(
-    inputs: dict[str, Any], image_token_id: int, per_image: int, spare: torch.Tensor | None
-) -> tuple[dict[str, Any], torch.Tensor]:
+    inputs: Inputs, image_token_id: int, per_image: int, spare: torch.Tensor | None
+) -> tuple[Inputs, torch.Tensor]:
     """Exchanges each image of a batch for another row's.
 
     Args:

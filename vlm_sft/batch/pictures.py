@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..base.errors import RowError, row_error
 from ..base.limits import limits
+from ..base.names import ImageEntry, Inputs
 from ..base.words import reason_of
 from ..reading.images import image_size, load_image, too_long
 from ..reading.video import Films
@@ -47,12 +48,12 @@ class ReadsPictures(Protocol):
 class KeepsFeatures(Protocol):
     """What is asked of a cache of features; see `cache.prefix.Kept`."""
 
-    def picture(self, image: Mapping[str, Any], decode: Callable[[], Image.Image]) -> Image.Image:
+    def picture(self, image: ImageEntry, decode: Callable[[], Image.Image]) -> Image.Image:
         """The picture, decoded only where its features are not kept."""
 
     def image_inputs(
         self, processor: VLMProcessor, images: Sequence[Image.Image], instructions: Sequence[str]
-    ) -> dict[str, Any]:
+    ) -> Inputs:
         """What a batch has of such pictures."""
 
 
@@ -103,7 +104,7 @@ def why(error: Exception) -> str:
 
 def load_picture(
     processor: ReadsPictures,
-    image: Mapping[str, Any] | str | bytes | Image.Image,
+    image: ImageEntry | str | bytes | Image.Image,
     *,
     where: str = "",
     max_pixels: int | None = None,
@@ -123,7 +124,7 @@ def load_picture(
 
 
 def picture_size(
-    image: Mapping[str, Any] | str | bytes | Image.Image,
+    image: ImageEntry | str | bytes | Image.Image,
     *,
     where: str = "",
     max_pixels: int | None = None,

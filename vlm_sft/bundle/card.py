@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..base.console import harmless, harmless_json
 from ..base.errors import refused_by_library
-from ..base.names import CARD, CURVES, MANIFEST, METRICS, RECIPE, SCORES
+from ..base.names import CARD, CURVES, MANIFEST, METRICS, RECIPE, SCORES, Json, Values
 from ..base.whole_files import read_text
 from ..recipe.yaml_file import dump_yaml
 
@@ -34,7 +34,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     with refused_by_library(f"The card of {str(folder)!r} cannot be written from what its files say; mend them"):
         manifest, recipe = _read(folder / MANIFEST), yaml.safe_load(read_text(folder / RECIPE))
         lora, told = manifest["adapter"], recipe.get("hub") or {}
-        head: dict[str, Any] = {"pipeline_tag": "image-text-to-text", "library_name": "vlm_sft"}
+        head: Json = {"pipeline_tag": "image-text-to-text", "library_name": "vlm_sft"}
         head |= {"tags": ["vlm_sft", "trl", *(["lora"] if lora else [])], **bases_of(manifest["pieces"], "adapter")}
         head |= {key: told[key] for key in ("license", "language") if told.get(key)}
         written = harmless(dump_yaml(without_folders(recipe))).rstrip()
@@ -60,7 +60,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         )
 
 
-def render_card(folder: Path, template: str, head: Mapping[str, Any], **values: Any) -> Path:
+def render_card(folder: Path, template: str, head: Values, **values: Any) -> Path:
     """Fills a template of the package and writes it as a folder's card, with `head` for the Hub; gives its path."""
     environment = Environment(  # noqa: S701  # a card is Markdown, in which `quoted` and `in_code` escape
         loader=FileSystemLoader(Path(__file__).parents[1]),
@@ -81,7 +81,7 @@ def _for_a_shell(name: str) -> str:
     return name if re.fullmatch(r"[\w ./-]+", name) else quote(harmless(name))
 
 
-def bases_of(pieces: Mapping[str, Mapping[str, Any]], relation: str) -> dict[str, Any]:
+def bases_of(pieces: Mapping[str, Values], relation: str) -> Json:
     """What a head says of the base models, so that the Hub lists the model under each of them."""
     # Pieces that lay in a folder have a path; the Hub takes ids alone.
     bases = sorted({piece["pretrained"] for piece in pieces.values() if "path" not in piece})

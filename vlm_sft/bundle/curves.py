@@ -6,7 +6,9 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..base.names import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +63,7 @@ def learning_rates(history: list[dict[str, float]]) -> list[Series]:
     return [(key, part) for key, part in parts.items() if key.startswith(LEARNING_RATE)] or [(LEARNING_RATE, "")]
 
 
-def _draw_panel(axis: Axes, name: str, series: Sequence[Series], history: list[dict[str, Any]]) -> None:
+def _draw_panel(axis: Axes, name: str, series: Sequence[Series], history: list[Json]) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     drawn: list[float] = []

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..base.errors import UserError
-from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST
+from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, Json
 from ..base.whole_files import read_text
 from ..model.freeze import FreezePlan, is_quantised
 from ..pieces.fingerprints import compare_pieces
@@ -76,7 +76,7 @@ def settle_adapter(recipe: Recipe, checkpoint: str | Path | None = None, *, plan
     old = _recipe_with_more(origin, manifest)
     if old is None:
         return recipe
-    changes: dict[str, Any] = {}
+    changes: Json = {}
     if recipe.lora_from == "continue":
         changes["lora"] = {**(old.lora or {}), **(recipe.lora or {})}
     merged = recipe.lora_from == "merge" and checkpoint is None
@@ -89,7 +89,7 @@ def settle_adapter(recipe: Recipe, checkpoint: str | Path | None = None, *, plan
     return recipe.with_words(words).model_copy(update=changes)
 
 
-def _recipe_with_more(folder: Path, manifest: dict[str, Any]) -> Recipe | None:
+def _recipe_with_more(folder: Path, manifest: Json) -> Recipe | None:
     """The recipe of a bundle that has LoRA, merged adapters or words; of another, nothing of it is needed."""
     return recipe_of(folder, manifest) if manifest["adapter"] or manifest["format"] == FURTHER else None
 

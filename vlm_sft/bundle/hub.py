@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, get_token, snapshot_download
@@ -36,6 +35,7 @@ from ..base.names import (
     SCORES,
     TEMPLATE,
     TRAINED,
+    Json,
 )
 from ..base.whole_files import read_bytes, read_text, write_json
 from ..base.words import one_line
@@ -148,7 +148,7 @@ def _write_cleaned(path: Path, goal: Path, rows: bool) -> bool:
     return True
 
 
-def without_rows(manifest: dict[str, Any]) -> dict[str, Any]:
+def without_rows(manifest: Json) -> Json:
     """The same without what the ledger quotes: sentences on single rows, which may name files and what they hold."""
     for ledger in manifest.get("ledger", {}).values():
         for source in ledger["sources"].values():
@@ -284,7 +284,7 @@ def check_access(repo_id: str) -> None:
             _check_namespace(repo_id, who, way_out)
 
 
-def _check_namespace(repo_id: str, who: dict[str, Any], way_out: str) -> None:
+def _check_namespace(repo_id: str, who: Json, way_out: str) -> None:
     """A repository that is not there yet can be made under one's own name or an organisation's."""
     names = [who["name"], *(org["name"] for org in who.get("orgs", ()))]
     role = (who.get("auth") or {}).get("accessToken", {}).get("role")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..base.errors import UserError, refused_by_library
-from ..base.names import RECIPE, TEMPLATE, TRAINED
+from ..base.names import RECIPE, TEMPLATE, TRAINED, Json
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan
 from ..model.sharding import fill
@@ -167,7 +167,7 @@ def _without_places(section: Any) -> Any:
     return {key: _without_places(value) for key, value in told.items() if key not in ("pretrained", "revision")}
 
 
-def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
+def recipe_of(folder: Path, manifest: Json) -> Recipe:
     """The recipe of a bundle, with what lies in the bundle put in place of what the recipe named.
 
     The template and the projector are the bundle's own, and a base piece that was given as a relative path is looked
@@ -176,7 +176,7 @@ def recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
     if not (folder / RECIPE).is_file():
         raise UserError(f"{str(folder)!r} cannot be loaded: it was saved without its recipe ({RECIPE}).")
     settled = kind_of(manifest["pieces"]).settled
-    overrides: dict[str, Any] = {"chat_template": str((folder / TEMPLATE).resolve()), **settled}
+    overrides: Json = {"chat_template": str((folder / TEMPLATE).resolve()), **settled}
     for part, piece in manifest["pieces"].items():
         key = part if part == "model" else f"stack.{part}"
         if not Path(piece["pretrained"]).exists() and Path(piece.get("path", "")).is_absolute():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError, without_tokens
-from ..base.names import MANIFEST
+from ..base.names import MANIFEST, Json
 from ..base.whole_files import write_json
 from ..recipe.safety import check_folder, check_pieces, is_words, read_json
 from .run_folder import find_manifest
@@ -36,14 +36,12 @@ class Provenance:
     """
 
     recipe: Recipe
-    pieces: dict[str, dict[str, Any]]
-    notes: dict[str, Any] = field(default_factory=dict)
-    earlier: list[dict[str, Any]] | None = None
+    pieces: dict[str, Json]
+    notes: Json = field(default_factory=dict)
+    earlier: list[Json] | None = None
 
 
-def make_manifest(
-    plan: FreezePlan, provenance: Provenance | None, adapter: bool, merged: Sequence[str] = ()
-) -> dict[str, Any]:
+def make_manifest(plan: FreezePlan, provenance: Provenance | None, adapter: bool, merged: Sequence[str] = ()) -> Json:
     """What `bundle.json` says.
 
     Args:
@@ -67,7 +65,7 @@ def make_manifest(
     }
 
 
-def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[dict[str, Any]]:
+def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[Json]:
     """What each stage up to this one trained, and on which sources; the earlier ones as their bundles say."""
     recipe = provenance.recipe
     told = provenance.earlier
@@ -83,12 +81,12 @@ def stages_of(plan: FreezePlan, provenance: Provenance, adapter: bool) -> list[d
     return [*told, this]
 
 
-def stages_so_far(folder: str | Path | None) -> list[dict[str, Any]]:
+def stages_so_far(folder: str | Path | None) -> list[Json]:
     """What a bundle says of the stages up to its own."""
     return list(read_manifest(folder or "").get("stages", []))
 
 
-def held_parts(plan: FreezePlan, pieces: Mapping[str, dict[str, Any]]) -> set[str]:
+def held_parts(plan: FreezePlan, pieces: Mapping[str, Json]) -> set[str]:
     """The parts that a bundle must hold, because no base piece is like them.
 
     They are the trained ones, those that `init_from` brought from an earlier stage, and a stack's projector.
@@ -98,12 +96,12 @@ def held_parts(plan: FreezePlan, pieces: Mapping[str, dict[str, Any]]) -> set[st
     return {*plan.train, *kind_of(pieces).held(pieces)}
 
 
-def update_manifest(folder: str | Path, entries: dict[str, Any]) -> None:
+def update_manifest(folder: str | Path, entries: Json) -> None:
     """Adds to `bundle.json`, without the secrets that rows hold which are quoted."""
     write_json(Path(folder) / MANIFEST, {**read_manifest(folder), **without_secrets(entries)})
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> Json:
     """Reads `bundle.json`.
 
     Raises:

@@ -13,10 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -27,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from ..base.console import tell
 from ..base.errors import UserError, exit_on_user_error
-from ..base.names import IGNORED
+from ..base.names import IGNORED, Json, Values
 from ..model.freeze import part_of
 from ..stack.judge import judge, layers_of, measure
 from .load import load
@@ -61,7 +60,7 @@ def without_adapter(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
 
 def check_parity(
     bundle: str | Path, model: nn.Module, batch: dict[str, torch.Tensor], logits: torch.Tensor | None = None
-) -> dict[str, Any]:
+) -> Json:
     """Loads a bundle in a fresh process and compares its logits with this model's.
 
     Args:
@@ -125,11 +124,11 @@ def has_own_memory(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta", "mps")
 
 
-def _tensors(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _tensors(batch: Values) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
-def run_afresh(module: str, done: str, *arguments: str | Path) -> dict[str, Any]:
+def run_afresh(module: str, done: str, *arguments: str | Path) -> Json:
     """What a module prints as JSON in a fresh process, whose first argument is a bundle or an export.
 
     Raises:

@@ -28,6 +28,7 @@ from ..base.names import (
     RUN_PAGE,
     SAMPLES,
     STRANGE_STEPS,
+    Json,
 )
 from ..base.whole_files import UNFINISHED, IrregularError, read_bytes, read_text
 from ..base.words import closest
@@ -287,13 +288,13 @@ def read_value(path: Path) -> Any:
         return None
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> Json:
     """The same, where it is an object; else an empty one."""
     found = read_value(path)
     return found if isinstance(found, dict) else {}
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[Json]:
     """Lines of a history, of samples or of strange steps, each with its `step`, in order."""
     try:
         lines = read_bytes(path).split(b"\n")
@@ -302,7 +303,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return with_steps(map(_parsed, lines))
 
 
-def with_steps(values: Any) -> list[dict[str, Any]]:
+def with_steps(values: Any) -> list[Json]:
     """The objects among some values that have a `step`."""
     return [each for each in values if isinstance(each, dict) and is_step(each.get("step"))]
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..base.names import ImageEntry
 from ..base.whole_files import open_regular, read_text, write_json
 from ..pieces.checkpoints import Checkpoint
 from ..reading.image_refs import SIZES, TIME, is_url
@@ -53,14 +54,14 @@ class Keys:
         self._writer: tuple[str, Any] | None = None
         self._refresh()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_writer": None}
 
     def _refresh(self) -> None:
         for _, _, file, content in self._records.new():
             self._known[file] = content
 
-    def of(self, image: Mapping[str, Any]) -> tuple[bytes | None, bytes | None]:
+    def of(self, image: ImageEntry) -> tuple[bytes | None, bytes | None]:
         """(key, what is new of its file: name and content, 32 bytes) of a row's picture.
 
         The key is None where the picture must be decoded to be known, or its file cannot be read; the second is None

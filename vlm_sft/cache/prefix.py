@@ -8,16 +8,17 @@ never before. `Kept` is its side in the data-loader workers, where a picture tha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..base.names import ImageEntry, Inputs, Json, Values
 from ..batch.collator import MultimodalCollator
 from ..model.configuration import VLMConfig
 from ..model.parts import empty_part
@@ -120,7 +121,7 @@ class Kept:
     def __init__(self, store: Store, keys: Keys) -> None:
         self.store, self.keys = store, keys
 
-    def picture(self, image: Mapping[str, Any], decode: Callable[[], Image.Image]) -> Image.Image:
+    def picture(self, image: ImageEntry, decode: Callable[[], Image.Image]) -> Image.Image:
         """The picture, decoded; or, where its features are kept, one of a pixel that carries them in its `info`."""
         key, new = self.keys.of(image)
         picture = None
@@ -136,13 +137,13 @@ class Kept:
 
     def image_inputs(
         self, processor: VLMProcessor, images: Sequence[Image.Image], instructions: Sequence[str]
-    ) -> dict[str, Any]:
+    ) -> Inputs:
         """(H, T, W) features of the pictures that are kept, pixels of the others, and all their keys."""
         if not images:
             return {}
         kept = [image.info[FEATURES] for image in images if image.info[FEATURES] is not None]
         others = processor.encode_images([image for image in images if image.info[FEATURES] is None])
-        found: dict[str, Any] = {CACHE_KEYS: [image.info[CACHE_KEYS] for image in images]}
+        found: Json = {CACHE_KEYS: [image.info[CACHE_KEYS] for image in images]}
         if kept:
             found[FEATURES] = torch.stack(kept)
         if others is not None:
@@ -194,11 +195,11 @@ class Prefix:
         self._told: set[str] = set()
         self.store.touch()
 
-    def _about(self, collator: MultimodalCollator) -> dict[str, Any]:
+    def _about(self, collator: MultimodalCollator) -> Json:
         """All that decides which numbers come out for a picture, as JSON has it: the name of the store is its hash."""
         config, processor = self.config, self.composed.processor
         images = {key: value for key, value in processor.image_processor.to_dict().items() if key not in VOLATILE}
-        facts: dict[str, Any] = {
+        facts: Json = {
             "format": FORMAT,
             "parts": list(self.parts),
             "pretrained": {part: self.composed.pieces[part].pretrained for part in self.parts},
@@ -254,7 +255,7 @@ class Prefix:
         self.computed += len(pixel_values)
         return torch.cat(found)
 
-    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, inputs: Inputs) -> Inputs:
         """A batch with the features of all its pictures in place of pixels; those that were missing are kept from now.
 
         Args:
@@ -284,7 +285,7 @@ class Prefix:
             self._told.add(sentence)
             self.say(sentence)
 
-    def for_parity(self, batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    def for_parity(self, batch: Values, device: torch.device) -> Inputs:
         """A batch of pixels as the run's model takes it: through tower and resampler, not the cache."""
         if PIXELS not in batch:
             return dict(batch)
@@ -301,10 +302,10 @@ class UsesPrefix:
 
     prefix: Prefix | None = None
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_inputs(self, inputs: Inputs) -> Inputs:
         inputs = super()._prepare_inputs(inputs)  # type: ignore[misc]
         return inputs if self.prefix is None else self.prefix.complete(inputs)
 
 
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+def _plain(config: PreTrainedConfig) -> Json:
     return {key: value for key, value in config.to_dict().items() if key not in VOLATILE}

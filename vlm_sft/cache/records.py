@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -66,7 +66,7 @@ class Records:
         self._read: dict[str, int] = {}  # writer → records of it that are known
         self._file: IO[bytes] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}
 
     def new(self) -> Iterator[tuple[str, int, bytes, bytes]]:

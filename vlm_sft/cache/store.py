@@ -18,13 +18,14 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
 from filelock import FileLock
 
 from ..base.errors import UserError
+from ..base.names import Json
 from ..base.whole_files import open_regular, read_text, write_json
 from ..base.words import reason_of
 from .records import LOCK, Records, append_whole, new_writer
@@ -57,7 +58,7 @@ class Store:
     def __init__(
         self,
         folder: Path,
-        about: dict[str, Any] | None = None,
+        about: Json | None = None,
         shape: tuple[int, int] | None = None,
         max_gb: float | None = None,
     ) -> None:
@@ -71,7 +72,7 @@ class Store:
         self._shard: IO[bytes] | None = None
         self.refresh()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_maps": {}, "_writer": None, "_shard": None}
 
     def __len__(self) -> int:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import UserError
+from ..base.names import Json
 from ..base.whole_files import UNFINISHED
 from ..base.words import counted
 from .records import LOCK, is_written
@@ -35,7 +35,7 @@ class Kept:
     used: float
 
     @property
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Json:
         """What it was made from, as far as it says it."""
         about = self.store.about
         return about if isinstance(about, dict) else {}

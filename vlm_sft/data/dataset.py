@@ -21,6 +21,7 @@ from datasets.fingerprint import Hasher
 
 from ..base.errors import RowError, UserError, raise_it
 from ..base.interrupts import shield_worker, workers_end_with_errors
+from ..base.names import Row
 from ..base.processes import cores_for_each
 from ..reading.locations import text_files
 from ..rows.merging import merge_key, merged
@@ -144,7 +145,7 @@ def _read(
     """The rows of a source, with a column of their languages if `languages`; `workers` processes share the work."""
     found: list[str] = []
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[Row]:
         for row, language in rows_with_language(source, seed=seed, reject=reject, languages=languages, unused=unused):
             if languages:
                 found.append(sys.intern(language))
@@ -215,11 +216,11 @@ def _read_by(
     return pa.concat_tables(tables, promote_options="default")
 
 
-def _table(rows: Iterator[dict[str, Any]], tell: Callable[[int], None] = lambda done: None) -> pa.Table:
+def _table(rows: Iterator[Row], tell: Callable[[int], None] = lambda done: None) -> pa.Table:
     """Rows as a table; with a column for what some of them say beyond its features."""
     extras: list[str | None] = []
 
-    def stored() -> Iterator[dict[str, Any]]:
+    def stored() -> Iterator[Row]:
         for row in map(each_once, rows):
             extras.append(packed(row))
             yield row
@@ -240,7 +241,7 @@ def merge_keys(part: SourceRows, independent: bool) -> list[bytes | None]:
 def merged_rows(rows: Dataset, groups: Sequence[Sequence[int]], independent: bool) -> Dataset:
     """The rows of each group of numbers as one row, in memory; see `rows.merging`."""
 
-    def made() -> Iterator[dict[str, Any]]:
+    def made() -> Iterator[Row]:
         for group in groups:
             yield merged([unpacked(row) for row in rows.__getitems__(list(group))], independent)
 
@@ -321,9 +322,9 @@ def mix(
     return (together, np.arange(len(together))) if order is None else (together.select(order), order)
 
 
-def _batches(rows: Iterator[dict[str, Any]], tell: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
+def _batches(rows: Iterator[Row], tell: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
     schema = ROW_FEATURES.arrow_schema
-    chunk: list[dict[str, Any]] = []
+    chunk: list[Row] = []
     size = done = 0
     for row in rows:
         chunk.append(row)

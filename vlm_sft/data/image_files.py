@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow.compute as pc
 
 from ..base.errors import UserError
+from ..base.names import ImageEntry, Row
 from ..base.whole_files import digest, file_digest
 from ..reading.image_refs import is_url
 
@@ -78,7 +79,7 @@ def _problem(path: str) -> str | None:
     return None if status.st_size else "is empty (0 bytes)"
 
 
-Shown = tuple[dict[str, Any], str]
+Shown = tuple[ImageEntry, str]
 """An image, and the id of a row that shows it."""
 
 
@@ -89,7 +90,7 @@ class Leak(NamedTuple):
     held_out: str
 
 
-def shared_images(train: Iterable[dict[str, Any]], held_out: Iterable[dict[str, Any]]) -> list[Leak]:
+def shared_images(train: Iterable[Row], held_out: Iterable[Row]) -> list[Leak]:
     """Training images that stand among the held-out ones, each once.
 
     A picture that was saved anew, or at another size, has other bytes and is not found. Files are opened only where
@@ -112,7 +113,7 @@ def shared_images(train: Iterable[dict[str, Any]], held_out: Iterable[dict[str, 
         return [Leak(row, owners[found]) for found, (_, row) in pairs if found in owners]
 
 
-def _different(rows: Iterable[dict[str, Any]]) -> list[Shown]:
+def _different(rows: Iterable[Row]) -> list[Shown]:
     """Each different image, by its path or bytes, and the first row that shows it."""
     found: dict[Any, Shown] = {}
     for row in rows:
@@ -137,7 +138,7 @@ def _digest(shown: Shown) -> bytes | None:
     return digest_of(shown[0])
 
 
-def digest_of(image: Mapping[str, Any]) -> bytes | None:
+def digest_of(image: ImageEntry) -> bytes | None:
     """A digest of the bytes of an image, of a file or embedded; None for a file that cannot be read."""
     if image["bytes"] is not None:
         return digest(image["bytes"])

@@ -6,11 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..base.errors import RowError, UserError
+from ..base.names import Json, Values
 from ..base.words import short
 
 if TYPE_CHECKING:
@@ -158,12 +159,12 @@ class Ledger:
             console.print(ledger_table({title: self}))
             raise UserError(sentence)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """Plain dicts, lists and numbers, as `bundle.json` has them."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Ledger:
+    def from_dict(cls, saved: Values) -> Ledger:
         """What `as_dict` gave."""
         sources = {name: SourceLedger(**source) for name, source in saved["sources"].items()}
         return cls(saved["max_rejected"], sources)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..base.names import ImageEntry, Json, Row
 from ..base.words import counted
 from ..reading.image_refs import TIME, image_key, is_url
 from ..rows.messages import unpacked
@@ -84,7 +85,7 @@ class LookAlikes:
     held_out: Compared = field(default_factory=Compared)
     repeated: int = 0
     searched: float = 1.0
-    pictures: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]] = field(default_factory=list)
+    pictures: Sequence[tuple[ImageEntry, ImageEntry]] = field(default_factory=list)
 
     @property
     def held_out_found(self) -> int:
@@ -96,7 +97,7 @@ class LookAlikes:
         counts = Counter((pair.train.source, pair.held_out.source) for pair in self.pairs)
         return [(*sources, count) for sources, count in counts.most_common()]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """All numbers and pairs, ready for JSON."""
         names = {"images": "of", "looked_at": "looked_at", "unreadable": "unreadable", "blank": "flat", "urls": "urls"}
         sides = {"train": self.train, "held_out": self.held_out}
@@ -146,7 +147,7 @@ class _Side:
         rows: see `find_look_alikes`, as the others.
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]], what: str, most: int | None, seed: int, tick: Tick) -> None:
+    def __init__(self, rows: Iterable[Row], what: str, most: int | None, seed: int, tick: Tick) -> None:
         self._rows = rows
         self.keys: dict[bytes, None] = {}
         self.compared = Compared()
@@ -166,14 +167,14 @@ class _Side:
         self.compared.looked_at, self.compared.unreadable = len(chosen), found.problems
         self.compared.flat = int(is_flat(found.looks[found.readable]).sum())
 
-    def _walk(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def _walk(self) -> Iterator[tuple[ImageEntry, Row]]:
         """Every image with its row, but for frames of videos."""
         for row in self._rows:
             for image in unpacked(row)["images"]:
                 if TIME not in image:
                     yield image, row
 
-    def _pick(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    def _pick(self, numbers: NDArray[np.int64]) -> Iterator[tuple[int, ImageEntry, Row]]:
         """Different images of these numbers, in order, with their rows."""
         wanted = {number: k for k, number in enumerate(self._chosen[numbers].tolist())}
         seen: set[bytes] = set()
@@ -201,14 +202,14 @@ class _Side:
         path = self.places[number].path
         return self._stamps[number] if path is None else digest_of({"path": path, "bytes": None})
 
-    def entries(self, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+    def entries(self, numbers: Sequence[int]) -> dict[int, ImageEntry]:
         """Number → the image as its row has it."""
         return {number: image for number, image, _ in self._pick(np.unique(np.array(numbers, np.int64)))}
 
 
 def find_look_alikes(
-    train: Iterable[dict[str, Any]],
-    held_out: Iterable[dict[str, Any]],
+    train: Iterable[Row],
+    held_out: Iterable[Row],
     *,
     most: int | None = None,
     seed: int = 0,

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from datasets import config, is_caching_enabled
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..base.errors import RowError
+from ..base.names import ImageEntry
 from ..base.processes import cores
 from ..base.whole_files import digest
 from ..reading.images import load_image
@@ -37,7 +38,7 @@ def look_of(image: Image.Image) -> NDArray[np.uint8]:
     return np.concatenate([np.asarray(small)[:, :, 0].ravel(), colours.ravel()])
 
 
-Entry = tuple[Mapping[str, Any], str]
+Entry = tuple[ImageEntry, str]
 """An image as a row has it, and the row's id."""
 
 
@@ -98,7 +99,7 @@ def _seen(entry: Entry) -> NDArray[np.uint8] | str:
         return str(error)
 
 
-def stamp_of(image: Mapping[str, Any]) -> bytes:
+def stamp_of(image: ImageEntry) -> bytes:
     """What stands for an image as it is now: its bytes, or a file's path, size and time; b"" for a file not there."""
     if image["bytes"] is not None:
         return digest(image["bytes"])

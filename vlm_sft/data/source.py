@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..base.errors import RowError, UserError, raise_it
+from ..base.names import Json, Row
 from ..base.words import closest, short
 from ..reading.image_refs import Folders, resolve_image
-from ..reading.locations import Row, folders_of_hub, list_files, read_rows
+from ..reading.locations import FileRow, folders_of_hub, list_files, read_rows
 from ..reading.published import ANNOTATED, PUBLISHED, check_pattern, read_published
 from ..rows.formats import FORMATS, QUESTION_MARK, answers_in, examples_of, no_prompt
-from ..rows.messages import normalise_messages
+from ..rows.messages import Message, normalise_messages
 from ..rows.raw_row import RowView
 from ..rows.videos import Sampling, with_frames
 
@@ -37,7 +38,7 @@ def source_rows(
     reject: Callable[[RowError], None] = raise_it,
     stream: bool = False,
     unused: Callable[[set[str]], None] = lambda keys: None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Yield the rows of one source in the order of its files, each as it is used; nothing is held.
 
     Args:
@@ -62,7 +63,7 @@ def rows_with_language(
     stream: bool = False,
     languages: bool = True,
     unused: Callable[[set[str]], None] = lambda keys: None,
-) -> Iterator[tuple[dict[str, Any], str]]:
+) -> Iterator[tuple[Row, str]]:
     """As `source_rows`, each row with its language (`zh`, `en`, or what its own `language` says).
 
     Args:
@@ -76,14 +77,14 @@ def rows_with_language(
 class Block(NamedTuple):
     """Rows with their languages, the rows that are wrong, and in how many rows each key was not used."""
 
-    rows: list[tuple[dict[str, Any], str]]
+    rows: list[tuple[Row, str]]
     rejected: list[RowError]
     unused: Counter[str]
 
 
 def blocks_of(
     source: Source,
-    numbered: Iterable[tuple[int, Row]],
+    numbered: Iterable[tuple[int, FileRow]],
     size: int,
     share: tuple[int, int],
     *,
@@ -172,7 +173,7 @@ def _check_prompts(source: Source, name: str) -> None:
             )
 
 
-def numbered_rows(source: Source, stream: bool = False) -> Iterator[tuple[int, Row]]:
+def numbered_rows(source: Source, stream: bool = False) -> Iterator[tuple[int, FileRow]]:
     """The rows of a source as they are in its files, counted from 1.
 
     Raises:
@@ -190,12 +191,12 @@ def numbered_rows(source: Source, stream: bool = False) -> Iterator[tuple[int, R
 
 def _rows(
     source: Source,
-    numbered: Iterable[tuple[int, Row]],
+    numbered: Iterable[tuple[int, FileRow]],
     seed: int,
     reject: Callable[[RowError], None],
     languages: bool,
     unused: Callable[[set[str]], None],
-) -> Iterator[tuple[dict[str, Any], str]]:
+) -> Iterator[tuple[Row, str]]:
     name, sampling = name_of(source), Sampling(**source.frames_shown.model_dump())
     images_folder = None if source.images is None else os.path.abspath(os.path.expanduser(source.images))
     of_file: Path | str | None = ""
@@ -209,7 +210,7 @@ def _rows(
         try:
             if row.problem is not None:
                 raise row.problem
-            said: dict[str, Any] = {
+            said: Json = {
                 "where": row.where,
                 "columns": source.columns,
                 "boxes": source.boxes,
@@ -234,13 +235,13 @@ def _folders_of(source: Source, of_file: Path | None) -> Folders:
     return Folders([*([source.images] if source.images else []), *own, *source.image_folders])
 
 
-def _raw_rows(source: Source, stream: bool) -> Iterator[Row]:
+def _raw_rows(source: Source, stream: bool) -> Iterator[FileRow]:
     if source.format not in PUBLISHED:
         yield from read_rows(source.path, split=source.split, revision=source.revision, keep_wrong=True, stream=stream)
         return
     answers = [] if source.annotations is None else list_files(source.annotations)
     for path, where, found in read_published(source.format, list_files(source.path), source.image_name, answers):
-        yield Row.of(where, path.parent, found)
+        yield FileRow.of(where, path.parent, found)
 
 
 def _prompts_of(source: Source, seed: str, where: str) -> Callable[[str], str]:
@@ -261,7 +262,7 @@ def _prompts_of(source: Source, seed: str, where: str) -> Callable[[str], str]:
     return draw
 
 
-def _checked(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+def _checked(messages: list[Message], where: str) -> list[Message]:
     try:
         messages = normalise_messages(messages)
     except UserError as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Features, IterableDataset, Value
 
 from ..base.errors import RowError, UserError, raise_it
+from ..base.names import Row
 from ..rows.messages import IN_EXTRAS, each_once, packed
 from .dataset import ROW_FEATURES
 from .source import name_of, source_rows
@@ -74,7 +75,7 @@ class _Stream:
     of: int
     keep_rejected: bool
 
-    def __call__(self, shards: list[int]) -> Iterator[dict[str, Any]]:
+    def __call__(self, shards: list[int]) -> Iterator[Row]:
         chance = random.Random(f"{self.seed}/{self.of}/{shards}")
         streams = [self._endless(source, set(shards)) for source in self.sources]
         weights = [source.weight for source in self.sources]
@@ -85,7 +86,7 @@ class _Stream:
             row, held[place] = held[place], row
             yield row
 
-    def _endless(self, source: Source, shards: set[int]) -> Iterator[dict[str, Any]]:
+    def _endless(self, source: Source, shards: set[int]) -> Iterator[Row]:
         while True:
             mine = 0
             for number, row in enumerate(self._rows(source)):
@@ -95,7 +96,7 @@ class _Stream:
             if not mine:
                 raise too_few_rows(source, self.of)
 
-    def _rows(self, source: Source) -> Iterator[dict[str, Any]]:
+    def _rows(self, source: Source) -> Iterator[Row]:
         """One pass; a rejected row stands where the file has it."""
         rejected: list[RowError] = []
         reject = rejected.append if self.keep_rejected else raise_it
@@ -105,13 +106,13 @@ class _Stream:
         yield from self._marked(source, rejected)
 
     @staticmethod
-    def _marked(source: Source, rejected: list[RowError]) -> Iterator[dict[str, Any]]:
+    def _marked(source: Source, rejected: list[RowError]) -> Iterator[Row]:
         while rejected:
             error = rejected.pop(0)
             why = {"reason": error.reason, "sentence": str(error)}
             yield {"messages": [], "images": [], "source": name_of(source), "id": error.where, "rejected": why}
 
 
-def first_rows(rows: Any, count: int) -> list[dict[str, Any]]:
+def first_rows(rows: Any, count: int) -> list[Row]:
     """The first good rows of a dataset or a stream."""
     return list(itertools.islice((row for row in rows if row.get("rejected") is None), count))

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..base.names import Record
 from ..base.processes import share_work
-from ..evaluation.asking import Asker, How, Record, share_of
+from ..evaluation.asking import Asker, How, share_of
 from ..evaluation.benchmark import Benchmark, read_benchmarks, run
 from ..evaluation.records import answered
 from ..evaluation.tasks import check_judge

@@ -6,13 +6,14 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
 
 from ..base.errors import RowError, UserError
+from ..base.names import ImageEntry, Options, Row
 from ..base.processes import share_work
 from ..cache.prefix import FEATURES, PIXELS
 from ..evaluation.pictures import EncodedOnce
@@ -56,7 +57,7 @@ class InTraining:
         model = self.model
         modes = [(module, module.training) for module in model.modules()]
         drawn, drawn_by_numpy, device = random.getstate(), np.random.get_state(), model.device
-        devices: dict[str, Any] = {"devices": []}
+        devices: Options = {"devices": []}
         if device.type != "cpu":
             devices = {"devices": [device.index or 0], "device_type": device.type}
         with torch.random.fork_rng(**devices):
@@ -73,9 +74,7 @@ class InTraining:
                 random.setstate(drawn)
                 np.random.set_state(drawn_by_numpy)
 
-    def answers(
-        self, rows: Sequence[dict[str, Any]], batch_size: int, settings: dict[str, Any]
-    ) -> list[Said | RowError]:
+    def answers(self, rows: Sequence[Row], batch_size: int, settings: Options) -> list[Said | RowError]:
         """An answer to each row, or why it cannot be asked; every process asks a share, and all have all answers.
 
         Args:
@@ -98,9 +97,7 @@ class InTraining:
             shares = share_work(share)
         return [shares[number % len(shares)][number // len(shares)] for number in range(len(rows))]
 
-    def _answers(
-        self, rows: Sequence[dict[str, Any]], settings: dict[str, Any], shared: EncodedOnce
-    ) -> list[Said | RowError]:
+    def _answers(self, rows: Sequence[Row], settings: Options, shared: EncodedOnce) -> list[Said | RowError]:
         try:
             return answer_each(self.model, self.processor, shared.stand_ins(rows), **settings)  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
@@ -138,7 +135,7 @@ class FromCache(EncodedOnce):
         self._device = next(model.parameters()).device
 
     @torch.inference_mode()
-    def encode(self, new: Mapping[bytes, tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    def encode(self, new: Mapping[bytes, tuple[ImageEntry, Row]]) -> None:
         """Keeps the features of pictures: key → picture, and a row that has it."""
         for key, (image, row) in new.items():
             decode = partial(self._collator.decode, image, f"row {row['id']}")

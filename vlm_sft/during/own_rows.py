@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base.errors import RowError, UserError
+from ..base.names import Json, Row
 from ..evaluation.scoring import FEWEST_ANSWERS, Question, collect, merge
 from ..metrics.measures import MEASURES, Answered
 from ..recipe.passed_on import answer_scores
@@ -81,7 +82,7 @@ class OwnRows:
         return {f"eval_{name}": value for name, value in found.items()}
 
 
-def _named(metric: str, scores: dict[str, Any]) -> dict[str, Any]:
+def _named(metric: str, scores: Json) -> Json:
     """The first score has the metric's own name, the others stand behind it."""
     return {metric if not k else f"{metric}_{name}": value for k, (name, value) in enumerate(scores.items())}
 
@@ -105,6 +106,6 @@ def draw(recipe: Recipe) -> list[Question]:
     return [found[number] for number in sorted(chosen)]
 
 
-def row_of(question: Question) -> dict[str, Any]:
+def row_of(question: Question) -> Row:
     """A question as it is asked."""
     return {"messages": question.messages, "images": question.images, "id": question.id}

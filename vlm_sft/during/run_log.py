@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.console import tell
-from ..base.names import HISTORY, RUN_FACTS
+from ..base.names import HISTORY, RUN_FACTS, Json
 from ..base.whole_files import write_json, write_whole
 from ..base.words import reason_of
 from ..bundle.manifest import without_secrets
@@ -41,7 +41,7 @@ class RunLog(TrainerCallback):
         self.trainer = trainer
         self.folder = Path(str(trainer.args.output_dir))
         self._began = time.time()
-        self._parts: list[dict[str, Any]] = []
+        self._parts: list[Json] = []
         self._wrong = False
 
     def on_train_begin(
@@ -84,7 +84,7 @@ class RunLog(TrainerCallback):
         trainer, provenance = self.trainer, self.trainer.provenance
         recipe = provenance.recipe if provenance else None
         notes = provenance.notes if provenance else {}
-        facts: dict[str, Any] = {
+        facts: Json = {
             "recipe": str(recipe.path) if recipe and recipe.path else None,
             "began": round(self._began, 1),
             "step": state.global_step,
@@ -116,7 +116,7 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def _dump(line: dict[str, Any]) -> bytes:
+def _dump(line: Json) -> bytes:
     # JSON has no NaN: what is not finite is written as text, and read back as a number.
     plain = {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base.errors import RowError, UserError
-from ..base.names import SAMPLES
+from ..base.names import SAMPLES, ImageEntry, Record
 from ..base.whole_files import write_whole
 from ..base.words import one_line, reason_of
 from ..bundle.run_folder import read_lines
@@ -86,7 +86,7 @@ class Samples:
         show_in_trackers(pupil.trainer.callback_handler.callbacks, records, images, step, self._first, self.say)
         self._first = False
 
-    def _write(self, records: Sequence[dict[str, Any]]) -> None:
+    def _write(self, records: Sequence[Record]) -> None:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
             write_whole(self.file, "".join(lines).encode("utf-8", "backslashreplace"))
@@ -94,12 +94,12 @@ class Samples:
             self.say(f"{self.file} cannot be written ({reason_of(error)}): these answers stand in the log alone.")
 
 
-def _short(record: dict[str, Any]) -> dict[str, Any]:
+def _short(record: Record) -> Record:
     keys = ("id", "images", "question", "answers", "answer", "score", "error")
     return {key: record[key] for key in keys if key in record}
 
 
-def thumbnails(images: Sequence[Any]) -> list[str]:
+def thumbnails(images: Sequence[ImageEntry]) -> list[str]:
     """Small pictures as data URIs: the page of a run is made of its own files, wherever those lie later."""
     found = []
     for image in images:
@@ -108,7 +108,7 @@ def thumbnails(images: Sequence[Any]) -> list[str]:
     return found
 
 
-def in_words(record: dict[str, Any]) -> str:
+def in_words(record: Record) -> str:
     """One answer as a line of a log."""
     if "error" in record:
         return f"  {record['id']}: not asked: {_cut(record['error'])}"

@@ -12,11 +12,12 @@ import numpy as np
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from ..base.errors import UserError
+from ..base.names import Record
 from ..base.words import one_line
 from ..reading.images import load_image
 
 COLUMNS = ["step", "id", "question", "right", "answer"]
-Records = Sequence[dict[str, Any]]
+Records = Sequence[Record]
 Images = Sequence[Sequence[Any]]
 SIDE = 448  # pixels of a picture's longer side
 
@@ -60,21 +61,21 @@ def _tensorboard(callback: TensorBoardCallback, records: Records, images: Images
     writer.flush()
 
 
-def _in_markdown(record: dict[str, Any]) -> str:
+def _in_markdown(record: Record) -> str:
     lines = [("question", record["question"]), ("right", _right(record)), ("answer", _said(record))]
     # Indented text is shown as it is: a row is a stranger's words, and the page would take them for marks.
     return "\n\n".join(f"{name}:\n\n" + "\n".join(f"    {line}" for line in text.split("\n")) for name, text in lines)
 
 
-def _row(record: dict[str, Any], step: int) -> list[Any]:
+def _row(record: Record, step: int) -> list[Any]:
     return [step, record["id"], record["question"], _right(record), _said(record)]
 
 
-def _right(record: dict[str, Any]) -> str:
+def _right(record: Record) -> str:
     return " / ".join(dict.fromkeys(record["answers"]))
 
 
-def _said(record: dict[str, Any]) -> str:
+def _said(record: Record) -> str:
     return f"not asked: {record['error']}" if "error" in record else str(record["answer"])
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.errors import UserError
+from ..base.names import Json
 from ..pieces.piece import Piece
 from ..reading.images import grown_size
 
@@ -109,6 +110,6 @@ def piece_of(pretrained: str, revision: str | None, key: str) -> Piece[Published
     return piece
 
 
-def told(piece: Piece[Published]) -> dict[str, Any]:
+def told(piece: Piece[Published]) -> Json:
     """What the `config.json` of a checkpoint says; nothing where it is one weight file."""
     return {} if Path(piece.pretrained).is_file() else piece.raw

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BertTokenizer, BlipImageProcessorPil
 
 from ..base.errors import UserError, refused_by_library
+from ..base.names import Json, Values
 from ..base.whole_files import read_text
 from ..pieces.beside import check_tokenizer
 from ..pieces.checkpoints import fetch_file
@@ -65,7 +65,7 @@ def load_mplug(
     piece: Piece[Published],
     tokenizer: str | None = None,
     device: str | None = None,
-    sizes: Mapping[str, Any] | None = None,
+    sizes: Values | None = None,
 ) -> MPlug:
     """Loads a published mPLUG for VQA.
 
@@ -96,7 +96,7 @@ def load_mplug(
     return MPlug(model.eval().requires_grad_(False).to(device), words, pictures)
 
 
-def _config(piece: Piece[Published], sizes: Mapping[str, Any]) -> MPlugConfig:
+def _config(piece: Piece[Published], sizes: Values) -> MPlugConfig:
     """What its tensors, its `config_bert.json` and `sizes` tell, the last one first."""
     names = piece.checkpoint.files
     prefix = next((n.removesuffix(f"{VISION}conv1.weight") for n in names if n.endswith(f"{VISION}conv1.weight")), None)
@@ -133,7 +133,7 @@ def _config(piece: Piece[Published], sizes: Mapping[str, Any]) -> MPlugConfig:
         return MPlugConfig(**{**told, **_bert_config(piece), **sizes})
 
 
-def _bert_config(piece: Piece[Published]) -> dict[str, Any]:
+def _bert_config(piece: Piece[Published]) -> Json:
     """The counts that tensors do not tell, of a folder that has a `config_bert.json`."""
     if Path(piece.pretrained).is_file():
         return {}

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ..base.errors import RowError, UserError
+from ..base.names import Options, Record, Row
 from ..batch.processor import VLMProcessor
 from ..bundle.load import load
 from ..inference.confidence import pieces_of
@@ -25,9 +26,6 @@ from .pictures import EncodedOnce, Pictures, grey
 from .task_rows import Asked
 
 WINDOW = 32  # batches whose questions are put in order of length together; within one, pictures stay close
-
-Record = dict[str, Any]
-"""What is written of a question; see docs/evaluation.md."""
 
 
 def about(asked: Asked) -> Record:
@@ -53,7 +51,7 @@ class How:
             which takes a second pass; of what it wrote itself it is known.
     """
 
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Options = field(default_factory=dict)
     batch_size: int = 16
     likelihood: bool | Literal["texts"] = False
     options: Sequence[str] = ()
@@ -132,12 +130,12 @@ class Asker:
                     records[k]["options_blank"] = _rounded(blind)
         return records
 
-    def _row(self, asked: Asked, blank: bool = False) -> dict[str, Any]:
+    def _row(self, asked: Asked, blank: bool = False) -> Row:
         content = [*[{"type": "image"} for _ in asked.images], {"type": "text", "text": asked.text}]
         images = [self.grey if blank else self.pictures.whole(image) for image in asked.images]
         return {"messages": [{"role": "user", "content": content}], "images": images, "id": asked.id}
 
-    def _answers(self, batch: Sequence[Asked], rows: list[dict[str, Any]]) -> list[str | RowError]:
+    def _answers(self, batch: Sequence[Asked], rows: list[Row]) -> list[str | RowError]:
         """What the model says to each, or why it cannot be asked."""
         try:
             shown = self.shared.stand_ins(rows)
@@ -169,7 +167,7 @@ class Asker:
             return asked.choices
         return {option: option for option in list(asked.choices) or self.how.options}
 
-    def _likeliest(self, batch: Sequence[Asked], shown: Sequence[dict[str, Any]]) -> Iterator[str]:
+    def _likeliest(self, batch: Sequence[Asked], shown: Sequence[Row]) -> Iterator[str]:
         pairs = [(row, text) for asked, row in zip(batch, shown, strict=True) for text in self._options(asked).values()]
         likelihoods = iter(self._likelihoods(pairs, shown=True))
         for asked in batch:
@@ -190,7 +188,7 @@ class Asker:
         shares = [math.exp(log) for log in found.logs[:-1]]
         return pieces_of(text.strip(), found.ids[:-1], shares, partial(decode, self.processor))
 
-    def _likelihoods(self, pairs: Sequence[tuple[dict[str, Any], str]], shown: bool = False) -> Iterator[Likelihood]:
+    def _likelihoods(self, pairs: Sequence[tuple[Row, str]], shown: bool = False) -> Iterator[Likelihood]:
         for start in range(0, len(pairs), self.how.batch_size):
             some = pairs[start : start + self.how.batch_size]
             rows = [row for row, _ in some]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -17,7 +17,7 @@ from transformers import set_seed
 from ..base.assets import list_tasks
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError
-from ..base.names import ERROR_PAGE, FORGETTING
+from ..base.names import ERROR_PAGE, FORGETTING, Json, Options, Record, Values
 from ..base.processes import on_first_process, share_work
 from ..base.progress import RowProgress
 from ..bundle.hub import find_bundle, is_fetched
@@ -32,7 +32,7 @@ from ..pages.against import against as put_beside
 from ..pages.against import earlier_answers, not_yet_asked
 from ..pages.errors import write_page
 from ..pages.records import read_records, sheet_of
-from .asking import Asker, How, Loading, Record, share_of
+from .asking import Asker, How, Loading, share_of
 from .contamination import contamination, seen_in_words
 from .pictures import Pictures
 from .records import Records, by_kind, fingerprint, print_table, score, totals_of
@@ -71,13 +71,13 @@ def run(
     how: How | None = None,
     max_rows: int | None = None,
     compare: bool = True,
-    options: Mapping[str, Any] | None = None,
+    options: Values | None = None,
     trust_remote_code: bool = False,
     against: str | None = None,
     judge: Judge | None = None,
     prompt: str | None = None,
     forgetting: Wish = USUAL,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Json]:
     """Evaluates a bundle on benchmarks.
 
     Args:
@@ -141,7 +141,7 @@ def _begin() -> None:
 
 def _others_answers(
     other: str, names: Sequence[str], ready: Sequence[Benchmark], folder: Path, told: _Told, trust_remote_code: bool
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Record]]:
     """What another bundle said before; to what it was not asked yet, it is asked now, and its model is gone then."""
     new = not_yet_asked(other, [each.name for each in ready])
     known = [each.name for each in ready if each.name not in new]
@@ -164,12 +164,12 @@ class _Told(NamedTuple):
     """How benchmarks are asked: `run`'s arguments."""
 
     how: How
-    options: dict[str, Any]
+    options: Options
     compare: bool
     judge: Judge | None
 
 
-def _ask_all(ready: Sequence[Benchmark], loading: Loading, target: Path, told: _Told) -> dict[str, dict[str, Any]]:
+def _ask_all(ready: Sequence[Benchmark], loading: Loading, target: Path, told: _Told) -> dict[str, Json]:
     """Asks one bundle, and writes its answers; what was asked before is not asked again."""
     found = {}
     for benchmark in ready:
@@ -181,7 +181,7 @@ def _ask_all(ready: Sequence[Benchmark], loading: Loading, target: Path, told: _
     return found
 
 
-def _tell(found: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+def _tell(found: Mapping[str, Values], target: Path) -> None:
     console = make_console(stderr=False, quiet=False, highlight=False, soft_wrap=True)
     print_table(found, console)
     for name, one in found.items():
@@ -195,10 +195,10 @@ def _tell(found: Mapping[str, Mapping[str, Any]], target: Path) -> None:
 def show_errors(
     bundle: str,
     ready: Sequence[Benchmark],
-    found: Mapping[str, Any],
+    found: Values,
     target: Path,
-    against: tuple[str, dict[str, Any]],
-    tables: Sequence[Mapping[str, Any]] = (),
+    against: tuple[str, Json],
+    tables: Sequence[Values] = (),
 ) -> None:
     """Writes the page of errors beside the records; `against`: a bundle, and what `earlier_answers` says of it."""
     sheets, (other, theirs) = [], against
@@ -214,7 +214,7 @@ def show_errors(
     write_page(target / ERROR_PAGE, bundle, *given, tables=tables)
 
 
-def _check_all_were_asked(found: Mapping[str, Any]) -> None:
+def _check_all_were_asked(found: Values) -> None:
     for name, one in found.items():
         if refused := one.get("refused"):
             count = f"{refused['questions']:,} of {one['questions']:,} questions of {name}"
@@ -245,7 +245,7 @@ def read_benchmarks(
     return found
 
 
-def _decides(task: Task, how: How) -> dict[str, Any]:
+def _decides(task: Task, how: How) -> Json:
     """What of the task and of how it is asked decides over the records."""
     same = {name: value for name, value in vars(how).items() if name != "batch_size"}
     return {"metric": task.metric, **same}
@@ -257,7 +257,7 @@ def _evaluate(
     how: How,
     kept: Records,
     told: _Told,
-) -> dict[str, Any]:
+) -> Json:
     """Asks a benchmark, of which all answers may be there already, and concludes."""
     console = make_console(highlight=False, soft_wrap=True)
     finished = on_first_process(kept.finished)
@@ -270,7 +270,7 @@ def _evaluate(
     ask(benchmark, loading, how, kept, done, console)
     seconds = finished.get("seconds", round(time.perf_counter() - started, 1))
 
-    def first() -> dict[str, Any]:
+    def first() -> Json:
         seen = finished.get("contamination")
         if told.compare and not finished:
             seen = contamination(loading.recipe, benchmark.asked, benchmark.pictures)
@@ -313,9 +313,9 @@ def conclude(
     how: How,
     kept: Records,
     seconds: float,
-    seen: dict[str, Any] | None = None,
+    seen: Json | None = None,
     judge: Judge | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Scores the records, writes them in order and what was found."""
     records = kept.collect(benchmark.asked)
     judged = None
@@ -324,7 +324,7 @@ def conclude(
         path, console = kept.folder / VERDICTS, make_console(highlight=False, soft_wrap=True)
         judged = review(records, columns, benchmark.task.judge, render_prompt, judge, path, console)
     measured, blank = score(benchmark.task, records)
-    summary: dict[str, Any] = {
+    summary: Json = {
         "benchmark": benchmark.name,
         "about": benchmark.task.about,
         "metric": benchmark.task.metric,

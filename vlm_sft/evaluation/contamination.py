@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base.console import make_console
 from ..base.errors import UserError
+from ..base.names import ImageEntry, Json, Row, Values
 from ..base.progress import RowProgress
 from ..data.dataset import load_source
 from ..data.image_files import shared_images
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 EXAMPLES = 5
 
 
-def contamination(recipe: Recipe, asked: Sequence[Asked], pictures: Pictures) -> dict[str, Any]:
+def contamination(recipe: Recipe, asked: Sequence[Asked], pictures: Pictures) -> Json:
     """Pictures of a benchmark that the training sources of a recipe have too.
 
     Returns:
@@ -59,7 +60,7 @@ def is_seen(value: object) -> bool:
     return whole and isinstance(first, list) and (bool(first) or not (value["same"] or value["alike"]))
 
 
-def seen_in_words(seen: Mapping[str, Any]) -> str:
+def seen_in_words(seen: Values) -> str:
     """What was found of a benchmark in the training sources, in a sentence."""
     if "unchecked" in seen:
         return str(seen["unchecked"])
@@ -79,7 +80,7 @@ class _Chained:
     def __init__(self, parts: Sequence[Dataset]) -> None:
         self._parts = parts
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         for part in self._parts:
             yield from part
 
@@ -89,12 +90,12 @@ class _Shown:
 
     def __init__(self, asked: Sequence[Asked], pictures: Pictures) -> None:
         self._pictures = pictures
-        self.first: dict[str, tuple[str, dict[str, Any]]] = {}
+        self.first: dict[str, tuple[str, ImageEntry]] = {}
         for one in asked:
             for name, image in zip(one.names(), one.images, strict=True):
                 self.first.setdefault(name, (one.id, image))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         for number, image in self.first.values():
             yield {"id": number, "source": "benchmark", "images": [self._pictures.whole(image)]}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError, refused_by_library
-from ..base.names import ERROR_PAGE, EVALUATION, MANIFEST, METRICS, SCORES
+from ..base.names import ERROR_PAGE, EVALUATION, MANIFEST, METRICS, SCORES, ImageEntry, Json, Record, Values
 from ..base.progress import waiting
 from ..base.whole_files import read_text, write_json, write_whole
 from ..forgetting.texts import USUAL, Wish
@@ -21,6 +21,7 @@ from ..pages.against import against as put_beside
 from ..pages.against import earlier_answers, not_yet_asked
 from ..pages.errors import write_page
 from ..pages.records import sheet_of
+from ..rows.messages import Message
 from .scoring import Answers, Question, collect, score
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def run(
     trust_remote_code: bool = False,
     against: str | None = None,
     forgetting: Wish = USUAL,
-) -> dict[str, Any]:
+) -> Json:
     """Evaluates a bundle, prints a table, writes `eval.json`, the bundle's card, every answer and a page of errors.
 
     Args:
@@ -103,7 +104,7 @@ def _others_answers(
     questions: dict[str | None, list[Question]],
     batch_size: int,
     trust_remote_code: bool,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """What another bundle said before, or says now; its model is gone then."""
     from ..bundle.hub import find_bundle
 
@@ -115,7 +116,7 @@ def _others_answers(
 
 def _asked(
     loading: Loading, questions: dict[str | None, list[Question]], batch_size: int
-) -> tuple[dict[str, Any], list[Answers]]:
+) -> tuple[Json, list[Answers]]:
     """What a bundle scores, with `evaluate_seconds`, and its answers."""
     from transformers import set_seed
 
@@ -143,8 +144,8 @@ def write_answers(
     name: str,
     target: Path,
     bundle: str,
-    other: tuple[str, list[dict[str, Any]] | None],
-    tables: Sequence[Mapping[str, Any]] = (),
+    other: tuple[str, list[Record] | None],
+    tables: Sequence[Values] = (),
 ) -> None:
     """Writes a record of each question, and the page that shows them.
 
@@ -177,7 +178,7 @@ def write_answers(
     write_page(page, bundle, [sheet], described, lambda entry: images[entry.id], tables=tables)
 
 
-def _numbered(said: Sequence[Answers]) -> Iterator[tuple[dict[str, Any], Sequence[Any]]]:
+def _numbered(said: Sequence[Answers]) -> Iterator[tuple[Record, Sequence[Any]]]:
     """Records and images of all kinds, each record with an id of its own."""
     seen: set[str] = set()
     for each in said:
@@ -188,7 +189,7 @@ def _numbered(said: Sequence[Answers]) -> Iterator[tuple[dict[str, Any], Sequenc
             yield record, shown
 
 
-def records_of(said: Answers) -> Iterator[tuple[dict[str, Any], Sequence[Any]]]:
+def records_of(said: Answers) -> Iterator[tuple[Record, Sequence[Any]]]:
     """A record of each question, and its images; see docs/evaluation.md."""
     for number, (question, answer) in enumerate(zip(said.questions, said.given, strict=True)):
         turns = [_text(message) for message in question.messages if message["role"] != "system"]
@@ -205,12 +206,12 @@ def records_of(said: Answers) -> Iterator[tuple[dict[str, Any], Sequence[Any]]]:
         yield (record | {"error": question.refused} if question.refused else record), question.images
 
 
-def summary_of(said: Sequence[Answers]) -> dict[str, Any]:
+def summary_of(said: Sequence[Answers]) -> Json:
     """The score of all questions with its interval, and with every image grey."""
     metrics = {each.metric for each in said}
     name = metrics.pop() if len(metrics) == 1 else "score"
     blind = [score for each in said for score in each.blind_scores or ()]
-    found: dict[str, Any] = {"scores": {name: _interval([score for each in said for score in each.scores])}}
+    found: Json = {"scores": {name: _interval([score for each in said for score in each.scores])}}
     seeing = any(question.images for each in said if each.blind for question in each.questions)
     return found | {"scores_blank": {name: _interval(blind)} if blind and seeing else None}
 
@@ -221,15 +222,15 @@ def _interval(scores: Sequence[float]) -> dict[str, float]:
     return {"value": total.score(), "low": low, "high": high}
 
 
-def _text(message: dict[str, Any]) -> str:
+def _text(message: Message) -> str:
     return "".join(part.get("text") or "" for part in message["content"]).strip()
 
 
-def _name(image: dict[str, Any]) -> str:
+def _name(image: ImageEntry) -> str:
     return f"sha256:{sha256(image['bytes']).hexdigest()}" if image["bytes"] else str(image["path"])
 
 
-def _check_all_were_asked(results: dict[str, Any]) -> None:
+def _check_all_were_asked(results: Json) -> None:
     if refused := results.get("refused"):
         count = results["questions"]["captions"] + sum(results["questions"]["answers"].values())
         raise UserError(
@@ -265,14 +266,14 @@ def train_seconds(folder: Path) -> float | None:
         return round(sum(runtimes), 1) if runtimes else None
 
 
-def _print(results: dict[str, Any], target: Path) -> None:
+def _print(results: Json, target: Path) -> None:
     from ..forgetting.compare import print_forgetting
 
     print_forgetting(results.get("forgetting"))
     _print_shares(results, target)
 
 
-def _print_shares(results: dict[str, Any], target: Path) -> None:
+def _print_shares(results: Json, target: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

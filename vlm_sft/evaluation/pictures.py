@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..base.names import ImageEntry, Row
 from ..batch.pictures import load_picture, name_of, refused
 from ..batch.processor import VLMProcessor
 from ..families.seen_once import ImagePath
@@ -33,7 +34,7 @@ class Pictures:
         self._places: dict[str, tuple[int, int]] = {}
         self._end = 0
 
-    def keep(self, image: dict[str, Any]) -> dict[str, Any]:
+    def keep(self, image: ImageEntry) -> ImageEntry:
         """An image as rows have it → the same, with its bytes put away."""
         data = image.pop("bytes")
         if data is None:
@@ -46,7 +47,7 @@ class Pictures:
             self._end += len(data)
         return {**image, "digest": digest, "place": self._places[digest]}
 
-    def whole(self, image: Mapping[str, Any]) -> dict[str, Any]:
+    def whole(self, image: ImageEntry) -> ImageEntry:
         """An image with its bytes, as rows have it."""
         if "place" not in image:
             return dict(image)
@@ -56,7 +57,7 @@ class Pictures:
         return {**rest, "bytes": self._file.read(length)}
 
 
-def grey() -> dict[str, Any]:
+def grey() -> ImageEntry:
     """A grey picture, as rows have it."""
     stream = BytesIO()
     Image.new("RGB", (64, 64), (128, 128, 128)).save(stream, "PNG")
@@ -97,7 +98,7 @@ class EncodedOnce:
         self._processor.__dict__.pop("image_inputs", None)
         self._giving.close()
 
-    def stand_ins(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def stand_ins(self, rows: Sequence[Row]) -> list[ImageEntry]:
         """Conversations with stand-ins in place of their pictures, which are encoded now where they are not kept.
 
         Raises:
@@ -121,7 +122,7 @@ class EncodedOnce:
         return [{**row, "images": [next(stand_ins) for _ in row["images"]]} for row in rows]
 
     @torch.inference_mode()
-    def encode(self, new: Mapping[bytes, tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    def encode(self, new: Mapping[bytes, tuple[ImageEntry, Row]]) -> None:
         """Keeps what the tower gives for pictures: key → picture, and a row that has it."""
         if self._path is not None:
             for key, (image, row) in new.items():

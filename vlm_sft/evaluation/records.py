@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
-from ..base.names import MANIFEST
+from ..base.names import MANIFEST, Json, Record, Values
 from ..base.whole_files import IrregularError, file_digest, read_bytes, write_whole
 from ..base.words import reason_of
 from ..metrics.measures import MEASURES, Answered, Measured
 from ..pages.records import is_confidence, read_records
-from .asking import Record, about
+from .asking import about
 from .contamination import is_seen
 from .task_rows import Asked
 from .tasks import Task
@@ -36,7 +36,7 @@ SAID = ("answer", "answer_blank", "confidence", "options", "options_blank", "err
 LONGEST = 1e9  # seconds that asking may have taken, and any number of a record
 
 
-def fingerprint(bundle: Path, asked: Sequence[Asked], how: Mapping[str, Any]) -> str:
+def fingerprint(bundle: Path, asked: Sequence[Asked], how: Values) -> str:
     """What decides over the records: the bundle's weights, every question with its answers, and how it is asked."""
     digest = hashlib.sha256(json.dumps([FORMAT, how], sort_keys=True, default=str).encode())
     for path in (bundle / MANIFEST, *sorted(bundle.glob("*.safetensors"))):
@@ -64,7 +64,7 @@ class Records:
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(f"{escape(self.name)}.{self.mark[:12]}.part-*.jsonl"))
 
-    def finished(self) -> dict[str, Any]:
+    def finished(self) -> Json:
         """What cannot be found again when the same was asked before: its `seconds` and `contamination`.
 
         Nothing where it was not asked before. The file may be a stranger's: scores are never read from it, they are
@@ -129,7 +129,7 @@ class Records:
         found = {record["id"]: record for record in self._answered(asked)}
         return [found[one.id] for one in asked]
 
-    def finish(self, records: Sequence[Record], summary: dict[str, Any]) -> None:
+    def finish(self, records: Sequence[Record], summary: Json) -> None:
         """Writes the records in order and what was found, and takes the parts away."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ class Records:
         return UserError(f"{self.folder} cannot be written ({reason_of(error)}): give another --output or make room.")
 
 
-def is_answer(record: Mapping[str, Any], asked: Asked) -> bool:
+def is_answer(record: Values, asked: Asked) -> bool:
     """Whether a line holds what a model can have said to a question, in the types that are written of it."""
     blank, error = record.get("answer_blank"), record.get("error", "")
     options = [record.get("options"), record.get("options_blank")]
@@ -240,7 +240,7 @@ def totals_of(measured: Measured) -> dict[str, dict[str, float]]:
     return found
 
 
-def by_kind(task: Task, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+def by_kind(task: Task, records: Sequence[Record]) -> dict[str, Json]:
     """How many questions of each kind there are, the first score of it with its interval, and all `scores`."""
     kinds: dict[str, list[Record]] = {}
     for record in records:
@@ -255,7 +255,7 @@ def by_kind(task: Task, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def print_table(found: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+def print_table(found: Mapping[str, Values], console: Console) -> None:
     """Prints every score of benchmarks with its interval and that without pictures."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base.console import make_console
 from ..base.errors import RowError, UserError, raise_it
+from ..base.names import ImageEntry, Json, Options, Record, Row
 from ..base.progress import RowProgress
 from ..metrics.table import EXACT_MATCH, METRICS, Metric
+from ..rows.messages import Message
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,13 +38,13 @@ class Question:
         answer: The message that is right, where it has boxes, whose text is known when a model writes them.
     """
 
-    messages: list[dict[str, Any]]
-    images: list[dict[str, Any]]
+    messages: list[Message]
+    images: list[ImageEntry]
     references: list[str] = field(default_factory=list)
     id: str = ""
     format: str = ""
     refused: str = ""
-    answer: dict[str, Any] | None = None
+    answer: Record | None = None
 
 
 class Answers(NamedTuple):
@@ -118,9 +120,9 @@ def score(
     processor: VLMProcessor,
     questions: dict[str | None, list[Question]],
     batch_size: int,
-    options: dict[str, Any],
+    options: Options,
     keep: Callable[[Answers], None] = lambda answers: None,
-) -> dict[str, Any]:
+) -> Json:
     """Asks a model, in evaluation mode, the questions of `collect` and compares.
 
     Args:
@@ -141,7 +143,7 @@ def score(
     captions: list[float] = []
     answers: dict[str, dict[str, list[float]]] = {}
     blank: dict[str, list[float]] = {}
-    wrong: dict[str, Any] = {"captions": [], "answers": {}}
+    wrong: Json = {"captions": [], "answers": {}}
     merged = {kind: merge(asked, processor) for kind, asked in questions.items()}
     total = sum(len(asked) * (1 if kind is None else 2) for kind, asked in merged.items())
     with RowProgress(make_console(), "evaluation") as progress:
@@ -180,7 +182,7 @@ def _own_metrics(answers: dict[str, dict[str, list[float]]]) -> dict[str, dict[s
     return {kind: {name: _share(hits) for name, hits in scores.items()} for kind, scores in own.items()}
 
 
-def gather(rows: Iterable[dict[str, Any]], format: str = "") -> list[Question]:  # noqa: A002
+def gather(rows: Iterable[Row], format: str = "") -> list[Question]:  # noqa: A002
     """Rows → questions; the last answer of a row is its reference."""
     from ..rows.messages import has_boxes, unpacked
 
@@ -195,7 +197,7 @@ def gather(rows: Iterable[dict[str, Any]], format: str = "") -> list[Question]: 
     return questions
 
 
-def _ends_with_answer(row: dict[str, Any]) -> bool:
+def _ends_with_answer(row: Row) -> bool:
     return bool(row["messages"][-1]["role"] == "assistant")
 
 
@@ -239,7 +241,7 @@ def ask(
     processor: VLMProcessor,
     questions: Sequence[Question],
     batch_size: int,
-    options: dict[str, Any],
+    options: Options,
     tick: Callable[[int], None] = lambda done: None,
     confidence: bool = False,
 ) -> list[str]:
@@ -268,7 +270,7 @@ def ask_blindly(
     questions: Sequence[Question],
     given: Sequence[str],
     batch_size: int,
-    options: dict[str, Any],
+    options: Options,
     tick: Callable[[int], None],
 ) -> list[str]:
     """Answers with every image blanked.
@@ -305,7 +307,7 @@ def _compare(metric: Metric, answers: Sequence[str], questions: Sequence[Questio
     return [metric(answer, question.references) for answer, question in zip(answers, questions, strict=True)]
 
 
-def _wrong(questions: Sequence[Question], answers: Sequence[str], hits: Sequence[float]) -> list[dict[str, Any]]:
+def _wrong(questions: Sequence[Question], answers: Sequence[str], hits: Sequence[float]) -> list[Record]:
     """The first three wrong answers."""
     missed = [(q, answer) for q, answer, hit in zip(questions, answers, hits, strict=True) if not hit]
     return [{"id": q.id, "answer": answer, "right": list(dict.fromkeys(q.references))} for q, answer in missed[:3]]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..base.errors import RowError, UserError
 from ..base.hub import look_for_hub, one_sentence
+from ..base.names import Json, Values
 from ..base.words import first_line, short
 from ..reading.files import FILE_READERS, read_file
 from ..reading.json_text import parse_document, read_text
@@ -18,7 +19,7 @@ from ..reading.locations import dataset_rows
 from .tasks import Hub, Join, Layout, Task
 
 LONGEST_LITERAL = 100_000
-Placed = tuple[str, Path | None, dict[str, Any]]
+Placed = tuple[str, Path | None, Json]
 """A row: its place in words, the folder that its pictures lie in, and its columns."""
 
 
@@ -67,7 +68,7 @@ def rows_of(place: Path | Hub, layout: Layout, hub: Hub | None) -> Iterator[Plac
     Raises:
         UserError: A file is missing or damaged, or the other row of a join is. Raised while iterating.
     """
-    others: list[dict[Any, dict[str, Any]]] = []
+    others: list[dict[Any, Json]] = []
     for join in layout.join:
         read = _read_all(place if isinstance(place, Path) else join.hub or place, join, join.hub)
         others.append({_named(at(values, join.key)): values for _, _, values in read})
@@ -118,7 +119,7 @@ def _hub_files(place: Path, hub: Hub | None) -> list[str]:
     return next(([pattern] for pattern in found if files_of(place, [pattern])), [])
 
 
-def _document(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _document(path: Path, key: str) -> Iterator[tuple[str, Json]]:
     document = parse_document(read_text(path), path)
     entries = document if key == "*" else document.get(key) if isinstance(document, dict) else None
     pairs: list[tuple[str, Any]]
@@ -134,7 +135,7 @@ def _document(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, {short(name)}", {"_key": name, **entry}
 
 
-def _of_hub(hub: Hub) -> Iterator[tuple[str, None, dict[str, Any]]]:
+def _of_hub(hub: Hub) -> Iterator[tuple[str, None, Json]]:
     import datasets
 
     look_for_hub()
@@ -151,7 +152,7 @@ def _of_hub(hub: Hub) -> Iterator[tuple[str, None, dict[str, Any]]]:
         yield row.where, None, row.values
 
 
-def at(values: Mapping[str, Any], column: str) -> Any:
+def at(values: Values, column: str) -> Any:
     """A column; `a.b` goes into an object, `a[].b` into a list of objects; None where there is none."""
     here: Any = values
     for number, step in enumerate(column.split(".")):

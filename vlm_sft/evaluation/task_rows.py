@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
+from ..base.names import ImageEntry, Json, Values
 from ..base.words import short, whole_number
 from ..metrics.choices import lettered
 from ..reading.image_refs import LONGEST_LIKELY, Folders, resolve_image
@@ -42,13 +43,13 @@ class Asked:
 
     id: str
     text: str
-    images: list[dict[str, Any]]
+    images: list[ImageEntry]
     answers: list[str]
     choices: dict[str, str] = field(default_factory=dict)
     kind: str = ""
     group: str = ""
     where: str = ""
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: Json = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """What its pictures are called: the path of a file, or a digest of what lies in a table."""
@@ -74,7 +75,7 @@ def read_task(name: str, task: Task, data: str | None, pictures: Pictures, max_r
     if isinstance(place, Path):
         layout = next((other for other in task.layouts if other.files and files_of(place, other.files)), task)
     seen: dict[str, str] = {}
-    by_id: dict[str, list[dict[str, Any]]] = {}
+    by_id: dict[str, list[ImageEntry]] = {}
     found: list[Asked] = []
     for number, (where, folder, values) in enumerate(rows_of(place, layout, task.hub), start=1):
         other = _other_row(at(values, layout.images), by_id) if isinstance(layout.images, str) else None
@@ -94,7 +95,7 @@ def read_task(name: str, task: Task, data: str | None, pictures: Pictures, max_r
     return rotated(task, found) if task.circular else found
 
 
-def _other_row(image: Any, known: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]] | None:
+def _other_row(image: Any, known: Mapping[str, list[ImageEntry]]) -> list[ImageEntry] | None:
     """The pictures of the row that an image names by its id, as the tables of MMBench's authors do; else None."""
     return known.get(image) if isinstance(image, str) and image.isdigit() else None
 
@@ -105,7 +106,7 @@ def _given(value: Any) -> bool:
     return not missing and not (isinstance(value, str) and value.strip().lower() in ("", "nan", "none"))
 
 
-def _texts(values: Mapping[str, Any], columns: Column) -> list[str]:
+def _texts(values: Values, columns: Column) -> list[str]:
     found = [at(values, column) for column in ([columns] if isinstance(columns, str) else columns)]
     flat = [each for value in found for each in (value if isinstance(value, list | tuple) else [value])]
     return [_text(each) for each in flat if each is not None and not (isinstance(each, float) and math.isnan(each))]
@@ -117,7 +118,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _options(values: Mapping[str, Any], columns: Column | None) -> list[str]:
+def _options(values: Values, columns: Column | None) -> list[str]:
     if columns is None:
         return []
     if isinstance(columns, list):
@@ -129,7 +130,7 @@ def _options(values: Mapping[str, Any], columns: Column | None) -> list[str]:
 
 
 def _asked(
-    task: Task, layout: Layout, values: dict[str, Any], where: str, number: int, folder: Path | None, pictures: Pictures
+    task: Task, layout: Layout, values: Json, where: str, number: int, folder: Path | None, pictures: Pictures
 ) -> Asked:
     choices = lettered(_options(values, layout.choices))
     alone = task.judge is not None and not task.judge.compare
@@ -160,7 +161,7 @@ def _asked(
     )
 
 
-def _right(layout: Layout, values: dict[str, Any], choices: dict[str, str], where: str) -> list[str]:
+def _right(layout: Layout, values: Json, choices: dict[str, str], where: str) -> list[str]:
     """The right answers; of choices their letters."""
     found = _texts(values, layout.answers)
     if len(found) == 1 and found[0].startswith("[") and isinstance(several := literal(found[0]), list):
@@ -186,7 +187,7 @@ def _right(layout: Layout, values: dict[str, Any], choices: dict[str, str], wher
     return found
 
 
-def _images(layout: Layout, values: dict[str, Any], where: str, folder: Path | None) -> Iterator[dict[str, Any]]:
+def _images(layout: Layout, values: Json, where: str, folder: Path | None) -> Iterator[ImageEntry]:
     columns = [layout.images] if isinstance(layout.images, str) else layout.images
     for column in columns:
         if _FIELD.search(column):
@@ -198,7 +199,7 @@ def _images(layout: Layout, values: dict[str, Any], where: str, folder: Path | N
                 yield _image(image, where, folder)
 
 
-def _image(image: Any, where: str, folder: Path | None) -> dict[str, Any]:
+def _image(image: Any, where: str, folder: Path | None) -> ImageEntry:
     if isinstance(image, str) and folder is not None and len(image) < LONGEST_LIKELY:
         places = (os.path.join(folder, each, image) for each in _IMAGE_FOLDERS)
         image = next((path for path in places if os.path.isfile(path)), image)
@@ -212,7 +213,7 @@ def _image(image: Any, where: str, folder: Path | None) -> dict[str, Any]:
     return found
 
 
-def _there(values: Mapping[str, Any]) -> str:
+def _there(values: Values) -> str:
     return f"the row has {', '.join(short(name) for name in list(values)[:12] if name != '_file')}"
 
 

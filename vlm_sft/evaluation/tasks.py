@@ -7,13 +7,14 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
 from ..base.assets import list_tasks, task_path
 from ..base.errors import UserError
 from ..base.limits import limits
+from ..base.names import Json, Options
 from ..base.words import closest, short
 from ..metrics.measures import MEASURES, NEEDS_CHOICES
 from ..recipe.library_names import GENERATION
@@ -80,12 +81,12 @@ class Judging(RecipeModel):
     the answer alone, which is measured against the top of the scale."""
     scale: list[float] = Field(default=[1, 10], min_length=2, max_length=2)
     """Lowest and highest score."""
-    settings: dict[str, Any] = Field(default_factory=lambda: {"temperature": 0.2, "max_tokens": 1024})
+    settings: Options = Field(default_factory=lambda: {"temperature": 0.2, "max_tokens": 1024})
     """For the judge's server, of `JUDGE_SETTINGS`."""
 
     @field_validator("settings")
     @classmethod
-    def _of_the_list(cls, settings: dict[str, Any]) -> dict[str, Any]:
+    def _of_the_list(cls, settings: Json) -> Json:
         for name, value in settings.items():
             if name not in JUDGE_SETTINGS or isinstance(value, bool) or not isinstance(value, int | float | str | None):
                 raise ValueError(f"{name} is no setting of a judge's answer; they are {', '.join(JUDGE_SETTINGS)}")
@@ -147,7 +148,7 @@ class Task(Layout):
     """Ask each question once for every rotation of its options, unless the data has them."""
     options: list[str] = Field(default_factory=list)
     """Answers that `--likelihood` compares where the rows have no choices: `[Yes, No]`."""
-    generation: dict[str, Any] = Field(default_factory=dict)
+    generation: Options = Field(default_factory=dict)
     """Arguments of `transformers.GenerationConfig`, over those of the bundle's recipe."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Only the first so many rows."""
@@ -280,7 +281,7 @@ def _shipped() -> frozenset[str]:
     return frozenset(str(each["prompt"]) for data in shipped for each in (data, data.get("judge")) if each)
 
 
-def render_prompt(prompt: str, where: str, values: dict[str, Any]) -> str:
+def render_prompt(prompt: str, where: str, values: Json) -> str:
     """What is asked of a row; the prompt of somebody else's task is rendered in a process with bounds.
 
     Raises:
@@ -291,6 +292,6 @@ def render_prompt(prompt: str, where: str, values: dict[str, Any]) -> str:
     return str(ask("prompt", prompt, where, **plain(values)))
 
 
-def plain(values: dict[str, Any]) -> dict[str, Any]:
+def plain(values: Json) -> Json:
     """Values as JSON has them: a picture's bytes are nothing to print."""
     return dict(json.loads(json.dumps(values, default=lambda value: "")))

@@ -18,8 +18,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 
 from ..base.console import tell
 from ..base.errors import UserError, exit_on_user_error
-from ..base.names import PROCESSOR_CONFIG
+from ..base.names import PROCESSOR_CONFIG, Json
 from ..base.whole_files import read_text
+from ..rows.messages import Message
 from ..stack.judge import measure
 from ..templates.serve import bounded
 
@@ -40,7 +41,7 @@ def noise_picture() -> Image.Image:
 
 
 @torch.inference_mode()
-def compare(export: Path, probe: Path) -> dict[str, Any]:
+def compare(export: Path, probe: Path) -> Json:
     """Loads the export in fp32, sends the probe's messages through its processor, and compares ids, pixels, logits.
 
     Of what is returned, `logits` (against what was to be written) and `bundle` (against the bundle) are for `judge`.
@@ -55,7 +56,7 @@ def compare(export: Path, probe: Path) -> dict[str, Any]:
         model = PeftModel.from_pretrained(model, export / ADAPTER_FOLDER)
     text, inputs = inputs_of(processor, messages, [Image.open(probe / PICTURE).convert("RGB")])
     same_ids = all(inputs[name].tolist() == wanted[name].tolist() for name in wanted if name.endswith("input_ids"))
-    result: dict[str, Any] = {"text": text, "ids": same_ids, "positions": wanted["logits"].shape[1]}
+    result: Json = {"text": text, "ids": same_ids, "positions": wanted["logits"].shape[1]}
     result["chats"] = bool(processor.chat_template)
     if same_ids:
         logits = model.eval()(**inputs).logits
@@ -77,12 +78,12 @@ def read_processor(export: Path) -> ProcessorMixin:
     return images_alone(kind).from_pretrained(export, backend="pil")
 
 
-def is_prompt(messages: list[dict[str, Any]]) -> bool:
+def is_prompt(messages: list[Message]) -> bool:
     """Whether a conversation ends with the user, so that an answer comes next."""
     return messages[-1]["role"] == "user"
 
 
-def inputs_of(processor: ProcessorMixin, messages: list[dict[str, Any]], images: list[Image.Image]) -> tuple[str, Any]:
+def inputs_of(processor: ProcessorMixin, messages: list[Message], images: list[Image.Image]) -> tuple[str, Any]:
     """(prompt, what the model takes), as a user of transformers makes it.
 
     InstructBLIP's processor knows no conversations: the question by itself is the prompt. That of KOSMOS-2 has

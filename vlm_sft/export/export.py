@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..base.errors import UserError
-from ..base.names import ADAPTER, ADAPTER_CONFIG, CARD, EXPORT_REPORT
+from ..base.names import ADAPTER, ADAPTER_CONFIG, CARD, EXPORT_REPORT, Json
 from ..base.whole_files import read_text, write_json
 from ..bundle.card import bases_of, render_card, shown
 from ..bundle.hub import find_bundle
@@ -44,7 +44,7 @@ def export(
     keep_adapter: bool = False,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """Writes a bundle in another form and compares the logits of both in a fresh process.
 
     Args:
@@ -73,7 +73,7 @@ def export(
     core: Any = model.get_base_model() if manifest["adapter"] else model
     saved = getattr(torch, dtype) if dtype else core.get_input_embeddings().weight.dtype
     model.float()  # merged and compared in fp32, whatever is written
-    result: dict[str, Any] = {
+    result: Json = {
         "to": to,
         "dtype": str(saved).removeprefix("torch."),
         "quantised_in_training": bool(recipe.quantization),
@@ -89,7 +89,7 @@ def export(
     return result
 
 
-def write_export_card(out: Path, bundle: Path, result: dict[str, Any]) -> Path:
+def write_export_card(out: Path, bundle: Path, result: Json) -> Path:
     """Writes the card of an exported checkpoint by its bundle and what `export` found; gives the path."""
     manifest, kept = read_manifest(bundle), (out / ADAPTER_FOLDER).is_dir()
     head = {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["vlm_sft"]}
@@ -105,7 +105,7 @@ def write_export_card(out: Path, bundle: Path, result: dict[str, Any]) -> Path:
     )
 
 
-def _write(out: Path, to: str, model: nn.Module, form: Form, dtype: torch.dtype, keep_adapter: bool) -> dict[str, Any]:
+def _write(out: Path, to: str, model: nn.Module, form: Form, dtype: torch.dtype, keep_adapter: bool) -> Json:
     """Writes everything but the card; returns the name of the class and what the comparisons found."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = _write_probe(Path(folder), form)
@@ -173,7 +173,7 @@ def _keep_adapter(model: PeftModel, form: Form, folder: Path) -> None:
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def _compare(out: Path, probe: Path, dtype: torch.dtype, layers: int) -> dict[str, Any]:
+def _compare(out: Path, probe: Path, dtype: torch.dtype, layers: int) -> Json:
     found = run_afresh("vlm_sft.export.check", f"The export {str(out)!r} was written", out, probe)
     if not found["ids"]:
         shutil.rmtree(out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from ..pieces.checkpoints import Checkpoint, fetch_file
 from ..pieces.piece import specs_of
 from ..recipe.safety import read_json
 from ..recipe.schema import Recipe
+from ..rows.messages import Message
 from ..stack.kinds import kind_of
 from .check import QUESTION
 from .native_model import NO_FORM, native_form, native_generation, native_model, to_causal_lm
@@ -48,7 +48,7 @@ class Form(ABC):
     """
 
     name: str
-    probe: list[dict[str, Any]]
+    probe: list[Message]
     missing = ""
 
     def __init__(self, model: VLM, processor: VLMProcessor, recipe: Recipe) -> None:

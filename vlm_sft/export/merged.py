@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.names import RECIPE
+from ..base.names import RECIPE, Json
 from ..batch.processor import VLMProcessor
 from ..bundle.card import write_card
 from ..bundle.load import recipe_of
@@ -31,9 +30,7 @@ from .merging import Comparison
 from .native_model import to_causal_lm
 
 
-def write_merged(
-    bundle: Path, out: Path, model: nn.Module, processor: VLMProcessor, dtype: torch.dtype
-) -> dict[str, Any]:
+def write_merged(bundle: Path, out: Path, model: nn.Module, processor: VLMProcessor, dtype: torch.dtype) -> Json:
     """Writes OUT/language_model (a causal language model with its tokenizer) and a bundle that names it.
 
     Of an existing VLM it is OUT/model: the whole model with its own processor.
@@ -93,7 +90,7 @@ WRITERS = {"language_model": _write_language_model, "model": _write_model}
 
 def _merged_recipe(recipe: Recipe, kind: Kind, bundle: Path, folder: Path, dtype: torch.dtype) -> Recipe:
     """The bundle's recipe with the merged piece in place of its base, and without LoRA."""
-    changes: dict[str, Any] = {
+    changes: Json = {
         "pretrained": str(folder.resolve()),
         "revision": None,
         "dtype": str(dtype).removeprefix("torch."),

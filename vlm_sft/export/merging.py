@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..base.errors import UserError
+from ..base.names import Json
 from ..model.freeze import is_adapter
 from ..stack.judge import judge, layers_of, measure
 
@@ -83,7 +84,7 @@ class Comparison:
         found = self._judged(f"Writing in {str(dtype).removeprefix('torch.')}", measure(self.wanted, logits), dtype)
         self.found |= {"type_difference": found["max_difference"], "type_kl": found["kl"]}
 
-    def _judged(self, step: str, measured: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def _judged(self, step: str, measured: Json, dtype: torch.dtype) -> Json:
         found = judge(measured, dtype, self._layers, "the bundle's")
         if not found["equal"]:
             raise UserError(REFUSED.format(step, found["why"]))

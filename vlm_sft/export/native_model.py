@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from ..base.errors import UserError
+from ..base.names import Options
 from ..batch.processor import VLMProcessor
 from ..inference.settings import generation_options
 from ..model.configuration import count_patches, image_size_of
@@ -118,7 +119,7 @@ def to_causal_lm(model: VLMForConditionalGeneration) -> PreTrainedModel:
 
 
 def native_model(
-    model: VLMForConditionalGeneration, processor: VLMProcessor, generation: dict[str, Any] | None = None
+    model: VLMForConditionalGeneration, processor: VLMProcessor, generation: Options | None = None
 ) -> PreTrainedModel:
     """A stack, its adapters merged, as a native class of transformers; the weights are shared, so it is used up.
 
@@ -190,7 +191,7 @@ def _as_blip(model: VLMForConditionalGeneration, processor: VLMProcessor, form: 
     return native
 
 
-def native_generation(model: PreTrainedModel, processor: VLMProcessor, options: dict[str, Any]) -> GenerationConfig:
+def native_generation(model: PreTrainedModel, processor: VLMProcessor, options: Options) -> GenerationConfig:
     """The recipe's generation settings over the model's own, with the ids at which an answer ends."""
     settings = generation_options(model, processor, options)
     tokenizer = processor.tokenizer

@@ -8,10 +8,10 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ..base.errors import UserError
-from ..base.names import MANIFEST
+from ..base.names import MANIFEST, Json
 from ..base.whole_files import read_text
 
 ENGINES = ("own", "vllm", "transformers")
@@ -77,7 +77,7 @@ def start(
     os.execve(_program(engine), [engine, *command], environment)  # noqa: S606 - that is the point
 
 
-def config_of(export: str, engine: str) -> dict[str, Any]:
+def config_of(export: str, engine: str) -> Json:
     """The `config.json` of a native export.
 
     Raises:

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..base.errors import UserError
-from ..base.names import PARTS, TEMPLATE
+from ..base.names import PARTS, TEMPLATE, Json, Values
 from ..base.whole_files import read_text
 from ..base.words import one_line
 from ..pieces.beside import check_processor, check_tokenizer
@@ -51,7 +51,7 @@ class FamilyKind:
 
     base = "model"
     covers: tuple[str, ...] = PARTS
-    settled: Mapping[str, Any] = {}
+    settled: Values = {}
 
     def compose(self, recipe: Recipe) -> Composed:
         piece = find_model(_spec(recipe))
@@ -99,14 +99,14 @@ class FamilyKind:
     def cast(self, model: PreTrainedModel, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
         cast_parts(model, recipe.train, dtypes[self.base])
 
-    def with_base(self, recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    def with_base(self, recipe: Recipe, changes: Values) -> Recipe:
         # The checkpoint has the processor as the recipe wanted it.
         return recipe.model_copy(update={"model": _spec(recipe).model_copy(update={**changes, "processor": {}})})
 
-    def held(self, entries: Mapping[str, dict[str, Any]]) -> set[str]:
+    def held(self, entries: Mapping[str, Json]) -> set[str]:
         return set(entries[self.base].get("held", ()))
 
-    def mark_taken(self, entries: dict[str, dict[str, Any]], parts: Collection[str], folder: str) -> None:
+    def mark_taken(self, entries: dict[str, Json], parts: Collection[str], folder: str) -> None:
         entries[self.base] |= {"init_from": folder, "held": sorted(parts)}  # one piece has several parts
 
     def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> FamilyProcessor:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ..base.names import Inputs
 from .processor import FamilyProcessor
 
 
 class FuyuProcessor(FamilyProcessor):
     """Fuyu, whose own processor cuts images into patches with torch where its image processor of PIL uses numpy."""
 
-    def _read(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[str]]:
+    def _read(self, images: Sequence[Image.Image]) -> tuple[Inputs, list[str]]:
         # As in transformers, models/fuyu/processing_fuyu.py, _process_images.
         given = self.image_processor(list(images), **self._image_options())
         size = self.image_processor.patch_size

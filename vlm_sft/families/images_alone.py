@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from ..base.names import Json
+
 # Parts of a model's own processor that read something else than images.
 NO_IMAGES = ("video_processor", "feature_extractor")
 
@@ -32,7 +34,7 @@ class _ImagesAlone(ProcessorMixin):
         return [name for name in cls.whole if name not in NO_IMAGES]
 
     @classmethod
-    def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_args_and_dict(cls, args: list[Any], processor_dict: Json, **kwargs: Any) -> Any:
         given = dict(zip(cls.get_attributes(), args, strict=True))
         nothing = _Nothing()
         whole = [given.get(name, nothing) for name in cls.whole]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..base.names import Json, Values
 from ..batch.processor import VLMProcessor
 from ..model.modeling import VLMForConditionalGeneration
 from ..pieces.piece import Piece
@@ -49,7 +50,7 @@ class Kind(Protocol):
 
     base: str
     covers: tuple[str, ...]
-    settled: Mapping[str, Any]
+    settled: Values
 
     def compose(self, recipe: Recipe) -> Composed:
         """Configuration, processor and pieces, from small files alone.
@@ -79,13 +80,13 @@ class Kind(Protocol):
     def cast(self, model: PreTrainedModel, recipe: Recipe, dtypes: Mapping[str, torch.dtype]) -> None:
         """Puts the parts of a loaded model into the types that `load` gives them."""
 
-    def with_base(self, recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    def with_base(self, recipe: Recipe, changes: Values) -> Recipe:
         """A copy of the recipe in which `base` is another checkpoint: `pretrained`, `revision` and `dtype`."""
 
-    def held(self, entries: Mapping[str, dict[str, Any]]) -> set[str]:
+    def held(self, entries: Mapping[str, Json]) -> set[str]:
         """The parts that a bundle must hold though untrained: by the pieces of its manifest, no base is like them."""
 
-    def mark_taken(self, entries: dict[str, dict[str, Any]], parts: Collection[str], folder: str) -> None:
+    def mark_taken(self, entries: dict[str, Json], parts: Collection[str], folder: str) -> None:
         """Notes which parts came from another bundle: their pieces are not like them any more.
 
         Args:

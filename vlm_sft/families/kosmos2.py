@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..base.names import Inputs
 from .model import FamilyModel
 from .processor import FamilyProcessor
 
@@ -19,7 +20,7 @@ class Kosmos2(FamilyModel):
 
     followers = ("embed_positions.weights",)
 
-    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, inputs: Inputs) -> Inputs:
         """Features of the images in place of the images, of none where there is none."""
         if inputs.get("image_embeds") is not None:
             return inputs

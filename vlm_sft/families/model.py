@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..base.errors import UserError
+from ..base.names import Inputs, Options
 from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
 from ..model.losses import Head, VLMOutput, mean_loss
 from ..model.positions import ExactRotations, packed_positions, row_numbers, shared_mask
@@ -122,7 +123,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         places[1:, real] = found[:, mask.bool()].to(plain) - too_far[real]
         return places
 
-    def complete(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, inputs: Inputs) -> Inputs:
         """What the model's own forward takes, with what it needs for a batch of text alone."""
         return inputs
 
@@ -154,7 +155,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
         finally:
             hook.remove()
 
-    def _add_idle(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _add_idle(self, module: nn.Module, args: tuple[Any, ...], kwargs: Options) -> Any:
         embeds = kwargs["inputs_embeds"]
         return args, {**kwargs, "inputs_embeds": embeds + self.idle_image_path().to(embeds.dtype)}
 
@@ -216,7 +217,7 @@ def cast_parts(model: FamilyModel, trained: Collection[str], dtype: torch.dtype)
             buffer.data = buffer.data.to(dtype)
 
 
-def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Options) -> tuple[Any, Options]:
     dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
 
     def cast(value: Any) -> Any:

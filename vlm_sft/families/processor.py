@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from ..base.errors import RowError, UserError
 from ..base.limits import limits
-from ..base.names import IGNORED
+from ..base.names import IGNORED, Inputs, Options
 from ..batch.box_text import Seen
 from ..batch.encoding import EncodedChat, in_loss, pad, supervised_characters
 from ..batch.pictures import why
@@ -246,11 +246,11 @@ class FamilyProcessor(VLMProcessor):
     def _placeholder(self) -> str:
         return self.native.image_token
 
-    def _read(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[str]]:
+    def _read(self, images: Sequence[Image.Image]) -> tuple[Inputs, list[str]]:
         """Tensors of images, and what stands for each in the text."""
         return self.native._process_images(list(images), **self._image_options())
 
-    def _image_options(self) -> dict[str, Any]:
+    def _image_options(self) -> Options:
         return self.native._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, return_tensors="pt")[
             "images_kwargs"
         ]

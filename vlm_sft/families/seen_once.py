@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..base.names import Inputs
 from ..batch.processor import VLMProcessor
 from .model import IMAGE_OUTPUTS, FamilyModel
 
@@ -93,7 +94,7 @@ def joined(features: Sequence[Any]) -> Any:
     first = features[0]
     if isinstance(first, torch.Tensor):
         return torch.cat(list(features))
-    found: dict[str, Any] = {}
+    found: Inputs = {}
     for name, value in first.items():
         values = [each[name] for each in features]
         if name == BY_LAYER:

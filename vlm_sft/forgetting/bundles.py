@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 
 from ..base.errors import UserError
+from ..base.names import Json
 from ..base.whole_files import read_text, write_json
 from ..base.words import one_line
 from ..bundle.hub import is_fetched
@@ -127,7 +128,7 @@ class BeforeAndAfter:
                 before = measure(model, processor, texts)
         return compare(texts, before, measure(model, processor, texts), self.limit)
 
-    def _of_tower(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    def _of_tower(self, model: PreTrainedModel) -> dict[str, Json]:
         """What the vision tower of a stack lost, where its stage changed it and its piece has a text tower."""
         if self.pictures is None:
             return {}
@@ -153,7 +154,7 @@ def _written(file: Path) -> Forgetting | None:
     return found
 
 
-def noted(manifest: dict[str, Any], mark: str) -> State | None:
+def noted(manifest: Json, mark: str) -> State | None:
     """What a run noted before its first step on the texts of this mark, or None."""
     found = manifest.get(NOTE)
     before = found.get("before") if isinstance(found, dict) else None

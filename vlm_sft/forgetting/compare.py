@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..base.console import make_console, plain_table, say
+from ..base.names import Json
 from ..base.words import one_line
 from ..metrics.exact_match import contains
 from .state import State
@@ -19,7 +19,7 @@ SHOWN = 60  # characters of an answer
 DROP = 0.05  # of a share that a vision tower may lose
 TOWER = {"zero_shot": "zero-shot, vision tower", "ranking": "captions above wrong ones"}
 
-Forgetting = dict[str, Any]
+Forgetting = Json
 """What is written of it; see docs/evaluation.md."""
 
 
@@ -57,15 +57,13 @@ def nothing(limit: float = LIMIT) -> Forgetting:
     }  # fmt: skip
 
 
-def with_tower(found: Forgetting, tower: dict[str, dict[str, Any]]) -> Forgetting:
+def with_tower(found: Forgetting, tower: dict[str, Json]) -> Forgetting:
     """The same with what the vision tower lost, as `TowerTest.compare` gives it."""
     found = {**found, "tower": tower}
     return {**found, "warning": warning_of(found)}
 
 
-def _questions(
-    asked: Sequence[Asked], before: Sequence[str] | None, after: Sequence[str] | None
-) -> list[dict[str, Any]]:
+def _questions(asked: Sequence[Asked], before: Sequence[str] | None, after: Sequence[str] | None) -> list[Json]:
     if before is None or after is None:
         return []
     return [
@@ -124,7 +122,7 @@ def rows_of(found: Forgetting) -> list[list[str]]:
     return rows
 
 
-def page_tables(found: Forgetting | None) -> list[dict[str, Any]]:
+def page_tables(found: Forgetting | None) -> list[Json]:
     """Tables for the page of errors, as `pages.errors.error_page` takes them."""
     if found is None:
         return []

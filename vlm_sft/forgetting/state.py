@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 
 from ..base.errors import RowError, UserError
-from ..base.names import IGNORED
+from ..base.names import IGNORED, Json
 from ..batch.encoding import EncodedChat
 from ..inference.generation import answer_each, position_limit
 from ..inference.settings import ignores_text
@@ -26,7 +26,7 @@ MOST_TOKENS = 512  # of a text that are looked at
 NEW_TOKENS = 32  # of an answer
 AT_ONCE = 8
 
-State = dict[str, Any]
+State = Json
 """`texts` (mark of the set), `loss` (mean over all tokens), `perplexity` (by language), and `answers`, one a question,
 or None where they were not asked for or the chat template shows the model no words."""
 

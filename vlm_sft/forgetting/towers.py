@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ..base.assets import assets_root
 from ..base.errors import UserError
+from ..base.names import Json
 from ..base.whole_files import open_regular, read_text
 from ..data.dataset import load_source
 from ..prepare.scorer import Scorer
@@ -127,7 +128,7 @@ class TowerTest:
             )
         self.prompt = PROMPTS.get(kind, PROMPT)
 
-    def compare(self, tower: nn.Module) -> dict[str, dict[str, Any]]:
+    def compare(self, tower: nn.Module) -> dict[str, Json]:
         """What both weigh: `zero_shot` and `ranking`, each `before`, `after` and `of` how many.
 
         Args:

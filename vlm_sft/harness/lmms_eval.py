@@ -21,6 +21,7 @@ from transformers import set_seed
 
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import RowError, UserError, exit_on_user_error
+from ..base.names import Options, Row
 from ..base.progress import RowProgress
 from ..base.words import counted
 from ..inference.generation import answer_each, cut_at
@@ -30,7 +31,7 @@ from ..inference.settings import SAMPLING, check_options, open_bundle
 from ..recipe.library_names import GENERATION
 from ..rows.messages import Message, Part, answer_message, image_part, text_part
 
-Conversation = dict[str, Any]
+Conversation = Row
 SEED = 42  # as transformers and the trainer begin, where a task draws its answers
 
 
@@ -142,16 +143,16 @@ class SimpleModel(lmms):  # type: ignore[misc]
                 tick(len(batch))
         return found
 
-    def _given(self, request: Instance) -> dict[str, Any]:
+    def _given(self, request: Instance) -> Options:
         """What a task asks for of its answers."""
         return request.args[1]  # type: ignore[no-any-return]
 
-    def _messages(self, request: Instance) -> list[dict[str, Any]]:
+    def _messages(self, request: Instance) -> list[Message]:
         """What is asked first."""
         text, _, visual, *_ = request.args
         return [_turn(visual(self._doc(request)), text)]
 
-    def _next(self, request: Instance, so_far: dict[str, Any]) -> tuple[Any, ...] | None:
+    def _next(self, request: Instance, so_far: Options) -> tuple[Any, ...] | None:
         """(messages, whether all is told, answers, what the task wants to be told again) of a later round."""
         given = request.args[3](self._doc(request), **so_far)
         if not (isinstance(given, tuple) and len(given) == 5):
@@ -202,7 +203,7 @@ class SimpleModel(lmms):  # type: ignore[misc]
         for start in range(0, len(ordered), self._batch_size):
             yield ordered[start : start + self._batch_size]
 
-    def _options(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def _options(self, given: Options) -> tuple[Options, list[str]]:
         """Settings for `answer`, those of a task over those of the bundle's recipe, and texts that end an answer."""
         asked = {name: value for name, value in given.items() if value is not None and name != "until"}
         until = given.get("until") or []
@@ -226,18 +227,18 @@ class ChatModel(SimpleModel):
 
     is_simple = False
 
-    def _given(self, request: Instance) -> dict[str, Any]:
+    def _given(self, request: Instance) -> Options:
         return request.args[2]  # type: ignore[no-any-return]
 
-    def _messages(self, request: Instance) -> list[dict[str, Any]]:
+    def _messages(self, request: Instance) -> list[Message]:
         return request.args[1](self._doc(request))  # type: ignore[no-any-return]
 
-    def _next(self, request: Instance, so_far: dict[str, Any]) -> tuple[Any, ...] | None:
+    def _next(self, request: Instance, so_far: Options) -> tuple[Any, ...] | None:
         given = request.args[1](self._doc(request), **so_far)
         return given if isinstance(given, tuple) and len(given) == 4 else None
 
 
-def _turn(visuals: Any, text: str) -> dict[str, Any]:
+def _turn(visuals: Any, text: str) -> Message:
     """A user's message: pictures and films, then the text; a file is a film unless its name ends as a picture's."""
     shown = visuals if isinstance(visuals, (list, tuple)) else [visuals] if visuals else []
     films = [isinstance(each, str) and Path(each).suffix.lower() not in Image.registered_extensions() for each in shown]

@@ -55,15 +55,15 @@ class Bundle:
         if self._settings.get("do_sample") is False:
             self._settings = {name: value for name, value in self._settings.items() if name not in SAMPLING}
 
-    def generate_inner(self, message: Sequence[dict[str, Any]], dataset: str | None = None) -> str:
+    def generate_inner(self, message: Sequence[Message], dataset: str | None = None) -> str:
         """The answer to parts `{"type": "text" | "image" | "video", "value"}`, of which the last two name files."""
         return self._answer([{"role": "user", "content": message}], dataset)
 
-    def chat_inner(self, message: Sequence[dict[str, Any]], dataset: str | None = None) -> str:
+    def chat_inner(self, message: Sequence[Message], dataset: str | None = None) -> str:
         """The answer to a conversation of several turns."""
         return self._answer(message, dataset)
 
-    def _answer(self, turns: Sequence[dict[str, Any]], dataset: str | None) -> str:
+    def _answer(self, turns: Sequence[Message], dataset: str | None) -> str:
         told: list[Message] = []
         images: list[Any] = []
         for turn in turns:

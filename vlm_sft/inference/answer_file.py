@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..base.console import make_console
 from ..base.errors import RowError, UserError
+from ..base.names import Options, Record
 from ..base.progress import RowProgress, waiting
 from ..base.whole_files import IrregularError, read_bytes, write_whole
 from ..base.words import reason_of
@@ -26,7 +27,7 @@ from .settings import check_options, ignores_text, open_bundle
 if TYPE_CHECKING:
     from rich.console import Console
 
-Asker = Callable[[list[QuestionRow]], list[dict[str, Any]]]
+Asker = Callable[[list[QuestionRow]], list[Record]]
 """Rows of the input → one line a row, with `answer` or `error`, as `answer_rows` gives them."""
 
 
@@ -36,7 +37,7 @@ def generate(
     output: str,
     batch_size: int = 8,
     images: str | None = None,
-    options: dict[str, Any] | None = None,
+    options: Options | None = None,
     trust_remote_code: bool = False,
     image_folders: Sequence[str] = (),
     boxes: str | None = None,
@@ -115,7 +116,7 @@ def answer_questions(
     _finish(target, order, done, console)
 
 
-def check_questions(path: str, done: dict[str, dict[str, Any]], target: Path) -> list[str]:
+def check_questions(path: str, done: dict[str, Record], target: Path) -> list[str]:
     """Ids of all questions, in order, checked against each other and against the answers there are.
 
     Raises:
@@ -151,10 +152,10 @@ def answer_rows(
     processor: VLMProcessor,
     batch: Iterable[QuestionRow],
     images: str | None,
-    options: dict[str, Any],
+    options: Options,
     image_folders: Sequence[str] = (),
     boxes: str | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """One line a row: its columns and `answer`, or `error` where the row cannot be asked.
 
     Raises:
@@ -183,7 +184,7 @@ def answer_rows(
     return lines
 
 
-def read_answers(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+def read_answers(path: Path) -> tuple[dict[str, Record], int]:
     """Lines of an earlier run by id, and the size of the file without a half-written last line.
 
     Raises:
@@ -195,7 +196,7 @@ def read_answers(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         raise UserError(f"--output {path} cannot be read ({reason_of(error)}): give another file.") from None
     except IrregularError as error:
         raise UserError(f"--output {path} cannot be read (it is {error.what}): give another file.") from None
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Record] = {}
     size = 0
     for number, line in enumerate(data.splitlines(keepends=True), start=1):
         parsed = _parse(line)
@@ -216,7 +217,7 @@ def _is_half(line: bytes) -> bool:
     return not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line) or not line.strip(b"\0"))
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> Record | None:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -224,7 +225,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and "id" in value and ("answer" in value or "error" in value) else None
 
 
-def _dump(line: dict[str, Any]) -> bytes:
+def _dump(line: Record) -> bytes:
     try:
         return (json.dumps(line, ensure_ascii=False, default=_as_json) + "\n").encode()
     except UnicodeEncodeError:  # half a character, which JSON can only escape
@@ -236,7 +237,7 @@ def _as_json(value: Any) -> Any:
 
 
 @contextmanager
-def _append(path: Path, size: int) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+def _append(path: Path, size: int) -> Iterator[Callable[[list[Record]], None]]:
     """Gives a function that adds lines after the first `size` bytes; when it returns, they are on the disk."""
 
     def failed(error: OSError) -> UserError:
@@ -252,7 +253,7 @@ def _append(path: Path, size: int) -> Iterator[Callable[[list[dict[str, Any]]], 
     except OSError as error:
         raise failed(error) from None
 
-    def write(lines: list[dict[str, Any]]) -> None:
+    def write(lines: list[Record]) -> None:
         try:
             stream.write(b"".join(map(_dump, lines)))
             stream.flush()

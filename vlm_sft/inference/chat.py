@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..base.console import make_console, tell
 from ..base.errors import UserError
+from ..base.names import Options, Row
 from ..base.progress import waiting
 from ..base.words import closest, counted
 from ..batch.pictures import PictureError, read_pictures
@@ -23,7 +24,7 @@ from ..reading.images import load_image
 from ..reading.tar_shards import VIDEO_ENDINGS
 from ..reading.video import Films
 from ..rows.boxes import place_boxes
-from ..rows.messages import Part, image_part, text_part
+from ..rows.messages import Message, Part, image_part, text_part
 from ..rows.raw_row import RowView
 from .generation import PromptTooLongError
 from .questions import frames_of_file
@@ -50,7 +51,7 @@ def chat(
     bundle: str,
     images: list[str],
     question: str | None = None,
-    options: dict[str, Any] | None = None,
+    options: Options | None = None,
     trust_remote_code: bool = False,
     boxes: str | None = None,
     videos: Sequence[str] = (),
@@ -108,13 +109,13 @@ class Conversation:
         self,
         model: PreTrainedModel,
         processor: VLMProcessor,
-        options: dict[str, Any],
+        options: Options,
         waiting: list[Shown],
         boxes: str | None = None,
     ) -> None:
         self.model, self.processor, self.options, self.boxes = model, processor, options, boxes
         self.captions_only = ignores_text(processor)
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[Message] = []
         self.images: list[Image.Image] = []
         self.waiting = waiting
 
@@ -152,7 +153,7 @@ class Conversation:
 class Answer:
     """An answer as it is written: iterate over its pieces, then close it."""
 
-    def __init__(self, talk: Conversation, question: dict[str, Any]) -> None:
+    def __init__(self, talk: Conversation, question: Row) -> None:
         self._talk, self._question = talk, question
         self._said = ""
         self._images = [*talk.images, *(image for _, image in talk.waiting)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from ..base.names import Options, Values
 
 UNREADABLE = "\ufffd"
 
@@ -39,7 +41,7 @@ class Confidence:
         self._scores = torch.empty(0)
         self._taken: list[torch.Tensor] = []
 
-    def watching(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def watching(self, settings: Values) -> Options:
         """Settings for `generate` with this looking on beside what is there."""
         processors = LogitsProcessorList([*(settings.get("logits_processor") or []), _Before(self)])
         criteria = StoppingCriteriaList([*(settings.get("stopping_criteria") or []), _After(self)])

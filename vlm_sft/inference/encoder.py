@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from ..base.console import tell
 from ..base.errors import UserError
+from ..base.names import Record, Row
 from ..base.whole_files import IrregularError, read_text, write_whole
 from ..base.words import one_line, reason_of
 from ..batch.pictures import Pictures, check_pictures, read_pictures
@@ -90,7 +91,7 @@ def _answer_rows(
     batch: Sequence[QuestionRow],
     images: str | None,
     folders: Sequence[str],
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """One line a row; a row that cannot be asked has its `error`, and the others are answered."""
     lines, asked = [], []
     for question in batch:
@@ -131,7 +132,7 @@ def read_candidates(path: str | None) -> list[str]:
     return found
 
 
-def _one_question(row: dict[str, Any], where: str) -> tuple[str, Image.Image]:
+def _one_question(row: Row, where: str) -> tuple[str, Image.Image]:
     """The text and the image of a row that asks once.
 
     Raises:

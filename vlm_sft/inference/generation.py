@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ..base.errors import RowError, UserError
+from ..base.names import Options, Row, Values
 from ..batch.box_text import write_boxes
 from ..batch.encoding import EncodedChat
 from ..batch.pictures import Pictures, check_frames, image_inputs, load_picture, name_of, picture_sizes
@@ -46,7 +47,7 @@ class PromptTooLongError(UserError):
 
 
 def prompt_batch(
-    processor: VLMProcessor, conversations: Sequence[dict[str, Any]], device: torch.device | str = "cpu"
+    processor: VLMProcessor, conversations: Sequence[Row], device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Conversations → (B, S) left-padded prompts and (N, 3, H, W) images, on the device.
 
@@ -68,7 +69,7 @@ def prompt_batch(
     return left_padded(processor, encoded, pictures, device)
 
 
-def pictures_of(processor: VLMProcessor, row: dict[str, Any], chat: EncodedChat, where: str = "") -> Pictures:
+def pictures_of(processor: VLMProcessor, row: Row, chat: EncodedChat, where: str = "") -> Pictures:
     """The pictures of a conversation that was encoded as `chat`, decoded; see `prompt_batch`."""
     given = row["images"][: chat.num_images]
     with Films() as films:
@@ -90,7 +91,7 @@ def left_padded(
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "") -> EncodedChat:
+def encode_question(processor: VLMProcessor, row: Row, where: str = "") -> EncodedChat:
     """Ids of one conversation up to where the answer begins; see `prompt_batch`."""
     row = with_boxes_written(processor, row, where)
     messages, place = row["messages"], f"{where}: " if where else ""
@@ -114,7 +115,7 @@ def encode_question(processor: VLMProcessor, row: dict[str, Any], where: str = "
     return chat
 
 
-def with_boxes_written(processor: VLMProcessor, row: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def with_boxes_written(processor: VLMProcessor, row: Values, where: str = "") -> Row:
     """A row with what its `extras` say where it belongs, and its boxes as text.
 
     Raises:
@@ -149,7 +150,7 @@ def check_length(model: PreTrainedModel, length: int, where: str = "") -> None:
 def answer(
     model: PreTrainedModel,
     processor: VLMProcessor,
-    conversations: Sequence[dict[str, Any]],
+    conversations: Sequence[Row],
     *,
     confidence: bool = False,
     **options: Any,
@@ -198,7 +199,7 @@ def answer(
 
 
 def answer_each(
-    model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[dict[str, Any]], **options: Any
+    model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[Row], **options: Any
 ) -> list[Said | RowError]:
     """Answers as `answer` does; in place of an answer stands what is wrong with a row, and the others are answered."""
     try:
@@ -209,7 +210,7 @@ def answer_each(
     return [each for row in conversations for each in answer_each(model, processor, [row], **options)]
 
 
-def first_token(model: PreTrainedModel, processor: VLMProcessor, row: dict[str, Any], **options: Any) -> None:
+def first_token(model: PreTrainedModel, processor: VLMProcessor, row: Row, **options: Any) -> None:
     """Begins an answer and forgets it; without options also without those of the model."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     own, options = core.generation_config, {name: given for name, given in options.items() if name != "max_length"}
@@ -221,12 +222,12 @@ def first_token(model: PreTrainedModel, processor: VLMProcessor, row: dict[str, 
         core.generation_config = own
 
 
-def beams_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> int:
+def beams_of(model: PreTrainedModel, settings: Values) -> int:
     """How many beams an answer is searched with."""
     return settings.get("num_beams") or model.generation_config.num_beams or 1
 
 
-def fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> bool:
+def fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: Options) -> bool:
     """Whether the longest answer fits behind the longest prompt; where not, `max_new_tokens` is lowered to fit.
 
     A `max_length`, which counts prompt and answer, becomes the `max_new_tokens` that it leaves.
@@ -249,9 +250,7 @@ def fit(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[s
     return False
 
 
-def new_tokens(
-    model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any], **more: Any
-) -> torch.Tensor:
+def new_tokens(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: Options, **more: Any) -> torch.Tensor:
     """Calls `generate`; returns new tokens alone."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     known, objects = split_settings(settings)

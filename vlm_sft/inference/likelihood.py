@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from ..base.names import IGNORED
+from ..base.names import IGNORED, Row
 from ..batch.pictures import Pictures, image_inputs, load_picture, name_of, picture_sizes
 from ..batch.processor import VLMProcessor
 from .generation import check_length, encode_question, with_boxes_written
@@ -37,9 +37,7 @@ class Likelihood(NamedTuple):
 
 
 @torch.inference_mode()
-def likelihoods(
-    model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[dict[str, Any]]
-) -> list[Likelihood]:
+def likelihoods(model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[Row]) -> list[Likelihood]:
     """How likely the last message of each conversation is, which is the assistant's.
 
     Args:

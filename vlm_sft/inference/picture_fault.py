@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,21 +11,22 @@ import torch
 from PIL import Image
 
 from ..base.errors import UserError
+from ..base.names import Row, Values
 from ..batch.pictures import BLANK, PictureError, name_of, picture_size, refused
 from ..rows.messages import unpacked
 from .settings import refusal
 
 
-def place_of(row: dict[str, Any], number: int, rows: int) -> str:
+def place_of(row: Row, number: int, rows: int) -> str:
     """A conversation in words: `row a/1`; "" for one alone that has no id."""
     return f"row {row.get('id', number)}" if rows > 1 or "id" in row else ""
 
 
 @contextmanager
 def pictures_named(
-    conversations: Sequence[dict[str, Any]],
+    conversations: Sequence[Row],
     begin: Callable[..., object],
-    options: Mapping[str, Any] | None = None,
+    options: Values | None = None,
 ) -> Iterator[None]:
     """Makes what a model raises the error of the picture that it fails on, where there is one.
 
@@ -54,7 +55,7 @@ def pictures_named(
         raise
 
 
-def _begins(begin: Callable[[dict[str, Any]], object], row: dict[str, Any]) -> bool:
+def _begins(begin: Callable[[Row], object], row: Row) -> bool:
     """Whether the model takes a conversation, asked in the plainest way."""
     try:
         begin(row)
@@ -63,7 +64,7 @@ def _begins(begin: Callable[[dict[str, Any]], object], row: dict[str, Any]) -> b
     return True
 
 
-def _at_fault(row: dict[str, Any], where: str, begin: Callable[[dict[str, Any]], object]) -> PictureError | None:
+def _at_fault(row: Row, where: str, begin: Callable[[Row], object]) -> PictureError | None:
     def failure(images: Sequence[Any]) -> Exception | None:
         try:
             begin({**row, "images": images})

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
 from ..base.errors import UserError
+from ..base.names import Json, Row
 from ..batch.box_text import in_units
 from ..batch.pictures import check_frames
 from ..batch.processor import VLMProcessor
 from ..reading.image_refs import Folders, resolve_image
 from ..reading.images import load_image
-from ..reading.locations import Row, read_rows
+from ..reading.locations import FileRow, read_rows
 from ..reading.video import Films
 from ..rows.formats import examples_of
 from ..rows.messages import split_marks
@@ -37,11 +38,11 @@ class QuestionRow(NamedTuple):
     """
 
     id: str | int
-    row: Row
+    row: FileRow
 
-    def kept(self) -> dict[str, Any]:
+    def kept(self) -> Row:
         """The row's columns as they are written beside its answer; its own answer (a reference) is renamed."""
-        values: dict[str, Any] = {"id": self.id} | self.row.values | {"id": self.id}
+        values: Json = {"id": self.id} | self.row.values | {"id": self.id}
         for name, new in MADE.items():
             if name in values:
                 while new in values:
@@ -69,7 +70,7 @@ def conversation(
     image_folders: Sequence[str] = (),
     boxes: str | None = None,
     processor: VLMProcessor | None = None,
-) -> dict[str, Any]:
+) -> Row:
     """A row as `{"messages", "images", "id"}`, images decoded.
 
     Args:
@@ -112,7 +113,7 @@ def frames_of_file(path: str, processor: VLMProcessor) -> list[tuple[str, Image.
         return [(said, load_image(image, films=films)) for said, image in named]
 
 
-def _as_messages(values: dict[str, Any], where: str) -> dict[str, Any]:
+def _as_messages(values: Json, where: str) -> Row:
     text = values.get("question")
     if not isinstance(text, str | int) or not str(text).strip():
         problem = "is empty" if text is None or isinstance(text, str) else "is not text"

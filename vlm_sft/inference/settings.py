@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available, lo
 
 from ..base.errors import UserError
 from ..base.limits import limits
+from ..base.names import Options, Values
 from ..base.words import closest, gib, one_line
 from ..batch.processor import VLMProcessor
 from ..bundle.hub import find_bundle
@@ -31,7 +32,7 @@ from ..rows.videos import Sampling
 DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": None}
 """Settings that mean sampling, and the values that mean nothing."""
-PROCESSORS: dict[str, Any] = {
+PROCESSORS: Options = {
     "temperature": TemperatureLogitsWarper,
     "top_p": TopPLogitsWarper,
     "top_k": TopKLogitsWarper,
@@ -49,7 +50,7 @@ CACHE_BACKENDS = {"quanto": is_optimum_quanto_available, "hqq": is_hqq_available
 OBJECTS = {"tokenizer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"}
 
 
-def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_settings(settings: Options) -> tuple[Options, Options]:
     """Settings of an answer: those of `GenerationConfig`, and objects that are handed to `generate` beside it.
 
     Raises:
@@ -69,7 +70,7 @@ def refusal(error: Exception) -> Exception:
     return UserError(f"the model cannot answer with these settings of `generation`: {one_line(error)}")
 
 
-def check_options(options: dict[str, Any]) -> None:
+def check_options(options: Options) -> None:
     """Refuses generation settings that are on no list of ours, that transformers does not take, or that take too much.
 
     Raises:
@@ -92,7 +93,7 @@ def check_options(options: dict[str, Any]) -> None:
         raise UserError(f"`cache_implementation: quantized` needs {backend}, which is not installed; leave it out.")
 
 
-def _tidy(options: dict[str, Any]) -> dict[str, Any]:
+def _tidy(options: Options) -> Options:
     """`temperature=0` means greedy to most programs, and 2 is as good as 2.0; transformers refuses both."""
     options = {name: float(v) if name in FLOATS and isinstance(v, int) else v for name, v in options.items()}
     if options.get("temperature") == 0:
@@ -100,7 +101,7 @@ def _tidy(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def generation_options(model: PreTrainedModel, processor: VLMProcessor, options: dict[str, Any]) -> dict[str, Any]:
+def generation_options(model: PreTrainedModel, processor: VLMProcessor, options: Options) -> Options:
     """Options for `generate`: what was asked for over our defaults, and where an answer ends.
 
     An answer ends with the tokenizer's end token or with what the chat template puts after an answer (`###`, a line
@@ -152,7 +153,7 @@ def _numbers(value: object) -> Iterator[int]:
         yield value
 
 
-def check_cache(model: PreTrainedModel, settings: Mapping[str, Any], rows: int, length: int) -> None:
+def check_cache(model: PreTrainedModel, settings: Values, rows: int, length: int) -> None:
     """Counts the bytes of a cache of fixed length, which is taken whole before the first token.
 
     Args:
@@ -198,10 +199,10 @@ def ends_of(processor: VLMProcessor) -> tuple[list[int], str]:
 
 def open_bundle(
     bundle: str,
-    options: dict[str, Any],
+    options: Options,
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
-) -> tuple[PreTrainedModel, VLMProcessor, dict[str, Any]]:
+) -> tuple[PreTrainedModel, VLMProcessor, Options]:
     """Model, processor and the settings of the bundle's recipe with `options` over them; `device` as `vlm_sft.load`.
 
     Raises:

@@ -13,7 +13,9 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from ..base.names import Options
 from ..batch.processor import VLMProcessor
+from ..rows.messages import Message
 from .generation import (
     answer,
     beams_of,
@@ -33,7 +35,7 @@ from .settings import ends_of, generation_options
 def stream_answer(
     model: PreTrainedModel,
     processor: VLMProcessor,
-    messages: Sequence[dict[str, Any]],
+    messages: Sequence[Message],
     images: Sequence[Any],
     **options: Any,
 ) -> Iterator[str]:
@@ -61,7 +63,7 @@ class _Writer(BaseStreamer, StoppingCriteria):
     """Generates in a thread of its own; the text comes out of a queue as soon as it can no longer change."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: VLMProcessor, batch: dict[str, torch.Tensor], settings: dict[str, Any]
+        self, model: PreTrainedModel, processor: VLMProcessor, batch: dict[str, torch.Tensor], settings: Options
     ) -> None:
         self._processor = processor
         self._ends, _ = ends_of(processor)
@@ -74,7 +76,7 @@ class _Writer(BaseStreamer, StoppingCriteria):
         self._thread = threading.Thread(target=self._run, args=(model, batch, settings), daemon=True)
         self._thread.start()
 
-    def _run(self, model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+    def _run(self, model: PreTrainedModel, batch: dict[str, torch.Tensor], settings: Options) -> None:
         last: BaseException | None = None
         stop = StoppingCriteriaList([self, *(settings.pop("stopping_criteria", None) or [])])
         try:

@@ -8,11 +8,11 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from rich.console import Console
 
 from ..base.errors import RowError, UserError
+from ..base.names import Json, Options, Values
 from ..base.progress import RowProgress
 from .server import ChatServer, Message, Reply
 from .verdicts import Kept, key_of
@@ -38,7 +38,7 @@ class Judge:
     key: str | None = None
     price: tuple[float, float] | None = None
     requests: int = 8
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Looks at the address and the key before anything else is done."""
@@ -78,9 +78,9 @@ class Cost:
         self.paid_completion_tokens += said * now
         self.uncounted += reply.prompt_tokens is None or reply.completion_tokens is None
 
-    def report(self, price: tuple[float, float] | None) -> dict[str, Any]:
+    def report(self, price: tuple[float, float] | None) -> Json:
         """As it is written: with `cost`, of all verdicts, and `paid`, of those sent now, in the money of the prices."""
-        found: dict[str, Any] = dict(vars(self))
+        found: Json = dict(vars(self))
         if price is not None:
             found["cost"] = _money(self.prompt_tokens, self.completion_tokens, price)
             found["paid"] = _money(self.paid_prompt_tokens, self.paid_completion_tokens, price)
@@ -92,7 +92,7 @@ def _money(asked: int, said: int, price: tuple[float, float]) -> float:
 
 
 def ask_all(
-    judge: Judge, prompts: Sequence[Sequence[Message]], settings: Mapping[str, Any], path: Path, console: Console
+    judge: Judge, prompts: Sequence[Sequence[Message]], settings: Values, path: Path, console: Console
 ) -> tuple[list[Reply | RowError], Cost]:
     """What a judge says to each of many prompts.
 
@@ -136,7 +136,7 @@ def ask_all(
 
 
 def _together(
-    server: ChatServer, prompts: Mapping[str, Sequence[Message]], settings: Mapping[str, Any], most: int
+    server: ChatServer, prompts: Mapping[str, Sequence[Message]], settings: Values, most: int
 ) -> Generator[tuple[str, Reply | RowError]]:
     """Asks several prompts at a time, and gives each reply as it comes."""
     todo: SimpleQueue[tuple[str, Sequence[Message]]] = SimpleQueue()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 
 from ..base.errors import RowError
+from ..base.names import Json, Options, Record, Values
 from .judge import Judge, ask_all
 from .server import Message, Reply
 from .verdicts import scores_of
 
 REFERENCE_FIRST, ANSWER_FIRST, ALONE = "reference first", "answer first", "alone"
 
-Render = Callable[[str, str, dict[str, Any]], str]
+Render = Callable[[str, str, Json], str]
 """A prompt, where it is of, and what it sees → text."""
 
 
@@ -26,18 +27,18 @@ class Rules(Protocol):
     system: str | None
     compare: bool
     scale: list[float]
-    settings: dict[str, Any]
+    settings: Options
 
 
 def review(
-    records: Sequence[dict[str, Any]],
-    columns: Mapping[str, Mapping[str, Any]],
+    records: Sequence[Record],
+    columns: Mapping[str, Values],
     rules: Rules,
     render: Render,
     judge: Judge,
     path: Path,
     console: Console,
-) -> dict[str, Any]:
+) -> Json:
     """Has answers judged: `verdicts` and, where images were blanked, `verdicts_blank` go into their records.
 
     Args:
@@ -81,7 +82,7 @@ def review(
 
 
 def _messages(
-    record: Mapping[str, Any], name: str, order: str, columns: Mapping[str, Any], rules: Rules, render: Render
+    record: Values, name: str, order: str, columns: Values, rules: Rules, render: Render
 ) -> Iterator[Message]:
     answer = record["answer" if name == "verdicts" else "answer_blank"]
     reference = "\n".join(record["answers"][:1])
@@ -93,7 +94,7 @@ def _messages(
     yield {"role": "user", "content": render(rules.prompt, where, {**values, "kind": record["kind"] or ""})}
 
 
-def _verdict(order: str, reply: Reply | RowError, rules: Rules) -> dict[str, Any]:
+def _verdict(order: str, reply: Reply | RowError, rules: Rules) -> Json:
     """A verdict as it is written: what it gives the reference and the answer, or null where it names no scores."""
     if isinstance(reply, RowError):
         return {"order": order, "reference": None, "answer": None, "text": "", "error": str(reply)}
@@ -107,7 +108,7 @@ def _verdict(order: str, reply: Reply | RowError, rules: Rules) -> dict[str, Any
     return {"order": order, "reference": scores[0], "answer": scores[1], "text": reply.text}
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def in_words(found: Values) -> str:
     """What judging cost and what it left out, in a sentence."""
     cost = found["cost"]
     tokens = f"{cost['prompt_tokens']:,} tokens asked and {cost['completion_tokens']:,} answered"

@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 import httpx2
 
 from ..base.errors import RowError, UserError, refused_by_library
+from ..base.names import Values
 from ..base.words import one_line, reason_of
 from ..reading.fetch import is_public
 
@@ -85,7 +86,7 @@ class ChatServer:
         self._ended.set()
         self._client.close()
 
-    def complete(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> Reply:
+    def complete(self, messages: Sequence[Message], settings: Values) -> Reply:
         """What the model says to messages.
 
         Args:

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import BufferedWriter
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import UserError
+from ..base.names import Values
 from ..base.whole_files import read_bytes, write_whole
 from ..base.words import reason_of
 from .server import Message, Reply
@@ -41,7 +41,7 @@ def scores_of(verdict: str, count: int, low: float, high: float) -> list[float] 
     return scores if scores and all(low <= score <= high for score in scores) else None
 
 
-def key_of(model: str, messages: Sequence[Message], settings: Mapping[str, Any]) -> str:
+def key_of(model: str, messages: Sequence[Message], settings: Values) -> str:
     """What a verdict is found by: the judge, everything that it was asked, and how."""
     asked = json.dumps([model, [dict(message) for message in messages], dict(settings)], sort_keys=True, default=str)
     return hashlib.sha256(asked.encode()).hexdigest()

@@ -14,11 +14,12 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from packaging.requirements import Requirement
 
 from ..base.errors import UserError, without_tokens
+from ..base.names import Json
 from ..base.words import counted, one_line
 from .machine import GIB, Machine, this_machine
 
@@ -35,7 +36,7 @@ SET = ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY")  # of 
 _PLAIN = re.compile(r"[\w.,:=@+-]*", re.ASCII)
 LITTLE_DISK = 20 * GIB
 WIDTH = 67  # beside the first column, in a window of 80
-_WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+_WRAP: Json = {"break_long_words": False, "break_on_hyphens": False}
 
 
 class Finding(NamedTuple):
@@ -71,7 +72,7 @@ class Report(NamedTuple):
     hub: bool | None
     findings: list[Finding]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """Ready for JSON."""
         return {
             "system": self.system, "versions": self.versions, "cuda": self.cuda, "cores": self.machine.cores,

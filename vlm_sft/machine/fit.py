@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base.errors import UserError
+from ..base.names import Json
 from ..base.words import gib
 from ..preflight.launch import Launch
 from ..preflight.memory import TIGHT, too_large
@@ -227,7 +228,7 @@ class _Search:
         return 1000 * operations * slower / (self.gpu.flops * EFFICIENCY * self.gpu.count)
 
 
-def processor_of(recipe: Recipe) -> dict[str, Any]:
+def processor_of(recipe: Recipe) -> Json:
     """Arguments of the model's own processor; a stack has none."""
     return getattr(recipe.text_piece, "processor", {})
 
@@ -240,7 +241,7 @@ def changed(recipe: Recipe, setting: Setting) -> Recipe:
     }  # fmt: skip
     if not sft.get("fp16") and sft.get("bf16") is None:
         sft["bf16"] = True
-    update: dict[str, Any] = {"sft": sft}
+    update: Json = {"sft": sft}
     if setting.four_bits and recipe.quantization is None:
         update["quantization"] = dict(FOUR_BITS)
     if setting.pixels is not None:

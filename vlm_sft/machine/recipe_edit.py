@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..base.errors import UserError
+from ..base.names import Json
 from ..base.whole_files import read_text, write_whole
 from ..base.words import reason_of
 
@@ -49,7 +50,7 @@ def _unshared(value: Any) -> Any:
     return [_unshared(each) for each in value] if isinstance(value, list) else value
 
 
-def _put(data: dict[str, Any], key: KeyPath, value: Any) -> None:
+def _put(data: Json, key: KeyPath, value: Any) -> None:
     for name in key[:-1]:
         data = data.setdefault(name, {})
     if value is None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..base.errors import UserError
+from ..base.names import Values
 
 EXTRA = 'pip install "vlm-sft[eval]"'
 _ENDINGS = re.compile(r"(n't|'s|'re|'ve|'ll|'d|'m)\b|(?<=\bcan)(?=not\b)|(?<=\bgon|\bwan)(?=na\b)|(?<=\d)(?=[ap]m\b)")
@@ -77,7 +78,7 @@ def score_captions(
     return CaptionScores(np.asarray(cider, float), np.asarray(rouge, float), np.asarray(counts, float))
 
 
-def _closest(entry: Mapping[str, Any]) -> float:
+def _closest(entry: Values) -> float:
     """Words of the reference whose length is closest, of two the shorter."""
     said = entry["testlen"]
     return float(min((abs(length - said), length) for length in entry["reflen"])[1])

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..base.names import INSTRUCTION
+from ..base.names import INSTRUCTION, Inputs
 from .configuration import VLMConfig, blank_size
 from .losses import Head, VLMOutput, mean_loss
 from .parts import Cached, Parts, mark_initialised, parts_from_config
@@ -332,7 +332,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions, GenerationMi
         is_encoder_decoder: bool = False,
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    ) -> tuple[torch.Tensor | None, Inputs]:
         """Repeats rows for beams; the images of a row are repeated together, not one by one."""
         images = {n: model_kwargs.pop(n) for n in ("pixel_values", *INSTRUCTION) if model_kwargs.get(n) is not None}
         if images and input_ids is not None and expand_size > 1:

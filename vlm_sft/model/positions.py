@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import create_causal_mask
 
 from ..base.errors import UserError
+from ..base.names import Options
 
 # Towers that take images of any size: they fit their table to the image at every forward (DINOv2 is made for 518 pixels
 # and published with 224), or compute positions, or have none.
@@ -111,9 +112,7 @@ def own_positions(
 class OwnPositions(GenerationMixin):
     """Generation of a stack whose language model may have `own_positions`."""
 
-    def _prepare_position_ids_for_generation(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
-    ) -> torch.Tensor:
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: Options) -> torch.Tensor:
         found = None
         if inputs_tensor.dim() == 2:
             found = own_positions(self.model.language_model, inputs_tensor, model_kwargs.get("attention_mask"))

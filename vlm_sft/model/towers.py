@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.names import INSTRUCTION
+from ..base.names import INSTRUCTION, Values
 from .configuration import VLMConfig, count_patches
 from .freeze import part_modules
 
@@ -89,7 +88,7 @@ def width_of(features: torch.Size, height: int, width: int) -> int:
     return c if last and not first else a
 
 
-def fails_on_pictures(model: nn.Module, inputs: Mapping[str, Any], error: Exception) -> bool:
+def fails_on_pictures(model: nn.Module, inputs: Values, error: Exception) -> bool:
     """Whether an error is that of a batch's pictures: raised before the language model, and not for a blank picture.
 
     Args:

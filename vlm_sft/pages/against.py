@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import UserError
-from ..base.names import EVALUATION, MANIFEST
+from ..base.names import EVALUATION, MANIFEST, Record, Values
 from ..metrics.paired import compare
 from .records import Other, Sheet, read_records
 
 
-def earlier_answers(other: str, names: Sequence[str], command: str) -> dict[str, list[dict[str, Any]]]:
+def earlier_answers(other: str, names: Sequence[str], command: str) -> dict[str, list[Record]]:
     """What another bundle answered before, by the names of sheets.
 
     Args:
@@ -47,7 +46,7 @@ def not_yet_asked(other: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if not (place / EVALUATION / f"{name}.jsonl").is_file()]
 
 
-def against(sheet: Sheet, theirs: Sequence[Mapping[str, Any]], where: str) -> None:
+def against(sheet: Sheet, theirs: Sequence[Values], where: str) -> None:
     """Puts another bundle's answers beside those of a sheet, and says how sure the difference is.
 
     Args:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..base.console import make_console, say
 from ..base.errors import UserError
+from ..base.names import Values
 from ..base.whole_files import write_whole
 from ..base.words import reason_of
 from ..metrics.exact_match import normalise_answer
@@ -83,7 +84,7 @@ def error_page(
     sheets: Sequence[Sheet],
     other: str = "",
     images: Images | None = None,
-    tables: Iterable[Mapping[str, Any]] = (),
+    tables: Iterable[Values] = (),
 ) -> str:
     """The page as text.
 

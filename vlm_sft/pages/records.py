@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import UserError
+from ..base.names import Record, Values
 from ..base.whole_files import IrregularError, read_bytes
 from ..base.words import reason_of
 from ..metrics.paired import Paired
@@ -123,7 +123,7 @@ class Sheet:
     notes: list[str] = field(default_factory=list)
 
 
-def sheet_of(name: str, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Sheet:
+def sheet_of(name: str, records: Sequence[Values], summary: Values) -> Sheet:
     """A sheet of what `evaluate` found.
 
     Args:
@@ -136,7 +136,7 @@ def sheet_of(name: str, records: Sequence[Mapping[str, Any]], summary: Mapping[s
     )
 
 
-def read_records(path: Path, unfinished: bool = False) -> list[dict[str, Any]]:
+def read_records(path: Path, unfinished: bool = False) -> list[Record]:
     """The lines of a file of answers.
 
     Args:
@@ -227,7 +227,7 @@ def _is_share(value: object) -> bool:
     return isinstance(value, int | float) and 0 <= value <= 1.001
 
 
-def entries_of(sheet: str, records: Sequence[Mapping[str, Any]]) -> Iterator[Entry]:
+def entries_of(sheet: str, records: Sequence[Values]) -> Iterator[Entry]:
     """The questions of a file of answers."""
     for record in records:
         answers: dict[str, int] = {}
@@ -245,6 +245,6 @@ def entries_of(sheet: str, records: Sequence[Mapping[str, Any]]) -> Iterator[Ent
         )  # fmt: skip
 
 
-def _verdict(one: Mapping[str, Any]) -> Verdict:
+def _verdict(one: Values) -> Verdict:
     said = str(one.get("order") or ""), one["reference"], one["answer"], one["text"], str(one.get("error") or "")
     return Verdict(*said)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..base.errors import UserError
 from ..base.limits import limits
-from ..base.names import ADAPTER_CONFIG, CONFIG, PROCESSOR_CONFIG
+from ..base.names import ADAPTER_CONFIG, CONFIG, PROCESSOR_CONFIG, Json, Values
 from ..base.whole_files import read_bytes
 from ..base.words import short
 from ..recipe.library_names import GENERATION, UNSAID
@@ -64,7 +64,7 @@ def keep_plain_generation(model: PreTrainedModel, where: str) -> None:
         raise UserError(f"{where}: its generation_config.json is refused: {found[1]}")
 
 
-def check_config_names(config: Mapping[str, Any], where: str, file: str = CONFIG) -> None:
+def check_config_names(config: Values, where: str, file: str = CONFIG) -> None:
     """Refuses what a `config.json` says beside sizes: kernels, other files, other repositories.
 
     Args:
@@ -189,7 +189,7 @@ def check_processor(pretrained: str, revision: str | None, key: str) -> None:
         check_picture(settings, f"{key}: {pretrained!r}", file)
 
 
-def check_growth(tokenizer: Mapping[str, Any], where: str, file: str = WHOLE) -> None:
+def check_growth(tokenizer: Values, where: str, file: str = WHOLE) -> None:
     """Refuses a `tokenizer.json` that makes very long texts of short ones, or has endless tokens.
 
     Args:
@@ -293,7 +293,7 @@ def _entries(value: object) -> Iterator[tuple[str, Any]]:
             yield from _entries(entry)
 
 
-def _read(pretrained: str, name: str, revision: str | None, key: str) -> dict[str, Any]:
+def _read(pretrained: str, name: str, revision: str | None, key: str) -> Json:
     """A mapping in a JSON file of a checkpoint; empty where it has no such file."""
     if Path(pretrained).is_file():  # a bare file of weights
         return {}

@@ -13,14 +13,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..base.errors import UserError
-from ..base.names import CONFIG, TEMPLATE
+from ..base.names import CONFIG, TEMPLATE, Json
 from ..base.whole_files import remove_unfinished, write_json, written_beside
 from ..base.words import reason_of, short
 from ..recipe.safety import read_json
@@ -58,7 +57,7 @@ def apply_delta(
     *,
     shard_bytes: int = SHARD_BYTES,
     say: Callable[[str], None] = lambda message: None,
-) -> dict[str, Any]:
+) -> Json:
     """Adds a delta to its base and writes the model as sharded safetensors, with the delta's config and tokenizer.
 
     Nothing stands under `out` until all of it is written, read back and compared; an interrupted run is started again.
@@ -103,7 +102,7 @@ def apply_delta(
     return {**report, "shards": len(shards)}
 
 
-def _report(old: Checkpoint, new: Checkpoint, kinds: Kinds, tables: str, whole: set[str]) -> dict[str, Any]:
+def _report(old: Checkpoint, new: Checkpoint, kinds: Kinds, tables: str, whole: set[str]) -> Json:
     """What will be done, as `apply_delta` returns it, without the shards."""
     before = old.shapes(filter(is_table, kinds))
     more = {name: kinds[name][0][0] - shape[0] for name, shape in before.items()}
@@ -267,7 +266,7 @@ def _bytes(kind: tuple[tuple[int, ...], torch.dtype]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _settings(pretrained: str, key: str) -> dict[str, Any]:
+def _settings(pretrained: str, key: str) -> Json:
     return read_json(Path(fetch_file(pretrained, CONFIG, None, key)), "checkpoint")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..base.errors import UserError
+from ..base.names import Json
 from .layouts import Origin
 from .load_parts import find_tensors
 from .piece import Piece
@@ -16,9 +17,9 @@ from .piece import Piece
 COMPARED = ("model", "vision_tower", "resampler", "language_model")
 
 
-def entries_of(pieces: Mapping[str, Piece[Any]], model: nn.Module) -> dict[str, dict[str, Any]]:
+def entries_of(pieces: Mapping[str, Piece[Any]], model: nn.Module) -> dict[str, Json]:
     """What a bundle says of each piece: where it came from, and a fingerprint of its tensors there."""
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, Json] = {}
     for part, piece in pieces.items():
         inside = part in ("vision_tower", "resampler")  # often inside a larger checkpoint
         names = names_of(piece, model.get_submodule(f"model.{part}")) if inside else None
@@ -51,7 +52,7 @@ def _find(piece: Piece[Any], module: nn.Module) -> dict[str, Origin]:
         return {}
 
 
-def compare_pieces(earlier: dict[str, Any], now: dict[str, Any], where: str) -> None:
+def compare_pieces(earlier: Json, now: Json, where: str) -> None:
     """Checks that a bundle's frozen pieces are those of a stack.
 
     Raises:

@@ -10,7 +10,6 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..base.errors import UserError
 from ..base.limits import limits
+from ..base.names import Json, Values
 from ..base.whole_files import open_regular
 from ..base.words import one_line
 
@@ -158,7 +158,7 @@ def read_weights(file: GgufFile, empty: PreTrainedModel, dtype: torch.dtype) -> 
     Raises:
         ValueError: The file holds a tensor that transformers has no place for, so that the model would be another one.
     """
-    config: dict[str, Any] = empty.config.to_dict()
+    config: Json = empty.config.to_dict()
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
     places = get_gguf_hf_weights_map(empty, processor)
     names = [name for name in file.places if name != FACTORS]  # see `positions_of`
@@ -178,7 +178,7 @@ def read_weights(file: GgufFile, empty: PreTrainedModel, dtype: torch.dtype) -> 
     return tensors
 
 
-def positions_of(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
+def positions_of(file: GgufFile, config: Values) -> Json:
     """What a file says of its positions, which transformers leaves out: Llama 3.1's, whose factors lie in a tensor.
 
     Args:

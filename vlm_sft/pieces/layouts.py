@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from transformers import Blip2QFormerConfig, Blip2VisionConfig, InstructBlipQFormerConfig, PreTrainedConfig
 
 from ..base.errors import UserError
+from ..base.names import Json, Values
 from ..model.mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig
 from ..model.qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig
 
@@ -62,7 +62,7 @@ class Layout:
     sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     layers: str = ""
     head: int = 64
-    more: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] = lambda shapes, sizes: {}
+    more: Callable[[Shapes, Values], Values] = lambda shapes, sizes: {}
     made: Mapping[str, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = field(default_factory=dict)
     rows: str = ""
     section: str = ""
@@ -74,7 +74,7 @@ class Layout:
                 return match["prefix"]
         return None
 
-    def configure(self, shapes: Shapes, stated: Mapping[str, Any]) -> PreTrainedConfig:
+    def configure(self, shapes: Shapes, stated: Values) -> PreTrainedConfig:
         """The configuration of a part with these shapes, by names without prefix; what the recipe states goes first.
 
         Raises:
@@ -134,12 +134,12 @@ def _share(number: int, of: int) -> Callable[[torch.Tensor], torch.Tensor]:
 EVA_DEPTH = 39
 
 
-def _side(table: str) -> Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]:
+def _side(table: str) -> Callable[[Shapes, Values], Json]:
     """The pixels of a side, by the patches in a table of positions."""
     return lambda shapes, sizes: {"image_size": math.isqrt(shapes[table][-2] - 1) * sizes["patch_size"]}
 
 
-def _eva(table: str) -> Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]:
+def _eva(table: str) -> Callable[[Shapes, Values], Json]:
     return lambda shapes, sizes: {
         **_side(table)(shapes, sizes),
         "num_hidden_layers": min(sizes["num_hidden_layers"], EVA_DEPTH),
@@ -149,7 +149,7 @@ def _eva(table: str) -> Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]:
     }
 
 
-def _crossing(shapes: Shapes, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _crossing(shapes: Shapes, sizes: Values) -> Json:
     """How many layers of a Q-Former there are for each one that looks at the image."""
     layers = (re.match(r".*layers?\.(\d+)\.cross_?attention\.(self|query)\.(key\.)?weight", name) for name in shapes)
     crossing = sorted(int(layer[1]) for layer in layers if layer)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..base.errors import UserError
+from ..base.names import Values
 from ..base.words import one_line
 from ..model.positions import INTERPOLATING
 from ..recipe.passed_on import is_plain
@@ -151,7 +152,7 @@ def vision_config_of(config: PreTrainedConfig, key: str) -> PreTrainedConfig:
     return vision
 
 
-def state(config: PreTrainedConfig, stated: Mapping[str, Any], key: str) -> PreTrainedConfig:
+def state(config: PreTrainedConfig, stated: Values, key: str) -> PreTrainedConfig:
     """Puts what the recipe states under `config` in place of what the checkpoint says.
 
     Raises:
@@ -171,7 +172,7 @@ def state(config: PreTrainedConfig, stated: Mapping[str, Any], key: str) -> PreT
     return config
 
 
-def _from_shapes(piece: Piece[Any], kind: str, stated: Mapping[str, Any]) -> tuple[PreTrainedConfig, int]:
+def _from_shapes(piece: Piece[Any], kind: str, stated: Values) -> tuple[PreTrainedConfig, int]:
     """Sizes of a part in a bare weight file, and (of a resampler) its number of query tokens."""
     checkpoint, where = piece.checkpoint, f"{piece.key}: the file {piece.pretrained!r}"
     found = detect(kind, checkpoint.files)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.hub import extract_commit_hash
 
 from ..base.errors import UserError
-from ..base.names import CONFIG, PARTS
+from ..base.names import CONFIG, PARTS, Json
 from ..base.whole_files import read_text
 from ..base.words import one_line
 from ..recipe.safety import check_config, check_length, is_deep, most_bytes
@@ -101,7 +101,7 @@ class Piece(Generic[SpecT]):
         return extract_commit_hash(self._config_file, None) or self.spec.revision
 
     @cached_property
-    def raw(self) -> dict[str, Any]:
+    def raw(self) -> Json:
         """`config.json` as it stands; empty where there is none, or none that can be read.
 
         Raises:

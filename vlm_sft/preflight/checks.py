@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from ..base.names import Row
 from ..base.words import counted
 from ..batch.tokenizer_coverage import Coverage
 from ..data.image_files import Leak
@@ -71,7 +71,7 @@ class Evidence:
 
     ledgers: dict[str, Ledger] = field(default_factory=dict)
     failed: str | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     template: str = ""
     ends_with: str = ""
     box_notation: str = ""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..base.console import make_console, say
 from ..base.errors import UserError
+from ..base.names import Inputs
 from ..base.words import counted
 from .launch import Launch
 
@@ -174,7 +175,7 @@ class FullStep:
         less = "shorter rows and rows without an image take less"
         return f"A step: {counted(self.rows, 'row')} of {self.length} tokens, {image} in each; {less}{larger}."
 
-    def batch(self, processor: VLMProcessor) -> dict[str, Any]:
+    def batch(self, processor: VLMProcessor) -> Inputs:
         """What the collator makes of such rows: every token but the image's is scored, and the last row is shorter."""
         from PIL import Image
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
+from ..base.names import Options
 from ..model.freeze import NEW_ROWS
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 FEWEST, MOST = 2, 4
 
 # What a proof changes of `sft:`. The schedule must not start at zero, and weight decay would move what has no gradient.
-SETTINGS: dict[str, Any] = {
+SETTINGS: Options = {
     "max_steps": MOST, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0,
     "gradient_accumulation_steps": 1, "logging_steps": 1, "logging_strategy": "steps", "logging_first_step": False,
     "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "report_to": "none",

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..base.errors import UserError
+from ..base.names import Values
 from ..base.processes import refuse_split_rows
 from ..base.whole_files import read_text
 from ..base.words import reason_of
@@ -114,7 +115,7 @@ def _deepspeed(processes: int, stage: int, places: list[Any]) -> Launch:
     return Launch(processes, "DeepSpeed", stage, offloads)
 
 
-def _fsdp(processes: int, options: Mapping[str, Any]) -> Launch:
+def _fsdp(processes: int, options: Values) -> Launch:
     """`reshard_after_forward` (FSDP2) is a boolean, or FSDP1's name of the same; unset, all is shared out."""
     how = str(options.get("fsdp_reshard_after_forward", options.get("fsdp_sharding_strategy", "true"))).lower()
     stage = 2 if how in ("false", "shard_grad_op", "2") else 3

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset
 
 from ..base.errors import RowError
+from ..base.names import ImageEntry, Row
 from ..data.look_alikes import LookAlike, LookAlikes, find_look_alikes
 from ..pages.pictures import Picture, thumbnail
 from ..reading.images import load_image
@@ -28,9 +28,7 @@ class ShownPair:
     held_out: Picture | None
 
 
-def compare_looks(
-    train: Iterable[dict[str, Any]], held_out: Sequence[Dataset], most: int | None, seed: int
-) -> LookAlikes | None:
+def compare_looks(train: Iterable[Row], held_out: Sequence[Dataset], most: int | None, seed: int) -> LookAlikes | None:
     """Looks for training images that look like held-out ones; None where nothing is held out or `most` is 0.
 
     Args:
@@ -47,10 +45,10 @@ def compare_looks(
 class _Images:
     """Rows without their texts, walked through as often as asked."""
 
-    def __init__(self, *rows: Iterable[dict[str, Any]]) -> None:
+    def __init__(self, *rows: Iterable[Row]) -> None:
         self._rows = rows
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         for rows in self._rows:
             if isinstance(rows, Dataset):
                 rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
@@ -64,7 +62,7 @@ def show_pairs(found: LookAlikes | None) -> list[ShownPair]:
     return [ShownPair(pair, *map(_small, images)) for pair, images in zip(found.pairs, found.pictures, strict=False)]
 
 
-def _small(image: Mapping[str, Any]) -> Picture | None:
+def _small(image: ImageEntry) -> Picture | None:
     try:
         return thumbnail(load_image(image, side=SIDE), side=SIDE)
     except RowError:  # it was read a moment ago

@@ -7,13 +7,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
 
 from ..base.errors import RowError
-from ..base.names import IGNORED
+from ..base.names import IGNORED, Row
 from ..base.words import language_of
 from ..batch.box_text import file_size, write_boxes
 from ..batch.encoding import rendered_ahead
@@ -77,7 +77,7 @@ class Share:
     rows: int
 
 
-def sample_rows(rows: Dataset | IterableDataset, count: int = LOOKED_AT) -> list[dict[str, Any]]:
+def sample_rows(rows: Dataset | IterableDataset, count: int = LOOKED_AT) -> list[Row]:
     """Different rows of a mixture, evenly spread; of a stream, the first ones.
 
     Args:
@@ -90,7 +90,7 @@ def sample_rows(rows: Dataset | IterableDataset, count: int = LOOKED_AT) -> list
     return _once(rows.select(places))
 
 
-def _once(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _once(rows: Iterable[Row]) -> list[Row]:
     return list({row["id"]: unpacked(row) for row in rows}.values())
 
 
@@ -110,9 +110,7 @@ def look_at(
         evidence.leaks = shared_images(every, others)
 
 
-def read_texts(
-    evidence: Evidence, processor: VLMProcessor, rows: list[dict[str, Any]], sources: Sequence[Source] = ()
-) -> None:
+def read_texts(evidence: Evidence, processor: VLMProcessor, rows: list[Row], sources: Sequence[Source] = ()) -> None:
     """Fills in what the texts of some rows tell; `sources` are theirs."""
     evidence.box_notation = processor.box_notation
     evidence.as_written = frozenset(str(source.name) for source in sources if source.boxes == AS_WRITTEN)
@@ -136,13 +134,13 @@ def glance(train: Dataset | IterableDataset, processor: VLMProcessor, sources: S
     return check(evidence)
 
 
-def evenly(rows: Sequence[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+def evenly(rows: Sequence[Row], count: int) -> Iterator[Row]:
     """So many rows from everywhere, the same each time; even steps would show one kind of rows that take turns."""
     places = random.Random(0).sample(range(len(rows)), min(count, len(rows)))
     return (rows[place] for place in sorted(places))
 
 
-def whole_lengths(rows: Sequence[dict[str, Any]], collator: MultimodalCollator) -> list[int]:
+def whole_lengths(rows: Sequence[Row], collator: MultimodalCollator) -> list[int]:
     """Tokens of rows as they would be if nothing were cut."""
     whole = copy.copy(collator)
     whole.max_length = None
@@ -155,9 +153,9 @@ def whole_lengths(rows: Sequence[dict[str, Any]], collator: MultimodalCollator) 
     return lengths
 
 
-def show_samples(rows: Sequence[dict[str, Any]], collator: MultimodalCollator, count: int = SHOWN) -> list[Shown]:
+def show_samples(rows: Sequence[Row], collator: MultimodalCollator, count: int = SHOWN) -> list[Shown]:
     """Some rows, of each source in turn, as the collator makes samples of them."""
-    by_source: dict[str, list[dict[str, Any]]] = {}
+    by_source: dict[str, list[Row]] = {}
     for row in rows:
         by_source.setdefault(row["source"], []).append(row)
     each = -(-count // max(len(by_source), 1))
@@ -165,7 +163,7 @@ def show_samples(rows: Sequence[dict[str, Any]], collator: MultimodalCollator, c
     return [show(row, collator) for row in picked[:count]]
 
 
-def show(row: dict[str, Any], collator: MultimodalCollator) -> Shown:
+def show(row: Row, collator: MultimodalCollator) -> Shown:
     """One row as a sample, with its tokens and small images."""
     row, where = unpacked(row), f"row {row['id']}"
     try:
@@ -187,7 +185,7 @@ def show(row: dict[str, Any], collator: MultimodalCollator) -> Shown:
 
 
 def boxes_on(
-    row: dict[str, Any], where: str, fetch: Callable[[str], str] | None = None
+    row: Row, where: str, fetch: Callable[[str], str] | None = None
 ) -> dict[int, list[tuple[list[float], str, str]]]:
     """The boxes of a row by the number of their image: in 0 to 1 of it, with their words and what the row says of them.
 
@@ -209,7 +207,7 @@ def boxes_on(
     return found
 
 
-def shares_of_sources(data: Data, ledger: Ledger, rows: Sequence[dict[str, Any]]) -> list[Share]:
+def shares_of_sources(data: Data, ledger: Ledger, rows: Sequence[Row]) -> list[Share]:
     """Each source as `data.sampling` plans it and as it was drawn.
 
     Args:
@@ -234,7 +232,7 @@ def shares_of_sources(data: Data, ledger: Ledger, rows: Sequence[dict[str, Any]]
     ]
 
 
-def shares_of_languages(data: Data, rows: Sequence[dict[str, Any]]) -> list[Share]:
+def shares_of_languages(data: Data, rows: Sequence[Row]) -> list[Share]:
     """Each language as `data.languages` plans it and as the answers that were looked at have it."""
     drawn = Counter(language_of("".join(answers_of(row))) for row in rows)
     planned = {name: share / sum(data.languages.values()) for name, share in data.languages.items()}

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..base.names import Options
 from ..model.losses import chunks_as_on
 
 aten = torch.ops.aten
@@ -45,7 +46,7 @@ class Step:
 
     batch: Mapping[str, torch.Tensor]
     autocast: torch.dtype = torch.float32
-    checkpointing: dict[str, Any] | None = None
+    checkpointing: Options | None = None
     accumulated: bool = False
     on_cpu: bool = False
 

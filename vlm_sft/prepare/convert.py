@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError, row_error
-from ..base.names import IMAGE_TOKEN
+from ..base.names import IMAGE_TOKEN, ImageEntry, Json, Row
 from ..base.whole_files import IrregularError, read_bytes, written_beside
 from ..base.words import reason_of
 from ..reading.image_kinds import ending_of
 from ..reading.image_refs import SIZES, TIME, is_url
 from ..reading.images import load_image
 from ..reading.video import Films
-from ..rows.messages import KEPT, has_boxes
+from ..rows.messages import KEPT, Message, Part, has_boxes
 from ..rows.videos import shows_frames
 
 ROWS_PER_SHARD = 1000
@@ -48,12 +48,12 @@ class Images:
         self.home, self.stage, self.copy = out.parent.resolve(), stage, copy
         self.folder = images_folder(out).name
 
-    def entry(self, image: dict[str, Any], where: str) -> Any:
+    def entry(self, image: ImageEntry, where: str) -> Any:
         """What to write for an image of a row: its path, with the size that the row asks for where it does."""
         sizes = {key: image[key] for key in SIZES if key in image and TIME not in image}
         return {"path": self.name(image, where), **sizes} if sizes else self.name(image, where)
 
-    def name(self, image: dict[str, Any], where: str) -> str:
+    def name(self, image: ImageEntry, where: str) -> str:
         """The path to write for an image of a row."""
         path = image["path"]
         if TIME not in image and image["bytes"] is None and (is_url(path) or not self.copy):
@@ -67,7 +67,7 @@ class Images:
         return f"{self.folder}/{file.name}"
 
 
-def convert_rows(rows: Iterable[dict[str, Any]], to: str, out: str | Path, *, copy_images: bool = False) -> int:
+def convert_rows(rows: Iterable[Row], to: str, out: str | Path, *, copy_images: bool = False) -> int:
     """Writes rows `{"messages", "images", "source", "id"}` as files of another format, one row at a time.
 
     Args:
@@ -111,7 +111,7 @@ def images_folder(out: Path) -> Path:
     return out.with_name(f"{out.stem}_images")
 
 
-def encoded(image: dict[str, Any], where: str, films: Films | None = None) -> bytes:
+def encoded(image: ImageEntry, where: str, films: Films | None = None) -> bytes:
     """The encoded picture of a row, read from its file where it is not embedded; of a video's frame a JPEG.
 
     Raises:
@@ -136,7 +136,7 @@ def encoded(image: dict[str, Any], where: str, films: Films | None = None) -> by
     return data
 
 
-def _messages(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
+def _messages(rows: Iterable[Row], out: Path, images: Images) -> int:
     """Conversations as TRL has them, a line each, content as parts: nothing in a text can be taken for an image."""
     written = 0
     with out.open("w", encoding="utf-8") as file:
@@ -148,16 +148,16 @@ def _messages(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
     return written
 
 
-def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _plain(messages: list[Message]) -> list[Message]:
     """Messages without what says nothing: Arrow gives an image the text None."""
 
-    def plain(part: dict[str, Any]) -> dict[str, Any]:
+    def plain(part: Part) -> Part:
         return {name: value for name, value in part.items() if value is not None and name != "key"}
 
     return [{**m, "content": [plain(part) for part in m["content"]]} for m in messages]
 
 
-def _llava(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
+def _llava(rows: Iterable[Row], out: Path, images: Images) -> int:
     """LLaVA's JSON: a list of rows, images as marks at the front of a message."""
     written = 0
     with out.open("w", encoding="utf-8") as file:
@@ -166,7 +166,7 @@ def _llava(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
             if shows_frames(row["images"]):
                 what = "its video has times between its frames, for which LLaVA's format has no place"
                 raise row_error(row["id"], what, "write --to messages", "mark in text")
-            line: dict[str, Any] = {"id": row["id"]}
+            line: Json = {"id": row["id"]}
             if named:
                 line["image"] = named[0] if len(named) == 1 else named
             line["conversations"] = [_turn(message, row["id"]) for message in row["messages"]]
@@ -176,7 +176,7 @@ def _llava(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
     return written
 
 
-def _turn(message: dict[str, Any], where: str) -> dict[str, Any]:
+def _turn(message: Message, where: str) -> Json:
     parts = message["content"]
     text = "".join(part["text"] for part in parts if part["type"] == "text")
     if message["role"] == "user" and IMAGE_TOKEN in text:
@@ -193,7 +193,7 @@ def _turn(message: dict[str, Any], where: str) -> dict[str, Any]:
     return {"from": _SPEAKERS[message["role"]], "value": marks + (text.lstrip("\n") if marks else text), **more}
 
 
-def _webdataset(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> int:
+def _webdataset(rows: Iterable[Row], out: Path, images: Images) -> int:
     """Tar shards of `ROWS_PER_SHARD` rows: `KEY.json` with the conversation and `KEY.N.jpg` with its images."""
     out.mkdir()
     numbered = enumerate(rows)
@@ -209,7 +209,7 @@ def _webdataset(rows: Iterable[dict[str, Any]], out: Path, images: Images) -> in
     return written
 
 
-def _add_sample(archive: tarfile.TarFile, key: str, row: dict[str, Any], films: Films) -> None:
+def _add_sample(archive: tarfile.TarFile, key: str, row: Row, films: Films) -> None:
     document = {"id": row["id"], "messages": _plain(row["messages"])}
     _add(archive, f"{key}.json", json.dumps(document, ensure_ascii=False).encode())
     for number, image in enumerate(row["images"]):
@@ -226,7 +226,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(member, io.BytesIO(data))
 
 
-TARGETS: dict[str, tuple[Callable[[Iterable[dict[str, Any]], Path, Images], int], str]] = {
+TARGETS: dict[str, tuple[Callable[[Iterable[Row], Path, Images], int], str]] = {
     "messages": (_messages, ".jsonl"),
     "llava": (_llava, ".json"),
     "webdataset": (_webdataset, ""),

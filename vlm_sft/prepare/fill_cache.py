@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from ..base.console import say
 from ..base.errors import RowError, UserError
 from ..base.interrupts import workers_end_with_errors
+from ..base.names import ImageEntry, Inputs
 from ..base.progress import RowProgress
 from ..bundle.handover import settle_adapter
 from ..cache.keys import digest
@@ -106,15 +107,15 @@ class _Pictures:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Any], str]:
+    def __getitem__(self, index: int) -> tuple[ImageEntry, str]:
         number, row_number, place = self.places[index]
         row = unpacked(self.sets[number][row_number])
         return row["images"][place], f"row {row['id']}"
 
 
 def _batch(
-    prefix: Prefix, collator: MultimodalCollator, pictures: Sequence[tuple[dict[str, Any], str]]
-) -> tuple[dict[str, Any], int]:
+    prefix: Prefix, collator: MultimodalCollator, pictures: Sequence[tuple[ImageEntry, str]]
+) -> tuple[Inputs, int]:
     """What `Prefix.complete` takes of pictures, and how many they are; the recipe may let wrong ones be left out."""
     found = []
     for image, where in pictures:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..base.errors import UserError
 from ..base.limits import limits
+from ..base.names import ImageEntry, Json, Row
 from ..base.whole_files import read_bytes
 from ..base.words import one_line, reason_of
 from ..batch.pictures import BLANK, name_of, refused
@@ -46,10 +47,10 @@ class Score(NamedTuple):
 
 
 def score_rows(
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[Row],
     scorer: Callable[[Sequence[Image.Image], Sequence[str]], list[float]],
     path: str | Path,
-    about: dict[str, Any],
+    about: Json,
     *,
     text: str = "answers",
     batch_size: int = 32,
@@ -97,7 +98,7 @@ def score_rows(
     return found
 
 
-def _scores_of(batch: list[dict[str, Any]], scorer: Callable[..., list[float]], roles: Sequence[str]) -> list[Score]:
+def _scores_of(batch: list[Row], scorer: Callable[..., list[float]], roles: Sequence[str]) -> list[Score]:
     """Scores of a batch; a broken image, or one that the model refuses, does not take the others with it."""
     images, texts, owners = [], [], []
     errors: dict[int, str] = {}
@@ -129,7 +130,7 @@ def _scores_of(batch: list[dict[str, Any]], scorer: Callable[..., list[float]], 
     return [Score(row["id"], means.get(number), errors.get(number)) for number, row in enumerate(batch)]
 
 
-def _opened(image: dict[str, Any], where: str, scorer: object, films: Films) -> Image.Image:
+def _opened(image: ImageEntry, where: str, scorer: object, films: Films) -> Image.Image:
     """A picture of which the scorer's image processor makes no more pixels than may be decoded."""
     loaded = load_image(image, where=where, films=films)
     grown = grown_size(loaded.size, getattr(getattr(scorer, "processor", None), "image_processor", None))
@@ -138,13 +139,13 @@ def _opened(image: dict[str, Any], where: str, scorer: object, films: Films) -> 
     return loaded
 
 
-def text_of(row: dict[str, Any], roles: Sequence[str]) -> str:
+def text_of(row: Row, roles: Sequence[str]) -> str:
     """What some speakers of a row say, in one line."""
     said = [p["text"] for m in row["messages"] if m["role"] in roles for p in m["content"] if p.get("text")]
     return one_line(" ".join(said))
 
 
-def _read_scores(path: Path, about: dict[str, Any]) -> tuple[list[Score], int]:
+def _read_scores(path: Path, about: Json) -> tuple[list[Score], int]:
     """Scores of an earlier run, and the size of the file without a half-written last line.
 
     Raises:
@@ -176,7 +177,7 @@ def _cut(about: object) -> str:
     return text if len(text) <= 500 else f"{text[:497]}..."
 
 
-def _line(value: dict[str, Any]) -> bytes:
+def _line(value: Json) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
@@ -190,7 +191,7 @@ def threshold_of_share(scores: Sequence[Score], keep: float) -> float:
     return float(np.quantile(values, 1 - keep, method="lower"))
 
 
-def kept_rows(rows: Iterable[dict[str, Any]], scores: Sequence[Score], threshold: float) -> Iterator[dict[str, Any]]:
+def kept_rows(rows: Iterable[Row], scores: Sequence[Score], threshold: float) -> Iterator[Row]:
     """The rows whose score is the threshold or more, and those without an image."""
     for row, score in zip(rows, scores, strict=True):
         if score.error is None and (score.score is None or score.score >= threshold):

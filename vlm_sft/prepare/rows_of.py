@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from pydantic import ValidationError
 
 from ..base.assets import list_recipes
 from ..base.console import make_console
 from ..base.errors import UserError
+from ..base.names import Json, Row
 from ..data.ledger import Ledger, ledger_table
 from ..data.source import name_of, source_rows
 from ..reading.image_refs import TIME
@@ -46,7 +46,7 @@ class RowsOf:
         self.max_rejected = max_rejected
         self.frames = 0
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         """Yields the rows and then, if any was left out, prints the ledger."""
         ledger = Ledger(self.max_rejected)
         for source in self.sources:
@@ -62,14 +62,14 @@ class RowsOf:
         if any(source.lost or source.unused for source in ledger.sources.values()):
             console.print(ledger_table({"data": ledger}))
 
-    def quietly(self, held_out: bool = False) -> Iterable[dict[str, Any]]:
+    def quietly(self, held_out: bool = False) -> Iterable[Row]:
         """The same rows, or those of the recipe's `data.eval` and `data.test`, read anew each time.
 
         Rows that are wrong are left out and nothing is said of them.
         """
         return _Quietly(self.held_out if held_out else self.sources)
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[Json]:
         """What the rows depend on, for a file that is made of them."""
         return [source.model_dump(mode="json") for source in self.sources]
 
@@ -80,7 +80,7 @@ class _Quietly:
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         for source in self._sources:
             yield from source_rows(source, reject=lambda error: None)
 

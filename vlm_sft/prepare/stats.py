@@ -6,11 +6,12 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..base.errors import RowError
+from ..base.names import ImageEntry, Json, Row
 from ..base.words import language_of
 from ..data.look_alikes import LookAlikes
 from ..reading.image_refs import TIME, image_key, is_url
@@ -60,7 +61,7 @@ class DataStats:
     _images_seen: set[bytes] = field(default_factory=set)
     _videos_seen: set[bytes] = field(default_factory=set)
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         """Counts a row `{"messages", "images", "source", "id"}`."""
         self.rows[row["source"]] += 1
         self.images_in_a_row[len(row["images"])] += 1
@@ -83,7 +84,7 @@ class DataStats:
                     self._images_seen.add(key)
                     self._look_at(image, row["id"], films)
 
-    def _look_at(self, image: dict[str, Any], row: str, films: Films) -> None:
+    def _look_at(self, image: ImageEntry, row: str, films: Films) -> None:
         if len(self.sizes) + len(self.unreadable) >= OPENED or (image["bytes"] is None and is_url(image["path"])):
             return
         try:
@@ -91,7 +92,7 @@ class DataStats:
         except RowError:
             self.unreadable.append(row)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """All numbers, ready for JSON."""
         total = self.rows.total()
         return {
@@ -126,7 +127,7 @@ def spread(values: Sequence[int]) -> dict[str, float]:
     return {"min": float(low), "median": float(middle), "p95": float(high), "max": float(top)}
 
 
-def stats_table(found: dict[str, Any]) -> Table:
+def stats_table(found: Json) -> Table:
     """`DataStats.as_dict()` for a person."""
     from rich.table import Table
     from rich.text import Text
@@ -160,7 +161,7 @@ def stats_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def _add_look_alikes(table: Table, found: dict[str, Any]) -> None:
+def _add_look_alikes(table: Table, found: Json) -> None:
     """Rows on `LookAlikes.as_dict()`: how many images look like others, and the first pairs."""
     from rich.text import Text
 

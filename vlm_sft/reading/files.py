@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import RowError, UserError, row_error
+from ..base.names import Json
 from ..base.whole_files import check_regular, open_regular
 from ..base.words import closest, first_line, reason_of, short
 from .json_text import BOM, is_json, key_twice, lines_of, parse_json, parse_rows, read_text
@@ -28,7 +29,7 @@ Found = Iterator[tuple[str, Any]]
 HEAD = 2**20  # bytes that `about_rows` looks at
 
 
-def read_file(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+def read_file(path: Path) -> Iterator[tuple[str, Json | RowError]]:
     """Yield the rows of a file, or the error of each row that is wrong by itself.
 
     Raises:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from ..base.errors import UserError, row_error
+from ..base.names import ImageEntry, Values
 from ..base.words import one_line, short
 from .image_kinds import kind_of
 
@@ -36,7 +37,7 @@ def is_url(path: str | None) -> bool:
     return path is not None and "://" in path[:12]
 
 
-def image_key(image: Mapping[str, Any]) -> bytes:
+def image_key(image: ImageEntry) -> bytes:
     """A digest of an image as a row names it: equal for the same path, or for the same bytes; no file is opened.
 
     Of a frame, with its time.
@@ -82,7 +83,7 @@ def resolve_image(
     allow_urls: bool = False,
     within: Folders | None = None,
     noun: str = "an image",
-) -> dict[str, Any]:
+) -> ImageEntry:
     """An image as the row names it → ``{"path": absolute, "bytes": None}`` or ``{"path": name, "bytes": ...}``.
 
     Args:
@@ -185,7 +186,7 @@ def _from_data_uri(uri: str, where: str) -> bytes:
     return decoded
 
 
-def sizes_of(image: Mapping[str, Any], where: str) -> dict[str, int]:
+def sizes_of(image: Values, where: str) -> dict[str, int]:
     """The sizes that an image's entry asks for, `detail` as `max_pixels`; nothing where it asks for none.
 
     Raises:
@@ -210,7 +211,7 @@ def sizes_of(image: Mapping[str, Any], where: str) -> dict[str, int]:
     return found
 
 
-def size_asked(size: tuple[int, int], image: Mapping[str, Any]) -> tuple[int, int]:
+def size_asked(size: tuple[int, int], image: ImageEntry) -> tuple[int, int]:
     """(width, height) that an image of `size` is brought to by the sizes in its entry.
 
     `resized_height` and `resized_width` are taken as they are, one alone keeps the picture's shape, and both go before

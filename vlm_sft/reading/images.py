@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..base.errors import RowError, row_error
 from ..base.limits import limits
+from ..base.names import ImageEntry
 from ..base.whole_files import IrregularError, open_regular
 from ..base.words import reason_of
 from .image_kinds import describe_unreadable, kind_of, may_be_turned, without_texts
@@ -31,7 +32,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000
 
 
 def load_image(
-    image: Mapping[str, Any] | str | Path | bytes | Image.Image,
+    image: ImageEntry | str | Path | bytes | Image.Image,
     *,
     where: str = "",
     max_pixels: int | None = None,
@@ -130,7 +131,7 @@ def _load(image: object, wanted: _Wanted, fetch: Callable[[str], str] | None) ->
 
 
 def image_size(
-    image: Mapping[str, Any] | str | Path | bytes | Image.Image,
+    image: ImageEntry | str | Path | bytes | Image.Image,
     *,
     where: str = "",
     fetch: Callable[[str], str] | None = None,

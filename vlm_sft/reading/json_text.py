@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..base.errors import RowError, UserError, row_error
+from ..base.names import Json
 from ..base.whole_files import read_bytes
 
 BOM = b"\xef\xbb\xbf"
@@ -76,14 +77,14 @@ class _Doubled(dict[str, Any]):
     key = ""
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> Json:
     values = dict(pairs)
     if len(values) != len(pairs):
         raise _KeyTwiceError(_twice(_first_twice(pairs)))
     return values
 
 
-def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _marked(pairs: list[tuple[str, Any]]) -> Json:
     values = dict(pairs)
     if len(values) != len(pairs):
         values = _Doubled(values)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ..base.errors import RowError, UserError
 from ..base.hub import look_for_hub
+from ..base.names import Json
 from ..base.whole_files import check_entries, read_text
 from ..base.words import first_line
 from .files import FILE_READERS, TEXT_FILES, no_such_file, read_file
@@ -24,7 +25,7 @@ from .table_rows import BATCH, check_messages
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
-class Row(NamedTuple):
+class FileRow(NamedTuple):
     """One row as it is in the file.
 
     Attributes:
@@ -36,11 +37,11 @@ class Row(NamedTuple):
 
     where: str
     folder: Path | None
-    values: dict[str, Any]
+    values: Json
     problem: RowError | None = None
 
     @classmethod
-    def of(cls, where: str, folder: Path | None, found: dict[str, Any] | RowError) -> Row:
+    def of(cls, where: str, folder: Path | None, found: Json | RowError) -> FileRow:
         """A row out of what a reader yields: its values, or the error that it is."""
         return cls(where, folder, {}, found) if isinstance(found, RowError) else cls(where, folder, found)
 
@@ -52,7 +53,7 @@ def read_rows(
     revision: str | None = None,
     keep_wrong: bool = False,
     stream: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[FileRow]:
     """Yield the rows of a file, a glob pattern, a folder or a dataset of the Hub, in order.
 
     Args:
@@ -74,7 +75,7 @@ def read_rows(
         yield row
 
 
-def _all_rows(path: str, split: str, revision: str | None, stream: bool) -> Iterator[Row]:
+def _all_rows(path: str, split: str, revision: str | None, stream: bool) -> Iterator[FileRow]:
     path = os.path.expanduser(path)
     if "\0" in path:
         raise UserError(f"The path {path!a} holds a character that no file name has: correct it.")
@@ -134,10 +135,10 @@ def _is_pattern(path: str) -> bool:
     return any(mark in path for mark in "*?[")
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _file_rows(path: Path) -> Iterator[FileRow]:
     folder = path.parent
     for where, found in read_file(path):
-        yield Row.of(where, folder, found)
+        yield FileRow.of(where, folder, found)
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
@@ -149,7 +150,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         raise UserError(f"The folder {folder} cannot be read ({error.strerror}): check it.") from None
 
 
-def _read_folder(folder: Path, split: str) -> Iterator[Row]:
+def _read_folder(folder: Path, split: str) -> Iterator[FileRow]:
     files = _files_of(folder, split)
     if not files:
         yield from _read_saved(folder, split)
@@ -158,7 +159,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
             yield row._replace(values=_with_image(row.values)) if file.stem == "metadata" else row
 
 
-def _with_image(values: dict[str, Any]) -> dict[str, Any]:
+def _with_image(values: Json) -> Json:
     """In the metadata file of an image folder the image's column is called `file_name` (or `file_names`)."""
     name = values.get("file_name", values.get("file_names"))
     return values if name is None or "image" in values else values | {"image": name}
@@ -218,7 +219,7 @@ def _check_saved(folder: Path) -> None:
                 raise UserError(f"{path} names {name!r}, which is nothing beside it; it is refused.")
 
 
-def _read_saved(folder: Path, split: str) -> Iterator[Row]:
+def _read_saved(folder: Path, split: str) -> Iterator[FileRow]:
     import datasets
     import pyarrow
 
@@ -249,7 +250,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[Row]:
         raise UserError(f"The saved dataset {folder} is damaged ({first_line(error)}): save it again.") from None
 
 
-def _read_hub(name: str, split: str, revision: str | None, stream: bool) -> Iterator[Row]:
+def _read_hub(name: str, split: str, revision: str | None, stream: bool) -> Iterator[FileRow]:
     import datasets
 
     look_for_hub()
@@ -272,11 +273,11 @@ def folders_of_hub(name: str) -> list[str]:
     return [os.path.join(constants.HF_HUB_CACHE, repository), str(datasets.config.DOWNLOADED_DATASETS_PATH)]
 
 
-def dataset_rows(data: Any, label: str, folder: Path | None) -> Iterator[Row]:
+def dataset_rows(data: Any, label: str, folder: Path | None) -> Iterator[FileRow]:
     number = 0
     # The arrow format hands out what is stored: images stay paths and bytes, nothing is decoded.
     for table in data.with_format("arrow").iter(batch_size=BATCH):
         table.validate(full=True)  # its offsets are addresses
         for values in table.to_pylist():
             number += 1
-            yield Row(f"{label}, row {number}", folder, values)
+            yield FileRow(f"{label}, row {number}", folder, values)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import RowError, UserError, row_error
+from ..base.names import Json
 from ..base.words import kind, short
 from .json_text import parse_document, read_text
 
-Rows = Iterator[tuple[str, dict[str, Any] | RowError]]
+Rows = Iterator[tuple[str, Json | RowError]]
 _ID = re.compile(r"\{id(?::0?(\d{1,2})d?)?\}")
 
 
@@ -25,7 +26,7 @@ class Document:
     def __init__(self, path: Path) -> None:
         self.path, self.value = path, parse_document(read_text(path), path)
 
-    def table(self, key: str, of: str) -> list[tuple[str, dict[str, Any] | RowError]]:
+    def table(self, key: str, of: str) -> list[tuple[str, Json | RowError]]:
         """The objects of a list, each with its place in words, or the error of one that is no object."""
         found = self.value.get(key) if isinstance(self.value, dict) else None
         if not isinstance(found, list):
@@ -37,7 +38,7 @@ class Document:
         return [(where, _checked(where, entry)) for where, entry in places]
 
 
-def _checked(where: str, entry: Any) -> dict[str, Any] | RowError:
+def _checked(where: str, entry: Any) -> Json | RowError:
     if isinstance(entry, dict):
         return entry
     return row_error(where, f"the entry is {kind(entry)}, not an object", "correct it", "wrong type")
@@ -75,7 +76,7 @@ def _coco(document: Document, pattern: str | None, annotations: Sequence[Documen
         yield where, _guarded(_coco_row, where, entry, files, pattern)
 
 
-def _coco_row(where: str, entry: dict[str, Any], files: dict[Any, Any], pattern: str | None) -> dict[str, Any]:
+def _coco_row(where: str, entry: Json, files: dict[Any, Any], pattern: str | None) -> Json:
     number = entry.get("image_id")
     image = image_file(pattern or "{id}", number, where)
     if pattern is None:
@@ -96,7 +97,7 @@ def _vqav2(document: Document, pattern: str | None, annotations: Sequence[Docume
             f'{document.path}: it has no "data_subtype", which names the images: set the source\'s `image_name`, such '
             "as COCO_train2014_{id:012}.jpg."
         )
-    answers: dict[Any, dict[str, Any]] = {}
+    answers: dict[Any, Json] = {}
     for other in annotations:
         entries = _objects(other.table("annotations", "annotations, such as v2_mscoco_train2014_annotations.json"))
         answers |= {entry.get("question_id"): entry for entry in entries if _id(entry, "question_id")}
@@ -104,7 +105,7 @@ def _vqav2(document: Document, pattern: str | None, annotations: Sequence[Docume
         yield where, _guarded(_vqav2_row, where, entry, answers, pattern or f"COCO_{subset}_{{id:012}}.jpg")
 
 
-def _vqav2_row(where: str, entry: dict[str, Any], answers: dict[Any, Any], pattern: str) -> dict[str, Any]:
+def _vqav2_row(where: str, entry: Json, answers: dict[Any, Any], pattern: str) -> Json:
     number = entry.get("question_id")
     answer = answers.get(number) if _id(entry, "question_id") else None
     if answer is None:
@@ -130,13 +131,13 @@ def _cc_sbu_align(document: Document, pattern: str | None, annotations: Sequence
         yield where, _guarded(_with_image, where, entry, None, "image_id", pattern or "image/{id}.jpg")
 
 
-def _with_image(where: str, entry: dict[str, Any], number: str | None, key: str, pattern: str) -> dict[str, Any]:
+def _with_image(where: str, entry: Json, number: str | None, key: str, pattern: str) -> Json:
     """The entry with its id (None: that of its image) and the file of its image."""
     image = entry.get(key)
     return {"id": image if number is None else number, **entry, "image": image_file(pattern, image, where)}
 
 
-def _guarded(make: Callable[..., dict[str, Any]], where: str, entry: Any, *more: Any) -> dict[str, Any] | RowError:
+def _guarded(make: Callable[..., Json], where: str, entry: Any, *more: Any) -> Json | RowError:
     """A row, or the error that it is."""
     try:
         return entry if isinstance(entry, RowError) else make(where, entry, *more)
@@ -144,11 +145,11 @@ def _guarded(make: Callable[..., dict[str, Any]], where: str, entry: Any, *more:
         return error
 
 
-def _objects(entries: list[tuple[str, dict[str, Any] | RowError]]) -> Iterator[dict[str, Any]]:
+def _objects(entries: list[tuple[str, Json | RowError]]) -> Iterator[Json]:
     return (entry for _, entry in entries if not isinstance(entry, RowError))
 
 
-def _id(entry: dict[str, Any], key: str = "id") -> bool:
+def _id(entry: Json, key: str = "id") -> bool:
     return isinstance(entry.get(key), int | str)
 
 
@@ -166,7 +167,7 @@ ANNOTATED = frozenset(("vqav2",))
 
 def read_published(
     format_name: str, files: Sequence[Path], image_name: str | None = None, annotations: Sequence[Path] = ()
-) -> Iterator[tuple[Path, str, dict[str, Any] | RowError]]:
+) -> Iterator[tuple[Path, str, Json | RowError]]:
     """Yield (file, place in words, raw row or its error) of every document of a published data set.
 
     Args:

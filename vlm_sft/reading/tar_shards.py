@@ -17,6 +17,7 @@ from typing import Any
 
 from ..base.errors import RowError, UserError, row_error
 from ..base.limits import limits
+from ..base.names import ImageEntry, Json
 from ..base.whole_files import open_regular
 from .json_text import parse_json
 
@@ -40,7 +41,7 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def read_tar(path: Path) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+def read_tar(path: Path) -> Iterator[tuple[str, Json | RowError]]:
     """Yield one row for each key of a shard, in order; a sample that is wrong by itself is yielded as its error.
 
     A row has `id` (the key), the keys of the `.json` member, `text` of the `.txt` member, and `image` as
@@ -107,10 +108,10 @@ class _Sample:
 
     def __init__(self, path: Path, key: str) -> None:
         self.key, self.where = key, f"{path}, sample {key[:80]!a}"
-        self.columns: dict[str, Any] = {}
-        self.document: dict[str, Any] = {}
-        self.images: list[dict[str, Any]] = []
-        self.videos: list[dict[str, Any]] = []
+        self.columns: Json = {}
+        self.document: Json = {}
+        self.images: list[ImageEntry] = []
+        self.videos: list[ImageEntry] = []
         self.problem: RowError | None = None
 
     def add(self, ending: str, name: str, data: bytes | None) -> None:
@@ -147,11 +148,11 @@ class _Sample:
             with suppress(UnicodeDecodeError):  # what is no text stays as it is
                 self.columns[column] = data.decode("utf-8")
 
-    def row(self) -> dict[str, Any] | RowError:
+    def row(self) -> Json | RowError:
         """Members win over the JSON, which may name the file that the image once was."""
         if self.problem is not None:
             return self.problem
-        columns: dict[str, Any] = {}
+        columns: Json = {}
         for name, found in (("image", self.images), ("video", self.videos)):
             if found:
                 columns |= {name: found[0]} if len(found) == 1 else {f"{name}s": found}

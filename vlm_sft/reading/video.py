@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from ..base.errors import RowError, row_error
+from ..base.names import ImageEntry
 from ..base.whole_files import IrregularError, open_regular
 from ..base.words import reason_of
 from .image_kinds import kind_of
@@ -53,7 +54,7 @@ class Films(AbstractContextManager["Films"]):
             self._film.close()
         self._key = self._film = None
 
-    def open(self, video: Mapping[str, Any], where: str) -> Film:
+    def open(self, video: ImageEntry, where: str) -> Film:
         """The open video of an entry ``{"path", "bytes"}``.
 
         Raises:
@@ -65,13 +66,13 @@ class Films(AbstractContextManager["Films"]):
             self._film, self._key = open_film(video, where), key
         return self._film
 
-    def size(self, frame: Mapping[str, Any], where: str) -> tuple[int, int]:
+    def size(self, frame: ImageEntry, where: str) -> tuple[int, int]:
         """(width, height) that `frame` will give, mostly from the header and one frame."""
         film = self.open(frame, where)
         with _readable(frame, where):
             return size_asked(film.size, frame)
 
-    def frame(self, frame: Mapping[str, Any], where: str, max_pixels: int) -> Image.Image:
+    def frame(self, frame: ImageEntry, where: str, max_pixels: int) -> Image.Image:
         """The picture that an entry ``{"path", "bytes", "time"}``, maybe with sizes, stands for.
 
         Raises:
@@ -97,7 +98,7 @@ class _ProblemError(Exception):
 
 
 @contextmanager
-def _readable(video: Mapping[str, Any], where: str) -> Iterator[None]:
+def _readable(video: ImageEntry, where: str) -> Iterator[None]:
     """Makes what goes wrong with a video the error of its row."""
     name = f"the video {video['path'] or '(embedded)'}"
     try:
@@ -115,7 +116,7 @@ def _readable(video: Mapping[str, Any], where: str) -> Iterator[None]:
         raise row_error(where, f"{name} is {found}", mend, "video damaged") from None
 
 
-def open_film(video: Mapping[str, Any], where: str) -> Film:
+def open_film(video: ImageEntry, where: str) -> Film:
     """Opens a video ``{"path", "bytes"}``, of which the bytes win.
 
     Raises:

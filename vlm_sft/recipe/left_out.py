@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
-from ..base.names import CONFIG, MANIFEST, RECIPE
+from ..base.names import CONFIG, MANIFEST, RECIPE, Values
 from ..base.whole_files import read_text
 from .safety import check_pieces, pieces_in, read_json
 from .yaml_file import YamlFile
@@ -53,7 +53,7 @@ def leave_out_bitsandbytes_of(bundle: str | Path) -> None:
         return
 
 
-def _named(piece: Mapping[str, Any]) -> tuple[str, str | None]:
+def _named(piece: Values) -> tuple[str, str | None]:
     """Where a piece of a manifest is looked for, and its revision: its name, or the folder that it had in training."""
     name = piece["pretrained"]
     return name if Path(name).exists() else piece.get("path") or name, piece.get("commit") or piece.get("revision")

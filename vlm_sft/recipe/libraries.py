@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
+from ..base.names import Json, Options
 from ..base.words import one_line
 from .passed_on import refuse_strange
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _PRECISION = {"bf16": False, "fp16": False, "tf32": None, "bf16_full_eval": False, "fp16_full_eval": False}
 
 # BitsAndBytesConfig is no dataclass, and what it does not know it only notes in a log.
-_QUANTIZATION: dict[str, Any] = {
+_QUANTIZATION: Options = {
     "load_in_4bit": bool,
     "load_in_8bit": bool,
     "bnb_4bit_quant_type": Literal["nf4", "fp4"],
@@ -39,7 +40,7 @@ _QUANTIZATION: dict[str, Any] = {
 }
 
 # What a recipe says under `lora:` and PEFT does not know.
-OWN_LORA_KEYS: dict[str, Any] = {"add_tokens": list[str]}
+OWN_LORA_KEYS: Options = {"add_tokens": list[str]}
 
 
 def validate_libraries(recipe: Recipe) -> None:
@@ -136,7 +137,7 @@ def build_quantization_config(recipe: Recipe, compute_dtype: str = "float32") ->
         raise recipe.error(("quantization",), refusal) from error
 
 
-def _build_sft(recipe: Recipe, arguments: dict[str, Any]) -> SFTConfig:
+def _build_sft(recipe: Recipe, arguments: Options) -> SFTConfig:
     from trl import SFTConfig
 
     _check_types(recipe, "sft", recipe.sft, typing.get_type_hints(SFTConfig))
@@ -202,7 +203,7 @@ def _check_schedule(recipe: Recipe, args: SFTConfig) -> None:
         raise recipe.error(("sft", "lr_scheduler_type"), sentence) from error
 
 
-def _check_types(recipe: Recipe, section: str, given: dict[str, Any], hints: dict[str, Any]) -> None:
+def _check_types(recipe: Recipe, section: str, given: Options, hints: Json) -> None:
     """Checks the types of what a section hands on; the libraries' classes check none, and fail late or not at all.
 
     Their names were checked when the recipe was read (`passed_on`).

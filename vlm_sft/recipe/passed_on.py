@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..base.errors import UserError
 from ..base.limits import Limits
+from ..base.names import Json, Values
 from ..base.words import closest, short
 from .library_names import DEFAULTS, GENERATION, HERE, PASSED_ON, UNSAID, PassedOn, Takes
 from .yaml_file import KeyPath
@@ -118,7 +119,7 @@ def flaw(passed_on: PassedOn, name: str, value: Any, prefix: str = "") -> str | 
     return _flaw_of_type(passed_on, name, value, prefix)
 
 
-def _flaw_of_mapping(passed_on: PassedOn, name: str, value: Mapping[str, Any], prefix: str) -> str | None:
+def _flaw_of_mapping(passed_on: PassedOn, name: str, value: Values, prefix: str) -> str | None:
     if name not in passed_on.mappings:
         return f"`{prefix}{name}` takes no mapping; write a number or a word."
     keys = passed_on.mappings[name]
@@ -154,7 +155,7 @@ _TOKENS = (
 )
 
 
-def flaw_of_answers(settings: Mapping[str, Any], most_of: Limits) -> tuple[str, str] | None:
+def flaw_of_answers(settings: Values, most_of: Limits) -> tuple[str, str] | None:
     """What is wrong with settings for generating that take memory: (name, sentence); None where nothing is.
 
     Args:
@@ -218,7 +219,7 @@ def refuse_strange(recipe: Recipe, *sections: str) -> None:
                 )
 
 
-def _mappings_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def _mappings_of(recipe: Recipe) -> dict[str, Json]:
     """Section → what it hands on, of those that a recipe has."""
     found = {name: getattr(recipe, name) or {} for name in ("sft", "lora", "quantization", "generation")}
     return found | {"model.processor": recipe.model.processor if recipe.model else {}}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from ..base.assets import template_path
 from ..base.errors import UserError
 from ..base.limits import limits
-from ..base.names import GROUPED, PARTS
+from ..base.names import GROUPED, PARTS, Options
 from ..base.words import closest
 from .passed_on import best_is_measured, flaw_of_answers, names_that_pass
 from .sections import Data, Hub, Stack
@@ -120,7 +120,7 @@ def _lora_comes_from_a_bundle(recipe: Recipe) -> Broken:
         )
 
 
-def _lora_or_full(lora: dict[str, Any] | None, train: dict[str, float]) -> Broken:
+def _lora_or_full(lora: Options | None, train: dict[str, float]) -> Broken:
     if lora is None:
         return
     if "language_model" in train:
@@ -254,7 +254,7 @@ def _collator_is_a_class(collator: str | None) -> Broken:
         yield "collator", f'`collator` must look like my_package.my_module:MyCollator, not "{collator}".'
 
 
-def _sft_fits(sft: dict[str, Any], evaluates: bool, streaming: bool) -> Broken:
+def _sft_fits(sft: Options, evaluates: bool, streaming: bool) -> Broken:
     output = sft.get("output_dir")
     if not isinstance(output, str) or not output:
         yield "sft.output_dir", "`sft.output_dir` is missing: the folder that checkpoints and the bundle go to."
@@ -276,7 +276,7 @@ def _sft_fits(sft: dict[str, Any], evaluates: bool, streaming: bool) -> Broken:
         yield "sft.eval_strategy", "`sft.eval_strategy` asks for evaluations but `data.eval` has no source."
 
 
-def _rows_pack_whole(sft: dict[str, Any]) -> Broken:
+def _rows_pack_whole(sft: Options) -> Broken:
     if not (sft.get("packing") or sft.get("eval_packing")):
         return
     if sft.get("max_length", 1) is None:
@@ -294,7 +294,7 @@ def _rows_pack_whole(sft: dict[str, Any]) -> Broken:
         )
 
 
-def _numbers_that_train(sft: dict[str, Any]) -> Broken:
+def _numbers_that_train(sft: Options) -> Broken:
     for keys, least in ((_ABOVE_ZERO, "above zero"), (_FROM_ZERO, "zero or above")):
         for key in keys:
             value = sft.get(key)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
 from ..base.limits import MEGABYTE, limits
-from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE
+from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE, Json, Values
 from ..base.whole_files import check_entries, read_text
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def check_length(path: str | Path, limit: int) -> None:
         raise UserError(f"{str(path)!r} has {size:,} bytes, more than the {limit:,} that such a file may have.")
 
 
-def read_json(path: Path, whole: str = "bundle") -> dict[str, Any]:
+def read_json(path: Path, whole: str = "bundle") -> Json:
     """A mapping in a JSON file of a bounded size.
 
     Args:
@@ -127,7 +127,7 @@ def is_words(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
-def check_config(config: Mapping[str, Any], where: str, who: str = "its config.json") -> None:
+def check_config(config: Values, where: str, who: str = "its config.json") -> None:
     """Looks at the numbers of a `config.json` before a model is made of them.
 
     Args:
@@ -146,7 +146,7 @@ def check_config(config: Mapping[str, Any], where: str, who: str = "its config.j
             raise UserError(f"{where}: {who} says {name}: {_more_than(value, most, limit)}.")
 
 
-def check_picture(settings: Mapping[str, Any], where: str, file: str = "preprocessor_config.json") -> None:
+def check_picture(settings: Values, where: str, file: str = "preprocessor_config.json") -> None:
     """The same for the sizes in the file of an image processor, or of a processor with one in it.
 
     Args:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
@@ -20,7 +20,7 @@ from ..base.console import tell
 from ..base.errors import UserError
 from ..base.limits import Limits as Budget
 from ..base.limits import hold, limits
-from ..base.names import MANIFEST, PARTS
+from ..base.names import MANIFEST, PARTS, Json, Options
 from ..base.whole_files import check_regular
 from ..base.words import closest
 from .passed_on import AnswerMetric, flaw_of_answers
@@ -39,10 +39,10 @@ from .sections import (
 )
 from .yaml_file import KeyPath, YamlFile, dump_yaml
 
-_TRAIN_SCHEMA: dict[str, Any] = {"propertyNames": {"enum": list(PARTS)}}
-_SFT_SCHEMA: dict[str, Any] = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
-_LORA_SCHEMA: dict[str, Any] = {"properties": {"add_tokens": {"type": "array", "items": {"type": "string"}}}}
-_LIMITS: dict[str, Any] = {
+_TRAIN_SCHEMA: Json = {"propertyNames": {"enum": list(PARTS)}}
+_SFT_SCHEMA: Json = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
+_LORA_SCHEMA: Json = {"properties": {"add_tokens": {"type": "array", "items": {"type": "string"}}}}
+_LIMITS: Json = {
     each.name: (Annotated[int, Field(ge=1, description=each.metadata["what"])], each.default) for each in fields(Budget)
 }
 if TYPE_CHECKING:
@@ -111,26 +111,26 @@ class Recipe(RecipeModel):
     docs/data_formats.md."""
     train: dict[str, float] = Field(default_factory=dict, json_schema_extra=_TRAIN_SCHEMA)
     """Part → peak learning rate. What is not named is frozen."""
-    lora: dict[str, Any] | None = Field(default=None, json_schema_extra=_LORA_SCHEMA)
+    lora: Options | None = Field(default=None, json_schema_extra=_LORA_SCHEMA)
     """LoRA on the language model: arguments of `peft.LoraConfig`, and `add_tokens`, new words that are learned with it.
     Its learning rate is `sft.learning_rate`."""
-    quantization: dict[str, Any] | None = None
+    quantization: Options | None = None
     """QLoRA: the language model alone is loaded in 4 or 8 bits; arguments of `transformers.BitsAndBytesConfig`."""
     data: Data
     """Sources to train on, to evaluate on and to test on."""
     collator: str | None = None
     """Your own collator, `package.module:Class`. Unset: `MultimodalCollator`."""
-    collator_args: dict[str, Any] = Field(default_factory=dict)
+    collator_args: Options = Field(default_factory=dict)
     """Further arguments of the collator."""
     cache: Cache | None = None
     """Keeps what frozen vision tower and resampler give for each image, so that they run once; see docs/cache.md."""
-    sft: dict[str, Any] = Field(json_schema_extra=_SFT_SCHEMA)
+    sft: Options = Field(json_schema_extra=_SFT_SCHEMA)
     """Arguments of `trl.SFTConfig`, passed on as they are. `output_dir` is required."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
     """What is asked while training; `sft.metric_for_best_model: exact_match` or `gqa_accuracy` picks by it."""
     watch: Watch = Field(default_factory=Watch)
     """What happens to steps whose loss is not finite or jumps."""
-    generation: dict[str, Any] = Field(default_factory=dict)
+    generation: Options = Field(default_factory=dict)
     """Arguments of `transformers.GenerationConfig` for chat, generate and evaluate."""
     limits: Limits = Field(default_factory=Limits)
     """What may be taken before it is refused; a bundle's recipe raises none of them for who loads it."""
@@ -181,7 +181,7 @@ class Recipe(RecipeModel):
             return self.model_copy(update={"model": piece})
         return self.model_copy(update={"stack": self.parts.model_copy(update={"language_model": piece})})
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Json:
         """Returns the recipe with overrides, interpolations and defaults filled in, as plain dicts and lists."""
         return self.model_dump(mode="json")
 
@@ -232,7 +232,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def recipe_schema() -> dict[str, Any]:
+def recipe_schema() -> Json:
     """Returns the JSON schema of a recipe, with which editors complete and check recipes."""
     schema = Recipe.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "vlm_sft recipe"}
@@ -292,7 +292,7 @@ def _keys_at(path: KeyPath) -> list[str]:
     """Returns the keys that a recipe may have at a place, by walking the JSON schema."""
     schema = recipe_schema()
     definitions = schema["$defs"]
-    here: dict[str, Any] = schema
+    here: Json = schema
     for part in path:
         here = here["items"] if isinstance(part, int) else here["properties"][part]
         choices = here.get("anyOf") or here.get("oneOf") or [here]  # a union has the keys of each of its kinds

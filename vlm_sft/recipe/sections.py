@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..base.names import Options
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 BoxNotation = Literal[
     "qwen2_5_vl", "qwen3_vl", "internvl", "qwen_vl", "qwen2_vl", "kosmos2", "paligemma", "shikra", "llava"
@@ -33,7 +35,7 @@ class _Piece(RecipeModel):
 class _Picked(_Piece):
     """A part that can be picked out of files of other layouts."""
 
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: Options = Field(default_factory=dict)
     """Sizes that no tensor tells, or in place of those of the checkpoint: `{num_attention_heads: 16}`."""
     more: list[str] = Field(default_factory=list)
     """Further weight files for what the first lacks (MiniGPT-4: the norm after the ViT is in the Q-Former's file)."""
@@ -78,7 +80,7 @@ class _Projector(_Piece):
     """Hub id, folder or file to read the projector from, instead of starting it anew."""
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         """What its kind alone can say."""
         return self.model_dump(exclude=set(_Projector.model_fields))
 
@@ -177,7 +179,7 @@ class PretrainedModel(RecipeModel):
     """Type of the weights that are not trained; unset: what `sft:` computes in."""
     attn_implementation: str | None = None
     """As transformers names it, for example `sdpa` or `flash_attention_2`."""
-    processor: dict[str, Any] = Field(default_factory=dict)
+    processor: Options = Field(default_factory=dict)
     """Arguments of the model's own processor, for example `{max_pixels: 1003520}` (Qwen-VL)."""
 
 

@@ -21,6 +21,7 @@ from omegaconf.resolvers import oc
 
 from ..base.errors import UserError, find_secrets, without_tokens
 from ..base.limits import limits
+from ..base.names import Json
 from ..base.whole_files import read_text
 from ..base.words import whole_number
 from .interpolations import check_expansion
@@ -145,7 +146,7 @@ class YamlFile:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from error
         return cls(str(path), text)
 
-    def resolve(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    def resolve(self, overrides: Sequence[str] = ()) -> Json:
         """Puts the overrides on top, fills in `${...}` and returns plain dicts and lists.
 
         Args:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..base.errors import row_error
+from ..base.names import Values
 from ..base.words import short
 from .messages import Part, box_part
 from .raw_row import RowView
@@ -17,7 +18,7 @@ square that the picture is centred on (LLaVA's own data)."""
 SLACK = 0.5  # pixels by which a box may stick out of its picture; it is cut there
 
 
-def given_box(row: RowView, part: Mapping[str, Any], key: str) -> Part:
+def given_box(row: RowView, part: Values, key: str) -> Part:
     """A part of type `box` that a row writes itself, as `vlm-sft data convert` does."""
     box, scale, image = part.get("box"), part.get("scale"), part.get("image", 0)
     if scale not in SCALES or not isinstance(box, list) or type(image) is not int:
@@ -71,7 +72,7 @@ def problem_of(box: Sequence[Any], scale: str) -> tuple[str, str] | None:
     return None
 
 
-def to_unit(part: Mapping[str, Any], size: tuple[int, int], where: str) -> list[float]:
+def to_unit(part: Values, size: tuple[int, int], where: str) -> list[float]:
     """A box part's numbers as 0 to 1 of the sides of its picture.
 
     Args:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..base.names import Json
 from ..base.words import kind, short
 from .box import SCALES, check_image, checked_box, either, is_number, only_image
 from .messages import Message, Part, ref_part, text_part
@@ -130,7 +131,7 @@ def _objects(row: RowView, objects: Any, images: int, scale: str | None) -> Give
         if own not in {*BBOX_TYPES, *SCALES}:
             what = f'"objects.bbox_type" is "{short(str(own))}"'
             raise row.error(what, f"it must be {either(BBOX_TYPES)}", "box unclear")
-        scale = BBOX_TYPES.get(own, own)
+        scale = BBOX_TYPES.get(own) or str(own)
     elif scale is None:
         scale = "pixels"  # what ms-swift says of rows that do not
         every = [number for _, box in values for number in box]
@@ -149,7 +150,7 @@ def _objects(row: RowView, objects: Any, images: int, scale: str | None) -> Give
     return Given(boxes, [ref_part(row.text(ref, f"objects.ref[{i}]")) for i, ref in enumerate(refs)])
 
 
-def _fields(row: RowView, objects: Any) -> dict[str, Any]:
+def _fields(row: RowView, objects: Any) -> Json:
     """The fields of `objects` by ms-swift's names."""
     if isinstance(objects, str):
         try:

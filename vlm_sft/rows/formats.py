@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN
+from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN, Values
 from ..base.words import kind, language_of, short
 from .boxes import place_boxes
 from .keys import ROLES, check_left, role_of
@@ -50,7 +50,7 @@ class Format(NamedTuple):
 
 
 def examples_of(
-    values: Mapping[str, Any],
+    values: Values,
     format_name: str,
     *,
     where: str,

@@ -8,9 +8,10 @@ that) and take its mend away, or leave the mend for the formats that do not read
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from ..base.names import Values
 from .raw_row import RowView, is_given
 
 
@@ -159,7 +160,7 @@ def role_of(row: RowView, speaker: Any, key: str) -> Any:
     return ROLES.get(name, speaker)
 
 
-def check_left(row: RowView, kind: str, values: Mapping[str, Any], used: Collection[str | None], place: str) -> None:
+def check_left(row: RowView, kind: str, values: Values, used: Collection[str | None], place: str) -> None:
     """Refuses the known keys of an object that nobody read, and counts the others in `row.unused`.
 
     Args:

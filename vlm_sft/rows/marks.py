@@ -7,10 +7,10 @@ Qwen-VL writes the file itself (`<img>photos/1.jpg</img>`), Phi and MMMU number 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN
+from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN, Json, Values
 from .raw_row import RowView, is_given
 
 _MARK = re.compile(
@@ -71,7 +71,7 @@ def _in_order(row: RowView, key: str, given: Any, marks: list[re.Match[str]]) ->
     return [images[name] for name in names]
 
 
-def _asked(values: Mapping[str, Any]) -> Iterator[str]:
+def _asked(values: Values) -> Iterator[str]:
     """Every text that is not an answer and may hold a mark."""
     for name in _TURNS:
         turns = values.get(name)
@@ -88,8 +88,8 @@ def _is_asked(turn: Any) -> bool:
     return isinstance(turn, dict) and str(turn.get("role") or turn.get("from")).lower() not in _ANSWERS
 
 
-def _replaced(values: Mapping[str, Any], mark: re.Pattern[str], token: str) -> dict[str, Any]:
-    def of(entry: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+def _replaced(values: Values, mark: re.Pattern[str], token: str) -> Json:
+    def of(entry: Values, keys: tuple[str, ...]) -> Json:
         return {k: mark.sub(token, v) if k in keys and isinstance(v, str) else v for k, v in entry.items()}
 
     found = of(values, _ASKED)

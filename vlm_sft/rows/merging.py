@@ -7,21 +7,20 @@ messages of its rows behind each other, the pictures once, and at the first mess
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from ..base.names import Row, Values
 from ..base.whole_files import digest
 from ..reading.image_refs import SIZES, TIME, image_key
 from .filling import pack
 from .messages import KEPT, ROW_BEGINS, SHARED, Message, Part, text_part
 
-Row = dict[str, Any]
 NAMED = 3  # rows that the id of a merged one names
 
 
-def merge_key(row: Mapping[str, Any], independent: bool, language: str = "") -> bytes | None:
+def merge_key(row: Values, independent: bool, language: str = "") -> bytes | None:
     """What rows must have in common to be merged: equal for those that may be; None for one that stays as it is.
 
     That is their pictures, what they say up to the last of them, the system message, the tools and the language. A row
@@ -112,7 +111,7 @@ def merged(rows: Sequence[Row], independent: bool) -> Row:
     return {**rows[0], "messages": messages, "id": ", ".join(ids[:NAMED]) + more}
 
 
-def ids_of(row: Mapping[str, Any]) -> list[str]:
+def ids_of(row: Values) -> list[str]:
     """The ids of the rows that were merged into one; of any other row its own."""
     return [message[ROW_BEGINS] for message in row["messages"] if ROW_BEGINS in message] or [str(row["id"])]
 

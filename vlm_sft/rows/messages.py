@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..base.errors import UserError
-from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN
+from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN, ImageEntry, Row, Values
 from ..base.whole_files import digest
 from ..base.words import counted
 from ..reading.image_refs import SIZES, TIME, image_key
@@ -107,32 +107,32 @@ def has_boxes(messages: Sequence[Message]) -> bool:
     return any(part["type"] in ("box", "ref") for content in contents for part in content)
 
 
-def video_part(entry: dict[str, Any] | None = None) -> Part:
+def video_part(entry: ImageEntry | None = None) -> Part:
     """The place of a video; None: of the row's next one."""
     return {"type": "video", "text": None, "video": entry}
 
 
-def spoken(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+def spoken(row: Values) -> list[tuple[str, str]]:
     """(role, text) of every message of a row; what stands around an image is joined, a box is its numbers."""
     return [(m["role"], "".join(_said(part) for part in m["content"])) for m in row["messages"]]
 
 
-def _said(part: Mapping[str, Any]) -> str:
+def _said(part: Values) -> str:
     return part.get("text") or (str(part["box"]) if part["type"] == "box" and "box" in part else "")
 
 
-def answers_of(row: Mapping[str, Any]) -> list[str]:
+def answers_of(row: Values) -> list[str]:
     """The texts that a row's assistant says."""
     return [text for role, text in spoken(row) if role == "assistant"]
 
 
-def row_key(row: Mapping[str, Any]) -> bytes:
+def row_key(row: Values) -> bytes:
     """A digest of what a row says and shows: equal for rows that differ in source and id alone."""
     said = repr((spoken(row), [image_key(image) for image in row["images"]]))
     return digest(said.encode("utf-8", "replace"))
 
 
-def packed(row: Mapping[str, Any]) -> str | None:
+def packed(row: Values) -> str | None:
     """What a row's messages and images say beyond the features of a dataset, as the JSON of its column `extras`.
 
     None for most rows, which say no more; `unpacked` puts it back.
@@ -150,7 +150,7 @@ def packed(row: Mapping[str, Any]) -> str | None:
     return json.dumps({"messages": messages, "images": images}, ensure_ascii=False) if messages or images else None
 
 
-def each_once(row: dict[str, Any]) -> dict[str, Any]:
+def each_once(row: Row) -> Row:
     """A row, to be stored, in which the frames of an embedded video have its bytes once; `unpacked` puts them back."""
     firsts: dict[int, int] = {}
     images = list(row["images"])
@@ -160,7 +160,7 @@ def each_once(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "images": images} if firsts else row
 
 
-def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
+def unpacked(row: Values) -> Row:
     """A row of a dataset, or some columns of it, with what its `extras` say at its messages and images."""
     found = {key: value for key, value in row.items() if key != IN_EXTRAS}
     if row.get(IN_EXTRAS) is None:
@@ -177,7 +177,7 @@ def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def normalise_messages(messages: Sequence[Values]) -> list[Message]:
     """Checks a conversation and returns a copy in which every content is a list of parts.
 
     The rules: an optional system message first; then user and assistant in turn, the user first; content is a string
@@ -208,7 +208,7 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     return chat
 
 
-def _normalise(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _normalise(message: Values, index: int) -> Message:
     if not _is_mapping(message) or "role" not in message or "content" not in message:
         raise UserError(f"message {index} must have the keys role and content.")
     role, content = message["role"], message["content"]

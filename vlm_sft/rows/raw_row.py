@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..base.errors import RowError, row_error
+from ..base.names import Values
 from ..base.words import closest, kind, short
 
 
@@ -19,7 +20,7 @@ class RowView:
         unused: the keys that have a value and that nobody asked for; see `leave`.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> None:
+    def __init__(self, values: Values, where: str, columns: Mapping[str, str]) -> None:
         if columns:
             renamed = {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
             values = {key: value for key, value in values.items() if key not in columns} | renamed

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..base.names import Json, Values
 from ..base.words import kind, short
 from ..reading.image_refs import OPTIONS
 from .box import given_box
@@ -43,7 +44,7 @@ class Turn(NamedTuple):
 
     role: Any
     content: Any
-    more: dict[str, Any]
+    more: Json
     key: str
 
 
@@ -70,7 +71,7 @@ def read_turn(row: RowView, turn: Any, key: str, names: str = "role and content"
     speaker, text = (next((name for name in pair if turn.get(name) is not None), pair[0]) for pair in pairs)
     role, content = role_of(row, turn.get(speaker), key), turn.get(text)
     check_left(row, "message", turn, (speaker, text, *_READ), f"{key}.")
-    more: dict[str, Any] = {}
+    more: Json = {}
     if not _learned(row, turn, role, key):
         more["loss"] = False
     if thoughts := {name: row.text(turn[name], f"{key}.{name}") for name in _THOUGHTS if is_given(turn.get(name))}:
@@ -100,7 +101,7 @@ def tools_in(row: RowView, tools: Any, key: str) -> list[Any]:
     return tools
 
 
-def _learned(row: RowView, turn: Mapping[str, Any], role: Any, key: str) -> bool:
+def _learned(row: RowView, turn: Values, role: Any, key: str) -> bool:
     """What the switches of a message say, of an answer without any: yes."""
     said = {}
     for name, positive in SWITCHES.items():

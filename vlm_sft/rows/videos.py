@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..base.errors import row_error
-from ..base.names import VIDEO_TOKEN
+from ..base.names import VIDEO_TOKEN, ImageEntry
 from ..base.words import counted, kind, short
 from ..reading.image_refs import SIZES, TIME, sizes_of
 from ..reading.video import Film, Films
@@ -58,7 +58,7 @@ class Sampling(NamedTuple):
         return self.time.replace("{time}", f"{time:.1f}").replace("{clock}", clock)
 
 
-def video_entry(row: RowView, video: Any, key: str) -> dict[str, Any]:
+def video_entry(row: RowView, video: Any, key: str) -> ImageEntry:
     """What a row says of one video: `file` (a path, bytes or a list of pictures), and how it is to be shown.
 
     Raises:
@@ -76,7 +76,7 @@ def video_entry(row: RowView, video: Any, key: str) -> dict[str, Any]:
     found = None if given is None else video[given]
     if isinstance(found, Mapping):
         return video_entry(row, {**found, **{k: v for k, v in video.items() if k in (*_NUMBERS, *SIZES)}}, key)
-    entry: dict[str, Any] = {"file": found, "name": video.get("path")}
+    entry: ImageEntry = {"file": found, "name": video.get("path")}
     for name, ours in _NUMBERS.items():
         if (value := video.get(name)) is None:
             continue
@@ -120,8 +120,8 @@ def place_videos(row: RowView, example: Example) -> Example:
 
 
 def with_frames(
-    example: Example, resolve: Callable[..., dict[str, Any]], where: str, sampling: Sampling
-) -> tuple[list[Message], list[dict[str, Any]]]:
+    example: Example, resolve: Callable[..., ImageEntry], where: str, sampling: Sampling
+) -> tuple[list[Message], list[ImageEntry]]:
     """Messages in which every video is its frames, and all images as `resolve_image` gives them, in reading order.
 
     Args:
@@ -137,7 +137,7 @@ def with_frames(
     images = [resolve(image) for image in example.images]
     if all(part["type"] != "video" for message in example.messages for part in message["content"]):
         return example.messages, images
-    left, found = iter(images), list[dict[str, Any]]()
+    left, found = iter(images), list[ImageEntry]()
     place: dict[int, int] = {}  # number of an image among the row's own → among all
     messages = []
     for message in example.messages:
@@ -161,15 +161,15 @@ def with_frames(
 
 
 def frames_of(
-    entry: dict[str, Any], resolve: Callable[..., dict[str, Any]], where: str, sampling: Sampling
-) -> list[tuple[str, dict[str, Any]]]:
+    entry: ImageEntry, resolve: Callable[..., ImageEntry], where: str, sampling: Sampling
+) -> list[tuple[str, ImageEntry]]:
     """Each frame of a video that is shown: what stands before it, and the image; arguments as `with_frames`."""
     file = entry["file"]
     sizes = {name: entry[name] for name in SIZES if name in entry}
     if isinstance(file, list):
         pictures = [resolve(picture, noun="a frame") for picture in file]
         rate = entry.get("fps", FRAMES_A_SECOND)
-        most = entry.get("frames", entry.get("max_frames", sampling.max_frames))
+        most = entry.get("frames") or entry.get("max_frames", sampling.max_frames)
         return [(sampling.written(k / rate), {**pictures[k], **sizes}) for k in evenly(len(pictures), most)]
     if not sizes.keys() - {"min_pixels"} and sizes.get("min_pixels", 0) <= sampling.max_pixels:
         sizes["max_pixels"] = sampling.max_pixels

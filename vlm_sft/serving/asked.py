@@ -6,11 +6,12 @@ Keys that could change an answer and are not kept are refused; those that cannot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..base.errors import RowError, UserError
+from ..base.names import ImageEntry, Json, Options, Values
 from ..base.words import closest, kind, short
 from ..reading.json_text import parse_json
 from ..rows.messages import Message, Part, image_part, text_part
@@ -57,9 +58,9 @@ class Asked:
 
     model: str | None
     messages: list[Message]
-    images: list[dict[str, Any]]
+    images: list[ImageEntry]
     most: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     stop: list[str] = field(default_factory=list)
     seed: int | None = None
     likely: int | None = None
@@ -102,7 +103,7 @@ READ = {
 }
 
 
-def _check_keys(body: Mapping[str, Any]) -> None:
+def _check_keys(body: Values) -> None:
     known = READ | NOT_LOOKED_AT | set(WITHOUT)
     for key, value in body.items():
         if key not in known:
@@ -113,21 +114,21 @@ def _check_keys(body: Mapping[str, Any]) -> None:
             raise Refusal(f"{key} can only be {WITHOUT[key][0]!r} here: leave it out.", param=key)
 
 
-def _text(body: Mapping[str, Any], key: str) -> str | None:
+def _text(body: Values, key: str) -> str | None:
     value = body.get(key)
     if value is not None and not isinstance(value, str):
         raise Refusal(f"{key} is {kind(value)}: write a text.", param=key)
     return value
 
 
-def _switch(body: Mapping[str, Any], key: str) -> bool:
+def _switch(body: Values, key: str) -> bool:
     value = body.get(key)
     if value is not None and not isinstance(value, bool):
         raise Refusal(f"{key} is {kind(value)}: write true or false.", param=key)
     return bool(value)
 
 
-def _number(body: Mapping[str, Any], key: str, of: type, least: float, most: float) -> Any:
+def _number(body: Values, key: str, of: type, least: float, most: float) -> Any:
     value = body.get(key)
     if value is None:
         return None
@@ -141,7 +142,7 @@ def _number(body: Mapping[str, Any], key: str, of: type, least: float, most: flo
     return of(value)
 
 
-def _object(body: Mapping[str, Any], key: str, known: set[str]) -> dict[str, Any]:
+def _object(body: Values, key: str, known: set[str]) -> Json:
     value = body.get(key)
     if value is None:
         return {}
@@ -160,7 +161,7 @@ def _stops(given: Any) -> list[str]:
     return stops
 
 
-def _likely(body: Mapping[str, Any]) -> int | None:
+def _likely(body: Values) -> int | None:
     others = _number(body, "top_logprobs", int, 0, MOST_LIKELY)
     if not _switch(body, "logprobs"):
         if others is not None:
@@ -169,7 +170,7 @@ def _likely(body: Mapping[str, Any]) -> int | None:
     return others or 0
 
 
-def _messages(given: Any) -> tuple[list[Message], list[dict[str, Any]]]:
+def _messages(given: Any) -> tuple[list[Message], list[ImageEntry]]:
     if not isinstance(given, list) or not given:
         what = "is missing" if given is None else "is an empty list" if given == [] else f"is {kind(given)}"
         raise Refusal(f"messages {what}: write a list with at least one message.", param="messages")
@@ -200,14 +201,14 @@ def _messages(given: Any) -> tuple[list[Message], list[dict[str, Any]]]:
     return messages, images
 
 
-def _parts(content: Any, where: str) -> tuple[list[Part], list[dict[str, Any]]]:
+def _parts(content: Any, where: str) -> tuple[list[Part], list[ImageEntry]]:
     """The parts of a message, and its images."""
     if isinstance(content, str):
         return [text_part(_said(content, where))] if content else [], []
     if not isinstance(content, list):
         raise Refusal(f"{where} is {kind(content)}: write a text or a list of parts.", param=where)
     parts: list[Part] = []
-    images: list[dict[str, Any]] = []
+    images: list[ImageEntry] = []
     for number, part in enumerate(content):
         place = f"{where}[{number}]"
         if not isinstance(part, dict) or not isinstance(type_ := part.get("type"), str):
@@ -223,7 +224,7 @@ def _parts(content: Any, where: str) -> tuple[list[Part], list[dict[str, Any]]]:
     return parts, images
 
 
-def _image(given: Any, place: str) -> dict[str, Any]:
+def _image(given: Any, place: str) -> ImageEntry:
     if isinstance(given, str):
         given = {"url": given}
     if not isinstance(given, dict) or not isinstance(given.get("url"), str) or not given["url"]:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..base.errors import UserError
+from ..base.names import Options
 from ..batch.processor import VLMProcessor
 from ..bundle.hub import find_bundle
 from ..bundle.load import differs_in, load_beside, recipe_of
@@ -73,7 +73,7 @@ class Served:
     name: str
     base: Base
     processor: VLMProcessor
-    own: dict[str, Any]
+    own: Options
     adapter: str | None
     answers: GenerationConfig
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Served:
         return self.base.model
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Options:
         """Settings of a batch of answers: what each says for itself is left out, and there is one beam."""
         kept = {name: value for name, value in self.own.items() if name not in OF_ONE_ANSWER}
         return {**kept, "do_sample": False, "num_beams": 1}
@@ -125,7 +125,7 @@ class Served:
 
 def load_bundles(
     given: Sequence[str],
-    options: dict[str, Any],
+    options: Options,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Served]:
@@ -184,7 +184,7 @@ def _last(repository: str) -> str:
     return repository.partition("@")[0].rstrip("/").rpartition("/")[2]
 
 
-def _join(name: str, folder: Path, base: Base, options: dict[str, Any]) -> Served:
+def _join(name: str, folder: Path, base: Base, options: Options) -> Served:
     """A further bundle of a base."""
     manifest = read_manifest(folder)
     recipe = recipe_of(folder, manifest)

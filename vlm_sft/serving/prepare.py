@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..base.errors import UserError
 from ..base.limits import limits
+from ..base.names import ImageEntry, Options
 from ..base.words import closest, counted, short
 from ..batch.pictures import picture_size
 from ..inference.generation import PromptTooLongError, check_length, encode_question, position_limit
@@ -114,7 +114,7 @@ def prepare(served: Served, asked: Asked, rules: Rules, tell: Callable[[Piece | 
     return Writing(chat, row, most, served.processor, tell, stop, draw, asked.likely)
 
 
-def _drawn(served: Served, asked: Asked) -> dict[str, Any]:
+def _drawn(served: Served, asked: Asked) -> Options:
     """What is said about drawing: by the client over the bundle's recipe, as `vlm_sft.answer` understands it."""
     own = {name: value for name, value in served.own.items() if name in SAID}
     if not asked.options:
@@ -126,7 +126,7 @@ def _drawn(served: Served, asked: Asked) -> dict[str, Any]:
 SAID = ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
-def _image(entry: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
+def _image(entry: ImageEntry, rules: Rules) -> ImageEntry:
     """An image of a message → one of a row.
 
     Raises:

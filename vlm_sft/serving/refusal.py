@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..base.errors import UserError
+from ..base.names import Json
 
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -32,7 +31,7 @@ class Refusal(UserError):  # noqa: N818 - it is what a server says, not a fault 
         super().__init__(sentence)
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Json:
         """As OpenAI's clients read it."""
         kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}

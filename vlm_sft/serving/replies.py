@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
+from ..base.names import Json
 from .writing import UNREADABLE, Share
 
 LEAST = -9999.0  # the logarithm of what has no probability, as OpenAI writes it
@@ -23,30 +24,28 @@ class Reply:
     def __init__(self, model: str) -> None:
         self._same = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, text: str, reason: str, usage: dict[str, Any], shares: Iterable[Share] | None) -> dict[str, Any]:
+    def whole(self, text: str, reason: str, usage: Json, shares: Iterable[Share] | None) -> Json:
         """An answer at once."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": _likely(shares)}
         return {**self._same, "object": "chat.completion", "choices": [choice], "usage": usage}
 
-    def piece(
-        self, delta: dict[str, Any], reason: str | None = None, shares: Iterable[Share] | None = None
-    ) -> dict[str, Any]:
+    def piece(self, delta: Json, reason: str | None = None, shares: Iterable[Share] | None = None) -> Json:
         """An event of a stream: what is added, and at the end why it ends."""
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": _likely(shares)}
         return {**self._same, "object": "chat.completion.chunk", "choices": [choice]}
 
-    def counts(self, usage: dict[str, Any]) -> dict[str, Any]:
+    def counts(self, usage: Json) -> Json:
         """The last event of a stream whose counts were asked for."""
         return {**self._same, "object": "chat.completion.chunk", "choices": [], "usage": usage}
 
 
-def usage_of(prompt: int, written: int) -> dict[str, Any]:
+def usage_of(prompt: int, written: int) -> Json:
     """Tokens of the prompt, with those of its images, and of the answer without the one that ended it."""
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-def listed(name: str, began: int) -> dict[str, Any]:
+def listed(name: str, began: int) -> Json:
     """A bundle in the list of models."""
     return {"id": name, "object": "model", "created": began, "owned_by": "vlm_sft"}
 
@@ -64,14 +63,14 @@ def event(value: Any) -> bytes:
     return b"data: " + dumped(value) + b"\n\n"
 
 
-def _likely(shares: Iterable[Share] | None) -> dict[str, Any] | None:
+def _likely(shares: Iterable[Share] | None) -> Json | None:
     if shares is None:
         return None
     told = [{**_share(share), "top_logprobs": [_share(other) for other in share.others]} for share in shares]
     return {"content": told, "refusal": None}
 
 
-def _share(share: Share) -> dict[str, Any]:
+def _share(share: Share) -> Json:
     # A token that is a part of a character has no text, and JSON no minus infinity.
     data = None if UNREADABLE in share.text else list(share.text.encode())
     return {"token": share.text, "logprob": share.log if share.log > LEAST else LEAST, "bytes": data}

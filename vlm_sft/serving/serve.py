@@ -14,6 +14,7 @@ import uvicorn
 
 from ..base.console import make_console, say
 from ..base.errors import UserError
+from ..base.names import Options
 from ..base.words import reason_of
 from ..inference.settings import check_options
 from .access import VARIABLE, is_local, read_key
@@ -34,7 +35,7 @@ def serve(
     batch_size: int = 16,
     queue: int = 256,
     key_file: str | None = None,
-    options: dict[str, Any] | None = None,
+    options: Options | None = None,
     trust_remote_code: bool = False,
     patience: float = PATIENCE,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from ..base.errors import UserError
+from ..base.names import Row, Values
 from ..batch.encoding import EncodedChat
 from ..batch.pictures import Pictures
 from ..batch.processor import VLMProcessor
@@ -61,7 +62,7 @@ class Draw:
     seed: int | None = None
 
 
-def how_drawn(settings: Mapping[str, Any], seed: int | None) -> Draw:
+def how_drawn(settings: Values, seed: int | None) -> Draw:
     """Settings of `generate` that are about drawing → how tokens are chosen; as transformers orders them."""
     if settings.get("do_sample") is False or settings.get("temperature") == 0:
         return Draw()
@@ -101,7 +102,7 @@ class Writing:
     """
 
     chat: EncodedChat
-    row: dict[str, Any]
+    row: Row
     most: int
     processor: VLMProcessor
     tell: Callable[[Piece | End], None]

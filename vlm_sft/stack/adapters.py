@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
@@ -20,7 +20,7 @@ from torch import nn
 
 from ..base.errors import UserError, refused_by_library
 from ..base.limits import limits
-from ..base.names import ADAPTER, ADAPTER_CONFIG
+from ..base.names import ADAPTER, ADAPTER_CONFIG, Json
 from ..base.whole_files import read_bytes
 from ..base.words import one_line
 from ..model.freeze import is_quantised, part_of
@@ -79,7 +79,7 @@ def merge_adapter(folder: Path, model: nn.Module, source: str) -> None:
     merged_in(model).append(Merged(source, *(read_bytes(folder / name) for name in (ADAPTER_CONFIG, ADAPTER))))
 
 
-def merge_again(folder: Path, manifest: dict[str, Any], model: nn.Module) -> None:
+def merge_again(folder: Path, manifest: Json, model: nn.Module) -> None:
     """Merges the adapters on which a bundle stands.
 
     Args:
@@ -223,7 +223,7 @@ def fill_adapter(folder: Path, model: PeftModel, name: str = "default") -> None:
         fill(tensor, adapter[key])
 
 
-def check_keys(saved: dict[str, torch.Tensor], wanted: dict[str, Any], path: Path) -> None:
+def check_keys(saved: dict[str, torch.Tensor], wanted: Json, path: Path) -> None:
     """Compares names and shapes of tensors in a file with those a model needs.
 
     Raises:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..base.errors import UserError
+from ..base.names import Json
 from ..batch.processor import VLMProcessor
 from ..families.kind import VLM, Composed
 from ..model.freeze import FreezePlan, part_modules
@@ -41,7 +42,7 @@ class Stack:
     model: VLM
     processor: VLMProcessor
     plan: FreezePlan
-    pieces: dict[str, dict[str, Any]]
+    pieces: dict[str, Json]
 
 
 def build_stack(

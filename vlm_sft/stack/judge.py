@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
+
+from ..base.names import Json
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 FACTOR = {torch.float32: 128, torch.float16: 8, torch.bfloat16: 8}
@@ -35,7 +36,7 @@ ALONG = 0.01
 NEVER = -1e4  # a logit below this is the mark of a word that the model may not say
 
 
-def measure(wanted: torch.Tensor, found: torch.Tensor, without: torch.Tensor | None = None) -> dict[str, Any]:
+def measure(wanted: torch.Tensor, found: torch.Tensor, without: torch.Tensor | None = None) -> Json:
     """What `judge` needs to know of two models' logits.
 
     Args:
@@ -86,7 +87,7 @@ def measure(wanted: torch.Tensor, found: torch.Tensor, without: torch.Tensor | N
     return result
 
 
-def judge(measured: dict[str, Any], dtype: torch.dtype, layers: int, than: str = "the trainer's") -> dict[str, Any]:
+def judge(measured: Json, dtype: torch.dtype, layers: int, than: str = "the trainer's") -> Json:
     """Says whether what was measured is rounding; the rule is that of the module.
 
     Args:
@@ -116,7 +117,7 @@ def judge(measured: dict[str, Any], dtype: torch.dtype, layers: int, than: str =
     return result
 
 
-def _reasons(measured: dict[str, Any], tolerance: float, kind: torch.dtype) -> Iterator[str]:
+def _reasons(measured: Json, tolerance: float, kind: torch.dtype) -> Iterator[str]:
     """What is too large beside the largest difference."""
     if (rms := measured["rms_difference"]) > tolerance / 4:
         yield f"by {rms:.2g} in the root mean square (allowed {tolerance / 4:.2g})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..base.errors import UserError, refused_by_library
-from ..base.names import PROCESSOR_CONFIG, TEMPLATE
+from ..base.names import PROCESSOR_CONFIG, TEMPLATE, Json, Values
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor
 from ..families.build_family import FamilyKind
 from ..families.kind import Composed, Kind
@@ -42,7 +42,7 @@ class StackKind:
     base = "language_model"
     covers: tuple[str, ...] = ("language_model",)
     # The projector lies in the bundle, whatever it began with.
-    settled: Mapping[str, Any] = {"stack.projector.pretrained": None, "stack.projector.init": "default"}
+    settled: Values = {"stack.projector.pretrained": None, "stack.projector.init": "default"}
 
     def compose(self, recipe: Recipe) -> Composed:
         return compose_stack(recipe)
@@ -103,16 +103,16 @@ class StackKind:
             cast(getattr(model.model, part), dtypes[part])
         model.lm_head.to(dtypes["language_model"])
 
-    def with_base(self, recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    def with_base(self, recipe: Recipe, changes: Values) -> Recipe:
         # The checkpoint needs no code of others any more.
         changed = recipe.parts.language_model.model_copy(update={**changes, "trust_remote_code": False})
         return recipe.model_copy(update={"stack": recipe.parts.model_copy(update={"language_model": changed})})
 
-    def held(self, entries: Mapping[str, dict[str, Any]]) -> set[str]:
+    def held(self, entries: Mapping[str, Json]) -> set[str]:
         # The projector is in no piece, also where only LoRA is trained.
         return {"projector", *(part for part, entry in entries.items() if "init_from" in entry)}
 
-    def mark_taken(self, entries: dict[str, dict[str, Any]], parts: Collection[str], folder: str) -> None:
+    def mark_taken(self, entries: dict[str, Json], parts: Collection[str], folder: str) -> None:
         for part in set(parts) & set(entries):
             entries[part]["init_from"] = folder
 

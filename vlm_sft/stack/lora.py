@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..base.errors import UserError
+from ..base.names import Options
 from ..base.words import one_line
 from ..model.freeze import part_modules
 from ..recipe.libraries import OWN_LORA_KEYS, build_lora_config
@@ -133,7 +134,7 @@ def _saying_its_bits(model: nn.Module) -> Iterator[None]:
             delattr(model, name)
 
 
-def _refuse_what_is_not_lora(options: dict[str, Any]) -> None:
+def _refuse_what_is_not_lora(options: Options) -> None:
     """Only the freeze plan says what is trained beside LoRA: PEFT's own ways would be frozen again, without a word."""
     if options.get("bias", "none") != "none":
         raise UserError("lora.bias must be none: biases are trained with their part, by naming the part under `train`.")

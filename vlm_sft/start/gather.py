@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import RowError, UserError
+from ..base.names import Json, Values
 from ..base.whole_files import read_text
 from ..base.words import counted, reason_of
 from ..reading.files import read_file
@@ -37,7 +38,7 @@ class Given(NamedTuple):
     """A row as it is written: its place in words, its values, the side that its file belongs to by its name."""
 
     where: str
-    values: dict[str, Any]
+    values: Json
     side: str | None = None
 
 
@@ -75,7 +76,7 @@ class Pictures:
             for name in (picture.name, picture.stem):
                 self._names[name] = None if name in self._names else picture
 
-    def named(self, row: Mapping[str, Any], home: Path | None, image: str = "image") -> tuple[dict[str, Any], bool]:
+    def named(self, row: Values, home: Path | None, image: str = "image") -> tuple[Json, bool]:
         """A row that names its pictures from the root; and whether it held any itself.
 
         Args:
@@ -204,7 +205,7 @@ def _tables(folder: Folder, pictures: Pictures, found: Gathered, tick: Tick) -> 
         _add(found, path, read_file(path), path.parent, pictures, split_named_by(path, folder.root), tick)
 
 
-def _records(folder: Folder) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+def _records(folder: Folder) -> Iterator[tuple[str, Json | RowError]]:
     for picture, file in folder.records.items():
         try:
             record = json.loads(read_text(file))
@@ -223,7 +224,7 @@ def _records(folder: Folder) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
 def _add(
     found: Gathered,
     name: str | Path,
-    rows: Iterable[tuple[str, dict[str, Any] | RowError]],
+    rows: Iterable[tuple[str, Json | RowError]],
     home: Path | None,
     pictures: Pictures,
     side: str | None,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import RowError, UserError
+from ..base.names import Json, Values
 from ..reading.image_kinds import kind_of
 from ..rows.formats import examples_of
 from .folder import PICTURES
@@ -44,7 +45,7 @@ class Guess(NamedTuple):
     labels: bool = False
 
 
-def guess(rows: Sequence[Mapping[str, Any]]) -> Guess | None:
+def guess(rows: Sequence[Values]) -> Guess | None:
     """What rows mean; None where most can be read as nothing that is known.
 
     Args:
@@ -68,14 +69,14 @@ def guess(rows: Sequence[Mapping[str, Any]]) -> Guess | None:
     return None
 
 
-def _reads(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> bool:
+def _reads(row: Values, name: str, columns: Mapping[str, str]) -> bool:
     try:
         return bool(list(examples_of(row, name, where="", columns=columns, languages=False)))
     except RowError:
         return False
 
 
-def _columns(rows: Sequence[Mapping[str, Any]], *wanted: str) -> dict[str, str] | None:
+def _columns(rows: Sequence[Values], *wanted: str) -> dict[str, str] | None:
     """Ours → theirs for a picture's column and others by their names; None where one is missing."""
     there = {key: key.strip().lower() for row in rows for key in row}
     picture = _picture_column(rows, there)
@@ -97,7 +98,7 @@ def _columns(rows: Sequence[Mapping[str, Any]], *wanted: str) -> dict[str, str] 
     return found
 
 
-def _only_text(rows: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+def _only_text(rows: Sequence[Values]) -> dict[str, str] | None:
     """Where a picture's column has one column of text beside it, that is what is learned."""
     there = {key: key.strip().lower() for row in rows for key in row}
     picture = _picture_column(rows, there)
@@ -107,7 +108,7 @@ def _only_text(rows: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
     return {**({} if picture in ("image", "images") else {"image": picture}), "caption": texts[0]}
 
 
-def _picture_column(rows: Sequence[Mapping[str, Any]], there: Mapping[str, str]) -> str | None:
+def _picture_column(rows: Sequence[Values], there: Mapping[str, str]) -> str | None:
     likely = [key for name in NAMES["image"] for key, said in there.items() if said == name]
     shown = [key for key in there if sum(_is_picture(row.get(key)) for row in rows) * 2 > len(rows)]
     return next((key for key in likely if key in shown), None) or next(iter(shown), None) or next(
@@ -128,7 +129,7 @@ def _is_picture(value: Any) -> bool:
     )
 
 
-def _holds_text(rows: Iterable[Mapping[str, Any]], key: str) -> bool:
+def _holds_text(rows: Iterable[Values], key: str) -> bool:
     values = [row[key] for row in rows if row.get(key) not in (None, "", [])]
     texts = [value for value in values if isinstance(value, str | list | int) and not isinstance(value, bool)]
     return bool(values) and len(texts) == len(values)
@@ -143,7 +144,7 @@ def _are_classes(values: Sequence[Any], name: str) -> bool:
     return len(set(texts)) > 1 and len(set(texts)) <= max(2, len(texts) * FEW_CLASSES) and (called_so or len(texts) > 9)
 
 
-def why_not(rows: Sequence[Mapping[str, Any]]) -> str | None:
+def why_not(rows: Sequence[Values]) -> str | None:
     """Why rows are not learned although they could be read, or None.
 
     A table without a header has its first row for one, and texts without a letter are most often boxes.
@@ -180,5 +181,5 @@ def published_kind(document: Any) -> str | None:
     return "gqa" if isinstance(entry, dict) and {"question", "imageId", "answer"} <= entry.keys() else None
 
 
-def _first_of(entries: Any) -> dict[str, Any]:
+def _first_of(entries: Any) -> Json:
     return entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}

@@ -8,10 +8,11 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base.console import make_console, say
 from ..base.errors import UserError
+from ..base.names import Json
 from ..base.progress import RowProgress, waiting
 from ..base.whole_files import write_whole, written_beside
 from ..base.words import counted, gib, reason_of
@@ -58,7 +59,7 @@ def init(
     images: str | None = None,
     ask: bool = True,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Json:
     """Writes a recipe for what lies in a folder, and the rows of its three sides beside it.
 
     Nothing in the folder is touched, and nothing that is there is overwritten.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..base.names import Values
 from ..base.whole_files import check_regular, read_text
 from ..reading.locations import is_hub_id
 
@@ -41,7 +41,7 @@ def label_names(source: str | Path) -> Names:
     }
 
 
-def with_names(row: Mapping[str, Any], names: Names) -> Mapping[str, Any]:
+def with_names(row: Values, names: Names) -> Values:
     """A row with the names of its classes in place of their numbers."""
 
     def named(key: str, value: Any) -> Any:

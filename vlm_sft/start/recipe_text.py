@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ..base.names import Options
 from ..base.words import gib
 from ..rows.formats import FORMATS
 from .models import Plan
@@ -58,7 +59,7 @@ class Part(NamedTuple):
     """
 
     side: str
-    settings: dict[str, Any]
+    settings: Options
 
 
 class Draft(NamedTuple):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import RowError, UserError
+from ..base.names import Json, Options
 from ..base.words import CHINESE, OTHER, counted
 from ..data.source import rows_with_language
 from ..recipe.sections import Source
@@ -109,8 +110,8 @@ def _source(kind: Kind, path: str, root: Path | None) -> Source:
     return Source(path=path, format=kind.meant.format, **_places(kind, root))  # type: ignore[arg-type]
 
 
-def _places(kind: Kind, root: Path | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"columns": dict(kind.meant.columns)} if kind.meant.columns else {}
+def _places(kind: Kind, root: Path | None) -> Json:
+    found: Json = {"columns": dict(kind.meant.columns)} if kind.meant.columns else {}
     if root is not None:
         found |= {"image_folders": [str(root)]} if kind.held else {"images": str(root)}
     return found
@@ -142,7 +143,7 @@ def write_sides(
             name = f"{side}{own}.jsonl"
             with (stage / name).open("w", encoding="utf-8") as opened:
                 opened.writelines(_line(row.values) for row in rows)
-            settings: dict[str, Any] = {"path": f"{folder}/{name}", "format": kind.meant.format, **_places(kind, root)}
+            settings: Options = {"path": f"{folder}/{name}", "format": kind.meant.format, **_places(kind, root)}
             if kind.meant.format == "caption":
                 mixed = bool(kind.languages) and kind.languages <= {CHINESE, OTHER}
                 settings["prompts"] = prompts_of(learn, language, kind.labels, mixed)
@@ -150,5 +151,5 @@ def write_sides(
     return parts
 
 
-def _line(values: dict[str, Any]) -> str:
+def _line(values: Json) -> str:
     return json.dumps(values, ensure_ascii=False, default=str) + "\n"

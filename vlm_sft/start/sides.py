@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..base.errors import UserError
+from ..base.names import ImageEntry
 from ..data.image_files import digest_of
 from ..data.looks import read_looks
 from ..data.near_images import near_pairs, pairs_within
@@ -37,7 +38,7 @@ class Shown(NamedTuple):
         where: Its place in words.
     """
 
-    images: Sequence[Mapping[str, Any]]
+    images: Sequence[ImageEntry]
     said: str
     label: str = ""
     side: str | None = None
@@ -97,7 +98,7 @@ def share_out(rows: Sequence[Shown], seed: int = 0, tick: Tick = lambda doing, d
         UserError: There are fewer than three groups that share nothing.
     """
     numbers: dict[bytes, int] = {}
-    entries: list[tuple[Mapping[str, Any], str]] = []
+    entries: list[tuple[ImageEntry, str]] = []
     users: list[list[int]] = []
     for row in rows:
         mine = []

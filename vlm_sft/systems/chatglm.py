@@ -27,6 +27,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..base.names import Options
 from .chatglm_layers import ChatGLMAttention, ChatGLMBlock, ChatGLMConfig, rotations
 
 
@@ -182,9 +183,7 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         """Replaces the head."""
         self.lm_head = new_embeddings
 
-    def _prepare_position_ids_for_generation(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
-    ) -> torch.Tensor:
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: Options) -> torch.Tensor:
         """Of ids; without them, forward says that positions are needed."""
         if inputs_tensor.dim() != 2:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..base.names import Json
 from .cross_layers import CrossLayer, added
 
 
@@ -30,7 +31,7 @@ class VLEConfig(PreTrainedConfig):
     """
 
     model_type = "vle"
-    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}
+    sub_configs: ClassVar[Json] = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}
 
     text_config: Any = None  # as a mapping in a file, a configuration from then on; so is the next
     vision_config: Any = None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from ..base.assets import list_templates
 from ..base.errors import UserError
+from ..rows.messages import Message
 from .render import render
 
 _QUESTION, _ANSWER, _IMAGE = "\ue000", "\ue001", "\ue002"  # private-use characters: no template prints them
@@ -27,7 +27,7 @@ def literals(template: str) -> list[str]:
         template: A name in `chat_templates/`, a path, or jinja source.
     """
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}
-    turns: list[dict[str, Any]] = [user, {"role": "assistant", "content": _ANSWER}] * 2
+    turns: list[Message] = [user, {"role": "assistant", "content": _ANSWER}] * 2
     try:
         chat = render(turns, template, eos_token="", image_token=_IMAGE)
     except UserError:  # it wants a system text, or takes one turn alone

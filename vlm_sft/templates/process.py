@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from ..base.assets import list_templates, template_path
 from ..base.errors import UserError
 from ..base.limits import limits
+from ..base.names import Json
 from ..base.whole_files import read_text
 from .sandbox import RefusedError
 from .serve import WORK, as_json
@@ -57,7 +58,7 @@ class _Later(BaseException):  # which no `except Exception` on its way takes
 
 
 _COLLECTS: ContextVar[bool] = ContextVar("collects", default=False)
-_ANSWERS: dict[_Question, dict[str, Any]] = {}
+_ANSWERS: dict[_Question, Json] = {}
 
 
 def ask(work: str, source: str, label: str, /, **variables: Any) -> Any:
@@ -195,7 +196,7 @@ class _Child:
             ) from None
         self.sent: set[str] = set()
 
-    def ask(self, questions: Sequence[_Question]) -> list[dict[str, Any]] | None:
+    def ask(self, questions: Sequence[_Question]) -> list[Json] | None:
         """The answers to questions about one template; None where they take more than they may, and it has ended.
 
         Whatever interrupts it ends the process too, whose answer nobody would read.
@@ -215,7 +216,7 @@ class _Child:
             self.end()
         return answers
 
-    def _answers(self, line: bytes) -> list[dict[str, Any]] | None:
+    def _answers(self, line: bytes) -> list[Json] | None:
         """See `ask`; also None where the process says too much."""
         assert self.process.stdin is not None and self.process.stdout is not None
         left = memoryview(line)
@@ -237,7 +238,7 @@ class _Child:
             if not piece or size > LARGEST_ANSWER:
                 return None
             pieces.append(piece)
-        found: list[dict[str, Any]] = json.loads(b"".join(pieces))
+        found: list[Json] = json.loads(b"".join(pieces))
         return found
 
     def _is_too_large(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..base.assets import template_path
 from ..base.errors import UserError
-from ..base.names import IMAGE_TOKEN
+from ..base.names import IMAGE_TOKEN, Values
 from ..base.whole_files import read_text
 from ..rows.messages import Message, normalise_messages
 from .process import ask
@@ -52,7 +52,7 @@ class RenderedChat:
 
 
 def render(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Values],
     template: str | Path,
     add_generation_prompt: bool = False,
     *,
@@ -154,7 +154,7 @@ def _without_unlearned(
 
 
 def render_chat(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Values],
     template: str | Path,
     add_generation_prompt: bool = False,
     *,

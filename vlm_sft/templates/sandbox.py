@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -21,6 +20,7 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from ..base.errors import UserError
+from ..base.names import Values
 from ..base.words import reason_of
 
 MARKS = "generation_marks"  # render variable that carries the two border characters to the extension
@@ -105,7 +105,7 @@ def check_prompt(source: str, where: str) -> None:
         raise UserError(f"{where}: the prompt is no jinja: {reason_of(error)}.") from error
 
 
-def fill_prompt(source: str, where: str, values: Mapping[str, Any]) -> str:
+def fill_prompt(source: str, where: str, values: Values) -> str:
     """The prompt of a benchmark with the columns of a row in it; a name that is not among them is an error.
 
     Raises:

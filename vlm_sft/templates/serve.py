@@ -12,12 +12,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..base.errors import UserError
 from ..base.limits import limits
+from ..base.names import Json, Values
 from .sandbox import (
     RefusedError,
     check_prompt,
@@ -28,7 +29,7 @@ from .sandbox import (
     words_of,
 )
 
-WORK: dict[str, Callable[[str, str, Mapping[str, Any]], Any]] = {
+WORK: dict[str, Callable[[str, str, Values], Any]] = {
     "render": lambda source, label, given: run_template(compile_template(source, label), label, **given),
     "prompt": fill_prompt,
     "check_prompt": lambda source, label, given: check_prompt(source, label),
@@ -77,7 +78,7 @@ def _limit(kind: int, most: int) -> None:
         resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
-def _answered(work: str, source: str, label: str, given: Mapping[str, Any]) -> dict[str, Any] | None:
+def _answered(work: str, source: str, label: str, given: Values) -> Json | None:
     try:
         return {"found": WORK[work](source, label, given)}
     except MemoryError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import UserError
+from ..rows.messages import Message
 from .process import ask
 from .render import RenderedChat, render, resolve
 from .sandbox import HOW_TO_MARK, RefusedError
@@ -79,7 +79,7 @@ def learns_last_alone(template: str | Path) -> bool:
         return False
 
 
-def _probe() -> list[dict[str, Any]]:
+def _probe() -> list[Message]:
     question = [{"type": "image"}, {"type": "text", "text": "question"}]
     return [{"role": "user", "content": question}, {"role": "assistant", "content": "answer"}]
 

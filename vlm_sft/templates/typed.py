@@ -8,6 +8,8 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
+from ..base.names import Values
+
 LOCATION = re.compile(r"<loc\d+>|<patch_index_\d+>")
 """Tokens that say where something is. An answer may be typed with them; in a question, boxes alone make them."""
 
@@ -39,7 +41,7 @@ def mark_typed(value: Any, control: tuple[str, ...], mark: str, locations: bool 
     return [{"type": "text", "text": next(texts)} if part["type"] == "text" else part for part in value]
 
 
-def _marked(parts: Sequence[Mapping[str, Any]], control: tuple[str, ...], mark: str, locations: bool) -> list[str]:
+def _marked(parts: Sequence[Values], control: tuple[str, ...], mark: str, locations: bool) -> list[str]:
     texts = [part["text"] for part in parts]
     whole = "".join(texts)
     patterns = (_any_of(control), *([LOCATION] if locations else []))

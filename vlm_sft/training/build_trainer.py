@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import set_seed
 
 from ..base.errors import UserError
-from ..base.names import ADAPTER, INSTRUCTION
+from ..base.names import ADAPTER, INSTRUCTION, Json
 from ..batch.collator import MultimodalCollator
 from ..bundle.handover import hand_over
 from ..bundle.manifest import Provenance, read_manifest, stages_so_far
@@ -167,7 +167,7 @@ def use_liger_kernels(model: PreTrainedModel, args: SFTConfig, say: Callable[[st
     apply_liger_kernel(inner, {**(args.liger_kernel_config or {}), **own})
 
 
-def _take_over(recipe: Recipe, stack: Stack, begun: str | None, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _take_over(recipe: Recipe, stack: Stack, begun: str | None, say: Callable[[str], None]) -> list[Json]:
     """Puts what the earlier stage trained into the stack, from its bundle or from a checkpoint of this run.
 
     Returns:

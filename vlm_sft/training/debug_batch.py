@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -12,7 +11,7 @@ from torch import nn
 
 from ..base.console import make_console
 from ..base.errors import UserError
-from ..base.names import IGNORED
+from ..base.names import IGNORED, Json, Row
 from ..batch.collator import MultimodalCollator
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
@@ -49,7 +48,7 @@ def run(folder: str, step: int | None = None, checkpoint: str | None = None, tru
     console.print(table)
 
 
-def find_record(folder: Path, step: int | None) -> dict[str, Any]:
+def find_record(folder: Path, step: int | None) -> Json:
     """The record of a step in `watch.jsonl`, or the last one."""
     path = find_records(folder)
     records = [record for record in read_lines(path) if _is_whole(record)]
@@ -60,7 +59,7 @@ def find_record(folder: Path, step: int | None) -> dict[str, Any]:
     return found[-1]
 
 
-def _is_whole(record: dict[str, Any]) -> bool:
+def _is_whole(record: Json) -> bool:
     """Whether a line of `watch.jsonl` holds all that is looked at."""
     rows = record.get("rows")
     named = isinstance(rows, list) and all(
@@ -79,10 +78,10 @@ def checkpoint_before(folder: Path, step: int) -> Path:
     )
 
 
-def find_rows(recipe: Recipe, ids: list[str]) -> list[dict[str, Any]]:
+def find_rows(recipe: Recipe, ids: list[str]) -> list[Row]:
     """The training rows with these ids, read anew from the recipe's sources, in this order."""
     seed = recipe.sft.get("data_seed") or recipe.sft.get("seed", 42)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Row] = {}
     for source in recipe.data.train:  # unmixed: which rows a mixture draws depends on the rows that were rejected
         rows = load_source(source, seed=seed, reject=lambda error: None)
         places = {name: place for place, name in enumerate(rows["id"])}
@@ -92,7 +91,7 @@ def find_rows(recipe: Recipe, ids: list[str]) -> list[dict[str, Any]]:
     return [found[name] for name in ids]
 
 
-def examine(model: nn.Module, collator: MultimodalCollator, row: dict[str, Any]) -> tuple[str, ...]:
+def examine(model: nn.Module, collator: MultimodalCollator, row: Row) -> tuple[str, ...]:
     """One row of the table: what comes out when the row goes through the model alone."""
     try:
         batch = collator([row])

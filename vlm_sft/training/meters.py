@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ..base.console import make_console
+from ..base.names import Inputs, Json
 from ..batch.collator import REJECTED, SEEN
 from ..batch.counts import LABEL_POSITIONS, owners_of, rows_and_tokens
 from ..batch.image_swap import with_other_images
@@ -48,7 +49,7 @@ class Meters:
         for name, number in numbers.items():
             sums[name] = sums[name] + number if name in sums else number
 
-    def add_batch(self, mode: Mode, inputs: dict[str, Any], hits: torch.Tensor) -> None:
+    def add_batch(self, mode: Mode, inputs: Inputs, hits: torch.Tensor) -> None:
         """Adds what the forward pass of a batch says of it.
 
         Args:
@@ -70,9 +71,7 @@ class Meters:
         self.add("train", step_seconds=time.perf_counter() - self._fetched)
 
     @torch.no_grad()
-    def add_image_use(
-        self, model: nn.Module, inputs: dict[str, Any], own: torch.Tensor, processor: VLMProcessor
-    ) -> None:
+    def add_image_use(self, model: nn.Module, inputs: Inputs, own: torch.Tensor, processor: VLMProcessor) -> None:
         """Adds the losses of the rows whose images could all be exchanged, with own and with other images.
 
         Args:
@@ -108,7 +107,7 @@ class Meters:
         read = torch.stack([exact(tensor) for tensor in on_device.values()]).tolist() if on_device else []
         return {**dict.fromkeys(COUNTERS, 0.0), **self.sums[mode], **dict(zip(on_device, read, strict=True))}
 
-    def enter(self, logs: dict[str, float], mode: Mode, groups: list[dict[str, Any]]) -> None:
+    def enter(self, logs: dict[str, float], mode: Mode, groups: list[Json]) -> None:
         """Writes the metrics of all processes into a log, and starts anew.
 
         Args:
@@ -155,13 +154,13 @@ class RowsMet:
         self.rejected: list[tuple[str, str, str, str]] = []
         self.seen: Counter[str] = Counter()
 
-    def take(self, batch: dict[str, Any], seen: bool = True) -> None:
+    def take(self, batch: Inputs, seen: bool = True) -> None:
         """Takes out of a batch what it says; `seen` false forgets how many there were."""
         self.rejected += batch.pop(REJECTED, [])
         counts = batch.pop(SEEN, {})
         self.seen.update(counts if seen else {})
 
-    def enter(self, mode: Mode, ledger: Ledger, notes: dict[str, Any]) -> None:
+    def enter(self, mode: Mode, ledger: Ledger, notes: Json) -> None:
         """Enters what all processes met since the last time; too many rows left out stop all of them alike.
 
         Args:

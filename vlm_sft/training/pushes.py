@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..base.errors import UserError, without_tokens
 from ..base.hub import TRIES
+from ..base.names import Options
 from ..bundle.hub import push_bundle
 
 # How long a stopped run waits for the Hub: launchers and schedulers give it thirty seconds, and it has saved in them.
@@ -44,7 +45,7 @@ class PushCallback(TrainerCallback):
         message: str | None = None,
     ) -> None:
         self.repo_id, self.say, self.every_save = repo_id, say, every_save
-        self.options: dict[str, Any] = {"private": private, "revision": revision}
+        self.options: Options = {"private": private, "revision": revision}
         self.message = message
         self._running: Future[str] | None = None
         self._folder: Path | None = None  # what it pushes

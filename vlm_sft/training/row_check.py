@@ -14,6 +14,7 @@ import numpy as np
 
 from ..base.errors import RowError, UserError
 from ..base.interrupts import workers_end_with_errors
+from ..base.names import Json, Row
 from ..base.words import counted
 from ..batch.encoding import rendered_ahead
 from ..batch.pictures import is_odd
@@ -150,7 +151,7 @@ def _with_few_sentences(rejected: Iterable[Rejected]) -> list[Rejected]:
     return kept
 
 
-def summary(parts: Sequence[Findings], rows: int) -> dict[str, Any]:
+def summary(parts: Sequence[Findings], rows: int) -> Json:
     """What `bundle.json` says about the rows of a set.
 
     Returns:
@@ -175,7 +176,7 @@ def summary(parts: Sequence[Findings], rows: int) -> dict[str, Any]:
     }
 
 
-def describe_rows(counts: dict[str, Any]) -> str:
+def describe_rows(counts: Json) -> str:
     """One sentence on the rows of a set."""
     rows = counted(counts["read"] if counts["rows"] is None else counts["rows"], "row")
     if counts["measured"] < counts["read"]:
@@ -220,10 +221,10 @@ class _Picked:
     def __len__(self) -> int:
         return len(self.picked)
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Any], bool]:
+    def __getitem__(self, index: int) -> tuple[int, Row, bool]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, dict[str, Any], bool]]:
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, Row, bool]]:
         numbers = self.picked[indices].tolist()
         rows = self.rows.__getitems__(numbers)
         return [(number, row, number in self.decoded) for number, row in zip(numbers, rows, strict=True)]
@@ -299,9 +300,7 @@ def _measured(
     return done
 
 
-def _measure(
-    collator: MultimodalCollator, rows: Sequence[tuple[int, dict[str, Any], bool]]
-) -> list[_Measured | UserError]:
+def _measure(collator: MultimodalCollator, rows: Sequence[tuple[int, Row, bool]]) -> list[_Measured | UserError]:
     """Measures rows up to the first one with an error that is not its own.
 
     That is returned, because a `DataLoader` puts the worker's traceback into what it raises.

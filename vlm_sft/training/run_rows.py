@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..base.errors import UserError
-from ..base.names import GROUPED
+from ..base.names import GROUPED, Json
 from ..base.processes import cores_for_each, one_process_first, share_work
 from ..base.words import counted
 from ..data.ledger import Ledger, ledger_table
@@ -42,7 +42,7 @@ class RunRows(NamedTuple):
 
     train: Dataset | IterableDataset
     eval: Dataset | None
-    notes: dict[str, Any]
+    notes: Json
     lengths: list[int] | None = None
     eval_lengths: list[int] | None = None
 
@@ -120,7 +120,7 @@ def _load_stream(
     *,
     seed: int,
     shards: int,
-) -> tuple[IterableDataset, dict[str, Any]]:
+) -> tuple[IterableDataset, Json]:
     """Looks over the first rows of each source, into a ledger of their own; the others are met while training."""
     from ..data.dataset import read_source
     from ..data.ledger import SourceLedger
@@ -165,7 +165,7 @@ def _load_set(
     room: int | None,
     languages: dict[str, float] | None = None,
     seed: int,
-) -> tuple[Dataset, dict[str, Any], list[int] | None]:
+) -> tuple[Dataset, Json, list[int] | None]:
     """Reads, looks over and mixes the sources of a set; a rejected row is left out before the mixture is drawn.
 
     Returns:

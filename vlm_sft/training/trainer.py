@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..base.errors import UserError
 from ..base.interrupts import Interrupts, workers_end_with_errors
+from ..base.names import Inputs, Json
 from ..batch.by_length import GroupsByLength
 from ..bundle.load import load_trained
 from ..bundle.manifest import Provenance, held_parts
@@ -205,7 +206,7 @@ class VLMSFTTrainer(GroupsByLength, UsesPrefix, SFTTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Inputs,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
@@ -228,7 +229,7 @@ class VLMSFTTrainer(GroupsByLength, UsesPrefix, SFTTrainer):
         return norm
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """Evaluation loss of a batch and, where it has images, the loss with images of other samples."""
         self.rows_met.take(inputs, seen=False)
@@ -262,7 +263,7 @@ class VLMSFTTrainer(GroupsByLength, UsesPrefix, SFTTrainer):
 
     # -- what transformers does not save ----------------------------------------------------------------------------
 
-    def counters(self) -> dict[str, Any]:
+    def counters(self) -> Json:
         """What this process adds up between logs, and the rows that it has met, as JSON can hold it."""
         return {
             "loss": self._tr_loss.item(),
@@ -275,7 +276,7 @@ class VLMSFTTrainer(GroupsByLength, UsesPrefix, SFTTrainer):
             "ledger": {name: ledger.as_dict() for name, ledger in self.ledgers.items()},
         }
 
-    def set_counters(self, saved: dict[str, Any]) -> None:
+    def set_counters(self, saved: Json) -> None:
         """Puts back what `counters` gave."""
         self._tr_loss += saved["loss"]
         self._total_loss_scalar = saved["logged_loss"]

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from ..base.console import tell
 from ..base.errors import UserError
 from ..base.interrupts import SIGNALS, shield_worker
-from ..base.names import STRANGE_STEPS
+from ..base.names import STRANGE_STEPS, Inputs, Row
 from ..base.whole_files import read_text
 from ..base.words import reason_of
 from ..batch.by_length import numbered
@@ -38,8 +38,8 @@ from ..model.towers import fails_on_pictures
 if TYPE_CHECKING:
     from .trainer import VLMSFTTrainer
 
-Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
-Counts = Callable[[dict[str, Any]], dict[str, Any]]
+Collator = Callable[[Sequence[Row]], Inputs]
+Counts = Callable[[Inputs], Inputs]
 ROW_IDS = "row_ids"
 RECENT, ENOUGH = 50, 20  # steps that a jump is measured against, and how many there must be
 LEAST_SPREAD = 0.01  # in nats a token: below it, losses of a model that knows its rows go up and down tenfold
@@ -58,7 +58,7 @@ class WatchedCollator:
         self.collator, self.notes, self.counts = collator, notes, counts
         self._shielded = False
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row]) -> Inputs:
         """The collator's batch, what the host can count of it and, under `row_ids`, the ids of its rows.
 
         Raises:
@@ -80,7 +80,7 @@ class WatchedCollator:
         known = self.counts(batch) if self.counts else {}
         return {**known, **batch, ROW_IDS: [str(row["id"]) for _, row in numbered(rows)]}
 
-    def _culprit(self, rows: Sequence[dict[str, Any]]) -> str:
+    def _culprit(self, rows: Sequence[Row]) -> str:
         """The row that fails by itself, or all where only the batch does."""
         for _, row in numbered(rows):
             try:
@@ -90,7 +90,7 @@ class WatchedCollator:
         return describe(rows)
 
 
-def describe(rows: Sequence[dict[str, Any]]) -> str:
+def describe(rows: Sequence[Row]) -> str:
     """`row a/1 (cat.jpg), row a/2`."""
     words = []
     for _, row in numbered(rows):
@@ -160,7 +160,7 @@ class Watch(TrainerCallback):
         self._step.append((self.coming.popleft() if self.coming else [], loss.detach()))
 
     @contextmanager
-    def naming(self, inputs: dict[str, Any]) -> Iterator[None]:
+    def naming(self, inputs: Inputs) -> Iterator[None]:
         """Names the rows of a batch that the model fails on.
 
         Raises:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.names import Json, Record
 from ..base.words import duration
 from ..pages.layout import render
 from .charts import COLOURS, Line, Panel, draw
@@ -114,7 +115,7 @@ def _lines(runs: Sequence[Run], keys: Sequence[tuple[str, str]]) -> list[Line]:
 
 def asked_of(run: Run) -> list[Asked]:
     """The rows of a run's samples, each with its answers in order."""
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[Record]] = {}
     for record in run.samples:
         rows.setdefault(str(record.get("id")), []).append(record)
     found = []
@@ -131,7 +132,7 @@ def asked_of(run: Run) -> list[Asked]:
     return found
 
 
-def _spread(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+def _spread(records: list[Json], most: int) -> list[Json]:
     """The first, the last, and some between them."""
     if len(records) <= most:
         return records
@@ -157,7 +158,7 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
     return [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in given if value]
 
 
-def parts_of(run: Run) -> list[dict[str, Any]]:
+def parts_of(run: Run) -> list[Json]:
     """What is made of each part, as `run.json` says; nothing where a part lacks something."""
     found = run.facts.get("parts")
     parts = [_object(part) for part in found] if isinstance(found, list) else []
@@ -183,7 +184,7 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _object(value: object) -> dict[str, Any]:
+def _object(value: object) -> Json:
     return value if isinstance(value, dict) else {}
 
 

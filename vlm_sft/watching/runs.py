@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
-from ..base.names import HISTORY, MANIFEST, METRICS, RUN_FACTS, RUN_LOCK, SAMPLES, STRANGE_STEPS
+from ..base.names import HISTORY, MANIFEST, METRICS, RUN_FACTS, RUN_LOCK, SAMPLES, STRANGE_STEPS, Json, Record
 from ..bundle.run_folder import checkpoints, is_step, read_lines, read_object, read_value, step_of, with_steps
 
 STATE_FILE = "trainer_state.json"  # of a checkpoint, by transformers
@@ -34,10 +34,10 @@ class Run:
 
     name: str
     folder: Path
-    history: list[dict[str, Any]]
-    facts: dict[str, Any] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    strange: list[dict[str, Any]] = field(default_factory=list)
+    history: list[Json]
+    facts: Json = field(default_factory=dict)
+    samples: list[Record] = field(default_factory=list)
+    strange: list[Json] = field(default_factory=list)
     state: str = "stopped"
     age: float = 0.0
 
@@ -123,7 +123,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     return runs
 
 
-def _old_history(folder: Path) -> list[dict[str, Any]]:
+def _old_history(folder: Path) -> list[Json]:
     """Of a run of an earlier version: its metrics, or the log of its newest checkpoint."""
     found = read_value(folder / METRICS)
     newest = max(checkpoints(folder), key=step_of, default=None)
