@@ -125,6 +125,28 @@ def test_secrets_of_any_name_and_form_are_not_shown(monkeypatch: pytest.MonkeyPa
     assert sentence_of(UserError(said)) == "cannot connect to … with … and …"
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["AIza" + "a1B2_" * 7, "npm_" + "a1B2c3" * 6, "gsk_" + "a1B2" * 12, "r8_" + "a1B2" * 10, "dop_v1_" + "a1b2" * 16,
+     "rk_live_" + "a1B2" * 6, "github_pat_" + "a1B2_" * 8, "glpat-" + "a1B2c3d4e5" * 2, "ghp_" + "a1B2" * 9],
+)  # fmt: skip
+def test_keys_of_services_are_not_shown(key: str) -> None:
+    assert key not in sentence_of(UserError(f"the system says {key} there"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("AWS_SECRET_ACCESS_KEY", "/bPxRfiCYabcdefghij0123456789/+猫"), ("SSHPASS", "hunter2hunter2"),
+     ("MASTERKEY", "abcdefgh-1234"), ("CI_JOB_JWT", "zzzz-yyyy-xxxx"), ("CI_JOB_JWT_V2", "zzzz-yyyy-xxxx"),
+     ("SLACK_WEBHOOK", "https://example.com/T0/B0"), ("MY_BEARER", "bear-1234-bear"),
+     ("PASSWORD_SALT", "salty-salt-99"),
+     ("HASH_SALT", "salty-salt-99"), ("VLM_SFT_API_KEY", "/slash/key-1234")],
+)  # fmt: skip
+def test_secrets_under_unusual_names_are_not_shown(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert sentence_of(UserError(f"it says {value} there")) == "it says … there"
+
+
 def test_what_is_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fingerprints, commits, folders and the places of sockets and files."""
     for name, value in (

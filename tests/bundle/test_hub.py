@@ -11,12 +11,15 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub.utils import disable_progress_bars
+from safetensors.torch import save_file
 
 from support.hub_server import TOKEN, HubServer
 from support.paths import ROOT
 from vlm_sft.base.errors import UserError
+from vlm_sft.bundle.card import without_folders
 from vlm_sft.bundle.hub import check_access, find_bundle, is_fetched, push_bundle, refuse_tokens, staged
 
 SHARE = """
@@ -289,6 +292,38 @@ def test_no_key_of_any_service_is_pushed(here, folder, monkeypatch, secret, name
             push_bundle(folder, "me/mine")
         assert secret not in str(caught.value)
     assert here.requests == []
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "vocab.bpe", "x.tiktoken", "tokenizer_secret", "trained.safetensors"]
+)
+def test_what_is_no_text_is_searched_for_the_values_of_secrets(folder, monkeypatch, name):
+    monkeypatch.setenv("SSHPASS", "hunter2-hunter2")
+    if name.endswith(".safetensors"):
+        save_file({"a": torch.zeros(1)}, folder / name, metadata={"note": "hunter2-hunter2"})
+    else:
+        (folder / name).write_bytes(b"\xff\0 AKIAQQQQQQQQQQQQQQQQ hunter2-hunter2 " + name.encode())
+    with pytest.raises(UserError, match=rf"{name} holds what looks like a token.*environment variable SSHPASS"):
+        refuse_tokens(folder)
+    monkeypatch.delenv("SSHPASS")
+    refuse_tokens(folder)  # letters that look like a key by chance are no secret in what is no text
+
+
+ROOTS = ["/home", "/gpfs", "/lustre", "/Volumes", "/users", "/work", "/DATA2", "/usr", "~", "~me"]
+ROOTS += ["D:\\data", "\\\\server\\share"]
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_no_folder_of_any_machine_is_told(root):
+    mark = "\\" if "\\" in root else "/"
+    path = mark.join([root, "someone", "数据", "x.json"])
+    told = without_folders({"a": path, "b": f"row 3 of {path}, line 4", path: [json.dumps({"p": path})]})
+    assert "someone" not in json.dumps(told) and "x.json" in told["a"] and told["b"] == "row 3 of x.json, line 4"
+
+
+@pytest.mark.parametrize("text", ["yes/no. /no_think", "https://a.b/home/x", "and/or 1/2", "a:b/c", "meta/llama"])
+def test_what_is_no_folder_stays(text):
+    assert without_folders(text) == text
 
 
 @pytest.mark.parametrize(("secret", "held"), [("password", False), ("Passwort12", True), ("correcthorses", True)])

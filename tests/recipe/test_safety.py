@@ -229,6 +229,14 @@ def test_a_recipe_reads_no_variable_but_those_of_folders_and_jobs(name, text, re
     assert name in str(caught.value) or "cannot be filled in" in str(caught.value)
 
 
+def test_a_variable_of_ours_that_is_a_secret_is_none_of_those(recipe_file, monkeypatch):
+    monkeypatch.setenv("VLM_SFT_API_KEY", "/serve-key-1234")
+    monkeypatch.setenv("VLM_SFT_RUN", "abend")
+    assert load_recipe(recipe_file(system="${oc.env:VLM_SFT_RUN}")).system == "abend"
+    with pytest.raises(UserError, match="would hold the value of the environment variable VLM_SFT_API_KEY"):
+        load_recipe(recipe_file(system="${oc.env:VLM_SFT_API_KEY}"))
+
+
 def test_the_user_allows_further_variables(recipe_file, monkeypatch):
     monkeypatch.setenv("MY_FOLDER", "/数据")
     with pytest.raises(UserError, match="or set VLM_SFT_RECIPE_ENV=MY_FOLDER"):

@@ -163,7 +163,8 @@ def without_tokens(text: str) -> str:
 
 # Names of environment variables whose values nobody is to see; `PATH`, `PWD` and `SSH_AUTH_SOCK` hold no secrets.
 SECRET_NAME = re.compile(
-    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|PRIVATE|(?:^|_)(?:KEY|PASS|PWD|PAT|AUTH|DSN|COOKIE)(?:$|_(?!SOCK|ID$))",
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|PRIVATE|BEARER|WEBHOOK|(?:KEY|PASS|JWT|SALT)$"
+    r"|(?:^|_)(?:KEY|PASS|PWD|PAT|AUTH|DSN|COOKIE|JWT)(?:$|_(?!SOCK|ID$))",
     re.IGNORECASE,
 )
 SHORTEST_SECRET, LONGEST_WORD = 8, 12  # letters
@@ -176,10 +177,13 @@ _RULES = (
 _PIECE, _OVERLAP = 4000, 500  # letters that a rule sees at a time: on long lines some take quadratic time
 # What every such key has in it. The rules take half a second to import, and most texts can do without.
 _MAY_BE_KEY = re.compile(r"[A-Za-z0-9_+/=-]{20,}|://[^\s/@]+:[^\s/@]+@|PRIVATE KEY|xox|_authToken")
-_OWN_FORMS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgithub_pat_\w{20,}|\bsk-[\w-]{20,}")
+_OWN_FORMS = re.compile(
+    r"\bhf_[A-Za-z0-9]{8,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgithub_pat_\w{20,}|\bsk-[\w-]{20,}|\bAIza[\w-]{35}|\bnpm_[A-Za-z0-9]{36}"
+    r"|\bgsk_[A-Za-z0-9]{40,}|\br8_[A-Za-z0-9]{37,}|\bdo[opr]_v1_[0-9a-f]{64}|\bxai-[A-Za-z0-9]{40,}|\b[rs]k_live_\w{20,}"
+)
 
 
-def find_secrets(texts: Iterable[str], words: bool = False) -> Iterator[tuple[str, str]]:
+def find_secrets(texts: Iterable[str], words: bool = False, forms: bool = True) -> Iterator[tuple[str, str]]:
     """(what it is, the secret itself) of every token, password and key in texts.
 
     A secret is the value of an environment variable that is named like one, or holds a password in an address; or has a
@@ -188,12 +192,15 @@ def find_secrets(texts: Iterable[str], words: bool = False) -> Iterator[tuple[st
     Args:
         texts: Where to look.
         words: They are vocabularies, in which `API_KEY=password` makes no secret of a word that each of them has.
+        forms: Look for the forms of keys too, which what is no text may have by chance.
     """
     own = {name: value for name, value in os.environ.items() if _is_secret(name, value)}
     if words:
         own = {name: value for name, value in own.items() if not (value.isalpha() and len(value) <= LONGEST_WORD)}
     for text in texts:
         yield from ((f"the value of the environment variable {name}", v) for name, v in own.items() if v in text)
+        if not forms:
+            continue
         yield from (("what looks like a token or key", found) for found in _OWN_FORMS.findall(text))
         for line in text.splitlines() if _MAY_BE_KEY.search(text) else ():
             for start in range(0, len(line), _PIECE - _OVERLAP):
@@ -204,7 +211,10 @@ def find_secrets(texts: Iterable[str], words: bool = False) -> Iterator[tuple[st
 
 
 def _is_secret(name: str, value: str) -> bool:
-    if len(value) < SHORTEST_SECRET or value.startswith(("/", "~")):  # a file in which a secret lies is none
+    if len(value) < SHORTEST_SECRET or value.startswith("~/"):  # a file in which a secret lies is none
+        return False
+    top = f"/{value[1:].partition('/')[0]}" if value.startswith("/") else ""  # a key of AWS may begin so too
+    if top and (os.path.exists(top) or name.upper().endswith(("FILE", "FILES", "PATH", "DIR"))):
         return False
     return SECRET_NAME.search(name) is not None or re.search(r"://[^\s/@]*:[^\s/@]+@", value) is not None
 

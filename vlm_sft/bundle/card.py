@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -96,11 +98,23 @@ def shown(path: str | Path) -> str:
     return path.name if path.is_absolute() else str(path)
 
 
-# Absolute paths within a text, and those that begin in somebody's home.
-_FOLDERS = re.compile(
-    r"(?<![\w/.:-])(?:file://(?:localhost)?)?(?:/(?:home|Users|root|mnt|media|data\d*|scratch\d*|tmp|var|workspace|nfs|srv|opt)"
-    r"|~\w*|[A-Za-z]:\\Users)(?:[/\\][^\s/\\:,;'\"()]+)*[/\\](?=[^\s/\\:,;'\"()])"
-)
+@cache
+def _folders() -> re.Pattern[str]:
+    """Absolute paths within a text, and those that begin in somebody's home or on a drive.
+
+    A text may hold `/no_think` or `yes/no`: a path begins in a folder that machines have, or that this one has.
+    """
+    usual = (
+        "home users root mnt media data scratch tmp var workspace nfs srv opt gpfs lustre volumes work projects storage"
+    )
+    here = {entry.name for entry in os.scandir("/") if entry.is_dir()} if os.path.isdir("/") else set()
+    roots = "|".join(sorted({*usual.split(), *map(re.escape, here)}))
+    end = r"[^\s/\\:,;'\"()]"
+    return re.compile(
+        rf"(?<![\w/.:-])(?:file://(?:localhost)?)?(?:/(?:{roots})\d*|~\w*|[A-Za-z]:(?=\\)|\\\\{end}+)"
+        rf"(?:[/\\]+{end}+)*[/\\]+(?={end})",
+        re.IGNORECASE,
+    )
 
 
 def without_folders(value: Any) -> Any:
@@ -112,7 +126,7 @@ def without_folders(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     whole = "\n" not in value and (Path(value).is_absolute() or Path(value).parts[:1] == ("..",))
-    return Path(value).name if whole else _FOLDERS.sub("", value)
+    return Path(value).name if whole else _folders().sub("", value)
 
 
 # What Markdown takes for more than text: its marks where they can begin or end something, and what it makes links of.

@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..base.errors import UserError, find_secrets
 from ..base.hub import LOGIN, TRIES, look_for_hub, one_sentence, patiently
+from ..base.limits import limits
 from ..base.names import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -37,7 +38,7 @@ from ..base.names import (
     TRAINED,
     Json,
 )
-from ..base.whole_files import read_bytes, read_text, write_json
+from ..base.whole_files import open_regular, read_bytes, read_text, write_json
 from ..base.words import one_line
 from ..recipe.yaml_file import YamlFile, dump_yaml, texts_in
 from .card import without_folders, write_card
@@ -53,6 +54,7 @@ SHARED = (
 )
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # words, of which there are up to a million
 TEXTS = (".json", ".yaml", ".md", ".jinja", ".txt")
+PICTURES = (".png", ".jpg")
 
 
 # -- pushing -----------------------------------------------------------------------------------------------------------
@@ -179,13 +181,14 @@ def refuse_tokens(folder: Path, then: str = "push") -> None:
     """
     own = get_token()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in TEXTS and path.is_file():
-            words = path.name in VOCABULARIES
-            seen = (own, words, sha256(read_bytes(path)).digest())
+        if path.suffix not in PICTURES and path.is_file():
+            is_text = path.suffix in TEXTS
+            words = path.name in VOCABULARIES or not is_text
+            seen = (own, words, sha256(_said(path)).digest())
             if seen in _CLEAN:  # every checkpoint has the same tokenizer
                 continue
             texts = _texts_of(path)
-            found = next(find_secrets(texts, words), None)
+            found = next(find_secrets(texts, words, forms=is_text), None)
             found = found or (("the token in use", "") if own and own in texts[0] else None)
             if found:
                 raise UserError(
@@ -195,13 +198,21 @@ def refuse_tokens(folder: Path, then: str = "push") -> None:
             _CLEAN.add(seen)
 
 
+def _said(path: Path) -> bytes:
+    """The bytes of a file; of safetensors those that are no numbers: names, and what its writer noted."""
+    if path.suffix != ".safetensors":
+        return read_bytes(path)
+    with open_regular(path) as file:
+        return file.read(min(int.from_bytes(file.read(8), "little"), limits().text_bytes))
+
+
 _CLEAN: set[tuple[str | None, bool, bytes]] = set()
 
 
 def _texts_of(path: Path) -> list[str]:
     """What a file says: its text, and in JSON and YAML the values as they are read, whatever hides them in the text."""
-    text = read_text(path, errors="replace")
-    if path.name in VOCABULARIES:
+    text = _said(path).decode(errors="replace")
+    if path.name in VOCABULARIES or path.suffix not in TEXTS:
         return [text]
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text) if path.suffix == ".yaml" else []

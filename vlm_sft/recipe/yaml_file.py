@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from ..base.errors import UserError, find_secrets, without_tokens
-from ..base.limits import limits
+from ..base.errors import SECRET_NAME, UserError, find_secrets, without_tokens
+from ..base.limits import READERS, limits
 from ..base.names import Json
 from ..base.whole_files import read_text
 from ..base.words import whole_number
@@ -28,7 +28,6 @@ from .interpolations import check_expansion
 
 KeyPath = tuple[str | int, ...]
 
-MOST_ENTRIES = 100_000
 # Environment variables that a recipe may read: it is saved with the bundle and shared, and a stranger's asks for any.
 MAY_BE_READ = re.compile(
     r"HOME|PWD|TMPDIR|SCRATCH|WORK|HOSTNAME|HF_HOME|(?:DATA|DATASETS?|IMAGES?|MODELS?|OUTPUTS?|CHECKPOINTS?)(?:_DIR|_ROOT|_HOME|_PATH)?"
@@ -198,8 +197,8 @@ class YamlFile:
 
     def _note_lines(self, node: yaml.Node, path: KeyPath, parents: list[yaml.Node]) -> None:
         self._entries += 1
-        if self._entries > MOST_ENTRIES:  # a few lines of aliases of aliases make so many
-            raise UserError(f"{self.name} has more than {MOST_ENTRIES:,} entries; it is refused.")
+        if self._entries > READERS.yaml_entries:  # a few lines of aliases of aliases make so many
+            raise UserError(f"{self.name} has more than {READERS.yaml_entries:,} entries; it is refused.")
         if any(node is parent for parent in parents):
             raise UserError(f"{self.name}, line {node.start_mark.line + 1}: an alias refers to itself.")
         if isinstance(node, yaml.MappingNode):
@@ -250,7 +249,8 @@ def _own_environment(name: str) -> Iterator[None]:
     """Lets `${oc.env:…}` read what `MAY_BE_READ` names and the user allows, however the name was put together."""
 
     def read(key: str, *default: Any) -> Any:
-        if not MAY_BE_READ.fullmatch(key) and key not in os.environ.get(ALLOW, "").split(","):
+        known = MAY_BE_READ.fullmatch(key) and not SECRET_NAME.search(key)
+        if not known and key not in os.environ.get(ALLOW, "").split(","):
             raise UserError(
                 f"{name} would hold the value of the environment variable {key}; a recipe is saved with the bundle and "
                 f"shared, so it reads none but those of folders and jobs: write the value itself, or set {ALLOW}={key}."
