@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from support.asking import QUESTIONS
+from vlm_sft.base.limits import READERS
 from vlm_sft.serving import pool as pools
+from vlm_sft.serving import serve as program
 from vlm_sft.serving.app import Stream
 from vlm_sft.serving.prepare import Rules
 
@@ -183,6 +187,39 @@ def test_a_body_that_does_not_come_is_not_waited_for(start) -> None:
         slow.sendall((head + "Content-Length: 100\r\n\r\n{").encode())
         assert b" 408 " in slow.recv(999)
     caller.until(lambda: caller.server.inside == 0)
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(start) -> None:
+    caller = start(Rules(seconds=0.5))
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for sent in (b"", b"GET /health HT", whole[:-2], whole + b"GET /hea"):
+        with socket.create_connection(("127.0.0.1", caller.port), timeout=20) as slow:
+            slow.sendall(sent)
+            said = b""
+            with contextlib.suppress(ConnectionResetError):
+                while more := slow.recv(999):
+                    said += more
+            assert (b" 200 " in said) == (whole in sent)
+
+
+def test_more_connections_than_are_answered_are_closed_at_once(start, monkeypatch) -> None:
+    monkeypatch.setattr(program, "READERS", replace(READERS, connections=3))
+    caller = start(Rules(seconds=20))
+    address = ("127.0.0.1", caller.port)
+    held = [socket.create_connection(address, timeout=20) for _ in range(3)]
+    caller.until(lambda: len(held) == 3)
+    with socket.create_connection(address, timeout=20) as more, contextlib.suppress(ConnectionResetError):
+        assert more.recv(1) == b""
+    for each in held:
+        each.close()
+    caller.until(lambda: _is_well(caller))
+
+
+def _is_well(caller) -> bool:
+    try:
+        return caller(None, "/health", "GET").status == 200
+    except OSError:
+        return False
 
 
 def test_bodies_that_are_too_large_together_and_readers_that_stop_reading(start, body) -> None:

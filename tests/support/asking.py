@@ -65,12 +65,14 @@ def running(bundles, rules=None, batch_size=8, queue=64, **more) -> Iterator[Cal
     from vlm_sft.serving.meters import Meters
     from vlm_sft.serving.pool import Pool
     from vlm_sft.serving.prepare import Rules
-    from vlm_sft.serving.serve import listening
+    from vlm_sft.serving.serve import listening, punctual
 
     meters = Meters()
-    server = Server(bundles, Pool(batch_size, queue, meters), meters, rules or Rules(), **more)
+    rules = rules or Rules()
+    server = Server(bundles, Pool(batch_size, queue, meters), meters, rules, **more)
     with listening("127.0.0.1", 0) as heard:
-        program = uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", access_log=False, lifespan="off"))
+        settings = {"http": punctual(rules.seconds), "log_level": "warning", "access_log": False, "lifespan": "off"}
+        program = uvicorn.Server(uvicorn.Config(server.app(), **settings))
         thread = threading.Thread(target=program.run, args=([heard],), daemon=True)
         thread.start()
         caller = Caller(heard.getsockname()[1], server)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -11,9 +12,11 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..base.console import make_console, say
 from ..base.errors import UserError
+from ..base.limits import READERS
 from ..base.names import Options
 from ..base.words import reason_of
 from ..inference.settings import check_options
@@ -75,12 +78,47 @@ def serve(
                 "listen on 127.0.0.1.",
             )
         config = uvicorn.Config(
-            server.app(), log_level="warning", access_log=False, lifespan="off", server_header=False,
-            timeout_graceful_shutdown=round(patience) + 10, timeout_keep_alive=30, h11_max_incomplete_event_size=65_536,
+            server.app(), http=punctual(rules.seconds), log_level="warning", access_log=False, lifespan="off",
+            server_header=False, timeout_graceful_shutdown=round(patience) + 10, timeout_keep_alive=30,
+            h11_max_incomplete_event_size=65_536,
         )  # fmt: skip
         _Uvicorn(config, server, patience, lambda text: say(console, text)).run([heard])
         server.pool.close()
         server.pool.join(patience)
+
+
+def punctual(seconds: float) -> type[H11Protocol]:
+    """The protocol of uvicorn, which waits without end for the head of a request, with an end to that.
+
+    Args:
+        seconds: In which the head must have come, from the connection or the answer before it on. What a client has
+            connected and does not ask, takes one of the files that this process may open.
+    """
+
+    class Punctual(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._since = self.loop.time()
+            if len(self.connections) > READERS.connections:
+                transport.abort()
+                return
+            self._look()
+
+        def on_response_complete(self) -> None:
+            self._since = self.loop.time()
+            super().on_response_complete()
+
+        def _look(self) -> None:
+            if self.transport.is_closing():
+                return
+            waits = self.cycle is None or self.cycle.response_complete
+            left = self._since + seconds - self.loop.time() if waits else seconds
+            if left <= 0:
+                self.transport.abort()
+                return
+            self.loop.call_later(left, self._look)
+
+    return Punctual
 
 
 @contextmanager
