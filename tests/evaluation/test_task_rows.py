@@ -9,8 +9,9 @@ import pytest
 
 from support.benchmarks import AUTHORS, PUBLISHED, inside, own_task, parquet, png
 from vlm_sft.base.errors import UserError
+from vlm_sft.base.limits import READERS
 from vlm_sft.evaluation.benchmark import read_benchmarks
-from vlm_sft.evaluation.task_files import LONGEST_LITERAL, literal
+from vlm_sft.evaluation.task_files import literal
 from vlm_sft.evaluation.task_rows import Asked, turned
 
 
@@ -116,5 +117,5 @@ def test_bytes_and_dates_of_a_table_are_text(tmp_path):
 
 
 def test_a_long_text_is_not_read_as_a_list():
-    text = "[" + "1," * LONGEST_LITERAL + "]"
+    text = "[" + "1," * READERS.literal_characters + "]"
     assert literal(text) == text and literal("['a', '猫']") == ["a", "猫"]

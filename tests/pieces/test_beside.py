@@ -187,6 +187,7 @@ VOCABULARIES = {
     "a word of vocab.json": ("vocab.json", json.dumps({LONG: 1}), "its vocab.json has a token of 20,000 characters"),
     "a merge": ("merges.txt", f"a b\n{LONG} b", "its merges.txt has a token of 20,002 characters"),
     "a word of tiktoken": ("tiktoken.model", f"{LONG} 1", "its tiktoken.model has a token of 20,002"),
+    "many long words": ("vocab.txt", f"{'ab' * 4000}\n" * 40, "its vocab.txt has too many long tokens"),
     "an added token": ("added_tokens.json", json.dumps({LONG: 3}), "its added_tokens.json has a token of 20,000"),
     "a special token": ("special_tokens_map.json", json.dumps({"pad_token": {"content": LONG}}), "a token of 20,000"),
     "a decoded token": (

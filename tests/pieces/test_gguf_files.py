@@ -150,6 +150,7 @@ BROKEN = {
     "endless key": put("<Q", 2**63, 24),
     "endless list of texts": put("<Q", 2**60, 8, TOKENS),
     "list of more than any model has": lambda raw: gguf_list(8, limits().vocabulary + 1, bytes(8)),
+    "token of more than any has": lambda raw: gguf_list(8, 1, struct.pack("<Q", 20_001) + b"x" * 20_001),
     "list of more numbers than any model has": lambda raw: gguf_list(0, limits().vocabulary + 1, b"\0"),
     "more entries than any model has": lambda raw: gguf_list(0, 1, b"\0")[:16] + struct.pack("<Q", 10**6),
     "endless list of numbers": put("<Q", 2**60, 8, TYPES),

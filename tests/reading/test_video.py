@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from support.films import animation, film, frame_of
 from vlm_sft.base.errors import RowError
+from vlm_sft.base.limits import READERS, hold
 from vlm_sft.reading import video as video_module
 from vlm_sft.reading.images import image_size, load_image
 from vlm_sft.reading.video import Films
@@ -149,7 +151,7 @@ def test_sizes_are_bounded_like_those_of_images(tmp_path):
 
 def test_a_time_is_reached_from_the_keyframe_before_it(tmp_path, monkeypatch):
     path = film(tmp_path / "a.mp4", gop=5)
-    monkeypatch.setattr(video_module, "MOST_DECODED", 8)  # frames of one step; from the beginning it would be 40
+    hold({"video_decoded": 8})  # frames of one step; from the beginning it would be 40
     assert frame_of(load_image(named(path, time=3.9))) == 39
     with Films() as films:
         assert [frame_of(load_image(named(path, time=t), films=films)) for t in (0.1, 2.2, 3.8)] == [1, 22, 38]
@@ -204,7 +206,7 @@ def test_a_length_that_the_header_does_not_say(tmp_path, monkeypatch):
         assert found.length == pytest.approx(4.0, abs=0.11)
         assert len(times_of(found, Sampling(fps=2), WHERE)) == 8
     assert frame_of(load_image(named(path, time=3.0))) == 30
-    monkeypatch.setattr(video_module, "MOST_PACKETS", 5)
+    monkeypatch.setattr(video_module, "READERS", replace(READERS, video_packets=5))
     assert "does not say how long it is" in refused(path)[0]
 
 

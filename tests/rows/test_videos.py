@@ -207,7 +207,7 @@ def test_a_list_of_pictures_is_a_video(folder, more):
         (chat([{"type": "video", "video": "a.mp4", "nframes": 2.5}]), "nframes is 2.5: write a whole number from 1 to"),
         (
             chat([{"type": "video", "video": "a.mp4", "nframes": 5000}]),
-            "write a whole number from 1 to 4096",
+            "write a whole number from 1 to 4,096 (`limits.video_frames`)",
         ),
         (
             chat([{"type": "video", "video": "a.mp4", "video_start": -1}]),

@@ -53,8 +53,48 @@ class Limits:
     beams: int = _most(64, "Most beams of an answer.")
     cache_tokens: int = _most(1_048_576, "Most tokens of an answer or of a cache before it, all beams together.")
     cache_bytes: int = _most(16_384 * MEGABYTE, "Most bytes of a cache of fixed length, taken before an answer.")
+    video_frames: int = _most(4096, "Most frames of a video that a row or a recipe asks for.")
+    video_decoded: int = _most(10_000, "Most frames of a video that are decoded on the way to one.")
     stop_texts: int = _most(64, "Most texts that end an answer.")
     stop_characters: int = _most(200, "Most characters of a text that ends an answer.")
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Bounds of what reads a file or an answer, far above what any right one has: no keys, because no more is read.
+
+    `metadata["what"]` of each field says of what; docs/security.md shows them.
+    """
+
+    yaml_entries: int = _most(100_000, "Entries of a YAML file, with its aliases filled in.")
+    recipe_characters: int = _most(8 * MEGABYTE, "Characters of a recipe with its `${…}` filled in.")
+    settings_depth: int = _most(64, "Mappings and lists in each other, in a file of settings.")
+    largest_position: int = _most(10**12, "Positions of a model, and the base of their rotation: no sizes of a tensor.")
+    template_characters: int = _most(1_000_000, "Characters of a template.")
+    template_answer: int = _most(64 * MEGABYTE, "Bytes that the process which renders templates may answer.")
+    literal_characters: int = _most(100_000, "Characters of a text of a benchmark that is read as a list.")
+    pattern_folders: int = _most(10, "Folders of a benchmark's pattern of files.")
+    pattern_characters: int = _most(60, "Characters of each of them.")
+    tar_header: int = _most(2**14, "Bytes of a tar member's own header.")
+    page_header: int = _most(MEGABYTE, "Bytes of the header of a parquet page.")
+    video_packets: int = _most(1_000_000, "Packets of a video that are looked at for its length.")
+    picture_text: int = _most(MEGABYTE, "Bytes of a picture that are neither pixels nor texts.")
+    token_squares: int = _most(2_000_000_000, "Characters of a vocabulary's tokens, those of each squared.")
+    gguf_entries: int = _most(100_000, "Settings, and tensors, of a GGUF file.")
+    gguf_axes: int = _most(4, "Axes of its tensors.")
+    cache_about: int = _most(1_000_000, "Bytes of a cache's `about.json`.")
+    sample_picture: int = _most(200_000, "Characters of a small picture in a run's `samples.jsonl`.")
+    score_magnitude: int = _most(1_000_000, "A score in a file that somebody else may have written.")
+    judge_reply: int = _most(8 * MEGABYTE, "Bytes of a reply of a judge's server.")
+    connections: int = _most(800, "Connections to `serve` that are open at a time.")
+    asked_parts: int = _most(10_000, "Messages and parts of a request to `serve`.")
+    asked_characters: int = _most(1_000_000, "Characters of their texts: templates and tokenizers take time for each.")
+    asked_stops: int = _most(16, "Texts that end an answer, of a request.")
+    asked_stop: int = _most(1000, "Characters of each.")
+    asked_likely: int = _most(20, "Other tokens that are told at each place.")
+
+
+READERS = Readers()
 
 
 def limits() -> Limits:

@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock
 
 from ..base.errors import UserError
+from ..base.limits import READERS
 from ..base.names import Json
 from ..base.whole_files import open_regular, read_text, write_json
 from ..base.words import reason_of
@@ -34,7 +35,6 @@ ABOUT, FEATURES, INDEX = "about.json", ".features", ".index"
 KEY, SUM = 16, 4  # bytes of a picture's key and of a checksum
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 GB = 1_000_000_000
-LONGEST_ABOUT = 1_000_000
 
 
 class Store:
@@ -106,7 +106,7 @@ class Store:
         if not path.exists():
             return
         try:
-            if path.stat().st_size > LONGEST_ABOUT:
+            if path.stat().st_size > READERS.cache_about:
                 raise ValueError("it is too long")
             about = json.loads(read_text(path))
             shape, dtype = tuple(about["shape"]), DTYPES[about["dtype"]]

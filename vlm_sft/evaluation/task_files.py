@@ -11,6 +11,7 @@ from typing import Any
 
 from ..base.errors import RowError, UserError
 from ..base.hub import look_for_hub, one_sentence
+from ..base.limits import READERS
 from ..base.names import Json, Values
 from ..base.words import first_line, short
 from ..reading.files import FILE_READERS, read_file
@@ -18,7 +19,6 @@ from ..reading.json_text import parse_document, read_text
 from ..reading.locations import dataset_rows
 from .tasks import Hub, Join, Layout, Task
 
-LONGEST_LITERAL = 100_000
 Placed = tuple[str, Path | None, Json]
 """A row: its place in words, the folder that its pictures lie in, and its columns."""
 
@@ -173,7 +173,7 @@ def literal(text: str) -> Any:
 
     A long text is left one: Python's parser takes hundreds of bytes for each of its letters.
     """
-    if len(text) > LONGEST_LITERAL:
+    if len(text) > READERS.literal_characters:
         return text
     try:
         found = ast.literal_eval(text)

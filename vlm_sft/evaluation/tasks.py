@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
 from ..base.assets import list_tasks, task_path
 from ..base.errors import UserError
-from ..base.limits import limits
+from ..base.limits import READERS, limits
 from ..base.names import Json, Options
 from ..base.words import closest, short
 from ..metrics.measures import MEASURES, NEEDS_CHOICES
@@ -25,7 +25,6 @@ from ..templates.process import ask
 from ..templates.sandbox import fill_prompt
 
 LONGEST_ID = 193  # of the Hub: two names of 96 characters
-DEEPEST, LONGEST_PART = 10, 60  # folders of a pattern of files, and characters of each
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 Column = str | list[str]
 """A column of a row (`answers[].answer` goes into a list of objects), or several."""
@@ -232,7 +231,7 @@ def _flaw(task: Task) -> tuple[str, str] | None:
     if outside := next((name for name in named if PurePath(name).is_absolute() or ".." in PurePath(name).parts), None):
         mend = "name files beside the YAML file, or give another folder with --benchmark-data"
         return "path" if outside == task.path else "files", f'"{outside}" leads elsewhere; {mend}.'
-    if (odd := next((name for name in named if not _is_pattern(name)), None)) is not None:
+    if (odd := next((name for name in named if not (_is_pattern(name) or name == task.path == ".")), None)) is not None:
         what = f'"{short(odd)}" is no name or pattern of files; write one like data/*.parquet.'
         return "path" if odd == task.path else "files", what
     hubs = [task.hub, *(join.hub for layout in (task, *task.layouts) for join in layout.join)]
@@ -247,7 +246,8 @@ def _flaw(task: Task) -> tuple[str, str] | None:
 def _is_pattern(text: str) -> bool:
     """Whether it names files a few folders below: `**` walks through all of them, and is alone in its place."""
     parts = PurePath(text).parts
-    return 0 < len(parts) <= DEEPEST and all("**" not in part and len(part) <= LONGEST_PART for part in parts)
+    short_ones = all("**" not in part and len(part) <= READERS.pattern_characters for part in parts)
+    return 0 < len(parts) <= READERS.pattern_folders and short_ones
 
 
 def _is_hub_id(text: str) -> bool:

@@ -17,11 +17,11 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 import httpx2
 
 from ..base.errors import RowError, UserError, refused_by_library
+from ..base.limits import READERS
 from ..base.names import Values
 from ..base.words import one_line, reason_of
 from ..reading.fetch import is_public
 
-MOST_BYTES = 8 * 2**20  # of a reply
 ATTEMPTS = 5
 LONGEST_WAIT = 120.0  # seconds; a server that wants more is asked again by the user
 REFUSED = (400, 413, 422)  # of one prompt: too long, or against the server's rules
@@ -132,8 +132,8 @@ class ChatServer:
                 raise self._fails("compresses its answer though it was asked not to")
             for chunk in response.iter_raw():
                 said += chunk
-                if len(said) > MOST_BYTES:
-                    raise self._fails(f"answers with more than {MOST_BYTES // 2**20} MiB")
+                if len(said) > READERS.judge_reply:
+                    raise self._fails(f"answers with more than {READERS.judge_reply // 2**20} MiB")
                 if time.monotonic() > over:
                     raise httpx2.ReadTimeout(f"it took more than {self.seconds:g} seconds")
             return response.status_code, response.headers, bytes(said)

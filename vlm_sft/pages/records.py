@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..base.errors import UserError
+from ..base.limits import READERS
 from ..base.names import Record, Values
 from ..base.whole_files import IrregularError, read_bytes
 from ..base.words import reason_of
@@ -214,7 +215,7 @@ def is_confidence(pieces: object) -> bool:
 
 def _is_score(value: object) -> bool:
     """Whether it is a number as measures give them: CIDEr's 10 is the largest."""
-    return isinstance(value, int | float) and -1e6 <= value <= 1e6
+    return isinstance(value, int | float) and abs(value) <= READERS.score_magnitude
 
 
 def _is_verdict(value: object) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..base.errors import UserError
-from ..base.limits import limits
+from ..base.limits import READERS, limits
 from ..base.names import ADAPTER_CONFIG, CONFIG, PROCESSOR_CONFIG, Json, Values
 from ..base.whole_files import read_bytes
 from ..base.words import short
@@ -162,9 +162,10 @@ def _check_vocabulary(pretrained: str, name: str, revision: str | None, key: str
 
 
 def _check_words(words: Iterable[str | bytes], where: str, file: str) -> None:
-    most, count, longest = limits(), 0, 0
+    """Refuses too many or too long tokens, and long ones in such numbers that looking for merges takes hours."""
+    most, count, longest, squares = limits(), 0, 0, 0
     for word in words:
-        count, longest = count + 1, max(longest, len(word))
+        count, longest, squares = count + 1, max(longest, len(word)), squares + len(word) ** 2
     if longest > most.token_characters:
         raise UserError(
             f"{where}: its {file} has a token of {longest:,} characters; more than {most.token_characters:,} "
@@ -175,6 +176,8 @@ def _check_words(words: Iterable[str | bytes], where: str, file: str) -> None:
             f"{where}: its {file} has {count:,} entries; more than {most.vocabulary:,} (`limits.vocabulary`) are "
             f"refused."
         )
+    if squares > READERS.token_squares:
+        raise UserError(f"{where}: its {file} has too many long tokens; no published one has such.")
 
 
 def check_processor(pretrained: str, revision: str | None, key: str) -> None:

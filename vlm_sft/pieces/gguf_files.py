@@ -21,12 +21,12 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..base.errors import UserError
-from ..base.limits import limits
+from ..base.limits import READERS, limits
 from ..base.names import Json, Values
 from ..base.whole_files import open_regular
 from ..base.words import one_line
 
-MAGIC, VERSIONS, ALIGNMENT, MOST_AXES, MOST_ENTRIES = b"GGUF", (2, 3), 32, 4, 100_000
+MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 # A factor for each frequency, and how Llama 3.1 and those after it make them; the file has no word on the latter.
 FACTORS = "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -260,15 +260,17 @@ class _Reader:
         if inner in NUMBERS:
             self.take(count * struct.calcsize(NUMBERS[inner]))
         elif inner == GGUFValueType.STRING:
+            longest = 2 * limits().token_characters  # a merge is two tokens
             for _ in range(count):
-                self.text()
+                if len(text := self.text()) > longest:
+                    raise ValueError(f"it has a token of {len(text):,} bytes (`limits.token_characters`)")
         else:
             raise ValueError("it has lists of lists")
         return None
 
     def place(self) -> Place:
         """What follows the name of a tensor."""
-        if (axes := self.number("<I")) > MOST_AXES:
+        if (axes := self.number("<I")) > READERS.gguf_axes:
             raise ValueError(f"a tensor has {axes:,} axes")
         shape = tuple(self.number("<Q") for _ in range(axes))[::-1]
         return Place(shape, GGMLQuantizationType(self.number("<I")), self.number("<Q"))
@@ -282,7 +284,7 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, object], dict[str, Place
     if (version := reader.number("<I")) not in VERSIONS:
         raise ValueError(f"its version {version:,} is not read")
     tensors, entries = reader.number("<Q"), reader.number("<Q")
-    if max(tensors, entries) > MOST_ENTRIES:
+    if max(tensors, entries) > READERS.gguf_entries:
         raise ValueError(f"it announces {max(tensors, entries):,} entries")
     settings = {}
     for _ in range(entries):

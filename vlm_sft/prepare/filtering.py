@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ..base.errors import UserError
-from ..base.limits import limits
+from ..base.limits import READERS, limits
 from ..base.names import ImageEntry, Json, Row
 from ..base.whole_files import read_bytes
 from ..base.words import one_line, reason_of
@@ -29,7 +29,6 @@ from ..reading.video import Films
 # What of a row is compared with its image.
 TEXTS: dict[str, tuple[str, ...]] = {"answers": ("assistant",), "all": ("user", "assistant")}
 BINS = 40
-LARGEST = 1e6  # score that a model gives
 
 
 class Score(NamedTuple):
@@ -168,7 +167,9 @@ def _read_scores(path: Path, about: Json) -> tuple[list[Score], int]:
 
 def _is_score(score: Score) -> bool:
     """Whether a line holds what is written of a row; the file may be a stranger's."""
-    number = score.score is None or (isinstance(score.score, int | float) and abs(score.score) <= LARGEST)
+    number = score.score is None or (
+        isinstance(score.score, int | float) and abs(score.score) <= READERS.score_magnitude
+    )
     return number and isinstance(score.id, str) and isinstance(score.error, str | None)
 
 

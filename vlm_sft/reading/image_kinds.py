@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
+from ..base.limits import READERS
+
 
 class ImageKind(NamedTuple):
     """A kind of image: how a file of it begins, what it is called, and the ending of its files."""
@@ -79,7 +81,6 @@ TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # what Pillow unpacks and holds, u
 # Texts that may say how a picture is turned; they are kept where they are as short as such a text is.
 ROTATION, LONGEST_ROTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"), 1 << 16
 LONGEST_KEYWORD = 80
-ROOM = 1 << 20  # bytes for all that is neither a pixel nor a text
 
 
 def without_texts(stream: IO[bytes], max_pixels: int) -> Iterator[io.BytesIO]:
@@ -133,7 +134,9 @@ def _copied(stream: IO[bytes], keep: tuple[bytes, ...], max_pixels: int) -> tupl
                 left_out += 1
                 stream.seek(start + length + 4)
                 continue
-        if copy.tell() + length > ROOM + 8 * max_pixels:  # 8 bytes: four channels of 16 bits, not packed
+        if (
+            copy.tell() + length > READERS.picture_text + 8 * max_pixels
+        ):  # 8 bytes: four channels of 16 bits, not packed
             return None, left_out
         copy.write(head + stream.read(length + 4))
         if kind == b"IEND":

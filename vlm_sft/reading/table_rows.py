@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..base.errors import UserError, row_error
-from ..base.limits import limits
+from ..base.limits import READERS, limits
 
 BATCH = 256  # rows of a parquet file or dataset held as Python objects at a time
 # Rows that a file of so many bytes may have: eight a byte are true or false alone, well packed.
@@ -27,7 +27,7 @@ CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 ARROW_DICTIONARY, ARROW_BATCH = "dictionary", "record batch"
 HEADER, BUFFERS, COMPRESSION, DATA = 2, 2, 3, 1
 OLDER = b"experimental_compression"  # before there was a field for it, a word in the message said how it is packed
-HEADERS = 2**10, 2**20  # bytes that are looked at for the header of a page
+HEADERS = 2**10, READERS.page_header  # bytes that are looked at for the header of a page
 
 
 def check_count(path: Path, rows: int) -> None:

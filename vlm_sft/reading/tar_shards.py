@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import RowError, UserError, row_error
-from ..base.limits import limits
+from ..base.limits import READERS, limits
 from ..base.names import ImageEntry, Json
 from ..base.whole_files import open_regular
 from .json_text import parse_json
 
 IMAGE_ENDINGS = frozenset("jpg jpeg png webp bmp gif tif tiff ppm pgm".split())
 VIDEO_ENDINGS = frozenset("mp4 webm mkv mov avi m4v".split())
-_LARGEST_HEADER = 2**14  # of a long name; tarfile reads it with patterns that take quadratic time
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
 
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]*)", re.DOTALL)
@@ -36,7 +35,7 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Member:
         member = super().frombuf(buf, encoding, errors)
-        if member.size < 0 or (member.type in _EXTENDED and member.size > _LARGEST_HEADER):
+        if member.size < 0 or (member.type in _EXTENDED and member.size > READERS.tar_header):
             raise tarfile.HeaderError("a header with an impossible size")
         return member
 

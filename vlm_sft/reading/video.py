@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..base.errors import RowError, row_error
+from ..base.limits import READERS, limits
 from ..base.names import ImageEntry
 from ..base.whole_files import IrregularError, open_regular
 from ..base.words import reason_of
@@ -25,8 +26,6 @@ from .image_refs import size_asked
 if TYPE_CHECKING:
     from av import VideoFrame
 
-MOST_DECODED = 10_000  # frames that are decoded on the way to one
-MOST_PACKETS = 1_000_000  # looked at for the length of a film whose header does not say it
 NEAR = 1.0  # seconds ahead, for which decoding on is quicker than to seek
 _TICK = 0.001  # seconds by which containers round the time of a frame
 _UNTIMED = 0.1  # seconds that a picture of a GIF is shown where it does not say so, as browsers have it
@@ -214,7 +213,7 @@ class _Stream:
         for seen, packet in enumerate(self._container.demux(self._stream), start=1):
             if packet.pts is not None:
                 last = max(last, (packet.pts + (packet.duration or 0)) * self._base)
-            if seen > MOST_PACKETS:
+            if seen > READERS.video_packets:
                 raise _ProblemError("does not say how long it is", "write it anew with `ffmpeg -i`", "length unknown")
         self._container.close()
         self._open()
@@ -238,7 +237,7 @@ class _Stream:
         target = self._start + time + _TICK
         if self._must_seek(target):
             self._seek(target)
-        for _ in range(MOST_DECODED):
+        for _ in range(limits().video_decoded):
             if self._following is None:
                 self._following = next(self._frames, None)
             if self._following is None or (self._shown is not None and self._time(self._following) > target):
@@ -247,7 +246,7 @@ class _Stream:
             if self._time(self._shown) > target:  # the film begins later
                 break
         else:
-            what = f"has no keyframe in the {MOST_DECODED:,} frames before {time:.1f} s"
+            what = f"has no keyframe in the {limits().video_decoded:,} frames before {time:.1f} s"
             raise _ProblemError(what, "write it anew with `ffmpeg -g 250`", "video damaged")
         if self._shown is None:
             raise _ProblemError("holds no frame that can be read", "write it anew or remove the row", "video damaged")
@@ -318,8 +317,8 @@ class _Animation:
         if self.count == 1:
             self.close()
             raise _ProblemError("is a picture that does not move", "name it under `images`", "not a video")
-        if self.count > MOST_DECODED:
-            what = f"has {self.count:,} pictures, more than the {MOST_DECODED:,} that are read"
+        if self.count > limits().video_decoded:
+            what = f"has {self.count:,} pictures, more than the {limits().video_decoded:,} that are read"
             raise _ProblemError(what, "write it anew as mp4", "video damaged")
         shown = []
         for number in range(self.count):

@@ -10,10 +10,9 @@ import re
 from typing import Any
 
 from ..base.errors import UserError
+from ..base.limits import READERS
 from ..base.words import whole_number
 
-# Characters, and entries of mappings and lists, of a recipe with everything filled in.
-LARGEST_RECIPE = 8 * 2**20
 MARKS = 8  # characters around an entry (`'a': 'b', `) of a mapping that a text names, for it is written into the text
 
 _OPEN = re.compile(r"\$\{")
@@ -62,10 +61,10 @@ class _Recipe:
             total = self._text(value, path)
         else:
             total = 1
-        if total > LARGEST_RECIPE:
+        if total > READERS.recipe_characters:
             raise UserError(
-                f"{self.name} would have more than {LARGEST_RECIPE:,} characters with its ${{…}} filled in; it is "
-                f"refused."
+                f"{self.name} would have more than {READERS.recipe_characters:,} characters with its ${{…}} filled in; "
+                f"it is refused."
             )
         return total
 

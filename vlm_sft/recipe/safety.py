@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
-from ..base.limits import MEGABYTE, limits
+from ..base.limits import MEGABYTE, READERS, limits
 from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE, Json, Values
 from ..base.whole_files import check_entries, read_text
 
@@ -36,8 +36,6 @@ _SIZES = {
     re.compile(r"rope|theta|position|length"): None,
     re.compile(""): "model_size",
 }
-LARGEST_POSITION = 10**12
-DEEPEST = 64  # mappings and lists in each other, in a file of settings
 _TILES = ("max_patches", "min_patches", "pan_and_scan_max_num_crops")
 _SIDES = ("height", "width", "shortest_edge", "longest_edge", "patch_size", "merge_size", "temporal_patch_size")
 
@@ -97,9 +95,9 @@ def read_json(path: Path, whole: str = "bundle") -> Json:
 
 
 def is_deep(value: object) -> bool:
-    """Whether mappings and lists lie more than `DEEPEST` deep in each other: what walks through them would not end."""
+    """Whether mappings and lists lie too deep in each other: what walks through them would not end."""
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(READERS.settings_depth):
         inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
         level = [entry for entries in inner for entry in entries if isinstance(entry, dict | list)]
         if not level:
@@ -142,7 +140,7 @@ def check_config(config: Values, where: str, who: str = "its config.json") -> No
         if isinstance(value, float):
             continue  # no size
         limit = next(limit for pattern, limit in _SIZES.items() if pattern.search(name))
-        if value > (most := getattr(limits(), limit) if limit else LARGEST_POSITION):
+        if value > (most := getattr(limits(), limit) if limit else READERS.largest_position):
             raise UserError(f"{where}: {who} says {name}: {_more_than(value, most, limit)}.")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..base.errors import row_error
+from ..base.limits import limits
 from ..base.names import VIDEO_TOKEN, ImageEntry
 from ..base.words import counted, kind, short
 from ..reading.image_refs import SIZES, TIME, sizes_of
@@ -27,7 +28,6 @@ _NUMBERS = {
 }  # fmt: skip
 """What Qwen and others call what a video's entry may say → what it is called here."""
 _WHOLE = ("frames", "max_frames", "min_frames")
-MOST_FRAMES = 4096  # of a video, whether its row or its recipe asks for more
 FRAMES = 8  # of a video for which nobody says how many
 FRAMES_A_SECOND = 2.0  # of a list of pictures that does not say it, as Qwen has it
 
@@ -82,8 +82,10 @@ def video_entry(row: RowView, video: Any, key: str) -> ImageEntry:
             continue
         least, bound = (0, "from zero on") if ours in ("start", "end") else (1e-6, "above zero")
         number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < float("inf")
-        if not number or (ours in _WHOLE and (value % 1 or value > MOST_FRAMES)):
-            mend = f"write a whole number from 1 to {MOST_FRAMES}" if ours in _WHOLE else f"write a number {bound}"
+        most = limits().video_frames
+        if not number or (ours in _WHOLE and (value % 1 or value > most)):
+            whole = f"write a whole number from 1 to {most:,} (`limits.video_frames`)"
+            mend = whole if ours in _WHOLE else f"write a number {bound}"
             raise row.error(f"{key}.{name} is {short(str(value))}", mend)
         if ours in entry and entry[ours] != value:
             raise row.error(f"{key} says twice and differently what {ours} is", "keep one of them", "marks differ")

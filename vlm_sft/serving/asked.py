@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..base.errors import RowError, UserError
+from ..base.limits import READERS
 from ..base.names import ImageEntry, Json, Options, Values
 from ..base.words import closest, kind, short
 from ..reading.json_text import parse_json
 from ..rows.messages import Message, Part, image_part, text_part
 from .refusal import Refusal
 
-MOST_STOPS, LONGEST_STOP, MOST_LIKELY = 16, 1000, 20
-MOST_PARTS, MOST_CHARACTERS = 10_000, 1_000_000  # of a conversation: templates and tokenizers take time for each
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 NOT_LOOKED_AT = {
     *("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"),
@@ -154,15 +153,15 @@ def _object(body: Values, key: str, known: set[str]) -> Json:
 
 def _stops(given: Any) -> list[str]:
     stops = [given] if isinstance(given, str) else [] if given is None else given
-    fine: Callable[[Any], bool] = lambda each: isinstance(each, str) and 0 < len(each) <= LONGEST_STOP  # noqa: E731
-    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(map(fine, stops)):
-        allowed = f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP:,} characters"
+    fine: Callable[[Any], bool] = lambda each: isinstance(each, str) and 0 < len(each) <= READERS.asked_stop  # noqa: E731
+    if not isinstance(stops, list) or len(stops) > READERS.asked_stops or not all(map(fine, stops)):
+        allowed = f"at most {READERS.asked_stops} texts of 1 to {READERS.asked_stop:,} characters"
         raise Refusal(f"stop is not understood: write a text, or a list of {allowed}.", param="stop")
     return stops
 
 
 def _likely(body: Values) -> int | None:
-    others = _number(body, "top_logprobs", int, 0, MOST_LIKELY)
+    others = _number(body, "top_logprobs", int, 0, READERS.asked_likely)
     if not _switch(body, "logprobs"):
         if others is not None:
             raise Refusal("top_logprobs is given without logprobs: set logprobs to true.", param="top_logprobs")
@@ -193,8 +192,8 @@ def _messages(given: Any) -> tuple[list[Message], list[ImageEntry]]:
         images += shown
         count += 1 + len(parts)
         characters += sum(len(part["text"] or "") for part in parts)
-        if count > MOST_PARTS or characters > MOST_CHARACTERS:
-            most = f"{MOST_PARTS:,} messages and parts, or {MOST_CHARACTERS:,} characters"
+        if count > READERS.asked_parts or characters > READERS.asked_characters:
+            most = f"{READERS.asked_parts:,} messages and parts, or {READERS.asked_characters:,} characters"
             raise Refusal(f"The messages have more than {most}: shorten them.", param="messages")
     if messages[-1]["role"] != "user":
         raise Refusal("The last message is not the user's: end with what is asked.", param="messages")

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from ..base.assets import list_templates, template_path
 from ..base.errors import UserError
-from ..base.limits import limits
+from ..base.limits import READERS, limits
 from ..base.names import Json
 from ..base.whole_files import read_text
 from .sandbox import RefusedError
@@ -35,7 +35,6 @@ from .serve import WORK, as_json
 
 LONGEST_WAIT = 120.0  # seconds; a busy machine gives a process little of a core
 LOOK = 0.2  # seconds after which a process that has not answered is looked at
-LARGEST_ANSWER = 2**26  # bytes; the longest conversation has far less, and the one that asks holds it several times
 MOST_SOURCES = 64
 SERVING = "vlm_sft.templates.serve"
 TOGETHER, TOGETHER_CHARACTERS = 128, 2**20  # questions, and their characters, in a message
@@ -235,7 +234,7 @@ class _Child:
                 continue
             piece = os.read(self.process.stdout.fileno(), 2**20)
             size += len(piece)
-            if not piece or size > LARGEST_ANSWER:
+            if not piece or size > READERS.template_answer:
                 return None
             pieces.append(piece)
         found: list[Json] = json.loads(b"".join(pieces))

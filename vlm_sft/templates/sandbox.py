@@ -20,6 +20,7 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from ..base.errors import UserError
+from ..base.limits import READERS
 from ..base.names import Values
 from ..base.words import reason_of
 
@@ -27,7 +28,6 @@ MARKS = "generation_marks"  # render variable that carries the two border charac
 HOW_TO_MARK = (
     "wrap what the assistant says in {% generation %} … {% endgeneration %} so that it is known what to train on"
 )
-MAX_SOURCE = 1_000_000  # the longest published chat template has some 20,000 characters
 _FILE = "<template>"  # what jinja calls a template made from a string, in tracebacks
 
 
@@ -46,8 +46,10 @@ def compile_template(source: str, label: str) -> jinja2.Template:
     Raises:
         UserError: It is not jinja (the message names the line), or it has no `{% generation %}` markers.
     """
-    if len(source) > MAX_SOURCE:
-        raise UserError(f"{label} has more than {MAX_SOURCE:,} characters; do not use templates like it.")
+    if len(source) > READERS.template_characters:
+        raise UserError(
+            f"{label} has more than {READERS.template_characters:,} characters; do not use templates like it."
+        )
     environment = _environment()
     try:
         tree = environment.parse(source)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.limits import READERS
 from ..base.names import Json, Record
 from ..base.words import duration
 from ..pages.layout import render
@@ -33,7 +34,7 @@ MORE = 12  # further metrics of answers that are drawn
 COUNTS = ("total", "trained", "adapted")  # of a part, in weights
 STEPS = 12  # of a row's answers
 ROWS = 24
-PICTURES, LONGEST_PICTURE = 8, 200_000  # of a row, and letters of one
+PICTURES = 8  # of a row
 _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]+=*")
 
 
@@ -141,7 +142,7 @@ def _spread(records: list[Json], most: int) -> list[Json]:
 
 def _is_picture(value: object) -> bool:
     """Whether it is a small picture as a run writes it; no file is read that a run names."""
-    return isinstance(value, str) and len(value) <= LONGEST_PICTURE and _PICTURE.fullmatch(value) is not None
+    return isinstance(value, str) and len(value) <= READERS.sample_picture and _PICTURE.fullmatch(value) is not None
 
 
 def facts_of(run: Run) -> list[tuple[str, str]]:
