@@ -92,13 +92,15 @@ def debug_batch(
     run(folder, step=step, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
 
 
-@bundles_app.command(short_help="Write a bundle for transformers or vLLM, LoRA merged.")
+@bundles_app.command(short_help="Write a bundle for transformers, vLLM or llama.cpp.")
 def export(
     bundle: Bundle,
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
-    to: Annotated[str, typer.Option(help="transformers, vllm or bundle-merged.")] = "transformers",
+    to: Annotated[str, typer.Option(help="transformers, vllm, gguf or bundle-merged.")] = "transformers",
     keep_adapter: Annotated[bool, typer.Option("--keep-adapter", help="Leave LoRA unmerged, in OUT/adapter.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as in training.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default as in training, of gguf float16.")
+    ] = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -114,6 +116,8 @@ def export(
     if as_json:
         tell(harmless_json({"out": out, **found}, indent=2))
         return
+    for line in found.get("differences", []):
+        tell(line, stderr=True)
     tell(
         f"{out}: logits of {found['positions']} positions, compared in a fresh process, differ from the bundle's by at "
         f"most {found['max_difference']:.2g} (allowed {found['tolerance']:.2g})."

@@ -27,13 +27,14 @@ from ..bundle.parity import run_afresh
 from ..stack.judge import judge, layers_of
 from .check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
 from .forms import Form, form_of
+from .gguf import check_gguf, write_gguf
 from .merged import write_merged
 from .merging import Comparison
 from .native_model import renamed
 
 # In PEFT's files: before the names of modules, a stack's head, and after a table's name where its new rows are.
 PREFIX, HEAD, ROWS = "base_model.model.", "lm_head", ".token_adapter.trainable_tokens_delta"
-TARGETS = ("transformers", "vllm", "bundle-merged")
+TARGETS = ("transformers", "vllm", "bundle-merged", "gguf")
 
 
 def export(
@@ -51,9 +52,10 @@ def export(
         bundle: Folder of the bundle, or `name/repository` on the Hub.
         out: Folder to write; must be empty or not there.
         to: `transformers` (the native class; an existing VLM's own), `vllm` (its published key names) or
-            `bundle-merged`.
+            `bundle-merged`; or `gguf`, for llama.cpp.
         keep_adapter: Leaves LoRA unmerged, in the subfolder `adapter`.
-        dtype: Type of the weights: `float32`, `bfloat16` or `float16`; default that of the bundle's language model.
+        dtype: Type of the weights: `float32`, `bfloat16` or `float16`; default that of the bundle's language model, for
+            `gguf` `float16`.
         trust_remote_code: See `vlm_sft.load`.
 
     Returns:
@@ -71,7 +73,10 @@ def export(
     recipe = recipe_of(bundle, manifest)
     model, processor = load(bundle, device="cpu", trust_remote_code=trust_remote_code, unquantised=True)
     core: Any = model.get_base_model() if manifest["adapter"] else model
-    saved = getattr(torch, dtype) if dtype else core.get_input_embeddings().weight.dtype
+    own = torch.float16 if to == "gguf" else core.get_input_embeddings().weight.dtype
+    saved = getattr(torch, dtype) if dtype else own
+    if to == "gguf":
+        check_gguf(core, processor)
     model.float()  # merged and compared in fp32, whatever is written
     result: Json = {
         "to": to,
@@ -80,6 +85,10 @@ def export(
     }
     if to == "bundle-merged":
         return {**result, **write_merged(bundle, out, model, processor, saved)}
+    if to == "gguf":
+        result |= write_gguf(out, model, processor, recipe, saved)
+        write_json(out / EXPORT_REPORT, result)
+        return result
     form = form_of(core, processor, recipe)
     if to == "vllm":
         form.check_vllm()

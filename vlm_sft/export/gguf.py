@@ -1,0 +1,235 @@
+"""`vlm-sft export --to gguf`: a bundle for llama.cpp and what is built on it (Ollama, LM Studio, phones).
+
+The language model and, of an existing VLM, its tower are written by llama.cpp's own converter from what `--to
+transformers` would write; a composed stack's tower by `llama_cpp.mmproj`. llama.cpp then answers about a picture, and
+its answer and probabilities are compared with the bundle's, before OUT is there.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from torch import nn
+
+from ..base.errors import UserError
+from ..base.whole_files import read_text, write_json, written_beside
+from ..batch.processor import VLMProcessor
+from ..bundle.card import shown
+from ..llama_cpp.mmproj import check_stack, differences, write_mmproj
+from ..llama_cpp.packages import build, check_installed, known_classes, run
+from ..llama_cpp.template import OllamaTemplate, for_llama_cpp
+from ..model.configuration import image_size_of
+from ..model.modeling import VLMForConditionalGeneration
+from ..recipe.schema import Recipe
+from ..stack.judge import judge, layers_of, measure
+from ..stack.vocabulary import grow_vocabulary
+from .check import QUESTION, noise_picture
+from .forms import FamilyForm
+from .merging import Comparison
+from .native_model import native_generation, to_causal_lm
+from .native_processor import native_template
+
+NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+"""How files, and the converter, name a type."""
+
+ANSWER, ALTERNATIVES = 8, 100
+"""Tokens of the answer that is compared, and at each of them the tokens whose probabilities are."""
+ASKED: list[dict[str, Any]] = QUESTION[:1]
+UNKNOWN = "llama.cpp cannot express this bundle: its converter knows no {}; use --to transformers or bundle-merged."
+
+
+def check_gguf(core: nn.Module, processor: VLMProcessor) -> None:
+    """Refuses, before anything is written, what llama.cpp or its converter cannot express.
+
+    Args:
+        core: The model of the bundle without PEFT's wrapper; its adapters may be in it.
+        processor: Its processor.
+
+    Raises:
+        UserError: It is refused, or a package is missing.
+    """
+    check_installed()
+    texts, towers = known_classes()
+    if isinstance(core, VLMForConditionalGeneration):
+        check_stack(core, processor)
+        if (name := type(to_causal_lm(core)).__name__) not in texts:
+            raise UserError(UNKNOWN.format(f"language model of the class {name}"))
+    elif (name := type(core).__name__) not in texts & towers:
+        raise UserError(UNKNOWN.format(f"{name}"))
+
+
+def write_gguf(
+    out: Path, model: nn.Module, processor: VLMProcessor, recipe: Recipe, dtype: torch.dtype = torch.float16
+) -> dict[str, Any]:
+    """Writes OUT with both GGUF files and a `Modelfile`, once llama.cpp has answered as the bundle does.
+
+    Args:
+        out: Folder to write.
+        model: The bundle's model in fp32, with or without an adapter; it is used up.
+        processor: Its processor.
+        recipe: Its recipe.
+        dtype: Type of the weights, a key of `NAMES`.
+
+    Returns:
+        What was written, and what llama.cpp differs by (`max_difference`, `tolerance`, `positions`, `kl`).
+
+    Raises:
+        UserError: It cannot be expressed, there is no room, or llama.cpp answers otherwise; OUT is not there then.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_gguf(base, processor)
+    _check_room(out, base, dtype)
+    picture = _picture(base)
+    encoded = processor.encode_chat(ASKED, True, [picture.size])
+    inputs = {name: tensor for name, tensor in processor.batch([encoded]).items() if name != "labels"}
+    inputs |= processor.image_inputs([picture], processor.instructions(ASKED))
+    comparison = Comparison(model, lambda model: model.eval()(**inputs).logits)
+    core = comparison.merge(model)
+    comparison.round(core, dtype)
+    with written_beside(out) as beside, TemporaryDirectory(dir=beside.parent) as scratch:
+        beside.mkdir()
+        files = (beside / f"model-{NAMES[dtype]}.gguf", beside / f"mmproj-{NAMES[dtype]}.gguf")
+        _convert(core, processor, recipe, Path(scratch), files, dtype, shown(out.resolve()))
+        found = _compare(core, inputs, picture, files, Path(scratch), dtype)
+        (beside / "Modelfile").write_text(modelfile(processor, recipe, files), encoding="utf-8")
+    told = differences(processor) if isinstance(core, VLMForConditionalGeneration) else []
+    names = [file.name for file in files]
+    return {"llama_cpp": build(), "files": names, **found, **comparison.found, "differences": told}
+
+
+def _check_room(out: Path, core: nn.Module, dtype: torch.dtype) -> None:
+    """Refuses where the disk has no room for the files, and for what the converter reads, beside each other."""
+    values = sum(parameter.numel() for parameter in core.parameters())
+    needed = 2 * values * dtype.itemsize
+    place = next(folder for folder in out.resolve().parents if folder.is_dir())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise UserError(
+            f"{str(place)!r} has {free / 1e9:.1f} GB free, and writing GGUF needs {needed / 1e9:.1f} GB for a moment; "
+            f"make room, or name a folder on another disk."
+        )
+
+
+def _picture(core: nn.Module) -> Image.Image:
+    """What is asked about; of a stack a square, as llama.cpp pads what is not (see `differences`)."""
+    if isinstance(core, VLMForConditionalGeneration):
+        side = image_size_of(core.config.tower)[0] * 5 // 4
+        return noise_picture().resize((side, side), Image.Resampling.BICUBIC)
+    return noise_picture().resize((336, 240), Image.Resampling.BICUBIC)
+
+
+def _convert(
+    core: Any,
+    processor: VLMProcessor,
+    recipe: Recipe,
+    folder: Path,
+    files: tuple[Path, Path],
+    dtype: torch.dtype,
+    name: str,
+) -> None:
+    """Writes what the converter reads to a folder, and both files."""
+    processor.tokenizer.chat_template = None
+    if isinstance(core, VLMForConditionalGeneration):
+        ends = native_generation(core, processor, recipe.generation)
+        grow_vocabulary(core, len(processor.tokenizer))
+        write_mmproj(files[1], core, processor, dtype)
+        native, rest = to_causal_lm(core), []
+        native.generation_config = ends
+        processor.tokenizer.save_pretrained(folder)
+    else:
+        form = FamilyForm(core, processor, recipe)
+        form.write_processor(folder)
+        native, rest = form.native(), [str(files[1])]
+    native = native.to(dtype)
+    native.config.dtype = dtype
+    native.save_pretrained(folder)
+    native.float()
+    # The converter takes what stands in this file before any other, an empty template too.
+    path = folder / "tokenizer_config.json"
+    write_json(path, json.loads(read_text(path)) | {"chat_template": for_llama_cpp(native_template(processor))})
+    path = folder / "generation_config.json"
+    ends = json.loads(read_text(path)).get("eos_token_id")
+    write_json(path, _sampling(recipe) | ({"eos_token_id": ends} if ends is not None else {}))
+    run("convert", "llama.cpp's converter refuses this bundle", folder, files[0], NAMES[dtype], name, *rest)
+
+
+def _sampling(recipe: Recipe) -> dict[str, Any]:
+    """How answers are drawn, for llama.cpp, which takes the first of the most probable tokens where `top_k` is 1."""
+    if not recipe.generation.get("do_sample"):
+        return {"top_k": 1}
+    return {key: recipe.generation[key] for key in ("temperature", "top_k", "top_p") if key in recipe.generation}
+
+
+def _compare(
+    core: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    picture: Image.Image,
+    files: tuple[Path, Path],
+    folder: Path,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Asks llama.cpp, and has the bundle's model compute what it says of each token of that answer."""
+    said = _ask(picture, files, folder)
+    prompt = inputs["input_ids"]
+    if said["prompt"] != prompt.shape[1]:
+        raise UserError(
+            f"llama.cpp reads {said['prompt']} tokens where this bundle reads {prompt.shape[1]}: it cuts or writes the "
+            f"prompt otherwise; nothing was written."
+        )
+    ids = torch.tensor([said["ids"][:-1]], dtype=prompt.dtype)
+    longer = {**inputs, "input_ids": torch.cat([prompt, ids], 1)}
+    if "attention_mask" in inputs:
+        longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    with torch.inference_mode():
+        logits = core.eval()(**longer).logits[0, -len(said["ids"]) :].float()
+    told = logits.double()[said["at"]]
+    picked = torch.tensor([[token for token, _ in step] for step in said["top"]])
+    theirs = torch.tensor([[value for _, value in step] for step in said["top"]], dtype=torch.float64)
+    # Of logits it tells the probabilities alone, so they are put where the bundle's lie.
+    measured = measure(told.gather(1, picked), theirs + told.logsumexp(-1, keepdim=True))
+    found = judge(measured, dtype, layers_of(core), "the bundle's")
+    if not found["equal"]:
+        raise UserError(f"llama.cpp loads what was written, but {found['why']}; nothing was written.")
+    kept = {key: found[key] for key in ("max_difference", "tolerance", "positions", "kl")}
+    return {**kept, "same_answer": logits.argmax(-1).tolist() == said["ids"], "answer": said["text"]}
+
+
+def _ask(picture: Image.Image, files: tuple[Path, Path], folder: Path) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": url}} if part["type"] == "image" else part
+        for part in ASKED[0]["content"]
+    ]
+    request = {
+        "messages": [{"role": "user", "content": parts}],
+        "max_tokens": ANSWER,
+        "top_logprobs": ALTERNATIVES,
+    }
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    return run("ask", "llama.cpp cannot read what was written", *files, folder / "request.json")
+
+
+def modelfile(processor: VLMProcessor, recipe: Recipe, files: tuple[Path, Path]) -> str:
+    """Ollama's `Modelfile` for the two files."""
+    lines = [f"FROM ./{file.name}" for file in files]
+    if template := OllamaTemplate(processor).text:
+        lines += [f'TEMPLATE """{template}"""']
+    else:
+        lines += ["# This bundle's chat template is no chain of turns, so Ollama cannot write it; it is in the file."]
+    if recipe.system:
+        lines += [f'SYSTEM """{recipe.system}"""']
+    if end := processor.end_of_answer.strip():
+        lines += [f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}"]
+    if not recipe.generation.get("do_sample"):
+        lines += ["PARAMETER temperature 0"]
+    return "\n".join(lines) + "\n"
