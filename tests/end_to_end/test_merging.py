@@ -42,13 +42,13 @@ from vlm_sft.data.dataset import ROW_FEATURES, merged_rows
 from vlm_sft.model import modeling
 from vlm_sft.model.configuration import VLMConfig
 from vlm_sft.model.modeling import VLMForConditionalGeneration
-from vlm_sft.model.mplug_owl import MPLUGOwlAbstractorConfig
 from vlm_sft.model.positions import kept_apart
-from vlm_sft.model.qwen_vl import QwenVLResamplerConfig
 from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.rows.merging import ids_of, merged
 from vlm_sft.rows.messages import answers_of, unpacked
 from vlm_sft.stack.kinds import compose
+from vlm_sft.systems.mplug_owl import MPLUGOwlAbstractorConfig
+from vlm_sft.systems.qwen_vl import QwenVLResamplerConfig
 from vlm_sft.templates.template import load_template
 from vlm_sft.train import train
 from vlm_sft.training.run_rows import load_rows

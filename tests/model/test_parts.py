@@ -8,9 +8,9 @@ from transformers import AutoConfig, Blip2VisionConfig, CLIPVisionConfig, LlamaC
 
 from vlm_sft.model.configuration import VLMConfig
 from vlm_sft.model.modeling import VLMForConditionalGeneration
-from vlm_sft.model.mplug_owl import MPLUGOwlVisionConfig
 from vlm_sft.model.parts import build_vision_tower, mark_initialised, parts_from_config
-from vlm_sft.model.qwen_vl import QwenVLVisionConfig
+from vlm_sft.systems.mplug_owl import MPLUGOwlVisionConfig
+from vlm_sft.systems.qwen_vl import QwenVLVisionConfig
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
          "patch_size": 14}  # fmt: skip

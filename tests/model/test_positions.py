@@ -16,7 +16,7 @@ from vlm_sft.bundle.load import load
 from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.save import save_bundle
 from vlm_sft.export.native_model import native_form
-from vlm_sft.model.positions import cast, fit_positions, kept_apart
+from vlm_sft.model.positions import cast, kept_apart
 from vlm_sft.pieces.load_parts import load_vision_tower
 from vlm_sft.pieces.part_configs import find_vision_tower
 from vlm_sft.stack.build_stack import build_empty_stack, build_stack
@@ -58,14 +58,6 @@ def test_the_table_is_what_interpolate_gives(name, size, more_pieces, stack_reci
         load_vision_tower(find_vision_tower(stack_recipe(name).stack.vision_tower), torch.float32).named_parameters()
     )
     assert all(torch.equal(parameter, plain[n]) for n, parameter in others.items())
-
-
-def test_a_table_that_is_no_square_stays_and_is_refused_later():
-    table = torch.randn(1, 12, 4)
-    assert fit_positions(table, torch.Size((1, 26, 4)), 25) is table
-    half = torch.randn(1, 10, 4).half()
-    resized = fit_positions(half, torch.Size((1, 26, 4)), 25)
-    assert resized.dtype == torch.float16 and torch.equal(resized[:, :1], half[:, :1])
 
 
 def test_a_bundle_keeps_the_size(stack_recipe, photos, tmp_path):

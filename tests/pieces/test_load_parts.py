@@ -13,7 +13,7 @@ from transformers import (
     HyperCLOVAXConfig,
     HyperCLOVAXForCausalLM,
     LlamaForCausalLM,
-    T5Config,
+    UMT5Config,
 )
 
 from support.published_checkpoints import (
@@ -293,9 +293,9 @@ def test_a_language_model_is_picked_out_of_a_larger_checkpoint(name, file, piece
 
 
 def test_a_language_model_that_is_not_causal_is_named(pieces, tmp_path):
-    t5 = T5Config(d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=16, vocab_size=50)
+    t5 = UMT5Config(d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=16, vocab_size=50)
     folder, _ = instructblip(pieces, tmp_path, text=t5)
-    with pytest.raises(UserError, match=rf"^{LM}: a 't5' checkpoint is no causal language model\.$"):
+    with pytest.raises(UserError, match=rf"^{LM}: a 'umt5' checkpoint is no causal language model\.$"):
         load_language_model(language_model_in(folder), torch.float32)
 
 

@@ -18,7 +18,7 @@ from transformers import (
     LlavaConfig,
     MistralConfig,
     OPTConfig,
-    T5Config,
+    UMT5Config,
 )
 
 from support.tiny_pieces import VISION
@@ -127,8 +127,8 @@ def test_a_language_model_is_found_alone_and_inside_larger_models(place, write):
 
 
 def test_a_larger_model_without_a_causal_one_is_refused(write):
-    config = Blip2Config(vision_config=Blip2VisionConfig(**VISION), text_config=T5Config(d_model=32))
-    with pytest.raises(UserError, match=r"^stack\.language_model\.pretrained: a 't5' checkpoint is no causal"):
+    config = Blip2Config(vision_config=Blip2VisionConfig(**VISION), text_config=UMT5Config(d_model=32))
+    with pytest.raises(UserError, match=r"^stack\.language_model\.pretrained: a 'umt5' checkpoint is no causal"):
         language_model_of(write(config))
 
 

@@ -31,6 +31,7 @@ def test_the_promised_recipes_ship() -> None:
         "llava15_stage2_qlora",
         "llava15_stage2_lora",
         "blip2_opt_stage2",
+        "instructblip_flant5",
         "instructblip_vicuna",
         "llava_next_lora",
         "qwen25vl_lora",
@@ -120,6 +121,7 @@ def recipe(name: str) -> Recipe:
         ("llava15_stage2_lora", {"projector": 2e-5}, 0.0, "128"),
         ("blip2_opt_stage2", {"resampler": 1e-4, "projector": 1e-4}, 0.05, "1024"),
         ("instructblip_vicuna", {"resampler": 1e-5, "projector": 1e-5}, 0.05, "128"),
+        ("instructblip_flant5", {"resampler": 1e-5, "projector": 1e-5}, 0.05, "192"),
         ("minigpt4_stage1", {"projector": 1e-4}, 0.05, "256"),
         ("minigpt4_stage2", {"projector": 3e-5}, 0.05, "48"),
         ("llava15_stage2_qlora", {"projector": 2e-5}, 0.0, "128"),
@@ -142,6 +144,7 @@ def test_published_values(name: str, train: dict[str, float], weight_decay: floa
         ("minigpt4_stage2", 200, 1000, 1e-5, 1e-6),
         ("blip2_opt_stage2", 2000, -1, 1e-5, 1e-6),
         ("instructblip_vicuna", 1000, 60000, 0, 1e-8),
+        ("instructblip_flant5", 1000, 60000, 0, 1e-8),
     ],
 )
 def test_published_schedule(name: str, warmup: int, steps: int, lowest: float, start: float) -> None:

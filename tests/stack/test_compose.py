@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from vlm_sft.base.errors import UserError
-from vlm_sft.model.qwen_vl import QwenVLResamplerConfig
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.compose import count_image_tokens
 from vlm_sft.stack.kinds import compose
+from vlm_sft.systems.qwen_vl import QwenVLResamplerConfig
 
 PATCH = {"vision": {"feature_select": "patch"}}
 

@@ -15,11 +15,11 @@ from vlm_sft.bundle.manifest import Provenance
 from vlm_sft.bundle.save import save_bundle
 from vlm_sft.model.configuration import VLMConfig
 from vlm_sft.model.modeling import VLMModel
-from vlm_sft.model.mplug_owl import MPLUGOwlAbstractorConfig
-from vlm_sft.model.qwen_vl import QwenVLResamplerConfig
 from vlm_sft.recipe.libraries import build_sft_config, computes_in, settle_precision
 from vlm_sft.recipe.yaml_file import YamlFile
 from vlm_sft.stack.precision import dtype_of
+from vlm_sft.systems.mplug_owl import MPLUGOwlAbstractorConfig
+from vlm_sft.systems.qwen_vl import QwenVLResamplerConfig
 
 BF16 = "transformers.utils.is_torch_bf16_gpu_available"
 

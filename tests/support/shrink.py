@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from support.flant5 import write_instructblip_flant5
 from support.tiny_families import tiny
 from support.tiny_pieces import make_tokenizer
 from support.visualglm import write_visualglm
@@ -164,6 +165,7 @@ PIECES: dict[str, Writer] = {
     "Salesforce/blip2-opt-2.7b": lambda pieces, folder: pieces["blip2"],
     "Salesforce/blip2-flan-t5-xxl": lambda pieces, folder: pieces["blip2"],
     "Salesforce/instructblip-vicuna-7b": write_instructblip,
+    "Salesforce/instructblip-flan-t5-xl": lambda pieces, folder: write_instructblip_flant5(folder),
     "THUDM/visualglm-6b": lambda pieces, folder: write_visualglm(folder),
     "data/real/dinov2": write_dinov2,
     "data/real/smollm2": write_smollm2,

@@ -14,6 +14,8 @@ IMAGE = {"type": "image"}
 AROUND = {
     "blip2_caption": ("", "\n"),
     "blip2_vqa": (" ", "\n"),
+    "blip2_flant5_vqa": ("", "</s>"),
+    "flant5": ("", "</s>"),
     "chatml": ("", "<|im_end|>"),
     "instructblip": (" ", "</s>"),
     "llava_llama_2": (" ", " </s>"),
@@ -41,7 +43,7 @@ AROUND = {
 }
 
 # Read in both directions up to the answer: earlier answers are part of its prompt.
-LAST_ALONE = {"visualglm"}
+LAST_ALONE = {"blip2_flant5_vqa", "flant5", "visualglm"}
 
 
 def text(words: str) -> dict[str, str]:

@@ -102,6 +102,11 @@ def test_goldens_know_no_template_that_we_do_not() -> None:
         ("plain", "{i}A cat.\nBlack.\n"),
         ("blip2_caption", "{i}[BOS]A cat.\nBlack.\n"),
         ("instructblip", "{i}[BOS]What animal is this? A cat.</s>What colour? Black.</s>"),
+        ("flant5", "{i}What animal is this? A cat. What colour?</s>Black.</s>"),
+        (
+            "blip2_flant5_vqa",
+            "{i}Question: What animal is this? Short answer: A cat. Question: What colour? Short answer:</s>Black.</s>",
+        ),
         (
             "visualglm",
             "<img>{i} </img>Q:What animal is this?\nA:A cat.\nQ:What colour?\nA:[gMASK]<sop> Black.</s>",

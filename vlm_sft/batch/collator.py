@@ -312,7 +312,10 @@ class MultimodalCollator:
         if any(sample.loss_weights is not None for sample in samples):
             given = [(sample.loss_weights, len(sample.chat.input_ids)) for sample in samples]
             weights = [[1.0] * length if each is None else each for each, length in given]
-            batch["loss_weights"] = pad(weights, batch["input_ids"].shape[1], 0.0)
+            if self.processor.answer_start is not None:  # labels are answers alone
+                pairs = [zip(row, chat.labels, strict=True) for row, chat in zip(weights, chats, strict=True)]
+                weights = [[1.0, *(weight for weight, label in row if label != IGNORED)] for row in pairs]
+            batch["loss_weights"] = pad(weights, batch["labels"].shape[1], 0.0)
         return batch
 
 

@@ -64,6 +64,11 @@ class EncodedChat:
     lengths: list[int] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)
 
+    @property
+    def answer_place(self) -> int:
+        """Where the first token lies that is learned; where none is, the end."""
+        return next((place for place, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
+
     @classmethod
     def packed(cls, chats: Sequence[EncodedChat]) -> EncodedChat:
         """Conversations behind each other; the first token of each is learned no more, as none of its own is before."""

@@ -6,10 +6,10 @@ The mask is made on the rendered text, before image placeholders are expanded; t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -24,7 +24,8 @@ from ..templates.notations import DEFAULT, GRID_SIDE, Notation, missing_token, n
 from ..templates.render import RenderedChat, render
 from ..templates.template import end_of_answer, owns_bos
 from .box_text import Seen, check_seen, seen_through
-from .encoding import PAD, EncodedChat, Word, add_missing_tokens, first_id_of, in_loss, pad, supervised_characters
+from .counts import batched
+from .encoding import PAD, EncodedChat, Word, add_missing_tokens, first_id_of, in_loss, supervised_characters
 from .typed_text import control_tokens, tokenize_chat
 
 # Where transformers' InstructBLIP, and a bundle, keep the tokenizer of the Q-Former; the tokens that LAVIS gives it.
@@ -44,6 +45,8 @@ class VLMProcessor(ProcessorMixin):
         pad_to_square: Pads images to a square with the image processor's mean colour first (LLaVA-1.5).
         system: System text for conversations that bring none; None leaves the template's own.
         box_notation: How boxes are written, a key of `NOTATIONS`; None: `DEFAULT` of `box_text`.
+        answer_start: Of a language model that reads its prompt by an encoder, the id that every answer begins behind;
+            then the last answer of a conversation is learned alone.
 
     Attributes:
         qformer_tokenizer: Tokenizer of a resampler that reads the instruction, or None. It is saved along.
@@ -60,6 +63,7 @@ class VLMProcessor(ProcessorMixin):
     one_image = False
     video = Sampling()
     words: Sequence[Word] = ()
+    answer_start: int | None = None
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class VLMProcessor(ProcessorMixin):
         pad_to_square: bool = False,
         system: str | None = None,
         box_notation: str | None = None,
+        answer_start: int | None = None,
     ) -> None:
         check_fast(tokenizer, "stack.language_model")
         self.num_image_tokens = num_image_tokens
@@ -78,6 +83,7 @@ class VLMProcessor(ProcessorMixin):
         self.pad_to_square = pad_to_square
         self.system = system
         self.box_notation = box_notation or DEFAULT
+        self.answer_start = answer_start
         self.qformer_tokenizer: PreTrainedTokenizerBase | None = None
         self.added_tokens = add_missing_tokens(tokenizer, image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -120,7 +126,10 @@ class VLMProcessor(ProcessorMixin):
         Raises:
             UserError: The conversation is malformed; the message says which message of it.
         """
-        return self.encode_rendered(self.render(messages, add_generation_prompt), sizes)
+        encoded = self.encode_rendered(self.render(messages, add_generation_prompt), sizes)
+        if add_generation_prompt and self.answer_start is not None:  # what was answered before is read
+            encoded.labels = [IGNORED] * len(encoded.labels)
+        return encoded
 
     def encode_rendered(self, chat: RenderedChat, sizes: Sequence[tuple[int, int]] = ()) -> EncodedChat:
         """Ids and labels of a rendered conversation; a token is in the loss when all its characters are.
@@ -129,6 +138,8 @@ class VLMProcessor(ProcessorMixin):
             chat: The conversation.
             sizes: (width, height) of each image, for a processor that `reads_sizes`; this one does not.
         """
+        if self.answer_start is not None:
+            chat = replace(chat, spans=chat.spans[-1:], unlearned=sorted([*chat.unlearned, *chat.spans[:-1]]))
         supervised = supervised_characters(chat)
         encoded = EncodedChat([], [], len(chat.image_spans))
         if self._adds_bos(chat):
@@ -281,30 +292,14 @@ class VLMProcessor(ProcessorMixin):
         return self.num_image_tokens
 
     def batch(self, rows: Sequence[EncodedChat], side: str = "right", multiple_of: int | None = None) -> BatchFeature:
-        """Pads rows to (B, S) `input_ids`, `attention_mask` and `labels`.
-
-        Packs, and rows that share their images, have what `EncodedChat.lengths_of` says in place of the mask.
+        """Pads rows to (B, S) `input_ids`, `attention_mask` and `labels`; see `batched`.
 
         Args:
             rows: Encoded conversations, or packs of them.
             side: `right` for training, `left` for generation.
             multiple_of: Rounds S up to a multiple (tensor cores like 8).
         """
-        longest = max(len(row.input_ids) for row in rows)
-        if multiple_of:
-            longest = -(-longest // multiple_of) * multiple_of
-        lengths = np.array([[len(row.input_ids)] for row in rows])
-        places = np.arange(longest)
-        real = places < lengths if side == "right" else places >= longest - lengths
-        batch = {
-            "input_ids": pad([row.input_ids for row in rows], longest, self.tokenizer.pad_token_id, side),
-            "attention_mask": torch.from_numpy(real.astype(np.int64)),
-            "labels": pad([row.labels for row in rows], longest, IGNORED, side),
-        }
-        if apart := EncodedChat.lengths_of(rows):
-            del batch["attention_mask"]
-            batch |= apart
-        return BatchFeature(batch)
+        return BatchFeature(batched(rows, self.tokenizer.pad_token_id, side, multiple_of, self.answer_start))
 
 
 def load_qformer_tokenizer(

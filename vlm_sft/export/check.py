@@ -20,6 +20,7 @@ from ..base.console import tell
 from ..base.errors import UserError, exit_on_user_error
 from ..base.names import PROCESSOR_CONFIG, Json
 from ..base.whole_files import read_text
+from ..batch.counts import ANSWERS
 from ..rows.messages import Message
 from ..stack.judge import measure
 from ..templates.serve import bounded
@@ -55,6 +56,8 @@ def compare(export: Path, probe: Path) -> Json:
 
         model = PeftModel.from_pretrained(model, export / ADAPTER_FOLDER)
     text, inputs = inputs_of(processor, messages, [Image.open(probe / PICTURE).convert("RGB")])
+    if ANSWERS in wanted:  # what a decoder has read; a processor makes prompts alone
+        inputs[ANSWERS] = wanted[ANSWERS]
     same_ids = all(inputs[name].tolist() == wanted[name].tolist() for name in wanted if name.endswith("input_ids"))
     result: Json = {"text": text, "ids": same_ids, "positions": wanted["logits"].shape[1]}
     result["chats"] = bool(processor.chat_template)

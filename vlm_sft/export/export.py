@@ -154,7 +154,8 @@ def _write_probe(folder: Path, form: Form) -> dict[str, torch.Tensor]:
     """Writes a conversation and a picture that is not square; returns what the bundle's processor makes of them."""
     picture, processor = noise_picture(), form.processor
     picture.save(folder / PICTURE)
-    (folder / CONVERSATION).write_text(json.dumps(form.probe, ensure_ascii=False), encoding="utf-8")
+    asked = form.probe if processor.answer_start is None else form.probe[:-1]  # the answer lies apart
+    (folder / CONVERSATION).write_text(json.dumps(asked, ensure_ascii=False), encoding="utf-8")
     encoded = processor.encode_chat(form.probe, is_prompt(form.probe), [picture.size])
     inputs = {name: tensor for name, tensor in processor.batch([encoded]).items() if name != "labels"}
     return inputs | processor.image_inputs([picture], processor.instructions(form.probe))

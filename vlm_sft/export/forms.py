@@ -91,8 +91,9 @@ class StackForm(Form):
     def __init__(self, model: VLMForConditionalGeneration, processor: VLMProcessor, recipe: Recipe) -> None:
         super().__init__(model, processor, recipe)
         self.name = native_form(model)
-        # InstructBLIP's processor knows no conversations.
-        self.probe = QUESTION[:1] if self.name == "instructblip" else QUESTION
+        # InstructBLIP's processor knows no conversations. A decoder's logits are of an answer.
+        by_decoder = processor.answer_start is not None
+        self.probe = QUESTION[: 1 + by_decoder] if self.name == "instructblip" else QUESTION
 
     def check_vllm(self) -> None:
         check_stack(self.name, self.model, self.processor)
@@ -111,10 +112,10 @@ class StackForm(Form):
             return {}
         inner, head = self.model.model.language_model, self.model.lm_head
         names = {id(module): name for name, module in to_causal_lm(self.model).named_modules()}
-        prefix = names[id(inner)]
+        prefix = f"{names[id(inner)]}." if id(inner) in names else ""  # an encoder–decoder's class is its own
         return {
             "base_model.model.lm_head": f"base_model.model.language_model.{names[id(head)]}",
-            "base_model.model.model.language_model.": f"base_model.model.language_model.{prefix}.",
+            "base_model.model.model.language_model.": f"base_model.model.language_model.{prefix}",
             "base_model.model.model.vision_tower.": "base_model.model.vision_model.",
             "base_model.model.model.resampler.": "base_model.model.",
         }

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     Blip2Config,
     Blip2ForConditionalGeneration,
     GenerationConfig,
@@ -29,6 +28,7 @@ from ..base.names import Options
 from ..batch.processor import VLMProcessor
 from ..inference.settings import generation_options
 from ..model.configuration import count_patches, image_size_of
+from ..model.encoder_decoder import with_head
 from ..model.modeling import VLMForConditionalGeneration
 from ..stack.vocabulary import grow_vocabulary
 
@@ -60,6 +60,8 @@ def native_form(model: VLMForConditionalGeneration) -> str:
         form, name, towers = BLIP_FORMS[config.resampler_type]
         _refuse_blip(model, name, towers)
         return form
+    if config.is_encoder_decoder:
+        raise UserError(NO_FORM.format(f"LLaVA's class has no encoder for a prompt, as {text.model_type!r} has one"))
     if config.projector_type != "mlp" or (config.projector_options or {})["depth"] != 2:
         raise UserError(NO_FORM.format("without a resampler, LLaVA's projector is an mlp of depth 2, and this is not"))
     if type(config.tower) not in AutoModel._model_mapping:
@@ -110,10 +112,7 @@ def llava_features(model: VLMForConditionalGeneration) -> tuple[str, int]:
 def to_causal_lm(model: VLMForConditionalGeneration) -> PreTrainedModel:
     """The language model of a stack with its head, as the class it was loaded from; the weights are shared."""
     base = model.model.language_model
-    with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(base.config)
-    setattr(causal, causal.base_model_prefix, base)
-    causal.set_output_embeddings(model.lm_head)
+    causal = with_head(base, model.lm_head)
     causal.generation_config = model.generation_config
     return causal
 
@@ -133,6 +132,8 @@ def native_model(
     text = model.model.language_model.config
     # BLIP's classes generate by its language model, which only knows its own configuration.
     text.eos_token_id, text.pad_token_id = ends.eos_token_id, processor.tokenizer.pad_token_id
+    if processor.answer_start is not None:
+        text.decoder_start_token_id = processor.answer_start
     text.architectures = [type(to_causal_lm(model)).__name__]  # vLLM asks for it
     native = _as_llava(model, processor, features[0]) if features else _as_blip(model, processor, form)
     native.generation_config = ends

@@ -18,7 +18,8 @@ from .native_model import llava_features, native_form
 def native_template(processor: VLMProcessor) -> str:
     """The chat template as transformers and vLLM take it: with the system text and BOS that our processor adds."""
     template = str(processor.chat_template)
-    before = ""
+    # T5's tokenizer, whatever it is told, writes the end of a prompt by itself.
+    before = "" if processor.answer_start is None else "{%- set eos_token = '' -%}"
     if processor.system is not None:
         message = {"role": "system", "content": [{"type": "text", "text": processor.system}]}
         before += (

@@ -42,6 +42,8 @@ def check_stack(form: str, model: VLMForConditionalGeneration, processor: VLMPro
     """
     if form == "instructblip":
         raise UserError("vLLM has no class for InstructBLIP; use --to transformers.")
+    if processor.answer_start is not None:
+        raise UserError(REFUSED.format("its BLIP-2 has a language model without an encoder, like OPT"))
     causal = to_causal_lm(model)
     if (prefix := causal.base_model_prefix) != "model":
         name = type(causal).__name__

@@ -19,6 +19,7 @@ from transformers import (
 from ..base.errors import RowError, UserError
 from ..base.names import Options, Row, Values
 from ..batch.box_text import write_boxes
+from ..batch.counts import ANSWERS
 from ..batch.encoding import EncodedChat
 from ..batch.pictures import Pictures, check_frames, image_inputs, load_picture, name_of, picture_sizes
 from ..batch.processor import VLMProcessor
@@ -271,7 +272,8 @@ def new_tokens(model: PreTrainedModel, batch: dict[str, torch.Tensor], settings:
         except (ValueError, TypeError, ImportError, OverflowError) as error:
             raise refusal(error) from error
     # Given embeddings, `generate` returns what is new alone.
-    return output[:, batch["input_ids"].shape[1] :] if "input_ids" in given else output
+    written = next((given[name] for name in ("input_ids", ANSWERS) if name in given), None)
+    return output if written is None else output[:, written.shape[1] :]
 
 
 def before_end(ends: Sequence[int], ids: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import ClassVar
 
@@ -55,6 +56,14 @@ class VLMConfig(PreTrainedConfig):
         assert isinstance(self.text_config, PreTrainedConfig)
         width = getattr(self.resampler_config, "hidden_size", 0) if self.resampler_type else self.tower_width
         return width, text_width_of(self.text_config)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The configuration of the language model; of its decoder, for a cache, with as many layers as that has."""
+        text = super().get_text_config(decoder, encoder)
+        if decoder and not encoder and self.is_encoder_decoder:
+            text = copy.deepcopy(text)
+            text.num_hidden_layers = text.num_decoder_layers
+        return text
 
     @property
     def tower(self) -> PreTrainedConfig:

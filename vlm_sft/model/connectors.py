@@ -24,8 +24,8 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from ..base.errors import UserError
-from .mplug_owl import AbstractorResampler
-from .qwen_vl import CrossAttentionResampler
+from ..systems.mplug_owl import AbstractorResampler
+from ..systems.qwen_vl import CrossAttentionResampler
 
 
 class LinearProjector(nn.Module):

@@ -50,7 +50,9 @@ class VLMOutput(ModelOutput):
 
 
 def scaled_logits(head: nn.Module, config: PreTrainedConfig, hidden: torch.Tensor) -> torch.Tensor:
-    """(…, D) → (…, vocabulary), with the scalings that some language models put after their head."""
+    """(…, D) → (…, vocabulary), with the scalings that some language models put around their head."""
+    if getattr(config, "scale_decoder_outputs", False):  # the first T5, not FlanT5
+        hidden = hidden * config.hidden_size**-0.5
     logits = head(hidden)
     if scale := getattr(config, "logit_scale", None):  # Cohere
         logits = logits * scale

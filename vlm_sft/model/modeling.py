@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 
-from ..base.names import INSTRUCTION, Inputs
+from ..base.names import INSTRUCTION
+from .answering import Answering
 from .configuration import VLMConfig, blank_size
+from .encoder_decoder import behind_encoder, core_of, is_tied
 from .losses import Head, VLMOutput, mean_loss
 from .parts import Cached, Parts, mark_initialised, parts_from_config
-from .positions import ExactRotations, OwnPositions, kept_apart, own_positions
+from .positions import ExactRotations, kept_apart, own_positions
 from .sharding import others_wait_for
 from .towers import keep_all_patches, resample, see
 
@@ -57,7 +59,7 @@ class VLMModel(VLMPreTrainedModel):
         self.vision_tower = keep_all_patches(parts.vision_tower)
         self.resampler = parts.resampler
         self.projector = parts.projector
-        self.language_model = parts.causal_lm.base_model
+        self.language_model = core_of(parts.causal_lm)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -124,6 +126,7 @@ class VLMModel(VLMPreTrainedModel):
         row_lengths: torch.Tensor | None = None,
         row_heads: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Puts the image features where the image tokens stand and runs the language model.
@@ -135,17 +138,17 @@ class VLMModel(VLMPreTrainedModel):
             position_ids: (B, S), or as `own_positions` gives them; None leaves them to the model.
             past_key_values: Cache of earlier tokens.
             inputs_embeds: (B, S, D) in place of `input_ids`; then images cannot be given.
-            qformer_input_ids: (N, L) the instruction of each image, where the resampler reads it.
-            qformer_attention_mask: (N, L), 1 for tokens and 0 for padding.
+            qformer_input_ids, qformer_attention_mask: (N, L) the instruction of each image, for a resampler.
             image_token_count: How often the image token stands in `input_ids`; None to count, which the host waits for.
             row_lengths, row_heads: (B, R) in place of mask and positions, where rows are packed; see `kept_apart`.
             image_features: (N, T, W) in place of `pixel_values`; see `get_image_features`.
+            encoder_outputs: What an encoder made of the prompt, in place of ids; see `behind_encoder`.
             **kwargs: Passed on to the language model.
 
         Raises:
             ValueError: The number of image tokens is not the number of image features.
         """
-        if inputs_embeds is None:
+        if inputs_embeds is None and encoder_outputs is None:
             if input_ids is None:
                 raise ValueError("Give input_ids or inputs_embeds.")
             given = dict(zip(INSTRUCTION, (qformer_input_ids, qformer_attention_mask), strict=True))
@@ -154,6 +157,10 @@ class VLMModel(VLMPreTrainedModel):
         elif pixel_values is not None:
             raise ValueError("Give the images with input_ids: inputs_embeds leaves no place to put them.")
         lm = self.language_model
+        if self.config.is_encoder_decoder:
+            kwargs |= {"encoder_outputs": encoder_outputs, "past_key_values": past_key_values}
+            return behind_encoder(lm, inputs_embeds, attention_mask, row_lengths, **kwargs)
+        assert inputs_embeds is not None
         if input_ids is not None and position_ids is None and past_key_values is None:
             position_ids = own_positions(lm, input_ids, attention_mask, row_lengths)
         if row_lengths is not None:
@@ -210,7 +217,7 @@ class VLMModel(VLMPreTrainedModel):
             )
 
 
-class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions, GenerationMixin):
+class VLMForConditionalGeneration(VLMPreTrainedModel, Answering, GenerationMixin):
     """The composed model with the language model's head: trains through `labels`, answers through `generate`.
 
     Args:
@@ -233,7 +240,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions, GenerationMi
         self.post_init()
 
     def _find_tied_head(self, causal_lm: PreTrainedModel) -> dict[str, str]:
-        if not causal_lm.config.get_text_config().tie_word_embeddings:
+        if not is_tied(causal_lm.config.get_text_config()):
             return {}
         self.config.tie_word_embeddings = True
         table = self.get_input_embeddings()
@@ -260,14 +267,6 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions, GenerationMi
         """The whole image path: (N, 3, H, W) → (N, T, D); see `VLMModel.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
 
-    def generation_inputs(self, batch: dict[str, torch.Tensor], beams: int) -> dict[str, torch.Tensor]:
-        """What `generate` takes of a batch. No ids: a penalty on repetition would look up the placeholder's in vain."""
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        given = {name: batch.get(name) for name in (*INSTRUCTION, "image_features")}
-        embeds = self.model.embed(ids, batch.get("pixel_values"), **given)
-        positions = own_positions(self.model.language_model, ids, mask)
-        return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -282,25 +281,26 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions, GenerationMi
         supervised_only: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        decoder_input_ids: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
         **kwargs: Any,
     ) -> VLMOutput:
         """Runs the model.
 
         Args:
-            input_ids: See `VLMModel.forward`, also for the next five.
-            pixel_values: As above.
-            attention_mask: As above.
-            position_ids: As above.
-            past_key_values: As above.
-            inputs_embeds: As above.
-            labels: (B, S), -100 where nothing is learned; position s is scored by the output at s - 1.
+            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds: See `VLMModel`.
+            labels: (B, S), -100 where nothing is learned; position s is scored by the output at s - 1. Those of an
+                encoder–decoder are (B, L), as long as `decoder_input_ids`.
             loss_weights: (B, S) factors on the loss of each label; default 1.
             label_positions: `supervised_positions` of the labels, where the batch brings them.
             supervised_only: Scores only the positions with a label, a chunk at a time: the loss needs no full logits.
             num_items_in_batch: What the summed loss is divided by; default the number of labels here.
             logits_to_keep: Number of last positions to score, or their indices; 0 for all.
+            decoder_input_ids, encoder_outputs: See `behind_encoder`; of an encoder–decoder alone.
             **kwargs: Passed on to `VLMModel.forward`.
         """
+        if self.config.is_encoder_decoder:
+            kwargs |= {"decoder_input_ids": decoder_input_ids, "encoder_outputs": encoder_outputs}
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -325,23 +325,6 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, OwnPositions, GenerationMi
             if supervised_only:
                 result.token_losses, result.token_hits = losses, hits
         return result
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.Tensor | None, Inputs]:
-        """Repeats rows for beams; the images of a row are repeated together, not one by one."""
-        images = {n: model_kwargs.pop(n) for n in ("pixel_values", *INSTRUCTION) if model_kwargs.get(n) is not None}
-        if images and input_ids is not None and expand_size > 1:
-            counts = (input_ids == self.config.image_token_id).sum(1) // max(self.config.num_image_tokens, 1)
-            for name, tensor in images.items():
-                rows = tensor.split(counts.tolist())
-                images[name] = torch.cat([row for row in rows for _ in range(expand_size)])
-        ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        return ids, {**kwargs, **images}
 
 
 AutoConfig.register("vlm_sft", VLMConfig)

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
 from transformers.models.instructblip.modeling_instructblip import InstructBlipVisionModel
 
 from ..base.errors import UserError
 from ..base.words import one_line
+from ..systems.mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig, MPLUGOwlVisionModel
+from ..systems.qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig, QwenVLVisionModel
 from .configuration import VLMConfig
 from .connectors import build_projector, build_resampler
-from .mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig, MPLUGOwlVisionModel
-from .qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig, QwenVLVisionModel
+from .encoder_decoder import made_of
 
 # Encoders that transformers does not reach through AutoModel: some of its own, and ours.
 VISION_MODELS: dict[str, type[PreTrainedModel]] = {
@@ -85,8 +86,9 @@ def parts_from_config(config: VLMConfig) -> Parts:
     if config.resampler_type:
         resampler = build_resampler(config.resampler_type, config.resampler_config, config.num_query_tokens)
     projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
-    causal_lm = AutoModelForCausalLM.from_config(config.text_config)
-    return Parts(build_vision_tower(config.vision_config), resampler, projector, causal_lm)
+    assert isinstance(config.text_config, PreTrainedConfig)
+    tower = build_vision_tower(config.tower)
+    return Parts(tower, resampler, projector, made_of(config.text_config))
 
 
 def empty_part(config: VLMConfig, part: str) -> nn.Module:

@@ -1,21 +1,19 @@
-"""Positions: tables for other numbers of patches, rotations that stay exact, packed rows that each begin at zero and
-see themselves alone, and those that a language model reads off its ids."""
+"""Positions: rotations that stay exact, packed rows that each begin at zero and see themselves alone, and those that a
+language model reads off its ids."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, GenerationMixin, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 
 from ..base.errors import UserError
-from ..base.names import Options
 
 # Towers that take images of any size: they fit their table to the image at every forward (DINOv2 is made for 518 pixels
 # and published with 224), or compute positions, or have none.
@@ -23,37 +21,6 @@ INTERPOLATING = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convne
                  "swinv2", "bit", "cvt", "dinat", "efficientnet", "focalnet", "mobilenet_v1", "mobilenet_v2",
                  "mobilevit", "mobilevitv2", "poolformer", "pvt_v2", "regnet", "resnet", "segformer",
                  "swiftformer")  # fmt: skip
-# Where the other towers keep theirs: BLIP-2, InstructBLIP and mPLUG-Owl; CLIP and SigLIP.
-TABLES = ("embeddings.position_embedding", "embeddings.position_embedding.weight")
-
-
-def resize_positions(table: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Bicubic resize of a square table of positions: (P', D) → (tokens, D), in its own dtype."""
-    if len(table) == tokens:
-        return table
-    old, new = math.isqrt(len(table)), math.isqrt(tokens)
-    grid = table.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return grid.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
-
-
-def fit_positions(table: torch.Tensor, shape: torch.Size, patches: int) -> torch.Tensor:
-    """Resizes the patches of a tower's table and keeps the class token before them (LAVIS, `interpolate_pos_embed`).
-
-    Args:
-        table: (…, P', D) what the checkpoint has.
-        shape: (…, P, D) what the tower needs.
-        patches: How many of the P rows are patches, a square number.
-
-    Returns:
-        A table of `shape`; the same tensor where it has that shape, or where it is no square of patches.
-    """
-    extra = shape[-2] - patches
-    old = table.shape[-2] - extra
-    if table.shape == shape or old < 1 or math.isqrt(old) ** 2 != old:
-        return table
-    rows = table.reshape(-1, table.shape[-1])
-    return torch.cat([rows[:extra], resize_positions(rows[extra:], patches)]).reshape(shape)
 
 
 def segment_numbers(row_lengths: torch.Tensor, length: int) -> torch.Tensor:
@@ -107,17 +74,6 @@ def own_positions(
         return None
     rows = None if row_lengths is None else row_numbers(row_lengths, input_ids.shape[1])
     return positions_of(input_ids, attention_mask, rows)
-
-
-class OwnPositions(GenerationMixin):
-    """Generation of a stack whose language model may have `own_positions`."""
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: Options) -> torch.Tensor:
-        found = None
-        if inputs_tensor.dim() == 2:
-            found = own_positions(self.model.language_model, inputs_tensor, model_kwargs.get("attention_mask"))
-        usual = super()._prepare_position_ids_for_generation
-        return usual(inputs_tensor, model_kwargs) if found is None else found
 
 
 def kept_apart(

@@ -17,8 +17,8 @@ from transformers import Blip2QFormerConfig, Blip2VisionConfig, InstructBlipQFor
 
 from ..base.errors import UserError
 from ..base.names import Json, Values
-from ..model.mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig
-from ..model.qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig
+from ..systems.mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig
+from ..systems.qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 

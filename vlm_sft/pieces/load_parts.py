@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.gguf import is_gguf_arch_supported
 
 from ..base.errors import UserError, refused_by_library
@@ -22,10 +22,12 @@ from ..base.names import TRAINED
 from ..base.words import one_line
 from ..model.configuration import count_patches, image_size_of
 from ..model.connectors import PROJECTORS, build_resampler
+from ..model.encoder_decoder import auto_class, reads_by_encoder, untie
 from ..model.losses import scales_as_its_class
 from ..model.parts import VISION_MODELS, build_vision_tower, mark_initialised
-from ..model.positions import INTERPOLATING, TABLES, fit_positions
+from ..model.positions import INTERPOLATING
 from ..recipe.safety import check_weights
+from ..systems.position_tables import TABLES, fit_positions
 from .beside import keep_plain_generation, refuse_adapter
 from .checkpoints import WEIGHT_FILES, Checkpoint
 from .expected import MODEL, laid_out, name_again
@@ -107,7 +109,7 @@ def load_projector_weights(projector: nn.Module, pretrained: str, revision: str 
 
 
 def load_language_model(piece: Piece[LanguageModel], dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """Loads a causal language model with its head, also out of a checkpoint that contains one (LLaVA, BLIP-2).
+    """Loads a language model with its head, also out of a checkpoint that contains one (LLaVA, BLIP-2).
 
     Args:
         piece: As `find_language_model` makes it.
@@ -127,9 +129,9 @@ def load_language_model(piece: Piece[LanguageModel], dtype: torch.dtype, **optio
         model = _from_gguf(piece, **options)
     else:
         if not piece.spec.trust_remote_code:
-            check_size(AutoModelForCausalLM.from_config, piece.config, piece.checkpoint)
-        model = from_pretrained(AutoModelForCausalLM, piece, **options)
-    if not scales_as_its_class(model):
+            check_size(auto_class(piece.config).from_config, piece.config, piece.checkpoint)
+        model = untie(from_pretrained(auto_class(piece.config), piece, **options))
+    if not reads_by_encoder(piece.config) and not scales_as_its_class(model):
         raise UserError(
             f"{piece.key}: {piece.config.model_type} models change their logits after the head in a way that is not "
             f"known here, so the loss would be that of another model; use another language model."
@@ -141,7 +143,7 @@ def load_language_model(piece: Piece[LanguageModel], dtype: torch.dtype, **optio
 
 def _from_gguf(piece: Piece[Any], **options: Any) -> PreTrainedModel:
     """`from_pretrained` of a GGUF file, every tensor dequantised."""
-    empty = check_size(AutoModelForCausalLM.from_config, piece.config, piece.checkpoint)
+    empty = check_size(auto_class(piece.config).from_config, piece.config, piece.checkpoint)
     file = GgufFile(piece.pretrained, piece.key)
     where = f"{piece.key}: the GGUF file {piece.pretrained!r} cannot be read as a {piece.config.model_type} model"
     if not is_gguf_arch_supported(file.architecture):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from ..base.errors import UserError
 from ..base.names import Values
 from ..base.words import one_line
+from ..model.encoder_decoder import OWN_HEAD, is_language_model, reads_by_encoder
 from ..model.positions import INTERPOLATING
 from ..recipe.passed_on import is_plain
 from ..recipe.safety import check_config
@@ -29,7 +30,7 @@ LLAVA_MARK = "mm_hidden_size"
 # How larger checkpoints name a language model inside them → what its own class calls its tensors: BLIP-2, InstructBLIP
 # and LLaVA as they are published, mPLUG-Owl; LAVIS and MiniGPT-4; and LLaVA as transformers 5 saves it.
 LANGUAGE_MODEL_NAMES = {
-    r"^(language_model|llm_model|llama_model|opt_model)\.": "",
+    r"^(language_model|llm_model|llama_model|opt_model|t5_model)\.": "",
     r"^model\.language_model\.": "model.",
 }
 
@@ -51,10 +52,20 @@ def find_language_model(spec: LanguageModel) -> Piece[LanguageModel]:
         return piece
     piece.config = piece.whole.get_text_config()
     if piece.config is piece.whole or type(piece.whole) in AutoModelForCausalLM._model_mapping:
-        return piece
-    if type(piece.config) not in AutoModelForCausalLM._model_mapping:
+        return _with_own_head(piece)
+    if not is_language_model(piece.config):
         raise UserError(f"{piece.key}: a {piece.config.model_type!r} checkpoint is no causal language model.")
     piece.renamed = LANGUAGE_MODEL_NAMES
+    return _with_own_head(piece)
+
+
+def _with_own_head(piece: Piece[LanguageModel]) -> Piece[LanguageModel]:
+    """Notes whether an encoder–decoder has a head of its own (FlanT5), which its configuration does not say."""
+    if reads_by_encoder(piece.config):
+        if piece.is_gguf:
+            raise UserError(f"{piece.where}: a {piece.config.model_type} model is not read from GGUF; name a folder.")
+        last = {name.rpartition(".")[0].rpartition(".")[2] for name in piece.checkpoint.files}
+        setattr(piece.config, OWN_HEAD, {"lm_head", "shared"} <= last)
     return piece
 
 

@@ -103,6 +103,8 @@ class Served:
     @property
     def goes_on(self) -> bool:
         """Whether an answer may be stopped and written on from its text; see `pool`."""
+        if self.processor.answer_start is not None:  # an encoder has read the question, and nothing behind it
+            return False
         return not (set(self.own) | set(self.answers.to_diff_dict())) - FORGETFUL
 
     def activate(self) -> None:

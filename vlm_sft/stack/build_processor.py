@@ -22,6 +22,7 @@ from ..base.names import CONFIG, IMAGE_TOKEN
 from ..base.words import one_line
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor, load_qformer_tokenizer
 from ..model.configuration import VLMConfig, image_size_of
+from ..model.encoder_decoder import answer_start_of
 from ..pieces.beside import check_growth, check_processor, check_tokenizer
 from ..pieces.checkpoints import unreachable
 from ..pieces.expected import IMAGES, TOKENIZER, VOCABULARIES, WHOLE, laid_out
@@ -56,6 +57,7 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
         pad_to_square=tower.spec.pad_to_square,
         system=recipe.system,
         box_notation=recipe.box_notation,
+        answer_start=answer_start_of(lm.config),
     )
     processor.words = words
     resampler = pieces.get("resampler")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..base.errors import UserError, refused_by_library
 from ..base.limits import limits
@@ -15,10 +15,11 @@ from ..batch.processor import VLMProcessor
 from ..families.kind import Composed
 from ..model.configuration import VLMConfig, image_size_of
 from ..model.connectors import build_projector
+from ..model.encoder_decoder import is_language_model, reads_by_encoder
 from ..model.positions import INTERPOLATING
 from ..pieces.part_configs import find_pieces
 from .build_processor import build_processor
-from .fit import check_language_model, count_features, measure_tower
+from .fit import check_language_model, count_features, measure_tower, refuse_for_encoder
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -32,10 +33,12 @@ def compose_stack(recipe: Recipe) -> Composed:
     """
     stack, pieces = recipe.parts, find_pieces(recipe)
     tower, text = pieces["vision_tower"], pieces["language_model"]
-    if type(text.config) not in AutoModelForCausalLM._model_mapping and not text.trusts_code:
+    if not is_language_model(text.config) and not text.trusts_code:
         raise UserError(f"{text.key}: a {text.config.model_type!r} checkpoint is no causal language model.")
     if not text.trusts_code:
         check_language_model(text.config, text.key)
+    if by_encoder := reads_by_encoder(text.config):
+        refuse_for_encoder(recipe, text.config.model_type)
     config = VLMConfig(
         vision_config=tower.config,
         text_config=text.config,
@@ -43,6 +46,7 @@ def compose_stack(recipe: Recipe) -> Composed:
         projector_options=stack.projector.options,
         vision_feature_layer=tower.spec.feature_layer,
         vision_feature_select=tower.spec.feature_select,
+        is_encoder_decoder=by_encoder,
     )
     if (resampler := pieces.get("resampler")) is not None:
         config.resampler_config, config.resampler_type = resampler.config, resampler.spec.type

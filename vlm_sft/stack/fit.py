@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ..base.errors import UserError
 from ..base.words import one_line
 from ..model.configuration import VLMConfig, count_patches
+from ..model.encoder_decoder import reads_by_encoder
 from ..model.parts import build_vision_tower
 from ..model.towers import keep_all_patches, width_of
 
 if TYPE_CHECKING:
     from ..batch.processor import VLMProcessor
+    from ..recipe.schema import Recipe
 
 # Without them a model is given images, padding or earlier tokens in vain: most swallow an unknown argument in silence.
 NEEDED = {
@@ -39,6 +41,8 @@ def check_language_model(config: PreTrainedConfig, key: str) -> None:
         UserError: It reads no embeddings, no mask or no cache (Mamba, RWKV, BART), its tokens see those that follow
             (BERT's kind, unless it is set up as a decoder), or transformers cannot make it from this configuration.
     """
+    if reads_by_encoder(config):
+        return
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     # The base model is what a stack calls; classes of a decoder alone have none and are called themselves.
     try:
@@ -58,6 +62,32 @@ def check_language_model(config: PreTrainedConfig, key: str) -> None:
         raise UserError(
             f"{key}: each token of this {config.model_type!r} model sees those that follow, so it would learn to copy "
             f'its answer; set "is_decoder": true in its config.json if it was trained to write, else use another model.'
+        )
+
+
+def refuse_for_encoder(recipe: Recipe, kind: str) -> None:
+    """Refuses what a language model cannot do that reads its prompt by an encoder.
+
+    Raises:
+        UserError: Rows are packed or merged, or words are added.
+    """
+    for name in ("packing", "eval_packing"):
+        if recipe.sft.get(name):
+            raise UserError(
+                f"{recipe.where(('sft', name))}: `sft.{name}` is not for a {kind} language model: its encoder reads a "
+                f"row whole, and packed rows would see each other; remove it."
+            )
+    for group in ("train", "eval"):
+        for number, source in enumerate(getattr(recipe.data, group)):
+            if source.merge_by_image:
+                raise UserError(
+                    f"{recipe.where(('data', group, number, 'merge_by_image'))}: `merge_by_image` is not for a {kind} "
+                    f"language model: a row has one answer there, so all but the last would be lost; remove it."
+                )
+    if recipe.words:
+        raise UserError(
+            f"{recipe.where(('lora', 'add_tokens'))}: `lora.add_tokens` is not for a {kind} language model: its table "
+            f"stands in three places, of which PEFT would train one; remove it."
         )
 
 

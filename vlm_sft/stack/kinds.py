@@ -51,7 +51,8 @@ class StackKind:
         language_model = composed.pieces["language_model"].pretrained
         for token in composed.processor.added_tokens:
             yield f"The tokenizer of {language_model} had no {token} token: it was added (no embedding is)."
-        if learns_last_alone(str(composed.processor.chat_template)):
+        by_encoder = composed.processor.answer_start is not None
+        if by_encoder or learns_last_alone(str(composed.processor.chat_template)):
             yield (
                 f"chat_template {recipe.chat_template}: of several answers in a row, only the last is learned; "
                 f"give each answer a row of its own, with the turns before it, to learn them all."

@@ -13,6 +13,7 @@ from ..base.console import make_console
 from ..base.errors import UserError
 from ..base.names import IGNORED, Json, Row
 from ..batch.collator import MultimodalCollator
+from ..batch.counts import rows_and_tokens
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
 from ..bundle.run_folder import checkpoints, find_records, flaw_of, read_lines, step_of
@@ -108,7 +109,7 @@ def examine(model: nn.Module, collator: MultimodalCollator, row: Row) -> tuple[s
     return (
         str(row["id"]),
         f"{loss:.4g}",
-        str(int(inputs["attention_mask"].sum())),
+        str(int(rows_and_tokens(inputs)[1])),
         str(int((inputs["labels"] != IGNORED).sum())),
         (", ".join(f"{width} × {height}" for width, height in sizes) or "none") + values,
         "yes" if finite else "no",

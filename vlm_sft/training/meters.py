@@ -18,7 +18,7 @@ from torch import nn
 from ..base.console import make_console
 from ..base.names import Inputs, Json
 from ..batch.collator import REJECTED, SEEN
-from ..batch.counts import LABEL_POSITIONS, owners_of, rows_and_tokens
+from ..batch.counts import LABEL_POSITIONS, owners_of, places_in, rows_and_tokens
 from ..batch.image_swap import with_other_images
 from ..batch.processor import VLMProcessor
 from ..bundle.manifest import Provenance
@@ -58,8 +58,7 @@ class Meters:
             hits: (P,) whether each supervised label was the most likely token.
         """
         rows, tokens = rows_and_tokens(inputs)
-        places = inputs["input_ids"].numel()
-        self.add(mode, hits=hits.sum(), supervised=hits.numel(), tokens=tokens, samples=rows, places=places)
+        self.add(mode, hits=hits.sum(), supervised=hits.numel(), tokens=tokens, samples=rows, places=places_in(inputs))
 
     def add_wait(self, began: float) -> None:
         """The batches of a step are there; `began` is when the trainer asked for them."""
@@ -95,7 +94,7 @@ class Meters:
         labels = inputs["labels"]
         positions = inputs.get(LABEL_POSITIONS)
         positions = supervised_positions(labels) if positions is None else positions
-        chosen = complete[owners_of(inputs)[0].flatten()[positions]]
+        chosen = complete[owners_of(inputs, "labels")[0].flatten()[positions]]
         own_loss, other_loss = (torch.where(chosen, losses, 0).sum() for losses in (own, other))
         self.add("eval", own_loss=own_loss, other_loss=other_loss, image_tokens=chosen.sum())
 

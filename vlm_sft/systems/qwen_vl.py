@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from .mplug_owl import InterleavedAttention
-from .positions import resize_positions
+from .position_tables import resize_positions
 
 # Every norm of both.
 EPS = 1e-6

@@ -6,9 +6,9 @@ import torch
 
 from support.golden import RATES, Golden, assert_close, check_learning, save_shards, small_llama
 from vlm_sft import load_recipe
-from vlm_sft.model.positions import resize_positions
-from vlm_sft.model.qwen_vl import sincos_positions
 from vlm_sft.pieces.layouts import LAYOUTS
+from vlm_sft.systems.position_tables import resize_positions
+from vlm_sft.systems.qwen_vl import sincos_positions
 
 
 def qwen_stack(golden, folder, llm):

@@ -1,0 +1,160 @@
+"""InstructBLIP and BLIP-2 on FlanT5, from a checkpoint as it is published to an answer: what a user types."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    T5ForConditionalGeneration,
+)
+from typer.testing import CliRunner
+
+from support.flant5 import write_blip2_flant5, write_instructblip_flant5
+from support.tiny_pieces import tiny_recipe
+from vlm_sft import answer, load, load_recipe
+from vlm_sft.base.errors import UserError
+from vlm_sft.cli.main import app
+from vlm_sft.export.export import export
+from vlm_sft.inference.likelihood import likelihoods
+from vlm_sft.train import train
+
+KINDS = {
+    "blip2": (write_blip2_flant5, "qformer", "blip2_flant5_vqa", Blip2ForConditionalGeneration),
+    "instructblip": (write_instructblip_flant5, "instruct_qformer", "flant5", InstructBlipForConditionalGeneration),
+}
+PAIRS = [("What is this?", "a red 3"), ("这是什么？", "左上角是红色的3"), ("how many cats are there?", "two"),
+         ("describe the image", "a blue 7 at the bottom right")]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, shared_photos, tmp_path_factory):
+    """(bundle, name of the kind) of two steps with LoRA in the attention of encoder and decoder, and the projector."""
+    write, resampler, template, _ = KINDS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    published = write(folder / "published", equal_depth=True)
+    rows = [
+        {"id": k, "image": shared_photos[k], "question": question, "answer": said}
+        for k, (question, said) in enumerate(PAIRS)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    source = {"path": str(folder / "rows.jsonl"), "format": "vqa"}
+    source["image_folders"] = [str(folder), shared_photos[0].rpartition("/")[0]]
+    parts = {name: {"pretrained": published} for name in ("vision_tower", "language_model")}
+    parts["resampler"] = {"type": resampler, "pretrained": published}
+    parts["projector"] = {"type": "linear", "pretrained": published}
+    made = tiny_recipe({}, "", folder / "bundle", stack=parts, chat_template=template,
+                       data={name: [source] for name in ("train", "eval", "test")},
+                       lora={"r": 2, "target_modules": ["q", "v"]})  # fmt: skip
+    made["sft"] |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 2}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(made, allow_unicode=True), encoding="utf-8")
+    return train(load_recipe(folder / "recipe.yaml")), request.param
+
+
+def asked(photos):
+    return [
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+         "images": [{"path": photo, "bytes": None}]}
+        for (question, _), photo in zip(PAIRS, photos, strict=False)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_lora_moves_in_encoder_and_decoder_and_the_bundle_loads_with_equal_logits(trained, shared_photos):
+    bundle, _ = trained
+    assert json.loads((bundle / "bundle.json").read_text())["parity"]["equal"]
+    moved = {n: t for n, t in load_file(bundle / "adapter_model.safetensors").items() if "lora_B" in n}
+    for place in ("encoder.block.0.layer.0.SelfAttention.q", "decoder.block.1.layer.1.EncDecAttention.v"):
+        assert sum(place in name and bool(t.abs().sum() > 0) for name, t in moved.items()) == 1
+    history = json.loads((bundle / "metrics.json").read_text())
+    logged = next(row for row in history if "loss" in row)
+    assert 0 < logged["loss"] < 20 and 0 <= logged["padding_share"] < 1
+    evaluated = next(row for row in history if "eval_loss" in row)
+    assert evaluated["eval_loss"] > 0 and evaluated["eval_image_use"] != 0
+    model, processor = load(bundle)
+    rows = asked(shared_photos)
+    together = answer(model, processor, rows, max_new_tokens=6)
+    assert list(together) == [answer(model, processor, [row], max_new_tokens=6)[0] for row in rows]
+
+
+@pytest.mark.slow
+def test_chat_generate_and_evaluate(trained, shared_photos, tmp_path):
+    bundle, _ = trained
+
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    said = run("chat", bundle, "--image", shared_photos[0], "这是什么？", "--set", "max_new_tokens=4")
+    assert said.exit_code == 0, said.output
+    assert run("evaluate", bundle).exit_code == 0
+    found = json.loads((bundle / "eval.json").read_text(encoding="utf-8"))
+    assert sum(found["questions"]["answers"].values()) == len(PAIRS)
+
+
+@pytest.mark.slow
+def test_the_native_class_gives_the_bundles_logits_and_answers(trained, shared_photos, tmp_path):
+    bundle, name = trained
+    out = tmp_path / "native"
+    found = export(bundle, out)
+    kind = KINDS[name][3]
+    assert found["class"] == kind.__name__ and found["max_difference"] <= 1e-4 and found["positions"] > 3
+    native, processor = kind.from_pretrained(out).eval(), AutoProcessor.from_pretrained(out, backend="pil")
+    row = asked(shared_photos)[0]
+    (wanted,) = answer(*load(bundle), [row], max_new_tokens=6)
+    picture = Image.open(shared_photos[0]).convert("RGB")
+    if name == "blip2":
+        text = processor.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+    else:
+        text = PAIRS[0][0]
+    inputs = processor(text=text, images=picture, return_tensors="pt")
+    ids = native.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert AutoTokenizer.from_pretrained(out).decode(ids[0], skip_special_tokens=True).strip() == wanted.strip()
+    with pytest.raises(UserError, match="use --to transformers"):
+        export(bundle, tmp_path / "vllm", to="vllm")
+
+
+@pytest.mark.slow
+def test_an_answer_is_as_likely_as_its_tokens_are(trained, shared_photos):
+    model, processor = load(trained[0])
+    rows = [
+        {**row, "id": "1", "messages": [*row["messages"], {"role": "assistant", "content": said}]}
+        for row, (_, said) in zip(asked(shared_photos), PAIRS, strict=True)
+    ]
+    together = likelihoods(model, processor, rows)
+    assert [each.log for each in together] == pytest.approx([likelihoods(model, processor, [r])[0].log for r in rows])
+    assert together[2].ids == processor.tokenizer("two").input_ids and together[2].log < 0
+
+
+@pytest.mark.slow
+def test_merged_its_language_model_is_a_t5_of_its_own(trained, shared_photos, tmp_path):
+    bundle, _ = trained
+    export(bundle, tmp_path / "merged", to="bundle-merged")
+    alone = T5ForConditionalGeneration.from_pretrained(tmp_path / "merged" / "language_model")
+    assert alone.lm_head.weight is not alone.shared.weight
+    row = asked(shared_photos)[0]
+    (wanted,), (found,) = (answer(*load(each), [row], max_new_tokens=6) for each in (bundle, tmp_path / "merged"))
+    assert found == wanted
+
+
+@pytest.mark.slow
+def test_the_adapter_can_be_kept_beside_the_native_class(trained, tmp_path):
+    from peft import PeftModel
+
+    bundle, name = trained
+    found = export(bundle, tmp_path / "native", keep_adapter=True)
+    assert found["max_difference"] <= 1e-4
+    model = PeftModel.from_pretrained(
+        KINDS[name][3].from_pretrained(tmp_path / "native"), tmp_path / "native" / "adapter"
+    )
+    names = [n for n, _ in model.named_parameters() if "lora_B" in n]
+    assert any(".encoder." in n for n in names) and any(".decoder." in n for n in names)
+    assert sum(torch.count_nonzero(p) > 0 for n, p in model.named_parameters() if "lora_B" in n) == len(names)
