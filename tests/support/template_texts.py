@@ -28,7 +28,7 @@ AROUND = {
     "deepseek_vl": (" ", "</s>"),
     "gemma3": ("", "<end_of_turn>"),
     "gemma4": ("", "<turn|>"),
-    "glm46v": ("", "<|user|>"),
+    "glm46v": ("\n", "<|user|>"),
     "glm4v": ("\n", "<|user|>"),
     "internvl": ("", "<|im_end|>"),
     "kosmos2": (" ", "</s>"),
