@@ -146,6 +146,23 @@ def test_merged_its_language_model_is_a_t5_of_its_own(trained, shared_photos, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", ["blip2"], indirect=True)
+def test_in_four_bits(trained, tmp_path):
+    few = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4}"
+    overrides = [few, f"sft.output_dir={tmp_path / 'few'}", "sft.eval_strategy=no"]
+    bundle = train(load_recipe(trained[0].parent / "recipe.yaml", overrides))
+    assert json.loads((bundle / "bundle.json").read_text())["parity"]["equal"]
+    model, _ = load(bundle)
+    core = model.get_base_model().model.language_model
+    first = core.encoder.block[0].layer
+    assert (
+        type(first[0].SelfAttention.k).__name__ == "Linear4bit"
+        and type(first[-1].DenseReluDense.wo).__name__ == "Linear"
+    )
+    assert type(model.get_base_model().lm_head).__name__ == "Linear"
+
+
+@pytest.mark.slow
 def test_the_adapter_can_be_kept_beside_the_native_class(trained, tmp_path):
     from peft import PeftModel
 
