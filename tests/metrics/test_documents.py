@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.paths import GOLDENS
+from support.paths import GOLDENS, SCORERS
 from vlm_sft.metrics.documents import anls, distance, ocr_contains, relaxed_match
 
 
@@ -17,6 +17,18 @@ def test_anls_equals_upstream():
         assert anls(case["prediction"], case["references"]) == pytest.approx(case["anls"], abs=1e-12), case
     with pytest.raises(ValueError, match="at least one"):
         anls("x", [])
+
+
+def test_relaxed_accuracy_and_ocrbench_equal_lmms_eval():
+    relaxed, ocr = (
+        json.loads((SCORERS / f"{name}.json").read_text(encoding="utf-8"))["cases"] for name in ("relaxed", "ocrbench")
+    )
+    assert len(relaxed) == len(ocr) == 330
+    for case in relaxed:
+        assert relaxed_match(case["prediction"], case["target"]) == case["right"], case
+    for case in ocr:
+        right = [case["answer"]] if isinstance(case["answer"], str) else case["answer"]
+        assert ocr_contains(case["prediction"], right, formula=case["dataset"] == "HME100k") == case["score"], case
 
 
 @given(st.text("ab猫"), st.text("ab猫"), st.text("ab猫"))

@@ -7,8 +7,33 @@ import math
 
 import pytest
 
-from support.paths import GOLDENS
+from support.paths import GOLDENS, SCORERS
 from vlm_sft.metrics.measures import MEASURES, Answered
+
+
+def test_the_totals_of_pope_and_mme_equal_llava_s_and_lmms_eval_s():
+    pope = json.loads((SCORERS / "pope.json").read_text(encoding="utf-8"))
+    names = {
+        "accuracy": "Accuracy",
+        "precision": "Precision",
+        "recall": "Recall",
+        "F1": "F1 score",
+        "yes_share": "Yes ratio",
+    }
+    for part in [{"from": 0, "to": len(pope["cases"]), "totals": pope["totals"]}, *pope["sets"]]:
+        asked = [Answered(case["answer"], [case["label"]]) for case in pope["cases"][part["from"] : part["to"]]]
+        totals = MEASURES["pope"](asked).totals
+        assert {theirs: totals[ours].score() for ours, theirs in names.items()} == pytest.approx(part["totals"])
+    mme = json.loads((SCORERS / "mme.json").read_text(encoding="utf-8"))
+    found = MEASURES["mme"](
+        [
+            Answered(case["prediction"], [case["answer"]], kind=case["category"], group=case["question_id"])
+            for case in mme["cases"]
+        ]
+    )
+    assert found.each == [case["score"] for case in mme["cases"]]
+    for name, total in mme["totals"].items():
+        assert found.totals[name.split("_")[1]].score() == pytest.approx(total)
 
 
 def test_circular_evaluation_equals_vlmevalkit():

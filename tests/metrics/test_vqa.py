@@ -8,12 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.paths import GOLDENS
+from support.paths import GOLDENS, SCORERS
 from vlm_sft.metrics.vqa import vqa_accuracy
 
 
 def golden(name: str):
     return json.loads((GOLDENS / "metrics" / name).read_text(encoding="utf-8"))
+
+
+def test_vqa_accuracy_equals_evalai_as_llava_has_it():
+    golden = json.loads((SCORERS / "evalai.json").read_text(encoding="utf-8"))
+    scores = [vqa_accuracy(case["answer"], case["answers"], "evalai") for case in golden["cases"]]
+    for case, score in zip(golden["cases"], scores, strict=True):
+        assert score == pytest.approx(case["accuracy"], abs=1e-12), case
+    assert len(scores) == 320 and sum(scores) / len(scores) == pytest.approx(golden["overall"])
 
 
 def test_vqa_accuracy_equals_the_official_script():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from support.paths import SCORERS
 from vlm_sft.metrics.yes_no import mme_says, pope_says_yes
 
 
@@ -26,3 +29,14 @@ from vlm_sft.metrics.yes_no import mme_says, pope_says_yes
 )
 def test_yes_and_no(answer, pope, mme):
     assert (pope_says_yes(answer), mme_says(answer)) == (pope, mme)
+
+
+def test_each_answer_is_taken_for_what_llava_and_lmms_eval_take_it_for():
+    pope, mme = (
+        json.loads((SCORERS / f"{name}.json").read_text(encoding="utf-8"))["cases"] for name in ("pope", "mme")
+    )
+    assert len(pope) == 300 and len(mme) == 340
+    for case in pope:
+        assert pope_says_yes(case["answer"]) == (case["says"] == "yes"), case
+    for case in mme:
+        assert mme_says(case["prediction"]) == case["says"], case
