@@ -13,19 +13,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.benchmarks import PUBLISHED, own_task
+from support.benchmarks import PUBLISHED, lines, own_task
 from support.chat_server import ChatServerDouble
 from support.paths import ROOT, accelerate_config
+from support.pictures import photo, saved_as_jpeg, write
 from support.tiny_pieces import tiny_recipe
 from vlm_sft import load_recipe
 from vlm_sft.base.assets import list_tasks
 from vlm_sft.base.errors import UserError
-from vlm_sft.bundle.load import load
-from vlm_sft.bundle.manifest import Provenance
+from vlm_sft.bundle.load import load, recipe_of
+from vlm_sft.bundle.manifest import Provenance, read_manifest
 from vlm_sft.bundle.save import save_bundle
+from vlm_sft.data import looks
 from vlm_sft.evaluation import asking
 from vlm_sft.evaluation.asking import How
 from vlm_sft.evaluation.benchmark import read_benchmarks, run
+from vlm_sft.evaluation.contamination import contamination
 from vlm_sft.evaluation.records import answered
 from vlm_sft.evaluation.tasks import load_task
 from vlm_sft.inference.likelihood import likelihoods
@@ -54,8 +57,8 @@ def bundle(tmp_path_factory, pieces, caption_file):
 def published(tmp_path_factory):
     """A folder with a folder of each benchmark."""
     root = tmp_path_factory.mktemp("published")
-    for name, write in PUBLISHED.items():
-        write(root / name)
+    for name, make in PUBLISHED.items():
+        make(root / name)
     return root
 
 
@@ -304,6 +307,30 @@ def test_pictures_of_the_training_sources_are_named(bundle, own, caption_file, t
     assert "1 of its 2 pictures are among those of the training sources" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_pictures_that_only_look_like_those_of_training_are_named_each_by_itself(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(looks.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("evaluation"))
+    rows = [{"image": write(photo(n), tmp_path / "train" / f"{n}.png"), "caption": "a cat"} for n in range(4)]
+    lines(tmp_path / "train" / "rows.jsonl", rows)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["data"]["train"][0]["path"] = str(tmp_path / "train" / "rows.jsonl")
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    # Two on which a question asks, of which the second was trained on, resized; another was trained on byte for byte.
+    path = own_task(tmp_path, images=["image", "{more}"])
+    for name, picture in (("new", photo(9)), ("again", saved_as_jpeg(photo(2).resize((120, 90))))):
+        write(picture, tmp_path / f"{name}.png")
+    (tmp_path / "same.png").write_bytes((tmp_path / "train" / "1.png").read_bytes())
+    asked = [("new", "again"), ("new", "new"), ("same", "new")]
+    lines(tmp_path / "rows.jsonl", [
+        {"id": f"q{n}", "image": f"{one}.png", "more": f"{two}.png", "question": "有几只狗?", "answer": "1"}
+        for n, (one, two) in enumerate(asked)
+    ])  # fmt: skip
+    seen = contamination(recipe_of(copy, read_manifest(copy)), *read_benchmarks([path], None)[0][2:])
+    assert (seen["pictures"], seen["same"], seen["alike"], seen["questions"]) == (3, 1, 1, 2)
+    assert "q2" in seen["examples"][0] and "q0, picture 2" in seen["examples"][1]
+
+
 def test_training_sources_that_are_not_here_are_said(bundle, own, tmp_path, capsys):
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -379,19 +406,46 @@ def test_a_judge_is_named_where_one_is_wanted_and_there_alone(bundle, published)
         run(str(bundle), ["pope"], data=str(published), judge=Judge("http://localhost/v1", "m"))
 
 
+KINDS = ["gqa", "mmbench_cn", "pope", "coco_caption", "llava_bench_zh"]
+
+
 @pytest.mark.slow
-def test_several_processes_find_what_one_finds(bundle, published, tmp_path):
-    """A launch of two gives the records of one process alone."""
+@pytest.mark.parametrize("how", [How(batch_size=2), How(batch_size=2, likelihood=True)], ids=["written", "likelihood"])
+def test_two_processes_go_on_with_what_one_began_and_find_what_one_finds(
+    bundle, published, judging, tmp_path, monkeypatch, how
+):
+    """A launch of two gives the records, intervals, blanks and contamination of one process alone, of every kind."""
+    data = tmp_path / "data"
+    shutil.copytree(published, data)
+    files = {"data": str(data), "how": how}
+    judge = Judge(judging.url, "m")
+    run(str(bundle), KINDS, output=str(tmp_path / "one"), judge=judge, **files)
+    real, calls = asking.Asker._records, []
+
+    def dies(self, batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(asking.Asker, "_records", dies)
+    for name in KINDS:
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(str(bundle), [name], output=str(tmp_path / "two"), judge=judge if "bench_zh" in name else None, **files)
+    assert sum(1 for _ in (tmp_path / "two").glob("*.part-0.jsonl")) == len(KINDS)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config("cpu_2")),
-               "-m", "vlm_sft.evaluate", str(bundle), "--benchmark", "gqa,mmbench_cn", "--benchmark-data",
-               str(published), "--output", str(tmp_path / "two"), "--batch-size", "2"]  # fmt: skip
+               "-m", "vlm_sft.evaluate", str(bundle), "--benchmark", ",".join(KINDS), "--benchmark-data", str(data),
+               "--output", str(tmp_path / "two"), "--batch-size", "2", "--judge", judging.url, "--judge-model", "m",
+               *(["--likelihood"] if how.likelihood else [])]  # fmt: skip
     launched = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert launched.returncode == 0, launched.stderr
-    run(str(bundle), ["gqa", "mmbench_cn"], data=str(published), output=str(tmp_path / "one"), how=How(batch_size=2))
-    for name in ("gqa", "mmbench_cn"):
+    for name in KINDS:
         two, one = (json.loads((tmp_path / k / f"{name}.json").read_text(encoding="utf-8")) for k in ("two", "one"))
         assert {**two, "seconds": 0} == {**one, "seconds": 0}
+        assert one["scores"].keys() == one["scores_blank"].keys() and one["contamination"]["pictures"]
         assert (tmp_path / "two" / f"{name}.jsonl").read_bytes() == (tmp_path / "one" / f"{name}.jsonl").read_bytes()
-    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == [
-        "evaluation.html", "gqa.json", "gqa.jsonl", "mmbench_cn.json", "mmbench_cn.jsonl"
-    ]  # fmt: skip
+        assert f"questions of {name} are answered already" in launched.stderr
+    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == sorted(
+        ["evaluation.html", "verdicts.jsonl", *(f"{name}.{kind}" for name in KINDS for kind in ("json", "jsonl"))]
+    )

@@ -53,11 +53,22 @@ def full(tmp_path):
         one = sheet(*rows)
         against(one, [{**row, "answer": text, "score": 1 - row["score"]} for row in rows], text)
         one.notes.append(text)
+        one.warnings.append(text)
         note = {"text": text, "warn": True}
         tables = [{"title": text, "chinese": text, "columns": [(text, text)], "rows": [[text]], "notes": [note]}]
         return error_page(text, [one], text, tables=tables)
 
     return make
+
+
+def test_long_answers_are_cut_in_the_table_and_only_doubts_are_coloured():
+    said = "because there are many vehicles on the street"
+    one = sheet(*[record(n, 1.0) for n in range(2)], *[record(n, answers=["green"], answer=said) for n in (3, 4)])
+    one.notes.append("None of its pictures was seen.")
+    one.warnings.append("Two were.")
+    page = error_page("x", [one])
+    assert f'<th title="{said}">{said[:31]}…</th>' in page and '<th title="green">green</th>' in page
+    assert '<p class="soft">None of its' in page and '<p class="warning">Two were.</p>' in page
 
 
 def articles(page):

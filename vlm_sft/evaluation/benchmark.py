@@ -204,7 +204,8 @@ def show_errors(
     sheets, (other, theirs) = [], against
     for name, *_ in ready:
         sheet = sheet_of(name, read_records(target / f"{name}.jsonl"), found[name])
-        sheet.notes += [seen_in_words(seen)] if (seen := found[name]["contamination"]) else []
+        if seen := found[name]["contamination"]:
+            (sheet.warnings if seen.get("questions") else sheet.notes).append(seen_in_words(seen))
         sheet.notes += [in_words(judged)] if (judged := found[name].get("judge")) else []
         if name in theirs:
             put_beside(sheet, theirs[name], other)

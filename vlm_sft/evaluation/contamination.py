@@ -86,19 +86,19 @@ class _Chained:
 
 
 class _Shown:
-    """The different pictures of a benchmark, each as a row with the id of the first question on it."""
+    """The different pictures of a benchmark, each as a row of its own, called by the first question on it."""
 
     def __init__(self, asked: Sequence[Asked], pictures: Pictures) -> None:
         self._pictures = pictures
         self.first: dict[str, tuple[str, ImageEntry]] = {}
         for one in asked:
-            for name, image in zip(one.names(), one.images, strict=True):
-                self.first.setdefault(name, (one.id, image))
+            for place, (name, image) in enumerate(zip(one.names(), one.images, strict=True), start=1):
+                self.first.setdefault(name, (one.id if place == 1 else f"{one.id}, picture {place}", image))
 
     def __iter__(self) -> Iterator[Row]:
         for number, image in self.first.values():
             yield {"id": number, "source": "benchmark", "images": [self._pictures.whole(image)]}
 
     def shows(self, one: Asked, found: set[str]) -> bool:
-        """Whether a question shows one of the pictures that were found, which are named by their first questions."""
+        """Whether a question shows one of the pictures that were found."""
         return any(self.first[name][0] in found for name in one.names())

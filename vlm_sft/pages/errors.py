@@ -25,6 +25,7 @@ RIGHT = 200  # of them, so many that are right and changed nothing
 PICTURES, BYTES = 600, 12 * 2**20  # pictures and their bytes together
 SIDE = 320
 ANSWERS = 8  # rows and columns of a table of what is mixed up
+SHORT = 32  # characters of an answer there; the whole stands in its title
 SURE, UNSURE = 0.9, 0.5  # probabilities at which the colour of a piece changes
 OTHERS = "…"
 ORDERS = {
@@ -114,6 +115,7 @@ def error_page(
         SURE=SURE,
         UNSURE=UNSURE,
         ORDERS=ORDERS,
+        SHORT=SHORT,
     )
 
 

@@ -114,6 +114,7 @@ class Sheet:
         blank: The same with every image grey; empty where that was not asked.
         paired: Against the other bundle.
         notes: Sentences on it.
+        warnings: Those that throw doubt on its scores.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Sheet:
     blank: dict[str, dict[str, float]] = field(default_factory=dict)
     paired: Paired | None = None
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def sheet_of(name: str, records: Sequence[Values], summary: Values) -> Sheet:
