@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
+from typer.testing import CliRunner
 
-from vlm_sft import load_recipe
+from support.bundles import trained
+from vlm_sft import load, load_recipe
 from vlm_sft.base.errors import UserError
+from vlm_sft.cli import main as cli
+from vlm_sft.forgetting.bundles import BeforeAndAfter
+from vlm_sft.forgetting.texts import Wish
 from vlm_sft.forgetting.towers import TowerTest, read_pictures, was_tuned, weights_of
 
 TEXT = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -18,24 +24,41 @@ TEXT = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidd
         "pad_token_id": 2}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory, tokenizer_files):
-    """A tiny CLIP with its processor, as published."""
-    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 7}  # fmt: skip
 
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "image_size": 28, "patch_size": 7}  # fmt: skip
+
+def written(folder, tokenizer_files, kind):
+    """A tiny CLIP or SigLIP with its processor, as published."""
+    import transformers as hf
+    from transformers import AutoTokenizer
+
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=8))
+    if kind == "clip":
+        model = hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8))
+        images = hf.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    else:
+        text = {**TEXT, "projection_size": 16}
+        model = hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=VISION))
+        images = hf.SiglipImageProcessorPil(size={"height": 28, "width": 28})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("clip")
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_files)
     tokenizer.pad_token = "</s>"
-    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    (hf.CLIPProcessor if kind == "clip" else hf.SiglipProcessor)(images, tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=["clip", "siglip"])
+def dual(request, tmp_path_factory, tokenizer_files):
+    """Both kinds of published towers in turn."""
+    return written(tmp_path_factory.mktemp(request.param), tokenizer_files, request.param)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory, tokenizer_files):
+    return written(tmp_path_factory.mktemp("one_clip"), tokenizer_files, "clip")
 
 
 @pytest.fixture
@@ -45,21 +68,23 @@ def recipe(recipe_file, caption_file):
 
 
 def tower_of(folder):
-    from transformers import CLIPVisionModel
+    import transformers as hf
 
-    return CLIPVisionModel.from_pretrained(folder)
+    kind = hf.AutoConfig.from_pretrained(folder).model_type
+    return (hf.CLIPVisionModel if kind == "clip" else hf.SiglipVisionModel).from_pretrained(folder)
 
 
-def test_the_tuned_weights_are_measured_as_a_checkpoint_of_them_would_be(clip, recipe, tmp_path):
-    from transformers import CLIPModel
+def test_the_tuned_weights_are_measured_as_a_checkpoint_of_them_would_be(dual, recipe, tmp_path):
+    from transformers import AutoModel
 
+    clip = dual
     pictures = read_pictures(None, recipe)
     assert len(pictures.labelled) == 60 and len(pictures.captioned) == 8
     same = TowerTest(str(clip), pictures, "cpu").compare(tower_of(clip))
     assert all(one["before"] == one["after"] for one in same.values()) and set(same) == {"zero_shot", "ranking"}
     assert same["zero_shot"]["of"] == 60 and same["ranking"]["of"] == 8
     tower = tower_of(clip)
-    model = CLIPModel.from_pretrained(clip)
+    model = AutoModel.from_pretrained(clip)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for own, other in zip(tower.parameters(), model.vision_model.parameters(), strict=True):
@@ -111,3 +136,48 @@ def test_another_tower_is_not_compared(clip, recipe, pieces):
         test.compare(other)
     with pytest.raises(UserError, match="llama"):
         TowerTest(pieces["llama"], read_pictures(None, recipe), "cpu")
+
+
+@pytest.fixture
+def bundle(dual, recipe_file, caption_file, pieces, tmp_path):
+    """A bundle of a stack whose vision tower was changed so."""
+
+    def make(**changes):
+        source = {"path": caption_file, "format": "caption"}
+        stack = {"vision_tower": {"pretrained": str(dual)}, "projector": {"type": "linear"},
+                 "language_model": {"pretrained": pieces["llama"]}}  # fmt: skip
+        data = {"train": [source], "eval": [source], "test": [{**source, "max_rows": 2}]}
+        recipe = load_recipe(recipe_file(stack=stack, chat_template="ziya", data=data, generation={"max_new_tokens": 2},
+                                         **changes))  # fmt: skip
+        trained(recipe, tmp_path / "bundle")
+        return tmp_path / "bundle"
+
+    return make
+
+
+LORA = {"r": 4, "lora_alpha": 2000, "target_modules": r".*vision_tower.*(v_proj|fc1)"}
+
+
+@pytest.mark.parametrize("changes", [{"train": {"vision_tower": 1e-3, "projector": 1e-3}}, {"lora": LORA}])
+def test_every_evaluation_of_a_bundle_shows_what_its_tower_lost(bundle, tmp_path, changes):
+    folder = bundle(**changes)
+    done = CliRunner().invoke(cli.app, ["evaluate", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "zero-shot, vision tower" in done.output and "captions above wrong ones" in done.output
+    found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["forgetting"]["tower"]
+    assert found["zero_shot"]["of"] == 60 and found["ranking"]["of"] == 10
+    assert found["ranking"]["before"] != found["ranking"]["after"]
+    page = (folder / "evaluation" / "evaluation.html").read_text(encoding="utf-8")
+    assert "captions above wrong ones" in page
+    lost = [name for name, one in found.items() if one["before"] - one["after"] > 0.05]
+    assert ("The vision tower forgets" in done.output) == bool(lost)
+
+
+def test_a_tower_without_texts_is_said_and_ends_no_evaluation(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file(chat_template="ziya", train={"vision_tower": 1e-3}))
+    trained(recipe, tmp_path / "bundle")
+    said = []
+    found = BeforeAndAfter(tmp_path / "bundle", Wish(None), False, said.append)
+    assert found.finish(lambda: load(tmp_path / "bundle", device="cpu")) is None
+    assert len(said) == 1 and said[0].startswith("What the vision tower forgot is not measured: ")
+    assert "is a 'blip-2' model" in said[0] and "--model" not in said[0]

@@ -57,22 +57,24 @@ class BeforeAndAfter:
         recipe = recipe_of(folder, manifest)
         wanted = True if pictures else wish.wanted
         self.say, self.wanted, self.asked_pictures = say, wanted, pictures
+        self.recipe, self.fetched = recipe, is_fetched(folder)
         self.limit = recipe.evaluation.forgetting_limit
         self.before: State | None = None
         self.texts: TextSet | None = None
         self.pictures: Pictures | None = None
-        self.trained, self.tower = manifest["trained"], recipe.stack and recipe.stack.vision_tower.pretrained
+        self.trained, self.tower = manifest["trained"], ""
         whole = "language_model" in self.trained
         if wanted is False:
             return
-        if wanted and self.tower and ("vision_tower" in self.trained or manifest["adapter"]):
-            self.pictures = read_pictures(pictures, recipe, say)
+        if recipe.stack and ("vision_tower" in self.trained or manifest["adapter"]):  # whether LoRA is in it, it shows
+            self.tower = recipe.stack.vision_tower.pretrained
+            self.pictures = read_pictures(pictures, recipe, say) if pictures else None
         if not (whole or manifest["adapter"]):
             say("The language model was not trained, so it has forgotten nothing.") if wanted else None
             return
         try:
             # A repository of the Hub names no file of this machine.
-            self.texts = read_texts(texts or (None if is_fetched(folder) else recipe.evaluation.forgetting_texts))
+            self.texts = read_texts(texts or (None if self.fetched else recipe.evaluation.forgetting_texts))
         except UserError as error:
             if texts or wanted:
                 raise
@@ -98,7 +100,7 @@ class BeforeAndAfter:
         Raises:
             UserError: It was wanted, and the model cannot be measured.
         """
-        if self.texts is None and self.pictures is None:
+        if self.texts is None and not self.tower:
             return None
         if not (loaded or self.wanted):
             return None if file is None else _written(file)
@@ -130,14 +132,17 @@ class BeforeAndAfter:
 
     def _of_tower(self, model: PreTrainedModel) -> dict[str, Json]:
         """What the vision tower of a stack lost, where its stage changed it and its piece has a text tower."""
-        if self.pictures is None:
+        if not self.tower:
             return {}
         core = model.get_base_model() if isinstance(model, PeftModel) else model
         tower: nn.Module = core.model.vision_tower
         if not was_tuned(tower, self.trained):
             return {}
         try:
-            return TowerTest(str(self.tower), self.pictures, model.device).compare(tower)
+            # What a bundle of the Hub names lies on another machine.
+            captions = None if self.fetched and not self.wanted else self.recipe
+            pictures = self.pictures or read_pictures(None, captions, self.say)
+            return TowerTest(self.tower, pictures, model.device).compare(tower)
         except UserError as error:
             if self.asked_pictures:
                 raise

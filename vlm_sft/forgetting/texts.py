@@ -19,8 +19,8 @@ class Wish(NamedTuple):
     """What of forgetting is to be measured of a bundle.
 
     Attributes:
-        wanted: True reads base weights where nothing else tells what was before, and measures a vision tower; None
-            measures where no weights are read for it; False nothing.
+        wanted: True reads the language model's base weights where nothing else tells what was before; None measures
+            where none are read for it; False nothing.
         texts: File of texts; None for what the bundle's recipe says.
         pictures: Folder of labelled pictures for a vision tower; see `towers.read_pictures`.
     """

@@ -48,19 +48,21 @@ class Pictures:
     captioned: list[tuple[Image.Image, str]] = field(default_factory=list)
 
 
-def read_pictures(folder: str | None, recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> Pictures:
+def read_pictures(
+    folder: str | None, recipe: Recipe | None, say: Callable[[str], None] = lambda line: None
+) -> Pictures:
     """Pictures in folders named by what they show (default: digits that ship), and captions of `data.eval` or `test`.
 
     Args:
         folder: With a folder for each label.
-        recipe: For its `data`.
+        recipe: For its `data`; None for no captions.
         say: Told of a source of captions that is not there.
 
     Raises:
         UserError: The folder has no such folders, or a picture cannot be read.
     """
     found = Pictures(_digits() if folder is None else _in_folders(Path(folder).expanduser()))
-    for source in [*recipe.data.eval, *recipe.data.test]:
+    for source in [*recipe.data.eval, *recipe.data.test] if recipe else []:
         if source.format not in ("caption", "coco", "cc_sbu_align"):
             continue
         few = source.model_copy(update={"max_rows": min(source.max_rows or PAIRS, PAIRS)})
