@@ -110,7 +110,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         with _progress(trainer, console):
             with _until_a_signal(trainer, pushes):
                 trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or None)
-            if trainer.eval_dataset is not None and args.eval_strategy == "no":  # no evaluation has been made yet
+            if trainer.eval_dataset is not None and args.eval_strategy == "no" and not trainer.save_points.evaluated:
                 trainer.save_points.save_bundle()  # first: a run that is killed in its evaluation is not lost
                 trainer.evaluate()
         folder = during.finish(finish(trainer, collator, console))

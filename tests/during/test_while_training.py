@@ -16,6 +16,7 @@ from vlm_sft.metrics.intervals import mean_of
 from vlm_sft.metrics.measures import Measured
 from vlm_sft.train import train
 
+NO_ROWS = ["data.eval=[]"]
 STEPS = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
 
@@ -36,9 +37,10 @@ def asked_recipe(recipe_file, caption_file):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_asked_is_bit_for_bit_the_run_that_is_not(asked_recipe):
-    bare = train(asked_recipe("bare", samples=0))
-    asked = train(asked_recipe("asked", samples=3, metrics=["exact_match", "contains"]))
+@pytest.mark.parametrize("more", [[], ["quantization={load_in_4bit: true}"]], ids=["whole", "4 bits"])
+def test_a_run_that_is_asked_is_bit_for_bit_the_run_that_is_not(asked_recipe, more):
+    bare = train(asked_recipe("bare", more=more, samples=0))
+    asked = train(asked_recipe("asked", more=more, samples=3, metrics=["exact_match", "contains"]))
     assert (asked / "trained.safetensors").read_bytes() == (bare / "trained.safetensors").read_bytes()
     assert (asked / "adapter_model.safetensors").read_bytes() == (bare / "adapter_model.safetensors").read_bytes()
     losses = [
@@ -94,6 +96,10 @@ def test_what_a_recipe_asks_for_is_there(asked_recipe):
         ([], {"metrics": ["exact"]}, "evaluation.metrics.0"),
         (["data.eval=[]", "sft.eval_strategy=no"], {"metrics": ["contains"]}, "`data.eval`, which has no source"),
         (["data.eval=[]", "sft.eval_strategy=no"], {"samples": 3}, "`data.eval`, which has no source"),
+        ([*NO_ROWS, "sft.metric_for_best_model=loss"], {"benchmarks": ["gqa"]}, "measures 'loss'; .*gqa_<score>"),
+        ([*NO_ROWS, "sft.load_best_model_at_end=true"], {"benchmarks": ["gqa"]}, "no source; choose by .*gqa_<score>"),
+        ([*NO_ROWS, "sft.load_best_model_at_end=true", "sft.eval_strategy=no"], {}, "choose by nothing: add rows to"),
+        (NO_ROWS, {}, "`sft.eval_strategy` asks for evaluations .* add one, or `evaluation.benchmarks`"),
     ):
         with pytest.raises(UserError, match=said):
             asked_recipe(more=more, **evaluation)

@@ -89,9 +89,12 @@ def test_an_evaluation_that_fails(forge, failing):
     assert "cut.jpg" in forge.said()
 
 
-@pytest.mark.parametrize("strategy", ["no", "steps", "epoch"])
+@pytest.mark.parametrize("strategy", ["no", "steps", "epoch", "best"])
 def test_a_run_that_is_killed_in_its_last_evaluation_has_its_bundle(forge, failing, tmp_path, strategy):
     settings = ["sft.max_steps=3", f"sft.eval_strategy={strategy}", "sft.eval_steps=3"]
+    if strategy == "best":  # the only one that there is
+        settings[1:2] = ["sft.eval_strategy=steps", "sft.save_strategy=steps", "sft.save_steps=3"]
+        settings += ["sft.load_best_model_at_end=true"]
     killed = failing("kill", 0, False, split="eval")
     assert forge.run(killed, *settings, timeout=LIMIT, resume=False) == -signal.SIGKILL, forge.said()
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 3

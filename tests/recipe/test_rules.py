@@ -84,7 +84,10 @@ def recipe_file(tmp_path: Path) -> Path:
         (["sft.learning_rate=0"], "`sft.learning_rate` must be a number above zero, not 0."),
         (["sft.learning_rate=fast"], "`sft.learning_rate` must be a number above zero, not 'fast'."),
         (["sft.bf16=true", "sft.fp16=true"], "`sft.bf16` and `sft.fp16` cannot both be true; keep one."),
-        (["sft.eval_strategy=steps"], "`sft.eval_strategy` asks for evaluations but `data.eval` has no source."),
+        (
+            ["sft.eval_strategy=steps"],
+            "`data.eval` has no source; add one, or `evaluation.benchmarks`.",
+        ),
     ],
 )
 def test_rules(recipe_file: Path, overrides: list[str], message: str) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class WhileTraining(TrainerCallback):
-    """Asks at each evaluation of a run, and of the bundle that it leaves.
+    """Asks at each evaluation of a run, which with benchmarks every save has, and of the bundle that it leaves.
 
     Args:
         recipe: With its `evaluation`.
@@ -42,11 +42,11 @@ class WhileTraining(TrainerCallback):
         """The name of a score of a benchmark, whose files the recipe's own check does not read."""
         best, asked = self.recipe.sft.get("metric_for_best_model"), [*self.own_rows.names, *self.benchmarks.names]
         asked += [TEXT_LOSS] if self.forgetting.texts else []
-        if best is not None and str(best).removeprefix("eval_") not in {*LOSSES, *asked}:
+        asked = [*(LOSSES if self.recipe.data.eval else ()), *asked]
+        if best is not None and str(best).removeprefix("eval_") not in asked:
             raise self.recipe.error(
                 ("sft", "metric_for_best_model"),
-                f"no evaluation of this recipe measures {best!r}; it can be one of these: "
-                f"{', '.join([*LOSSES, *asked])}.",
+                f"no evaluation of this recipe measures {best!r}; it can be one of these: {', '.join(asked)}.",
             )
 
     def attach(self, trainer: VLMSFTTrainer) -> None:
@@ -67,6 +67,8 @@ class WhileTraining(TrainerCallback):
             bundle = " The finished bundle is asked the benchmarks." if self.benchmarks.ready else ""
             self.say(f"The model is not asked while it is trained: {why}.{bundle}")
         self._pupil = pupil
+        if self.benchmarks.ready and not why:
+            trainer.save_points.evaluates = True
         trainer.add_callback(self)
 
     def on_train_begin(
@@ -82,11 +84,19 @@ class WhileTraining(TrainerCallback):
         pupil = self._pupil
         if pupil is None:
             return
+        metrics: dict[str, float] = given["metrics"]
         if not pupil.mute:
-            self._ask(pupil, args, state, control, given["metrics"])
+            self._ask(pupil, args, state, control, metrics)
+        best = args.metric_for_best_model and f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        if best and best not in metrics and pupil.trainer.is_in_train:
+            there = ", ".join(name.removeprefix("eval_") for name in metrics)
+            raise self.recipe.error(
+                ("sft", "metric_for_best_model"),
+                f"the evaluation after step {state.global_step:,} did not measure {args.metric_for_best_model!r}: "
+                f"choose the best checkpoint by what it did measure ({there or 'nothing'}).",
+            )
         if (patience := self.recipe.evaluation.patience) is not None:
-            key = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
-            control.should_training_stop |= self._no_better(key, patience, state, bool(args.greater_is_better))
+            control.should_training_stop |= self._no_better(str(best), patience, state, bool(args.greater_is_better))
 
     def _ask(
         self,
@@ -96,7 +106,9 @@ class WhileTraining(TrainerCallback):
         control: TrainerControl,
         metrics: dict[str, float],
     ) -> None:
-        found = self.own_rows.measure(pupil) | self.benchmarks.measure(pupil) | self.forgetting.measure(pupil)
+        found = self.own_rows.measure(pupil) | self.forgetting.measure(pupil)
+        if pupil.trainer.is_in_train:  # behind it, the finished bundle is asked
+            found |= self.benchmarks.measure(pupil)
         if found:
             metrics |= found
             # Logged as of an evaluation, which a model in training is not.

@@ -43,6 +43,9 @@ _QUANTIZATION: Options = {
 OWN_LORA_KEYS: Options = {"add_tokens": list[str]}
 
 
+_SAVES = {"strategy": "steps", "steps": 500}  # transformers' own
+
+
 def validate_libraries(recipe: Recipe) -> None:
     """Checks `sft:`, `lora:` and `quantization:` against the installed libraries, on their real classes.
 
@@ -142,6 +145,9 @@ def _build_sft(recipe: Recipe, arguments: Options) -> SFTConfig:
 
     _check_types(recipe, "sft", recipe.sft, typing.get_type_hints(SFTConfig))
     refuse_strange(recipe, "sft")
+    if recipe.evaluation.benchmarks and recipe.sft.get("eval_strategy") is None:  # every save is evaluated
+        like = {f"eval_{key}": arguments.get(f"save_{key}", default) for key, default in _SAVES.items()}
+        arguments = {**arguments, **(like if like["eval_strategy"] in ("steps", "epoch") else {})}
     try:
         return SFTConfig(**{**arguments, "remove_unused_columns": False})
     except (ValueError, TypeError, ImportError, OSError) as error:

@@ -61,29 +61,53 @@ def names_that_pass(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 def best_is_measured(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """A rule of a recipe: what its best checkpoint is chosen by is measured, and what is asked has rows."""
-    asked, given, rows = recipe.evaluation, recipe.sft.get("metric_for_best_model"), bool(recipe.data.eval)
-    path: KeyPath = ("sft", "metric_for_best_model")
+    asked, sft, rows = recipe.evaluation, recipe.sft, bool(recipe.data.eval)
+    given, path = sft.get("metric_for_best_model"), ("sft", "metric_for_best_model")
     if asked.patience is not None and given is None:
         yield path, "`evaluation.patience` needs `sft.metric_for_best_model`: what is to become better."
-    if asked.patience is not None and recipe.sft.get("eval_strategy", "no") in ("no", None):
+    if asked.patience is not None and not _evaluates(recipe):
         yield ("evaluation", "patience"), "`evaluation.patience` needs evaluations while training: `sft.eval_strategy`."
     for key in ("metrics", "samples"):
         if getattr(asked, key) and not rows and not (key == "samples" and asked.samples_from):
             yield ("evaluation", key), f"`evaluation.{key}` asks rows of `data.eval`, which has no source; add one."
+    there = _measured(recipe)
+    by_default = sft.get("load_best_model_at_end") or sft.get("save_strategy") == "best"
+    if given is None and by_default and not rows:
+        yield (
+            path,
+            f"the best checkpoint is chosen by `loss`, but `data.eval` has no source; choose by {_among(there)}.",
+        )
     if not isinstance(given, str):
         return
-    name = given.removeprefix("eval_")
-    benchmarks = [PurePath(each).stem for each in asked.benchmarks or ()]
-    there = [
-        *LOSSES,
-        *([TEXT_LOSS] if asked.forgetting else []),
-        *(answer_scores() if rows else ()),
-        *(f"{each}_<score>" for each in benchmarks),
-    ]
+    name, benchmarks = given.removeprefix("eval_"), _benchmarks(recipe)
     if name in there or any(name.startswith(f"{each}_") for each in benchmarks):
         return  # which scores a benchmark has, its files say
     advice = f'did you mean "{hint}"? It' if (hint := closest(name, there)) else "it"
-    yield path, f"no evaluation of this recipe measures {given!r}; {advice} can be one of these: {', '.join(there)}."
+    yield path, f"no evaluation of this recipe measures {given!r}; {advice} can be {_among(there)}."
+
+
+def _benchmarks(recipe: Recipe) -> list[str]:
+    return [PurePath(each).stem for each in recipe.evaluation.benchmarks or ()]
+
+
+def _measured(recipe: Recipe) -> list[str]:
+    """What the evaluations of a run measure, of benchmarks without the names of their scores."""
+    rows = [*LOSSES, *answer_scores()] if recipe.data.eval else []
+    texts = [TEXT_LOSS] if recipe.evaluation.forgetting else []
+    return [*rows[: len(LOSSES)], *texts, *rows[len(LOSSES) :], *(f"{each}_<score>" for each in _benchmarks(recipe))]
+
+
+def _among(names: list[str]) -> str:
+    return (
+        f"one of these: {', '.join(names)}" if names else "nothing: add rows to `data.eval`, or `evaluation.benchmarks`"
+    )
+
+
+def _evaluates(recipe: Recipe) -> bool:
+    """Whether a run is evaluated before its end: by its own strategy or, with benchmarks, at its saves."""
+    strategies = [recipe.sft.get("eval_strategy", "no")]
+    strategies += [recipe.sft.get("save_strategy", "steps")] if recipe.evaluation.benchmarks else []
+    return any(each not in ("no", None) for each in strategies)
 
 
 def answer_scores() -> dict[str, str]:

@@ -56,7 +56,7 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
         _stream_has_an_end_and_weights(recipe.data, recipe.sft.get("max_steps")),
         _collator_is_a_class(recipe.collator),
         _rows_pack_whole(recipe.sft),
-        _sft_fits(recipe.sft, evaluates=bool(recipe.data.eval), streaming=recipe.data.streaming),
+        _sft_fits(recipe.sft, bool(recipe.data.eval or recipe.evaluation.benchmarks), recipe.data.streaming),
         best_is_measured(recipe),
         _answers_are_bounded(recipe),
         _hub_can_be(recipe.hub),
@@ -273,7 +273,8 @@ def _sft_fits(sft: Options, evaluates: bool, streaming: bool) -> Broken:
     if sft.get("bf16") and sft.get("fp16"):
         yield "sft.fp16", "`sft.bf16` and `sft.fp16` cannot both be true; keep one."
     if sft.get("eval_strategy", "no") not in ("no", None) and not evaluates:
-        yield "sft.eval_strategy", "`sft.eval_strategy` asks for evaluations but `data.eval` has no source."
+        mend = "add one, or `evaluation.benchmarks`"
+        yield "sft.eval_strategy", f"`sft.eval_strategy` asks for evaluations but `data.eval` has no source; {mend}."
 
 
 def _rows_pack_whole(sft: Options) -> Broken:

@@ -1,8 +1,9 @@
 """A run that is killed at any moment goes on to the same weights and the same log.
 
 transformers saves and restores weights, optimizer, schedule, random states and the place in the data. Added here: a
-save appears as a whole or not at all, the sums between two logs are saved too, and what stands at an epoch's end (a
-log, an evaluation) is done before the save of the same step, not lost when a run goes on from there.
+save appears as a whole or not at all, the sums between two logs are saved too, what stands at an epoch's end (a
+log, an evaluation) is done before the save of the same step, not lost when a run goes on from there, and a run that is
+asked benchmarks is evaluated at every save, with rows to evaluate on or without.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from trl import SFTTrainer
 
 from ..base.errors import UserError
 from ..base.whole_files import UNFINISHED, read_text
-from ..bundle.manifest import update_manifest
+from ..bundle.manifest import Provenance, update_manifest
 from ..bundle.run_folder import PREFIX, newest, publish, rotate
 
 if TYPE_CHECKING:
+    from trl import SFTConfig
+
     from .trainer import VLMSFTTrainer
 
 
@@ -32,6 +37,7 @@ class SavePoints(TrainerCallback):
         beside: The folder in which a checkpoint is being written; None between saves.
         resumed_from: The checkpoint with which this run began, if any.
         epoch: The epoch that begins next.
+        evaluates: Whether every save is evaluated first, as it is where benchmarks are asked.
     """
 
     def __init__(self, trainer: VLMSFTTrainer) -> None:
@@ -39,7 +45,8 @@ class SavePoints(TrainerCallback):
         self.beside: Path | None = None
         self.resumed_from: str | None = None
         self.epoch = 0
-        self._due = False
+        self.evaluates = False
+        self._due = self._planned = False  # a save that waits for its epoch's end; whether the recipe asks for one here
         self._bundle_of: int | None = None  # the step after which the run's bundle was written
 
     # -- files ------------------------------------------------------------------------------------------------------
@@ -111,6 +118,26 @@ class SavePoints(TrainerCallback):
         text = json.dumps(self.trainer.counters())
         (Path(folder) / f"counters_{self.trainer.args.process_index}.json").write_text(text, encoding="utf-8")
 
+    # -- what is chosen by evaluations ------------------------------------------------------------------------------
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether what is trained so far was evaluated; the log knows, also that of a run that goes on."""
+        state = self.trainer.state
+        last = (row for row in reversed(state.log_history) if row["step"] == state.global_step)
+        return any(name.startswith("eval_") for row in last for name in row)
+
+    @property
+    def chosen_among(self) -> bool:
+        """Whether an evaluation may find the best checkpoint: one that no save goes with leaves none to load."""
+        args = self.trainer.args
+        each = args.load_best_model_at_end and args.save_strategy != SaveStrategy.BEST
+        return not each or self._due or self.trainer.control.should_save
+
+    def forget_bundle(self) -> None:
+        """Other weights than those of the last step were loaded: the run's bundle is written anew."""
+        self._bundle_of = None
+
     # -- moments ----------------------------------------------------------------------------------------------------
 
     def on_train_begin(
@@ -137,12 +164,15 @@ class SavePoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After a signal, saves and stops; a save at an epoch's end waits for what else happens there."""
+        self._planned = control.should_save
         if self.trainer.watch.asked:
             self.trainer.interrupted = control.should_save = control.should_training_stop = True
         ends = state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()
         if control.should_save and ends:
             self._due, control.should_save = True, False
-        self._save_before_last_evaluation(args, state, control)
+        elif self._planned:
+            self._evaluate_save(control)
+        self._save_before_last_evaluation(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,16 +182,52 @@ class SavePoints(TrainerCallback):
         if stopped and not float(state.epoch or 0).is_integer():
             # The epoch goes on when the run does; its log and its evaluation come then.
             control.should_log = control.should_evaluate = control.should_save = False
-        elif self._due:
+        elif self._due or control.should_save:
+            if self._planned or control.should_save:  # one that a signal asked for is not waited for
+                self._evaluate_save(control)
             self._due, control.should_save = False, True
-        self._save_before_last_evaluation(args, state, control)
+        self._save_before_last_evaluation(state, control)
 
-    def _save_before_last_evaluation(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """A run that is killed in its last evaluation has its bundle, unless that is to be of the best checkpoint."""
-        if control.should_evaluate and state.global_step >= state.max_steps and not args.load_best_model_at_end:
+    def _evaluate_save(self, control: TrainerControl) -> None:
+        """A save is evaluated first, once: what the best checkpoint is chosen by is known of each that there is."""
+        control.should_evaluate |= self.evaluates and not self.evaluated
+
+    def _save_before_last_evaluation(self, state: TrainerState, control: TrainerControl) -> None:
+        """A run that is killed in its last evaluation has its bundle, of the last step until that one chooses."""
+        if control.should_evaluate and state.global_step >= state.max_steps:
             self.save_bundle()
+
+
+class EvaluatesWithoutRows(SFTTrainer):
+    """A trainer whose evaluations may have no rows: callbacks alone measure then, by benchmarks.
+
+    Attributes:
+        save_points: When it saves.
+        provenance: With the recipe, whose `evaluation` names benchmarks or not.
+    """
+
+    control: TrainerControl
+    save_points: SavePoints
+    provenance: Provenance | None
+
+    def __init__(self, *, args: SFTConfig, eval_dataset: Any = None, **kwargs: Any) -> None:
+        planned = args.eval_strategy
+        self._rowless = eval_dataset is None and bool(self.provenance and self.provenance.recipe.evaluation.benchmarks)
+        if self._rowless:
+            args.eval_strategy = IntervalStrategy.NO  # transformers refuses others without rows
+        super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
+        self.args.eval_strategy = planned
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measures; without rows, what its callbacks measure is all."""
+        if eval_dataset is not None or not self._rowless:
+            return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[no-any-return]
+        metrics: dict[str, float] = {}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return self.save_points.chosen_among and super()._determine_best_metric(metrics, trial)
 
 
 def _is_about_the_disk(error: Exception) -> bool:

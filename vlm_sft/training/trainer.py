@@ -37,7 +37,7 @@ from ..model.freeze import FreezePlan, is_adapter, is_quantised, part_of
 from ..model.modeling import VLMForConditionalGeneration
 from ..model.sharding import gather, repeated_layers
 from ..stack.lora import add_adapter
-from .checkpointing import SavePoints
+from .checkpointing import EvaluatesWithoutRows, SavePoints
 from .meters import Meters, RowsMet, exact, ledgers_of
 from .watch import ROW_IDS, Collator, Watch, dead_worker, gone_workers
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from ..batch.processor import VLMProcessor
 
 
-class VLMSFTTrainer(GroupsByLength, UsesPrefix, SFTTrainer):
+class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer):
     """Trains a composed stack.
 
     Args:
@@ -332,6 +332,7 @@ class VLMSFTTrainer(GroupsByLength, UsesPrefix, SFTTrainer):
     def _load_best_model(self) -> None:
         # transformers looks for whole weights, finds none in a bundle and would go on with the last ones.
         load_trained(Path(self.state.best_model_checkpoint), self.accelerator.unwrap_model(self.model), self.plan)
+        self.save_points.forget_bundle()
 
     def release(self) -> None:
         """Gives back what only training needs: gradients, optimizer, schedule, batches, and memory that is cached.
