@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -108,6 +110,26 @@ def test_the_fresh_process_measures_the_difference(saved, tmp_path, capsys):
     assert in_this_process(saved, tmp_path, capsys) <= 1e-6
     tamper(saved[0])
     assert in_this_process(saved, tmp_path, capsys) > 1e-2
+
+
+def test_a_run_in_16_bits_is_asked_as_its_bundle_will_compute(saved):
+    """Autocast rounds at other places: a model of 30 layers once differed by more than a wrong one may."""
+    _, model, batch = saved
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    wanted = probe_logits(model, batch)
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's, as a run begins
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare_model(model)
+    mask = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        in_training = prepared(**batch).logits[:, :-1][mask]
+    assert torch.equal(probe_logits(accelerator.unwrap_model(prepared), batch), wanted)
+    assert not torch.equal(in_training, wanted), "or the test shows nothing"
+    with torch.no_grad():
+        assert torch.equal(prepared(**batch).logits[:, :-1][mask], in_training), "the run computes on as before"
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_weights_that_are_not_numbers_are_not_equal(saved, tmp_path, capsys):

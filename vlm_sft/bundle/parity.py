@@ -43,11 +43,30 @@ def probe_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     inputs = {name: tensor.to(device) for name, tensor in _tensors(batch).items() if name not in NOT_INPUTS}
     was_training = model.training
     model.eval()
-    logits = model(**inputs).logits
+    with without_autocast(model):
+        logits = model(**inputs).logits
     model.train(was_training)
     mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
     mask[:, :-1] = batch["labels"][:, 1:] != IGNORED
     return logits[mask.to(device)][:MAX_POSITIONS].float().cpu()
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """A run's model as its bundle will compute: without the autocast that accelerate puts round its forward.
+
+    In 16 bits both are right, but they round at other places, which a deep model may make as large as a mistake.
+    """
+    around = model.forward
+    inside = model.__dict__.get("_original_forward")
+    if inside is None:
+        yield
+        return
+    model.forward = inside
+    try:
+        yield
+    finally:
+        model.forward = around
 
 
 def without_adapter(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
