@@ -33,9 +33,9 @@ class Kosmos2(FamilyModel):
         """See `FamilyModel.image_path`; the features are made before the model's own classes see a picture."""
         return self, "_features"
 
-    def last_hidden_state(self, **inputs: Any) -> torch.Tensor:
-        """(B, S, D) what the head reads."""
-        return self.text_model.model(**self.complete(inputs)).last_hidden_state
+    def base_output(self, **inputs: Any) -> Any:
+        """See `FamilyModel.base_output`."""
+        return self.text_model.model(**self.complete(inputs))
 
     @torch.no_grad()
     def generate(self, *args: Any, **inputs: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..base.errors import UserError
 from ..base.names import Inputs, Options
 from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
-from ..model.losses import Head, VLMOutput, mean_loss
+from ..model.losses import Head, VLMOutput, add_balance, mean_loss, router_flag
 from ..model.positions import ExactRotations, packed_positions, row_numbers, shared_mask
 from ..model.sharding import others_wait_for
 
@@ -65,12 +65,17 @@ class FamilyModel(ExactRotations, PreTrainedModel):
             row_heads: (B, R) likewise, where rows share the prefix that has their image.
             **inputs: What the model's own forward takes.
         """
+        mask = inputs.get("attention_mask")
         if row_lengths is not None:
             inputs |= self.kept_apart(inputs, row_lengths, row_heads)
-        hidden = self.last_hidden_state(**inputs)
+        found = self.base_output(**inputs, **router_flag(self.base_model, self.training))
+        hidden = found.last_hidden_state
         head = Head(self.get_output_embeddings(), self.config.get_text_config(), self.plain_head)
         loss, losses, hits = mean_loss(head, hidden, labels, loss_weights, num_items_in_batch, label_positions)
-        return VLMOutput(loss=loss, token_losses=losses, token_hits=hits)
+        output = VLMOutput(loss=loss, token_losses=losses, token_hits=hits)
+        given = {"row_lengths": row_lengths}
+        add_balance(output, self.base_model, found, mask, given, losses, num_items_in_batch)
+        return output
 
     def kept_apart(
         self, inputs: dict[str, torch.Tensor], row_lengths: torch.Tensor, row_heads: torch.Tensor | None = None
@@ -140,18 +145,18 @@ class FamilyModel(ExactRotations, PreTrainedModel):
             )
         return batch
 
-    def last_hidden_state(self, **inputs: Any) -> torch.Tensor:
-        """(B, S, D) what the head reads."""
+    def base_output(self, **inputs: Any) -> Any:
+        """What the model makes without its head; its `last_hidden_state`, (B, S, D), is what the head reads."""
         path = (p for name, p in self.named_parameters() if part_of(name) != "language_model")
         if inputs.get("pixel_values") is not None or not others_wait_for(path, self.training):
-            return self.base_model(**inputs).last_hidden_state
+            return self.base_model(**inputs)
         # Where and when the image features would come in: processes that share weights must ask for the same ones in
         # the same order, on the way back too, which a frozen language model has only behind what is trained.
         hook = self.get_submodule(self._part("language_model")).register_forward_pre_hook(
             self._add_idle, with_kwargs=True
         )
         try:
-            return self.base_model(**inputs).last_hidden_state
+            return self.base_model(**inputs)
         finally:
             hook.remove()
 

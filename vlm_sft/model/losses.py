@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,13 +19,16 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
-from ..base.names import IGNORED
+from ..base.names import IGNORED, Values
+from .positions import segment_numbers
 from .sharding import is_sharded
 
 # Of the logits, in fp32, that are there at a time: on a CPU, or on anything else. Fewer make a head that learns add up
 # its gradient too often.
 CHUNK_BYTES = {True: 2**26, False: 2**28}
 FEWEST = 16  # positions at a time, whatever the vocabulary
+# What transformers' functions of a routers' loss are given; one of another kind (Doge's) is not called.
+GIVEN = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 @dataclass
@@ -38,6 +43,7 @@ class VLMOutput(ModelOutput):
         attentions: Per layer, when asked for.
         token_losses: (supervised positions,) negative log-likelihoods, when `supervised_only`.
         token_hits: (supervised positions,) whether the label is the most likely token, when `supervised_only`.
+        router_loss: Scalar, the auxiliary loss of a mixture of experts without its factor, when it is in the loss.
     """
 
     loss: torch.Tensor | None = None
@@ -47,6 +53,7 @@ class VLMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     token_losses: torch.Tensor | None = None
     token_hits: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
 
 
 def scaled_logits(head: nn.Module, config: PreTrainedConfig, hidden: torch.Tensor) -> torch.Tensor:
@@ -145,6 +152,77 @@ def scales_as_its_class(causal_lm: PreTrainedModel) -> bool:
 
 def _refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
     raise RuntimeError("nothing below the head is to compute")
+
+
+def router_factor(core: PreTrainedModel) -> float:
+    """What the routers' auxiliary loss counts in the loss; 0 for what is no mixture of experts, or has no such loss.
+
+    Args:
+        core: What makes the last hidden state: a language model without its head, or the inside of an existing VLM.
+    """
+    config, module = core.config.get_text_config(), sys.modules[type(core).__module__]
+    function = getattr(module, "load_balancing_loss_func", None)
+    if not module.__name__.startswith("transformers.") or not hasattr(config, "num_experts_per_tok"):
+        return 0.0
+    recorded = "router_logits" in (getattr(core, "_can_record_outputs", None) or {})
+    if not recorded or function is None or [*signature(function).parameters] != GIVEN:
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", None) or 0.0)
+
+
+def router_flag(core: PreTrainedModel, training: bool) -> dict[str, bool]:
+    """What a forward pass is told so that `add_balance` finds what the routers said, where it is to be found."""
+    return {"output_router_logits": True} if training and router_factor(core) else {}
+
+
+def router_loss(
+    core: PreTrainedModel,
+    router_logits: tuple[torch.Tensor, ...],
+    attention_mask: torch.Tensor | None,
+    row_lengths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How unevenly tokens are dealt to experts (Switch Transformers, equations 4 to 6), padding left out.
+
+    It is the function that the model's own class adds with `output_router_logits`, of (B * S, experts) for each layer.
+    """
+    if row_lengths is not None:
+        length = len(router_logits[0]) // len(row_lengths)
+        attention_mask = (segment_numbers(row_lengths, length) < row_lengths.shape[1]).long()
+    function = sys.modules[type(core).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
+    experts, chosen = router_logits[0].shape[-1], core.config.get_text_config().num_experts_per_tok
+    found: torch.Tensor = function(router_logits, experts, chosen, attention_mask)
+    return found
+
+
+def add_balance(
+    output: VLMOutput,
+    core: PreTrainedModel,
+    made: ModelOutput,
+    attention_mask: torch.Tensor | None,
+    given: Values,
+    losses: torch.Tensor,
+    num_items: torch.Tensor | int | None,
+) -> None:
+    """Puts the routers' loss into that of a batch, where a mixture of experts trains.
+
+    It counts by the batch's share of the labels that a step divides by: a step has the mean over its batches.
+
+    Args:
+        output: With the batch's loss; changed.
+        core: As `router_factor` takes it.
+        made: What it gave, told `router_flag`.
+        attention_mask: (B, S), 0 for padding.
+        given: What else it was given; of packs `row_lengths`, (B, R), in place of the mask.
+        losses: (P,) of the batch's labels.
+        num_items: What the loss was divided by; None: P.
+    """
+    if not (router_logits := made.get("router_logits")) or not core.training:
+        return
+    found = router_loss(core, router_logits, attention_mask, given.get("row_lengths"))
+    share = 1.0 if num_items is None else losses.numel() / num_items
+    assert output.loss is not None
+    output.router_loss = found.detach()
+    output.loss = output.loss + router_factor(core) * share * found.to(output.loss.device)
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..base.names import INSTRUCTION
 from .answering import Answering
 from .configuration import VLMConfig, blank_size
 from .encoder_decoder import behind_encoder, core_of, is_tied
-from .losses import Head, VLMOutput, mean_loss
+from .losses import Head, VLMOutput, add_balance, mean_loss, router_flag
 from .parts import Cached, Parts, mark_initialised, parts_from_config
 from .positions import ExactRotations, kept_apart, own_positions
 from .sharding import others_wait_for
@@ -170,7 +170,7 @@ class VLMModel(VLMPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            **kwargs,
+            **kwargs | router_flag(lm, self.training),
         )
 
     def embed(
@@ -322,6 +322,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, Answering, GenerationMixin
             result.loss, losses, hits = mean_loss(
                 head, hidden, labels, loss_weights, num_items_in_batch, label_positions
             )
+            add_balance(result, self.model.language_model, outputs, attention_mask, kwargs, losses, num_items_in_batch)
             if supervised_only:
                 result.token_losses, result.token_hits = losses, hits
         return result

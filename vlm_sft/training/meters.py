@@ -28,7 +28,7 @@ from ..model.losses import supervised_positions
 Mode = Literal["train", "eval"]
 COUNTERS = (
     *("hits", "supervised", "loss", "tokens", "samples", "places", "wait_seconds", "step_seconds"),
-    *("own_loss", "other_loss", "image_tokens"),
+    *("own_loss", "other_loss", "image_tokens", "router_loss", "routed"),
 )
 
 
@@ -49,14 +49,19 @@ class Meters:
         for name, number in numbers.items():
             sums[name] = sums[name] + number if name in sums else number
 
-    def add_batch(self, mode: Mode, inputs: Inputs, hits: torch.Tensor) -> None:
+    def add_batch(
+        self, mode: Mode, inputs: Inputs, hits: torch.Tensor, router_loss: torch.Tensor | None = None
+    ) -> None:
         """Adds what the forward pass of a batch says of it.
 
         Args:
             mode: Where it belongs.
             inputs: The batch.
             hits: (P,) whether each supervised label was the most likely token.
+            router_loss: Scalar, where the model is a mixture of experts.
         """
+        if router_loss is not None:
+            self.add(mode, router_loss=router_loss, routed=1)
         rows, tokens = rows_and_tokens(inputs)
         self.add(mode, hits=hits.sum(), supervised=hits.numel(), tokens=tokens, samples=rows, places=places_in(inputs))
 
@@ -135,6 +140,8 @@ class Meters:
         if mode == "train" and "learning_rate" in logs:  # which is the first group's
             rates = {group["part"]: group["lr"] for group in groups if "part" in group}
             logs.update({f"learning_rate_{part}": rate for part, rate in rates.items()} if len(rates) > 1 else {})
+        if sums["routed"]:  # of a mixture of experts, without its factor
+            logs["router_loss"] = sums["router_loss"] / sums["routed"]
         if sums["image_tokens"]:
             own, other = sums["own_loss"] / sums["image_tokens"], sums["other_loss"] / sums["image_tokens"]
             logs.update(eval_loss_own_image=own, eval_loss_other_image=other, eval_image_use=other - own)
