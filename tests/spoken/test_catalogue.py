@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import string
+import time
 
 import pytest
 
@@ -69,3 +70,15 @@ def test_the_command_says_it_in_chinese_and_other_sentences_as_they_are(monkeypa
         with pytest.raises(SystemExit) as ended, exit_on_user_error():
             raise UserError(sentence)
         assert ended.value.code == 2 and capsys.readouterr().err.strip() == words
+
+
+@pytest.mark.parametrize("english", CHINESE)
+def test_a_strangers_name_is_as_long_as_it_likes(english, monkeypatch):
+    """Patterns took the fourth power of its length: minutes for 4,000 letters that are like our sentences."""
+    monkeypatch.setenv("VLM_SFT_LANG", "zh")
+    pieces = english.split("{}")
+    before = time.process_time()
+    for text in ("x".join(pieces[:-1]), "".join(pieces[:2]), *pieces[1:2], " "):
+        translated((pieces[0] + (text or "x") * 100_000)[:100_000])
+    assert time.process_time() - before < 2
+    assert translated("x is left out: " * 2000 + "x").startswith("略去 x：")

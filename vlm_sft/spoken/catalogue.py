@@ -86,27 +86,53 @@ CHINESE: dict[str, str] = {
 }  # fmt: skip
 
 
+DEEPEST = 4
+"""Sentences in each other; those of the code are two."""
 _COUNTERS = {"row": "行", "picture": "张图片", "text": "段文字"}
 _COUNTED = re.compile(rf"([\d,]+) ({'|'.join(_COUNTERS)})s?")
 
 
-def translated(sentence: str) -> str:
-    """A sentence in the language that is spoken; as it is, where nobody has put it into that."""
-    if spoken_language() != "zh":
+def translated(sentence: str, within: int = 0) -> str:
+    """A sentence in the language that is spoken; as it is, where nobody has put it into that.
+
+    Args:
+        sentence: In English; a stranger's name in it may be as long as a file.
+        within: How many sentences it is a piece of: no more than `DEEPEST`.
+    """
+    if spoken_language() != "zh" or within > DEEPEST:
         return sentence
     if found := _COUNTED.fullmatch(sentence):
         return f"{found[1]} {_COUNTERS[found[2]]}"
-    for pattern, chinese in _patterns():
-        if found := pattern.fullmatch(sentence):
-            return chinese.format(*map(translated, found.groups()))  # a piece of one may be a sentence itself
+    for pieces, chinese in _templates():
+        if (filled := _filled(pieces, sentence)) is not None:
+            # A piece of one may be a sentence itself.
+            return chinese.format(*(translated(each, within + 1) for each in filled))
     return sentence
 
 
+def _filled(pieces: list[str], sentence: str) -> list[str] | None:
+    """What stands between the pieces of a template in a sentence, each as short as can be; None where it is another.
+
+    It takes a time that grows as the sentence does. A pattern of `(.*?)` takes its fourth power.
+    """
+    first, *others = pieces
+    if not others:
+        return [] if sentence == first else None
+    *middle, last = others
+    if not sentence.startswith(first):
+        return None
+    filled, at = [], len(first)
+    for piece in middle:
+        if (found := sentence.find(piece, at)) < 0:
+            return None
+        filled.append(sentence[at:found])
+        at = found + len(piece)
+    end = len(sentence) - len(last)
+    return [*filled, sentence[at:end]] if end >= at and sentence.endswith(last) else None
+
+
 @cache
-def _patterns() -> list[tuple[re.Pattern[str], str]]:
-    """The templates as patterns, those with the most words of their own first: they say the most."""
+def _templates() -> list[tuple[list[str], str]]:
+    """The pieces of each template, those with the most words of their own first: they say the most."""
     order = sorted(CHINESE, key=lambda template: -len(template.replace("{}", "")))
-    return [
-        (re.compile("(.*?)".join(map(re.escape, template.split("{}"))), re.DOTALL), CHINESE[template])
-        for template in order
-    ]
+    return [(template.split("{}"), CHINESE[template]) for template in order]
