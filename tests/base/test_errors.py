@@ -157,3 +157,28 @@ def test_what_is_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     said = f"/home/me/work /tmp/ssh-1 {'0123456789abcdef' * 4} Salesforce/instructblip-vicuna-7b_{'a' * 40} 这是什么"
     assert without_tokens(said) == said
+
+
+class PanicException(BaseException):
+    """As libraries written in Rust raise it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PanicException("index out of bounds\n猫"),
+            "a library cannot read what it was given (index",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000), "'xxxx"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "/a/b"), "'/a/b' leads to no file"),
+        (UserError("x" * 100_000), "xxxx"),
+    ],
+)
+def test_what_libraries_and_the_system_say_of_names_is_one_short_sentence(error, said, capsys) -> None:
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        raise error
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith(f"error: {said}") and len(told) < 4200 and told.count("\n") == 1
+    with pytest.raises(KeyboardInterrupt), exit_on_user_error():
+        raise KeyboardInterrupt

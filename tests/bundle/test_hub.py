@@ -309,6 +309,19 @@ def test_what_is_no_text_is_searched_for_the_values_of_secrets(folder, monkeypat
     refuse_tokens(folder)  # letters that look like a key by chance are no secret in what is no text
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"ledger": "x"}, {"ledger": [1]}, {"ledger": {"train": 5}}, {"ledger": {"train": {"sources": [1]}}},
+     {"versions": {"torch": "\ud800"}}, {"trained": 5}, {"stages": {"a": 1}}, {"train_rows": "x"}],
+    ids=range(8),
+)  # fmt: skip
+def test_odd_values_of_a_manifest_are_pushed_or_one_sentence(folder, odd):
+    path = folder / "bundle.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | odd))
+    with contextlib.suppress(UserError), staged(folder, "me/mine"):
+        pass
+
+
 ROOTS = ["/home", "/gpfs", "/lustre", "/Volumes", "/users", "/work", "/DATA2", "/usr", "~", "~me"]
 ROOTS += ["D:\\data", "\\\\server\\share"]
 

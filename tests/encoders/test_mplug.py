@@ -106,3 +106,9 @@ def test_another_model_is_named(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="holds no mPLUG for VQA"):
         load_answerer(str(tmp_path))
+
+
+@pytest.mark.parametrize("heads", [0, 5])
+def test_sizes_that_do_not_go_together_are_one_sentence(tmp_path, heads):
+    with pytest.raises(UserError, match=r"of its tensors do not go together|no model can"):
+        load(save_modelscope(tmp_path / "it", "base"), vision_heads=heads)

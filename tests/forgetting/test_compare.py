@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+import random
 
+from vlm_sft.forgetting.bundles import _written
 from vlm_sft.forgetting.compare import compare, page_tables, print_forgetting, rows_of
 from vlm_sft.forgetting.texts import Asked, TextSet
 from vlm_sft.pages.errors import error_page
@@ -51,3 +55,49 @@ def test_the_page_of_errors_shows_both_tables_and_the_warning_as_text():
     for text in ("Forgetting", "遗忘", "x 2.000", "&lt;b&gt;猫&lt;/b&gt;", 'class="warning"'):
         assert text in page
     assert page.count("it is 4") == 0, "an answer that stayed is not shown"
+
+
+def places(value, path=()):
+    """Every place in a value, as keys."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    10**400,
+    1.5,
+    float("nan"),
+    "",
+    "\x1b]52;c;aGk=\x07",
+    "\ud800",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    {"en": "x"},
+]
+
+
+def test_what_somebody_else_wrote_is_shown_or_none_of_ours(tmp_path, capsys):
+    found = compare(TEXTS, state(10.0, 20.0), state(30.0, 20.0, ("猫", "it is 4", "because I say so")))
+    rng, path, shown = random.Random(3), tmp_path / "forgetting.json", 0
+    paths = [each for each in places(json.loads(json.dumps(found))) if each]
+    for _ in range(400):
+        changed = here = json.loads(json.dumps(found))
+        *way, last = rng.choice(paths)
+        for key in way:
+            here = here[key]
+        here[last] = copy.deepcopy(rng.choice(ODD))
+        path.write_text(json.dumps(changed))
+        if (read := _written(path)) is not None:
+            shown += 1
+            print_forgetting(read)
+            error_page("b", [], tables=page_tables(read))
+    assert 20 < shown < 380 and "\x1b" not in capsys.readouterr().out
+    for text in ("[" * 100_000, "\xff", "3", "[]", "{}"):
+        path.write_text(text, encoding="latin-1")
+        assert _written(path) is None

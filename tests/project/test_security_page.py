@@ -46,6 +46,7 @@ NO_BUDGET = {
     "MOST_WORKERS",
     "MOST_ROWS",
     "LONGEST_SHOWN",
+    "LONGEST_SENTENCE",
 }
 
 

@@ -421,3 +421,11 @@ def test_a_pipe_as_recipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "recipe.yaml")
     with pytest.raises(UserError, match="is a named pipe"):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("unit", ["[],", "{},", "0,"])
+def test_a_file_of_endless_values_is_refused_before_it_is_read(unit, tmp_path):
+    path = tmp_path / "special_tokens_map.json"
+    path.write_text('{"a": [' + unit * (16_100_000 if unit == "0," else 4_100_000) + "0]}")
+    with pytest.raises(UserError, match="cannot be read: it holds more lists, mappings or values than any such file"):
+        read_json(path)

@@ -111,3 +111,10 @@ def test_not_utf8(tmp_path: Path) -> None:
 def test_control_characters_in_a_file_are_one_sentence(text):
     with pytest.raises(UserError, match=r"^it is not YAML: unacceptable character #x[0-9a-f]{4}: [^\n]*\.$"):
         YamlFile("it", text)
+
+
+@pytest.mark.parametrize("text", ['system: "\\ud83d"', '"\\udc80": 1', 'data: {train: [{path: "a\\udc80b"}]}'])
+def test_half_a_character_is_one_sentence(text: str) -> None:
+    with pytest.raises(UserError, match=r"a\.yaml holds half a character"):
+        YamlFile("a.yaml", text)
+    assert YamlFile("a.yaml", 'system: "\\U0001F600"').data == {"system": "😀"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -143,3 +144,14 @@ def test_any_json_is_understood_or_refused(body) -> None:
 def test_any_bytes_are_refused(data) -> None:
     with pytest.raises(Refusal):
         read_body(data)
+
+
+@pytest.mark.parametrize("unit", [b"[],", b"{},", b"0,", b'"",'])
+def test_a_body_of_many_values_is_refused_before_it_is_read(unit) -> None:
+    """20 MB of empty lists take 400 MB."""
+    body = b'{"messages": [' + unit * 6_000_000 + b"0]}"
+    tracemalloc.start()
+    with pytest.raises(Refusal, match=r"The body has more than 2,500,000 values: send fewer\."):
+        read_body(body)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()

@@ -241,3 +241,19 @@ def test_a_model_that_is_not_known_gets_the_batch_that_fits_the_gpu(command, tmp
     assert (sft["per_device_train_batch_size"], sft["gradient_accumulation_steps"]) == (4, 1)
     assert sft["activation_checkpointing"] is False, "TRL would put it on"
     assert "global batch: 4 x 1 accumulation x 1 process = 4; about " in (tmp_path / "q.yaml").read_text()
+
+
+@pytest.mark.parametrize("deep", ["[" * 700 + "]" * 700, '{"a":' * 700 + "1" + "}" * 700])
+@pytest.mark.parametrize("where", ["rows", "beside"])
+def test_rows_that_are_nested_without_end_are_left_out(deep, where, command, tmp_path):
+    (folder := tmp_path / "photos").mkdir()
+    pictures(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    if where == "rows":
+        lines = [f'{{"image": "{name}", "caption": "a thing {n}", "x": {deep}}}' for n, name in enumerate(names)]
+        (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    else:
+        for name in names:
+            (folder / name).with_suffix(".json").write_text(f'{{"caption": "a thing", "x": {deep}}}')
+    code, _, err = command("init", folder, "--yes")
+    assert code == 2 and "nested too deeply" in err and "Traceback" not in err

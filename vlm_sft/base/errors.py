@@ -16,10 +16,11 @@ from zlib import crc32
 from ..spoken.catalogue import translated
 from ..spoken.language import in_words
 from .console import tell
-from .words import one_line
+from .words import one_line, short
 
 # What gloo says where the process at the other end of a connection has ended.
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
+LONGEST_SENTENCE = 4000  # letters
 PANIC = "PanicException"  # of a library written in Rust; no `Exception`, so that nobody goes on behind it
 PATIENCE = 10.0  # seconds; the launcher looks ten times in one, so it has long seen the first failure
 TOLD_TO_END = "SIGTERM came before."  # a note on an error of a process that the launcher has already told to end
@@ -115,6 +116,11 @@ def exit_on_user_error() -> Iterator[None]:
             # The launcher ends this process once it has seen the other fail first, and reports that one as the cause.
             time.sleep(PATIENCE)
         raise SystemExit(1) from None
+    except BaseException as error:
+        if type(error).__name__ != PANIC:
+            raise
+        tell(f"error{process}: a library cannot read what it was given ({one_line(error)[:300]}).", stderr=True)
+        raise SystemExit(2) from None
 
 
 def first_to_say(sentence: str) -> bool:
@@ -131,10 +137,13 @@ def first_to_say(sentence: str) -> bool:
 
 
 def _of_the_disk(error: Exception) -> str | None:
-    """The sentence for a disk that is full or a place that may not be written, whichever library met it; else None."""
+    """The sentence for a disk that is full, a place that may not be written or a path that is none; else None."""
     found = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors and tokenizers say it
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if number in (errno.ENAMETOOLONG, errno.ELOOP):
+        name = getattr(error, "filename", None) or "What was given"
+        return f"{short(str(name))!r} leads to no file ({os.strerror(number)}): give another path."
     if number is None or not (full or number in (errno.EROFS, errno.EACCES, errno.EPERM)):
         return None
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy, what was to be written
@@ -147,7 +156,9 @@ def sentence_of(error: UserError) -> str:
     text = str(error)
     if "\nOriginal Traceback (most recent call last):" in text:
         text = text.rpartition(f".{type(error).__name__}: ")[2]
-    return without_tokens(" ".join(line.strip() for line in text.strip().splitlines()))
+    text = without_tokens(" ".join(line.strip() for line in text.strip().splitlines()))
+    # A stranger's name may be as long as its file.
+    return text if len(text) <= LONGEST_SENTENCE else f"{text[: LONGEST_SENTENCE - 1000]} … {text[-900:]}"
 
 
 def without_tokens(text: str) -> str:

@@ -12,10 +12,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from typing import TypeVar
 
 from .errors import UserError
 from .words import whole_number
 
+_Text = TypeVar("_Text", str, bytes)
 ENVIRONMENT = "VLM_SFT_LIMITS"
 MEGABYTE = 2**20
 
@@ -69,6 +71,8 @@ class Readers:
     yaml_entries: int = _most(100_000, "Entries of a YAML file, with its aliases filled in.")
     recipe_characters: int = _most(8 * MEGABYTE, "Characters of a recipe with its `${…}` filled in.")
     settings_depth: int = _most(64, "Mappings and lists in each other, in a file of settings.")
+    json_containers: int = _most(4_000_000, "Mappings and lists of such a file; each takes twenty times its bytes.")
+    json_values: int = _most(16_000_000, "Values of such a file.")
     largest_position: int = _most(10**12, "Positions of a model, and the base of their rotation: no sizes of a tensor.")
     template_characters: int = _most(1_000_000, "Characters of a template.")
     template_answer: int = _most(64 * MEGABYTE, "Bytes that the process which renders templates may answer.")
@@ -88,6 +92,7 @@ class Readers:
     judge_reply: int = _most(8 * MEGABYTE, "Bytes of a reply of a judge's server.")
     connections: int = _most(800, "Connections to `serve` that are open at a time.")
     asked_parts: int = _most(10_000, "Messages and parts of a request to `serve`.")
+    asked_values: int = _most(2_500_000, "Values of its JSON, and marks between them.")
     asked_characters: int = _most(1_000_000, "Characters of their texts: templates and tokenizers take time for each.")
     asked_stops: int = _most(16, "Texts that end an answer, of a request.")
     asked_stop: int = _most(1000, "Characters of each.")
@@ -95,6 +100,20 @@ class Readers:
 
 
 READERS = Readers()
+
+
+def bounded(text: _Text) -> _Text:
+    """A JSON text that somebody else may have written; what it would take in memory is told by its marks.
+
+    Raises:
+        ValueError: An empty list takes twenty times its bytes, and this has more lists, mappings or values than any
+            right file.
+    """
+    lists, mappings, values = (b"[", b"{", b",") if isinstance(text, bytes) else ("[", "{", ",")
+    count = text.count
+    if count(lists) + count(mappings) > READERS.json_containers or count(values) > READERS.json_values:
+        raise ValueError("it holds more lists, mappings or values than any such file")
+    return text
 
 
 def limits() -> Limits:

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..base.errors import UserError, find_secrets
+from ..base.errors import UserError, find_secrets, refused_by_library
 from ..base.hub import LOGIN, TRIES, look_for_hub, one_sentence, patiently
 from ..base.limits import limits
 from ..base.names import (
@@ -124,13 +124,14 @@ def staged(folder: Path, repo_id: str, rows: bool = False) -> Iterator[Path]:
                     os.link(path.resolve(), goal)
                 except OSError:  # on another disk
                     goal.symlink_to(path.resolve())
-        manifest = without_folders(without_rows(read_manifest(folder)))
-        recipe = without_folders(YamlFile.read(folder / RECIPE).data)
-        for name in (MANIFEST, RECIPE, CARD):
-            (stage / name).unlink(missing_ok=True)  # the link alone: what it leads to is the bundle's own
-        write_json(stage / MANIFEST, manifest)
-        (stage / RECIPE).write_text(dump_yaml(recipe), encoding="utf-8")
-        write_card(stage, repo_id)
+        with refused_by_library(f"{str(folder)!r} cannot be pushed, for what its {MANIFEST} says"):
+            manifest = without_folders(without_rows(read_manifest(folder)))
+            recipe = without_folders(YamlFile.read(folder / RECIPE).data)
+            for name in (MANIFEST, RECIPE, CARD):
+                (stage / name).unlink(missing_ok=True)  # the link alone: what it leads to is the bundle's own
+            write_json(stage / MANIFEST, manifest)
+            (stage / RECIPE).write_text(dump_yaml(recipe), encoding="utf-8")
+            write_card(stage, repo_id)
         refuse_tokens(stage)
         yield stage
 

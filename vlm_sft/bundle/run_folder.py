@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
+from ..base.limits import bounded
 from ..base.names import (
     CHECKPOINT_FILES,
     EXPORT_REPORT,
@@ -315,7 +316,9 @@ def is_step(value: object) -> bool:
 
 def _parsed(text: bytes) -> Any:
     try:
-        return json.loads(text, parse_int=_whole, parse_constant=lambda name: {"NaN": math.nan}.get(name, math.inf))
+        return json.loads(
+            bounded(text), parse_int=_whole, parse_constant=lambda name: {"NaN": math.nan}.get(name, math.inf)
+        )
     except (ValueError, RecursionError):
         return None
 

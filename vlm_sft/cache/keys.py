@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..base.limits import bounded
 from ..base.names import ImageEntry
 from ..base.whole_files import open_regular, read_text, write_json
 from ..pieces.checkpoints import Checkpoint
@@ -128,8 +129,8 @@ def digest_of_weights(checkpoint: Checkpoint, names: Iterable[str] | None, root:
     state = digest(*(line.encode() for line in lines), *(name.encode() for name in wanted)).hex()
     file = root / WEIGHTS
     known: dict[str, str] = {}
-    with suppress(OSError, ValueError, TypeError):
-        known = dict(json.loads(read_text(file)))
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        known = dict(json.loads(bounded(read_text(file))))
     if state not in known:
         hashed = hashlib.blake2b(digest_size=KEY)
         for name in wanted:

@@ -16,7 +16,7 @@ from ..base.whole_files import read_text
 from ..pieces.beside import check_tokenizer
 from ..pieces.checkpoints import fetch_file
 from ..pieces.expected import TOKENIZER, WHOLE, laid_out
-from ..pieces.load_parts import check_size, from_pretrained, load_module
+from ..pieces.load_parts import from_pretrained, load_module, make_empty
 from ..pieces.piece import Piece
 from ..recipe.safety import check_config, check_length, most_bytes
 from ..systems.mplug_vqa import MPlugConfig, MPlugForVQA
@@ -82,7 +82,7 @@ def load_mplug(
         piece.config = piece.whole
         model = from_pretrained(MPlugForVQA, piece, dtype=torch.float32)
     else:
-        model = check_size(MPlugForVQA, _config(piece, sizes or {}), piece.checkpoint)
+        model = make_empty(MPlugForVQA, _config(piece, sizes or {}), piece.checkpoint)
         load_module(model, piece.checkpoint, torch.float32)
     config = model.config
     words = _tokenizer(tokenizer or piece.pretrained, piece)

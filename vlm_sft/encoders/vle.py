@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ..base.errors import UserError
-from ..pieces.load_parts import check_size, load_module
+from ..pieces.load_parts import load_module, make_empty
 from ..pieces.piece import Piece
 from ..stack.build_processor import load_image_processor, load_tokenizer
 from ..systems.vle import VLEConfig
@@ -73,7 +73,7 @@ def load_vle(
     config = piece.whole
     if task == "vqa":
         _check_answers(config, piece)
-    model = check_size(chosen.model, config, piece.checkpoint)
+    model = make_empty(chosen.model, config, piece.checkpoint)
     load_module(model, piece.checkpoint, torch.float32)
     tokenizer, images = load_tokenizer(piece), load_image_processor(piece, config.vision_config.image_size)
     if len(tokenizer) > (rows := config.text_config.vocab_size):

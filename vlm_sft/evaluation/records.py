@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
+from ..base.limits import bounded
 from ..base.names import MANIFEST, Json, Record, Values
 from ..base.whole_files import IrregularError, file_digest, read_bytes, write_whole
 from ..base.words import reason_of
@@ -71,7 +72,7 @@ class Records:
         made of the answers anew.
         """
         try:
-            found = json.loads(read_bytes(self.summary))
+            found = json.loads(bounded(read_bytes(self.summary)))
         except (OSError, ValueError, RecursionError, IrregularError):
             return {}
         if not isinstance(found, dict) or found.get("fingerprint") != self.mark or not self.path.is_file():

@@ -11,15 +11,16 @@ import torch
 from peft import PeftModel
 
 from ..base.errors import UserError
+from ..base.limits import bounded
 from ..base.names import Json
-from ..base.whole_files import read_text, write_json
+from ..base.whole_files import IrregularError, read_text, write_json
 from ..base.words import one_line
 from ..bundle.hub import is_fetched
 from ..bundle.load import recipe_of
 from ..bundle.manifest import read_manifest
 from ..recipe.safety import refuse_code
 from ..stack.build_stack import build_stack
-from .compare import Forgetting, compare, nothing, rows_of, with_tower
+from .compare import Forgetting, compare, is_whole, nothing, with_tower
 from .state import State, measure, without_adapter
 from .texts import TextSet, Wish, read_texts
 from .towers import Pictures, TowerTest, read_pictures, was_tuned
@@ -152,11 +153,11 @@ class BeforeAndAfter:
 
 def _written(file: Path) -> Forgetting | None:
     try:
-        found = json.loads(read_text(file))
-        rows_of(found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = json.loads(bounded(read_text(file)))
+        whole = is_whole(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, IrregularError):
         return None
-    return found
+    return found if whole else None
 
 
 def noted(manifest: Json, mark: str) -> State | None:

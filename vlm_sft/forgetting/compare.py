@@ -142,6 +142,19 @@ def page_tables(found: Forgetting | None) -> list[Json]:
     return [sizes, answers]
 
 
+def is_whole(found: Forgetting) -> bool:
+    """Whether what a file says can be shown as it is; the file may be a stranger's.
+
+    Raises:
+        Exception: Of many kinds, where something of it is missing or of another one.
+    """
+    rows = [row for table in page_tables(found) for row in table["rows"]]
+    rows += [[entry[name] for name in ("question", "before", "after")] for entry in found["questions"]]
+    told = all({"right_before", "right_after"} <= entry.keys() for entry in found["questions"])
+    words = all(isinstance(cell, str) for row in rows for cell in row) and isinstance(found["warning"], str | None)
+    return told and words and "texts" in found
+
+
 def print_forgetting(found: Forgetting | None) -> None:
     """Prints what is found, if anything is, and a warning where there is one."""
     if found is None:

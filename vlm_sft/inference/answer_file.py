@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..base.console import make_console
 from ..base.errors import RowError, UserError
+from ..base.limits import bounded
 from ..base.names import Options, Record
 from ..base.progress import RowProgress, waiting
 from ..base.whole_files import IrregularError, read_bytes, write_whole
@@ -219,7 +220,7 @@ def _is_half(line: bytes) -> bool:
 
 def _parse(line: bytes) -> Record | None:
     try:
-        value = json.loads(line)
+        value = json.loads(bounded(line))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and "id" in value and ("answer" in value or "error" in value) else None

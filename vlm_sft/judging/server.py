@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 import httpx2
 
 from ..base.errors import RowError, UserError, refused_by_library
-from ..base.limits import READERS
+from ..base.limits import READERS, bounded
 from ..base.names import Values
 from ..base.words import one_line, reason_of
 from ..reading.fetch import is_public
@@ -152,7 +152,7 @@ class ChatServer:
     def _reply(self, said: bytes) -> Reply:
         found: Any = None
         try:
-            found = json.loads(said)
+            found = json.loads(bounded(said))
             message = found["choices"][0]["message"]
             text = message["content"]
             if isinstance(text, list):

@@ -11,6 +11,7 @@ from io import BufferedWriter
 from pathlib import Path
 
 from ..base.errors import UserError
+from ..base.limits import bounded
 from ..base.names import Values
 from ..base.whole_files import read_bytes, write_whole
 from ..base.words import reason_of
@@ -83,7 +84,7 @@ class Kept:
 
     def _read(self, line: bytes, number: int) -> None:
         try:
-            found = json.loads(line)
+            found = json.loads(bounded(line))
             key, reply = found["key"], Reply(found["text"], found["prompt_tokens"], found["completion_tokens"])
             counts = [count for count in reply[1:] if count is not None]
             if not (isinstance(key, str) and isinstance(reply.text, str) and all(type(n) is int for n in counts)):

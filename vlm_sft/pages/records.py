@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..base.errors import UserError
-from ..base.limits import READERS
+from ..base.limits import READERS, bounded
 from ..base.names import Record, Values
 from ..base.whole_files import IrregularError, read_bytes
 from ..base.words import reason_of
@@ -160,7 +160,7 @@ def read_records(path: Path, unfinished: bool = False) -> list[Record]:
         if not line.strip(b"\0 \r"):
             continue
         try:
-            record = json.loads(line.decode())
+            record = json.loads(bounded(line).decode())
         except (ValueError, RecursionError):
             record, flaw = None, "is no JSON"
         else:

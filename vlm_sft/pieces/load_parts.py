@@ -180,6 +180,15 @@ def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig
     return empty
 
 
+def make_empty(make: Callable[..., Any], config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
+    """As `check_size`, where nobody makes the model anew: that its class cannot be made of the sizes is said here."""
+    if (empty := check_size(make, config, checkpoint)) is None:
+        raise UserError(
+            f"{checkpoint.where}: the sizes in its config.json or of its tensors do not go together; fetch it again."
+        )
+    return empty
+
+
 def _check_filled(empty: nn.Module, checkpoint: Checkpoint) -> None:
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.hub import extract_commit_hash
 
 from ..base.errors import UserError
+from ..base.limits import bounded
 from ..base.names import CONFIG, PARTS, Json
 from ..base.whole_files import read_text
 from ..base.words import one_line
@@ -112,7 +113,7 @@ class Piece(Generic[SpecT]):
             return {}
         check_length(self._config_file, most_bytes(CONFIG))
         try:
-            raw = json.loads(read_text(self._config_file))
+            raw = json.loads(bounded(read_text(self._config_file)))
         except (ValueError, RecursionError):
             return {}
         if not isinstance(raw, dict):

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ..base.errors import UserError
-from ..base.limits import READERS, limits
+from ..base.limits import READERS, bounded, limits
 from ..base.names import ImageEntry, Json, Row
 from ..base.whole_files import read_bytes
 from ..base.words import one_line, reason_of
@@ -154,7 +154,7 @@ def _read_scores(path: Path, about: Json) -> tuple[list[Score], int]:
         return [], 0
     whole = [line for line in read_bytes(path).splitlines(keepends=True) if line.endswith(b"\n")]
     try:
-        first, *lines = [json.loads(line) for line in whole] or [None]
+        first, *lines = [json.loads(bounded(line)) for line in whole] or [None]
         scores = [Score(line["id"], line["score"], line["error"]) for line in lines]
         if not all(map(_is_score, scores)):
             raise TypeError

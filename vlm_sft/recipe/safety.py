@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
-from ..base.limits import MEGABYTE, READERS, limits
+from ..base.limits import MEGABYTE, READERS, bounded, limits
 from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE, Json, Values
 from ..base.whole_files import check_entries, read_text
 
@@ -26,6 +26,7 @@ SHORTER = {
     **dict.fromkeys((RECIPE, TEMPLATE, ADAPTER_CONFIG), "recipe_bytes"),
     **dict.fromkeys((MANIFEST, CONFIG), "config_bytes"),
 }
+LONGEST_NAME = 255  # bytes of a part of a path; the system raises at a longer one
 TEXTS = (".json", ".yaml", ".jinja", ".txt", ".md")
 # The limits of what a configuration says of a model: more than any published one has, and little enough to be built
 # without weights. A base of rotary positions, and how many there are, are no sizes of a tensor; such numbers are large.
@@ -84,7 +85,7 @@ def read_json(path: Path, whole: str = "bundle") -> Json:
     """
     try:
         check_length(path, most_bytes(path.name))
-        content = json.loads(read_text(path))
+        content = json.loads(bounded(read_text(path)))
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -116,6 +117,8 @@ def check_pieces(pieces: object, where: str) -> None:
         must = all(isinstance(entries.get(key), str) for key in ("pretrained", "fingerprint"))
         may = all(isinstance(entries.get(key), str | None) for key in ("revision", "commit", "path", "init_from"))
         may = may and all(is_words(entries.get(key, [])) for key in ("more", "held"))
+        named = "/".join(str(entries.get(key)) for key in ("pretrained", "path", "init_from"))
+        may = may and all(len(name.encode(errors="replace")) <= LONGEST_NAME for name in named.split("/"))
         if part not in (*PARTS, "model") or not must or not may:
             raise UserError(f"{where!r}: what it says of {part!r} is not what a bundle has; the bundle is not whole.")
 

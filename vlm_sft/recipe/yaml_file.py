@@ -36,6 +36,7 @@ MAY_BE_READ = re.compile(
 ALLOW = "VLM_SFT_RECIPE_ENV"
 """The environment variable in which the user names further ones, with commas between."""
 
+_HALF = re.compile("[\ud800-\udfff]")
 _INT = re.compile(r"^[-+]?[0-9]+$")
 _FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
@@ -113,6 +114,8 @@ class YamlFile:
                 raise UserError(f"{name} {what}; a recipe starts with keys like `stack:`.")
             self._note_lines(node, (), [])
             self.data = loader.construct_document(node)
+            if any(_HALF.search(text) for text in texts_in(self.data)):
+                raise UserError(f"{name} holds half a character (a surrogate without its other half); write it whole.")
         except yaml.YAMLError as error:
             raise UserError(_yaml_sentence(name, error, text)) from error
         except RecursionError as error:

@@ -73,6 +73,9 @@ def read_body(data: bytes) -> Asked:
     Raises:
         Refusal: It is no JSON, or a value of it is not understood.
     """
+    # An empty list takes twenty times its bytes, so that a body that may come whole would fill the memory.
+    if sum(map(data.count, (b"[", b"{", b",", b":"))) > READERS.asked_values:
+        raise Refusal(f"The body has more than {READERS.asked_values:,} values: send fewer.")
     try:
         body = parse_json(data, "the body", "send one object of JSON in UTF-8")
     except RowError as error:

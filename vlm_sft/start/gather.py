@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..base.errors import RowError, UserError
+from ..base.errors import RowError, UserError, row_error
 from ..base.names import Json, Values
 from ..base.whole_files import read_text
 from ..base.words import counted, reason_of
@@ -24,6 +24,7 @@ from ..reading.json_text import parse_document
 from ..reading.json_text import read_text as read_whole
 from ..reading.locations import read_rows
 from ..reading.published import read_published
+from ..recipe.safety import is_deep
 from .folder import Folder, split_named_by
 from .guess import LOOKED_AT, Guess, guess, published_kind, why_not
 from .label_names import label_names, with_names
@@ -221,6 +222,13 @@ def _records(folder: Folder) -> Iterator[tuple[str, Json | RowError]]:
             yield str(file), {"image": _relative(picture, folder), **record}
 
 
+def _not_deep(given: tuple[str, Json | RowError]) -> tuple[str, Json | RowError]:
+    where, values = given
+    if isinstance(values, RowError) or not is_deep(values):
+        return given
+    return where, row_error(where, "its values are nested too deeply", "correct or remove it", "too deep")
+
+
 def _add(
     found: Gathered,
     name: str | Path,
@@ -232,7 +240,7 @@ def _add(
     folder: Folder | None = None,
 ) -> None:
     """Adds the rows of a file, once its first ones say what they mean."""
-    walk = iter(rows)
+    walk = map(_not_deep, rows)
     wrong: list[str] = []
     try:
         head = list(islice(walk, LOOKED_AT))
