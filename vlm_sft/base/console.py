@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .names import Options
 
@@ -34,7 +34,7 @@ def harmless(text: str) -> str:
     return UNSAFE.sub("\ufffd", text)
 
 
-def harmless_json(value: Any, indent: int | None = None) -> str:
+def harmless_json(value: object, indent: int | None = None) -> str:
     """JSON with what is unsafe to print as escapes, which a reader of JSON takes for the same text."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 from .errors import UserError
 
@@ -60,7 +59,7 @@ def write_whole(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
 
 
-def write_json(path: Path, content: Any, indent: int = 2) -> None:
+def write_json(path: Path, content: object, indent: int = 2) -> None:
     """Writes a JSON file whole, Chinese as it is.
 
     Raises:

@@ -7,15 +7,16 @@ padding, resizing and cropping before it is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
+from transformers import BaseImageProcessor
 from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
 from transformers.image_utils import ChannelDimension
 
 from ..base.errors import RowError, UserError, row_error
-from ..reading.images import image_size
+from ..reading.images import ImageLike, image_size
 from ..rows.box import to_unit
 from ..rows.messages import Message, Part, has_boxes
 from ..templates.notations import joined, written_box, written_group
@@ -62,7 +63,7 @@ class Seen(NamedTuple):
 def write_boxes(
     processor: VLMProcessor,
     messages: Sequence[Message],
-    images: Sequence[Any],
+    images: Sequence[ImageLike],
     where: str,
     fetch: Callable[[str], str] | None = None,
 ) -> Sequence[Message]:
@@ -87,7 +88,7 @@ def write_boxes(
     ]
 
 
-def in_units(messages: Sequence[Message], images: Sequence[Any], where: str) -> list[Message]:
+def in_units(messages: Sequence[Message], images: Sequence[ImageLike], where: str) -> list[Message]:
     """Messages with every box in 0 to 1 of its picture.
 
     Args:
@@ -107,7 +108,7 @@ def in_units(messages: Sequence[Message], images: Sequence[Any], where: str) -> 
     return [{**message, "content": [in_unit(part) for part in message["content"]]} for message in messages]
 
 
-def file_size(image: Any, where: str, fetch: Callable[[str], str] | None = None) -> tuple[int, int]:
+def file_size(image: ImageLike, where: str, fetch: Callable[[str], str] | None = None) -> tuple[int, int]:
     """(width, height) of an image as it lies in its file, upright, whatever size its row asks for."""
     whole = {"path": image.get("path"), "bytes": image.get("bytes")} if isinstance(image, Mapping) else image
     return image_size(whole, where=where, fetch=fetch)
@@ -117,7 +118,7 @@ class _Writer:
     """Writes the boxes of one row."""
 
     def __init__(
-        self, processor: VLMProcessor, images: Sequence[Any], where: str, fetch: Callable[[str], str] | None
+        self, processor: VLMProcessor, images: Sequence[ImageLike], where: str, fetch: Callable[[str], str] | None
     ) -> None:
         self.processor, self.images, self.where, self.fetch = processor, images, where, fetch
         self.notation = processor.notation
@@ -169,7 +170,7 @@ class _Writer:
         return self.sizes[image]
 
 
-def seen_through(image_processor: Any, size: tuple[int, int], square: bool = False) -> Seen:
+def seen_through(image_processor: BaseImageProcessor, size: tuple[int, int], square: bool = False) -> Seen:
     """Where a picture lies in what an image processor makes of it: padded to a square, resized, cut at its borders.
 
     Args:

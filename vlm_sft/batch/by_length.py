@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset as Stored
 from datasets import IterableDataset
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import SFTConfig
 
 from ..base.errors import RowError, UserError
 from ..base.names import GROUPED, Inputs, Row
@@ -115,7 +116,7 @@ class PackedRows(Dataset[dict[str, list[Row]]]):
         packs: How many packs they make.
     """
 
-    def __init__(self, rows: Any, packs: int) -> None:
+    def __init__(self, rows: Stored, packs: int) -> None:
         self.rows, self.packs = rows, packs
 
     def __len__(self) -> int:
@@ -140,7 +141,7 @@ def pack_stream(rows: IterableDataset, lengths_of: LengthsOf, room: int, mean_le
     return rows.map(function, batched=True, batch_size=held, remove_columns=columns)
 
 
-def _pack_window(columns: Mapping[str, list[Any]], lengths_of: LengthsOf, room: int) -> dict[str, list[list[Row]]]:
+def _pack_window(columns: Mapping[str, list[object]], lengths_of: LengthsOf, room: int) -> dict[str, list[list[Row]]]:
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     packs = [sorted(numbers) for numbers in pack(lengths_of(rows), room)]
     return {PACK: [[rows[number] for number in numbers] for numbers in sorted(packs)]}
@@ -161,14 +162,14 @@ class GroupsByLength:
     eval_lengths: Sequence[int] | None = None
     mean_length = 256.0
     packing = eval_packing = False
-    args: Any
-    data_collator: Any
-    train_dataset: Any
+    args: SFTConfig
+    data_collator: Any  # ours, maybe with something wrapped around it
+    train_dataset: Stored | IterableDataset
     model: PreTrainedModel
     _prepare_inputs: Callable[[Inputs], Inputs]
     compute_loss_context_manager: Callable[[], AbstractContextManager[None]]
 
-    def take_packing(self, args: Any) -> Any:
+    def take_packing(self, args: SFTConfig) -> SFTConfig:
         """Takes packing over from a configuration; the one that is returned has none, as TRL packs text alone."""
         self.packing = bool(args.packing)
         self.eval_packing = self.packing if args.eval_packing is None else bool(args.eval_packing)
@@ -176,7 +177,9 @@ class GroupsByLength:
         args.packing = args.eval_packing = False
         return args
 
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+    def _get_dataloader(
+        self, dataset: Stored | IterableDataset, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader[Inputs]:
         own = super()._get_dataloader  # type: ignore[misc]
         if not (self.packing if is_training else self.eval_packing):
             return own(dataset, *args, is_training=is_training, **kwargs)
@@ -187,7 +190,7 @@ class GroupsByLength:
         kwargs["sampler_fn"] = lambda rows: packs
         return own(PackedRows(dataset, len(packs)), *args, is_training=is_training, **kwargs)
 
-    def _packs(self, rows: Any, is_training: bool) -> Packs:
+    def _packs(self, rows: Stored, is_training: bool) -> Packs:
         if not is_training:
             known = self.eval_lengths
             return Packs(known if known and len(known) == len(rows) else self._measured(rows), self._room(), None)
@@ -249,7 +252,7 @@ class GroupsByLength:
                 f"(allowed {allowed:.2g}); set {'batch sizes of 1, or ' * (flash and packs > 1)}sft.packing=false."
             )
 
-    def _differ(self, alone: list[Any], together: list[Any]) -> tuple[float, float]:
+    def _differ(self, alone: list[Row], together: list[Row]) -> tuple[float, float]:
         """By how much the losses of tokens differ, as the root of their mean square, and by how much they may."""
         model, was_training = self.model, self.model.training
         model.eval()
@@ -262,7 +265,7 @@ class GroupsByLength:
         allowed = max(0.05, 0.02 * float(wanted.mean())) if half else 1e-3
         return float((found - wanted).double().square().mean().sqrt()), allowed
 
-    def _losses_of(self, items: list[Any]) -> torch.Tensor:
+    def _losses_of(self, items: list[Row]) -> torch.Tensor:
         inputs = self._prepare_inputs(self._own_collator()(items))
         inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         with self.compute_loss_context_manager():
@@ -274,7 +277,7 @@ class GroupsByLength:
             raise UserError("Packing fills packs up to a length: give the collator or SFTConfig a `max_length`.")
         return room
 
-    def _measured(self, rows: Any) -> list[int]:
+    def _measured(self, rows: Stored) -> list[int]:
         return _lengths(self._own_collator(), rows)
 
     def _own_collator(self) -> MultimodalCollator:
@@ -283,12 +286,12 @@ class GroupsByLength:
     def _seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def num_examples(self, dataloader: Any) -> int:
+    def num_examples(self, dataloader: DataLoader[Inputs]) -> int:
         """Rows, not packs of them."""
         rows = getattr(dataloader.dataset, "rows", None)
         return super().num_examples(dataloader) if rows is None else len(rows)  # type: ignore[misc]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Stored | None = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != GROUPED:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -298,7 +301,7 @@ class GroupsByLength:
         rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return ByLength(self.lengths, rows_a_step, self._seed())
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+    def _get_eval_sampler(self, eval_dataset: Stored | None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != GROUPED or eval_dataset is None:
             return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
         return SequentialSampler(eval_dataset)
@@ -314,7 +317,7 @@ def _lengths(collator: MultimodalCollator, rows: Iterable[Row]) -> list[int]:
     return lengths
 
 
-def _first_shared(rows: Any) -> Row | None:
+def _first_shared(rows: Stored | IterableDataset) -> Row | None:
     """The first row of a dataset in which questions share an image and none sees another."""
     if not isinstance(rows, Stored) or IN_EXTRAS not in rows.column_names:
         return None

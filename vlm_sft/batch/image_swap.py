@@ -30,15 +30,13 @@ def with_other_images(
     if images is None:
         return inputs, torch.zeros_like(counts, dtype=torch.bool)
     owners = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    flat = (lambda tensor: tensor) if name == "image_features" else _flat
-    swapped, exchanged = exchange_images(flat(images), owners, None if spare is None else flat(spare))
+    whole = images if name == "image_features" else images.flatten(0, -4)
+    if spare is not None and name != "image_features":
+        spare = spare.flatten(0, -4)
+    swapped, exchanged = exchange_images(whole, owners, spare)
     left = torch.zeros_like(counts, dtype=torch.bool)
     left[owners[~exchanged]] = True
     return {**inputs, name: swapped.view_as(images)}, (counts > 0) & ~left
-
-
-def _flat(images: torch.Tensor) -> torch.Tensor:
-    return images.flatten(0, -4)
 
 
 def exchange_images(

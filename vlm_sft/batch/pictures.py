@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from ..base.errors import RowError, row_error
 from ..base.limits import limits
 from ..base.names import ImageEntry, Inputs
 from ..base.words import reason_of
-from ..reading.images import image_size, load_image, too_long
+from ..reading.images import ImageLike, image_size, load_image, too_long
 from ..reading.video import Films
 from ..rows.videos import shows_frames
 
@@ -104,7 +104,7 @@ def why(error: Exception) -> str:
 
 def load_picture(
     processor: ReadsPictures,
-    image: ImageEntry | str | bytes | Image.Image,
+    image: ImageLike,
     *,
     where: str = "",
     max_pixels: int | None = None,
@@ -124,7 +124,7 @@ def load_picture(
 
 
 def picture_size(
-    image: ImageEntry | str | bytes | Image.Image,
+    image: ImageLike,
     *,
     where: str = "",
     max_pixels: int | None = None,
@@ -144,7 +144,7 @@ def picture_size(
 
 def picture_sizes(
     processor: ReadsPictures,
-    images: Sequence[Any],
+    images: Sequence[ImageLike],
     *,
     where: str = "",
     max_pixels: int | None = None,
@@ -206,7 +206,7 @@ def check_pictures(processor: ReadsPictures, row: Pictures) -> None:
             raise refused(row.where, name, image.size, "the model's image processor", error) from error
 
 
-def read_pictures(processor: ReadsPictures, images: Sequence[Any], names: Sequence[str]) -> list[Image.Image]:
+def read_pictures(processor: ReadsPictures, images: Sequence[ImageLike], names: Sequence[str]) -> list[Image.Image]:
     """Pictures that somebody gives to ask about, each tried on the processor.
 
     Args:
@@ -222,7 +222,7 @@ def read_pictures(processor: ReadsPictures, images: Sequence[Any], names: Sequen
     return loaded
 
 
-def check_frames(processor: ReadsPictures, images: Sequence[Any], where: str) -> None:
+def check_frames(processor: ReadsPictures, images: Sequence[ImageLike], where: str) -> None:
     """Looks whether a model can be shown a row's video.
 
     Raises:

@@ -259,7 +259,7 @@ class VLMProcessor(ProcessorMixin):
 
     # -- files ------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Writes tokenizer, image processor and template, and the Q-Former's tokenizer in a folder of its own."""
         saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         if self.qformer_tokenizer is not None:

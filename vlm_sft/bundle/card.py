@@ -117,7 +117,7 @@ def _folders() -> re.Pattern[str]:
     )
 
 
-def without_folders(value: Any) -> Any:
+def without_folders(value: object) -> Any:
     """The same mappings and lists, but of an absolute path the last part alone."""
     if isinstance(value, dict):
         return {without_folders(key): without_folders(entry) for key, entry in value.items()}

@@ -134,7 +134,7 @@ def _compare(recipe: Recipe, config: LoraConfig, names: list[str]) -> None:
         raise UserError(_contradiction(recipe, key, _last(theirs), _last(ours)))
 
 
-def _contradiction(recipe: Recipe, key: str, old: Any, new: Any) -> str:
+def _contradiction(recipe: Recipe, key: str, old: object, new: object) -> str:
     return (
         f"{recipe.where(('lora', key))}: `lora_from: continue` trains the LoRA of {recipe.init_from!r} on, which has "
         f"lora.{key}: {old}, but this recipe has {new}; leave lora.{key} out, or start a new LoRA with `lora_from: "
@@ -142,7 +142,7 @@ def _contradiction(recipe: Recipe, key: str, old: Any, new: Any) -> str:
     )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Sets and lists as JSON has them; nothing is as good as an empty one."""
     return sorted(value, key=str) if isinstance(value, (set, list, tuple)) else value or None
 

@@ -119,7 +119,7 @@ def load_beside(folder: Path, model: nn.Module, adapter: str) -> Beside:
     if manifest["adapter"]:
         assert isinstance(model, PeftModel)
         open_further_adapter(folder, model, adapter)
-    core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
     with refused_by_library(f"{str(folder)!r} is no whole bundle: its processor cannot be read"):
         processor = kind_of(manifest["pieces"]).read_processor(folder, recipe, core.config)
     answers = copy.deepcopy(core.generation_config)
@@ -159,7 +159,7 @@ SAID_ANYWAY = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "
 """Settings of an answer that a server says of every one."""
 
 
-def _without_places(section: Any) -> Any:
+def _without_places(section: object) -> Any:
     """A section of a recipe without where its pieces lie: that is what fingerprints are for."""
     told = section.model_dump() if hasattr(section, "model_dump") else section
     if not isinstance(told, dict):
@@ -231,7 +231,7 @@ def load_trained(folder: Path, model: nn.Module, plan: FreezePlan) -> None:
 
 def _lengthen(saved: dict[str, torch.Tensor], model: nn.Module, wanted: dict[str, nn.Parameter]) -> None:
     """Gives tables that were trained whole before new words came the rows of those words, as the model has them."""
-    core: Any = model
+    core = model
     if isinstance(core, PeftModel):  # whose words were learned, and saved with the rest
         return
     tables = {id(core.get_input_embeddings().weight), id(core.get_output_embeddings().weight)}

@@ -131,7 +131,7 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def without_secrets(value: Any) -> Any:
+def without_secrets(value: object) -> Any:
     """A value as JSON has them, its texts without tokens, passwords and keys: what the ledger says quotes rows."""
     if isinstance(value, dict):
         return {name: without_secrets(entry) for name, entry in value.items()}

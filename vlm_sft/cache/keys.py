@@ -51,16 +51,11 @@ class Keys:
     def __init__(self, root: Path, fetch: Callable[[str], str] | None = None) -> None:
         self.fetch = fetch
         self._records = Records(root / FILES, SEEN, KEY, KEY)
-        self._known: dict[bytes, bytes] = {}
         self._writer: tuple[str, Any] | None = None
-        self._refresh()
+        self._known = {file: content for _, _, file, content in self._records.new()}
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_writer": None}
-
-    def _refresh(self) -> None:
-        for _, _, file, content in self._records.new():
-            self._known[file] = content
 
     def of(self, image: ImageEntry) -> tuple[bytes | None, bytes | None]:
         """(key, what is new of its file: name and content, 32 bytes) of a row's picture.

@@ -90,11 +90,13 @@ def evaluate(
     vlm_sft.evaluate."""
     wish = Wish(forgetting, forgetting_texts, forgetting_pictures)
     if benchmark is None:
-        _check_alone({
+        of_benchmarks = {
             "--benchmark-data": benchmark_data, "--likelihood": likelihood, "--confidence": confidence,
             "--option-texts": option_texts, "--prompt": prompt, "--set": options, "--no-blank": not blank,
             "--no-contamination": not contamination, "--judge": judge,
-        })  # fmt: skip
+        }  # fmt: skip
+        if alone := next((name for name, given in of_benchmarks.items() if given), None):
+            raise UserError(f"{alone} belongs to --benchmark; name benchmarks, or leave it out.")
         from ..evaluation.evaluate import run
 
         run(bundle, split=split, batch_size=batch_size, output=output, max_rows=max_rows, recipe=recipe,
@@ -116,11 +118,6 @@ def evaluate(
         compare=contamination, options=settings_of(options), trust_remote_code=trust_remote_code, against=against,
         judge=who, prompt=prompt, forgetting=wish,
     )  # fmt: skip
-
-
-def _check_alone(settings: dict[str, object]) -> None:
-    if alone := next((name for name, given in settings.items() if given), None):
-        raise UserError(f"{alone} belongs to --benchmark; name benchmarks, or leave it out.")
 
 
 def _judge(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datasets import Features, IterableDataset, Value
 
@@ -113,6 +113,6 @@ class _Stream:
             yield {"messages": [], "images": [], "source": name_of(source), "id": error.where, "rejected": why}
 
 
-def first_rows(rows: Any, count: int) -> list[Row]:
+def first_rows(rows: Iterable[Row], count: int) -> list[Row]:
     """The first good rows of a dataset or a stream."""
     return list(itertools.islice((row for row in rows if row.get("rejected") is None), count))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TOKENS = 64  # of an answer that is shown
 SIDE = 200  # pixels of a picture that is written with them
 SHOWN = 100  # characters of it at the terminal
+WRITTEN = ("id", "images", "question", "answers", "answer", "score", "error")
 
 
 class Samples:
@@ -78,7 +79,7 @@ class Samples:
         pairs = zip(answers, self.questions, strict=True)
         scores = [float(exact_match(text, question.references)) for text, question in pairs]
         told = records_of(Answers(None, "exact_match", self.questions, answers, scores))
-        records = [{"step": step, **_short(record)} for record, _ in told]
+        records = [{"step": step, **{key: record[key] for key in WRITTEN if key in record}} for record, _ in told]
         images = [question.images for question in self.questions]
         small = [{"shown": thumbnails(some)} if self._first else {} for some in images]  # they do not change
         self._write([*read_lines(self.file), *(one | two for one, two in zip(records, small, strict=True))])
@@ -92,11 +93,6 @@ class Samples:
             write_whole(self.file, "".join(lines).encode("utf-8", "backslashreplace"))
         except OSError as error:  # a full disk ends no run here: a save says so, where it cannot be made
             self.say(f"{self.file} cannot be written ({reason_of(error)}): these answers stand in the log alone.")
-
-
-def _short(record: Record) -> Record:
-    keys = ("id", "images", "question", "answers", "answer", "score", "error")
-    return {key: record[key] for key in keys if key in record}
 
 
 def thumbnails(images: Sequence[ImageEntry]) -> list[str]:

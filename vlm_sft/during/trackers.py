@@ -23,7 +23,7 @@ SIDE = 448  # pixels of a picture's longer side
 
 
 def show_in_trackers(
-    callbacks: Iterable[Any],
+    callbacks: Iterable[object],
     records: Records,
     images: Images,
     step: int,

@@ -175,7 +175,7 @@ def _of_picture(where: str, name: str, size: tuple[int, int], by: str) -> Iterat
         raise refused(where, name, size, by, error) from error
 
 
-def _stand_in(number: int, size: Any = None) -> Image.Image:
+def _stand_in(number: int, size: object = None) -> Image.Image:
     """A picture that is a number; of its own size where its tokens are counted by that."""
     return Image.new(
         "RGB", size if isinstance(size, tuple) else (1, 1), (number >> 16 & 255, number >> 8 & 255, number & 255)

@@ -83,7 +83,7 @@ def rows_of(place: Path | Hub, layout: Layout, hub: Hub | None) -> Iterator[Plac
         yield where, folder, values
 
 
-def _named(value: Any) -> Any:
+def _named(value: object) -> Any:
     """What a row is found by: a list or an object, which is no key, by its text."""
     return value if isinstance(value, str | int | float | None) else repr(value)
 

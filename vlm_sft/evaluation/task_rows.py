@@ -95,12 +95,12 @@ def read_task(name: str, task: Task, data: str | None, pictures: Pictures, max_r
     return rotated(task, found) if task.circular else found
 
 
-def _other_row(image: Any, known: Mapping[str, list[ImageEntry]]) -> list[ImageEntry] | None:
+def _other_row(image: object, known: Mapping[str, list[ImageEntry]]) -> list[ImageEntry] | None:
     """The pictures of the row that an image names by its id, as the tables of MMBench's authors do; else None."""
     return known.get(image) if isinstance(image, str) and image.isdigit() else None
 
 
-def _given(value: Any) -> bool:
+def _given(value: object) -> bool:
     """Whether a column holds something: tables of pandas write what is missing as nan."""
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     return not missing and not (isinstance(value, str) and value.strip().lower() in ("", "nan", "none"))
@@ -112,7 +112,7 @@ def _texts(values: Values, columns: Column) -> list[str]:
     return [_text(each) for each in flat if each is not None and not (isinstance(each, float) and math.isnan(each))]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -199,7 +199,7 @@ def _images(layout: Layout, values: Json, where: str, folder: Path | None) -> It
                 yield _image(image, where, folder)
 
 
-def _image(image: Any, where: str, folder: Path | None) -> ImageEntry:
+def _image(image: object, where: str, folder: Path | None) -> ImageEntry:
     if isinstance(image, str) and folder is not None and len(image) < LONGEST_LIKELY:
         places = (os.path.join(folder, each, image) for each in _IMAGE_FOLDERS)
         image = next((path for path in places if os.path.isfile(path)), image)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -18,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 
 from ..base.console import tell
 from ..base.errors import UserError, exit_on_user_error
-from ..base.names import PROCESSOR_CONFIG, Json
+from ..base.names import PROCESSOR_CONFIG, Inputs, Json
 from ..base.whole_files import read_text
 from ..batch.counts import ANSWERS
 from ..rows.messages import Message
@@ -86,7 +85,7 @@ def is_prompt(messages: list[Message]) -> bool:
     return messages[-1]["role"] == "user"
 
 
-def inputs_of(processor: ProcessorMixin, messages: list[Message], images: list[Image.Image]) -> tuple[str, Any]:
+def inputs_of(processor: ProcessorMixin, messages: list[Message], images: list[Image.Image]) -> tuple[str, Inputs]:
     """(prompt, what the model takes), as a user of transformers makes it.
 
     InstructBLIP's processor knows no conversations: the question by itself is the prompt. That of KOSMOS-2 has

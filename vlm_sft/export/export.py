@@ -9,7 +9,6 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -72,7 +71,7 @@ def export(
         raise UserError(f"{str(bundle)!r} has no adapter to keep; leave --keep-adapter out.")
     recipe = recipe_of(bundle, manifest)
     model, processor = load(bundle, device="cpu", trust_remote_code=trust_remote_code, unquantised=True)
-    core: Any = model.get_base_model() if manifest["adapter"] else model
+    core = model.get_base_model() if manifest["adapter"] else model
     own = torch.float16 if to == "gguf" else core.get_input_embeddings().weight.dtype
     saved = getattr(torch, dtype) if dtype else own
     if to == "gguf":

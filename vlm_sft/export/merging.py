@@ -7,7 +7,6 @@ to 16 bits comes between, is judged by itself, and hides neither.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -34,7 +33,7 @@ class Comparison:
         found: What was seen so far: `merge_difference`, `type_difference` and `type_kl`.
     """
 
-    def __init__(self, model: nn.Module, logits: Callable[[Any], torch.Tensor]) -> None:
+    def __init__(self, model: nn.Module, logits: Callable[[nn.Module], torch.Tensor]) -> None:
         self._logits, self._layers = logits, layers_of(model)
         self.found: dict[str, float] = {}
         self.wanted, self.without = self._compute(model), None
@@ -46,7 +45,7 @@ class Comparison:
     def _compute(self, model: nn.Module) -> torch.Tensor:
         return self._logits(model).clone()
 
-    def merge(self, model: nn.Module) -> Any:
+    def merge(self, model: nn.Module) -> nn.Module:
         """The model with LoRA merged into its weights (itself, where it has none).
 
         Raises:

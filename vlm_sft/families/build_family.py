@@ -11,6 +11,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..base.errors import UserError
 from ..base.names import PARTS, TEMPLATE, Json, Values
@@ -126,12 +127,12 @@ def model_class(config: PreTrainedConfig) -> type[FamilyModel]:
 
 @functools.cache
 def _derive(model_type: str) -> type[FamilyModel]:
-    base: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[CONFIG_MAPPING[model_type]]
+    base = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[CONFIG_MAPPING[model_type]]
     kind = MODELS.get(model_type, FamilyModel)
 
     # wraps: `generate` looks at the signature for what it may pass on.
     @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, supervised_only: bool = False, **kwargs: Any) -> Any:
+    def forward(self: FamilyModel, *args: Any, supervised_only: bool = False, **kwargs: Any) -> ModelOutput:
         if supervised_only:
             assert not args, "give a batch by name"
             return self.supervised_forward(**kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from transformers import ProcessorMixin
 
@@ -34,7 +34,7 @@ class _ImagesAlone(ProcessorMixin):
         return [name for name in cls.whole if name not in NO_IMAGES]
 
     @classmethod
-    def from_args_and_dict(cls, args: list[Any], processor_dict: Json, **kwargs: Any) -> Any:
+    def from_args_and_dict(cls, args: list[object], processor_dict: Json, **kwargs: Any) -> Self:
         given = dict(zip(cls.get_attributes(), args, strict=True))
         nothing = _Nothing()
         whole = [given.get(name, nothing) for name in cls.whole]

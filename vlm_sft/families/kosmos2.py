@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from transformers.utils import ModelOutput
 
 from ..base.names import Inputs
 from .model import FamilyModel
@@ -38,7 +39,7 @@ class Kosmos2(FamilyModel):
         return self.text_model.model(**self.complete(inputs))
 
     @torch.no_grad()
-    def generate(self, *args: Any, **inputs: Any) -> Any:
+    def generate(self, *args: Any, **inputs: Any) -> torch.Tensor | ModelOutput:
         """As the model's own, also for text alone."""
         return super().generate(*args, **self.complete(inputs))
 

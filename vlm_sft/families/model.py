@@ -225,13 +225,13 @@ def cast_parts(model: FamilyModel, trained: Collection[str], dtype: torch.dtype)
 def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Options) -> tuple[Any, Options]:
     dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
 
-    def cast(value: Any) -> Any:
+    def cast(value: object) -> Any:
         return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
 
 
-def _tensors(output: Any) -> list[torch.Tensor]:
+def _tensors(output: object) -> list[torch.Tensor]:
     """Every tensor that needs a gradient in what a model returns."""
     if isinstance(output, torch.Tensor):
         return [output] if output.requires_grad else []

@@ -236,7 +236,7 @@ class FamilyProcessor(VLMProcessor):
 
     # -- files ----------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Writes the model's own processor, with our template."""
         self.native.chat_template = self.chat_template
         return self.native.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
+from transformers.utils import ModelOutput
 
 from ..base.names import Inputs
 from ..batch.processor import VLMProcessor
@@ -19,6 +20,9 @@ from .model import IMAGE_OUTPUTS, FamilyModel
 BESIDE = ("image_grid_thw",)
 # Features of each layer: a list of lists of pictures.
 BY_LAYER = "deepstack_features"
+
+Features: TypeAlias = torch.Tensor | ModelOutput
+"""What an image path gives: a tensor, or an output of transformers that holds some."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Seen:
     """
 
     size: tuple[int, int]
-    features: Any
+    features: Features
     beside: Mapping[str, torch.Tensor]
     pixels: tuple[str, ...]
 
@@ -78,7 +82,7 @@ class ImagePath:
         """Within, the image path gives what it gave before, for the numbers of pictures."""
 
         @functools.wraps(self._own)  # `generate` looks at what it takes
-        def give(pixel_values: torch.Tensor, *more: Any, **options: Any) -> Any:
+        def give(pixel_values: torch.Tensor, *more: Any, **options: Any) -> Features:
             now = seen()
             return joined([now[number].features for number in pixel_values.tolist()])
 
@@ -89,7 +93,7 @@ class ImagePath:
             delattr(self._owner, self._name)
 
 
-def joined(features: Sequence[Any]) -> Any:
+def joined(features: Sequence[Features]) -> Features:
     """What the image path gives for several pictures at once, out of what it gave for each."""
     first = features[0]
     if isinstance(first, torch.Tensor):
@@ -106,7 +110,7 @@ def joined(features: Sequence[Any]) -> Any:
     return type(first)(**found)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Features | Sequence[Features]) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
         return

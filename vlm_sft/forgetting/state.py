@@ -49,13 +49,9 @@ def measure(model: PreTrainedModel, processor: VLMProcessor, texts: TextSet, ans
     return {
         "texts": texts.mark,
         "loss": sum(loss for loss, _ in sums.values()) / count,
-        "perplexity": {language: _perplexity(*found) for language, found in sums.items()},
+        "perplexity": {language: math.exp(min(loss / tokens, 80.0)) for language, (loss, tokens) in sums.items()},
         "answers": _answers(model, processor, texts) if asked else None,
     }
-
-
-def _perplexity(loss: float, tokens: int) -> float:
-    return math.exp(min(loss / tokens, 80.0))
 
 
 @torch.inference_mode()

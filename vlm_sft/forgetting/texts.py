@@ -67,7 +67,8 @@ def read_texts(path: str | None = None) -> TextSet:
     Raises:
         UserError: There is no such file, or a line is none of these.
     """
-    file = _file_of(path or BUNDLED)
+    name = path or BUNDLED
+    file = text_set_path(name) if name in list_text_sets() else Path(name).expanduser()
     try:
         data = read_bytes(file)
     except OSError as error:
@@ -102,10 +103,6 @@ def read_texts(path: str | None = None) -> TextSet:
     if not texts:
         raise UserError(f'{file} has no text; write lines like {{"text": "…"}}.')
     return TextSet(file.stem, digest(data).hex()[:16], texts, questions)
-
-
-def _file_of(name: str) -> Path:
-    return text_set_path(name) if name in list_text_sets() else Path(name).expanduser()
 
 
 def _answers(given: object, where: str) -> tuple[str, ...]:

@@ -8,10 +8,10 @@ does. Both are measured with the published weights and with the tuned ones in th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -167,7 +167,7 @@ class TowerTest:
         made = [model.get_image_features(**self.scorer.pixels(some)).pooler_output for some in parts]
         return functional.normalize(torch.cat(made), dim=-1)
 
-    def _read(self, texts: Any) -> torch.Tensor:
+    def _read(self, texts: Iterable[str]) -> torch.Tensor:
         padding = "max_length" if self.scorer.model.config.model_type.startswith("siglip") else True
         tokens = self.scorer.tokens(list(texts), padding=padding)
         return functional.normalize(self.scorer.model.get_text_features(**tokens).pooler_output, dim=-1)

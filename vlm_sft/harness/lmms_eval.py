@@ -238,7 +238,7 @@ class ChatModel(SimpleModel):
         return given if isinstance(given, tuple) and len(given) == 4 else None
 
 
-def _turn(visuals: Any, text: str) -> Message:
+def _turn(visuals: object, text: str) -> Message:
     """A user's message: pictures and films, then the text; a file is a film unless its name ends as a picture's."""
     shown = visuals if isinstance(visuals, (list, tuple)) else [visuals] if visuals else []
     films = [isinstance(each, str) and Path(each).suffix.lower() not in Image.registered_extensions() for each in shown]

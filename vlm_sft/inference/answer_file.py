@@ -233,7 +233,7 @@ def _dump(line: Record) -> bytes:
         return (json.dumps(line, default=_as_json) + "\n").encode()
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> Any:
     return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
 
 

@@ -65,7 +65,7 @@ def _begins(begin: Callable[[Row], object], row: Row) -> bool:
 
 
 def _at_fault(row: Row, where: str, begin: Callable[[Row], object]) -> PictureError | None:
-    def failure(images: Sequence[Any]) -> Exception | None:
+    def failure(images: Sequence[object]) -> Exception | None:
         try:
             begin({**row, "images": images})
         except Exception as error:

@@ -36,7 +36,7 @@ def stream_answer(
     model: PreTrainedModel,
     processor: VLMProcessor,
     messages: Sequence[Message],
-    images: Sequence[Any],
+    images: Sequence[object],
     **options: Any,
 ) -> Iterator[str]:
     """Yields an answer piece by piece as the model writes it; the pieces joined are what `answer` returns.

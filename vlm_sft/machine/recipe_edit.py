@@ -43,14 +43,14 @@ def set_keys(path: Path, changes: Mapping[KeyPath, Any]) -> None:
         raise UserError(f"{path} cannot be written ({reason_of(error)}); set the keys by hand.") from None
 
 
-def _unshared(value: Any) -> Any:
+def _unshared(value: object) -> Any:
     """A copy in which what aliases repeat stands for itself each time."""
     if isinstance(value, dict):
         return {key: _unshared(each) for key, each in value.items()}
     return [_unshared(each) for each in value] if isinstance(value, list) else value
 
 
-def _put(data: Json, key: KeyPath, value: Any) -> None:
+def _put(data: Json, key: KeyPath, value: object) -> None:
     for name in key[:-1]:
         data = data.setdefault(name, {})
     if value is None:
@@ -59,7 +59,7 @@ def _put(data: Json, key: KeyPath, value: Any) -> None:
         data[key[-1]] = value
 
 
-def _set(text: str, key: KeyPath, value: Any, path: Path) -> str:
+def _set(text: str, key: KeyPath, value: object, path: Path) -> str:
     node: Any = yaml.compose(text)
     for depth, name in enumerate(key):
         if not isinstance(node, yaml.MappingNode):
@@ -92,7 +92,7 @@ def _removed(text: str, start: int, end: int) -> str:
     return text[:start].rstrip().removesuffix(",") + text[end:]
 
 
-def _insert(text: str, node: yaml.MappingNode, name: str, value: Any) -> str:
+def _insert(text: str, node: yaml.MappingNode, name: str, value: object) -> str:
     written = f"{name}: {_flow(value)}"
     if node.flow_style:
         close = node.end_mark.index - 1
@@ -109,7 +109,7 @@ def _insert(text: str, node: yaml.MappingNode, name: str, value: Any) -> str:
     return f"{text[:line]}\n{indent}{written}{text[line:]}"
 
 
-def _flow(value: Any) -> str:
+def _flow(value: object) -> str:
     return (
         yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
         .strip()

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,13 +124,10 @@ def score_chinese(
 
     def best(said: str, right: Sequence[str]) -> float:
         pairs = [(cut(said), cut(each)) for each in right]
-        return max((_rouge_l(rouge, *pair) for pair in pairs if all(text.strip() for text in pair)), default=0.0)
+        scores = (rouge.get_scores(*pair)[0]["rouge-l"] for pair in pairs if all(text.strip() for text in pair))
+        return max((float(score["f"]) for score in scores), default=0.0)
 
     return np.asarray(counts, float), [best(a, b) for a, b in zip(candidates, references, strict=True)]
-
-
-def _rouge_l(rouge: Any, said: str, right: str) -> float:
-    return float(rouge.get_scores(said, right)[0]["rouge-l"]["f"])
 
 
 def sacrebleu_of(sums: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -150,7 +149,7 @@ def scales_as_its_class(causal_lm: PreTrainedModel) -> bool:
     return torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-3)
 
 
-def _refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
+def _refuse(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
     raise RuntimeError("nothing below the head is to compute")
 
 
@@ -311,7 +310,12 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, head: Head, targets: torch.Tensor, weights: torch.Tensor, picked: torch.Tensor, *trained: nn.Parameter
+        ctx: FunctionCtx,
+        head: Head,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        picked: torch.Tensor,
+        *trained: nn.Parameter,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         losses, hits = [weights[:0]], [targets[:0] > 0]
         of_hidden = torch.zeros_like(picked) if picked.requires_grad else None
@@ -339,7 +343,7 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factor: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, factor: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("The gradients of the loss were made once, and are used: the graph cannot be kept.")
         gradients, ctx.gradients = ctx.gradients, None  # not kept: what scales a matrix in place needs no second one

@@ -4,12 +4,13 @@ language model reads off its ids."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 
@@ -21,6 +22,9 @@ INTERPOLATING = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convne
                  "swinv2", "bit", "cvt", "dinat", "efficientnet", "focalnet", "mobilenet_v1", "mobilenet_v2",
                  "mobilevit", "mobilevitv2", "poolformer", "pvt_v2", "regnet", "resnet", "segformer",
                  "swiftformer")  # fmt: skip
+
+Mask: TypeAlias = torch.Tensor | BlockMask
+"""What a language model's attention takes: (B, 1, S, S), or what flex attention has in its place."""
 
 
 def segment_numbers(row_lengths: torch.Tensor, length: int) -> torch.Tensor:
@@ -77,12 +81,12 @@ def own_positions(
 
 
 def kept_apart(
-    language_model: Any,
+    language_model: PreTrainedModel,
     inputs_embeds: torch.Tensor,
     row_lengths: torch.Tensor,
     own: torch.Tensor | None = None,
     row_heads: torch.Tensor | None = None,
-) -> tuple[Any, torch.Tensor]:
+) -> tuple[Mask | None, torch.Tensor]:
     """What a language model is given so that no packed row sees another: attention mask and positions.
 
     transformers makes the mask, block-diagonal and causal, from positions that begin anew. Most language models do so
@@ -122,7 +126,7 @@ def kept_apart(
     return mask, positions if own is None else own
 
 
-def _attends_by_row(language_model: Any, row_lengths: torch.Tensor) -> bool:
+def _attends_by_row(language_model: PreTrainedModel, row_lengths: torch.Tensor) -> bool:
     """Whether the attention of a language model is transformers' `sdpa`, which then knows what packed rows are."""
     if language_model.config._attn_implementation != "sdpa" or row_lengths.device.type != "cpu":
         return False
@@ -190,7 +194,7 @@ def shared_mask(
     row_lengths: torch.Tensor,
     row_heads: torch.Tensor,
     blocks: torch.Tensor | None = None,
-) -> Any:
+) -> Mask:
     """The mask of rows behind shared prefixes: each token sees the prefix of its row and what is before it in the row.
 
     Args:
@@ -220,7 +224,7 @@ def shared_mask(
     segments = segment_numbers(row_lengths, length)
     rows = row_numbers(row_lengths, length, row_heads)
 
-    def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    def seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         own, other = segments[batch, query], segments[batch, key]
         return (own == other) | (rows[batch, query] == other)
 
@@ -237,7 +241,7 @@ class ExactRotations(nn.Module):
     rounded by up to 1 in 256, they turn the thousandth position by radians.
     """
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         rates = _rates_of(self)
         super()._apply(fn, recurse)
         _put_back(self, rates)

@@ -103,8 +103,7 @@ def fails_on_pictures(model: nn.Module, inputs: Values, error: Exception) -> boo
         trace = trace.tb_next
     if trace is None:
         return False
-    core: Any = model
-    idle = getattr(core, "idle_image_path", None)
+    idle = getattr(model, "idle_image_path", None)
     try:
         with torch.no_grad():
             if idle is not None:
@@ -112,7 +111,7 @@ def fails_on_pictures(model: nn.Module, inputs: Values, error: Exception) -> boo
             else:
                 instruction = {name: inputs[name][:1] for name in INSTRUCTION if name in inputs}
                 name = "pixel_values" if "pixel_values" in inputs else "image_features"
-                core.get_image_features(**{name: torch.zeros_like(inputs[name][:1])}, **instruction)
+                model.get_image_features(**{name: torch.zeros_like(inputs[name][:1])}, **instruction)
     except Exception:
         return False
     return True

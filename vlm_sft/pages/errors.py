@@ -15,7 +15,7 @@ from ..base.whole_files import write_whole
 from ..base.words import reason_of
 from ..metrics.exact_match import normalise_answer
 from ..metrics.intervals import mean_of
-from ..reading.images import load_image
+from ..reading.images import ImageLike, load_image
 from .layout import render
 from .pictures import thumbnail
 from .records import Entry, Sheet
@@ -34,7 +34,7 @@ ORDERS = {
     "alone": ("alone", "单独"),
 }  # of what a judge was shown
 
-Images = Callable[[Entry], Sequence[Any]]
+Images = Callable[[Entry], Sequence[ImageLike | None]]
 """The images of an entry, each as `load_image` takes it."""
 
 
@@ -246,7 +246,7 @@ def _with_pictures(entries: Sequence[Entry], images: Images) -> tuple[list[Shown
     return shown, skipped, gone
 
 
-def _address(image: Any, where: str) -> str | None:
+def _address(image: ImageLike | None, where: str) -> str | None:
     if image is None:
         return None
     try:
@@ -255,6 +255,6 @@ def _address(image: Any, where: str) -> str | None:
         return None
 
 
-def files_of(entry: Entry) -> Sequence[Any]:
+def files_of(entry: Entry) -> Sequence[ImageLike | None]:
     """The files that an entry names; None for a picture that lies inside a table."""
     return [None if name.startswith("sha256:") else {"path": name, "bytes": None} for name in entry.images]

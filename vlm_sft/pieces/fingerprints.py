@@ -12,7 +12,7 @@ from ..base.errors import UserError
 from ..base.names import Json
 from .layouts import Origin
 from .load_parts import find_tensors
-from .piece import Piece
+from .piece import Piece, Spec
 
 COMPARED = ("model", "vision_tower", "resampler", "language_model")
 
@@ -38,13 +38,13 @@ def entries_of(pieces: Mapping[str, Piece[Any]], model: nn.Module) -> dict[str, 
     return entries
 
 
-def names_of(piece: Piece[Any], module: nn.Module) -> list[str] | None:
+def names_of(piece: Piece[Spec], module: nn.Module) -> list[str] | None:
     """The tensors of a part in its checkpoint, by the part or by what stands for it; None for all there are."""
     origins = piece.origins or _find(piece, getattr(module, "empty", module))
     return [name for origin in origins.values() for name in origin.names] or None
 
 
-def _find(piece: Piece[Any], module: nn.Module) -> dict[str, Origin]:
+def _find(piece: Piece[Spec], module: nn.Module) -> dict[str, Origin]:
     """Empty where transformers renamed the tensors while it loaded them: then all of the checkpoint count."""
     try:
         return find_tensors(module.state_dict(), piece.checkpoint, getattr(piece.spec, "type", piece.part))

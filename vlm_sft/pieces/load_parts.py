@@ -33,7 +33,7 @@ from .checkpoints import WEIGHT_FILES, Checkpoint
 from .expected import MODEL, laid_out, name_again
 from .gguf_files import GgufFile, read_weights
 from .layouts import Origin, detect
-from .piece import Piece
+from .piece import Piece, Spec
 from .quantization import HEADS, leave_out, settle
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def load_language_model(piece: Piece[LanguageModel], dtype: torch.dtype, **optio
     return model
 
 
-def _from_gguf(piece: Piece[Any], **options: Any) -> PreTrainedModel:
+def _from_gguf(piece: Piece[Spec], **options: Any) -> PreTrainedModel:
     """`from_pretrained` of a GGUF file, every tensor dequantised."""
     empty = check_size(auto_class(piece.config).from_config, piece.config, piece.checkpoint)
     file = GgufFile(piece.pretrained, piece.key)
@@ -157,7 +157,9 @@ def _from_gguf(piece: Piece[Any], **options: Any) -> PreTrainedModel:
     return from_pretrained(type(empty), piece, state_dict=model.state_dict(), **options)
 
 
-def check_size(make: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
+def check_size(
+    make: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, checkpoint: Checkpoint
+) -> PreTrainedModel | None:
     """transformers gives memory to what a checkpoint lacks or has in another shape, before it says so.
 
     Returns:
@@ -195,7 +197,7 @@ def _check_filled(empty: nn.Module, checkpoint: Checkpoint) -> None:
     check_weights(parameters, checkpoint.size, checkpoint.where, buffers)
 
 
-def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Any], **options: Any) -> PreTrainedModel:
+def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Spec], **options: Any) -> PreTrainedModel:
     """`from_pretrained`, but a tensor that the checkpoint lacks is an error: transformers would draw it at random."""
     # A class is chosen by the checkpoint's own configuration, unless the part is picked out of it under other names.
     config = piece.whole if piece.renamed is None else piece.config

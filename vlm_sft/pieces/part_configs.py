@@ -17,7 +17,7 @@ from ..recipe.passed_on import is_plain
 from ..recipe.safety import check_config
 from ..systems import chatglm  # noqa: F401  # which makes its class known to transformers
 from .layouts import Shapes, at, detect
-from .piece import FOREIGN, Piece, specs_of
+from .piece import FOREIGN, Piece, Spec, specs_of
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -183,7 +183,7 @@ def state(config: PreTrainedConfig, stated: Values, key: str) -> PreTrainedConfi
     return config
 
 
-def _from_shapes(piece: Piece[Any], kind: str, stated: Values) -> tuple[PreTrainedConfig, int]:
+def _from_shapes(piece: Piece[Spec], kind: str, stated: Values) -> tuple[PreTrainedConfig, int]:
     """Sizes of a part in a bare weight file, and (of a resampler) its number of query tokens."""
     checkpoint, where = piece.checkpoint, f"{piece.key}: the file {piece.pretrained!r}"
     found = detect(kind, checkpoint.files)

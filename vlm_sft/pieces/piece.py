@@ -38,7 +38,7 @@ class Spec(Protocol):
         """Branch, tag or commit on the Hub."""
 
 
-SpecT = TypeVar("SpecT", bound=Spec)
+SpecT = TypeVar("SpecT", bound=Spec, covariant=True)
 
 # Model types of checkpoints in a layout of `layouts`: transformers has no classes for them, the tensors tell the sizes.
 FOREIGN = ("mplug-owl", "qwen", "chatglm")

@@ -11,13 +11,14 @@ models look at it, to cut images into windows or to find the places of their fea
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -76,7 +77,7 @@ def count_step(model: nn.Module, step: Step) -> Counted:
     if step.checkpointing is not None:
         # Tensors without data have no random states to keep.
         options = {"use_reentrant": False, **step.checkpointing, "preserve_rng_state": False}
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.activation_checkpointing_enable(options)
     model.train()
     with without_weights(model):
@@ -123,7 +124,9 @@ class StorageCounter(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self.alive = self.peak = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Options | None = None
+    ) -> object:
         """Runs the operation and looks at what it gives."""
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -161,7 +164,9 @@ class _RealNumbers(TorchDispatchMode):
         super().__init__()
         self._fake = fake
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Options | None = None
+    ) -> object:
         """Runs the operation with data where all its inputs have data, and without where one has none."""
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -178,11 +183,11 @@ class _RealNumbers(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _has_data(leaf: Any) -> bool:
+def _has_data(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor)
 
 
-def _places(index: Any) -> Iterable[Any]:
+def _places(index: torch.Tensor) -> Iterable[torch.Tensor]:
     """One index of a list, or those of its true places in place of a mask."""
     if not (_has_data(index) and index.dtype == torch.bool):
         return [index]

@@ -13,12 +13,11 @@ from ..base.errors import UserError
 from ..base.words import one_line
 from ..encoders.ask import match
 from ..encoders.encoder import piece_of
-from ..encoders.vle import VLE, load_vle
+from ..encoders.vle import load_vle
 from ..pieces.beside import check_processor, check_tokenizer, refuse_adapter
 from ..pieces.checkpoints import WEIGHT_FILES, Checkpoint
 from ..pieces.expected import IMAGES, MODEL, TOKENIZER, laid_out
 from ..pieces.load_parts import check_size
-from ..systems.vle_heads import VLEForTask
 
 KEY = "--model"
 
@@ -50,7 +49,8 @@ class Scorer:
                     f"{', '.join(SCORES)}."
                 )
             if kind == "vle":
-                self.model, self.processor = _open_vle(path, device)
+                self.processor = load_vle(path, "itm", key=KEY, device=None if device is None else str(device))
+                self.processor.cuts, self.model = True, self.processor.model
                 self.device, self._score = self.model.device, SCORES[kind]
                 return
             if kind == "blip" and "BlipForImageTextRetrieval" not in (config.architectures or ()):
@@ -88,12 +88,6 @@ class Scorer:
     def pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """Images as the model sees them: (N, 3, H, W)."""
         return self.processor.image_processor(images=images, return_tensors="pt").to(self.device)
-
-
-def _open_vle(path: str, device: str | torch.device | None) -> tuple[VLEForTask, VLE]:
-    encoder = load_vle(path, "itm", key=KEY, device=None if device is None else str(device))
-    encoder.cuts = True
-    return encoder.model, encoder
 
 
 def _cosine(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> torch.Tensor:

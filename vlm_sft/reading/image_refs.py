@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 from ..base.errors import UserError, row_error
@@ -77,7 +76,7 @@ class Folders:
 
 
 def resolve_image(
-    image: Any,
+    image: object,
     folder: str | None,
     where: str,
     allow_urls: bool = False,

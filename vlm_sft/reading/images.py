@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -30,9 +30,12 @@ ENOUGH, TOLERANCE = 2, 2.0
 # nearly any bytes (TGA).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "MPO")
 
+ImageLike: TypeAlias = ImageEntry | str | Path | bytes | Image.Image
+"""An image in whatever form it is given: a row's entry, a file, its bytes, or one that is open."""
+
 
 def load_image(
-    image: ImageEntry | str | Path | bytes | Image.Image,
+    image: ImageLike,
     *,
     where: str = "",
     max_pixels: int | None = None,
@@ -131,7 +134,7 @@ def _load(image: object, wanted: _Wanted, fetch: Callable[[str], str] | None) ->
 
 
 def image_size(
-    image: ImageEntry | str | Path | bytes | Image.Image,
+    image: ImageLike,
     *,
     where: str = "",
     fetch: Callable[[str], str] | None = None,

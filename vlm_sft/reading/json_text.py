@@ -104,7 +104,7 @@ def _twice(key: str) -> str:
 _STRICT = json.JSONDecoder(object_pairs_hook=_once)
 
 
-def key_twice(value: Any) -> str | None:
+def key_twice(value: object) -> str | None:
     """What is wrong with a value out of `parse_rows` that has a key twice somewhere; None where nothing is."""
     if isinstance(value, _Doubled):
         return _twice(value.key)

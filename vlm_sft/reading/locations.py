@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..base.errors import RowError, UserError
 from ..base.hub import look_for_hub
@@ -21,6 +21,9 @@ from ..base.whole_files import check_entries, read_text
 from ..base.words import first_line
 from .files import FILE_READERS, TEXT_FILES, no_such_file, read_file
 from .table_rows import BATCH, check_messages
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
@@ -273,7 +276,7 @@ def folders_of_hub(name: str) -> list[str]:
     return [os.path.join(constants.HF_HUB_CACHE, repository), str(datasets.config.DOWNLOADED_DATASETS_PATH)]
 
 
-def dataset_rows(data: Any, label: str, folder: Path | None) -> Iterator[FileRow]:
+def dataset_rows(data: Dataset | IterableDataset, label: str, folder: Path | None) -> Iterator[FileRow]:
     number = 0
     # The arrow format hands out what is stored: images stay paths and bytes, nothing is decoded.
     for table in data.with_format("arrow").iter(batch_size=BATCH):

@@ -38,13 +38,13 @@ class Document:
         return [(where, _checked(where, entry)) for where, entry in places]
 
 
-def _checked(where: str, entry: Any) -> Json | RowError:
+def _checked(where: str, entry: object) -> Json | RowError:
     if isinstance(entry, dict):
         return entry
     return row_error(where, f"the entry is {kind(entry)}, not an object", "correct it", "wrong type")
 
 
-def image_file(pattern: str, number: Any, where: str) -> str:
+def image_file(pattern: str, number: object, where: str) -> str:
     """The file of an image id: `{id}` in the pattern is the id, `{id:012}` with zeros in front to 12 digits.
 
     Raises:
@@ -137,7 +137,7 @@ def _with_image(where: str, entry: Json, number: str | None, key: str, pattern: 
     return {"id": image if number is None else number, **entry, "image": image_file(pattern, image, where)}
 
 
-def _guarded(make: Callable[..., Json], where: str, entry: Any, *more: Any) -> Json | RowError:
+def _guarded(make: Callable[..., Json], where: str, entry: object, *more: Any) -> Json | RowError:
     """A row, or the error that it is."""
     try:
         return entry if isinstance(entry, RowError) else make(where, entry, *more)

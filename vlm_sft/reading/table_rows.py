@@ -9,10 +9,14 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from os import SEEK_END
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
 from ..base.errors import UserError, row_error
 from ..base.limits import READERS, limits
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 BATCH = 256  # rows of a parquet file or dataset held as Python objects at a time
 # Rows that a file of so many bytes may have: eight a byte are true or false alone, well packed.
@@ -29,6 +33,9 @@ HEADER, BUFFERS, COMPRESSION, DATA = 2, 2, 3, 1
 OLDER = b"experimental_compression"  # before there was a field for it, a word in the message said how it is packed
 HEADERS = 2**10, READERS.page_header  # bytes that are looked at for the header of a page
 
+Struct: TypeAlias = dict[int, Any]
+"""A struct of Thrift, in which parquet writes what it says of itself: its fields by their numbers."""
+
 
 def check_count(path: Path, rows: int) -> None:
     """Refuses a file that says it has more rows than its bytes can hold anything of.
@@ -40,7 +47,7 @@ def check_count(path: Path, rows: int) -> None:
         raise UserError(f"{path} says that it has {rows:,} rows in {size:,} bytes; it is refused.")
 
 
-def batch_size(opened: BinaryIO, metadata: Any, path: Path) -> int:
+def batch_size(opened: BinaryIO, metadata: pq.FileMetaData, path: Path) -> int:
     """Rows of a parquet file that may be read at a time: each may be a value of its dictionaries, whole.
 
     Args:
@@ -69,7 +76,7 @@ def batch_size(opened: BinaryIO, metadata: Any, path: Path) -> int:
     return max(1, min(BATCH, limits().row_bytes // max(largest, 1)))
 
 
-def _columns(opened: BinaryIO) -> list[list[dict[int, Any]]]:
+def _columns(opened: BinaryIO) -> list[list[Struct]]:
     """What the end of a file says of the columns of each group of rows; pyarrow itself ends the process at some."""
     opened.seek(-8, SEEK_END)
     size = int.from_bytes(opened.read(4), "little")
@@ -91,7 +98,7 @@ class _Page(NamedTuple):
     is_dictionary: bool
 
 
-def _check_lists(opened: BinaryIO, column: dict[int, Any], kind: Any, pages: Sequence[_Page], path: Path) -> None:
+def _check_lists(opened: BinaryIO, column: Struct, kind: pq.ColumnSchema, pages: Sequence[_Page], path: Path) -> None:
     """Refuses lists of which a few bytes say that they have many entries: one row may have all that a column has.
 
     Raises:
@@ -111,7 +118,7 @@ def _check_lists(opened: BinaryIO, column: dict[int, Any], kind: Any, pages: Seq
         )
 
 
-def _longest_word(opened: BinaryIO, column: dict[int, Any], page: _Page) -> int:
+def _longest_word(opened: BinaryIO, column: Struct, page: _Page) -> int:
     """Bytes of the longest text of a dictionary, each of which stands behind its length."""
     import pyarrow as pa
 
@@ -126,7 +133,7 @@ def _longest_word(opened: BinaryIO, column: dict[int, Any], page: _Page) -> int:
     return longest
 
 
-def _pages(opened: BinaryIO, column: dict[int, Any]) -> Iterator[_Page]:
+def _pages(opened: BinaryIO, column: Struct) -> Iterator[_Page]:
     """Each page of a column, as its header says; the footer says it too, but is not what is obeyed."""
     place = _said(column, 9)
     if 0 < _said(column, 11) < place:
@@ -143,14 +150,14 @@ def _pages(opened: BinaryIO, column: dict[int, Any]) -> Iterator[_Page]:
         place += length + packed
 
 
-def _said(header: Any, *path: int) -> int:
+def _said(header: object, *path: int) -> int:
     """The number of a field, or of a field in a field; -1 where there is none."""
     for field in path:
         header = header.get(field) if isinstance(header, dict) else None
     return header if isinstance(header, int) else -1
 
 
-def _read_header(opened: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
+def _read_header(opened: BinaryIO, place: int) -> tuple[Struct, int]:
     """The fields of a page's header by their numbers, and its bytes; a few, unless it has long statistics."""
     for much in HEADERS:
         opened.seek(place)
@@ -161,14 +168,14 @@ def _read_header(opened: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
     raise ValueError("the header of a page is cut off")
 
 
-def thrift_struct(data: bytes, place: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+def thrift_struct(data: bytes, place: int, depth: int = 0) -> tuple[Struct, int]:
     """A struct of Thrift's compact protocol at a place: its fields by number, and where it ends.
 
     Raises:
         IndexError: It goes on behind the data.
         ValueError: It has a kind of field that is not there, or structs in structs without end.
     """
-    found: dict[int, Any] = {}
+    found: Struct = {}
     field = 0
     while head := data[place]:
         place += 1
@@ -214,7 +221,7 @@ def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
     raise ValueError("a page's header has a field that no such header has")
 
 
-def check_messages(opened: Any, path: Path) -> int:
+def check_messages(opened: pa.NativeFile, path: Path) -> int:
     """Counts what the packed buffers of each message of an Arrow file unpack to, from where it was opened.
 
     Of a message's header, a FlatBuffer (https://arrow.apache.org/docs/format/Columnar.html), the places of buffers are
@@ -248,7 +255,7 @@ def check_messages(opened: Any, path: Path) -> int:
     return batches
 
 
-def _unpacked(message: Any) -> int:
+def _unpacked(message: pa.Message) -> int:
     """Bytes that the packed buffers of a message unpack to, as each says."""
     head, body = memoryview(message.metadata), message.body
     batch = _table_at(head, _field(head, _table_at(head, 0), HEADER))
@@ -287,7 +294,7 @@ def _field(data: memoryview, table: int, number: int) -> int:
     return table + offset if offset else 0
 
 
-def table_rows(path: Path, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def table_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[str, Any]]:
     """(place in words, row or the error that it is) of the record batches of a table, whatever their sizes.
 
     Raises:
@@ -315,7 +322,7 @@ def table_rows(path: Path, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
                     yield f"{path}, row {number}", values
 
 
-def _shared(array: Any, path: Path) -> int:
+def _shared(array: pa.Array, path: Path) -> int:
     """Bytes that any row of an array may say again without a place of its own."""
     import pyarrow as pa
 
@@ -336,7 +343,7 @@ def _shared(array: Any, path: Path) -> int:
     return 0
 
 
-def _bytes_of_row(column: Any) -> int:
+def _bytes_of_row(column: pa.Array) -> int:
     """Bytes of the one row of a column."""
     import pyarrow as pa
 

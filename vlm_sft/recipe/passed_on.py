@@ -116,7 +116,7 @@ def answer_scores() -> dict[str, str]:
     return {**{metric: metric for metric in get_args(AnswerMetric)}, **more}
 
 
-def flaw(passed_on: PassedOn, name: str, value: Any, prefix: str = "") -> str | None:
+def flaw(passed_on: PassedOn, name: str, value: object, prefix: str = "") -> str | None:
     """Why a name and its value are not handed to a library; None where they are.
 
     Args:

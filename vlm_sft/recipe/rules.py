@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from ..base.assets import template_path
 from ..base.errors import UserError
@@ -228,7 +228,7 @@ def _rows_can_be_merged(recipe: Recipe) -> Broken:
                 )
 
 
-def _stream_has_an_end_and_weights(data: Data, steps: Any) -> Broken:
+def _stream_has_an_end_and_weights(data: Data, steps: object) -> Broken:
     if not data.streaming:
         if data.shuffle_buffer != type(data).model_fields["shuffle_buffer"].default:
             yield "data.shuffle_buffer", "`data.shuffle_buffer` belongs to `data.streaming: true`; remove it."
@@ -332,5 +332,5 @@ def _hub_can_be(hub: Hub | None) -> Broken:
         yield "hub.repo_id", f'"{hub.repo_id}" cannot be a repository of the Hub; {mend}.'
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -118,7 +118,7 @@ PROJECTOR_KINDS: dict[str, type[_Projector]] = {
 }
 
 
-def _without_options_of_others(value: Any) -> Any:
+def _without_options_of_others(value: object) -> Any:
     """Refuses what another kind of projector can say, but for defaults: recipes in older bundles state those of all."""
     if not isinstance(value, dict) or value.get("type") not in PROJECTOR_KINDS:
         return value
@@ -186,7 +186,7 @@ class PretrainedModel(RecipeModel):
 AnyPiece = VisionTower | Resampler | AnyProjector | LanguageModel | PretrainedModel
 
 
-def _check_prompts(value: Any) -> Any:
+def _check_prompts(value: object) -> Any:
     """Says in one sentence what a union of types would say in two."""
     pools = list(value.values()) if isinstance(value, dict) else [value]
     texts = all(isinstance(pool, list) and all(isinstance(text, str) for text in pool) for pool in pools)

@@ -103,7 +103,7 @@ def to_unit(part: Values, size: tuple[int, int], where: str) -> list[float]:
     return kept
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value of a row is a number, and a finite one."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -119,7 +119,7 @@ def _given(row: RowView, messages: Sequence[Message], images: int, scale: str | 
     return Given([checked_box(row, box, scale, only_image(row, key, images), key, images) for key, box in values], [])
 
 
-def _objects(row: RowView, objects: Any, images: int, scale: str | None) -> Given | None:
+def _objects(row: RowView, objects: object, images: int, scale: str | None) -> Given | None:
     """ms-swift's `objects`; its older form, a list of objects with one box each, is read too."""
     fields = _fields(row, objects)
     if not is_given(fields.get("bbox")) and not is_given(fields.get("ref")):
@@ -174,7 +174,7 @@ def _fields(row: RowView, objects: Any) -> Json:
     return objects
 
 
-def _listed(row: RowView, value: Any, key: str) -> list[tuple[str, Sequence[Any]]]:
+def _listed(row: RowView, value: object, key: str) -> list[tuple[str, Sequence[Any]]]:
     """(place in the row, numbers) of each box; four numbers alone are one box."""
     value = [] if value is None else value
     if isinstance(value, list | tuple) and value and all(is_number(number) for number in value):

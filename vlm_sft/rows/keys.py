@@ -144,7 +144,7 @@ ROLES: dict[str, str] = {
 TOOL_ROLES = ("function", "function_call", "function_response", "tool_call", "tool_response", "observation")
 
 
-def role_of(row: RowView, speaker: Any, key: str) -> Any:
+def role_of(row: RowView, speaker: object, key: str) -> Any:
     """One of the three roles for the names that other formats give them; what is not known stays as it is.
 
     Raises:

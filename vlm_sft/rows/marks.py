@@ -53,7 +53,7 @@ def read_marks(row: RowView) -> None:
     row.values = {**_replaced(row.values, _MARK, IMAGE_TOKEN), key: files or _in_order(row, key, given, marks)}
 
 
-def _in_order(row: RowView, key: str, given: Any, marks: list[re.Match[str]]) -> list[Any]:
+def _in_order(row: RowView, key: str, given: object, marks: list[re.Match[str]]) -> list[Any]:
     """The row's images as their marks come; one may come twice, and none may be left out."""
     images = given if isinstance(given, dict) else list(given) if isinstance(given, list | tuple) else [given]
     numbers = [int(mark["number"] or mark["other"]) for mark in marks if mark["number"] or mark["other"]]
@@ -84,7 +84,7 @@ def _asked(values: Values) -> Iterator[str]:
             yield text
 
 
-def _is_asked(turn: Any) -> bool:
+def _is_asked(turn: object) -> bool:
     return isinstance(turn, dict) and str(turn.get("role") or turn.get("from")).lower() not in _ANSWERS
 
 

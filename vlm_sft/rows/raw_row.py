@@ -60,7 +60,7 @@ class RowView:
             raise self.error(f'"{key}" is {kind(value)}, not a list', f"write a list of {entries}")
         return value
 
-    def text(self, value: Any, key: str) -> str:
+    def text(self, value: object, key: str) -> str:
         """`value` as text; whole numbers are written out, since answers such as 3 come as numbers in JSON."""
         if not isinstance(value, str):
             if isinstance(value, int) and not isinstance(value, bool):
@@ -92,10 +92,10 @@ class RowView:
         return row_error(self.where, what, mend, reason)
 
 
-def is_given(value: Any) -> bool:
+def is_given(value: object) -> bool:
     """Whether a value says anything: null, empty text, an empty list and an empty object are as no key."""
     return not (value is None or (isinstance(value, str | list | tuple | dict) and not value))
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -48,7 +48,7 @@ class Turn(NamedTuple):
     key: str
 
 
-def read_turn(row: RowView, turn: Any, key: str, names: str = "role and content") -> Turn:
+def read_turn(row: RowView, turn: object, key: str, names: str = "role and content") -> Turn:
     """Reads one message; the keys of it that mean something else are refused, and unknown ones counted.
 
     Args:
@@ -85,7 +85,7 @@ def read_turn(row: RowView, turn: Any, key: str, names: str = "role and content"
     return Turn(role, content, more, key)
 
 
-def tools_in(row: RowView, tools: Any, key: str) -> list[Any]:
+def tools_in(row: RowView, tools: object, key: str) -> list[Any]:
     """The tools that a row or its first message describes, of which some rows hold the JSON.
 
     Raises:
@@ -101,7 +101,7 @@ def tools_in(row: RowView, tools: Any, key: str) -> list[Any]:
     return tools
 
 
-def _learned(row: RowView, turn: Values, role: Any, key: str) -> bool:
+def _learned(row: RowView, turn: Values, role: object, key: str) -> bool:
     """What the switches of a message say, of an answer without any: yes."""
     said = {}
     for name, positive in SWITCHES.items():
@@ -196,7 +196,7 @@ def message_of(row: RowView, turn: Turn, inline: list[Any], marks: Sequence[str]
     return {"role": turn.role, "content": parts, **turn.more}
 
 
-def _part(row: RowView, part: Any, key: str, inline: list[Any]) -> Part:
+def _part(row: RowView, part: object, key: str, inline: list[Any]) -> Part:
     """One explicit part. The text in it is literal; an image may carry its own file or take the column's next."""
     if not isinstance(part, dict):
         raise row.error(f"{key} is {kind(part)}, not an object with a type", 'write {"type": "text", "text": ...}')
@@ -232,7 +232,7 @@ def _part(row: RowView, part: Any, key: str, inline: list[Any]) -> Part:
     return image_part()
 
 
-def image_entry(row: RowView, image: Any, key: str, names: Sequence[str] = _REFERENCES) -> Any:
+def image_entry(row: RowView, image: object, key: str, names: Sequence[str] = _REFERENCES) -> Any:
     """An entry of a row's images, or the object in a part: path or bytes, with what it says of the size."""
     if not isinstance(image, dict):
         return image

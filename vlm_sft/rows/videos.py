@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..base.errors import row_error
 from ..base.limits import limits
@@ -58,7 +58,7 @@ class Sampling(NamedTuple):
         return self.time.replace("{time}", f"{time:.1f}").replace("{clock}", clock)
 
 
-def video_entry(row: RowView, video: Any, key: str) -> ImageEntry:
+def video_entry(row: RowView, video: object, key: str) -> ImageEntry:
     """What a row says of one video: `file` (a path, bytes or a list of pictures), and how it is to be shown.
 
     Raises:
@@ -225,6 +225,6 @@ def evenly(count: int, wanted: int) -> list[int]:
     return [round(k * (count - 1) / (wanted - 1)) for k in range(wanted)] if wanted > 1 else [count // 2]
 
 
-def shows_frames(images: Sequence[Any]) -> bool:
+def shows_frames(images: Sequence[object]) -> bool:
     """Whether some images of a row are frames of a video."""
     return any(isinstance(image, Mapping) and TIME in image for image in images)

@@ -154,7 +154,7 @@ def _object(body: Values, key: str, known: set[str]) -> Json:
     return value
 
 
-def _stops(given: Any) -> list[str]:
+def _stops(given: object) -> list[str]:
     stops = [given] if isinstance(given, str) else [] if given is None else given
     fine: Callable[[Any], bool] = lambda each: isinstance(each, str) and 0 < len(each) <= READERS.asked_stop  # noqa: E731
     if not isinstance(stops, list) or len(stops) > READERS.asked_stops or not all(map(fine, stops)):
@@ -172,7 +172,7 @@ def _likely(body: Values) -> int | None:
     return others or 0
 
 
-def _messages(given: Any) -> tuple[list[Message], list[ImageEntry]]:
+def _messages(given: object) -> tuple[list[Message], list[ImageEntry]]:
     if not isinstance(given, list) or not given:
         what = "is missing" if given is None else "is an empty list" if given == [] else f"is {kind(given)}"
         raise Refusal(f"messages {what}: write a list with at least one message.", param="messages")
@@ -203,7 +203,7 @@ def _messages(given: Any) -> tuple[list[Message], list[ImageEntry]]:
     return messages, images
 
 
-def _parts(content: Any, where: str) -> tuple[list[Part], list[ImageEntry]]:
+def _parts(content: object, where: str) -> tuple[list[Part], list[ImageEntry]]:
     """The parts of a message, and its images."""
     if isinstance(content, str):
         return [text_part(_said(content, where))] if content else [], []
@@ -226,7 +226,7 @@ def _parts(content: Any, where: str) -> tuple[list[Part], list[ImageEntry]]:
     return parts, images
 
 
-def _image(given: Any, place: str) -> ImageEntry:
+def _image(given: object, place: str) -> ImageEntry:
     if isinstance(given, str):
         given = {"url": given}
     if not isinstance(given, dict) or not isinstance(given.get("url"), str) or not given["url"]:

@@ -103,7 +103,10 @@ class Pool:
                 others = [pair for pair in self._waiting if pair[0] is not served]  # each bundle in its turn
                 alike = [pair for pair in self._waiting if pair[0] is served]
                 self._waiting = deque([*others, *((served, each) for each in _going_on(writings)), *alike])
-        self._end_all()
+        with self._changed:
+            waiting, self._waiting = list(self._waiting), deque()
+        for _, writing in waiting:
+            writing.end("error", closing())
 
     def _next(self) -> tuple[Served, list[Writing]] | None:
         """The bundle that has waited longest, and those who ask it; None at the end."""
@@ -186,12 +189,6 @@ class Pool:
         with self._changed:
             free = self.batch_size - len(_going_on(writings))
             return any(other is not served or free > 0 for other, _ in self._waiting)
-
-    def _end_all(self) -> None:
-        with self._changed:
-            waiting, self._waiting = list(self._waiting), deque()
-        for _, writing in waiting:
-            writing.end("error", closing())
 
     def _is_closed(self, steps: int) -> bool:
         return self._closed

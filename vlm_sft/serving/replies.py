@@ -6,7 +6,6 @@ import json
 import time
 import uuid
 from collections.abc import Iterable
-from typing import Any
 
 from ..base.names import Json
 from .writing import UNREADABLE, Share
@@ -50,7 +49,7 @@ def listed(name: str, began: int) -> Json:
     return {"id": name, "object": "model", "created": began, "owned_by": "vlm_sft"}
 
 
-def dumped(value: Any) -> bytes:
+def dumped(value: object) -> bytes:
     """JSON in UTF-8; halves of characters, which only a client can have sent, as escapes."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -58,7 +57,7 @@ def dumped(value: Any) -> bytes:
         return json.dumps(value, allow_nan=False).encode()
 
 
-def event(value: Any) -> bytes:
+def event(value: object) -> bytes:
     """An event of a stream."""
     return b"data: " + dumped(value) + b"\n\n"
 

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -143,7 +142,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 class _Uvicorn(uvicorn.Server):
     """Ends when answers have ended: new questions are refused at once, and what is written has so many seconds."""
 
-    def __init__(self, config: uvicorn.Config, server: Server, patience: float, told: Any) -> None:
+    def __init__(self, config: uvicorn.Config, server: Server, patience: float, told: object) -> None:
         super().__init__(config)
         self._answers, self._patience, self._told = server, patience, told
 

@@ -26,7 +26,7 @@ from ..model.encoder_decoder import answer_start_of
 from ..pieces.beside import check_growth, check_processor, check_tokenizer
 from ..pieces.checkpoints import unreachable
 from ..pieces.expected import IMAGES, TOKENIZER, VOCABULARIES, WHOLE, laid_out
-from ..pieces.piece import Piece
+from ..pieces.piece import Piece, Spec
 from ..recipe.safety import check_picture
 from ..systems.chatglm_tokenizer import VOCABULARY, read_tokenizer
 from ..templates.template import load_template
@@ -66,7 +66,7 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     return processor
 
 
-def load_tokenizer(lm: Piece[Any]) -> PreTrainedTokenizerBase:
+def load_tokenizer(lm: Piece[Spec]) -> PreTrainedTokenizerBase:
     """The language model's own; ChatGLM's, which is published with code of its own, is made of its vocabulary."""
     check_tokenizer(lm.place, lm.revision, lm.key)
     try:
@@ -121,7 +121,7 @@ def _load_image_processor(tower: Piece[VisionTower], config: VLMConfig) -> BaseI
     return load_image_processor(tower, tower.spec.image_size)
 
 
-def load_image_processor(piece: Piece[Any], image_size: int | None = None) -> BaseImageProcessor:
+def load_image_processor(piece: Piece[Spec], image_size: int | None = None) -> BaseImageProcessor:
     """The image processor that lies beside a checkpoint's weights.
 
     Args:
@@ -146,7 +146,7 @@ def load_image_processor(piece: Piece[Any], image_size: int | None = None) -> Ba
         raise UserError(f"{piece.where} has no image processor (preprocessor_config.json).") from error
 
 
-def _read_image_processor(tower: Piece[Any]) -> BaseImageProcessor:
+def _read_image_processor(tower: Piece[Spec]) -> BaseImageProcessor:
     place, options = tower.pretrained, {"revision": tower.revision, "trust_remote_code": True}
     if not tower.trusts_code:
         place, options = laid_out(place, tower.revision, tower.key, (CONFIG, *IMAGES)), {}

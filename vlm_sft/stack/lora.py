@@ -70,7 +70,7 @@ def add_empty_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
 
 def _new_rows(model: nn.Module, count: int) -> dict[str, list[int]]:
     """Whole name of a table → the rows of the last so many words; a tied head follows the embeddings by itself."""
-    core: Any = model
+    core = model
     tables = [core.get_input_embeddings()]
     if (head := core.get_output_embeddings()).weight is not tables[0].weight:
         tables.append(head)

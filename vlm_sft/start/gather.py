@@ -89,7 +89,7 @@ class Pictures:
         found = {key: self._walk(value, key in (*_PLACES, image), home, held) for key, value in row.items()}
         return found, bool(held)
 
-    def _walk(self, value: Any, is_place: bool, home: Path | None, held: list[bool]) -> Any:
+    def _walk(self, value: object, is_place: bool, home: Path | None, held: list[bool]) -> Any:
         if isinstance(value, Mapping):
             if isinstance(data := value.get("bytes"), bytes):
                 held.append(True)

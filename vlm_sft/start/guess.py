@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..base.errors import RowError, UserError
 from ..base.names import Json, Values
@@ -116,7 +116,7 @@ def _picture_column(rows: Sequence[Values], there: Mapping[str, str]) -> str | N
     )  # fmt: skip
 
 
-def _is_picture(value: Any) -> bool:
+def _is_picture(value: object) -> bool:
     """Whether a value names or is a picture, or several."""
     if isinstance(value, list):
         return bool(value) and _is_picture(value[0])
@@ -135,7 +135,7 @@ def _holds_text(rows: Iterable[Values], key: str) -> bool:
     return bool(values) and len(texts) == len(values)
 
 
-def _are_classes(values: Sequence[Any], name: str) -> bool:
+def _are_classes(values: Sequence[object], name: str) -> bool:
     """Whether texts are names of classes: they come again and again and are short, or their column says so."""
     texts = [str(value).strip() for value in values if isinstance(value, str | int)]
     if not texts or len(texts) < len(values) or max(map(len, texts)) > LONGEST_CLASS:
@@ -158,7 +158,7 @@ def why_not(rows: Sequence[Values]) -> str | None:
     return None
 
 
-def published_kind(document: Any) -> str | None:
+def published_kind(document: object) -> str | None:
     """Which published data set a JSON document is; `answers` for the answers of VQAv2.
 
     Raises:
@@ -181,5 +181,5 @@ def published_kind(document: Any) -> str | None:
     return "gqa" if isinstance(entry, dict) and {"question", "imageId", "answer"} <= entry.keys() else None
 
 
-def _first_of(entries: Any) -> Json:
+def _first_of(entries: object) -> Json:
     return entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}

@@ -44,7 +44,7 @@ def label_names(source: str | Path) -> Names:
 def with_names(row: Values, names: Names) -> Values:
     """A row with the names of its classes in place of their numbers."""
 
-    def named(key: str, value: Any) -> Any:
+    def named(key: str, value: object) -> Any:
         known = names.get(key)
         return known[value] if known and isinstance(value, int) and 0 <= value < len(known) else value
 

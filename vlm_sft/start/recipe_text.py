@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from ..base.names import Options
 from ..base.words import gib
@@ -15,6 +15,9 @@ PROMPTS = {
     "en": ["Describe this picture.", "What does this picture show?", "Write a caption for this picture."],
     "zh": ["描述这张图片。", "这张图片里有什么？", "为这张图片写一段说明。"],
 }
+Prompts: TypeAlias = list[str] | Mapping[str, list[str]]
+"""Questions, or those of each language."""
+
 MOST_NAMED = 20  # classes that a question names
 NEW_TOKENS = {"caption": 128, "classify": 16, "answer": 64, "talk": 256}
 # What the comments say: English, Chinese.
@@ -94,7 +97,7 @@ class Draft(NamedTuple):
     hours: float
 
 
-def prompts_of(learn: str, language: str, labels: Sequence[str], mixed: bool) -> Any:
+def prompts_of(learn: str, language: str, labels: Sequence[str], mixed: bool) -> Prompts:
     """What the user asks of rows that have an answer and no question.
 
     Args:
@@ -153,7 +156,7 @@ def recipe_text(draft: Draft) -> str:
     return "\n".join([*lines, "", *_training(draft, says)]) + "\n"
 
 
-def _prompts(value: Any, noted: list[Any], note: str) -> list[str]:
+def _prompts(value: Prompts, noted: list[Prompts], note: str) -> list[str]:
     """Questions, written out once; where they stand again, a reference to them."""
     if value in noted:
         return [f"      prompts: *prompts_{noted.index(value) + 1}"]
@@ -207,7 +210,7 @@ def _time(hours: float, chinese: bool) -> str:
     return f"{hours:.3g} 小时" if chinese else f"{hours:.3g} h"
 
 
-def _quoted(value: Any) -> str:
+def _quoted(value: object) -> str:
     """A value as YAML on one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_quoted(each)}" for key, each in value.items()) + "}"

@@ -86,7 +86,8 @@ def _check(kind: Kind, given: Sequence[Given], file: Path, root: Path | None, ti
         wrong.append(place + sentence)
 
     seen: dict[int, tuple[list[Any], list[str]]] = {}
-    for row, language in rows_with_language(_source(kind, str(file), root), reject=reject):
+    source = Source(path=str(file), format=kind.meant.format, **_places(kind, root))  # type: ignore[arg-type]
+    for row, language in rows_with_language(source, reject=reject):
         found = _NUMBER.search(row["id"])
         assert found is not None, row["id"]
         _, said = seen.setdefault(int(found[1]), (row["images"], []))
@@ -104,10 +105,6 @@ def _check(kind: Kind, given: Sequence[Given], file: Path, root: Path | None, ti
         kind.shown.append(Shown(images, "\n".join(said), name, mine.side, mine.where))
     kind.labels = sorted(filter(None, counts), key=lambda name: (-counts[name], name))
     return wrong
-
-
-def _source(kind: Kind, path: str, root: Path | None) -> Source:
-    return Source(path=path, format=kind.meant.format, **_places(kind, root))  # type: ignore[arg-type]
 
 
 def _places(kind: Kind, root: Path | None) -> Json:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..base.errors import UserError
 from ..base.names import ImageEntry
@@ -144,7 +145,7 @@ def _join_rows(rows: Sequence[Shown], users: Sequence[Sequence[int]], groups: _G
 
 
 def _join_across(
-    looks: Any, users: Sequence[Sequence[int]], of: Sequence[str], groups: _Groups, alike: set[int]
+    looks: NDArray[np.uint8], users: Sequence[Sequence[int]], of: Sequence[str], groups: _Groups, alike: set[int]
 ) -> bool:
     """Joins what preflight would find alike on two sides; whether there was any."""
     sides: dict[str, set[int]] = defaultdict(set)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from ..base.assets import template_path
 from ..base.errors import UserError
@@ -113,7 +112,7 @@ def render(
     return _without_unlearned(rendered, blocks, [m for m in chat if m["role"] == "assistant"], label)
 
 
-def _check_printed(chat: Sequence[Message], tools: Any, source: str, label: str) -> list[str]:
+def _check_printed(chat: Sequence[Message], tools: object, source: str, label: str) -> list[str]:
     """The texts of what messages have beside their contents; refuses what the template would leave out."""
     if any(part["type"] in ("box", "ref") for message in chat for part in message["content"]):
         raise UserError("the conversation has boxes, which `MultimodalCollator.encode` writes as text: encode its row.")

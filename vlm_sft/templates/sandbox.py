@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -147,7 +148,7 @@ class _Generation(jinja2.ext.Extension):
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     @jinja2.pass_context
-    def _mark(self, context: jinja2.runtime.Context, caller: Any) -> str:
+    def _mark(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
         begin, end = context.resolve(MARKS)
         return f"{begin}{caller()}{end}"
 
@@ -160,7 +161,7 @@ class _Undefined(jinja2.Undefined):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+    def unsafe_undefined(self, obj: object, attribute: str) -> jinja2.Undefined:
         """Refuses at once, where jinja waits for the value to be used."""
         raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not safe")
 
@@ -174,12 +175,12 @@ class _Namespace(jinja2.utils.Namespace):
             _Namespace._check(name)
         jinja2.utils.Namespace.__init__(args[0], attributes)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _Namespace._check(name)
         super().__setitem__(name, value)
 
     @staticmethod
-    def _check(name: Any) -> None:
+    def _check(name: object) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise SecurityError(f"a namespace cannot hold {name!r}")
 

@@ -14,7 +14,7 @@ LOCATION = re.compile(r"<loc\d+>|<patch_index_\d+>")
 """Tokens that say where something is. An answer may be typed with them; in a question, boxes alone make them."""
 
 
-def mark_typed(value: Any, control: tuple[str, ...], mark: str, locations: bool = False) -> Any:
+def mark_typed(value: object, control: tuple[str, ...], mark: str, locations: bool = False) -> Any:
     """What messages or tools say, with a mark behind the first character of every control token in it.
 
     What boxes were written as is left out. Questions and system texts get a mark in tokens of locations too.

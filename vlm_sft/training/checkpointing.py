@@ -149,7 +149,7 @@ class SavePoints(TrainerCallback):
         if self.resumed_from and file.is_file():
             self.trainer.set_counters(json.loads(read_text(file)))
 
-    def on_epoch_begin(self, *args: Any, train_dataloader: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(self, *args: Any, train_dataloader: object, **kwargs: Any) -> None:
         """Tells the sampler its epoch, however deep it lies.
 
         accelerate looks through two wrappers. With several processes and batches to skip there are three, and a run

@@ -67,7 +67,7 @@ def check_resumption(recipe: Recipe, checkpoint: str | Path, say: Callable[[str]
         say(f"The recipe has changed since the run began: {', '.join(told)}. From here on the new one counts.")
 
 
-def _differences(old: Any, new: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, Any, Any]]:
+def _differences(old: object, new: object, key: KeyPath = ()) -> Iterator[tuple[KeyPath, Any, Any]]:
     """The keys whose values differ, as deep as both sides are mappings."""
     if isinstance(old, dict) and isinstance(new, dict):
         if key == ("stack", "projector"):  # older recipes state the defaults of every kind of projector
@@ -85,7 +85,7 @@ def _differences(old: Any, new: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPat
         yield key, old, new
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None or value == NOT_SET:
         return NOT_SET
     return repr(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -183,7 +183,7 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
             self.data_collator = own
 
     def _init_training_state(
-        self, max_steps: int, steps_in_epoch: int, epochs: int, resumed_from: str | None, trial: Any
+        self, max_steps: int, steps_in_epoch: int, epochs: int, resumed_from: str | None, trial: object
     ) -> tuple[int, int]:
         self.save_points.resumed_from = resumed_from
         done, batches = super()._init_training_state(max_steps, steps_in_epoch, epochs, resumed_from, trial)
@@ -223,7 +223,7 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
             self.watch.add(loss)
         return (loss, outputs) if return_outputs else loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: object = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler skips such steps itself
         self.watch.gradient = None if scaled else norm
@@ -253,7 +253,7 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
         if mode in self.ledgers and self.provenance is not None:
             self.rows_met.enter(mode, self.ledgers[mode], self.provenance.notes["ledger"])
 
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+    def _finalize_training(self, trial: object, num_train_samples: int, start_time: float) -> TrainOutput:
         if not self.interrupted:
             return super()._finalize_training(trial, num_train_samples, start_time)
         # No loading of the best weights, and no deletion of the checkpoint that was just saved.
@@ -290,10 +290,10 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return str(self.save_points.beside or super()._get_output_dir(trial))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self.save_points.write(partial(super()._save_checkpoint, model, trial))
 
     def _save_rng_state(self, output_dir: str) -> None:
