@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .processor import VLMProcessor
 
 PROBES = ((96, 64), (64, 160))  # (width, height) of the pictures that prove a `Seen`
-WRONG_BY = 0.03  # of a side that a point of such a picture may lie beside its place
+WRONG_BY = 0.03  # share of a side by which a point of such a picture may miss its place
 
 
 class Seen(NamedTuple):
@@ -164,7 +164,7 @@ class _Writer:
             size = image_size(given, where=self.where, fetch=self.fetch)
             try:
                 seen = self.processor.seen(size)
-            except RowError as error:  # which knows a size alone
+            except RowError as error:  # it knows of a size alone, and the row's place is added here
                 raise RowError(f"{self.where}: {error}", where=self.where, reason=error.reason) from error
             self.sizes[image] = file_size(given, self.where, self.fetch), seen
         return self.sizes[image]
@@ -232,7 +232,7 @@ def check_seen(processor: VLMProcessor) -> None:
             if not right:
                 break
             span = (white - black)[channel]
-            there = np.abs(span) > 0.98 * np.abs(span).max()  # not the ground that pictures lie on
+            there = np.abs(span) > 0.98 * np.abs(span).max()  # without the ground that smaller pictures lie on
             part, whole = (np.where(there, values, 0).sum(axis) for values in ((found - black)[channel], span))
             share = part / whole.clip(1e-9)
             place = (np.arange(len(share)) + 0.5 - low) / (high - low)

@@ -102,7 +102,7 @@ class Packs(Sampler[list[int]]):
             yield from (rows.tolist() for rows in self.packs)
             return
         chance = np.random.default_rng([self.seed % 2**32, self.epoch])
-        drawn = np.empty(len(self.lengths), dtype=np.int64)  # the row that comes in the place of each
+        drawn = np.empty(len(self.lengths), dtype=np.int64)  # for each place, the row that comes there
         drawn[np.argsort(self.lengths, kind="stable")] = np.lexsort((chance.random(len(drawn)), self.lengths))
         for number in chance.permutation(len(self.packs)):
             yield chance.permutation(drawn[self.packs[number]]).tolist()
@@ -281,7 +281,7 @@ class GroupsByLength:
         return _lengths(self._own_collator(), rows)
 
     def _own_collator(self) -> MultimodalCollator:
-        return getattr(self.data_collator, "collator", self.data_collator)  # without what is wrapped around it
+        return getattr(self.data_collator, "collator", self.data_collator)  # ours, without what is wrapped around it
 
     def _seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -312,7 +312,7 @@ def _lengths(collator: MultimodalCollator, rows: Iterable[Row]) -> list[int]:
     for row in rendered_ahead(collator, rows):
         try:
             lengths.append(len(collator.sample(row, with_images=False).chat.input_ids))
-        except RowError:  # which its batch will say, or leave out
+        except RowError:  # its batch will say what is wrong with it, or leave it out
             lengths.append(0)
     return lengths
 

@@ -29,7 +29,7 @@ from .pictures import KeepsFeatures, Pictures, check_frames, check_pictures, loa
 from .processor import VLMProcessor
 
 REJECTED = "rejected_rows"  # a batch's key for the rows that it lost: (source, id, reason, sentence) each
-SEEN = "seen_rows"  # and for how many rows of each source came, where that is not known before
+SEEN = "seen_rows"  # and its key for how many rows of each source came, where that is not known before
 
 
 class MultimodalCollator:
@@ -60,7 +60,7 @@ class MultimodalCollator:
     count_rows: bool = False
     kept: KeepsFeatures | None = None
     _decoded: dict[tuple[Any, ...], Image.Image] | None = None
-    _films: Films | None = None  # of the row that is encoded
+    _films: Films | None = None  # those of the row that is being encoded
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class MultimodalCollator:
             for pack, row in zip(packs, rendered_ahead(self, (row for _, row in numbered(rows))), strict=True):
                 try:
                     row = unpacked(row)
-                    if wrong := row.get("rejected"):  # a stream's row that could not be read
+                    if wrong := row.get("rejected"):  # a row of a stream that could not be read says so itself
                         raise RowError(wrong["sentence"], where=row["id"], reason=wrong["reason"])
                     sample = self.sample(row)
                     sample.pack = pack
@@ -126,7 +126,7 @@ class MultimodalCollator:
             return self.collate(self._packs([sample for _, sample in samples])) if samples else None
         except UserError:
             raise
-        except Exception:  # image processors raise anything, and over the whole batch
+        except Exception:  # image processors raise anything, and do not say at which row
             accepted = []
             for row, sample in samples:
                 try:

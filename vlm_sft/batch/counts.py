@@ -92,7 +92,8 @@ def rows_and_tokens(batch: Mapping[str, torch.Tensor]) -> tuple[int | torch.Tens
     rows = (lengths > 0).sum()
     if (heads := batch.get(ROW_HEADS)) is not None:
         before = torch.arange(heads.shape[1] - 1, device=heads.device)
-        rows = rows - ((heads[:, 1:] == before) & (lengths[:, 1:] > 0)).sum()  # the first that goes on from each prefix
+        # A prefix and the first row that goes on from it are one row.
+        rows = rows - ((heads[:, 1:] == before) & (lengths[:, 1:] > 0)).sum()
     return rows, lengths.sum()
 
 
@@ -110,5 +111,5 @@ def owners_of(batch: Mapping[str, torch.Tensor], name: str = "input_ids") -> tup
     numbers = torch.arange(sequences, device=batch[name].device)[:, None].expand(-1, length)
     if (lengths := batch.get(ROW_LENGTHS)) is None:
         return numbers, sequences
-    most = lengths.shape[1] + 1  # with what is padding
+    most = lengths.shape[1] + 1  # padding counts as a row of its own
     return numbers * most + row_numbers(lengths, length, batch.get(ROW_HEADS)), sequences * most

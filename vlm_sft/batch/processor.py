@@ -59,7 +59,7 @@ class VLMProcessor(ProcessorMixin):
     """
 
     reads_sizes = False
-    _notation: Notation | None = None  # once it was looked at
+    _notation: Notation | None = None  # None until it was looked at
     one_image = False
     video = Sampling()
     words: Sequence[Word] = ()
@@ -151,7 +151,7 @@ class VLMProcessor(ProcessorMixin):
             token if end > start and in_loss(supervised[start]) else IGNORED
             for token, (start, end) in zip(ids, borders, strict=True)
         ]
-        done = 0  # all at once between one image and the next: rows have thousands of tokens and an image or two
+        done = 0  # the text between two images goes over at once: rows have thousands of tokens and an image or two
         for place in [place for place, token in enumerate(ids) if token == self.image_token_id]:
             encoded.extend(ids[done:place], labels[done:place])
             encoded.extend([self.image_token_id] * self.num_image_tokens, place=True)

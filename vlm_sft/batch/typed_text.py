@@ -31,7 +31,7 @@ MARKUP = re.compile(r"[<\[|]\S+")  # a token of a template that is not called sp
 # A character in front of a text keeps tokenizers from adding a space of their own.
 ANCHOR = "\n"
 
-Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and where in the text each lies
+Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and where in the text each begins and ends
 
 _UNSAID: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
 _CONTROL: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[object, ...], tuple[str, ...]]] = WeakKeyDictionary()
@@ -51,7 +51,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, own: Itera
         try:
             with asked_now():
                 written = "".join(literals(template))
-        except UserError:  # it takes no conversation of the usual kind
+        except UserError:  # the template takes no conversation of the usual kind
             written = ""
         found = {*tokenizer.all_special_tokens}
         for token in tokenizer.added_tokens_decoder.values():

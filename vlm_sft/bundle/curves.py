@@ -52,7 +52,7 @@ def draw_curves(history: list[dict[str, float]], path: str | Path, title: str = 
     figure.suptitle(title, fontsize=12, fontfamily=["DejaVu Sans", *fonts])
     path = Path(path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # without a Chinese font, boxes
+        warnings.filterwarnings("ignore", message="Glyph")  # without a Chinese font there are boxes
         figure.savefig(path, dpi=110)
     return path
 

@@ -162,8 +162,8 @@ def hand_over(stack: Stack, folder: str | Path, lora_from: str | None = None, ta
     Args:
         stack: The new stage's stack, before its adapters are put in.
         folder: Bundle of the earlier stage (`init_from`).
-        lora_from: What becomes of its LoRA: `merge` puts it into the stack's weights; `continue` leaves it to
-            `continue_adapter`, which needs the new adapter.
+        lora_from: What becomes of its LoRA: `merge` puts it into the stack's weights; `continue` leaves it
+            for the new adapter, which is not there yet.
         taken_as: What the bundle is called in that of the new stage; default `folder`.
 
     Returns:

@@ -52,7 +52,8 @@ SHARED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *(TEMPLATE, "qformer_tokenizer/*", METRICS, SCORES, CURVES, CARD),
 )
-VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # words, of which there are up to a million
+# Vocabularies have up to a million words.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
 TEXTS = (".json", ".yaml", ".md", ".jinja", ".txt")
 PICTURES = (".png", ".jpg")
 
@@ -122,7 +123,7 @@ def staged(folder: Path, repo_id: str, rows: bool = False) -> Iterator[Path]:
             if not _write_cleaned(path, goal, rows):
                 try:  # a hard link survives when a checkpoint is deleted during its push
                     os.link(path.resolve(), goal)
-                except OSError:  # on another disk
+                except OSError:  # no hard link leads to another disk
                     goal.symlink_to(path.resolve())
         with refused_by_library(f"{str(folder)!r} cannot be pushed, for what its {MANIFEST} says"):
             manifest = without_folders(without_rows(read_manifest(folder)))

@@ -232,7 +232,7 @@ def load_trained(folder: Path, model: nn.Module, plan: FreezePlan) -> None:
 def _lengthen(saved: dict[str, torch.Tensor], model: nn.Module, wanted: dict[str, nn.Parameter]) -> None:
     """Gives tables that were trained whole before new words came the rows of those words, as the model has them."""
     core = model
-    if isinstance(core, PeftModel):  # whose words were learned, and saved with the rest
+    if isinstance(core, PeftModel):  # the words of an adapter were learned, and saved with the rest
         return
     tables = {id(core.get_input_embeddings().weight), id(core.get_output_embeddings().weight)}
     for name, parameter in wanted.items():

@@ -91,7 +91,7 @@ def held_parts(plan: FreezePlan, pieces: Mapping[str, Json]) -> set[str]:
 
     They are the trained ones, those that `init_from` brought from an earlier stage, and a stack's projector.
     """
-    from ..stack.kinds import kind_of  # here, because reading a manifest (to push a bundle) takes no torch
+    from ..stack.kinds import kind_of  # imported here, because reading a manifest, to push a bundle, takes no torch
 
     return {*plan.train, *kind_of(pieces).held(pieces)}
 

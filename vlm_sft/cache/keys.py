@@ -97,7 +97,7 @@ class Keys:
                 self._writer = new_writer(self._records.folder)
             self._records.append(self._writer[0], records)
         except OSError:
-            return  # they are read once more next time
+            return  # they are hashed once more next time
         self._known |= {records[n : n + KEY]: records[n + KEY : n + 2 * KEY] for n in range(0, len(records), 2 * KEY)}
 
 

@@ -28,7 +28,7 @@ from ..templates.render import resolve
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FEWEST = 20_000  # rows; fewer are measured within some seconds
+FEWEST = 20_000  # rows that are worth it: fewer are measured within some seconds
 COLUMNS = ("tokens", "turns_lost", "front", "reason", "sentence")
 # What decides over the tokens of a row.
 _ROOMS = tuple(Path(__file__).parents[1] / room for room in ("batch", "templates", "rows"))

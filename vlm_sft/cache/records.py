@@ -63,7 +63,7 @@ class Records:
 
     def __init__(self, folder: Path, suffix: str, key: int, value: int) -> None:
         self.folder, self.suffix, self._key, self._size = folder, suffix, key, key + value
-        self._read: dict[str, int] = {}  # writer → records of it that are known
+        self._read: dict[str, int] = {}  # writer → how many of its records are known
         self._file: IO[bytes] | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -89,7 +89,7 @@ class Records:
                     file.seek(known * self._size)
                     content = file.read((there - known) * self._size)
             except OSError:
-                continue  # tidied away meanwhile
+                continue  # another process tidied it away meanwhile
             self._read[writer] = known + len(content) // self._size
             for number in range(len(content) // self._size):
                 record = content[number * self._size : (number + 1) * self._size]

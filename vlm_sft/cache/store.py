@@ -194,7 +194,7 @@ class Store:
         if self.dtype is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             name = str(features.dtype).removeprefix("torch.")
-            if not (self.folder / ABOUT).exists():  # several processes write the same
+            if not (self.folder / ABOUT).exists():  # several processes may write it, all the same
                 about = {"shape": list(features.shape[1:]), "dtype": name, "of": self.about}
                 write_json(self.folder / ABOUT, about)
             self._read_about()

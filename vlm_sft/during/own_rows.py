@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..recipe.sections import Source
 
 SAMPLES = 4  # rows whose answers are shown, where a recipe does not say how many
-FIRST_ROWS = 1000  # of each source, from which samples are drawn
+FIRST_ROWS = 1000  # rows of each source from which samples are drawn
 
 
 def wanted_metrics(recipe: Recipe) -> list[str]:
@@ -52,7 +52,7 @@ class OwnRows:
                 f"evaluation: `{vqa}` compares an answer with those of ten annotators, and rows of `data.eval` have "
                 f"{few}; take `exact_match`, or sources of the format vqav2."
             )
-        for name in self.metrics:  # captions need packages, which are missed now
+        for name in self.metrics:  # captions need packages, and a missing one is said now
             MEASURES[name]([Answered("", ["one"] * FEWEST_ANSWERS)])
 
     @property

@@ -25,9 +25,9 @@ from .trackers import show_in_trackers
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
 
-TOKENS = 64  # of an answer that is shown
+TOKENS = 64  # tokens of an answer that is shown
 SIDE = 200  # pixels of a picture that is written with them
-SHOWN = 100  # characters of it at the terminal
+SHOWN = 100  # characters of an answer at the terminal
 WRITTEN = ("id", "images", "question", "answers", "answer", "score", "error")
 
 
@@ -81,7 +81,8 @@ class Samples:
         told = records_of(Answers(None, "exact_match", self.questions, answers, scores))
         records = [{"step": step, **{key: record[key] for key in WRITTEN if key in record}} for record, _ in told]
         images = [question.images for question in self.questions]
-        small = [{"shown": thumbnails(some)} if self._first else {} for some in images]  # they do not change
+        # Pictures are written once: they do not change.
+        small = [{"shown": thumbnails(some)} if self._first else {} for some in images]
         self._write([*read_lines(self.file), *(one | two for one, two in zip(records, small, strict=True))])
         self.say("\n".join([f"Step {step:,}, answers to {len(records)} rows:", *map(in_words, records)]))
         show_in_trackers(pupil.trainer.callback_handler.callbacks, records, images, step, self._first, self.say)

@@ -267,7 +267,7 @@ def _evaluate(
         count = f"{len(done):,} of {len(benchmark.asked):,} questions of {benchmark.name}"
         say(console, f"{count} are answered already.")
     started = time.perf_counter()
-    set_seed(int(loading.recipe.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
+    set_seed(int(loading.recipe.sft.get("seed", 42)))  # some recipes sample answers, as Ziya's card does
     ask(benchmark, loading, how, kept, done, console)
     seconds = finished.get("seconds", round(time.perf_counter() - started, 1))
 

@@ -123,7 +123,7 @@ def _asked(
     with waiting(make_console(), f"Loading {loading.folder.name}"):
         model, processor = loading()
     start = time.perf_counter()
-    set_seed(int(loading.recipe.sft.get("seed", 42)))  # some recipes sample, as Ziya's card does
+    set_seed(int(loading.recipe.sft.get("seed", 42)))  # some recipes sample answers, as Ziya's card does
     said: list[Answers] = []
     results = score(model, processor, questions, batch_size, dict(loading.recipe.generation), said.append)
     return results | {"evaluate_seconds": round(time.perf_counter() - start, 1)}, said
@@ -183,7 +183,7 @@ def _numbered(said: Sequence[Answers]) -> Iterator[tuple[Record, Sequence[Any]]]
     seen: set[str] = set()
     for each in said:
         for record, shown in records_of(each):
-            while record["id"] in seen:  # of rows that have the id of another
+            while record["id"] in seen:  # two rows may have the same id
                 record["id"] += "~"
             seen.add(record["id"])
             yield record, shown

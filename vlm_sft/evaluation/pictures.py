@@ -23,7 +23,7 @@ from ..model.towers import see
 from ..reading.image_refs import image_key
 
 IN_MEMORY = 256 * 2**20  # bytes of pictures out of tables; more go into a file without a name
-MOST_BYTES = 2 * 2**30  # of features that are kept at a time
+MOST_BYTES = 2 * 2**30  # bytes of features that are kept at a time
 
 
 class Pictures:
@@ -80,7 +80,7 @@ class EncodedOnce:
         self._core = core if isinstance(core, VLMForConditionalGeneration) and not processor.reads_sizes else None
         self._path = ImagePath(core, processor) if hasattr(core, "image_path") else None  # type: ignore[arg-type]
         self._processor = processor
-        self._kept: OrderedDict[bytes, Any] = OrderedDict()  # tensors, or what existing VLMs have `Seen`
+        self._kept: OrderedDict[bytes, Any] = OrderedDict()  # tensors, or of an existing VLM what is `Seen`
         self._now: list[Any] = []
         self._giving = ExitStack()
         self.encoded = 0

@@ -171,7 +171,7 @@ def dump(record: Record) -> bytes:
     """A record as a line."""
     try:
         return (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half a character, which JSON can only escape
+    except UnicodeEncodeError:  # there is half a character in it, which JSON can only escape
         return (json.dumps(record) + "\n").encode()
 
 
@@ -205,7 +205,7 @@ def measure(task: Task, records: Sequence[Record], blank: bool = False) -> Measu
 
 NORMALISED: dict[str, Callable[[str, list[float]], float]] = {
     "per_token": lambda text, found: found[0] / max(found[1], 1),
-    "per_character": lambda text, found: found[0] / max(len(text), 1),  # lm-eval's acc_norm
+    "per_character": lambda text, found: found[0] / max(len(text), 1),  # as in lm-eval's acc_norm
 }
 """How else options are compared than by the likelihood of the whole: text, its log and its tokens → what is most."""
 

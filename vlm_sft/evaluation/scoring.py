@@ -275,7 +275,7 @@ def ask_blindly(
     accuracies are over the same questions. Questions that differ in their images alone are one question then, and are
     asked once, unless answers are drawn.
     """
-    from ..inference.settings import SAMPLING  # which loads transformers
+    from ..inference.settings import SAMPLING  # imported here, because it loads transformers
 
     alike: dict[tuple[Any, ...], list[int]] = {}
     drawn = options.get("do_sample") or SAMPLING.keys() & options.keys()

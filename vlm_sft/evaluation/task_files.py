@@ -146,7 +146,7 @@ def _of_hub(hub: Hub) -> Iterator[tuple[str, None, Json]]:
             data = datasets.load_dataset(hub.path, hub.name, split=hub.split, revision=hub.revision)
     except UserError:
         raise
-    except Exception as error:  # unknown id, split, no cache: each has its own class
+    except Exception as error:  # an unknown id, an unknown split and a missing cache raise errors of different classes
         raise UserError(f"The benchmark {label} cannot be loaded from the Hub ({first_line(error)}){give}.") from None
     for row in dataset_rows(data, label, None):
         yield row.where, None, row.values

@@ -24,7 +24,7 @@ from ..recipe.yaml_file import YamlFile
 from ..templates.process import ask
 from ..templates.sandbox import fill_prompt
 
-LONGEST_ID = 193  # of the Hub: two names of 96 characters
+LONGEST_ID = 193  # characters of an id of the Hub: two names of 96
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 Column = str | list[str]
 """A column of a row (`answers[].answer` goes into a list of objects), or several."""

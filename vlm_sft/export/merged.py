@@ -59,7 +59,7 @@ def write_merged(bundle: Path, out: Path, model: nn.Module, processor: VLMProces
     # What LoRA changed of a stack outside its language model is held; of an existing model all of it is in the base.
     held = {*manifest["held"], "projector", *(adapted - set(kind.covers))} - {"language_model"}
     pieces = entries_of(find_pieces(merged), model)
-    kind.mark_taken(pieces, held, str(bundle))  # the base is not like them any more
+    kind.mark_taken(pieces, held, str(bundle))  # the base is another model than these pieces now
     plan = FreezePlan({part: rate for part, rate in merged.train.items() if part in held})
     save_bundle(out, model, processor, plan, Provenance(merged, pieces, {"merged_from": str(bundle)}))
     kind.cast(model, merged, dtypes_of(merged))
@@ -94,7 +94,7 @@ def _merged_recipe(recipe: Recipe, kind: Kind, bundle: Path, folder: Path, dtype
         "pretrained": str(folder.resolve()),
         "revision": None,
         "dtype": str(dtype).removeprefix("torch."),
-        "added_tokens": [],  # its tokenizer has them
+        "added_tokens": [],  # its tokenizer has these tokens
     }
     rates = {part: rate for part, rate in recipe.train.items() if part != "language_model"}
     # The bundle's own template is read when it is loaded; its name is what people know it by.

@@ -198,10 +198,10 @@ def native_generation(model: PreTrainedModel, processor: VLMProcessor, options: 
     tokenizer = processor.tokenizer
     ends = set(settings.pop("eos_token_id") or [])
     settings.pop("tokenizer", None)
-    for text in settings.pop("stop_strings", None) or []:  # which `generate` only takes together with a tokenizer
+    for text in settings.pop("stop_strings", None) or []:  # `generate` takes these only together with a tokenizer
         if len(ids := tokenizer(text, add_special_tokens=False).input_ids) == 1:
             ends.add(ids[0])
-    config = copy.deepcopy(model.generation_config)  # which may say more, for instance a penalty
+    config = copy.deepcopy(model.generation_config)  # the model's own may say more, for instance a penalty
     config.update(**settings, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id)
     config._from_model_config = False  # where it is true, transformers may take the model's configuration instead
     return config

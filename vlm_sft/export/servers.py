@@ -53,7 +53,7 @@ def start(
     folder = Path(export).expanduser().resolve()
     environment = dict(os.environ)
     if engine == "vllm":
-        most = 1 if config.get("model_type") == "blip-2" else images  # of which vLLM's class takes one
+        most = 1 if config.get("model_type") == "blip-2" else images  # vLLM's class takes one image alone
         command = ["serve", str(folder), "--served-model-name", folder.name, "--host", host, "--port", str(port)]
         command += ["--max-num-seqs", str(batch_size), "--limit-mm-per-prompt", json.dumps({"image": most})]
         if len(image_folders) > 1:

@@ -73,7 +73,7 @@ class FamilyKind:
         return Composed(piece.config, processor, {self.base: piece})
 
     def remarks(self, recipe: Recipe, composed: Composed) -> Iterator[str]:
-        return iter(())  # nothing is done to an existing model
+        return iter(())  # an existing model is taken as it is
 
     def load(self, recipe: Recipe, composed: Composed, dtypes: Mapping[str, torch.dtype]) -> FamilyModel:
         piece, dtype = composed.pieces[self.base], dtypes[self.base]
@@ -108,7 +108,7 @@ class FamilyKind:
         return set(entries[self.base].get("held", ()))
 
     def mark_taken(self, entries: dict[str, Json], parts: Collection[str], folder: str) -> None:
-        entries[self.base] |= {"init_from": folder, "held": sorted(parts)}  # one piece has several parts
+        entries[self.base] |= {"init_from": folder, "held": sorted(parts)}  # here one piece has several parts
 
     def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> FamilyProcessor:
         spec = _spec(recipe).model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})
@@ -163,7 +163,7 @@ def load_processor(
         check_picture({name: spec.processor.get(name) for name in TOKENS}, KEY, "`model.processor`")
     except UserError:
         raise
-    except Exception as error:  # whatever odd values in its files meet there
+    except Exception as error:  # odd values in its files make transformers raise anything
         raise UserError(f"{KEY}: the processor of {spec.pretrained!r} cannot be read: {one_line(error)}") from error
     place = getattr(config, "image_token_id", None)
     if place is None:  # KOSMOS-2: the frame's token, which no answer may write either

@@ -37,7 +37,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
     blank: dict[str, torch.Tensor]
     followers: tuple[str, ...] = ()
     plain_head: bool = False
-    _parts: dict[str, str] | None = None  # what `_part` found
+    _parts: dict[str, str] | None = None  # what `_part` found, by the first names of parameters
     # Some models say False of their own loss; transformers would give ours no token count then, and a step would be the
     # mean of its micro-batches' means.
     accepts_loss_kwargs = True

@@ -101,7 +101,7 @@ class FamilyProcessor(VLMProcessor):
         """
         if size not in self._expansions:
             if len(self._expansions) == MOST_SIZES:
-                self._expansions.pop(next(iter(self._expansions)))  # the oldest
+                self._expansions.pop(next(iter(self._expansions)))  # the oldest goes
             try:
                 self._expansions[size] = self._count(size) if self._counts else self._look(size)
             except Exception as error:  # image processors raise anything

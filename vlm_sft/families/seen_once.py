@@ -18,7 +18,7 @@ from .model import IMAGE_OUTPUTS, FamilyModel
 
 # Of an image's inputs, those that the model looks at beside the features: they say where its tokens stand.
 BESIDE = ("image_grid_thw",)
-# Features of each layer: a list of lists of pictures.
+# The key under which some models give features of several layers: a list for each layer, of a tensor for each picture.
 BY_LAYER = "deepstack_features"
 
 Features: TypeAlias = torch.Tensor | ModelOutput

@@ -12,11 +12,11 @@ from .state import State
 from .texts import Asked, TextSet
 
 LIMIT = 1.2  # how many times as large a perplexity may become
-LOST = 0.2  # of the questions, how many right answers may be lost
+LOST = 0.2  # share of the questions whose right answers may be lost
 BEFORE_AFTER = [("before", "训练前"), ("after", "训练后")]
 SHOWN = 60  # characters of an answer
 
-DROP = 0.05  # of a share that a vision tower may lose
+DROP = 0.05  # how much of a share of right answers a vision tower may lose
 TOWER = {"zero_shot": "zero-shot, vision tower", "ranking": "captions above wrong ones"}
 
 Forgetting = Json
@@ -81,7 +81,7 @@ def warning_of(found: Forgetting) -> str | None:
     said = []
     ratios: dict[str, float] = found["perplexity"]["ratio"]
     for language, ratio in ratios.items():
-        if not ratio <= found["limit"]:  # also where it is no number
+        if not ratio <= found["limit"]:  # this holds for NaN too
             numbers = [found["perplexity"][when][language] for when in ("before", "after")]
             said.append(f"perplexity ({language}) {numbers[0]:,.4g} → {numbers[1]:,.4g}, {ratio:,.2f} times")
     right = found["right"]

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from ..batch.processor import VLMProcessor
 
-MOST_TOKENS = 512  # of a text that are looked at
-NEW_TOKENS = 32  # of an answer
+MOST_TOKENS = 512  # tokens of a text that are looked at
+NEW_TOKENS = 32  # tokens of an answer
 AT_ONCE = 8
 
 State = Json

@@ -32,7 +32,7 @@ from ..recipe.library_names import GENERATION
 from ..rows.messages import Message, Part, answer_message, image_part, text_part
 
 Conversation = Row
-SEED = 42  # as transformers and the trainer begin, where a task draws its answers
+SEED = 42  # transformers' and the trainer's own, for tasks that draw their answers
 
 
 def manifest() -> ModelManifest:
@@ -134,7 +134,8 @@ class SimpleModel(lmms):  # type: ignore[misc]
                 rows = []
                 for number in batch:
                     request = requests[number]
-                    text, answer, *rest = request.args  # without the rest: an option by itself, nothing shown or asked
+                    # Without the rest it is an option by itself, with nothing shown or asked.
+                    text, answer, *rest = request.args
                     said = answer if isinstance(answer, str) else str(answer(self._doc(request)))
                     row = self._row([_turn(rest[0](self._doc(request)) if rest else [], text)], request)
                     rows.append({**row, "messages": [*row["messages"], answer_message(said.strip())]})
@@ -187,7 +188,7 @@ class SimpleModel(lmms):  # type: ignore[misc]
                     parts.append(text_part(part["text"]))
                 elif part["type"] == "image":
                     parts.append(image_part())
-                    images.append(part["url"])  # decoded where it is asked about
+                    images.append(part["url"])  # it is decoded when it is asked about
                 elif part["type"] == "video" and isinstance(part["url"], str):
                     for said, frame in frames_of_file(part["url"], self._processor):
                         parts += [*([text_part(said)] if said else []), image_part()]

@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     import transformers.utils.import_utils as looked_for
 
-    looked_for.is_torchvision_available()  # asked before the place of torchvision is taken
+    looked_for.is_torchvision_available()  # this is asked before something takes the place of torchvision
     if not any(isinstance(each, Spared) for each in sys.meta_path):
         sys.meta_path.append(Spared())
     with certificates_checked():

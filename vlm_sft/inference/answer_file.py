@@ -99,7 +99,8 @@ def answer_questions(
     console = make_console(highlight=False, soft_wrap=True)
     earlier, size = read_answers(target)
     order = check_questions(input, earlier, target)
-    done = {key: line.get("error") for key, line in earlier.items()}  # whole lines would fill the memory
+    # Only what went wrong is kept: whole lines would fill the memory.
+    done = {key: line.get("error") for key, line in earlier.items()}
     todo = (question for question in read_questions(input) if str(question.id) not in done)
     if left := len(order) - len(done):
         if done:
@@ -229,7 +230,7 @@ def _parse(line: bytes) -> Record | None:
 def _dump(line: Record) -> bytes:
     try:
         return (json.dumps(line, ensure_ascii=False, default=_as_json) + "\n").encode()
-    except UnicodeEncodeError:  # half a character, which JSON can only escape
+    except UnicodeEncodeError:  # there is half a character in it, which JSON can only escape
         return (json.dumps(line, default=_as_json) + "\n").encode()
 
 

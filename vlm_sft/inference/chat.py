@@ -129,7 +129,7 @@ class Conversation:
         Raises:
             UserError: There is nothing to ask.
         """
-        if self.captions_only:  # was trained on one caption each, so every caption stands for itself
+        if self.captions_only:  # the model was trained on one caption each, so every caption stands for itself
             self.waiting = self.waiting or [("", image) for image in self.images]
             self.messages, self.images = [], []
             if not self.waiting:
@@ -212,7 +212,7 @@ class Prompt:
             except KeyboardInterrupt:
                 self.console.print("\nTo leave, type /quit or press Ctrl-D.")
                 continue
-            if line.startswith("／"):  # as Chinese input methods write it
+            if line.startswith("／"):  # a slash as Chinese input methods write it
                 line = "/" + line[1:]
             if line == "/quit":
                 return

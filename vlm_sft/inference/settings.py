@@ -227,5 +227,5 @@ def ignores_text(processor: VLMProcessor) -> bool:
 
     try:
         return prompt("one") == prompt("two")
-    except UserError:  # it wants another kind of conversation
+    except UserError:  # the template wants another kind of conversation
         return False

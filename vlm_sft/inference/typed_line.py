@@ -20,7 +20,7 @@ def split_paths(given: str) -> list[str]:
         return [whole]
     try:
         words = [os.path.expanduser(word) for word in shlex.split(given)]
-    except ValueError:  # a quotation mark that is not closed
+    except ValueError:  # a quotation mark is not closed
         return [whole]
     return words if len(words) == 1 or any(map(os.path.exists, words)) else [whole]
 
@@ -29,7 +29,7 @@ def use_readline(commands: Iterable[str]) -> None:
     """History and editing for `input`, and completion of commands and of the path after /image and /video."""
     try:
         import readline
-    except ImportError:  # Windows
+    except ImportError:  # Windows has no readline
         return
     readline.set_completer_delims("")
     readline.set_completer(partial(_complete, list(commands)))

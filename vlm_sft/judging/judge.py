@@ -17,7 +17,7 @@ from ..base.progress import RowProgress
 from .server import ChatServer, Message, Reply
 from .verdicts import Kept, key_of
 
-PATIENCE = 8  # prompts that are refused before one is answered: then it is not the prompts
+PATIENCE = 8  # prompts that may be refused before one is answered: then the fault is not theirs
 
 
 @dataclass
@@ -150,7 +150,7 @@ def _together(
                     done.put((key, server.complete(messages, settings)))
                 except RowError as error:
                     done.put((key, error))
-                except BaseException as error:  # raised where somebody waits for it
+                except BaseException as error:  # it is raised where somebody waits for it
                     done.put((key, error))
                     return
 

@@ -24,7 +24,7 @@ from ..reading.fetch import is_public
 
 ATTEMPTS = 5
 LONGEST_WAIT = 120.0  # seconds; a server that wants more is asked again by the user
-REFUSED = (400, 413, 422)  # of one prompt: too long, or against the server's rules
+REFUSED = (400, 413, 422)  # statuses that refuse one prompt: it is too long, or against the server's rules
 _HINTS = {
     401: "name the variable that holds the key with --judge-key",
     403: "name the variable that holds the key with --judge-key",
@@ -99,7 +99,7 @@ class ChatServer:
         """
         wanted = {"model": self.model, "messages": list(messages), **settings}
         body = json.dumps({name: value for name, value in wanted.items() if value is not None}, ensure_ascii=False)
-        data = body.encode("utf-8", "replace")  # half a character is nothing that JSON may hold
+        data = body.encode("utf-8", "replace")  # JSON may hold no half characters
         for attempt in range(1, ATTEMPTS + 1):
             pause = min(2.0 ** (attempt - 1), 30.0) * random.uniform(0.5, 1.0)
             try:

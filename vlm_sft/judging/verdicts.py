@@ -20,7 +20,7 @@ from .server import Message, Reply
 _NUMBER = r"[*_`]*(\d{1,3}(?:\.\d{1,3})?)分?[*_`]*"
 _BETWEEN = r"(?:\s*[,;、，；|]\s*|\s+)"
 _AROUND = r"[\s#()\[\]（）【】.。]*"
-_THOUGHT = "</think>"  # ends what models that think aloud say first
+_THOUGHT = "</think>"  # models that think aloud end with it what they say first
 
 
 def scores_of(verdict: str, count: int, low: float, high: float) -> list[float] | None:

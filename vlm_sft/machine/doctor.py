@@ -32,10 +32,11 @@ VARIABLES = (
     "HF_HUB_DISABLE_XET", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "VLM_SFT_LIMITS",
     "VLM_SFT_LANG", "LANG", "LC_ALL", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED",
 )  # fmt: skip
-SET = ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY")  # of these, only whether they are set
+# These are only said to be set: they may be secret.
+SET = ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY")
 _PLAIN = re.compile(r"[\w.,:=@+-]*", re.ASCII)
 LITTLE_DISK = 20 * GIB
-WIDTH = 67  # beside the first column, in a window of 80
+WIDTH = 67  # characters beside the first column, in a window of 80
 _WRAP: Json = {"break_long_words": False, "break_on_hyphens": False}
 
 

@@ -30,7 +30,7 @@ FEWEST_TOKENS, FEWEST_PIXELS, MOST_ROWS = 512, 100_352, 64
 # What the time is multiplied by: checkpointing runs forward once more, 4 bits are unpacked in each pass, weights that
 # are shared out are gathered; and so many tokens of a step are needed to keep a GPU half busy.
 CHECKPOINTED, UNPACKED, GATHERED, HALF_BUSY = 4 / 3, 1.25, 1.15, 512
-PATCHES = 4  # of a tower, for a token of an image
+PATCHES = 4  # patches of a tower for a token of an image
 KeyPath = tuple[str, ...]
 
 

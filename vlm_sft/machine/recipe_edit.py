@@ -101,7 +101,7 @@ def _insert(text: str, node: yaml.MappingNode, name: str, value: object) -> str:
         return f"{before}{comma}{'' if before.endswith('{') else ' '}{written}{text[close:]}"
     _, last = node.value[-1]
     end = last.end_mark.index
-    if not isinstance(last, yaml.ScalarNode) and not last.flow_style:  # ends where the next key begins
+    if not isinstance(last, yaml.ScalarNode) and not last.flow_style:  # the node ends where the next key begins
         end = len(text[:end].rstrip())
     line = text.find("\n", end)
     line = len(text) if line < 0 else line

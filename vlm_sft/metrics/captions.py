@@ -111,7 +111,7 @@ def score_chinese(
         from sacrebleu.metrics import BLEU
     except ImportError as error:
         raise _missing("sacrebleu, rouge-chinese or jieba", error) from None
-    bleu = BLEU(tokenize="zh", effective_order=True)  # without, it warns; the counts are the same
+    bleu = BLEU(tokenize="zh", effective_order=True)  # without `effective_order` it warns; the counts are the same
     counts = []
     for said, right in zip(candidates, references, strict=True):
         found = bleu.sentence_score(said, list(right))

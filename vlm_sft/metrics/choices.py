@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 
-REFUSAL = "Z"  # upstream's letter of a model that refuses
+REFUSAL = "Z"  # upstream's letter for a model that refuses to choose
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .exact_match import FULL_WIDTH
 
 ANLS_THRESHOLD = 0.5
-MOST_CHANGE = 0.05  # of a number that relaxed accuracy still takes for the right one
+MOST_CHANGE = 0.05  # share by which a number may be wrong for relaxed accuracy
 
 
 def anls(prediction: str, references: Sequence[str]) -> float:

@@ -52,7 +52,7 @@ class Measured(NamedTuple):
     totals: dict[str, Total]
 
 
-_LETTERS = dict.fromkeys("ABCD", "")  # of options that stand in the question
+_LETTERS = dict.fromkeys("ABCD", "")  # letters of options that stand in the question itself
 
 Measure = Callable[[Sequence[Answered]], Measured]
 
@@ -171,7 +171,8 @@ def _judge(asked: Sequence[Answered]) -> Measured:
 
     A verdict that names no scores counts nowhere; a question without any has no score (nan).
     """
-    orders = np.zeros((len(asked), 2, 3))  # of each question and order: reference, answer, how many
+    # For each question and order: sums of the reference's and the answer's scores, and how many.
+    orders = np.zeros((len(asked), 2, 3))
     for number, one in enumerate(asked):
         for place, verdict in enumerate(one.verdicts):
             orders[number, place] += (0, 0, 0) if verdict is None else (*verdict, 1)

@@ -46,7 +46,7 @@ PART_NAMES = {
 # Parts of a published model that nothing here reads: they go along as they are, whatever is trained.
 UNREAD = ("audio_tower.", "embed_audio.")
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.")
-NEW_ROWS = ".trainable_tokens_delta"  # the rows of new words, as PEFT keeps them beside a table
+NEW_ROWS = ".trainable_tokens_delta"  # PEFT keeps the rows of new words beside a table under this name
 ADAPTER_MARKS = (".lora_", NEW_ROWS)
 
 
@@ -181,7 +181,8 @@ class FreezePlan:
                 row.trained += size if parameter.requires_grad else 0
                 row.dtypes.add(_type_name(parameter))
         for part, (_, module) in part_modules(model).items():
-            if (empty := getattr(module, "empty", None)) is not None:  # `parts.Cached`, whose features are given
+            # The tower is not here: a cache gives its features, see `parts.Cached`.
+            if (empty := getattr(module, "empty", None)) is not None:
                 rows[part].kind = type(empty).__name__
                 rows[part].total = sum(_size(parameter) for parameter in empty.parameters())
                 rows[part].dtypes = {"cached"}

@@ -22,8 +22,8 @@ from ..base.names import IGNORED, Values
 from .positions import segment_numbers
 from .sharding import is_sharded
 
-# Of the logits, in fp32, that are there at a time: on a CPU, or on anything else. Fewer make a head that learns add up
-# its gradient too often.
+# Bytes of logits, in fp32, that are held at a time: on a CPU, and elsewhere. With fewer, a head that learns would add
+# up its gradient too often.
 CHUNK_BYTES = {True: 2**26, False: 2**28}
 FEWEST = 16  # positions at a time, whatever the vocabulary
 # What transformers' functions of a routers' loss are given; one of another kind (Doge's) is not called.
@@ -138,7 +138,7 @@ def scales_as_its_class(causal_lm: PreTrainedModel) -> bool:
     below = causal_lm.get_input_embeddings().register_forward_pre_hook(_refuse)
     try:
         theirs = causal_lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=state.device), use_cache=False).logits
-    except Exception:  # whatever a class needs beside a last hidden state
+    except Exception:  # the class needs more than a last hidden state
         return True
     finally:
         below.remove()
@@ -280,7 +280,7 @@ def score_positions(
     learns = torch.is_grad_enabled() and (picked.requires_grad or bool(trained))
     if learns and head.can_learn_at_once(picked):
         return _Scored.apply(head, targets, weights, picked, *trained)
-    losses = [picked.float().sum(1)[:0]]  # where there is nothing else, it keeps the graph
+    losses = [picked.float().sum(1)[:0]]  # it has no number, and keeps the graph where nothing is learned
     hits = [torch.zeros(0, dtype=torch.bool, device=picked.device)]
     for part in head.chunks(picked):
         if learns:
@@ -297,7 +297,7 @@ def _losses(
     head: Head, hidden: torch.Tensor, targets: torch.Tensor, hits: list[torch.Tensor], number: int
 ) -> torch.Tensor:
     logits = head(hidden).float()
-    if number == len(hits):  # the backward pass comes here again, and needs the losses alone
+    if number == len(hits):  # the backward pass runs this once more, and needs the losses alone
         hits.append(logits.detach().argmax(-1) == targets)
     return F.cross_entropy(logits, targets, reduction="none")
 
@@ -329,7 +329,7 @@ class _Scored(torch.autograd.Function):
             scores = F.log_softmax(logits.detach().float(), -1)
             losses.append(-scores.gather(1, own)[:, 0])
             hits.append(logits.detach().argmax(-1) == targets[part])
-            slope = scores.exp_()  # of the losses, in the logits
+            slope = scores.exp_()  # the gradient of the losses in the logits
             slope.scatter_(1, own, slope.gather(1, own) - 1).mul_(weights[part, None])
             learning = [rows, *trained] if picked.requires_grad else [*trained]
             found = torch.autograd.grad(logits, learning, slope.to(logits.dtype), allow_unused=True)
@@ -346,7 +346,8 @@ class _Scored(torch.autograd.Function):
     def backward(ctx: FunctionCtx, factor: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("The gradients of the loss were made once, and are used: the graph cannot be kept.")
-        gradients, ctx.gradients = ctx.gradients, None  # not kept: what scales a matrix in place needs no second one
+        # Scaled in place: a second copy of a head's gradient would be large.
+        gradients, ctx.gradients = ctx.gradients, None
         return None, None, None, *(None if each is None else each.mul_(factor) for each in gradients)
 
 

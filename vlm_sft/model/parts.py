@@ -50,7 +50,7 @@ class Cached(nn.Module):
 
     def __init__(self, empty: nn.Module, shape: tuple[int, int]) -> None:
         super().__init__()
-        self._empty, self.shape = (empty,), shape  # in a tuple: its weights are not the model's
+        self._empty, self.shape = (empty,), shape  # in a tuple, where torch does not count its weights as the model's
 
     @property
     def empty(self) -> nn.Module:
@@ -75,7 +75,7 @@ def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
     except (ArithmeticError, LookupError, TypeError) as error:
         kind = config.model_type
         raise UserError(f"no vision tower can be made of its configuration ({kind}): {one_line(error)}.") from error
-    if eps := getattr(config, "post_layernorm_eps", None):  # LAVIS: another one than inside the tower
+    if eps := getattr(config, "post_layernorm_eps", None):  # LAVIS has another one than inside the tower
         tower.post_layernorm.eps = eps
     return tower
 

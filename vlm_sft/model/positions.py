@@ -173,7 +173,7 @@ def attend_by_row(
     ]
     found = []
     for row, *pieces in zip(rows, *parts, strict=True):
-        if row < 0:  # padding
+        if row < 0:  # padding belongs to no row
             found.append(torch.zeros_like(pieces[2]))
             continue
         q, k, v = (piece.transpose(0, 1)[None] for piece in pieces)

@@ -84,7 +84,8 @@ def width_of(features: torch.Size, height: int, width: int) -> int:
     if len(features) != 4:
         raise ValueError(f"it gives features of the shape {tuple(features)}, not one row a place")
     _, a, b, c = features
-    first, last = b * width == c * height, a * width == b * height  # which two axes are shaped like the image
+    # The two axes that are shaped like the image hold the patches.
+    first, last = b * width == c * height, a * width == b * height
     return c if last and not first else a
 
 

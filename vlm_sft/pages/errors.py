@@ -20,9 +20,9 @@ from .layout import render
 from .pictures import thumbnail
 from .records import Entry, Sheet
 
-SHOWN = 2000  # questions
-RIGHT = 200  # of them, so many that are right and changed nothing
-PICTURES, BYTES = 600, 12 * 2**20  # pictures and their bytes together
+SHOWN = 2000  # questions on a page
+RIGHT = 200  # how many of them are right and changed nothing
+PICTURES, BYTES = 600, 12 * 2**20  # pictures of a page, and their bytes together
 SIDE = 320
 ANSWERS = 8  # rows and columns of a table of what is mixed up
 SHORT = 32  # characters of an answer there; the whole stands in its title

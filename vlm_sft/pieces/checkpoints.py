@@ -226,7 +226,8 @@ def _open(path: str, key: str) -> safe_open | GgufFile | None:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        if os.path.exists(path) and not os.access(path, os.R_OK):  # safetensors says that it is not there
+        # Safetensors would say that a file which may not be read is not there.
+        if os.path.exists(path) and not os.access(path, os.R_OK):
             raise UserError(
                 f"{key}: the file {path!r} may not be read by this user; change its permissions."
             ) from error
@@ -240,7 +241,7 @@ def _load_bin(path: str, key: str) -> dict[str, torch.Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
-            if "mmap can only be used" not in str(error):  # written before torch 1.6
+            if "mmap can only be used" not in str(error):  # the file was written before torch 1.6
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

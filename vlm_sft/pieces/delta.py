@@ -123,7 +123,7 @@ def _report(old: Checkpoint, new: Checkpoint, kinds: Kinds, tables: str, whole: 
 def _written_whole(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when all is written, and is removed when something fails."""
     try:
-        remove_unfinished(out)  # of a run that was killed, which may be most of a disk
+        remove_unfinished(out)  # what a killed run left may be most of a disk
         with written_beside(out) as unfinished:
             unfinished.mkdir()
             yield unfinished
@@ -218,7 +218,7 @@ def _combine(name: str, old: Checkpoint, new: Checkpoint, whole: bool) -> torch.
         return delta.clone().contiguous()
     base = old.read([name])[name].to(delta.dtype)
     total = delta.clone().contiguous()
-    rows = total[: len(base)] if base.dim() else total  # rows beyond the base's are the delta's own
+    rows = total[: len(base)] if base.dim() else total  # rows beyond those of the base are the delta's own
     rows += base
     if not torch.isfinite(total).all():
         raise UserError(f"The sum of {name!r} is not finite in {delta.dtype}; BASE or DELTA is broken: fetch it again.")

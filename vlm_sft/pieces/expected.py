@@ -91,7 +91,7 @@ def unpacked(path: str, key: str) -> str:
     Raises:
         UserError: The file is not whole, or transformers knows no such language model or tokenizer.
     """
-    looked_at = GgufFile(path, key)  # transformers believes what a file says of its lengths
+    looked_at = GgufFile(path, key)  # transformers would believe what the file says of its lengths
     place, file = _kept(path), os.path.realpath(path)
     with refused_by_library(f"{key}: the GGUF file {path!r} cannot be read"):
         found, _ = PreTrainedConfig.get_config_dict(str(place), gguf_file=file)

@@ -21,7 +21,7 @@ def entries_of(pieces: Mapping[str, Piece[Any]], model: nn.Module) -> dict[str, 
     """What a bundle says of each piece: where it came from, and a fingerprint of its tensors there."""
     entries: dict[str, Json] = {}
     for part, piece in pieces.items():
-        inside = part in ("vision_tower", "resampler")  # often inside a larger checkpoint
+        inside = part in ("vision_tower", "resampler")  # these often lie inside a larger checkpoint
         names = names_of(piece, model.get_submodule(f"model.{part}")) if inside else None
         entry = {
             "pretrained": piece.pretrained,

@@ -255,7 +255,7 @@ class _Reader:
         if kind == GGUFValueType.STRING:
             return self.text()
         inner, count = GGUFValueType(self.number("<I")), self.number("<Q")
-        if count > (most := limits().vocabulary):  # transformers takes hundreds of bytes for each
+        if count > (most := limits().vocabulary):  # transformers takes hundreds of bytes for each entry
             raise ValueError(f"it has a list of {count:,}; more than {most:,} (`limits.vocabulary`) are refused")
         if inner in NUMBERS:
             self.take(count * struct.calcsize(NUMBERS[inner]))

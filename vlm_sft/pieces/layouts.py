@@ -345,6 +345,6 @@ LAYOUTS: dict[str, Layout] = {
         kind="linear_no_bias",
         mark=r"(?P<prefix>transformer\.visual\.|)proj",
         names=((r"^linear\.weight$", "linear"),),
-        made={"linear": (("proj",), lambda matrix: matrix.t().contiguous())},  # it multiplies from the right
+        made={"linear": (("proj",), lambda matrix: matrix.t().contiguous())},  # upstream multiplies from the right
     ),
 }

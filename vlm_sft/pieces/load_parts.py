@@ -67,7 +67,7 @@ def load_vision_tower(piece: Piece[VisionTower], dtype: torch.dtype) -> PreTrain
     resized = spec.image_size is not None and config.model_type not in INTERPOLATING
     as_published = not piece.is_foreign and not spec.config and not resized
     if as_published and piece.whole.model_type == config.model_type and config.model_type not in VISION_MODELS:
-        if not spec.trust_remote_code:  # may be of a class that only its own code knows, and runs that code anyway
+        if not spec.trust_remote_code:  # a model of a class that only its own code knows runs that code anyway
             check_size(AutoModel.from_config, config, piece.checkpoint)
         return from_pretrained(AutoModel, piece, dtype=dtype)
     with torch.device("meta"):
@@ -221,7 +221,7 @@ def from_pretrained(auto_class: type[PreTrainedModel], piece: Piece[Spec], **opt
             f"{piece.key}: the weights of {piece.pretrained!r} hold more than weights, and reading them could run "
             f"code: they are refused; use a checkpoint in safetensors."
         ) from error
-    except Exception as error:  # whatever a value of another type makes a class raise
+    except Exception as error:  # a value of another type makes a class raise anything
         if isinstance(error, AssertionError):
             raise
         said = one_line(error).replace(place, piece.pretrained)
@@ -263,7 +263,7 @@ def load_module(
     state = {}
     for name, empty in wanted.items():
         if (origin := origins.get(name)) is None:
-            tensor = torch.zeros(empty.shape)  # one of UNUSED
+            tensor = torch.zeros(empty.shape)  # it is one of UNUSED, and zeros do
         else:
             sources = [tensors[source] for source in origin.names]
             tensor = origin.make(*sources) if origin.make else sources[0]

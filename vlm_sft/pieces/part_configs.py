@@ -156,7 +156,7 @@ def vision_config_of(config: PreTrainedConfig, key: str) -> PreTrainedConfig:
         UserError: There is no vision tower in it.
     """
     vision = getattr(config, "vision_config", None) or config
-    if isinstance(vision, dict):  # a configuration that is not of transformers
+    if isinstance(vision, dict):  # a mapping: the configuration is none of transformers' own
         raise UserError(f"{key}: transformers has no class for the vision tower of a {config.model_type!r} checkpoint.")
     if not hasattr(vision, "num_channels") and not (hasattr(vision, "image_size") and hasattr(vision, "patch_size")):
         raise UserError(f"{key}: a {config.model_type!r} checkpoint holds no vision tower; name a ViT, CLIP, SigLIP, …")
@@ -169,7 +169,7 @@ def state(config: PreTrainedConfig, stated: Values, key: str) -> PreTrainedConfi
     Raises:
         UserError: The configuration has no such setting, or none that is a size, a switch or a word.
     """
-    general = vars(PreTrainedConfig())  # dtypes, kernels, names of classes: nothing that a part is built by
+    general = vars(PreTrainedConfig())  # dtypes, kernels and names of classes build no part
     for name, value in stated.items():
         if not hasattr(config, name) or name in general or name.startswith("_") or callable(getattr(config, name)):
             raise UserError(f"{key}.config: a {type(config).__name__} has no setting {name!r}.")

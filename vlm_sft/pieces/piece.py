@@ -152,7 +152,7 @@ class Piece(Generic[SpecT]):
             raise unreachable(self.pretrained, self.key) from error
         except UserError:
             raise
-        except Exception as error:  # whatever a value of a wrong type makes a class raise
+        except Exception as error:  # a value of a wrong type makes a class raise anything
             said = one_line(error).replace(place, self.pretrained)
             raise UserError(
                 f"{self.key}: transformers cannot read the config.json of {self.pretrained!r}: {said}"

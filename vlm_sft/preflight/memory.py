@@ -136,7 +136,7 @@ def estimate(
         part.optimizer += launch.share("optimizer", kept + copy)
     used = {name: part for name, part in parts.items() if part.weights or part.gradients or part.optimizer}
     gathered = 0
-    if launch.stage == 3 and launch.processes > 1:  # of each list of layers, one is put together at a time
+    if launch.stage == 3 and launch.processes > 1:  # of each list of layers, one layer is gathered at a time
         layers = (layer for child in model.modules() if isinstance(child, nn.ModuleList) for layer in child)
         largest = max((sum(weight.numel() for weight in layer.parameters()) for layer in layers), default=0)
         gathered = 2 * largest * computes.itemsize

@@ -16,7 +16,7 @@ from .pairs import ShownPair
 from .samples import Share, Shown
 
 BARS = 40
-WIDTH, HEIGHT = 640, 160  # of the histogram, in its own units
+WIDTH, HEIGHT = 640, 160  # sides of the histogram, in units of its drawing
 LONGEST_SHOWN = 1500  # groups of tokens of a sample that are shown
 
 

@@ -14,7 +14,7 @@ from ..pages.pictures import Picture, thumbnail
 from ..reading.images import load_image
 from ..rows.messages import IN_EXTRAS
 
-PAIRS = 24  # shown
+PAIRS = 24  # pairs that are shown
 SIDE = 144  # pixels of the longer side
 _COLUMNS = ("images", "id", "source", IN_EXTRAS)
 
@@ -65,5 +65,5 @@ def show_pairs(found: LookAlikes | None) -> list[ShownPair]:
 def _small(image: ImageEntry) -> Picture | None:
     try:
         return thumbnail(load_image(image, side=SIDE), side=SIDE)
-    except RowError:  # it was read a moment ago
+    except RowError:  # it was read a moment ago, so this is hardly ever so
         return None

@@ -175,7 +175,8 @@ def _take_steps(
     with folder as output_dir, waiting(console, "Loading the pieces and taking real steps"):
         settings = {name: value for name, value in recipe.sft.items() if name != "warmup_ratio"}
         sft = {**settings, **SETTINGS, "output_dir": output_dir}
-        changed = recipe.model_copy(update={"sft": sft, "cache": None})  # what is proven frozen must be there
+        # A tower that is proven frozen must be there, so no cache stands in for it.
+        changed = recipe.model_copy(update={"sft": sft, "cache": None})
         args = build_sft_config(changed)
         args._n_gpu = min(args.n_gpu, 1)  # preflight is one process on one GPU, whatever there is
         quiet_libraries()

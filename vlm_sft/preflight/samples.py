@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 LOOKED_AT = 20_000  # rows whose text is read
 GLANCED_AT = 1_000  # rows whose text is read at the start of a training
 MEASURED = 2_000  # of these, rows whose whole length is counted, and answers given to the tokenizer
-SHOWN = 8  # samples
+SHOWN = 8  # samples that are shown
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def whole_lengths(rows: Sequence[Row], collator: MultimodalCollator) -> list[int
         try:
             lengths.append(len(whole.encode(row, with_images=False).chat.input_ids))
         except RowError:
-            continue  # the ledger has it
+            continue  # the ledger has this row
     return lengths
 
 

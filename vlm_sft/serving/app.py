@@ -31,7 +31,7 @@ from .writing import End, Piece, Share, Writing
 
 Events = asyncio.Queue[Piece | End]
 JSON = "application/json"
-OPEN = 8  # times the most bytes of a request are held of all that are open
+OPEN = 8  # all open requests together may hold so many times what one may have
 
 
 @dataclass

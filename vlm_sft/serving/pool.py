@@ -95,7 +95,7 @@ class Pool:
             served, writings = batch
             try:
                 self._write(served, writings)
-            except BaseException as error:  # whatever it is, the next question is answered
+            except BaseException as error:  # whatever was raised, the next question is answered
                 for writing in writings:
                     writing.end("error", error if isinstance(error, Exception) else RuntimeError(str(error)))
             with self._changed:
@@ -120,7 +120,7 @@ class Pool:
                         self._changed.wait(left)
                 if self._closed:
                     return None
-                if self._waiting:  # else they have left
+                if self._waiting:  # if nobody waits any more, they have left
                     break
             served = self._waiting[0][0]
             chosen = [pair for pair in self._waiting if pair[0] is served][: self.batch_size]
@@ -166,7 +166,7 @@ class Pool:
             steps = min([steps, *(limit - each.length for each in writings)])
         goes_on = served.goes_on and "token_type_ids" not in batch
         if not goes_on and len(writings) > 1 and steps < max(each.left for each in writings):
-            for each in writings:  # which has room enough alone
+            for each in writings:  # alone each has room enough
                 self._write(served, [each])
             return
         settings = generation_options(model, processor, {**served.settings, "max_new_tokens": steps})

@@ -20,7 +20,7 @@ from .bundles import Served
 from .refusal import Refusal
 from .writing import End, Piece, Writing, how_drawn
 
-LETTERS = 16  # of a token on average at most
+LETTERS = 16  # characters of a token on average, at most
 _ENCODING = threading.Lock()  # `Served.reader` is asked by one thread at a time
 
 

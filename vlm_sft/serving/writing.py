@@ -168,7 +168,7 @@ class Writing:
         self.ids.append(token)
         whole = decode(self.processor, self.ids)
         last = self.left <= 0
-        shown = whole if last else whole.rstrip(UNREADABLE)  # the character at the end may be a half one
+        shown = whole if last else whole.rstrip(UNREADABLE)  # the last character may not be whole yet
         text = self._held.take(shown[self._read :]) if len(shown) > self._read else ""
         self._read = max(self._read, len(shown))
         shares = (share(),) if share is not None else ()

@@ -73,7 +73,7 @@ def merge_adapter(folder: Path, model: nn.Module, source: str) -> None:
     wrapped = open_adapter(folder, model)
     fill_adapter(folder, wrapped)
     try:
-        wrapped.merge_and_unload(safe_merge=True)  # in place
+        wrapped.merge_and_unload(safe_merge=True)  # this changes the model in place
     except ValueError as error:
         raise UserError(f"{str(folder / ADAPTER)!r} cannot be merged: {error}") from error
     merged_in(model).append(Merged(source, *(read_bytes(folder / name) for name in (ADAPTER_CONFIG, ADAPTER))))
@@ -125,7 +125,7 @@ def open_adapter(folder: Path, model: nn.Module) -> PeftModel:
         wrapped = _add_compared(folder, model, config)
     except UserError:
         raise
-    except Exception as error:  # whatever a word where a number should be makes PEFT raise
+    except Exception as error:  # a word where a number should be makes PEFT raise anything
         where = repr(str(folder / ADAPTER_CONFIG))
         raise UserError(f"{where} is no adapter that PEFT can read: {one_line(error)}") from error
     wrapped.peft_config["default"].base_model_name_or_path = base
@@ -155,7 +155,7 @@ def _add_compared(folder: Path, model: nn.Module, config: LoraConfig) -> PeftMod
         names = [name for name in file.keys() if not (config.use_dora and DORA in name)]  # noqa: SIM118
         shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
     check_keys(shapes, own, folder / ADAPTER)
-    if config.use_dora:  # it measures the weights while it is made, which takes memory of its own
+    if config.use_dora:  # DoRA measures the weights while it is made, which takes memory of its own
         return add_adapter(wrapped.unload(), config)
     for module in wrapped.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -219,7 +219,7 @@ def fill_adapter(folder: Path, model: PeftModel, name: str = "default") -> None:
     adapter = read_tensors(folder / ADAPTER)
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     check_keys(adapter, own, folder / ADAPTER)
-    for key, tensor in own.items():  # which shares its memory with the model's
+    for key, tensor in own.items():  # the state dict shares its memory with the model
         fill(tensor, adapter[key])
 
 

@@ -47,7 +47,7 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     image_processor = _load_image_processor(tower, config)
     tokenizer = load_tokenizer(lm)
     template = load_template(recipe.chat_template)
-    # Before the image token and padding, which need no row of a table.
+    # Counted before the image token and padding are added, which need no row of a table.
     words = add_words(tokenizer, recipe.words, template, [IMAGE_TOKEN])
     processor = VLMProcessor(
         image_processor=image_processor,
@@ -83,7 +83,7 @@ def load_tokenizer(lm: Piece[Spec]) -> PreTrainedTokenizerBase:
         return tokenizer
     except UserError:
         raise
-    except Exception as error:  # whatever odd values in its files meet there
+    except Exception as error:  # odd values in its files make transformers raise anything
         raise unreachable(lm.pretrained, lm.key, "tokenizer") from error
 
 
@@ -99,7 +99,7 @@ def _load_qformer_tokenizer(piece: Piece[Resampler], config: VLMConfig) -> PreTr
         tokenizer = load_qformer_tokenizer(laid_out(source, revision, piece.key, names), subfolder)
     except UserError:
         raise
-    except Exception as error:  # whatever odd values in its files meet there
+    except Exception as error:  # odd values in its files make transformers raise anything
         raise UserError(
             f"stack.resampler: {source!r} has no tokenizer for the instruction that the "
             f"Q-Former reads; name one under stack.resampler.tokenizer (published: google-bert/bert-base-uncased)."
@@ -142,7 +142,7 @@ def load_image_processor(piece: Piece[Spec], image_size: int | None = None) -> B
         return images
     except UserError:
         raise
-    except Exception as error:  # whatever odd values in its file meet there
+    except Exception as error:  # odd values in its file make transformers raise anything
         raise UserError(f"{piece.where} has no image processor (preprocessor_config.json).") from error
 
 
@@ -152,7 +152,7 @@ def _read_image_processor(tower: Piece[Spec]) -> BaseImageProcessor:
         place, options = laid_out(place, tower.revision, tower.key, (CONFIG, *IMAGES)), {}
     try:
         return AutoImageProcessor.from_pretrained(place, backend="pil", **options)
-    except ImportError as error:  # a class that has no PIL side
+    except ImportError as error:  # the class has no side that works with PIL
         settings, _ = BaseImageProcessor.get_image_processor_dict(place, revision=options.get("revision"))
         if not str(settings.get("image_processor_type")).startswith(LIKE_VIT):
             raise UserError(

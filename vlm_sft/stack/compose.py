@@ -94,7 +94,7 @@ def check_image_size(config: VLMConfig, processor: VLMProcessor, name: str) -> t
     try:
         pixels = [processor.encode_images([Image.new("RGB", shape)]) for shape in ((96, 64), (64, 96))]
         sizes = {tuple(each.shape) for each in pixels if each is not None}
-        ((_, _, height, width),) = sizes  # one shape, of four dimensions
+        ((_, _, height, width),) = sizes  # one shape for all pictures, of four dimensions
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{key}: the image processor of {name!r} does not turn each image into one picture of a fixed size; give "

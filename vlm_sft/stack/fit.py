@@ -167,7 +167,7 @@ def measure_tower(config: VLMConfig, height: int, width: int, key: str) -> int:
         return tower.hidden_size
     try:
         found = width_of(_shape(config, height, width), height, width)
-    except Exception as error:  # whatever the code of an encoder raises
+    except Exception as error:  # the code of an encoder may raise anything
         raise UserError(
             f"{key}: a {tower.model_type!r} encoder cannot be a vision tower as it is: {one_line(error).rstrip('.')}; "
             f"use one like CLIP, SigLIP, DINOv2 or Swin."

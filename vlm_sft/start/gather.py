@@ -269,7 +269,7 @@ def _add(
                 tick(number)
     except RowError as error:
         wrong.append(str(error))
-    except UserError as error:  # the file as a whole, maybe from some row on
+    except UserError as error:  # the file as a whole cannot be read, maybe from some row on
         found.left_out.append(str(error))
     found.problems(name, wrong)
 

@@ -15,7 +15,7 @@ from ..reading.image_kinds import kind_of
 from ..rows.formats import examples_of
 from .folder import PICTURES
 
-LOOKED_AT = 64  # rows of a file
+LOOKED_AT = 64  # rows of a file that are looked at
 _NAMES = {
     "image": "image images img imgs image_path img_path image_file image_name image_url picture photo pic file "
              "filename file_name filepath file_path path url 图片 图像 照片 图片路径 文件 文件名 图",
@@ -28,7 +28,8 @@ _NAMES = {
 NAMES = {ours: words.split() for ours, words in _NAMES.items()}
 """Ours → how people call such a column, the likeliest first."""
 _CHATS = ("llava", "messages", "cauldron")
-FEW_CLASSES, LONGEST_CLASS = 0.5, 40  # of the rows, and letters: where texts are classes
+# Texts are classes where they are fewer than this share of the rows, and no longer than so many letters.
+FEW_CLASSES, LONGEST_CLASS = 0.5, 40
 
 
 class Guess(NamedTuple):

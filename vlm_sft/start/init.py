@@ -262,7 +262,7 @@ def _commands(place: Place, draft: Draft, kinds: list[Kind], sides: Sides) -> li
     shown = [row for kind in kinds for row in kind.shown]
     tested = next(row for row, side in zip(shown, sides.of, strict=True) if side == TEST)
     picture = next((str(image["path"]) for image in tested.images if image["path"]), None)
-    if picture is not None and f"{place.rows.name}{os.sep}" in picture:  # it was written beside its place
+    if picture is not None and f"{place.rows.name}{os.sep}" in picture:  # it was written in a folder beside its place
         picture = str(place.rows / IMAGES / Path(picture).name)
     ask = {"caption": ("Describe this picture.", "描述这张图片。")}.get(draft.learn, ("What is this?", "这是什么？"))
     question = ask[draft.language == "zh"]

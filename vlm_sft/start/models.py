@@ -9,7 +9,7 @@ from ..machine.machine import Machine
 GB = 2**30
 HEADROOM = 0.9
 """Share of a GPU that is planned with: its driver, libraries and gaps between blocks take the rest."""
-TEXT_TOKENS = 100  # of a row, beside its picture
+TEXT_TOKENS = 100  # tokens of a row beside those of its picture
 OPERATIONS = 6  # for a weight and a token: forward, once more for what was not kept, and back to what LoRA learns
 ROWS_A_STEP, FEWEST_ROWS = 16, 4
 

@@ -63,7 +63,7 @@ def check_rows(gathered: Gathered, stage: Path, root: Path | None, tick: Callabl
             with file.open("w", encoding="utf-8") as opened:
                 opened.writelines(_line({**row.values, "id": str(place)}) for place, row in enumerate(given))
             wrong = _check(kind, given, file, root, tick)
-        except UserError as error:  # of the source as a whole
+        except UserError as error:  # the source as a whole cannot be read
             gathered.left_out.append(str(error).replace(str(file), given[0].where))
         file.unlink()
         if wrong:
@@ -82,7 +82,7 @@ def _check(kind: Kind, given: Sequence[Given], file: Path, root: Path | None, ti
         place = given[int(line[1]) - 1].where if line else error.where
         sentence = (
             str(error).removeprefix(error.where).replace(f" and {file.parent}", "")
-        )  # which is not there for long
+        )  # that folder is not there for long
         wrong.append(place + sentence)
 
     seen: dict[int, tuple[list[Any], list[str]]] = {}

@@ -58,7 +58,7 @@ def read_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerFast:
         return _fast(proto, shift)
     except UserError:
         raise
-    except Exception as error:  # whatever protobuf and tokenizers raise at odd bytes
+    except Exception as error:  # protobuf and tokenizers raise anything at odd bytes
         raise UserError(f"{key}: {VOCABULARY} cannot be read as a tokenizer of ChatGLM; fetch it again.") from error
 
 
@@ -83,7 +83,7 @@ def _fast(proto: Any, shift: int) -> PreTrainedTokenizerFast:
     vocabulary = [*(f"<image_{number}>" for number in range(shift)), *(text for text, _ in pieces)]
     as_bytes = proto.trainer_spec.byte_fallback
     if proto.trainer_spec.model_type == UNIGRAM:
-        never = min(scores.values()) - 1000  # no text is cut into pieces that are none of text
+        never = min(scores.values()) - 1000  # so low that no text is ever cut into pieces that stand for no text
         scored = [(text, scores.get(text, never)) for text in vocabulary]
         model: models.Model = models.Unigram(scored, shift + proto.trainer_spec.unk_id, as_bytes)
     else:

@@ -33,7 +33,7 @@ class VLEConfig(PreTrainedConfig):
     model_type = "vle"
     sub_configs: ClassVar[Json] = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}
 
-    text_config: Any = None  # as a mapping in a file, a configuration from then on; so is the next
+    text_config: Any = None  # a mapping in a file, a configuration once it is read; so is the next
     vision_config: Any = None
     num_token_types: int = 2
     hidden_size: int = 768

@@ -71,7 +71,8 @@ class VLEForTask(VLEPreTrainedModel):
             image_features: As above.
             **kwargs: Nothing else is read.
         """
-        if choices := input_ids.shape[1] if input_ids.dim() == 3 else None:  # the features are made once for all
+        # The features are made once for all choices.
+        if choices := input_ids.shape[1] if input_ids.dim() == 3 else None:
             features = self.vle.get_image_features(pixel_values) if image_features is None else image_features
             pixel_values, image_features = None, features.repeat_interleave(choices, dim=0)
             input_ids = input_ids.flatten(0, 1)

@@ -30,7 +30,7 @@ def literals(template: str) -> list[str]:
     turns: list[Message] = [user, {"role": "assistant", "content": _ANSWER}] * 2
     try:
         chat = render(turns, template, eos_token="", image_token=_IMAGE)
-    except UserError:  # it wants a system text, or takes one turn alone
+    except UserError:  # the template wants a system text, or takes one turn alone
         system = {"role": "system", "content": _QUESTION}
         try:
             chat = render([system, *turns], template, eos_token="", image_token=_IMAGE)

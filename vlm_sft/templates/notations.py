@@ -13,7 +13,7 @@ from ..rows.messages import Part
 
 RESIZED, UNIT, GRID = "resized", "unit", "grid"
 DEFAULT = "shikra"
-GRID_SIDE = 32  # cells of a side that KOSMOS-2 has
+GRID_SIDE = 32  # KOSMOS-2 divides each side into so many cells
 
 
 @dataclass(frozen=True)

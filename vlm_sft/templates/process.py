@@ -37,7 +37,7 @@ LONGEST_WAIT = 120.0  # seconds; a busy machine gives a process little of a core
 LOOK = 0.2  # seconds after which a process that has not answered is looked at
 MOST_SOURCES = 64
 SERVING = "vlm_sft.templates.serve"
-TOGETHER, TOGETHER_CHARACTERS = 128, 2**20  # questions, and their characters, in a message
+TOGETHER, TOGETHER_CHARACTERS = 128, 2**20  # questions that go into one message, and their characters
 
 
 class _Question(NamedTuple):
@@ -49,7 +49,7 @@ class _Question(NamedTuple):
     given: str = "{}"
 
 
-class _Later(BaseException):  # which no `except Exception` on its way takes
+class _Later(BaseException):  # no `except Exception` on its way must take it
     """Carries what would have been asked to `asked_ahead`; None where nobody needs to be asked."""
 
     def __init__(self, question: _Question | None) -> None:
@@ -160,7 +160,7 @@ def _found(question: _Question) -> Any:
 _known = lru_cache(maxsize=256)(_found)  # what is asked of a template itself is asked again for every row
 
 
-@lru_cache(maxsize=64)  # asked for every row
+@lru_cache(maxsize=64)  # this is asked for every row
 def _hash(source: str) -> str:
     return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -246,7 +246,7 @@ class _Child:
 
         try:
             return int(psutil.Process(self.process.pid).memory_info().rss) > self.memory
-        except psutil.Error:  # it has ended
+        except psutil.Error:  # the process has ended
             return False
 
     def end(self) -> None:
@@ -262,7 +262,7 @@ class _Child:
         """Lets go of the pipes, at whose end the process ends."""
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
-                with suppress(OSError):  # what could not be written to one that has ended
+                with suppress(OSError):  # the rest cannot be written to a process that has ended
                     stream.close()
 
 

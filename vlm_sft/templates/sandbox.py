@@ -57,7 +57,8 @@ def compile_template(source: str, label: str) -> jinja2.Template:
         compiled = environment.from_string(tree)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{label}, line {error.lineno}: {reason_of(error)}; mend the jinja there.") from error
-    except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's own compiler: brackets in brackets in …
+    except (RecursionError, MemoryError, SyntaxError) as error:
+        # Python's own compiler raises these: brackets in brackets in ….
         raise UserError(f"{label} is nested too deeply; do not use templates like it.") from error
     if not any(attribute.name == "_mark" for attribute in tree.find_all(nodes.ExtensionAttribute)):
         raise UserError(f"{label} has no generation markers; {HOW_TO_MARK}.")
@@ -78,7 +79,7 @@ def run_template(compiled: jinja2.Template, label: str, **variables: Any) -> str
     """
     try:
         return compiled.render(**variables)
-    except Exception as error:  # whatever a template can be made to raise is a fault of the template
+    except Exception as error:  # a template can be made to raise anything, and the fault is the template's
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _FILE]
         where = f"{label}, line {lines[-1]}" if lines else label
         if isinstance(error, RefusedError):
@@ -116,7 +117,7 @@ def fill_prompt(source: str, where: str, values: Values) -> str:
     """
     try:
         return _prompt(source).render(**values).strip()
-    except Exception as error:  # whatever a prompt can be made to raise is a fault of the prompt
+    except Exception as error:  # a prompt can be made to raise anything, and the fault is the prompt's
         raise UserError(f"{where}: the prompt of the benchmark fails there: {reason_of(error)}.") from error
 
 

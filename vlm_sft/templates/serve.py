@@ -87,7 +87,7 @@ def _answered(work: str, source: str, label: str, given: Values) -> Json | None:
         if isinstance(error.__cause__, MemoryError):
             return None
         return {"error": str(error), "refused": isinstance(error, RefusedError)}
-    except Exception as error:  # of jinja's own analysis
+    except Exception as error:  # jinja's own analysis raises these
         return {"error": f"{label} cannot be read ({type(error).__name__}); mend it.", "refused": False}
 
 

@@ -55,7 +55,7 @@ def end_of_answer(template: str | Path, *, bos_token: str | None = "", eos_token
     return _end_of_answer(template, *resolve(template), bos_token, eos_token)
 
 
-@lru_cache(maxsize=64)  # asked for every answer that a model gives; by its source too, for a file may be changed
+@lru_cache(maxsize=64)  # this is asked for every answer; by its source too, for a file may be changed
 def _end_of_answer(template: str | Path, source: str, label: str, bos_token: str | None, eos_token: str | None) -> str:
     chat = render(_probe(), template, bos_token=bos_token, eos_token=eos_token)
     return _affixes(chat, label)[1]
@@ -75,7 +75,7 @@ def learns_last_alone(template: str | Path) -> bool:
     """Whether a template has only the last answer of a conversation in the loss (GLM's: the others are its prompt)."""
     try:
         return len(render(_probe() + _probe(), template).spans) == 1
-    except UserError:  # it is made for one turn
+    except UserError:  # the template is made for one turn
         return False
 
 

@@ -175,7 +175,7 @@ def _take_over(recipe: Recipe, stack: Stack, begun: str | None, say: Callable[[s
     """
     first = str(recipe.init_from)
     if begun:
-        hand_over(stack, begun, "continue")  # whatever was merged is in the checkpoint
+        hand_over(stack, begun, "continue")  # what was merged before is in the checkpoint
         for part, entry in read_manifest(begun)["pieces"].items():
             stack.pieces[part] |= {key: entry[key] for key in ("init_from", "held") if key in entry}
         return stages_so_far(begun)[:-1]
@@ -228,7 +228,8 @@ def _other_weights(folder: Path) -> set[str]:
 
 def _match_embeddings(stack: Stack, collator: MultimodalCollator, rows: Dataset, prefix: Prefix | None) -> float:
     """Scales the projector by the first rows that have images."""
-    left = iter(islice(rows, None if hasattr(rows, "__len__") else 4096))  # a stream has no end
+    # A stream has no end, and so many rows show what is asked.
+    left = iter(islice(rows, None if hasattr(rows, "__len__") else 4096))
     while some := list(islice(left, 8)):
         batch = collator(some) if prefix is None else prefix.complete(collator(some))
         if images := {name: batch[name] for name in (PIXELS, FEATURES) if name in batch}:

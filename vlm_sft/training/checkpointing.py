@@ -67,12 +67,13 @@ class SavePoints(TrainerCallback):
         try:
             save()
             state, best = trainer.state, trainer.state.best_model_checkpoint
-            if best is not None and Path(best).parent == self.beside:  # where it was written is not where it will be
+            # It was written beside its place, and moves there.
+            if best is not None and Path(best).parent == self.beside:
                 state.best_model_checkpoint = str(final)
                 if trainer.args.should_save:
                     state.save_to_json(str(Path(best) / TRAINER_STATE_NAME))
             self._publish(self.beside / final.name, final)
-        except Exception as error:  # each library has its own
+        except Exception as error:  # each library reports a full disk by an error of its own
             if not _is_about_the_disk(error):
                 raise
             shutil.rmtree(self.beside, ignore_errors=True)

@@ -83,7 +83,8 @@ def find_rows(recipe: Recipe, ids: list[str]) -> list[Row]:
     """The training rows with these ids, read anew from the recipe's sources, in this order."""
     seed = recipe.sft.get("data_seed") or recipe.sft.get("seed", 42)
     found: dict[str, Row] = {}
-    for source in recipe.data.train:  # unmixed: which rows a mixture draws depends on the rows that were rejected
+    # Each source by itself: which rows a mixture draws depends on those that were rejected.
+    for source in recipe.data.train:
         rows = load_source(source, seed=seed, reject=lambda error: None)
         places = {name: place for place, name in enumerate(rows["id"])}
         found |= {name: rows[places[name]] for name in ids if name in places}

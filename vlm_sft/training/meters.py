@@ -137,7 +137,7 @@ class Meters:
             logs["samples_per_second"] = sums["samples"] / busy
             logs["data_wait_share"] = waited / busy
             logs["padding_share"] = 1 - sums["tokens"] / sums["places"] if sums["places"] else 0.0
-        if mode == "train" and "learning_rate" in logs:  # which is the first group's
+        if mode == "train" and "learning_rate" in logs:  # what transformers logs is the rate of the first group
             rates = {group["part"]: group["lr"] for group in groups if "part" in group}
             logs.update({f"learning_rate_{part}": rate for part, rate in rates.items()} if len(rates) > 1 else {})
         if sums["routed"]:  # of a mixture of experts, without its factor

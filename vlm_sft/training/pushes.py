@@ -48,7 +48,7 @@ class PushCallback(TrainerCallback):
         self.options: Options = {"private": private, "revision": revision}
         self.message = message
         self._running: Future[str] | None = None
-        self._folder: Path | None = None  # what it pushes
+        self._folder: Path | None = None  # the folder that is being pushed
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Starts to push the checkpoint that was just written, on the first process."""
@@ -93,7 +93,7 @@ class PushCallback(TrainerCallback):
         self._report()
         try:
             address = push_bundle(folder, self.repo_id, message=self.message, **self.options)
-        except Exception as error:  # whatever it is, hours of training must not end on it
+        except Exception as error:  # hours of training must not end because a push fails, however it does
             self.say(f"The bundle is whole but was not pushed. {_why(error)} Then: {self._command(folder)}")
             return None
         self.say(f"Pushed: {address}")

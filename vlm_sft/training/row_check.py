@@ -281,7 +281,8 @@ def _measured(
     from torch.utils.data import DataLoader
 
     workers = min(cores, len(picked) // ROWS_WORTH_A_WORKER, MOST_WORKERS)
-    if workers > 1 and multiprocessing.get_start_method() != "fork":  # which settles it, so it is not asked for nothing
+    # Asking settles the method for the process, so it is asked only where it matters.
+    if workers > 1 and multiprocessing.get_start_method() != "fork":
         workers = min(workers, len(picked) // ROWS_WORTH_A_START)
     loader: DataLoader[Any] = DataLoader(
         _Picked(rows, picked, decoded),  # type: ignore[arg-type]

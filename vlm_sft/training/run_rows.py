@@ -47,7 +47,7 @@ class RunRows(NamedTuple):
     eval_lengths: list[int] | None = None
 
 
-FIRST_ROWS = 1000  # of each source of a stream, looked over before the first step
+FIRST_ROWS = 1000  # rows of each source of a stream that are looked over before the first step
 
 
 def load_rows(
@@ -190,7 +190,7 @@ def _load_set(
     try:
         parts = one_process_first(read) if any(worth_waiting_for(source) for source in sources) else read()
     except UserError:
-        ledger.check(console, name)  # no row is left of a source that had some
+        ledger.check(console, name)  # where no row of a source is left, the ledger says why
         raise
     merging = [number for number, source in enumerate(sources) if source.merge_by_image]
     findings = look(name, [part.rows for part in parts], seed=seed, whole=merging)
@@ -255,7 +255,7 @@ def merge_source(
         extra = max([0, *(length - int(lengths[pair].sum() - fronts[pair[1]]) for length in probe.lengths)])
     todo = [filled for group in groups for filled in fill(group, lengths, fronts, room, extra)]
     tables, start, refused = [part.rows], len(part.rows), []
-    done: list[tuple[list[int], int, int]] = []  # numbers of rows, where what was made of them is, its tokens
+    done: list[tuple[list[int], int, int]] = []  # numbers of rows, the place of what was made of them, and its tokens
     while todo:
         done += [(group, group[0], int(lengths[group[0]])) for group in todo if len(group) == 1]
         if not (pending := [group for group in todo if len(group) > 1]):
@@ -292,7 +292,7 @@ def _settle(groups: Sequence[list[int]], measured: Findings) -> tuple[dict[int, 
         if not lost:
             fit[place] = tokens
             continue
-        kept = max(1, len(group) - lost)  # a row has one turn at least
+        kept = max(1, len(group) - lost)  # a row keeps one turn at least
         left += [group[:kept], group[kept:]]
     return fit, left
 

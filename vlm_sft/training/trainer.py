@@ -155,7 +155,8 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
             UserError: A worker died, or a loss is not finite and `nonfinite` is `stop`.
         """
         notes = tempfile.TemporaryDirectory(prefix="vlm_sft-", ignore_cleanup_errors=True)
-        with notes as self._notes, workers_end_with_errors():  # workers first: they write there as long as they live
+        # The workers end first: they write there as long as they live.
+        with notes as self._notes, workers_end_with_errors():
             try:
                 try:
                     return super().train(*args, **kwargs)

@@ -85,7 +85,7 @@ class WatchedCollator:
         for _, row in numbered(rows):
             try:
                 self.collator([row])
-            except Exception:  # whatever it is: the caller raises it with this row's name
+            except Exception:  # the caller raises it, whatever it is, with this row's name
                 return describe([row])
         return describe(rows)
 
@@ -151,7 +151,8 @@ class Watch(TrainerCallback):
 
     def collator(self, own: Collator, notes: str | None, image_token_id: int | None) -> WatchedCollator:
         """A collator whose batches say which rows they hold, and what the host can count of them."""
-        if self.trainer.args.n_gpu > 1:  # of one process: they share a batch row by row, and positions are no rows
+        # Several GPUs of one process share a batch row by row, and positions are no rows.
+        if self.trainer.args.n_gpu > 1:
             return WatchedCollator(own, notes)
         return WatchedCollator(own, notes, partial(counts_of, image_token_id=image_token_id))
 

@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 24
 MOST = 300  # points of a line; more are joined by their mean
 WIDE = 20  # a positive panel that spans more is logarithmic
 LARGEST, SMALLEST = 1e100, 1e-100  # numbers beyond are none that a run can have meant
-COLOURS = 8  # of the page; more runs begin again
+COLOURS = 8  # colours of the page; with more runs they begin again
 
 
 @dataclass

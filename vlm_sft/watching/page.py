@@ -31,10 +31,10 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool], ...] = (
 RATE = "learning_rate"
 NOT_SHOWN = ("_runtime", "_per_second", "_loss_own_image", "_loss_other_image", "train_loss", "total_flos", "_epoch")
 MORE = 12  # further metrics of answers that are drawn
-COUNTS = ("total", "trained", "adapted")  # of a part, in weights
-STEPS = 12  # of a row's answers
+COUNTS = ("total", "trained", "adapted")  # what is counted of a part, in weights
+STEPS = 12  # answers of a row that are shown
 ROWS = 24
-PICTURES = 8  # of a row
+PICTURES = 8  # pictures of a row
 _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]+=*")
 
 

@@ -12,7 +12,7 @@ from ..base.errors import UserError
 from ..base.names import HISTORY, MANIFEST, METRICS, RUN_FACTS, RUN_LOCK, SAMPLES, STRANGE_STEPS, Json, Record
 from ..bundle.run_folder import checkpoints, is_step, read_lines, read_object, read_value, step_of, with_steps
 
-STATE_FILE = "trainer_state.json"  # of a checkpoint, by transformers
+STATE_FILE = "trainer_state.json"  # transformers' file in a checkpoint
 LONGEST = 1e10  # seconds that anybody waits for
 ALIVE = 30.0  # seconds since the lock was touched, after which a run is taken for ended
 
