@@ -7,22 +7,9 @@ import time
 
 import pytest
 
-from support.chat_server import ChatServerDouble
 from vlm_sft.base.console import make_console
 from vlm_sft.base.errors import RowError, UserError
-from vlm_sft.judging import server as module
 from vlm_sft.judging.judge import Judge, ask_all
-
-
-@pytest.fixture
-def double():
-    with ChatServerDouble(lambda prompt: f"8 7\n{prompt}") as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    monkeypatch.setattr(module.random, "uniform", lambda low, high: 0.01)
 
 
 def prompts(*texts):

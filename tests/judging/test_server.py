@@ -10,25 +10,12 @@ from email.utils import formatdate
 
 import pytest
 
-from support.chat_server import ChatServerDouble
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.judging import server as module
 from vlm_sft.judging.server import ChatServer, Reply, wait_of
 
 MESSAGES = [{"role": "system", "content": "be fair"}, {"role": "user", "content": "哪个更好？"}]
 SECRET = "kx-" + "0123456789abcdef"
-
-
-@pytest.fixture
-def double():
-    with ChatServerDouble(lambda prompt: f"8 7\n{prompt}") as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    """Nothing waits longer than it must."""
-    monkeypatch.setattr(module.random, "uniform", lambda low, high: 0.01)
 
 
 def asked(double, **settings):

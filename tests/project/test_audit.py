@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 
 import pytest
 
-from support.paths import ROOT
+from support.scripts import script
 
-SPEC = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
-audit = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(audit)
+audit = script(".ci/audit.py")
 
 WELL = {"name": "pillow", "version": "13.0.0", "vulns": []}
 WEAK = {"name": "jinja2", "version": "2.0", "vulns": [{"id": "PYSEC-2019-217"}]}

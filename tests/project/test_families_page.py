@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-
 import pytest
 
-from support.paths import ROOT
+from support.scripts import script, systems_table
 from vlm_sft.families.table import FAMILIES
 
-PAGE = (ROOT / "docs" / "systems.md").read_text(encoding="utf-8").partition("## Image-text-to-text models")[2]
-TABLE = dict(re.findall(r"^\| `([\w.-]+)` \| ((?:works|no): .*) \|$", PAGE.partition("\n## ")[0], re.MULTILINE))
+TABLE = systems_table("Image-text-to-text models")
 SAMPLE = ["blip-2", "cohere2_vision", "florence2", "git", "kosmos-2.5", "mistral3", "vipllava"]
 
 
 @pytest.fixture(scope="module")
 def families():
-    spec = importlib.util.spec_from_file_location("families", ROOT / "benchmarks" / "families.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/families.py")
 
 
 def test_every_class_of_transformers_is_in_the_table_and_the_families_work(families):

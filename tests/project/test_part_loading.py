@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from support.paths import ROOT
+from support.scripts import script
 
 
 @pytest.mark.slow
 def test_a_tower_costs_its_own_size_and_not_the_checkpoints(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    spec = importlib.util.spec_from_file_location("part_loading", ROOT / "benchmarks" / "part_loading.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = script("benchmarks/part_loading.py")
     sizes = ["--gigabytes", "0.2", "--width", "88", "--layers", "2", "--folder", str(tmp_path)]
     (row,) = benchmark.main([*sizes, "--layouts", "pth"])
     assert row["checkpoint"] > 150 and row["tower"] < 5

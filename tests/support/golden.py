@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from support.paths import GOLDENS
 from support.tiny_pieces import make_tokenizer
+from support.weight_files import write_bin_shards
 from vlm_sft.bundle.load import load
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.train import train
@@ -51,12 +52,7 @@ def small_llama(width):
 def save_shards(folder, state, config):
     """Two `.bin` shards with an index, and a configuration that transformers has no class for."""
     folder.mkdir()
-    names = sorted(state)
-    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
-    for file, held in shards.items():
-        torch.save({n: state[n] for n in held}, folder / file)
-    index = {"metadata": {}, "weight_map": {n: file for file, held in shards.items() for n in held}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    write_bin_shards(folder, state)
     (folder / "config.json").write_text(json.dumps(config))
     make_tokenizer().save_pretrained(folder)
     return str(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from support.ice_text import ice_text, save_ice_text
+from support.weight_files import write_bin_shards
 
 WIDTH, SEEN, QUERIES, SIZE, LAYERS = 32, 24, 16, 28, 15  # LoRA goes into the fifteenth layer
 
@@ -66,12 +67,7 @@ def write_visualglm(folder: Path) -> str:
         n: torch.randn(s, generator=generator) * 0.1 + (n.endswith("weight") and ("norm" in n or "ln_" in n))
         for n, s in shapes_of(vocabulary).items()
     }
-    names = sorted(state)
-    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
-    for file, held in shards.items():
-        torch.save({n: state[n] for n in held}, folder / file)
-    index = {"metadata": {}, "weight_map": {n: file for file, held in shards.items() for n in held}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    write_bin_shards(folder, state)
     ids = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "gmask": "[gMASK]", "pad": "<pad>"}
     config = {
         "architectures": ["ChatGLMForConditionalGenerationWithImage"], "model_type": "chatglm",

@@ -12,13 +12,18 @@ def write_single(folder, state):
     save_file(state, folder / "model.safetensors")
 
 
-def write_shards(folder, state, cut=2):
-    names = list(state)
-    shards = {"model-00001-of-00002.safetensors": names[:cut], "model-00002-of-00002.safetensors": names[cut:]}
+def _write_two(folder, state, cut, save, stem, ending):
+    shards = {
+        f"{stem}-0000{n}-of-00002.{ending}": names for n, names in ((1, list(state)[:cut]), (2, list(state)[cut:]))
+    }
     for file, held in shards.items():
-        save_file({n: state[n] for n in held}, folder / file)
-    index = {"metadata": {}, "weight_map": {n: file for file, held in shards.items() for n in held}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        save({name: state[name] for name in held}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+
+
+def write_shards(folder, state, cut=2):
+    _write_two(folder, state, cut, save_file, "model", "safetensors")
 
 
 def write_bin(folder, state):
@@ -30,13 +35,8 @@ def write_old_bin(folder, state):
     torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
 
 
-def write_bin_shards(folder, state):
-    names = list(state)
-    shards = {"pytorch_model-00001-of-00002.bin": names[:2], "pytorch_model-00002-of-00002.bin": names[2:]}
-    for file, held in shards.items():
-        torch.save({n: state[n] for n in held}, folder / file)
-    index = {"weight_map": {n: file for file, held in shards.items() for n in held}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+def write_bin_shards(folder, state, cut=2):
+    _write_two(folder, state, cut, torch.save, "pytorch_model", "bin")
 
 
 def write_nested_bin(folder, state):
