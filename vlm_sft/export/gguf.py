@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from ..base.errors import UserError
+from ..base.names import Json
 from ..base.whole_files import read_text, write_json, written_beside
 from ..batch.processor import VLMProcessor
 from ..bundle.card import shown
@@ -43,7 +44,7 @@ NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 ANSWER, ALTERNATIVES = 8, 100
 """Tokens of the answer that is compared, and at each of them the tokens whose probabilities are."""
-ASKED: list[dict[str, Any]] = QUESTION[:1]
+ASKED: list[Json] = QUESTION[:1]
 UNKNOWN = "llama.cpp cannot express this bundle: its converter knows no {}; use --to transformers or bundle-merged."
 
 
@@ -69,7 +70,7 @@ def check_gguf(core: nn.Module, processor: VLMProcessor) -> None:
 
 def write_gguf(
     out: Path, model: nn.Module, processor: VLMProcessor, recipe: Recipe, dtype: torch.dtype = torch.float16
-) -> dict[str, Any]:
+) -> Json:
     """Writes OUT with both GGUF files and a `Modelfile`, once llama.cpp has answered as the bundle does.
 
     Args:
@@ -161,7 +162,7 @@ def _convert(
     run("convert", "llama.cpp's converter refuses this bundle", folder, files[0], NAMES[dtype], name, *rest)
 
 
-def _sampling(recipe: Recipe) -> dict[str, Any]:
+def _sampling(recipe: Recipe) -> Json:
     """How answers are drawn, for llama.cpp, which takes the first of the most probable tokens where `top_k` is 1."""
     if not recipe.generation.get("do_sample"):
         return {"top_k": 1}
@@ -175,7 +176,7 @@ def _compare(
     files: tuple[Path, Path],
     folder: Path,
     dtype: torch.dtype,
-) -> dict[str, Any]:
+) -> Json:
     """Asks llama.cpp, and has the bundle's model compute what it says of each token of that answer."""
     said = _ask(picture, files, folder)
     prompt = inputs["input_ids"]
@@ -202,7 +203,7 @@ def _compare(
     return {**kept, "same_answer": logits.argmax(-1).tolist() == said["ids"], "answer": said["text"]}
 
 
-def _ask(picture: Image.Image, files: tuple[Path, Path], folder: Path) -> dict[str, Any]:
+def _ask(picture: Image.Image, files: tuple[Path, Path], folder: Path) -> Json:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

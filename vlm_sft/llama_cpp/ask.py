@@ -12,16 +12,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..base.console import tell
 from ..base.errors import UserError, exit_on_user_error
+from ..base.names import Json
 from ..base.whole_files import read_text
 
 CONTEXT = 4096
 
 
-def ask(model: str, mmproj: str, request: dict[str, Any]) -> dict[str, Any]:
+def ask(model: str, mmproj: str, request: Json) -> Json:
     """Asks llama.cpp; see above.
 
     Raises:

@@ -15,9 +15,9 @@ from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import UserError
+from ..base.names import Json
 from ..base.whole_files import read_text
 from ..bundle.parity import environment
 
@@ -53,7 +53,7 @@ def known_classes() -> tuple[frozenset[str], frozenset[str]]:
     return tables["TEXT_MODEL_MAP"], tables["MMPROJ_MODEL_MAP"]
 
 
-def run(module: str, what: str, *arguments: str | Path) -> dict[str, Any]:
+def run(module: str, what: str, *arguments: str | Path) -> Json:
     """What a module of this room prints as JSON, in a process of its own.
 
     Args:
