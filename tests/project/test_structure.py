@@ -19,7 +19,10 @@ ROOMS = sorted(path.parent for path in PACKAGE.rglob("__init__.py") if path.pare
 HEAVY = ["accelerate", "bitsandbytes", "datasets", "matplotlib", "numpy", "pandas", "peft", "pyarrow", "tokenizers"]
 HEAVY += ["torch", "transformers", "trl"]
 # What has a class or a protocol wherever it is handed on.
-TYPED = set("checkpoint collator config model processor recipe spec stack template tokenizer trainer".split())
+TYPED = set(
+    "batch checkpoint collator config image image_processor language_model messages model piece pieces "
+    "processor recipe record records row rows spec stack template tokenizer trainer".split()
+)
 
 
 def name_of(path: Path) -> str:
@@ -38,7 +41,7 @@ def test_modules_and_functions_are_short(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_models_processors_and_recipes_have_their_classes(path: Path) -> None:
+def test_models_rows_and_recipes_have_their_types(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     given = [node for node in ast.walk(tree) if isinstance(node, ast.arg) and node.arg in TYPED]
     kept = [node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) in TYPED]
