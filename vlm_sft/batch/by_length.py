@@ -20,7 +20,6 @@ from datasets import Dataset as Stored
 from datasets import IterableDataset
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl import SFTConfig
 
 from ..base.errors import RowError, UserError
 from ..base.names import GROUPED, Inputs, Row
@@ -31,6 +30,7 @@ from .encoding import rendered_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from trl import SFTConfig
 
     from .collator import MultimodalCollator
 

@@ -164,18 +164,22 @@ def score(
     hits_by_kind = {kind: next(iter(scores.values())) for kind, scores in answers.items()}
     refused = [question.refused for asked in merged.values() for question in asked if question.refused]
     seeing = [kind for kind in blank if any(question.images for question in merged[kind])]
-    own = {kind: scores for kind, scores in answers.items() if scores.keys() != EXACT_MATCH.keys()}
     return {
         "caption_exact_match": _share(captions),
         "answer_accuracy": _share([hit for hits in hits_by_kind.values() for hit in hits]),
         "answer_accuracy_blank_image": _share([hit for hits in blank.values() for hit in hits]) if seeing else None,
         "answer_accuracy_by_kind": {kind: _share(hits) for kind, hits in hits_by_kind.items()},
         "answer_accuracy_blank_image_by_kind": {kind: _share(blank[kind]) for kind in seeing},
-        "metrics_by_kind": {kind: {n: _share(hits) for n, hits in scores.items()} for kind, scores in own.items()},
+        "metrics_by_kind": _own_metrics(answers),
         "questions": {"captions": len(captions), "answers": {kind: len(hits) for kind, hits in hits_by_kind.items()}},
         "wrong": wrong,
         **({"refused": {"questions": len(refused), "first": refused[0]}} if refused else {}),
     }
+
+
+def _own_metrics(answers: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float | None]]:
+    own = {kind: scores for kind, scores in answers.items() if scores.keys() != EXACT_MATCH.keys()}
+    return {kind: {name: _share(hits) for name, hits in scores.items()} for kind, scores in own.items()}
 
 
 def gather(rows: Iterable[Row], format: str = "") -> list[Question]:  # noqa: A002

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -310,12 +311,7 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        head: Head,
-        targets: torch.Tensor,
-        weights: torch.Tensor,
-        picked: torch.Tensor,
-        *trained: nn.Parameter,
+        ctx: Any, head: Head, targets: torch.Tensor, weights: torch.Tensor, picked: torch.Tensor, *trained: nn.Parameter
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         losses, hits = [weights[:0]], [targets[:0] > 0]
         of_hidden = torch.zeros_like(picked) if picked.requires_grad else None
@@ -343,11 +339,10 @@ class _Scored(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, factor: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, factor: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("The gradients of the loss were made once, and are used: the graph cannot be kept.")
-        # Scaled in place: a second copy of a head's gradient would be large.
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so that no second copy is made
         return None, None, None, *(None if each is None else each.mul_(factor) for each in gradients)
 
 

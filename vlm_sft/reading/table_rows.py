@@ -19,22 +19,17 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 BATCH = 256  # rows of a parquet file or dataset held as Python objects at a time
-# Rows that a file of so many bytes may have: eight a byte are true or false alone, well packed.
-FREE_ROWS, ROWS_A_BYTE = 1_000_000, 8
-# Parquet's numbers of a kind of page, and of an encoding in which values begin as the one before does.
-DICTIONARY_PAGE, PREFIXES = 2, 7
+FREE_ROWS, ROWS_A_BYTE = 1_000_000, 8  # rows of any file, and for each of its bytes: eight are true or false alone
+DICTIONARY_PAGE, PREFIXES = 2, 7  # parquet's numbers of that page, and of values that begin as the one before does
 # Bytes of a value by its type; and times that lists may take what the pages that hold them have.
-WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "BYTE_ARRAY": 8}
-REPEATED = 16
+WIDTHS, REPEATED = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "BYTE_ARRAY": 8}, 16
 CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 # Kinds of messages of Arrow; numbers of fields of a message, of a batch, and of the batch in a dictionary's message.
 ARROW_DICTIONARY, ARROW_BATCH = "dictionary", "record batch"
 HEADER, BUFFERS, COMPRESSION, DATA = 2, 2, 3, 1
 OLDER = b"experimental_compression"  # before there was a field for it, a word in the message said how it is packed
 HEADERS = 2**10, READERS.page_header  # bytes that are looked at for the header of a page
-
-Struct: TypeAlias = dict[int, Any]
-"""A struct of Thrift, in which parquet writes what it says of itself: its fields by their numbers."""
+Struct: TypeAlias = dict[int, Any]  # of Thrift, in which parquet describes itself: fields by their numbers
 
 
 def check_count(path: Path, rows: int) -> None:
@@ -135,9 +130,8 @@ def _longest_word(opened: BinaryIO, column: Struct, page: _Page) -> int:
 
 def _pages(opened: BinaryIO, column: Struct) -> Iterator[_Page]:
     """Each page of a column, as its header says; the footer says it too, but is not what is obeyed."""
-    place = _said(column, 9)
-    if 0 < _said(column, 11) < place:
-        place = _said(column, 11)
+    place, dictionary = _said(column, 9), _said(column, 11)
+    place = dictionary if 0 < dictionary < place else place
     end = place + _said(column, 7)
     while 0 <= place < end:
         header, length = _read_header(opened, place)

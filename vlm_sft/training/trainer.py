@@ -155,8 +155,7 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
             UserError: A worker died, or a loss is not finite and `nonfinite` is `stop`.
         """
         notes = tempfile.TemporaryDirectory(prefix="vlm_sft-", ignore_cleanup_errors=True)
-        # The workers end first: they write there as long as they live.
-        with notes as self._notes, workers_end_with_errors():
+        with notes as self._notes, workers_end_with_errors():  # the workers end first: they write there while they live
             try:
                 try:
                     return super().train(*args, **kwargs)
@@ -281,8 +280,7 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
     def set_counters(self, saved: Json) -> None:
         """Puts back what `counters` gave."""
         self._tr_loss += saved["loss"]
-        self._total_loss_scalar = saved["logged_loss"]
-        self._globalstep_last_logged = saved["logged_step"]
+        self._total_loss_scalar, self._globalstep_last_logged = saved["logged_loss"], saved["logged_step"]
         self.watch.losses.recent.extend(saved["recent"])
         self.meters.sums["train"] = dict(saved["sums"])
         self.rows_met.rejected, self.rows_met.seen = saved["rejected"], Counter(saved["seen"])
