@@ -11,6 +11,7 @@ import torch
 from support.waits import Waits
 from vlm_sft.base.errors import UserError
 from vlm_sft.data.ledger import Ledger, SourceLedger
+from vlm_sft.model.losses import VLMOutput
 from vlm_sft.training.meters import COUNTERS, Meters, RowsMet
 
 ALONE = SimpleNamespace(num_processes=1, is_main_process=True)
@@ -25,7 +26,7 @@ def test_numbers_of_host_and_device_are_added_and_read_at_once():
     meters = Meters(ALONE)
     with Waits() as waits:
         for hits in ([True, False], [True, True, True]):
-            meters.add_batch("train", batch(5), torch.tensor(hits))
+            meters.add_batch("train", batch(5), VLMOutput(token_hits=torch.tensor(hits)))
         assert not waits.ours, "adding asks for nothing"
         own = meters.own("train")
         assert waits.ours == {"meters.own: tolist": 1}
@@ -35,13 +36,13 @@ def test_numbers_of_host_and_device_are_added_and_read_at_once():
 
 def test_what_a_checkpoint_held_is_gone_on_with():
     meters, whole = Meters(ALONE), Meters(ALONE)
-    meters.add_batch("train", batch(5), torch.tensor([True]))
+    meters.add_batch("train", batch(5), VLMOutput(token_hits=torch.tensor([True])))
     saved = json.loads(json.dumps(meters.own("train")))
     again = Meters(ALONE)
     again.sums["train"] = saved
     for each in (again, whole):
-        each.add_batch("train", batch(3), torch.tensor([False]))
-    whole.add_batch("train", batch(5), torch.tensor([True]))
+        each.add_batch("train", batch(3), VLMOutput(token_hits=torch.tensor([False])))
+    whole.add_batch("train", batch(5), VLMOutput(token_hits=torch.tensor([True])))
     assert again.own("train") == whole.own("train")
 
 
@@ -54,7 +55,7 @@ def test_millions_of_tokens_are_counted_to_the_last():
 
 def test_a_log_gets_its_metrics_and_the_sums_begin_anew():
     meters = Meters(ALONE)
-    meters.add_batch("train", batch(5), torch.tensor([True, False]))
+    meters.add_batch("train", batch(5), VLMOutput(token_hits=torch.tensor([True, False])))
     meters.add("train", wait_seconds=1.0, step_seconds=3.0)
     logs = {"loss": 1.0, "learning_rate": 0.1}
     meters.enter(logs, "train", [{"part": "projector", "lr": 0.1}, {"part": "lora", "lr": 0.2}])

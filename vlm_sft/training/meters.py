@@ -23,7 +23,7 @@ from ..batch.image_swap import with_other_images
 from ..batch.processor import VLMProcessor
 from ..bundle.manifest import Provenance
 from ..data.ledger import Ledger
-from ..model.losses import supervised_positions
+from ..model.losses import VLMOutput, supervised_positions
 
 Mode = Literal["train", "eval"]
 COUNTERS = (
@@ -49,19 +49,19 @@ class Meters:
         for name, number in numbers.items():
             sums[name] = sums[name] + number if name in sums else number
 
-    def add_batch(
-        self, mode: Mode, inputs: Inputs, hits: torch.Tensor, router_loss: torch.Tensor | None = None
-    ) -> None:
+    def add_batch(self, mode: Mode, inputs: Inputs, outputs: VLMOutput) -> None:
         """Adds what the forward pass of a batch says of it.
 
         Args:
             mode: Where it belongs.
             inputs: The batch.
-            hits: (P,) whether each supervised label was the most likely token.
-            router_loss: Scalar, where the model is a mixture of experts.
+            outputs: What the model made of it: (P,) whether each supervised label was the most likely token, and of a
+                mixture of experts the routers' loss.
         """
-        if router_loss is not None:
-            self.add(mode, router_loss=router_loss, routed=1)
+        hits = outputs.token_hits
+        assert hits is not None, "it was told `supervised_only`"
+        if outputs.router_loss is not None:
+            self.add(mode, router_loss=outputs.router_loss, routed=1)
         rows, tokens = rows_and_tokens(inputs)
         self.add(mode, hits=hits.sum(), supervised=hits.numel(), tokens=tokens, samples=rows, places=places_in(inputs))
 

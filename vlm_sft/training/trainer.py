@@ -217,8 +217,7 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counts the tokens of every rank, and DDP averages the gradients over the ranks.
             loss = loss * self.accelerator.num_processes
-        mode: Literal["train", "eval"] = "train" if self.model.training else "eval"
-        self.meters.add_batch(mode, inputs, outputs.token_hits, outputs.router_loss)
+        self.meters.add_batch("train" if self.model.training else "eval", inputs, outputs)
         if self.is_in_train and self.model.training:
             self.watch.add(loss)
         return (loss, outputs) if return_outputs else loss
