@@ -102,6 +102,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         rows = load_rows(recipe, collator, args, console)
         for finding in on_first_process(partial(glance, rows[0], composed.processor, recipe.data.train)):
             say(console, str(finding))
+        settle_memory(recipe, args, partial(say, console))
         with waiting(console, "Loading the pieces"):
             trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))
         console.print(trainer.plan.table(trainer.model))
@@ -117,6 +118,31 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         if pushes is not None and trainer.is_world_process_zero():
             pushes.finish(folder)
         return folder
+
+
+def settle_memory(recipe: Recipe, args: SFTConfig, say: Callable[[str], None]) -> None:
+    """Sets whether activations are kept where a recipe leaves it open: the first process counts what a step takes.
+
+    Args:
+        recipe: A validated recipe, its adapter settled.
+        args: Its `sft:`, in which it is set.
+        say: Told what was decided.
+    """
+    from .machine.machine import this_machine
+    from .preflight.dry_run import CHECKPOINTING, settle_checkpointing
+    from .preflight.launch import read_launch
+
+    def decide() -> tuple[bool, str | None]:
+        room = this_machine(Path()).room
+        if args.device.type == "cpu":
+            room //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # who share the memory
+        settled, said = settle_checkpointing(recipe, read_launch(), room)
+        return bool(settled.sft.get(CHECKPOINTING[0])), said
+
+    again, said = on_first_process(decide)
+    if said:
+        args.activation_checkpointing = args.gradient_checkpointing = again
+        say(said)
 
 
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaModel
 
 from vlm_sft import build_stack
-from vlm_sft.model.sharding import fill, gather, is_sharded, repeated_layers
+from vlm_sft.model.sharding import compile_layers, fill, gather, is_sharded, repeated_layers
 from vlm_sft.stack.lora import add_adapter
 
 
@@ -63,3 +65,38 @@ def test_layers_are_those_of_tower_resampler_and_language_model(bundle_recipe):
 
 def test_layers_of_plain_linears_are_no_layers():
     assert repeated_layers(nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})) == []
+
+
+def test_layers_are_compiled_once_for_every_layer_and_length():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=6)).train()
+    names = list(model.state_dict())
+
+    def steps(shapes):
+        """Sums of outputs and gradients of batches of these shapes, the last tokens of a row padding."""
+        found = []
+        for rows, length in shapes:
+            given = torch.randn(rows, length, 16, generator=torch.Generator().manual_seed(length))
+            mask = torch.ones(rows, length, dtype=torch.long)
+            mask[0, length - 2 :] = 0
+            out = model(inputs_embeds=given, attention_mask=mask, use_cache=False).last_hidden_state
+            (out * given).sum().backward()
+            found += [
+                out.sum().item(),
+                sum(p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None),
+            ]
+            model.zero_grad()
+        return found
+
+    first, later = [(3, 9), (2, 14)], [(4, 23), (2, 5), (7, 31), (3, 100)]
+    alone = steps(first + later)
+    torch._dynamo.reset()
+    counters.clear()
+    assert compile_layers(model, backend="eager") == ["LlamaDecoderLayer"]
+    compiled = steps(first)
+    made = counters["stats"]["unique_graphs"]
+    assert 0 < made <= 2, "the first layer, whose input takes no gradient, and all others"
+    assert compiled + steps(later) == pytest.approx(alone, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == made and not counters["graph_break"]
+    assert list(model.state_dict()) == names

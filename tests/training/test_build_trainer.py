@@ -7,13 +7,21 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from support.bundles import log, weights
 from support.conversations import make_processor
 from vlm_sft import MultimodalCollator, load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.build_stack import build_stack
-from vlm_sft.training.build_trainer import build_collator, load_collator_class, use_liger_kernels
+from vlm_sft.train import train
+from vlm_sft.training.build_trainer import (
+    build_collator,
+    compile_language_model,
+    load_collator_class,
+    use_liger_kernels,
+)
 
 
 class Louder(MultimodalCollator):
@@ -97,3 +105,38 @@ def test_ligers_kernels_reach_the_language_model_inside_a_stack_or_a_sentence_sa
         use_liger_kernels(model, SimpleNamespace(use_liger_kernel=True, device=torch.device("cpu")), said.append)
     use_liger_kernels(model, SimpleNamespace(use_liger_kernel=False), said.append)
     assert len(calls) == len(said) == 1
+
+
+@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_with_compiled_layers_is_the_run_without(recipe_file, tmp_path, monkeypatch, capsys, packing):
+    monkeypatch.setattr("vlm_sft.bundle.parity.check_parity", lambda *args: {"positions": 0, "max_difference": 0.0})
+    recipe = recipe_file(lora={"r": 2}, chat_template="ziya")
+    usual = [f"sft.packing={packing}", "sft.max_steps=2", "sft.max_length=48", "sft.activation_checkpointing=true"]
+
+    def run(name, *more):
+        folder = train(load_recipe(recipe, [f"sft.output_dir={tmp_path / name}", *usual, *more]))
+        return weights(folder), [row["loss"] for row in log(folder) if "loss" in row]
+
+    alone, losses = run("alone")
+    torch._dynamo.reset()
+    counters.clear()
+    compiled, theirs = run("compiled", "sft.torch_compile=true", "sft.torch_compile_backend=eager")
+    assert "sft.torch_compile: LlamaDecoderLayer compiled when first used" in " ".join(capsys.readouterr().err.split())
+    assert theirs == pytest.approx(losses, rel=1e-5) and alone.keys() == compiled.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(compiled[name], tensor, atol=2e-5, rtol=0)
+    # With a mask, without and of one row, each with a first layer and others; packed ones break around their attention.
+    assert 0 < counters["stats"]["unique_graphs"] <= 12
+
+
+def test_without_a_compiler_one_sentence_says_so(monkeypatch):
+    args = SimpleNamespace(torch_compile=True, torch_compile_backend="inductor", torch_compile_mode=None,
+                           device=torch.device("cpu"))  # fmt: skip
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(
+        UserError, match=r"sft.torch_compile: torch compiles with a C\+\+ compiler \(g\+\+\), which is not"
+    ):
+        compile_language_model(torch.nn.Linear(1, 1), args, print)
+    args = SimpleNamespace(**{**vars(args), "device": torch.device("cuda")})
+    with pytest.raises(UserError, match="compiles with Triton"):
+        compile_language_model(torch.nn.Linear(1, 1), args, print)

@@ -138,6 +138,16 @@ def test_the_users_own_sft_settings_are_kept(make_trainer):
     assert trainer.args.remove_unused_columns is False and trainer.args.ddp_find_unused_parameters is False
 
 
+def test_what_a_gpu_and_other_processes_would_wait_for_is_set(make_trainer):
+    trainer = make_trainer(sft={"ddp_bucket_cap_mb": 7})
+    handler = trainer.accelerator.ddp_handler
+    assert handler.gradient_as_bucket_view and handler.bucket_cap_mb == 7
+    # A batch without images has another graph than one with them.
+    assert not handler.static_graph and not handler.find_unused_parameters
+    assert trainer.args.accelerator_config.non_blocking is trainer.args.dataloader_pin_memory
+    assert trainer.create_optimizer().defaults["fused"] is True
+
+
 def test_a_trainer_that_is_done_gives_back_all_but_its_weights(make_trainer):
     trainer = make_trainer(train={"projector": 1e-2, "resampler": 1e-3})
     trainer.train()

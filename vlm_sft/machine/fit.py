@@ -128,13 +128,18 @@ def fit(recipe: Recipe, gpu: Gpu, tick: Callable[[str], None] = lambda doing: No
     )
 
 
+def _launch(gpu: Gpu) -> Launch:
+    return Launch(gpu.count, "DDP" if gpu.count > 1 else "single")
+
+
 class _Search:
     """Counts settings of a recipe, each once."""
 
     def __init__(self, recipe: Recipe, gpu: Gpu, tick: Callable[[str], None]) -> None:
-        from ..preflight.dry_run import WITHOUT_LIMIT, on_any_machine
+        from ..preflight.dry_run import WITHOUT_LIMIT, on_any_machine, settle_checkpointing
         from ..recipe.libraries import build_sft_config
 
+        recipe, _ = settle_checkpointing(recipe, _launch(gpu), gpu.size)
         args = build_sft_config(on_any_machine(recipe))
         self.recipe, self.gpu, self.tick, self.step = recipe, gpu, tick, ""
         self.room = int(TIGHT * gpu.size)
@@ -204,10 +209,8 @@ class _Search:
     def _count(self, setting: Setting) -> tuple[int, ...]:
         from ..preflight.dry_run import weigh
 
-        count = self.gpu.count
-        launch = Launch(count, "DDP" if count > 1 else "single")
-        others = [Launch(count, "FSDP", 3)] if count > 1 else []
-        weighed = weigh(changed(self.recipe, setting), launch, *others)
+        others = [Launch(self.gpu.count, "FSDP", 3)] if self.gpu.count > 1 else []
+        weighed = weigh(changed(self.recipe, setting), _launch(self.gpu), *others)
         if self._weighed is None:
             self._weighed, self.step = weighed, str(weighed.step)
         return (weighed.estimate.total, *(each.total for each in weighed.others))

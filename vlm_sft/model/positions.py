@@ -164,8 +164,20 @@ def attend_by_row(
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    return _row_by_row(query, key, value, attention_mask[:, 0, 0], dropout, scaling), None
+
+
+@torch.compiler.disable  # each set of lengths would be compiled anew
+def _row_by_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row_lengths: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
     batch, heads, length, _ = query.shape
-    rows = [row for lengths in attention_mask[:, 0, 0].tolist() for row in (*lengths, sum(lengths) - length) if row]
+    rows = [row for lengths in row_lengths.tolist() for row in (*lengths, sum(lengths) - length) if row]
     # One split of the whole: its way back is one concatenation, where slices would each fill a tensor of zeros.
     parts = [
         tensor.transpose(1, 2).flatten(0, 1).split([abs(row) for row in rows])
@@ -179,7 +191,7 @@ def attend_by_row(
         q, k, v = (piece.transpose(0, 1)[None] for piece in pieces)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True)
         found.append(out[0].transpose(0, 1))
-    return torch.cat(found).unflatten(0, (batch, length)), None
+    return torch.cat(found).unflatten(0, (batch, length))
 
 
 def looks_back_whole(config: PreTrainedConfig) -> bool:

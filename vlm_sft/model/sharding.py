@@ -1,16 +1,21 @@
-"""Parameters of which each process holds a share: FSDP2's DTensors and DeepSpeed's partitions.
+"""The layers of which a model is a stack, and parameters of which each process holds a share: FSDP2's DTensors and
+DeepSpeed's partitions.
 
-They are put together to be saved, one after the other and only those that a bundle holds, and cut again when a bundle
+Shares are put together to be saved, one after the other and only those that a bundle holds, and cut again when a bundle
 is loaded. Every process must take part: one that does not call these functions lets the others wait for ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+VARIANTS = 64
+"""Of a compiled layer, at most: with a mask or without, of one row, first (its input takes no gradient), evaluating."""
 
 
 def is_sharded(parameters: Iterable[torch.Tensor]) -> bool:
@@ -34,14 +39,35 @@ def repeated_layers(model: nn.Module) -> list[str]:
     transformers lists such classes in `_no_split_modules`, but also those of parts that a composed model lacks (a text
     encoder's embeddings), on which accelerate stops, and attentions without the rest of their layer.
     """
-    found: dict[str, str] = {}
+    return sorted({type(layers[0]).__name__ for layers in _stacks(model)})
+
+
+def compile_layers(model: nn.Module, **options: Any) -> list[str]:
+    """Has `torch.compile` compile each layer of a model when it is first used, and gives the names of their classes.
+
+    Layers of a class share what is compiled, and lengths stay open in it, so that another length, batch or layer
+    compiles nothing anew. Names of weights stay, and hooks of DDP, FSDP and checkpointing run as before.
+
+    Args:
+        model: A language model, or any other stack of layers.
+        **options: Of `torch.compile`: `backend`, `mode`.
+    """
+    found = _stacks(model)
+    for layer in (layer for layers in found for layer in layers):
+        layer.compile(dynamic=True, recompile_limit=VARIANTS, **options)
+    return sorted({type(layers[0]).__name__ for layers in found})
+
+
+def _stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost lists of layers of one class, which is none of torch's or PEFT's own."""
+    found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and not inside:
             kinds = {type(layer) for layer in module}
-            if len(kinds) == 1 and not (kind := kinds.pop()).__module__.startswith(("torch.", "peft.")):
-                found[name] = kind.__name__
-    return sorted(set(found.values()))
+            if len(kinds) == 1 and not kinds.pop().__module__.startswith(("torch.", "peft.")):
+                found[name] = module
+    return list(found.values())
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..base.console import make_console, say
 from ..base.errors import UserError
 from ..base.names import Inputs
-from ..base.words import counted
+from ..base.words import counted, gib, one_line
 from .launch import Launch
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # What a row is taken to be long where `sft.max_length` sets no limit.
 WITHOUT_LIMIT = 2048
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 # Images, in pixels, of which a full step has the first that fits into a row.
 SIZES = ((1280, 960), (640, 480), (320, 240), (64, 64))
 
@@ -47,7 +48,10 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
         check_adapter(recipe, compose(recipe))
     console.print(recipe.to_yaml(), markup=False, highlight=False)
     with waiting(make_console(), "Counting the memory of a step"):
+        recipe, decided = settle_checkpointing(recipe, launch, memory_here())
         weighed = weigh(recipe, launch)
+    if decided:
+        say(console, decided)
     if warning := precision_warning(recipe, weighed.stack.model.config):
         say(console, warning)
     console.print(weighed.table)
@@ -69,6 +73,38 @@ def memory_here() -> int | None:
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+def settle_checkpointing(recipe: Recipe, launch: Launch, room: int | None) -> tuple[Recipe, str | None]:
+    """The recipe with `sft.activation_checkpointing` said, and a sentence on it; as it is and None where it says it.
+
+    TRL always computes activations once more in the backward pass, which takes about a fifth more time. Here they are
+    kept where a step then fits.
+
+    Args:
+        recipe: A validated recipe.
+        launch: The processes.
+        room: Bytes of a device; None where it is not known yet.
+    """
+    from .memory import TIGHT
+
+    if any(recipe.sft.get(name) is not None for name in CHECKPOINTING):
+        return recipe, None
+    kept, again = (recipe.model_copy(update={"sft": {**recipe.sft, CHECKPOINTING[0]: on}}) for on in (False, True))
+    asked = "the recipe does not say sft.activation_checkpointing"
+    if room is None:
+        return again, f"Counted with activations made again: {asked}, and a GPU with room for them keeps them."
+    try:
+        needs = weigh(kept, launch).estimate.total
+    except Exception as error:  # a model may do what no count can follow; training is none of its business
+        return again, f"Activations are made again: {asked}, and its memory cannot be counted ({one_line(error)})."
+    fits = needs <= TIGHT * room
+    numbers = f"with all kept a step takes {gib(needs)} of {gib(room)}"
+    return (
+        (kept, f"Activations are kept: {asked}, and {numbers}.")
+        if fits
+        else (again, f"Activations are made again in the backward pass: {asked}, and {numbers}.")
+    )
 
 
 class Weighed(NamedTuple):

@@ -80,9 +80,9 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
         report.sources = shares_of_sources(recipe.data, evidence.ledgers["train"], evidence.rows)
         report.languages = shares_of_languages(recipe.data, evidence.rows)
     report.lengths = _lengths(recipe, collator, args.seed)
-    _weigh(recipe, launch, report, console)
+    settled = _weigh(recipe, launch, report, console)
     if rows is not None and with_model:
-        _take_steps(tolerant, collator, composed, evidence, console)
+        _take_steps(tolerant.model_copy(update={"sft": settled.sft}), collator, composed, evidence, console)
         report.time = _time(evidence.proof, args, launch, rows) if evidence.proof else []
     report.left_out += _left_out(recipe, rows is not None, with_model, evidence.look_alikes)
     report.findings = check(evidence)
@@ -142,18 +142,20 @@ def _lengths(recipe: Recipe, collator: MultimodalCollator, seed: int) -> list[in
     return found
 
 
-def _weigh(recipe: Recipe, launch: Launch, report: Report, console: Console) -> None:
-    """Fills in freeze plan and memory, from sizes alone."""
-    import torch
-
+def _weigh(recipe: Recipe, launch: Launch, report: Report, console: Console) -> Recipe:
+    """Fills in freeze plan and memory, from sizes alone; gives the recipe with its checkpointing settled by them."""
     from ..base.progress import waiting
-    from .dry_run import weigh
+    from .dry_run import memory_here, settle_checkpointing, weigh
 
     with waiting(console, "Counting the memory of a step"):
+        recipe, decided = settle_checkpointing(recipe, launch, memory_here())
         weighed = weigh(recipe, launch)
+    if decided:
+        say(console, decided)
     report.plan, report.memory = weighed.rows, weighed.estimate
-    if torch.cuda.is_available():
-        report.evidence.memory = (weighed.estimate.total, torch.cuda.get_device_properties(0).total_memory)
+    if (room := memory_here()) is not None:
+        report.evidence.memory = (weighed.estimate.total, room)
+    return recipe
 
 
 def _take_steps(

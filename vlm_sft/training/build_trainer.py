@@ -19,6 +19,7 @@ from ..bundle.handover import hand_over
 from ..bundle.manifest import Provenance, read_manifest, stages_so_far
 from ..cache.prefix import FEATURES, PIXELS, Prefix, find_prefix
 from ..model.freeze import part_modules, part_of
+from ..model.sharding import compile_layers
 from ..pieces.fingerprints import compare_pieces
 from ..reading.fetch import Fetcher
 from ..recipe.safety import refuse_strange_collator
@@ -28,6 +29,7 @@ from ..stack.lora import lora_config
 from .trainer import VLMSFTTrainer
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from transformers import PreTrainedModel
     from trl import SFTConfig
@@ -113,6 +115,7 @@ def build_trainer(
     set_seed(args.seed)
     stack = build_stack(recipe, say, composed)
     use_liger_kernels(stack.model, args, say)
+    compile_language_model(stack.model, args, say)
     if args.resume_from_checkpoint:
         begun = read_manifest(args.resume_from_checkpoint)["pieces"]
         compare_pieces(begun, stack.pieces, str(args.resume_from_checkpoint))
@@ -165,6 +168,43 @@ def use_liger_kernels(model: PreTrainedModel, args: SFTConfig, say: Callable[[st
         return
     own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     apply_liger_kernel(inner, {**(args.liger_kernel_config or {}), **own})
+
+
+def compile_language_model(model: PreTrainedModel, args: SFTConfig, say: Callable[[str], None]) -> None:
+    """Has the layers of the language model compiled where a run wants it, in place of the whole model.
+
+    accelerate would compile the model as one, anew for each number of images and for many lengths.
+
+    Raises:
+        UserError: There is nothing to compile with.
+    """
+    if not args.torch_compile:
+        return
+    options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    if args.torch_compile_backend == "inductor" and (missing := _missing_compiler(args.device)):
+        raise UserError(
+            f"sft.torch_compile: torch compiles with {missing}, which is not here; install it, or leave it out."
+        )
+    layers = part_modules(model)["language_model"][1]
+    kinds = compile_layers(layers, **{name: value for name, value in options.items() if value is not None})
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+    say(f"sft.torch_compile: {', '.join(kinds)} compiled when first used, for every length at once.")
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    """What inductor needs on a device and does not find."""
+    if device.type != "cpu":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "a C++ compiler (g++)"
+    return None
 
 
 def _take_over(recipe: Recipe, stack: Stack, begun: str | None, say: Callable[[str], None]) -> list[Json]:

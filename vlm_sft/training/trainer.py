@@ -101,6 +101,7 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
         self._notes: str | None = None  # where data-loader workers note the rows that they have in hand
         args.remove_unused_columns = False  # the collator needs every column
         args = self.take_packing(args)
+        args.accelerator_config.non_blocking |= args.dataloader_pin_memory  # pinned batches go over meanwhile
         if args.ddp_find_unused_parameters is None:
             # Every batch gives every trained parameter a gradient (VLMModel.embed), so there is nothing to search;
             # but a tower's pooling head, and its layers behind `feature_layer`, are never reached.
@@ -122,6 +123,7 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
         self.save_points = SavePoints(self)
         self.add_callback(self.watch)
         self.add_callback(self.save_points)
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True  # not copied into the buckets that are sent
         plan.apply(self.model)  # PEFT froze everything but its own weights
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
