@@ -125,6 +125,16 @@ def recipe_file(tmp_path, pieces, caption_file):
     return write
 
 
+@pytest.fixture
+def open_recipe(recipe_file):
+    """A recipe that does not say whether activations are kept."""
+    path = recipe_file()
+    text = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del text["sft"]["gradient_checkpointing"]
+    path.write_text(yaml.safe_dump(text), encoding="utf-8")
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def more_pieces(pieces, tmp_path_factory):
     """`siglip` (no class token), `dino` (made for 56 pixels, given 28), `wide` (a tower of width 32), `gpt2`."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from .batch.collator import MultimodalCollator
+    from .families.kind import Composed
     from .recipe.schema import Recipe
     from .training.pushes import PushCallback
     from .training.trainer import VLMSFTTrainer
@@ -73,14 +74,12 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         UserError: Anything a user can mend.
     """
     from .base.progress import waiting
-    from .bundle.handover import check_adapter, settle_adapter
+    from .bundle.handover import settle_adapter
     from .bundle.hub import check_access
     from .bundle.run_folder import settle_resume, sweep
-    from .bundle.save import check_savable
     from .during.while_training import WhileTraining
+    from .machine.activations import settle_activations
     from .preflight.samples import glance
-    from .stack.fit import check_texts
-    from .stack.kinds import compose
     from .training.build_trainer import build_collator, build_trainer
     from .training.resume_check import check_resumption
     from .training.run_rows import load_rows
@@ -94,15 +93,12 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         if recipe.hub:
             on_first_process(partial(check_access, recipe.hub.repo_id))
         during = WhileTraining(recipe, partial(say, console))
-        composed = compose(recipe)
-        check_texts(composed.config, composed.processor, args.max_length)
-        check_adapter(recipe, composed, args.resume_from_checkpoint)
-        check_savable(composed.processor)
+        composed = _compose(recipe, args)
         collator = build_collator(recipe, composed.processor, args)
         rows = load_rows(recipe, collator, args, console)
         for finding in on_first_process(partial(glance, rows[0], composed.processor, recipe.data.train)):
             say(console, str(finding))
-        settle_memory(recipe, args, partial(say, console))
+        settle_activations(recipe, args, partial(say, console))
         with waiting(console, "Loading the pieces"):
             trainer = build_trainer(recipe, args, collator, rows, composed, partial(say, console))
         console.print(trainer.plan.table(trainer.model))
@@ -120,29 +116,18 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         return folder
 
 
-def settle_memory(recipe: Recipe, args: SFTConfig, say: Callable[[str], None]) -> None:
-    """Sets whether activations are kept where a recipe leaves it open: the first process counts what a step takes.
+def _compose(recipe: Recipe, args: SFTConfig) -> Composed:
+    """The model before any weight is read, which answers, LoRA and what is saved at the end suit."""
+    from .bundle.handover import check_adapter
+    from .bundle.save import check_savable
+    from .stack.fit import check_texts
+    from .stack.kinds import compose
 
-    Args:
-        recipe: A validated recipe, its adapter settled.
-        args: Its `sft:`, in which it is set.
-        say: Told what was decided.
-    """
-    from .machine.machine import this_machine
-    from .preflight.dry_run import CHECKPOINTING, settle_checkpointing
-    from .preflight.launch import read_launch
-
-    def decide() -> tuple[bool, str | None]:
-        room = this_machine(Path()).room
-        if args.device.type == "cpu":
-            room //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # who share the memory
-        settled, said = settle_checkpointing(recipe, read_launch(), room)
-        return bool(settled.sft.get(CHECKPOINTING[0])), said
-
-    again, said = on_first_process(decide)
-    if said:
-        args.activation_checkpointing = args.gradient_checkpointing = again
-        say(said)
+    composed = compose(recipe)
+    check_texts(composed.config, composed.processor, args.max_length)
+    check_adapter(recipe, composed, args.resume_from_checkpoint)
+    check_savable(composed.processor)
+    return composed
 
 
 def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:

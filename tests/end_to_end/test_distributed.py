@@ -42,6 +42,22 @@ def chats(tmp_path, photos) -> str:
 
 
 @pytest.fixture
+def questions(tmp_path, photos) -> str:
+    """Four questions on each of three pictures, and a row of text."""
+    said = ["a red 3", "左上角是红色的3", "two dogs", "7"]
+    rows = [(photos[k % 3], f"第{k}: what is this?", said[k % 4]) for k in range(12)] + [(None, "hello", "hi")]
+    lines = []
+    for photo, ask, answer in rows:
+        look = [{"type": "image"}] if photo else []
+        messages = [{"role": "user", "content": [*look, {"type": "text", "text": ask}]}]
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        lines.append(json.dumps({"images": [photo] if photo else [], "messages": messages}, ensure_ascii=False))
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
 def write(recipe_file, chats, tmp_path):
     """Writes a recipe with a trained projector and LoRA beside a frozen tower, resampler and language model."""
 
@@ -115,6 +131,12 @@ def history(folder: Path, key: str) -> list[float]:
     return [row[key] for row in rows if key in row]
 
 
+def ledger(folder: Path) -> dict[str, int]:
+    """How the rows of the one source of a run were used."""
+    (source,) = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))["ledger"]["train"]["sources"].values()
+    return source
+
+
 def answers(folder: Path) -> list[tuple[str, str]]:
     """What the rows that a run shows were answered before its first step."""
     return [(record["id"], record["answer"]) for record in read_lines(folder / "samples.jsonl") if not record["step"]]
@@ -179,12 +201,15 @@ def test_fsdp2_makes_what_one_process_makes(write, write_model, alone, tmp_path)
 
 @pytest.mark.slow
 def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_packs_and_streams_are_dealt(
-    write, write_model, alone, chats, tmp_path
+    write, write_model, alone, chats, questions, tmp_path
 ):
     llava = {"family": "llava", "train": {"projector": 1e-2}, "lora": {"r": 4}}
     source = {"path": chats, "format": "messages"}
     stream = {"data": {"train": [source], "streaming": True, "shuffle_buffer": 1},
               "collator": "distributed_driver:NotesIds"}  # fmt: skip
+    asked = {
+        "data": {"train": [{"path": questions, "format": "messages", "merge_by_image": True, "independent": True}]}
+    }
     packed = {"packing": True, "max_length": 64, "train_sampling_strategy": "random"}
     saves = {"train_sampling_strategy": "random", "save_strategy": "steps", "save_steps": 3}
     recipes = [
@@ -194,6 +219,7 @@ def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_packs_and_streams_
         write("uneven", 1, {"max_steps": -1, "num_train_epochs": 2}, rows=7),
         write("ddp", 1),
         write("packs", 1, packed),
+        write("asked", 1, **asked),
         write("cached", 1, cache={"path": str(tmp_path / "features")}),
     ]
     done = launch(accelerate_config("cpu_2"), [str(DRIVER), *map(str, recipes)], IDS=str(tmp_path / "ids"))
@@ -205,6 +231,10 @@ def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_packs_and_streams_
     assert answers(tmp_path / "llava") and answers(tmp_path / "packs")
     assert list(tmp_path.glob("features/*/*.index"))
     assert_same_run(train(load_recipe(write("packs_alone", 2, packed))), tmp_path / "packs")
+    # Twelve questions on three pictures and a text: four conversations, two a step, counted as their rows.
+    assert_same_run(train(load_recipe(write("asked_alone", 2, **asked))), tmp_path / "asked")
+    rows = [ledger(tmp_path / name) for name in ("asked", "asked_alone")]
+    assert rows[0] == rows[1] and (rows[0]["used"], rows[0]["merged"], rows[0]["conversations"]) == (13, 12, 3)
     assert_same_run(train(load_recipe(write_model("llava_alone", 2, **llava))), tmp_path / "llava")
     # Eight rows are four steps of two: each comes once before any comes again, and goes on where a checkpoint stopped.
     given = [(tmp_path / f"ids-{rank}").read_text().splitlines()[:6] for rank in (0, 1)]

@@ -64,6 +64,22 @@ def test_flex_attention_keeps_rows_apart_in_a_mask_of_blocks(make_trainer, piece
     assert_same(packed, gradients(trainer, collate(rows)))
 
 
+def test_torchs_own_flex_attention_gives_the_losses_of_rows(make_trainer, pieces, rows, monkeypatch):
+    """Forward alone: on a CPU torch has no gradient of it, and transformers would compile it for minutes."""
+    monkeypatch.setattr(flex.WrappedFlexAttention, "__call__", lambda self: flex.flex_attention)
+    stack = tiny_stack(pieces, language={"attn_implementation": "flex_attention"})
+    trainer = make_trainer(stack=stack)
+    collate, model = trainer.data_collator, trainer.model.eval()
+
+    def loss(rows):
+        with torch.no_grad():
+            return trainer.compute_loss(model, dict(collate(rows)), num_items_in_batch=torch.tensor(50))
+
+    packed = loss([{PACK: rows[:4]}, {PACK: rows[4:]}])
+    model.model.language_model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(packed, loss(rows), atol=2e-6, rtol=1e-6)
+
+
 def test_a_resampler_that_reads_the_instruction_reads_that_of_each_images_own_row(make_trainer, instructblip, rows):
     piece = {"pretrained": instructblip}
     stack = {"vision_tower": piece, "resampler": {"type": "instruct_qformer", **piece},

@@ -6,7 +6,6 @@ import os
 from types import SimpleNamespace
 
 import pytest
-import yaml
 
 from support.paths import accelerate_config
 from support.tiny_families import processor_of, tiny
@@ -15,7 +14,7 @@ from vlm_sft.preflight.dry_run import FullStep, full_step, settle_checkpointing
 from vlm_sft.preflight.launch import Launch
 from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.build_stack import build_empty_stack
-from vlm_sft.train import main, settle_memory
+from vlm_sft.train import main
 
 
 def test_what_does_not_fit_the_gpu_here_is_said_as_preflight_says_it(recipe_file, monkeypatch, capsys):
@@ -106,17 +105,14 @@ def test_a_step_of_packs_has_as_many_rows_with_an_image_as_fit(recipe_file, caps
     assert "peak of the passes" in said
 
 
+def test_a_step_of_questions_that_share_their_image_says_so(recipe_file, caption_file, capsys):
+    source = {"path": caption_file, "format": "caption", "merge_by_image": True, "independent": True}
+    main([str(recipe_file(data={"train": [source]})), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "A step: 4 rows of 128 tokens, an image in each, which all questions of a row share;" in shown
+
+
 KEPT, AGAIN = "Activations are kept", "Activations are made again in the backward pass"
-
-
-@pytest.fixture
-def open_recipe(recipe_file):
-    """A recipe that does not say whether activations are kept."""
-    path = recipe_file()
-    text = yaml.safe_load(path.read_text(encoding="utf-8"))
-    del text["sft"]["gradient_checkpointing"]
-    path.write_text(yaml.safe_dump(text), encoding="utf-8")
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -130,22 +126,6 @@ def test_activations_are_kept_where_a_device_has_the_room(open_recipe, monkeypat
     shown = " ".join(capsys.readouterr().out.split())
     says = "the recipe does not say sft.activation_checkpointing"
     assert f"{words}: {says}" in shown if words else says not in shown
-
-
-@pytest.mark.parametrize("processes", ["1", "1000000"])
-def test_a_run_decides_by_the_memory_that_its_processes_share(open_recipe, monkeypatch, processes):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    again, said = processes != "1", []
-    recipe = load_recipe(open_recipe)
-    args = build_sft_config(recipe)
-    assert args.activation_checkpointing, "TRL's default"
-    settle_memory(recipe, args, said.append)
-    assert args.activation_checkpointing is args.gradient_checkpointing is again
-    assert said[0].startswith(AGAIN if again else KEPT) and " MiB of " in said[0]
-    for on in (True, False):
-        recipe = load_recipe(open_recipe, [f"sft.activation_checkpointing={on}"])
-        settle_memory(recipe, args := build_sft_config(recipe), said.append)
-        assert args.activation_checkpointing is on and len(said) == 1
 
 
 def test_what_cannot_be_counted_is_made_again(open_recipe, monkeypatch):

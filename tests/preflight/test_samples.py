@@ -14,6 +14,7 @@ from vlm_sft.batch.collator import MultimodalCollator
 from vlm_sft.data.dataset import ROW_FEATURES
 from vlm_sft.data.ledger import Ledger, SourceLedger
 from vlm_sft.preflight.checks import Evidence
+from vlm_sft.preflight.page import Report, render_page
 from vlm_sft.preflight.samples import (
     Share,
     glance,
@@ -76,6 +77,10 @@ def test_questions_that_share_an_image_are_shown_behind_it_each_with_its_answer_
     alone = [show(row, collator) for row in rows]
     assert shown.tokens < sum(each.tokens for each in alone), "the image once"
     assert shown.learned == sum(each.learned for each in alone) and len(shown.images) == 1
+    assert shown.questions == 3 and shown.tokens == sum(each.tokens for each in alone) - 2 * shown.prefix
+    assert not any(each.questions or each.prefix for each in alone)
+    page = render_page(Report("r", "", samples=[shown, alone[0]]))
+    assert page.count(f"3 questions behind {shown.prefix} tokens that they share, none of which sees another") == 1
     text = "".join(group.text for group in shown.groups).replace(" ", "")
     places = [text.find(part) for n in range(3) for part in (f"{n}号是什么？", f"a{n}")]
     assert places == sorted(places) and places[0] >= 0, text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -76,6 +78,18 @@ def test_a_real_step_holds_what_was_counted(case, autocast, checkpointing, stack
     kept, peak = really(prepared(recipe, build_stack)[0], batch, autocast, checkpointing)
     assert counted.kept == kept
     assert counted.peak == pytest.approx(peak, rel=0.01 if case == "four bits" else 0), "bitsandbytes has small tables"
+
+
+@pytest.mark.parametrize("packed", [0, 3])
+def test_questions_that_share_an_image_take_a_mask_of_all_pairs(packed, stack_recipe):
+    step = replace(FULL, packed=packed, shared=True)
+    empty, processor = prepared(stack_recipe("clip"), build_empty_stack)
+    batch = step.batch(processor)
+    assert batch["row_heads"].shape[1] == (packed or 60 - processor.num_image_tokens)
+    counted = count_step(empty, Step(batch))
+    assert (counted.kept, counted.peak) == really(prepared(stack_recipe("clip"), build_stack)[0], batch)
+    without = replace(step, shared=False).batch(processor)
+    assert counted.peak > really(prepared(stack_recipe("clip"), build_stack)[0], without)[1]
 
 
 @pytest.mark.parametrize("name", CHECKED)

@@ -155,7 +155,7 @@ def weigh(recipe: Recipe, launch: Launch, *others: Launch) -> Weighed:
     computes = getattr(torch, computes_in(recipe))
     found = [estimate(model, None, each, args.optim.value, computes) for each in (launch, *others)]
     rows, table = stack.plan.rows(model), stack.plan.table(model)
-    full = full_step(args, stack.processor)
+    full = full_step(args, stack.processor, any(source.independent for source in recipe.data.train))
     step = Step(
         full.batch(stack.processor),
         computes,
@@ -192,6 +192,7 @@ class FullStep:
         length: Tokens of a row, those of its image included.
         size: (width, height) of each image in pixels.
         any_size: Whether an image of any size becomes the same.
+        shared: Whether rows are questions behind their image, of which none sees another (`independent`).
     """
 
     rows: int
@@ -199,6 +200,7 @@ class FullStep:
     size: tuple[int, int]
     any_size: bool
     packed: int = 0
+    shared: bool = False
 
     def __str__(self) -> str:
         image, larger = "an image", ""
@@ -209,7 +211,8 @@ class FullStep:
             images = f"{self.packed} row" if self.packed == 1 else f"as many as {self.packed} rows"
             return f"A step: {packs} of {self.length} tokens, of {images} with {image} in each{larger}."
         less = "shorter rows and rows without an image take less"
-        return f"A step: {counted(self.rows, 'row')} of {self.length} tokens, {image} in each; {less}{larger}."
+        share = ", which all questions of a row share" if self.shared else ""
+        return f"A step: {counted(self.rows, 'row')} of {self.length} tokens, {image} in each{share}; {less}{larger}."
 
     def batch(self, processor: VLMProcessor) -> Inputs:
         """What the collator makes of such rows: every token but the image's is scored, and the last row is shorter."""
@@ -220,8 +223,12 @@ class FullStep:
         for number in range(self.rows):
             row = processor.encode_rendered(_image_alone(processor), [self.size])
             shorter = self.rows > 1 and number == self.rows - 1
-            for _ in range(self.length - shorter - len(row.input_ids)):
+            prefix = len(row.input_ids)
+            for _ in range(self.length - shorter - prefix):
                 row.append(word, learned=True)
+            if self.shared and not self.packed:  # questions of a token behind the image: the mask is as large for any
+                row.lengths = [prefix, *[1] * (len(row.input_ids) - prefix)]
+                row.heads = [0] * len(row.lengths)
             encoded.append(row)
         if self.packed:  # rows of an image and two tokens; the last one of a pack has what is left of it
             encoded = [self._pack(processor, word, len(row.input_ids)) for row in encoded]
@@ -239,11 +246,18 @@ class FullStep:
             for _ in range(left - len(row.input_ids) if number == self.packed - 1 else 2):
                 row.append(word, learned=True)
             rows.append(row)
-        return EncodedChat.packed(rows)
+        pack = EncodedChat.packed(rows)
+        pack.heads = list(range(self.packed)) if self.shared else []
+        return pack
 
 
-def full_step(args: SFTConfig, processor: VLMProcessor) -> FullStep:
+def full_step(args: SFTConfig, processor: VLMProcessor, shared: bool = False) -> FullStep:
     """The fullest step of a recipe: batches of rows as long as `sft.max_length` lets them be.
+
+    Args:
+        args: Its `sft:`.
+        processor: Makes the rows.
+        shared: Whether rows are questions behind their image, of which none sees another.
 
     Raises:
         UserError: Not even a small image fits into `sft.max_length`.
@@ -254,7 +268,7 @@ def full_step(args: SFTConfig, processor: VLMProcessor) -> FullStep:
         tokens = len(processor.encode_rendered(_image_alone(processor), [size]).input_ids)
         if tokens + 2 <= length:
             packed = (length - 1) // (tokens + 2) if args.packing else 0
-            return FullStep(args.per_device_train_batch_size, length, size, not processor.reads_sizes, packed)
+            return FullStep(args.per_device_train_batch_size, length, size, not processor.reads_sizes, packed, shared)
     raise UserError(f"sft.max_length is {length}, but an image makes a row of {tokens} tokens; raise it.")
 
 

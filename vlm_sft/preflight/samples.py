@@ -55,6 +55,8 @@ class Shown:
         images: Its images, small.
         groups: Its tokens, as they are shown.
         problem: Why it cannot be trained on, or "".
+        questions: How many questions share its images, of which none sees another; 0 where none are shared.
+        prefix: Tokens that these share.
     """
 
     id: str
@@ -65,6 +67,8 @@ class Shown:
     images: list[Picture] = field(default_factory=list)
     groups: list[TokenGroup] = field(default_factory=list)
     problem: str = ""
+    questions: int = 0
+    prefix: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,8 @@ def show(row: Row, collator: MultimodalCollator) -> Shown:
         turns_lost=sample.turns_lost,
         images=[thumbnail(image, boxes.get(number, ())) for number, image in enumerate(sample.images)],
         groups=token_groups(sample, messages, collator.processor),
+        questions=max(len(sample.chat.heads) - 1, 0),
+        prefix=sample.chat.lengths[0] if sample.chat.heads else 0,
     )
 
 
