@@ -144,6 +144,21 @@ def test_a_run_packs_every_row_of_an_epoch_and_counts_rows_and_padding(make_trai
     assert len(logs) == len(batches) and all(0 <= log["padding_share"] < 0.5 for log in logs)
 
 
+def test_accumulated_packs_give_the_step_of_all_rows(make_trainer, rows):
+    weights = []
+    for sft in (
+        {"packing": "false", "per_device_train_batch_size": 10},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 32},
+    ):
+        torch.manual_seed(0)  # the projector is drawn anew
+        trainer = packed_trainer(make_trainer, rows, max_steps=1, optim="sgd", seed=3, max_grad_norm=0, **sft)
+        before = trainer.model.model.projector.linear.weight.detach().clone()
+        trainer.train()
+        weights.append(trainer.model.model.projector.linear.weight.detach() - before)
+    assert weights[0].abs().max() > 1e-5
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-7, rtol=1e-3)
+
+
 def test_an_evaluation_of_packs_is_that_of_rows(make_trainer, rows):
     trainer = packed_trainer(make_trainer, rows)
     trainer.model.eval()
@@ -212,5 +227,5 @@ def test_a_run_of_packs_goes_on_to_the_same_weights_losses_and_ledger(
         ledgers.append(json.loads((folder / "bundle.json").read_text())["ledger"]["train"])
     assert logs[0] == logs[1] and len(logs[0]) == 6 and ledgers[0] == ledgers[1]
     assert max(share for _, share in logs[0]) < 0.3
-    (source,) = ledgers[0]["sources"].values() if "sources" in ledgers[0] else ledgers[0].values()
-    print(source)
+    (source,) = ledgers[0]["sources"].values()
+    assert source["rejected"] == {"image missing": 1} and source["used"] >= 39

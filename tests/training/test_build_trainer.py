@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import sys
+from collections import Counter
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
 
 from support.bundles import log, weights
 from support.conversations import make_processor
+from support.tiny_pieces import tiny_stack
 from vlm_sft import MultimodalCollator, load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.recipe.libraries import build_sft_config
@@ -127,6 +134,66 @@ def test_a_run_with_compiled_layers_is_the_run_without(recipe_file, tmp_path, mo
         torch.testing.assert_close(compiled[name], tensor, atol=2e-5, rtol=0)
     # With a mask, without and of one row, each with a first layer and others; packed ones break around their attention.
     assert 0 < counters["stats"]["unique_graphs"] <= 12
+
+
+def test_a_run_reads_every_weight_of_its_pieces_once(recipe_file, pieces, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_sft.bundle.parity.check_parity", lambda *args: {"positions": 0, "max_difference": 0.0})
+    shards = tmp_path / "shards"
+    shutil.copytree(pieces["llama"], shards, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(pieces["llama"]).save_pretrained(shards, max_shard_size="50KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    read: Counter[tuple[str, str]] = Counter()
+    sizes = {}
+
+    class Slice:
+        """Counts the numbers that are taken."""
+
+        def __init__(self, whole, name):
+            self.whole, self.name = whole, name
+
+        def __getitem__(self, places):
+            found = self.whole[places]
+            read[self.name] += found.numel()
+            return found
+
+        def __getattr__(self, name):
+            return getattr(self.whole, name)
+
+    class Counted:
+        """A file of weights that counts likewise."""
+
+        def __init__(self, path, *args, **options):
+            self.path, self.file = str(path), safe_open(path, *args, **options)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *ended):
+            return self.file.__exit__(*ended)
+
+        def get_tensor(self, name):
+            found = self.file.get_tensor(name)
+            read[Path(self.path).name, name] += found.numel()
+            return found
+
+        def get_slice(self, name):
+            whole = self.file.get_slice(name)
+            sizes[Path(self.path).name, name] = math.prod(whole.get_shape())
+            return Slice(whole, (Path(self.path).name, name))
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    for module in ("vlm_sft.pieces.checkpoints", "transformers.modeling_utils"):
+        monkeypatch.setattr(f"{module}.safe_open", Counted)
+    stack = tiny_stack({**pieces, "llama": str(shards)})
+    train(load_recipe(recipe_file(stack=stack), ["sft.max_steps=1", f"sft.output_dir={tmp_path / 'out'}"]))
+    language = {key: size for key, size in sizes.items() if key[0].startswith("model-0")}
+    assert len({file for file, _ in language}) > 2 and sum(language.values()) > 30_000
+    for key, size in sizes.items():
+        if size > 256:  # beside it, a row of each is looked at to tell checkpoints apart
+            assert read[key] < 1.5 * size, f"{key}: {read[key]:,} numbers read of {size:,}"
 
 
 def test_without_a_compiler_one_sentence_says_so(monkeypatch):

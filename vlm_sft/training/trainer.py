@@ -119,8 +119,7 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
             **kwargs,
         )
         self.meters, self.rows_met = Meters(self.accelerator), RowsMet(self.accelerator)
-        self.watch = Watch(self, nonfinite, jump)
-        self.save_points = SavePoints(self)
+        self.watch, self.save_points = Watch(self, nonfinite, jump), SavePoints(self)
         self.add_callback(self.watch)
         self.add_callback(self.save_points)
         self.accelerator.ddp_handler.gradient_as_bucket_view = True  # not copied into the buckets that are sent
