@@ -7,10 +7,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.during import in_training
 from vlm_sft.during.in_training import InTraining
+from vlm_sft.model.freeze import part_modules
+from vlm_sft.model.sharding import compile_layers
 
 
 def questions(photos):
@@ -45,6 +48,19 @@ def test_nothing_tells_that_it_was_asked(make_trainer, photos):
     assert pupil.answers(questions(photos), 2, drawn) == first, "what is drawn is the same each time"
     loss = trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
     assert torch.isfinite(loss)
+
+
+def test_layers_that_are_compiled_for_training_are_not_compiled_anew(make_trainer, photos):
+    trainer = make_trainer(chat_template="ziya", lora={"r": 2})
+    pupil = InTraining(trainer)
+    wanted = pupil.answers(questions(photos), 2, {"max_new_tokens": 4})
+    torch._dynamo.reset()
+    counters.clear()
+    compile_layers(part_modules(trainer.model)["language_model"][1], backend="eager")
+    assert pupil.answers(questions(photos), 2, {"max_new_tokens": 4}) == wanted
+    assert not counters["stats"].get("unique_graphs")
+    trainer.train()
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 def test_a_row_that_cannot_be_asked_has_its_error_in_place_of_an_answer(make_trainer, photos, tmp_path):

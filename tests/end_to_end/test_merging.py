@@ -164,10 +164,10 @@ def test_questions_behind_one_prefix_give_what_separate_rows_give(rows, stack, l
 
 
 def test_flex_attention_sees_the_prefix_in_its_mask_of_blocks(rows, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True, raising=False)
     monkeypatch.setattr(flex, "compile_friendly_flex_attention", math_of_flex)
     model, collator = composed(attention="flex_attention")
-    found = [loss_and_gradients(model, collator, items) for items in (shared(rows), packs(rows))]
+    with torch._dynamo.config.patch(disable=True):
+        found = [loss_and_gradients(model, collator, items) for items in (shared(rows), packs(rows))]
     model.model.language_model.set_attn_implementation("sdpa")
     for each in found:
         assert_same(each, loss_and_gradients(model, collator, rows))

@@ -54,12 +54,12 @@ def test_a_composed_stack_gives_what_separate_rows_give(make_trainer, pieces, ro
 
 
 def test_flex_attention_keeps_rows_apart_in_a_mask_of_blocks(make_trainer, pieces, rows, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True, raising=False)
     monkeypatch.setattr(flex, "compile_friendly_flex_attention", math_of_flex)
     stack = tiny_stack(pieces, language={"attn_implementation": "flex_attention"})
     trainer = make_trainer(stack=stack, lora={"r": 4})
     collate = trainer.data_collator
-    packed = gradients(trainer, collate([{PACK: rows[:4]}, {PACK: rows[4:]}]))
+    with torch._dynamo.config.patch(disable=True):
+        packed = gradients(trainer, collate([{PACK: rows[:4]}, {PACK: rows[4:]}]))
     trainer.model.base_model.model.model.language_model.set_attn_implementation("sdpa")
     assert_same(packed, gradients(trainer, collate(rows)))
 

@@ -53,14 +53,17 @@ class InTraining:
 
     @contextmanager
     def aside(self) -> Iterator[PreTrainedModel]:
-        """The model in evaluation mode, and what is drawn always the same; afterwards all is as it was."""
+        """The model in evaluation mode, and what is drawn always the same; afterwards all is as it was.
+
+        Layers that are compiled for training run as they are: a cache of tokens would have each compiled anew.
+        """
         model = self.model
         modes = [(module, module.training) for module in model.modules()]
         drawn, drawn_by_numpy, device = random.getstate(), np.random.get_state(), model.device
         devices: Options = {"devices": []}
         if device.type != "cpu":
             devices = {"devices": [device.index or 0], "device_type": device.type}
-        with torch.random.fork_rng(**devices):
+        with torch.random.fork_rng(**devices), torch.compiler.set_stance("force_eager"):
             seed = self.trainer.args.seed
             torch.manual_seed(seed)
             random.seed(seed)

@@ -188,7 +188,8 @@ def compile_language_model(model: PreTrainedModel, args: SFTConfig, say: Callabl
     layers = part_modules(model)["language_model"][1]
     kinds = compile_layers(layers, **{name: value for name, value in options.items() if value is not None})
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
-    say(f"sft.torch_compile: {', '.join(kinds)} compiled when first used, for every length at once.")
+    what = f"{', '.join(kinds)} compiled when first used, for every length at once" if kinds else "no layers were found"
+    say(f"sft.torch_compile: {what}.")
 
 
 def _missing_compiler(device: torch.device) -> str | None:
