@@ -128,6 +128,11 @@ def test_activations_are_kept_where_a_device_has_the_room(open_recipe, monkeypat
     assert f"{words}: {says}" in shown if words else says not in shown
 
 
+def test_rows_of_any_length_may_take_any_memory(open_recipe):
+    recipe, said = settle_checkpointing(load_recipe(open_recipe, ["sft.max_length=null"]), Launch(), 2**40)
+    assert recipe.sft["activation_checkpointing"] and "without sft.max_length a row may be of any length" in said
+
+
 def test_what_cannot_be_counted_is_made_again(open_recipe, monkeypatch):
     def fail(*args):
         raise RuntimeError("a fake tensor has no data")

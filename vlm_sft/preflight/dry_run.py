@@ -92,6 +92,8 @@ def settle_checkpointing(recipe: Recipe, launch: Launch, room: int | None) -> tu
         return recipe, None
     kept, again = (recipe.model_copy(update={"sft": {**recipe.sft, CHECKPOINTING[0]: on}}) for on in (False, True))
     asked = "the recipe does not say sft.activation_checkpointing"
+    if recipe.sft.get("max_length", WITHOUT_LIMIT) is None:
+        return again, f"Activations are made again: {asked}, and without sft.max_length a row may be of any length."
     if room is None:
         return again, f"Counted with activations made again: {asked}, and a GPU with room for them keeps them."
     try:
