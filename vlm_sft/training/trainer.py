@@ -93,8 +93,7 @@ class VLMSFTTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, SFTTrainer
         jump: float | None = 10.0,
         **kwargs: Any,
     ) -> None:
-        self.plan = plan
-        self.provenance = provenance
+        self.plan, self.provenance = plan, provenance
         # Images can be exchanged only where each takes as many tokens as any other.
         self.image_use = image_use and bool(processing_class.num_image_tokens)
         self.ledgers = ledgers_of(provenance)
