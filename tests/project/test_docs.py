@@ -38,7 +38,7 @@ from vlm_sft.serving import bundles  # noqa: F401  # the real one, before what i
 PAGES = ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PROGRAMS = ("vlm-sft", "accelerate", "python", "make", "pip", "pytest", "bash")
 VERBS = {"train", "chat", "serve", "generate", "evaluate", "export", "preflight", "push", "recipes", "apply-delta"}
-VERBS |= {"data", "debug-batch", "answer", "match", "init", "watch", "doctor", "fit"}
+VERBS |= {"data", "debug-batch", "answer", "match", "init", "watch", "doctor", "fit", "web", "cache"}
 # What a user has and the checkout has not.
 TOP = "vlm_sft|recipes|docs|tests|examples|chat_templates|accelerate_configs|benchmarks|.ci"
 
@@ -256,6 +256,8 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
     for function in ("answer_one", "answer_many", "match_texts", "draw_text"):
         stand_in("inference.encoder", function)
     stand_in("serving.serve", "serve")
+    stand_in("web.serve", "web")
+    monkeypatch.setattr("vlm_sft.cli.serving.find_spec", lambda name: "found")  # the reader has Gradio
     stand_in("watching.live", "watch")
     stand_in("export.servers", "start", ())
     sys.modules["vlm_sft.export.servers"].ENGINES = ("own", "vllm", "transformers")

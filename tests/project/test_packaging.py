@@ -200,6 +200,7 @@ def test_every_import_is_a_declared_dependency() -> None:
     declared |= {normal(Requirement(text).name) for text in PROJECT["optional-dependencies"]["eval"]}  # likewise
     declared |= {"starlette", "uvicorn"}  # with transformers[serving], the extra `serve`
     declared |= {normal(Requirement(text).name) for text in PROJECT["optional-dependencies"]["gguf"]}  # an export's
+    declared |= {"fastapi", "gradio"}  # the extra `web`
     for path in (ROOT / "vlm_sft").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -211,7 +212,7 @@ def test_every_import_is_a_declared_dependency() -> None:
 
 
 def test_extras_are_those_promised() -> None:
-    assert {"dev", "eval", "gguf", "serve", "deepspeed"} <= set(PROJECT["optional-dependencies"])
+    assert {"dev", "eval", "gguf", "serve", "web", "docs", "deepspeed"} <= set(PROJECT["optional-dependencies"])
 
 
 def test_ci_runs_the_readme_s_test_command() -> None:

@@ -7,33 +7,20 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 
-from support.asking import QUESTIONS, running
-from support.tiny_pieces import tiny_recipe
-from vlm_sft import build_stack, load_recipe
-from vlm_sft.serving.bundles import Base, Served
+from support.asking import QUESTIONS, running, tiny_served
 
 
 @pytest.fixture(scope="session")
-def tiny(pieces, caption_file, tmp_path_factory):
-    """Model in evaluation mode and processor."""
-    folder = tmp_path_factory.mktemp("tiny")
-    recipe = tiny_recipe(pieces, caption_file, folder / "out", chat_template="ziya")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
-    torch.manual_seed(0)
-    stack = build_stack(load_recipe(folder / "recipe.yaml"))
-    return stack.model.eval().requires_grad_(False), stack.processor
-
-
-@pytest.fixture(scope="session")
-def served(tiny):
+def served(pieces, caption_file, tmp_path_factory):
     """The tiny model as a bundle called `tiny`."""
-    model, processor = tiny
-    found = Served("tiny", Base(model), processor, {}, None, model.generation_config)
-    found.base.now = found
-    return found
+    return tiny_served(pieces, caption_file, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny(served):
+    """Model in evaluation mode and processor."""
+    return served.model, served.processor
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,25 @@ class Caller:
             time.sleep(0.01)
 
 
+def tiny_served(pieces, caption_file, folder, name="tiny"):
+    """A tiny model in evaluation mode as a bundle of a server."""
+    import torch
+    import yaml
+
+    from support.tiny_pieces import tiny_recipe
+    from vlm_sft import build_stack, load_recipe
+    from vlm_sft.serving.bundles import Base, Served
+
+    recipe = tiny_recipe(pieces, caption_file, folder / "out", chat_template="ziya")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    torch.manual_seed(0)
+    stack = build_stack(load_recipe(folder / "recipe.yaml"))
+    model = stack.model.eval().requires_grad_(False)
+    found = Served(name, Base(model), stack.processor, {}, None, model.generation_config)
+    found.base.now = found
+    return found
+
+
 @contextmanager
 def running(bundles, rules=None, batch_size=8, queue=64, **more) -> Iterator[Caller]:
     """A server of bundles in this process."""

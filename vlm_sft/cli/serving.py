@@ -67,3 +67,43 @@ def serve(
     rules = Rules(tuple(image_folder or ()), fetcher() if allow_urls else None, max_images, max_pixels,
                   max_request_mb * 2**20, tokens=max_tokens)  # fmt: skip
     run(bundles, rules, host, port, batch_size, queue, api_key_file, settings_of(options), trust_remote_code, patience)
+
+
+@serving_app.command(short_help="Ask bundles about pictures in a browser; keep answers.")
+def web(
+    bundle: Annotated[
+        str,
+        typer.Argument(
+            metavar="BUNDLE", help="Folder that a training run wrote, or a repository of the Hub.", show_default=False
+        ),
+    ],
+    other: Annotated[
+        str | None, typer.Argument(metavar="OTHER", help="A second one, asked the same beside it.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Data set for the answers that you keep, with their pictures.")
+    ] = "kept",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    api_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File with the browser's password; or set VLM_SFT_API_KEY.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 8,
+    queue: Annotated[int, typer.Option(min=1, help="Questions that may wait beside them.")] = 32,
+    max_images: Annotated[int, typer.Option(min=1, help="Most pictures of a question.")] = 8,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of a question's pictures together.")] = 50_000_000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
+    options: Options = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Open a page where people ask about pictures, see the answer with and without them, compare two bundles and keep
+    answers as rows to train on; on this machine alone unless told otherwise."""
+    if find_spec("gradio") is None:
+        raise UserError("The page needs Gradio, which is not installed: pip install 'vlm-sft[web]'.")
+    bundles = [bundle_of(each) for each in (bundle, other) if each is not None]
+    quiet_libraries()
+    from ..web.kept import folder_for
+    from ..web.serve import web as run
+
+    run(bundles, folder_for(keep), host, port, batch_size, queue, api_key_file, settings_of(options), trust_remote_code,
+        max_images, max_pixels, max_tokens)  # fmt: skip

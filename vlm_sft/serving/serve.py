@@ -6,11 +6,12 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..base.console import make_console, say
@@ -76,14 +77,34 @@ def serve(
                 f"Everyone who reaches {host} can ask, because there is no key: set {VARIABLE} or --api-key-file, or "
                 "listen on 127.0.0.1.",
             )
-        config = uvicorn.Config(
-            server.app(), http=punctual(rules.seconds), log_level="warning", access_log=False, lifespan="off",
-            server_header=False, timeout_graceful_shutdown=round(patience) + 10, timeout_keep_alive=30,
-            h11_max_incomplete_event_size=65_536,
-        )  # fmt: skip
-        _Uvicorn(config, server, patience, lambda text: say(console, text)).run([heard])
-        server.pool.close()
-        server.pool.join(patience)
+        run_until_told(server.app(), server, heard, patience, lambda text: say(console, text))
+
+
+def run_until_told(
+    app: ASGIApp,
+    server: Server,
+    heard: socket.socket,
+    patience: float,
+    told: Callable[[str], None],
+    end: Callable[[], None] = lambda: None,
+) -> None:
+    """Answers at a socket until SIGTERM or Ctrl-C; then what is being written is finished, within `patience` seconds.
+
+    Args:
+        app: What answers.
+        server: Its pool, and whether it is stopping.
+        heard: The socket.
+        patience: Seconds.
+        told: Is told what happens at the end.
+        end: Called when it is told to end, for what `app` would keep open.
+    """
+    config = uvicorn.Config(
+        app, http=punctual(server.rules.seconds), log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=round(patience) + 10, timeout_keep_alive=30, h11_max_incomplete_event_size=65_536,
+    )  # fmt: skip
+    _Uvicorn(config, server, patience, told, end).run([heard])
+    server.pool.close()
+    server.pool.join(patience)
 
 
 def punctual(seconds: float) -> type[H11Protocol]:
@@ -142,9 +163,16 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 class _Uvicorn(uvicorn.Server):
     """Ends when answers have ended: new questions are refused at once, and what is written has so many seconds."""
 
-    def __init__(self, config: uvicorn.Config, server: Server, patience: float, told: object) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server: Server,
+        patience: float,
+        told: Callable[[str], None],
+        end: Callable[[], None],
+    ) -> None:
         super().__init__(config)
-        self._answers, self._patience, self._told = server, patience, told
+        self._answers, self._patience, self._told, self._end = server, patience, told, end
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -168,4 +196,5 @@ class _Uvicorn(uvicorn.Server):
             timer = threading.Timer(self._patience, self._answers.pool.close)
             timer.daemon = True
             timer.start()
+            self._end()
         self.should_exit = True
