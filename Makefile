@@ -15,7 +15,7 @@ STAMP := .venv/.setup-done
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
             OMP_WAIT_POLICY=PASSIVE MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE=
 
-.PHONY: help setup lint format types test test-fast audit demo real bench schema build clean
+.PHONY: help setup lint format types test test-fast audit demo real bench schema docs build clean
 
 help:
 	@echo 'make setup      create .venv and install everything, as pinned in constraints.txt'
@@ -27,6 +27,7 @@ help:
 	@echo 'make lint       ruff, mypy and the layers of imports; make format mends what ruff can mend'
 	@echo 'make audit      look up the pinned versions among known vulnerabilities (asks the network)'
 	@echo 'make schema     write recipes/recipe.schema.json anew'
+	@echo 'make docs       the pages as a site in both languages, with search, into build/docs/site'
 	@echo 'make build      wheel and sdist into dist/'
 	@echo 'make clean      remove caches, outputs/ and data/'
 
@@ -52,7 +53,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint .venv-lmms-eval/.setup-done .venv-vlmevalkit/.setup-done
+test: lint .venv-lmms-eval/.setup-done .venv-vlmevalkit/.setup-done .venv-web/.setup-done .venv-docs/.setup-done
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
@@ -80,6 +81,13 @@ audit: .venv-audit/bin/pip-audit
 	.venv-vlmevalkit/bin/python -m pip install --quiet --no-deps --requirement .ci/vlmevalkit.txt
 	@touch $@
 
+# Gradio wants an older Pillow than the pinned one: the tests of the page run beside it likewise.
+.venv-web/.setup-done: .ci/web.txt $(STAMP)
+	$(PYTHON) -m venv .venv-web
+	.venv-web/bin/python .ci/look_through.py $(BIN)/python
+	.venv-web/bin/python -m pip install --quiet --no-deps --requirement .ci/web.txt
+	@touch $@
+
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
@@ -91,6 +99,14 @@ bench: setup
 
 schema: setup
 	$(BIN)/python -m vlm_sft.recipe.schema > recipes/recipe.schema.json
+
+docs: .venv-docs/.setup-done
+	.venv-docs/bin/python docs/site/build.py
+
+.venv-docs/.setup-done: .ci/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement .ci/docs.txt
+	@touch $@
 
 build: setup
 	$(BIN)/python -m build --no-isolation
