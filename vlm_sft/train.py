@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from .batch.collator import MultimodalCollator
     from .families.kind import Composed
     from .recipe.schema import Recipe
+    from .training.part_trainer import PartTrainer
     from .training.pushes import PushCallback
-    from .training.trainer import VLMSFTTrainer
 
 
 def _recipes(incomplete: str) -> list[str]:
@@ -130,7 +130,7 @@ def _compose(recipe: Recipe, args: SFTConfig) -> Composed:
     return composed
 
 
-def finish(trainer: VLMSFTTrainer, collator: MultimodalCollator, console: Console) -> Path:
+def finish(trainer: PartTrainer, collator: MultimodalCollator, console: Console) -> Path:
     """Writes bundle, metrics and curves, then proves in a fresh process that the bundle gives the same logits."""
     from .base.progress import waiting
     from .batch.collator import REJECTED, SEEN
@@ -267,7 +267,7 @@ def _own_folder(recipe: Recipe) -> Iterator[tuple[SFTConfig, Console]]:
         yield args, console
 
 
-def _pushes(recipe: Recipe, trainer: VLMSFTTrainer, console: Console) -> PushCallback | None:
+def _pushes(recipe: Recipe, trainer: PartTrainer, console: Console) -> PushCallback | None:
     """What pushes the saves of a run to the Hub, where the recipe asks for it."""
     if recipe.hub is None:
         return None
@@ -280,7 +280,7 @@ def _pushes(recipe: Recipe, trainer: VLMSFTTrainer, console: Console) -> PushCal
 
 
 @contextmanager
-def _progress(trainer: VLMSFTTrainer, console: Console) -> Iterator[None]:
+def _progress(trainer: PartTrainer, console: Console) -> Iterator[None]:
     """Our progress bar in place of transformers'; an error leaves the terminal as it was."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -299,7 +299,7 @@ def _progress(trainer: VLMSFTTrainer, console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def _until_a_signal(trainer: VLMSFTTrainer, pushes: PushCallback | None) -> Iterator[None]:
+def _until_a_signal(trainer: PartTrainer, pushes: PushCallback | None) -> Iterator[None]:
     """What trains inside is saved and stopped by Ctrl-C (exit code 130) or SIGTERM (143).
 
     Args:

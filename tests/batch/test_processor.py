@@ -12,7 +12,8 @@ from support.conversations import PROCESSORS, TOKENS, conversations, make_proces
 from support.tiny_pieces import make_tokenizer
 from vlm_sft.base.errors import UserError
 from vlm_sft.batch.encoding import EncodedChat
-from vlm_sft.batch.processor import VLMProcessor, pad_to_square
+from vlm_sft.batch.pictures import pad_to_square
+from vlm_sft.batch.processor import VLMProcessor
 from vlm_sft.templates.render import render
 
 

@@ -15,7 +15,7 @@ from vlm_sft.model.freeze import is_adapter, part_of
 from vlm_sft.preflight.dry_run import weigh
 from vlm_sft.preflight.launch import read_launch
 from vlm_sft.train import train
-from vlm_sft.training.trainer import VLMSFTTrainer
+from vlm_sft.training.part_trainer import PartTrainer
 
 
 class Run:
@@ -47,9 +47,9 @@ def run(pieces, shared_photos, tmp_path_factory):
         start = once(first.removeprefix("outputs/")).folder if first else None
         this = Run(load_recipe(name, shrink(name, folder, pieces, shared_photos, start)))
         with pytest.MonkeyPatch.context() as patch:
-            original = VLMSFTTrainer.train
+            original = PartTrainer.train
             patch.setattr(
-                VLMSFTTrainer, "train", lambda *args, **kwargs: this.watch(args[0], original, *args[1:], **kwargs)
+                PartTrainer, "train", lambda *args, **kwargs: this.watch(args[0], original, *args[1:], **kwargs)
             )
             this.folder = train(this.recipe)
         done[name] = this

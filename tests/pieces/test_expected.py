@@ -21,8 +21,8 @@ from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.pieces.checkpoints import Checkpoint
 from vlm_sft.pieces.expected import IMAGES, MODEL, TOKENIZER, laid_out
+from vlm_sft.pieces.part_configs import load_image_processor, load_tokenizer
 from vlm_sft.pieces.piece import Piece
-from vlm_sft.stack.build_processor import load_image_processor, load_tokenizer
 from vlm_sft.stack.build_stack import build_stack
 
 OPENED: list[str] | None = None

@@ -264,7 +264,7 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
     stand_in("evaluation.evaluate", "run")
     stand_in("evaluation.benchmark", "run")
     stand_in("preflight.preflight", "run_preflight")
-    stand_in("training.debug_batch", "run")
+    stand_in("watching.debug_batch", "run")
     counts = dict.fromkeys(("tensors", "summed", "left_out", "bytes", "shards"), 1)
     stand_in("pieces.delta", "apply_delta", {"tables": "sum", "rows_added": {}, **counts})
     stand_in("bundle.hub", "push_bundle", "https://huggingface.co/my-name/mine/commit/1")

@@ -158,7 +158,7 @@ def test_key_in_a_list_names_its_line(tmp_path: Path) -> None:
         ("chat_template.x=1", 'override "chat_template.x=1": "chat_template" is \'plain\', which has no keys below'),
         (
             "zzz=1",
-            'override "zzz=1": unknown key "zzz"; these are valid here: stack, model, init_from, lora_from,',
+            'override "zzz=1": unknown key "zzz"; these are valid here: stack, model, encoder, init_from,',
         ),
         ("data.train.0.max_row=1", 'unknown key "data.train.0.max_row"; did you mean "max_rows"?'),
         ("stack.resampler={type: qformr}", "\"stack.resampler.type\" must be 'qformer',"),

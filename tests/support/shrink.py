@@ -19,6 +19,7 @@ from support.flant5 import write_instructblip_flant5
 from support.tiny_families import tiny
 from support.tiny_pieces import make_tokenizer
 from support.visualglm import write_visualglm
+from support.vle import save_vle
 from vlm_sft import load_recipe
 from vlm_sft.recipe.sections import Source
 
@@ -167,6 +168,7 @@ PIECES: dict[str, Writer] = {
     "Salesforce/instructblip-vicuna-7b": write_instructblip,
     "Salesforce/instructblip-flan-t5-xl": lambda pieces, folder: write_instructblip_flant5(folder),
     "THUDM/visualglm-6b": lambda pieces, folder: write_visualglm(folder),
+    "hfl/vle-base": lambda pieces, folder: str(save_vle(folder / "vle")),
     "data/real/dinov2": write_dinov2,
     "data/real/smollm2": write_smollm2,
     "data/real/projector": write_real_projector,
@@ -206,6 +208,8 @@ def shrink(name: str, folder: Path, pieces: dict[str, str], photos: list[str], i
         for index, source in enumerate(getattr(recipe.data, group)):
             for key, value in write_source(source, folder / f"{group}_{index}", photos).items():
                 changes[f"data.{group}.{index}.{key}"] = value
+    if recipe.encoder is not None:
+        changes["encoder.min_count"] = 1
     if recipe.init_from is not None:
         assert init_from is not None, f"{name} starts from {recipe.init_from}: train that first"
         changes["init_from"] = str(init_from)
@@ -213,10 +217,10 @@ def shrink(name: str, folder: Path, pieces: dict[str, str], photos: list[str], i
 
 
 def _names_of_checkpoints(recipe: dict[str, Any]) -> list[tuple[str, str]]:
-    """(path of the key, value) of everything under `stack` or `model` that names a checkpoint or a file of one."""
+    """(path of the key, value) of what names a checkpoint or a file of one, under `stack`, `model` and `encoder`."""
     parts = {f"stack.{part}": spec for part, spec in (recipe.get("stack") or {}).items()}
     found = []
-    for path, spec in {**parts, "model": recipe.get("model")}.items():
+    for path, spec in {**parts, "model": recipe.get("model"), "encoder": recipe.get("encoder")}.items():
         for key in ("pretrained", "tokenizer"):
             if (spec or {}).get(key):
                 found.append((f"{path}.{key}", spec[key]))
@@ -286,7 +290,10 @@ def _captions(photos: list[str]) -> dict[str, Any]:
 
 def _questions_and_annotations(photos: list[str]) -> dict[str, Any]:
     ids = [{"question_id": i, "image_id": Path(photo).stem} for i, photo in enumerate(photos)]
-    answered = [entry | {"answers": [{"answer": answer}]} for entry, answer in zip(ids, ANSWERS, strict=True)]
+    given = [[answer] * 8 + ["a cat", "no"] for answer in ANSWERS]  # of ten annotators
+    answered = [
+        entry | {"answers": [{"answer": each} for each in answers]} for entry, answers in zip(ids, given, strict=True)
+    ]
     asked = [entry | {"question": QUESTION} for entry in ids]
     return {"path": {"data_subtype": "tiny", "questions": asked}, "annotations": {"annotations": answered}}
 

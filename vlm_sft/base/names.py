@@ -30,6 +30,15 @@ Values: TypeAlias = Mapping[str, Any]
 PARTS = ("vision_tower", "resampler", "projector", "language_model")
 """In the order an image passes them: recipe keys, attributes of the model, rows of tables."""
 
+ENCODER_PARTS = ("vision_tower", "text_encoder", "fusion", "head")
+"""Of an encoder; of one that writes its answers, the head is its decoder."""
+
+ALL_PARTS = (*PARTS, *(part for part in ENCODER_PARTS if part not in PARTS))
+"""Those of every kind of model, for tables that are not of one."""
+
+WHOLES = ("model", "encoder")
+"""Keys of a recipe for a model that is one piece, in place of the parts of a stack; also what that piece is called."""
+
 IMAGE_TOKEN = "<image>"
 """Stands for an image, in the text of a row and in that of a rendered conversation."""
 
@@ -57,6 +66,9 @@ MANIFEST = "bundle.json"
 
 RECIPE, TEMPLATE, TRAINED = "recipe.yaml", "chat_template.jinja", "trained.safetensors"
 """Of a bundle: the resolved recipe, the chat template, and the trained tensors that are not LoRA's."""
+
+ANSWER_LIST = "answer_list.json"
+"""Of the bundle of an encoder that chooses its answers: these, in the order of its head."""
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """LoRA, as PEFT names its files."""

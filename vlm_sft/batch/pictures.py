@@ -246,3 +246,18 @@ def _shape(processor: ReadsPictures, image: Image.Image, instruction: str) -> tu
 
 def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """Centres an RGB image on a square of the mean colour (LLaVA, `mm_utils.py`, expand2square).
+
+    Args:
+        image: RGB image.
+        mean: Mean of the three channels, 0 to 1.
+    """
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoTokenizer,
+    BaseImageProcessor,
+    BatchFeature,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from ..base.errors import UserError
 from ..base.names import IGNORED, IMAGE_TOKEN
@@ -26,6 +33,7 @@ from ..templates.template import end_of_answer, owns_bos
 from .box_text import Seen, check_seen, seen_through
 from .counts import batched
 from .encoding import PAD, EncodedChat, Word, add_missing_tokens, first_id_of, in_loss, supervised_characters
+from .pictures import pad_to_square
 from .typed_text import control_tokens, tokenize_chat
 
 # Where transformers' InstructBLIP, and a bundle, keep the tokenizer of the Q-Former; the tokens that LAVIS gives it.
@@ -53,6 +61,8 @@ class VLMProcessor(ProcessorMixin):
         reads_sizes: Whether the number of tokens of an image depends on its size, so that `sizes` must be given.
         video, one_image: Which frames of a video are shown; whether the model was made for one image, so that none are.
         words: Words that its tokenizer was given for this run (`add_words`).
+        chooses: Whether answers are had by `choose`, and not by `generate`.
+        cuts_answers: Whether answers become tokens.
 
     Raises:
         UserError: The tokenizer cannot tell where in the text its tokens lie.
@@ -61,6 +71,8 @@ class VLMProcessor(ProcessorMixin):
     reads_sizes = False
     _notation: Notation | None = None  # None until it was looked at
     one_image = False
+    chooses = False
+    cuts_answers = True
     video = Sampling()
     words: Sequence[Word] = ()
     answer_start: int | None = None
@@ -257,6 +269,12 @@ class VLMProcessor(ProcessorMixin):
         text = self.qformer_tokenizer(list(instructions), return_tensors="pt", **options)
         return {"qformer_input_ids": text["input_ids"], "qformer_attention_mask": text["attention_mask"]}
 
+    def choose(
+        self, model: PreTrainedModel, images: Sequence[Image.Image], conversations: Sequence[Sequence[Message]]
+    ) -> list[str]:
+        """The answers to N conversations that ask once about an image each, of a processor that `chooses`."""
+        raise NotImplementedError
+
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
@@ -325,18 +343,3 @@ def check_fast(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
             f"{key}: the tokenizer {type(tokenizer).__name__} is a slow one and cannot say where its tokens lie in the "
             f"text, so no mask can be made; save it as a fast tokenizer (tokenizer.json)."
         )
-
-
-def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """Centres an RGB image on a square of the mean colour (LLaVA, `mm_utils.py`, expand2square).
-
-    Args:
-        image: RGB image.
-        mean: Mean of the three channels, 0 to 1.
-    """
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square

@@ -36,7 +36,8 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     with refused_by_library(f"The card of {str(folder)!r} cannot be written from what its files say; mend them"):
         manifest, recipe = _read(folder / MANIFEST), yaml.safe_load(read_text(folder / RECIPE))
         lora, told = manifest["adapter"], recipe.get("hub") or {}
-        head: Json = {"pipeline_tag": "image-text-to-text", "library_name": "vlm_sft"}
+        task = "visual-question-answering" if "encoder" in manifest["pieces"] else "image-text-to-text"
+        head: Json = {"pipeline_tag": task, "library_name": "vlm_sft"}
         head |= {"tags": ["vlm_sft", "trl", *(["lora"] if lora else [])], **bases_of(manifest["pieces"], "adapter")}
         head |= {key: told[key] for key in ("license", "language") if told.get(key)}
         written = harmless(dump_yaml(without_folders(recipe))).rstrip()

@@ -15,8 +15,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..base.errors import UserError
-from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, Json
+from ..base.names import ADAPTER_CONFIG, ANSWER_LIST, CONFIG, MANIFEST, Json
 from ..base.whole_files import read_text
+from ..encoders.answers import read_answer_list
 from ..model.freeze import FreezePlan, is_quantised
 from ..pieces.fingerprints import compare_pieces
 from ..stack.adapters import MERGED, merge_adapter, merge_again, read_config
@@ -55,6 +56,7 @@ def settle_adapter(recipe: Recipe, checkpoint: str | Path | None = None, *, plan
         UserError: There is no bundle; it has LoRA and `lora_from` does not say what becomes of it, or the other way
             round.
     """
+    recipe = _settle_answers(recipe, checkpoint)
     if recipe.init_from is None or (planned and not (Path(recipe.init_from) / MANIFEST).is_file()):
         return recipe
     origin, where = Path(checkpoint or recipe.init_from), f"init_from {recipe.init_from!r}"
@@ -87,6 +89,22 @@ def settle_adapter(recipe: Recipe, checkpoint: str | Path | None = None, *, plan
             f"language model, but {where} added {words or 'none'}; remove the key, `init_from` fills it in."
         )
     return recipe.with_words(words).model_copy(update=changes)
+
+
+def _settle_answers(recipe: Recipe, checkpoint: str | Path | None) -> Recipe:
+    """An encoder's recipe with the answers that the head was trained for from which it starts or goes on.
+
+    Raises:
+        UserError: The recipe names others.
+    """
+    origin = checkpoint or recipe.init_from
+    path = Path(origin or "") / ANSWER_LIST
+    if recipe.encoder is None or origin is None or not path.is_file():
+        return recipe
+    named, where = recipe.encoder.answers, recipe.where(("encoder", "answers"))
+    if named and read_answer_list(named, where) != read_answer_list(str(path), str(path)):
+        raise UserError(f"{where}: {str(origin)!r} was trained for other answers than {named!r}; leave the key out.")
+    return recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"answers": str(path)})})
 
 
 def _recipe_with_more(folder: Path, manifest: Json) -> Recipe | None:

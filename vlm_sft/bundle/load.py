@@ -13,11 +13,12 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..base.errors import UserError, refused_by_library
-from ..base.names import RECIPE, TEMPLATE, TRAINED, Json
+from ..base.names import RECIPE, TRAINED, Json
 from ..batch.processor import VLMProcessor
 from ..model.freeze import FreezePlan
 from ..model.sharding import fill
 from ..pieces.fingerprints import compare_pieces
+from ..pieces.piece import section_of
 from ..recipe.safety import pieces_in, refuse_code
 from ..recipe.schema import Recipe, load_recipe
 from ..recipe.yaml_file import YamlFile, texts_in
@@ -82,7 +83,8 @@ def load(
     processor.words = stack.processor.words
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device) if dtype is None else model.to(device, dtype)
-    _set_answers(stack.model.generation_config, recipe)
+    if recipe.generation:  # none is for a model that writes nothing
+        _set_answers(stack.model.generation_config, recipe)
     return model.eval(), processor
 
 
@@ -175,10 +177,10 @@ def recipe_of(folder: Path, manifest: Json) -> Recipe:
     """
     if not (folder / RECIPE).is_file():
         raise UserError(f"{str(folder)!r} cannot be loaded: it was saved without its recipe ({RECIPE}).")
-    settled = kind_of(manifest["pieces"]).settled
-    overrides: Json = {"chat_template": str((folder / TEMPLATE).resolve()), **settled}
+    kind = kind_of(manifest["pieces"])
+    overrides: Json = {**kind.own_files(folder), **kind.settled}
     for part, piece in manifest["pieces"].items():
-        key = part if part == "model" else f"stack.{part}"
+        key = section_of(part)
         if not Path(piece["pretrained"]).exists() and Path(piece.get("path", "")).is_absolute():
             overrides[f"{key}.pretrained"] = piece["path"]
         elif piece.get("commit") and not Path(piece["pretrained"]).exists():
@@ -234,7 +236,8 @@ def _lengthen(saved: dict[str, torch.Tensor], model: nn.Module, wanted: dict[str
     core = model
     if isinstance(core, PeftModel):  # the words of an adapter were learned, and saved with the rest
         return
-    tables = {id(core.get_input_embeddings().weight), id(core.get_output_embeddings().weight)}
+    found = (core.get_input_embeddings(), core.get_output_embeddings())
+    tables = {id(table.weight) for table in found if table is not None}
     for name, parameter in wanted.items():
         if id(parameter) in tables and name in saved and len(saved[name]) < len(parameter):
             saved[name] = torch.cat([saved[name], parameter[len(saved[name]) :].detach().to(saved[name])])

@@ -38,7 +38,7 @@ NOT_INPUTS = ("labels", "loss_weights", "logits")
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(up to 256 supervised positions, vocabulary) logits of a batch, in fp32 on the CPU."""
+    """(up to 256 supervised positions, vocabulary) logits of a batch, in fp32 on the CPU; of an encoder, (rows, …)."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in _tensors(batch).items() if name not in NOT_INPUTS}
     was_training = model.training
@@ -46,6 +46,8 @@ def probe_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     with without_autocast(model):
         logits = model(**inputs).logits
     model.train(was_training)
+    if "labels" not in batch or logits.dim() < 3:  # of an encoder: what it says of each row, or of each token
+        return logits.flatten(0, -2)[:MAX_POSITIONS].float().cpu()
     mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
     mask[:, :-1] = batch["labels"][:, 1:] != IGNORED
     return logits[mask.to(device)][:MAX_POSITIONS].float().cpu()
@@ -96,8 +98,8 @@ def check_parity(
         UserError: The bundle does not load, or its logits differ.
     """
     wanted = probe_logits(model, batch) if logits is None else logits
-    language_model = (p for n, p in model.named_parameters() if part_of(n) == "language_model")
-    dtype = next(p.dtype for p in language_model if p.is_floating_point())
+    last = [p for n, p in model.named_parameters() if part_of(n) in ("language_model", "head")]
+    dtype = next(p.dtype for p in last if p.is_floating_point())
     device = str(next(model.parameters()).device)
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder) / "probe.safetensors"

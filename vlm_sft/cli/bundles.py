@@ -87,7 +87,7 @@ def debug_batch(
     from ..recipe.left_out import leave_out_bitsandbytes_of
 
     leave_out_bitsandbytes_of(checkpoint or folder)
-    from ..training.debug_batch import run
+    from ..watching.debug_batch import run
 
     run(folder, step=step, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..batch.collator import MultimodalCollator
     from ..batch.processor import VLMProcessor
     from ..cache.prefix import Prefix
-    from ..training.trainer import VLMSFTTrainer
+    from ..training.part_trainer import PartTrainer
 
 
 class InTraining:
@@ -36,7 +36,7 @@ class InTraining:
         trainer: What trains it.
     """
 
-    def __init__(self, trainer: VLMSFTTrainer) -> None:
+    def __init__(self, trainer: PartTrainer) -> None:
         self.trainer = trainer
         self.processor = trainer.processing_class
 

@@ -27,7 +27,7 @@ from ..bundle.manifest import without_secrets
 from ..bundle.run_folder import read_lines
 
 if TYPE_CHECKING:
-    from ..training.trainer import VLMSFTTrainer
+    from ..training.part_trainer import PartTrainer
 
 
 class RunLog(TrainerCallback):
@@ -37,7 +37,7 @@ class RunLog(TrainerCallback):
         trainer: Of the run.
     """
 
-    def __init__(self, trainer: VLMSFTTrainer) -> None:
+    def __init__(self, trainer: PartTrainer) -> None:
         self.trainer = trainer
         self.folder = Path(str(trainer.args.output_dir))
         self._began = time.time()

@@ -17,7 +17,7 @@ from .samples import Samples
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
-    from ..training.trainer import VLMSFTTrainer
+    from ..training.part_trainer import PartTrainer
 
 
 class WhileTraining(TrainerCallback):
@@ -49,7 +49,7 @@ class WhileTraining(TrainerCallback):
                 f"no evaluation of this recipe measures {best!r}; it can be one of these: {', '.join(asked)}.",
             )
 
-    def attach(self, trainer: VLMSFTTrainer) -> None:
+    def attach(self, trainer: PartTrainer) -> None:
         """Asks at the evaluations of a run, where its model can answer while it is trained.
 
         Raises:

@@ -41,11 +41,10 @@ class Answer(NamedTuple):
     score: float
 
 
-class Encoder(ABC):
-    """A model with what makes its inputs.
+class ReadsQuestions:
+    """What makes the inputs of an encoder.
 
     Attributes:
-        model: In fp32, not training.
         tokenizer: Of its texts.
         image_processor: Of its images.
         longest: Tokens of the longest text that it reads.
@@ -57,10 +56,9 @@ class Encoder(ABC):
     cuts = False
     reads_sizes = False
     one_image = True
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, images: BaseImageProcessor) -> None:
-        self.model, self.tokenizer, self.image_processor = model, tokenizer, images
-        self.longest = model.config.get_text_config().max_position_embeddings
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
+    longest: int
 
     def grown_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) of the largest picture on the way from one of `size`."""
@@ -72,6 +70,8 @@ class Encoder(ABC):
 
     def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """N pictures → `pixel_values` (N, 3, H, W)."""
+        if not images:
+            return {}
         return {"pixel_values": self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]}
 
     def text_inputs(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -87,6 +87,18 @@ class Encoder(ABC):
                 f"A text of {length:,} tokens was given, and this model reads at most {self.longest:,}: shorten it."
             )
         return dict(made)
+
+
+class Encoder(ReadsQuestions, ABC):
+    """A model with what makes its inputs.
+
+    Attributes:
+        model: On its device, in evaluation mode.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, images: BaseImageProcessor) -> None:
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, images
+        self.longest = model.config.get_text_config().max_position_embeddings
 
     @abstractmethod
     def answers(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -20,7 +23,12 @@ from ..pieces.load_parts import from_pretrained, load_module, make_empty
 from ..pieces.piece import Piece
 from ..recipe.safety import check_config, check_length, most_bytes
 from ..systems.mplug_vqa import MPlugConfig, MPlugForVQA
+from .answers import AnswerList, read_answer_list
 from .encoder import Answer, Encoder, Published, told
+from .processor import EncoderProcessor
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
 
 BERT_CONFIG = "config_bert.json"
 VISION = "visual_encoder.visual."
@@ -78,22 +86,93 @@ def load_mplug(
     Raises:
         UserError: It cannot be had, or is no mPLUG for VQA.
     """
-    if told(piece).get("model_type") == MPlugConfig.model_type:
-        piece.config = piece.whole
-        model = from_pretrained(MPlugForVQA, piece, dtype=torch.float32)
-    else:
-        model = make_empty(MPlugForVQA, _config(piece, sizes or {}), piece.checkpoint)
+    config = find_config(piece, sizes or {})
+    model = MPlugSystem.load(piece, config)
+    processor = _processor(piece, config, tokenizer)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return MPlug(model.eval().requires_grad_(False).to(device), processor.tokenizer, processor.image_processor)
+
+
+class MPlugProcessor(EncoderProcessor):
+    """Of an mPLUG: each answer that an annotator gave is learned, by how many gave it."""
+
+    asks = MPlug
+
+    def targets(self, given: Sequence[Sequence[str]]) -> dict[str, torch.Tensor]:
+        """B rows → `answer_ids` and `answer_mask` (N, L), `answers` (B,), how many are of each, and `weights` (N,)."""
+        counts = [Counter(answers) for answers in given]
+        texts = [f"{answer}{self.tokenizer.sep_token}" for each in counts for answer in each]  # two ends, as upstream
+        made = self.tokenizer(texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
+        return {
+            "answer_ids": made["input_ids"],
+            "answer_mask": made["attention_mask"],
+            "answers": torch.tensor([len(each) for each in counts]),
+            "weights": torch.tensor([count / each.total() for each in counts for count in each.values()]),
+        }
+
+    @property
+    def candidates(self) -> Sequence[str]:
+        """The answers of `encoder.answers`, which are ranked; without, answers are written."""
+        return self.known.answers
+
+
+class MPlugSystem:
+    """How an mPLUG is composed and loaded; see `kind.System`."""
+
+    @staticmethod
+    def config(piece: Piece[Any], recipe: Recipe) -> MPlugConfig:
+        """Its configuration, with the answers that it is to choose from in `id2label`, if any."""
+        spec = recipe.encoder
+        assert spec is not None
+        check_config(spec.config, f"{piece.section}.config")
+        config = find_config(piece, spec.config)
+        if spec.answers:
+            answers = read_answer_list(spec.answers, recipe.where(("encoder", "answers")))
+            config.id2label = dict(enumerate(answers))
+            config.ranks = True
+        return config
+
+    @staticmethod
+    def processor(piece: Piece[Any], config: MPlugConfig) -> MPlugProcessor:
+        """What lies beside its weights, or is named in its place."""
+        return _processor(piece, config, piece.spec.tokenizer)
+
+    @staticmethod
+    def load(piece: Piece[Any], config: MPlugConfig) -> MPlugForVQA:
+        """Its weights."""
+        if told(piece).get("model_type") == MPlugConfig.model_type:
+            piece.config = config
+            return from_pretrained(MPlugForVQA, piece, dtype=torch.float32)  # type: ignore[return-value]
+        model: MPlugForVQA = make_empty(MPlugForVQA, config, piece.checkpoint)
         load_module(model, piece.checkpoint, torch.float32)
-    config = model.config
+        return model
+
+    @staticmethod
+    def empty(config: MPlugConfig) -> MPlugForVQA:
+        """The same without weights."""
+        with torch.device("meta"):
+            return MPlugForVQA(config)
+
+
+def _processor(piece: Piece[Any], config: MPlugConfig, tokenizer: str | None) -> MPlugProcessor:
     words = _tokenizer(tokenizer or piece.pretrained, piece)
     if len(words) > config.vocab_size:
         raise UserError(
             f"{piece.where}: its tokenizer has {len(words):,} tokens, and the model knows {config.vocab_size:,}; name "
             f"BERT's, in lower case."
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pictures = BlipImageProcessorPil(size={"height": config.image_size, "width": config.image_size})
-    return MPlug(model.eval().requires_grad_(False).to(device), words, pictures)
+    processor = MPlugProcessor(pictures, words, longest=config.max_position_embeddings)
+    if config.ranks:
+        processor.known = AnswerList([config.id2label[number] for number in range(len(config.id2label))])
+    return processor
+
+
+def find_config(piece: Piece[Any], sizes: Values) -> MPlugConfig:
+    """The configuration of a published mPLUG, as its files and `sizes` tell it."""
+    if told(piece).get("model_type") == MPlugConfig.model_type:
+        return copy.deepcopy(piece.whole)
+    return _config(piece, sizes)
 
 
 def _config(piece: Piece[Published], sizes: Values) -> MPlugConfig:

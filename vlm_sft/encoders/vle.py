@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
-from ..base.errors import UserError
+from ..base.errors import RowError, UserError
+from ..base.words import short
 from ..pieces.load_parts import load_module, make_empty
+from ..pieces.part_configs import load_image_processor, load_tokenizer
 from ..pieces.piece import Piece
-from ..stack.build_processor import load_image_processor, load_tokenizer
 from ..systems.vle import VLEConfig
 from ..systems.vle_heads import TASKS, VLEForTask, VLEForVQA
-from .encoder import Answer, Encoder, Published, piece_of
+from .answers import AnswerList, answers_of_rows, read_answer_list
+from .encoder import Answer, Encoder, piece_of
+from .processor import EncoderProcessor
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
 
 
 class VLE(Encoder):
@@ -46,6 +54,78 @@ class VLE(Encoder):
         ]
 
 
+class VLEProcessor(EncoderProcessor):
+    """Of a VLE that answers questions: an answer is learned by how many annotators gave it."""
+
+    asks = VLE
+    cuts_answers = False
+
+    def check_answers(self, given: Sequence[str], where: str) -> None:
+        """See `EncoderProcessor.check_answers`."""
+        if not self.known.scores(given):
+            mend = "add it to `encoder.answers`, or remove the row"
+            sentence = f"{where}: the model has no answer {short(given[0])!r}; {mend}."
+            raise RowError(sentence, where=where, reason="answer not in the list")
+
+    def targets(self, given: Sequence[Sequence[str]]) -> dict[str, torch.Tensor]:
+        """N rows → `labels` (N, A), how right each answer is."""
+        labels = torch.zeros(len(given), len(self.known.answers))
+        for row, answers in zip(labels, given, strict=True):
+            for number, score in self.known.scores(answers).items():
+                row[number] = score
+        return {"labels": labels}
+
+
+class VLESystem:
+    """How a VLE that answers questions is composed and loaded; see `kind.System`."""
+
+    @staticmethod
+    def config(piece: Piece[Any], recipe: Recipe) -> VLEConfig:
+        """Its configuration, with the answers that it is to have in `id2label`."""
+        config = copy.deepcopy(piece.whole)
+        own = _own_answers(config, piece)
+        given = recipe.encoder and recipe.encoder.answers
+        answers = read_answer_list(given, recipe.where(("encoder", "answers"))) if given else own
+        answers = answers or answers_of_rows(recipe, recipe.encoder.min_count if recipe.encoder else 1)
+        config.num_vqa_labels, config.id2label = len(answers), dict(enumerate(answers))
+        config.label2id = {answer: number for number, answer in enumerate(answers)}
+        return config
+
+    @staticmethod
+    def processor(piece: Piece[Any], config: VLEConfig) -> VLEProcessor:
+        """What lies beside its weights."""
+        tokenizer, images = load_tokenizer(piece), load_image_processor(piece, config.vision_config.image_size)
+        if len(tokenizer) > (rows := config.text_config.vocab_size):
+            raise UserError(
+                f"{piece.where}: its tokenizer has {len(tokenizer):,} tokens, and its text encoder knows {rows:,}; "
+                f"fetch the checkpoint again."
+            )
+        processor = VLEProcessor(images, tokenizer, longest=config.text_config.max_position_embeddings)
+        if config.num_vqa_labels == len(config.id2label):
+            processor.known = AnswerList([config.id2label[number] for number in range(config.num_vqa_labels)])
+        return processor
+
+    @staticmethod
+    def load(piece: Piece[Any], config: VLEConfig) -> VLEForVQA:
+        """Its weights; a head for other answers than the checkpoint's is new."""
+        model = make_empty(VLEForVQA, config, piece.checkpoint)
+        if _own_answers(copy.deepcopy(piece.whole), piece) == list(config.id2label.values()):
+            load_module(model, piece.checkpoint, torch.float32)
+            return model
+        head = model.head
+        delattr(model, head)
+        load_module(model, piece.checkpoint, torch.float32)
+        model.add_module(head, VLEForVQA.make_head(config))
+        model.get_submodule(head).apply(model._init_weights)
+        return model
+
+    @staticmethod
+    def empty(config: VLEConfig) -> VLEForVQA:
+        """The same without weights."""
+        with torch.device("meta"):
+            return VLEForVQA(config)
+
+
 def load_vle(
     pretrained: str, task: str, revision: str | None = None, key: str = "MODEL", device: str | None = None
 ) -> VLE:
@@ -75,14 +155,9 @@ def load_vle(
         _check_answers(config, piece)
     model = make_empty(chosen.model, config, piece.checkpoint)
     load_module(model, piece.checkpoint, torch.float32)
-    tokenizer, images = load_tokenizer(piece), load_image_processor(piece, config.vision_config.image_size)
-    if len(tokenizer) > (rows := config.text_config.vocab_size):
-        raise UserError(
-            f"{piece.where}: its tokenizer has {len(tokenizer):,} tokens, and its text encoder knows {rows:,}; fetch "
-            f"the checkpoint again."
-        )
+    processor = VLESystem.processor(piece, config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return VLE(model.eval().requires_grad_(False).to(device), tokenizer, images)
+    return VLE(model.eval().requires_grad_(False).to(device), processor.tokenizer, processor.image_processor)
 
 
 def _holds(model: type[VLEForTask], names: Iterable[str]) -> bool:
@@ -90,7 +165,13 @@ def _holds(model: type[VLEForTask], names: Iterable[str]) -> bool:
     return any(name.startswith(f"{model.head}.") for name in names)
 
 
-def _check_answers(config: VLEConfig, piece: Piece[Published]) -> None:
+def _own_answers(config: VLEConfig, piece: Piece[Any]) -> list[str]:
+    """The answers of the checkpoint's head, in order; none where it has no such head."""
+    _check_answers(config, piece)
+    return [config.id2label[number] for number in range(config.num_vqa_labels or 0)]
+
+
+def _check_answers(config: VLEConfig, piece: Piece[Any]) -> None:
     """Sets how many answers the head has by its own tensor, and compares it with the answers that are named."""
     last = f"{VLEForVQA.head}.3.bias"
     config.num_vqa_labels = piece.checkpoint.shapes([last])[last][0] if last in piece.checkpoint.files else None

@@ -193,7 +193,9 @@ def form_of(model: VLM, processor: VLMProcessor, recipe: Recipe) -> Form:
     Raises:
         UserError: It has none.
     """
-    form = FORMS[kind_of(specs_of(recipe)).base](model, processor, recipe)
+    if (base := kind_of(specs_of(recipe)).base) not in FORMS:
+        raise UserError("An encoder is not exported: transformers has no class for it; its bundle is what is loaded.")
+    form = FORMS[base](model, processor, recipe)
     if form.missing:
         raise UserError(NO_FORM.format(form.missing))
     return form

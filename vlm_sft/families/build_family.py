@@ -17,6 +17,7 @@ from ..base.errors import UserError
 from ..base.names import PARTS, TEMPLATE, Json, Values
 from ..base.whole_files import read_text
 from ..base.words import one_line
+from ..batch.collator import MultimodalCollator
 from ..pieces.beside import check_processor, check_tokenizer
 from ..pieces.expected import IMAGES, TOKENIZER, laid_out
 from ..pieces.load_parts import check_size, from_pretrained
@@ -51,6 +52,7 @@ class FamilyKind:
     """An existing VLM as `Kind` has it, where each method is said; LoRA goes into the model as a whole."""
 
     base = "model"
+    collator = MultimodalCollator
     covers: tuple[str, ...] = PARTS
     settled: Values = {}
 
@@ -109,6 +111,9 @@ class FamilyKind:
 
     def mark_taken(self, entries: dict[str, Json], parts: Collection[str], folder: str) -> None:
         entries[self.base] |= {"init_from": folder, "held": sorted(parts)}  # here one piece has several parts
+
+    def own_files(self, folder: Path) -> dict[str, str]:
+        return {"chat_template": str((folder / TEMPLATE).resolve())}
 
     def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> FamilyProcessor:
         spec = _spec(recipe).model_copy(update={"pretrained": str(folder), "revision": None, "processor": {}})

@@ -1,4 +1,4 @@
-"""The two kinds of model that a recipe may name, as everything above asks them: a stack, or an existing VLM."""
+"""The kinds of model that a recipe may name, as everything above asks them: a stack, an existing VLM, an encoder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..base.names import Json, Values
+from ..batch.collator import MultimodalCollator
 from ..batch.processor import VLMProcessor
 from ..model.modeling import VLMForConditionalGeneration
 from ..pieces.piece import Piece
+from ..systems.mplug_vqa import MPlugForVQA
+from ..systems.vle_heads import VLEForTask
 from .model import FamilyModel
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
 
-VLM = VLMForConditionalGeneration | FamilyModel
+VLM = VLMForConditionalGeneration | FamilyModel | VLEForTask | MPlugForVQA
 
 
 class Composed(NamedTuple):
@@ -40,15 +43,17 @@ class Composed(NamedTuple):
 
 
 class Kind(Protocol):
-    """What is not the same for a stack (`StackKind`) and for an existing VLM (`FamilyKind`).
+    """What is not the same for a stack (`StackKind`), an existing VLM (`FamilyKind`) and an encoder (`EncoderKind`).
 
     Attributes:
         base: The piece that LoRA goes into, as manifests and merged bundles call it.
+        collator: Makes its batches, where a recipe names no other.
         covers: The parts that lie in that piece.
         settled: Keys of a recipe that no longer count once its run has ended → what a bundle puts in their place.
     """
 
     base: str
+    collator: type[MultimodalCollator]
     covers: tuple[str, ...]
     settled: Values
 
@@ -94,6 +99,9 @@ class Kind(Protocol):
             parts: The parts.
             folder: The bundle.
         """
+
+    def own_files(self, folder: Path) -> dict[str, str]:
+        """Keys of a recipe → the files in the folder of its bundle that take the place of what the recipe named."""
 
     def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> VLMProcessor:
         """The processor that was saved into a bundle's folder.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,14 +13,19 @@ from PIL import Image
 
 from ..base.console import tell
 from ..base.errors import UserError
-from ..base.names import Record, Row
-from ..base.whole_files import IrregularError, read_text, write_whole
+from ..base.names import MANIFEST, Record, Row
+from ..base.whole_files import write_whole
 from ..base.words import one_line, reason_of
 from ..batch.pictures import Pictures, check_pictures, read_pictures
+from ..bundle.hub import find_bundle
+from ..bundle.load import load
+from ..encoders.answers import read_answer_list
 from ..encoders.ask import draw, find, match
 from ..encoders.encoder import Answer, Encoder
 from ..encoders.load import load_answerer
+from ..encoders.processor import EncoderProcessor
 from ..encoders.vle import load_vle
+from ..pieces.checkpoints import fetch_file
 from .answer_file import Asker, answer_questions
 from .questions import QuestionRow, conversation
 
@@ -39,9 +43,9 @@ def answer_one(
     """
     question = _given(question, "the question")
     among = read_candidates(candidates)
-    encoder = load_answerer(model, tokenizer)
+    encoder, known = _open(model, tokenizer)
     encoder.text_inputs([question])
-    (answers,) = encoder.answers(_picture(encoder, image), [question], top, among)
+    (answers,) = encoder.answers(_picture(encoder, image), [question], top, among or known)
     for each in answers:
         tell(f"{each.score:.4f}\t{one_line(each.answer)}")
 
@@ -60,7 +64,7 @@ def answer_many(
     """Answers a file of questions into a JSONL file; a rerun goes on.
 
     Args:
-        model: Folder or Hub id of a VLE or an mPLUG for VQA, or an mPLUG's weight file.
+        model: Bundle, folder or Hub id of a VLE or an mPLUG for VQA, or an mPLUG's weight file.
         input: As for `generate`: each row one question and one image.
         output: Each row becomes a line: its columns, `answer` (the likeliest) and `top_answers`,
             `[[answer, share], …]`.
@@ -78,11 +82,26 @@ def answer_many(
     among = read_candidates(candidates)
 
     def open_asker(console: Console) -> Asker:
-        encoder = load_answerer(model, tokenizer)
-        ask = partial(encoder.answers, top=top, candidates=among)
+        encoder, known = _open(model, tokenizer)
+        ask = partial(encoder.answers, top=top, candidates=among or known)
         return lambda batch: _answer_rows(encoder, ask, batch, images, image_folders)
 
     answer_questions(input, output, open_asker, batch_size, images)
+
+
+def _open(model: str, tokenizer: str | None) -> tuple[Encoder, Sequence[str]]:
+    """A published model or that of a bundle, and the answers among which it is asked where nobody names others.
+
+    Raises:
+        UserError: It cannot be had, or a bundle's model writes.
+    """
+    if fetch_file(model, MANIFEST, None, "MODEL", required=False) is None:
+        return load_answerer(model, tokenizer), ()
+    folder = find_bundle(model)
+    trained, processor = load(folder)
+    if not isinstance(processor, EncoderProcessor):
+        raise UserError(f"{model!r} writes its answers; ask it with `vlm-sft chat` or `vlm-sft generate`.")
+    return processor.asker(trained), processor.candidates  # type: ignore[arg-type]
 
 
 def _answer_rows(
@@ -118,18 +137,7 @@ def read_candidates(path: str | None) -> list[str]:
     Raises:
         UserError: The file cannot be read, or holds none.
     """
-    if path is None:
-        return []
-    try:
-        text = read_text(Path(path).expanduser())
-        found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except (OSError, ValueError, IrregularError, RecursionError) as error:
-        raise UserError(f"--candidates {path} cannot be read ({reason_of(error)}): give a list of answers.") from None
-    if not all(isinstance(each, str) for each in found):
-        raise UserError(f"--candidates {path}: an answer is no text: write a list of texts.")
-    if not (found := list(dict.fromkeys(filter(None, map(str.strip, found))))):
-        raise UserError(f"--candidates {path} holds no answers: write one a line.")
-    return found
+    return [] if path is None else read_answer_list(path, "--candidates")
 
 
 def _one_question(row: Row, where: str) -> tuple[str, Image.Image]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from PIL import Image
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -21,7 +22,7 @@ from ..base.names import Options, Row, Values
 from ..batch.box_text import write_boxes
 from ..batch.counts import ANSWERS
 from ..batch.encoding import EncodedChat
-from ..batch.pictures import Pictures, check_frames, image_inputs, load_picture, name_of, picture_sizes
+from ..batch.pictures import Pictures, check_frames, check_pictures, image_inputs, load_picture, name_of, picture_sizes
 from ..batch.processor import VLMProcessor
 from ..batch.typed_text import unsaid_tokens
 from ..reading.video import Films
@@ -175,6 +176,8 @@ def answer(
     """
     if not conversations:
         return []
+    if processor.chooses:
+        return _chosen(model, processor, conversations)
     count = len(conversations)
     conversations = [with_boxes_written(processor, row, place_of(row, n, count)) for n, row in enumerate(conversations)]
     batch = prompt_batch(processor, conversations, model.device)
@@ -197,6 +200,19 @@ def answer(
         Said(text, pieces_of(text, ids, shares, partial(decode, processor)))
         for text, ids, shares in zip(texts, kept, sure.probabilities(), strict=True)
     ]
+
+
+def _chosen(model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[dict[str, Any]]) -> list[Said]:
+    """What a model says that chooses its answers."""
+    images: list[Image.Image] = []
+    for number, row in enumerate(conversations):
+        where = place_of(row, number, len(conversations))
+        row = with_boxes_written(processor, row, where)
+        encode_question(processor, row, where)
+        pictures = pictures_of(processor, row, EncodedChat([], [], 1), where)
+        check_pictures(processor, pictures)
+        images += pictures.images
+    return [Said(text) for text in processor.choose(model, images, [row["messages"] for row in conversations])]
 
 
 def answer_each(

@@ -46,6 +46,9 @@ def stream_answer(
 
     Args and Raises: see `answer`.
     """
+    if processor.chooses:
+        yield from answer(model, processor, [{"messages": list(messages), "images": list(images)}])
+        return
     row = with_boxes_written(processor, {"messages": list(messages), "images": list(images)})
     settings = generation_options(model, processor, options)
     if beams_of(model, settings) > 1:

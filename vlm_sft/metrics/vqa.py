@@ -51,8 +51,8 @@ def vqa_accuracy(
     if not human_answers:
         raise ValueError("vqa_accuracy needs at least one human answer.")
     if style == "evalai":
-        prediction = _evalai(prediction)
-        answers = [_evalai(answer) for answer in human_answers]
+        prediction = normalised(prediction)
+        answers = [normalised(answer) for answer in human_answers]
     elif style == "official":
         prediction = _words(_without_marks(re.sub("[\n\t]", " ", prediction).strip()))
         answers = list(human_answers)
@@ -66,7 +66,7 @@ def vqa_accuracy(
     return (matches * hit + (len(answers) - matches) * miss) / len(answers)
 
 
-def _evalai(text: str) -> str:
+def normalised(text: str) -> str:
     """Normalise as EvalAI's answer processor: its tokenisation, then marks, numbers, articles, contractions."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return _words(_without_marks(re.sub("[\n\t]", " ", text).strip()))

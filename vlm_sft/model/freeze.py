@@ -15,13 +15,13 @@ from rich.table import Table
 from torch import nn
 
 from ..base.console import plain_table
-from ..base.names import PARTS
+from ..base.names import ALL_PARTS
 from ..base.words import counted, short_count
 
 # First names of a parameter → its part; two names count before one. The composed model has the four words themselves,
-# transformers' own VLMs have others.
+# transformers' own VLMs and encoders have others.
 PART_NAMES = {
-    **{part: part for part in PARTS},
+    **{part: part for part in ALL_PARTS},
     "visual": "vision_tower",
     "vision_model": "vision_tower",
     "visual.merger": "projector",
@@ -42,9 +42,20 @@ PART_NAMES = {
     "embed_audio": "vision_tower",
     "text_model": "language_model",
     "lm_head": "language_model",
-}
+    "vle.vision_model": "vision_tower",  # VLE
+    "vle.text_model": "text_encoder",
+    **dict.fromkeys(
+        ("vle.cross_modal_text_layers", "vle.cross_modal_image_layers", "vle.cross_modal_text_pooler",
+         "vle.cross_modal_image_pooler", "vle.text_projection_layer", "vle.image_projection_layer",
+         "vle.token_type_embeddings"), "fusion"
+    ),
+    **dict.fromkeys(("vqa_classifier", "itm_score", "vcr_q2a_logit", "vcr_qa2r_logit"), "head"),
+    "visual_encoder": "vision_tower",  # mPLUG
+    **dict.fromkeys(("fusion_encoder", "visn_fc", "visn_layer_norm"), "fusion"),
+    "text_decoder": "head",
+}  # fmt: skip
 # Parts of a published model that nothing here reads: they go along as they are, whatever is trained.
-UNREAD = ("audio_tower.", "embed_audio.")
+UNREAD = ("audio_tower.", "embed_audio.", "visual_encoder.visual.proj", "fusion_encoder.embeddings.")
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.")
 NEW_ROWS = ".trainable_tokens_delta"  # PEFT keeps the rows of new words beside a table under this name
 ADAPTER_MARKS = (".lora_", NEW_ROWS)
@@ -59,7 +70,7 @@ def part_of(name: str) -> str:
     words = unwrapped(name).split(".")
     part = PART_NAMES.get(".".join(words[:2])) or PART_NAMES.get(words[0])
     if part is None:
-        raise KeyError(f"{name!r} belongs to none of {', '.join(PARTS)}")
+        raise KeyError(f"{name!r} belongs to none of {', '.join(ALL_PARTS)}")
     return part
 
 
@@ -76,7 +87,7 @@ def part_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if (part := PART_NAMES.get(unwrapped(name))) is not None:
             found.setdefault(part, (name, module))
-    return {part: found[part] for part in PARTS if part in found}
+    return {part: found[part] for part in ALL_PARTS if part in found}
 
 
 def is_adapter(name: str) -> bool:

@@ -14,7 +14,7 @@ from .layouts import Origin
 from .load_parts import find_tensors
 from .piece import Piece, Spec
 
-COMPARED = ("model", "vision_tower", "resampler", "language_model")
+COMPARED = ("model", "encoder", "vision_tower", "resampler", "language_model")
 
 
 def entries_of(pieces: Mapping[str, Piece[Any]], model: nn.Module) -> dict[str, Json]:

@@ -1,21 +1,35 @@
-"""The configuration of a part: from its `config.json`, or from the shapes of its tensors where there is none."""
+"""What stands beside the weights of a part: its configuration, or shapes of tensors; its tokenizer, its images."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ViTImageProcessorPil,
+)
 
 from ..base.errors import UserError
-from ..base.names import Values
+from ..base.names import CONFIG, Values
 from ..base.words import one_line
 from ..model.encoder_decoder import OWN_HEAD, is_language_model, reads_by_encoder
 from ..model.positions import INTERPOLATING
 from ..recipe.passed_on import is_plain
-from ..recipe.safety import check_config
+from ..recipe.safety import check_config, check_picture
 from ..systems import chatglm  # noqa: F401  # which makes its class known to transformers
+from ..systems.chatglm_tokenizer import VOCABULARY, read_tokenizer
+from .beside import check_growth, check_processor, check_tokenizer
+from .checkpoints import unreachable
+from .expected import IMAGES, TOKENIZER, VOCABULARIES, WHOLE, laid_out
 from .layouts import Shapes, at, detect
 from .piece import FOREIGN, Piece, Spec, specs_of
 
@@ -23,6 +37,9 @@ if TYPE_CHECKING:
     from ..recipe.schema import Recipe
     from ..recipe.sections import LanguageModel, PretrainedModel, Resampler, VisionTower
 
+
+# It needs torchvision in transformers. ViT's does the same, but rounds what it resized: pixels differ by half a step.
+LIKE_VIT = "DINOv3ViTImageProcessor"
 
 # LLaVA's own checkpoints are those of a language model with a projector beside it, under another model type.
 LLAVA_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -207,3 +224,81 @@ def _from_shapes(piece: Piece[Spec], kind: str, stated: Values) -> tuple[PreTrai
             f"{where} holds a {piece.part} without its tensor {error.args[0]!r}, so its sizes cannot be told; is it "
             f"whole?"
         ) from error
+
+
+def load_tokenizer(piece: Piece[Any]) -> PreTrainedTokenizerBase:
+    """A checkpoint's own; ChatGLM's, which is published with code of its own, is made of its vocabulary.
+
+    Raises:
+        UserError: There is none that can be read.
+    """
+    check_tokenizer(piece.place, piece.revision, piece.key)
+    try:
+        place = laid_out(piece.place, piece.revision, piece.key, TOKENIZER)
+        if (Path(place) / VOCABULARY).is_file():
+            tokenizer = read_tokenizer(Path(place), piece.where)
+            check_growth(json.loads(tokenizer.backend_tokenizer.to_str()), piece.where)
+            return tokenizer
+        if piece.trusts_code:
+            return AutoTokenizer.from_pretrained(piece.place, revision=piece.revision, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        if tokenizer.vocab_files_names and not any((Path(place) / name).is_file() for name in (WHOLE, *VOCABULARIES)):
+            raise ValueError("its class was filled with special tokens alone")
+        return tokenizer
+    except UserError:
+        raise
+    except Exception as error:  # whatever odd values in its files meet there
+        raise unreachable(piece.pretrained, piece.key, "tokenizer") from error
+
+
+def load_image_processor(piece: Piece[Any], image_size: int | None = None) -> BaseImageProcessor:
+    """The image processor that lies beside a checkpoint's weights.
+
+    Args:
+        piece: The checkpoint.
+        image_size: Side of the square that it is to make, in pixels; None: its own.
+
+    Raises:
+        UserError: There is none that can be read.
+    """
+    try:
+        # The PIL backend everywhere: the torchvision one resizes slightly differently, and a bundle must give the
+        # same pixels on every machine.
+        check_processor(piece.pretrained, piece.revision, piece.key)
+        images = _read_image_processor(piece)
+        if image_size is not None:
+            images = _images_at(images, image_size)
+        check_picture(images.to_dict(), piece.where)
+        return images
+    except UserError:
+        raise
+    except Exception as error:  # whatever odd values in its file meet there
+        raise UserError(f"{piece.where} has no image processor (preprocessor_config.json).") from error
+
+
+def _read_image_processor(tower: Piece[Any]) -> BaseImageProcessor:
+    place, options = tower.pretrained, {"revision": tower.revision, "trust_remote_code": True}
+    if not tower.trusts_code:
+        place, options = laid_out(place, tower.revision, tower.key, (CONFIG, *IMAGES)), {}
+    try:
+        return AutoImageProcessor.from_pretrained(place, backend="pil", **options)
+    except ImportError as error:  # a class that has no PIL side
+        settings, _ = BaseImageProcessor.get_image_processor_dict(place, revision=options.get("revision"))
+        if not str(settings.get("image_processor_type")).startswith(LIKE_VIT):
+            raise UserError(
+                f"{tower.key}: the image processor of {tower.pretrained!r} cannot be used here ({one_line(error)}); "
+                f"write a preprocessor_config.json for one that needs Pillow alone, such as ViTImageProcessor."
+            ) from error
+        return ViTImageProcessorPil.from_dict(settings)
+
+
+def _images_at(images: BaseImageProcessor, size: int) -> BaseImageProcessor:
+    """The image processor for a square of `size` pixels; a margin that it cuts off keeps its share."""
+    settings = images.to_dict()
+    square = {"height": size, "width": size}
+    if (edge := settings["size"].get("shortest_edge")) is None:
+        return type(images).from_dict({**settings, "size": square})
+    cropped = settings.get("crop_size") or {"height": edge}
+    return type(images).from_dict(
+        {**settings, "size": {"shortest_edge": round(size * edge / cropped["height"])}, "crop_size": square}
+    )

@@ -12,7 +12,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..base.errors import UserError
 from ..base.limits import bounded
-from ..base.names import CONFIG, PARTS, Json
+from ..base.names import CONFIG, PARTS, WHOLES, Json
 from ..base.whole_files import read_text
 from ..base.words import one_line
 from ..recipe.safety import check_config, check_length, is_deep, most_bytes
@@ -50,7 +50,7 @@ class Piece(Generic[SpecT]):
     Nothing is looked for before it is asked for, and nothing twice: on the Hub each look would be a request.
 
     Args:
-        part: Name of the part, or `model` for an existing VLM.
+        part: Name of the part, or `model` for an existing VLM, or `encoder`.
         spec: What the recipe says of it.
 
     Attributes:
@@ -73,7 +73,7 @@ class Piece(Generic[SpecT]):
     def __init__(self, part: str, spec: SpecT) -> None:
         assert spec.pretrained is not None, "a rule of the recipe: a resampler is pretrained"
         self.part, self.spec, self.pretrained = part, spec, spec.pretrained
-        self.section = part if part == "model" else f"stack.{part}"
+        self.section = section_of(part)
         self.key = f"{self.section}.pretrained"
         self.where = f"{self.key}: {self.pretrained!r}"
 
@@ -171,6 +171,15 @@ class Piece(Generic[SpecT]):
 
 
 def specs_of(recipe: Recipe) -> dict[str, Spec]:
-    """Part → what a recipe says of its piece; a projector has none. An existing VLM is one piece, `model`."""
+    """Part → what a recipe says of its piece; a projector has none.
+
+    An existing VLM is one piece, `model`, and an encoder too, `encoder`.
+    """
     parts = {part: getattr(recipe.stack, part, None) for part in PARTS if part != "projector"}
-    return {name: spec for name, spec in {**parts, "model": recipe.model}.items() if spec is not None}
+    wholes = {name: getattr(recipe, name) for name in WHOLES}
+    return {name: spec for name, spec in {**parts, **wholes}.items() if spec is not None}
+
+
+def section_of(part: str) -> str:
+    """The key of a recipe that says what a piece is."""
+    return part if part in WHOLES else f"stack.{part}"

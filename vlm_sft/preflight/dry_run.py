@@ -177,6 +177,8 @@ def on_any_machine(recipe: Recipe) -> Recipe:
 
 def describe_image(processor: VLMProcessor) -> str:
     """One sentence on how many tokens an image becomes."""
+    if processor.chooses:
+        return "An image is read beside the question, and takes none of its tokens."
     if not processor.reads_sizes:
         return f"An image becomes {counted(processor.num_image_tokens, 'token')}."
     sizes = SIZES[1::-1]

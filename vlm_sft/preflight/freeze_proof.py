@@ -18,7 +18,7 @@ from ..model.freeze import NEW_ROWS
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from ..training.trainer import VLMSFTTrainer
+    from ..training.part_trainer import PartTrainer
 
 # LoRA's B is zero at first, so A has no gradient before the second step; a loss scaled for fp16 may skip a step or two.
 FEWEST, MOST = 2, 4
@@ -126,7 +126,7 @@ class Witness(TrainerCallback):
         return found
 
 
-def prove(trainer: VLMSFTTrainer) -> Proof:
+def prove(trainer: PartTrainer) -> Proof:
     """Trains a few steps and says what moved.
 
     Args:

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from ..base.console import plain_table
-from ..base.names import PARTS
+from ..base.names import ALL_PARTS
 from ..base.words import gib
 from ..model.freeze import bytes_of, part_of
 from .launch import Launch
@@ -116,7 +116,7 @@ def estimate(
         optimizer: As `sft.optim` names it; one that is not known here counts as AdamW.
         computes: Type that the run computes in.
     """
-    parts = {name: PartMemory() for name in PARTS}
+    parts = {name: PartMemory() for name in ALL_PARTS}
     deepspeed = launch.kind == "DeepSpeed"
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():

@@ -162,6 +162,7 @@ def _take_steps(
     recipe: Recipe, collator: MultimodalCollator, composed: Composed, evidence: Evidence, console: Console
 ) -> None:
     """Trains some steps through the trainer of the recipe, into a folder that is removed."""
+    import pyarrow as pa
     from datasets import Dataset, Features, Value
 
     from ..base.console import quiet_libraries
@@ -188,7 +189,7 @@ def _take_steps(
         some = [shown[i * max(1, len(shown) // count) % len(shown)] for i in range(count)]
         features = Features({**ROW_FEATURES, IN_EXTRAS: Value("string")})
         kept = [{**each_once(row), IN_EXTRAS: row.get(IN_EXTRAS) or packed(each_once(row))} for row in some]
-        rows = Dataset.from_list([{key: row[key] for key in features} for row in kept], features=features)
+        rows = Dataset(pa.Table.from_pylist(kept, schema=features.arrow_schema))  # without what `extras` say
         try:
             trainer = build_trainer(changed, args, collator, RunRows(rows, None, {}), composed, partial(say, console))
             evidence.proof = prove(trainer)

@@ -121,7 +121,7 @@ def read_texts(evidence: Evidence, processor: VLMProcessor, rows: list[Row], sou
     evidence.template, evidence.ends_with = str(processor.chat_template), processor.end_of_answer.strip(" ")
     evidence.rows = rows
     answers = (text for row in evenly(rows, MEASURED) for text in answers_of(row))
-    evidence.coverage = coverage_of(answers, processor.tokenizer)
+    evidence.coverage = coverage_of(answers, processor.tokenizer) if processor.cuts_answers else {}
 
 
 def glance(train: Dataset | IterableDataset, processor: VLMProcessor, sources: Sequence[Source] = ()) -> list[Finding]:

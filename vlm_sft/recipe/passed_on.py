@@ -6,6 +6,7 @@ No torch here: a recipe is read without it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..base.errors import UserError
-from ..base.limits import Limits
+from ..base.limits import Limits, limits
 from ..base.names import Json, Values
 from ..base.words import closest, short
 from .library_names import DEFAULTS, GENERATION, HERE, PASSED_ON, UNSAID, PassedOn, Takes
@@ -205,6 +206,16 @@ def flaw_of_answers(settings: Values, most_of: Limits) -> tuple[str, str] | None
         mend = "leave some out, or raise `limits.stop_texts` or `limits.stop_characters`"
         return "stop_strings", f"`stop_strings` has more than {most}; {mend}."
     return None
+
+
+def answers_are_bounded(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """A rule of a recipe: what it says of answers takes no more memory than its limits allow, and suits its model."""
+    if found := flaw_of_answers(recipe.generation, replace(limits(), **recipe.limits.model_dump(exclude_unset=True))):
+        yield ("generation", found[0]), f"`generation`: {found[1]}"
+    for name, plain in (("guidance_scale", 1), ("prefill_chunk_size", None)):
+        if recipe.stack is not None and recipe.generation.get(name) not in (None, plain):
+            sentence = f"`generation.{name}` reads a prompt of words alone, and that of a stack holds its images"
+            yield ("generation", name), f"{sentence}; remove it."
 
 
 def is_plain(value: object) -> bool:

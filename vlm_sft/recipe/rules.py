@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, TypeGuard
 
 from ..base.assets import template_path
 from ..base.errors import UserError
-from ..base.limits import limits
-from ..base.names import GROUPED, PARTS, Options
+from ..base.names import ENCODER_PARTS, GROUPED, PARTS, Options
 from ..base.words import closest
-from .passed_on import best_is_measured, flaw_of_answers, names_that_pass
+from .passed_on import answers_are_bounded, best_is_measured, names_that_pass
 from .sections import Data, Hub, Stack
 from .yaml_file import KeyPath
 
@@ -42,9 +40,10 @@ _BELOW_ONE = ("adam_beta1", "adam_beta2")
 def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
     """Returns the first broken rule as (path of the key, sentence), or None."""
     rules = chain(
-        _stack_or_model(recipe),
+        _one_model(recipe),
+        _suits_an_encoder(recipe),
         names_that_pass(recipe),
-        _trained_parts_exist(recipe.train, recipe.stack),
+        _trained_parts_exist(recipe.train, recipe.stack, PARTS if recipe.encoder is None else ENCODER_PARTS),
         _something_is_trained(recipe),
         _lora_comes_from_a_bundle(recipe),
         _lora_or_full(recipe.lora, recipe.train),
@@ -58,7 +57,7 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
         _rows_pack_whole(recipe.sft),
         _sft_fits(recipe.sft, bool(recipe.data.eval or recipe.evaluation.benchmarks), recipe.data.streaming),
         best_is_measured(recipe),
-        _answers_are_bounded(recipe),
+        answers_are_bounded(recipe),
         _hub_can_be(recipe.hub),
     )
     if (found := next(rules, None)) is None:
@@ -69,11 +68,13 @@ def first_broken_rule(recipe: Recipe) -> tuple[KeyPath, str] | None:
     return key, sentence
 
 
-def _stack_or_model(recipe: Recipe) -> Broken:
-    if recipe.stack is None and recipe.model is None:
+def _one_model(recipe: Recipe) -> Broken:
+    if recipe.stack is None and recipe.model is None and recipe.encoder is None:
         yield "stack", 'the key "stack" is missing: the parts of the model (or `model`: an existing VLM).'
     if recipe.stack is not None and recipe.model is not None:
         yield "model", "`model` is an existing VLM and `stack` composes one; keep one of them."
+    if recipe.encoder is not None and (recipe.stack or recipe.model) is not None:
+        yield "encoder", "`encoder` is a model of its own; keep it, or `stack`, or `model`."
     if recipe.stack is not None and recipe.chat_template is None:
         yield "chat_template", 'the key "chat_template" is missing.'
 
@@ -83,11 +84,30 @@ def _something_is_trained(recipe: Recipe) -> Broken:
         yield "train", "nothing would be trained; name a part under `train` (part: learning rate) or add `lora`."
 
 
-def _trained_parts_exist(train: dict[str, float], stack: Stack | None) -> Broken:
+def _suits_an_encoder(recipe: Recipe) -> Broken:
+    """What a prompt, a language model or what it writes is told, and nothing else has."""
+    if recipe.encoder is None:
+        return
+    for key in ("chat_template", "system", "box_notation", "lora", "lora_from", "quantization", "cache", "generation"):
+        if getattr(recipe, key):
+            yield key, f"`{key}` is not for an `encoder`, which reads a question alone; remove it."
+    for key in ("packing", "eval_packing", "use_liger_kernel", "torch_compile"):
+        if recipe.sft.get(key):
+            yield f"sft.{key}", f"`sft.{key}` is not for an `encoder`, which has no language model; remove it."
+    for group in ("train", "eval", "test"):
+        for number, source in enumerate(getattr(recipe.data, group)):
+            if source.merge_by_image:
+                path = f"data.{group}.{number}.merge_by_image"
+                yield path, "`merge_by_image` is not for an `encoder`, which reads one question; remove it."
+    if recipe.data.streaming and recipe.encoder.answers is None:
+        yield "data.streaming", "a stream has no list of its answers; name one: `encoder.answers`."
+
+
+def _trained_parts_exist(train: dict[str, float], stack: Stack | None, parts: Sequence[str]) -> Broken:
     for part, rate in train.items():
-        if part not in PARTS:
-            hint = closest(part, PARTS)
-            advice = f'did you mean "{hint}"?' if hint else f"the parts are {', '.join(PARTS)}."
+        if part not in parts:
+            hint = closest(part, parts)
+            advice = f'did you mean "{hint}"?' if hint else f"the parts are {', '.join(parts)}."
             yield ("train", part), f'unknown part "{part}" under `train`; {advice}'
         if not (rate > 0 and math.isfinite(rate)):
             wrong = f"the learning rate of {part} must be above zero, not {rate:g}"
@@ -308,15 +328,6 @@ def _numbers_that_train(sft: Options) -> Broken:
     if _is_number(steps) and (steps == 0 or steps < -1):
         mend = "left out, `sft.num_train_epochs` says how long"
         yield "sft.max_steps", f"`sft.max_steps` must be above zero, not {steps}; {mend}."
-
-
-def _answers_are_bounded(recipe: Recipe) -> Broken:
-    if found := flaw_of_answers(recipe.generation, replace(limits(), **recipe.limits.model_dump(exclude_unset=True))):
-        yield f"generation.{found[0]}", f"`generation`: {found[1]}"
-    for name, plain in (("guidance_scale", 1), ("prefill_chunk_size", None)):
-        if recipe.stack is not None and recipe.generation.get(name) not in (None, plain):
-            sentence = f"`generation.{name}` reads a prompt of words alone, and that of a stack holds its images"
-            yield f"generation.{name}", f"{sentence}; remove it."
 
 
 def _hub_can_be(hub: Hub | None) -> Broken:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.errors import UserError
 from ..base.limits import MEGABYTE, READERS, bounded, limits
-from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE, Json, Values
+from ..base.names import ADAPTER_CONFIG, CONFIG, MANIFEST, PARTS, RECIPE, TEMPLATE, WHOLES, Json, Values
 from ..base.whole_files import check_entries, read_text
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def check_pieces(pieces: object, where: str) -> None:
         may = may and all(is_words(entries.get(key, [])) for key in ("more", "held"))
         named = "/".join(str(entries.get(key)) for key in ("pretrained", "path", "init_from"))
         may = may and all(len(name.encode(errors="replace")) <= LONGEST_NAME for name in named.split("/"))
-        if part not in (*PARTS, "model") or not must or not may:
+        if part not in (*PARTS, *WHOLES) or not must or not may:
             raise UserError(f"{where!r}: what it says of {part!r} is not what a bundle has; the bundle is not whole.")
 
 
@@ -289,5 +289,6 @@ def refuse_revisions(recipe: Recipe) -> None:
 
 def pieces_in(recipe: Recipe) -> dict[str, AnyPiece]:
     """Key → what a recipe says of a base piece: the parts of its stack, or the model that it starts from."""
-    pieces = {f"stack.{part}": getattr(recipe.stack, part, None) for part in PARTS} | {"model": recipe.model}
+    pieces = {f"stack.{part}": getattr(recipe.stack, part, None) for part in PARTS}
+    pieces |= {name: getattr(recipe, name) for name in WHOLES}
     return {key: piece for key, piece in pieces.items() if piece is not None}

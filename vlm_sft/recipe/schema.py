@@ -20,7 +20,7 @@ from ..base.console import tell
 from ..base.errors import UserError
 from ..base.limits import Limits as Budget
 from ..base.limits import hold, limits
-from ..base.names import MANIFEST, PARTS, Json, Options
+from ..base.names import ALL_PARTS, MANIFEST, Json, Options
 from ..base.whole_files import check_regular
 from ..base.words import closest
 from .passed_on import AnswerMetric, flaw_of_answers
@@ -39,7 +39,7 @@ from .sections import (
 )
 from .yaml_file import KeyPath, YamlFile, dump_yaml
 
-_TRAIN_SCHEMA: Json = {"propertyNames": {"enum": list(PARTS)}}
+_TRAIN_SCHEMA: Json = {"propertyNames": {"enum": list(ALL_PARTS)}}
 _SFT_SCHEMA: Json = {"required": ["output_dir"], "properties": {"output_dir": {"type": "string"}}}
 _LORA_SCHEMA: Json = {"properties": {"add_tokens": {"type": "array", "items": {"type": "string"}}}}
 _LIMITS: Json = {
@@ -89,6 +89,24 @@ class Evaluation(RecipeModel):
     """Stop after so many evaluations in a row that are no better by `sft.metric_for_best_model`. Unset: never."""
 
 
+class Encoder(RecipeModel):
+    """A model that reads a question and an image together and answers in one step (VLE), or in a few words (mPLUG)."""
+
+    pretrained: str
+    """Hub id or folder of a VLE or an mPLUG, or an mPLUG's weight file."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repository."""
+    tokenizer: str | None = None
+    """Hub id or folder of an mPLUG's tokenizer, where its files have none: `google-bert/bert-base-uncased`."""
+    answers: str | None = None
+    """File of the answers that there are: a JSON list of texts, or one a line. Unset: those of the checkpoint, or else
+    those of the rows of `data.train`; an mPLUG then writes its answers freely."""
+    min_count: Annotated[int, Field(ge=1)] = 1
+    """Of the answers of the rows, those that so many rows give (VQAv2, as published: 9)."""
+    config: Options = Field(default_factory=dict)
+    """Sizes that no file of an mPLUG tells: `{num_attention_heads: 12}`."""
+
+
 class Recipe(RecipeModel):
     """One training stage. Relative paths are relative to the working directory."""
 
@@ -96,6 +114,8 @@ class Recipe(RecipeModel):
     """The four parts of the model, in the order an image passes them."""
     model: PretrainedModel | None = None
     """An existing VLM to start from, in place of `stack`."""
+    encoder: Encoder | None = None
+    """An encoder to start from, in place of `stack`: a VLE or an mPLUG."""
     init_from: str | None = None
     """Bundle of the earlier stage to start from. Its parts must be the same; what differs is named."""
     lora_from: Literal["continue", "merge"] | None = None
@@ -172,6 +192,8 @@ class Recipe(RecipeModel):
     @property
     def words(self) -> list[str]:
         """The words that its tokenizer is given: those of earlier stages, then its own."""
+        if self.encoder:
+            return []
         return [*self.text_piece.added_tokens, *((self.lora or {}).get("add_tokens") or ())]
 
     def with_words(self, words: list[str]) -> Recipe:

@@ -187,7 +187,10 @@ def _vqa(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     answer = Counter(texts).most_common(1)[0][0]  # of equally frequent ones the first
     language = _language(row, f"{question} {answer}")
     asked = (draw_prompt(language) or QUESTION_MARK).replace(QUESTION_MARK, question)
-    yield Example([_user(row, asked, len(images)), answer_message(answer)], images, language=language)
+    said = answer_message(answer)
+    if len(set(texts)) > 1:
+        said["answers"] = texts
+    yield Example([_user(row, asked, len(images)), said], images, language=language)
 
 
 def answers_in(row: RowView, key: str) -> list[str]:

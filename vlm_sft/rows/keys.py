@@ -86,6 +86,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "reasoning": Key("what is thought before the answer"),
         "thinking": Key("what is thought before the answer"),
         "tools": Key("what may be called, on the first message"),
+        "answers": Key("what several annotators answered"),
         "tool_calls": Key("what is called", _TOOLS),
         "tool_call_id": Key("what is answered", _TOOLS),
         "function_call": Key("what is called", _TOOLS),

@@ -17,9 +17,11 @@ from .raw_row import RowView
 Part = dict[str, Any]
 Message = dict[str, Any]
 
-KEPT = ("loss", "reasoning_content", "tools")
+KEPT = ("loss", "reasoning_content", "tools", "answers")
 """What a message may have beside role and content: `loss` False, for an answer that is not learned; what is thought
-before an answer; and, of the first message, the tools there are. Templates decide what is printed of the last two."""
+before an answer; of the first message, the tools there are; and the answers of all annotators, where they differ, of
+which the content is the most frequent. Templates decide what is printed of the thoughts and the tools; of the answers,
+encoders learn (`encoder:`)."""
 ROW_BEGINS, SHARED = "row_begins", "shared"
 """What the first message of each row has in a merged one (`merging`): the row's id, and True where it is to see the
 pictures and itself alone. No message of a file brings them along."""
@@ -124,6 +126,11 @@ def _said(part: Values) -> str:
 def answers_of(row: Values) -> list[str]:
     """The texts that a row's assistant says."""
     return [text for role, text in spoken(row) if role == "assistant"]
+
+
+def given_answers(message: Values) -> list[str]:
+    """What each annotator answered, or the answer alone."""
+    return message.get("answers") or ["".join(part["text"] or "" for part in message["content"])]
 
 
 def row_key(row: Values) -> bytes:

@@ -21,7 +21,7 @@ SWITCHES = {
     "loss": True, "train": True, "training": True, "weight": True, "loss_scale": True, "loss_mask": True, "mask": False,
 }  # fmt: skip
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_READ = (*_THOUGHTS, "tools", *SWITCHES)
+_READ = (*_THOUGHTS, "tools", "answers", *SWITCHES)
 FROM_AND_VALUE = "from and value"  # what messages of ShareGPT have, and under which they are read first
 _OPENAI = (("role", "from"), ("content", "value"))
 _SHAREGPT = tuple((other, one) for one, other in _OPENAI)
@@ -38,7 +38,7 @@ class Turn(NamedTuple):
     Attributes:
         role: one of the three, or what the row says.
         content: text, or a list of raw parts.
-        more: `loss: False`, `reasoning_content` and `tools`, of a message that has them.
+        more: `loss: False`, `reasoning_content`, `tools` and `answers`, of a message that has them.
         key: the message's place in the row.
     """
 
@@ -82,6 +82,10 @@ def read_turn(row: RowView, turn: object, key: str, names: str = "role and conte
         more["reasoning_content"] = next(iter(thoughts.values()))
     if is_given(tools := turn.get("tools")):
         more["tools"] = tools_in(row, tools, f"{key}.tools")
+    if is_given(answers := turn.get("answers")):
+        if role != ASSISTANT or not isinstance(answers, list):
+            raise row.error(f"{key}.answers is no list of what annotators answered", "write one, on the answer")
+        more["answers"] = [row.text(answer, f"{key}.answers") for answer in answers]
     return Turn(role, content, more, key)
 
 

@@ -1,4 +1,4 @@
-"""Whether a recipe or a bundle is of a stack or of an existing VLM, asked here alone; and how a stack is made."""
+"""Whether a recipe or a bundle is of a stack, an existing VLM or an encoder, asked here alone; how a stack is made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..base.errors import UserError, refused_by_library
 from ..base.names import PROCESSOR_CONFIG, TEMPLATE, Json, Values
+from ..batch.collator import MultimodalCollator
 from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor
+from ..encoders.kind import EncoderKind
 from ..families.build_family import FamilyKind
 from ..families.kind import Composed, Kind
 from ..model.connectors import build_projector
@@ -40,6 +42,7 @@ class StackKind:
     """A stack of parts as `Kind` has it, where each method is said; LoRA goes into its language model."""
 
     base = "language_model"
+    collator = MultimodalCollator
     covers: tuple[str, ...] = ("language_model",)
     # The projector lies in the bundle, whatever it began with.
     settled: Values = {"stack.projector.pretrained": None, "stack.projector.init": "default"}
@@ -117,6 +120,9 @@ class StackKind:
         for part in set(parts) & set(entries):
             entries[part]["init_from"] = folder
 
+    def own_files(self, folder: Path) -> dict[str, str]:
+        return {"chat_template": str((folder / TEMPLATE).resolve())}
+
     def read_processor(self, folder: Path, recipe: Recipe, config: PreTrainedConfig) -> VLMProcessor:
         check_processor(str(folder), None, "processor")
         for subfolder in ("", QFORMER_TOKENIZER):
@@ -138,7 +144,7 @@ def kind_of(pieces: Collection[str]) -> Kind:
 
     A bundle that was saved without its recipe names none, and is a stack's.
     """
-    return FamilyKind() if "model" in pieces else StackKind()
+    return FamilyKind() if "model" in pieces else EncoderKind() if "encoder" in pieces else StackKind()
 
 
 def compose(recipe: Recipe) -> Composed:

@@ -6,12 +6,12 @@ transformers' own has cross-attention in decoders alone. Shapes: B rows, S and S
 from __future__ import annotations
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert.modeling_bert import BertAttention, BertIntermediate, BertOutput
 
 
-class CrossLayer(nn.Module):
+class CrossLayer(GradientCheckpointingLayer):
     """Reads its own stream and then the other one."""
 
     def __init__(self, config: PreTrainedConfig) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, BertConfig, BertLMHeadModel, BertModel, PreTrainedModel
 from transformers.activations import QuickGELUActivation
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bert.modeling_bert import BertEmbeddings
 from transformers.utils import ModelOutput
 
@@ -35,6 +36,7 @@ class MPlugConfig(BertConfig):
         stride_layer: Every so many of these, text and image attend to each other as one, and the image changes.
         text_decode_layers: Layers of the decoder.
         vision_width: V; where it is not D, a projection and a norm lie between.
+        ranks: Whether it chooses its answer from those in `id2label`; else it writes one.
     """
 
     model_type = "mplug_vqa"
@@ -49,6 +51,7 @@ class MPlugConfig(BertConfig):
     vision_patch_size: int = 14
     vision_output_dim: int = 768
     image_size: int = 336
+    ranks: bool = False
 
     def bert(self, layers: int, **more: Any) -> BertConfig:
         """Of one of its parts, which are BERTs."""
@@ -56,7 +59,7 @@ class MPlugConfig(BertConfig):
         return BertConfig(**{**sizes, "num_hidden_layers": layers, "model_type": "bert", **more})
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(GradientCheckpointingLayer):
     """A layer of CLIP's tower under OpenAI's names."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -137,11 +140,13 @@ class MPlugOutput(ModelOutput):
         loss: Scalar: of each answer the summed loss of its tokens, times its weight, over the number of questions.
         logits: (N, L, tokens).
         answer_losses: (N,), the summed losses.
+        hits: (B,) the share of the tokens of its answers that are the likeliest, for each question.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     answer_losses: torch.Tensor | None = None
+    hits: torch.Tensor | None = None
 
 
 class MPlugForVQA(PreTrainedModel):
@@ -152,6 +157,7 @@ class MPlugForVQA(PreTrainedModel):
     base_model_prefix = "mplug"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["CrossLayer", "BertLayer", "VisionBlock"]
     _tied_weights_keys = {
@@ -219,7 +225,21 @@ class MPlugForVQA(PreTrainedModel):
             states, mask = (each.repeat_interleave(answers, dim=0) for each in (states, mask))
         logits, losses = self.score(states, mask, answer_ids, answer_mask)
         weighted = losses if weights is None else losses * weights
-        return MPlugOutput(loss=weighted.sum() / len(input_ids), logits=logits, answer_losses=losses)
+        hits = self._hits(logits.detach(), answer_ids, answer_mask, answers)
+        return MPlugOutput(weighted.sum() / len(input_ids), logits, losses, hits)
+
+    @staticmethod
+    def _hits(
+        logits: torch.Tensor, answer_ids: torch.Tensor, answer_mask: torch.Tensor, answers: torch.Tensor | None
+    ) -> torch.Tensor:
+        asked = answer_mask[:, 1:].bool()
+        right = ((logits[:, :-1].argmax(-1) == answer_ids[:, 1:]) & asked).sum(1)
+        if answers is None:
+            return right / asked.sum(1)
+        owners = torch.arange(len(answers), device=answers.device).repeat_interleave(answers)
+        empty = torch.zeros(len(answers), device=logits.device)
+        of = empty.index_add(0, owners, asked.sum(1).to(empty))
+        return empty.index_add(0, owners, right.to(empty)) / of.clamp(min=1)
 
     def score(
         self, states: torch.Tensor, mask: torch.Tensor, answer_ids: torch.Tensor, answer_mask: torch.Tensor

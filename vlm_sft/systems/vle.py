@@ -125,6 +125,7 @@ class VLEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "vle"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["CrossLayer", "CLIPEncoderLayer", "DebertaV2Layer"]
     _keys_to_ignore_on_load_unexpected = [r"position_ids$"]

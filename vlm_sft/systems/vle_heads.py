@@ -9,13 +9,14 @@ Legend of shapes: B rows, L text tokens, P patches, C choices, A answers, D widt
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.deberta_v2.modeling_deberta_v2 import LegacyDebertaV2OnlyMLMHead
+from transformers.utils import ModelOutput
 
 from .vle import Boxes, VLEConfig, VLEModel, VLEOutput, VLEPreTrainedModel
 
@@ -23,6 +24,21 @@ from .vle import Boxes, VLEConfig, VLEModel, VLEOutput, VLEPreTrainedModel
 def _classifier(width: int, classes: int) -> nn.Sequential:
     # Upstream leaves the norm at torch's own epsilon, whatever the configuration says of the others.
     return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, classes))
+
+
+@dataclass
+class VLETaskOutput(ModelOutput):
+    """What a VLE with a head returns.
+
+    Attributes:
+        loss: Scalar, the mean over what is asked; with labels.
+        logits: What the head says.
+        hits: One number for each that is asked: how right the likeliest is, 0 … 1; with labels.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hits: torch.Tensor | None = None
 
 
 class VLEForTask(VLEPreTrainedModel):
@@ -49,6 +65,10 @@ class VLEForTask(VLEPreTrainedModel):
         """Cross entropy of the right class, a scalar."""
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
 
+    def hits(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """How right the likeliest class of each is, of those that are asked."""
+        return (logits.argmax(-1) == labels)[labels != -100].float()
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -58,7 +78,7 @@ class VLEForTask(VLEPreTrainedModel):
         boxes: Boxes | None = None,
         image_features: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> VLETaskOutput:
         """Runs encoder and head.
 
         Args:
@@ -79,9 +99,10 @@ class VLEForTask(VLEPreTrainedModel):
             attention_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
         logits = self.read(self.vle(input_ids, pixel_values, attention_mask, boxes, image_features))
         logits = logits.view(-1, choices) if choices else logits
-        return SequenceClassifierOutput(
-            loss=None if labels is None else self.loss(logits, labels.to(logits.device)), logits=logits
-        )
+        if labels is None:
+            return VLETaskOutput(logits=logits)
+        labels = labels.to(logits.device)
+        return VLETaskOutput(self.loss(logits, labels), logits, self.hits(logits.detach(), labels))
 
 
 class VLEForVQA(VLEForTask):
@@ -96,6 +117,10 @@ class VLEForVQA(VLEForTask):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The mean over rows of binary cross entropies summed over answers, as in METER."""
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)) * labels.shape[1]
+
+    def hits(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(B,) what the likeliest answer of each row scores."""
+        return labels.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
 
 
 class VLEForITM(VLEForTask):

@@ -21,12 +21,15 @@ from ..cache.prefix import FEATURES, PIXELS, Prefix, find_prefix
 from ..model.freeze import part_modules, part_of
 from ..model.sharding import compile_layers
 from ..pieces.fingerprints import compare_pieces
+from ..pieces.piece import specs_of
 from ..reading.fetch import Fetcher
 from ..recipe.safety import refuse_strange_collator
 from ..stack.adapters import fill_adapter, read_tensors
 from ..stack.build_stack import build_stack, match_embeddings
+from ..stack.kinds import kind_of
 from ..stack.lora import lora_config
-from .trainer import VLMSFTTrainer
+from .part_trainer import PartTrainer
+from .trainer import EncoderTrainer, VLMSFTTrainer
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +50,12 @@ def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> 
     Raises:
         UserError: The class cannot be found or does not take these arguments.
     """
-    kind = MultimodalCollator
+    kind: type[MultimodalCollator] = kind_of(specs_of(recipe)).collator
     if recipe.collator:
         refuse_strange_collator(recipe)
         # `python -m` looks in the current folder, a console command does not; the user's module lies there.
         sys.path.insert(0, os.getcwd()) if os.getcwd() not in sys.path else None
-        kind = load_collator_class(recipe.collator)
+        kind = load_collator_class(recipe.collator, kind)
     multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None
     try:
         collator = kind(processor, max_length=args.max_length, pad_to_multiple_of=multiple, **recipe.collator_args)
@@ -65,11 +68,11 @@ def build_collator(recipe: Recipe, processor: VLMProcessor, args: SFTConfig) -> 
     return collator
 
 
-def load_collator_class(path: str) -> type[MultimodalCollator]:
+def load_collator_class(path: str, base: type[MultimodalCollator] = MultimodalCollator) -> type[MultimodalCollator]:
     """Finds a user's own collator by `package.module:Class`.
 
     Raises:
-        UserError: The module or the class is not there, or is no `MultimodalCollator`.
+        UserError: The module or the class is not there, or is none of the kind `base`.
     """
     module_name, _, class_name = path.partition(":")
     try:
@@ -81,8 +84,9 @@ def load_collator_class(path: str) -> type[MultimodalCollator]:
         ) from error
     except AttributeError as error:
         raise UserError(f"collator: the module {module_name!r} has no {class_name!r}.") from error
-    if not (isinstance(found, type) and issubclass(found, MultimodalCollator)):
-        raise UserError(f"collator: {path!r} is not a subclass of vlm_sft.MultimodalCollator.")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        name = "vlm_sft.MultimodalCollator" if base is MultimodalCollator else f"{base.__module__}.{base.__name__}"
+        raise UserError(f"collator: {path!r} is not a subclass of {name}.")
     return found
 
 
@@ -93,7 +97,7 @@ def build_trainer(
     rows: RunRows,
     composed: Composed,
     say: Callable[[str], None],
-) -> VLMSFTTrainer:
+) -> PartTrainer:
     """Reads the weights and puts a trainer around them.
 
     Args:
@@ -125,18 +129,14 @@ def build_trainer(
     elif recipe.stack and recipe.stack.projector.init == "match_embeddings":
         factor = _match_embeddings(stack, collator, train_rows, prefix)
         say(f"Projector scaled by {factor:.3g} to the size of the language model's embeddings.")
-    trainer = VLMSFTTrainer(
-        stack.model,
-        args,
-        collator,
-        train_rows,
-        stack.processor,
-        lora_config(recipe, stack.model),
-        plan=stack.plan,
-        eval_dataset=eval_rows,
-        provenance=Provenance(recipe, stack.pieces, notes, earlier),
-        **recipe.watch.model_dump(),
-    )
+    given = {"plan": stack.plan, "eval_dataset": eval_rows, **recipe.watch.model_dump()}
+    given["provenance"] = Provenance(recipe, stack.pieces, notes, earlier)
+    trainer: PartTrainer
+    if stack.processor.chooses:
+        trainer = EncoderTrainer(stack.model, args, collator, train_rows, stack.processor, **given)
+    else:
+        lora = lora_config(recipe, stack.model)
+        trainer = VLMSFTTrainer(stack.model, args, collator, train_rows, stack.processor, lora, **given)
     trainer.lengths, trainer.eval_lengths = lengths
     trainer.mean_length = notes.get("train_rows", {}).get("mean_length") or trainer.mean_length
     if packed := trainer.describe_packing():

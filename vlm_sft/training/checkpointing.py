@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from trl import SFTTrainer
 
 from ..base.errors import UserError
 from ..base.whole_files import UNFINISHED, read_text
@@ -27,7 +26,7 @@ from ..bundle.run_folder import PREFIX, newest, publish, rotate
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from .trainer import VLMSFTTrainer
+    from .part_trainer import PartTrainer
 
 
 class SavePoints(TrainerCallback):
@@ -40,7 +39,7 @@ class SavePoints(TrainerCallback):
         evaluates: Whether every save is evaluated first, as it is where benchmarks are asked.
     """
 
-    def __init__(self, trainer: VLMSFTTrainer) -> None:
+    def __init__(self, trainer: PartTrainer) -> None:
         self.trainer = trainer
         self.beside: Path | None = None
         self.resumed_from: str | None = None
@@ -199,7 +198,7 @@ class SavePoints(TrainerCallback):
             self.save_bundle()
 
 
-class EvaluatesWithoutRows(SFTTrainer):
+class EvaluatesWithoutRows(Trainer):
     """A trainer whose evaluations may have no rows: callbacks alone measure then, by benchmarks.
 
     Attributes:

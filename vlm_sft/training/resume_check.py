@@ -19,12 +19,12 @@ NOT_SET = "not set"
 # What the weights or the optimizer's state in a checkpoint were made with. The optimizer brings its rates along, so a
 # new one would stand in the table and not be used.
 FIXED = re.compile(
-    r"(stack|model|chat_template|system|train|lora|lora_from|quantization)\b"
+    r"(stack|model|encoder|chat_template|system|train|lora|lora_from|quantization)\b"
     r"|sft\.(learning_rate|optim|optim_args|weight_decay|adam_beta1|adam_beta2|adam_epsilon)$"
 )
 # Where pieces lie (fingerprints are compared), and what a run that has begun no longer reads.
 ELSEWHERE = re.compile(
-    r"(stack\.\w+|model)\.(pretrained|revision|more|config|tokenizer|trust_remote_code|init|dtype|attn_implementation)\b"
+    r"(stack\.\w+|model|encoder)\.(pretrained|revision|more|config|tokenizer|answers|trust_remote_code|init|dtype|attn_implementation)\b"
 )
 # What a run tells, saves and evaluates on the way.
 BESIDE = re.compile(

@@ -36,7 +36,7 @@ from ..bundle.run_folder import newest
 from ..model.towers import fails_on_pictures
 
 if TYPE_CHECKING:
-    from .trainer import VLMSFTTrainer
+    from .part_trainer import PartTrainer
 
 Collator = Callable[[Sequence[Row]], Inputs]
 Counts = Callable[[Inputs], Inputs]
@@ -136,7 +136,7 @@ class Watch(TrainerCallback):
         filters: Losses that are not finite are left out of the log, as `sft.logging_nan_inf_filter` says.
     """
 
-    def __init__(self, trainer: VLMSFTTrainer, nonfinite: Literal["stop", "skip"], jump: float | None) -> None:
+    def __init__(self, trainer: PartTrainer, nonfinite: Literal["stop", "skip"], jump: float | None) -> None:
         if nonfinite == "skip" and trainer.is_deepspeed_enabled:
             raise UserError("watch.nonfinite=skip does not work under DeepSpeed, which steps by itself; use stop.")
         self.trainer = trainer

@@ -18,8 +18,10 @@ from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
 from ..bundle.run_folder import checkpoints, find_records, flaw_of, read_lines, step_of
 from ..data.dataset import load_source
+from ..pieces.piece import specs_of
 from ..recipe.schema import Recipe
 from ..rows.messages import unpacked
+from ..stack.kinds import kind_of
 
 
 def run(folder: str, step: int | None = None, checkpoint: str | None = None, trust_remote_code: bool = False) -> None:
@@ -39,7 +41,7 @@ def run(folder: str, step: int | None = None, checkpoint: str | None = None, tru
     model, processor = load(bundle, trust_remote_code=trust_remote_code)
     recipe = recipe_of(bundle, read_manifest(bundle))
     rows = find_rows(recipe, [name for ids in record["rows"] for name in ids])
-    collator = MultimodalCollator(processor, max_length=recipe.sft.get("max_length"))
+    collator = kind_of(specs_of(recipe)).collator(processor, max_length=recipe.sft.get("max_length"))
     loss = record["loss"]
     console = make_console(stderr=False, soft_wrap=True)
     console.print(f"Step {record['step']:,} ({record['why']}): loss {loss:g} in training. Looked at with {bundle}.")
@@ -111,7 +113,7 @@ def examine(model: nn.Module, collator: MultimodalCollator, row: Row) -> tuple[s
         str(row["id"]),
         f"{loss:.4g}",
         str(int(rows_and_tokens(inputs)[1])),
-        str(int((inputs["labels"] != IGNORED).sum())),
+        str(int((inputs["labels"] != IGNORED).sum()) if "labels" in inputs else "-"),
         (", ".join(f"{width} × {height}" for width, height in sizes) or "none") + values,
         "yes" if finite else "no",
     )

@@ -13,7 +13,7 @@ from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.cli.main import app
 from vlm_sft.train import train
-from vlm_sft.training.debug_batch import find_record, find_rows, run
+from vlm_sft.watching.debug_batch import find_record, find_rows, run
 
 
 @pytest.fixture
