@@ -217,12 +217,12 @@ def test_half_precision_is_compared_too(bundle, tmp_path):
 
 def test_the_folder_and_the_target_are_checked_first(bundle, tmp_path):
     folder = bundle(**LLAVA)
-    with pytest.raises(UserError, match="--to 'onnx' is unknown; use one of transformers, vllm, bundle-merged"):
+    with pytest.raises(UserError, match="--to 'onnx' is unknown; use one of transformers, vllm, bundle-merged, gguf"):
         export(folder, tmp_path / "x", "onnx")
     with pytest.raises(UserError, match="is there already and not empty"):
         export(folder, folder)
-    with pytest.raises(UserError, match="--keep-adapter goes with --to transformers"):
-        export(folder, tmp_path / "x", "vllm", keep_adapter=True)
+    with pytest.raises(UserError, match="--keep-adapter goes with --to transformers or vllm; gguf has"):
+        export(folder, tmp_path / "x", "gguf", keep_adapter=True)
     plain = bundle("plain", **{**LLAVA, "lora": None})
     with pytest.raises(UserError, match="has no adapter to keep"):
         export(plain, tmp_path / "x", keep_adapter=True)

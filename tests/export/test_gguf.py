@@ -84,6 +84,12 @@ def test_what_llama_cpp_cannot_express_is_refused_before_anything_is_written(cas
     assert not (tmp_path / "out").exists()
 
 
+def test_an_existing_vlm_is_refused_with_the_way_that_there_is(save, tmp_path):
+    with pytest.raises(UserError, match=r"Only composed stacks are written as GGUF, .* use --to transformers, whose"):
+        export(save("qwen2_5_vl"), tmp_path / "out", to="gguf")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_and_a_missing_package_are_said_before_anything_is_written(siglip, tmp_path, monkeypatch):
     folder, usage = siglip(), namedtuple("usage", "total used free")
     with monkeypatch.context() as patched:

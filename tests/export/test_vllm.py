@@ -6,11 +6,13 @@ import json
 import re
 
 import pytest
+from safetensors.torch import load_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from support.bundles import BLIP2, LLAVA, MESSAGES
 from support.paths import ROOT
 from vlm_sft.base.errors import UserError
+from vlm_sft.export.export import export
 from vlm_sft.export.native_model import native_form, native_model
 from vlm_sft.export.native_processor import native_template
 from vlm_sft.export.vllm import check_stack, named_tensors, without_images
@@ -73,3 +75,56 @@ def test_a_blip2s_prompt_leaves_the_placeholders_to_vllm(template, build):
         bos_token="<s>", eos_token="</s>", image_token="<image>",
     )  # fmt: skip
     assert "<image>" not in text and "<image>" + text == processor.render(MESSAGES, True).text
+
+
+# The beginnings that vLLM's `hf_to_vllm_mapper` of LlavaForConditionalGeneration gives names of a base and of an
+# adapter, and the endings that its `parse_fine_tuned_lora_name` takes (vllm/lora, commit 0306474e).
+MAPPER = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+}
+ENDINGS = (".lora_A.weight", ".lora_B.weight")
+
+
+@pytest.mark.slow
+def test_an_unmerged_adapter_has_the_names_that_vllms_loader_maps_onto_the_base(bundle, tmp_path):
+    out = tmp_path / "export"
+    found = export(bundle(**LLAVA), out, "vllm", keep_adapter=True)  # base and adapter, through PEFT
+    assert found["max_difference"] <= 1e-4 and found["rank"] == 2
+    base = load_file(out / "model.safetensors")
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    layers = set()
+    for name in adapter:
+        assert name.startswith("base_model.model.") and name.endswith(ENDINGS), name
+        name = name.removeprefix("base_model.model.")
+        old = next(old for old in MAPPER if name.startswith(old))
+        layers.add((MAPPER[old] + name.removeprefix(old)).split(".lora_")[0])
+    assert layers and all(f"{layer}.weight" in base for layer in layers)
+    assert all(layer.startswith("language_model.model.layers.") for layer in layers)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["bias"], config["modules_to_save"], config["use_dora"]) == (2, "none", None, False)
+    card = (out / "README.md").read_text()
+    assert "--enable-lora --max-lora-rank 2 --lora-modules adapter=" in card and "its LoRA lies in `adapter/`" in card
+
+
+ADAPTERS = {
+    "DoRA": ({"use_dora": True}, "its loader knows no DoRA"),
+    "new tokens": ({"add_tokens": ["<loc>"]}, "its loader knows no rows of new tokens"),
+    "ranks of layers": ({"rank_pattern": {"q_proj": 1}}, "its loader knows no rank or alpha of single layers"),
+    "the tower": ({"target_modules": r".*\.(q_proj|fc1)"}, "it puts LoRA into language models, and .*vision_tower"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_that_vllm_would_not_take_is_refused(case, bundle, tmp_path):
+    options, sentence = ADAPTERS[case]
+    with pytest.raises(UserError, match=f"vLLM cannot take this adapter unmerged: {sentence}"):
+        export(bundle(**{**LLAVA, "lora": {"r": 2, **options}}), tmp_path / "x", "vllm", keep_adapter=True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_of_a_blip2_is_not_kept_for_vllm(bundle, tmp_path):
+    with pytest.raises(UserError, match="the names of a blip-2's layers were never compared"):
+        export(bundle(**VQA), tmp_path / "x", "vllm", keep_adapter=True)

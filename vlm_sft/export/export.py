@@ -26,10 +26,11 @@ from ..bundle.parity import run_afresh
 from ..stack.judge import judge, layers_of
 from .check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
 from .forms import Form, form_of
-from .gguf import check_gguf, write_gguf
+from .gguf import write_gguf
 from .merged import write_merged
 from .merging import Comparison
 from .native_model import renamed
+from .vllm import check_adapter
 
 # In PEFT's files: before the names of modules, a stack's head, and after a table's name where its new rows are.
 PREFIX, HEAD, ROWS = "base_model.model.", "lm_head", ".token_adapter.trainable_tokens_delta"
@@ -74,8 +75,6 @@ def export(
     core = model.get_base_model() if manifest["adapter"] else model
     own = torch.float16 if to == "gguf" else core.get_input_embeddings().weight.dtype
     saved = getattr(torch, dtype) if dtype else own
-    if to == "gguf":
-        check_gguf(core, processor)
     model.float()  # merged and compared in fp32, whatever is written
     result: Json = {
         "to": to,
@@ -91,6 +90,8 @@ def export(
     form = form_of(core, processor, recipe)
     if to == "vllm":
         form.check_vllm()
+    if to == "vllm" and keep_adapter:
+        check_adapter(form.name, model)
     result |= {"form": form.name, **_write(out, to, model, form, saved, keep_adapter)}
     write_json(out / EXPORT_REPORT, result)
     write_export_card(out, bundle, result)
@@ -127,6 +128,7 @@ def _write(out: Path, to: str, model: nn.Module, form: Form, dtype: torch.dtype,
         save_file(probe, Path(folder) / PROBE)
         layers = layers_of(form.model)
         out.mkdir(parents=True, exist_ok=True)
+        ranks = {"rank": model.peft_config["default"].r} if keep_adapter else {}
         if keep_adapter:
             _keep_adapter(model, form, out / ADAPTER_FOLDER)
             model.unload()
@@ -134,7 +136,12 @@ def _write(out: Path, to: str, model: nn.Module, form: Form, dtype: torch.dtype,
         native = form.native().to(dtype)
         native.config.dtype = dtype
         form.save(native, out, to)
-        found = {"class": type(native).__name__, **_compare(out, Path(folder), dtype, layers), **comparison.found}
+        found = {
+            "class": type(native).__name__,
+            **ranks,
+            **_compare(out, Path(folder), dtype, layers),
+            **comparison.found,
+        }
         form.finish(out, to)
         return found
 
@@ -143,8 +150,8 @@ def _check_request(out: Path, to: str, keep_adapter: bool) -> None:
     """What can be refused before anything is read."""
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is unknown; use one of {', '.join(TARGETS)}.")
-    if keep_adapter and to != "transformers":
-        raise UserError(f"--keep-adapter goes with --to transformers; {to} has LoRA merged.")
+    if keep_adapter and to not in ("transformers", "vllm"):
+        raise UserError(f"--keep-adapter goes with --to transformers or vllm; {to} has LoRA merged.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{str(out)!r} is there already and not empty; name another folder.")
 

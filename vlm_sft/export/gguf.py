@@ -1,8 +1,7 @@
 """`vlm-sft export --to gguf`: a bundle for llama.cpp and what is built on it (Ollama, LM Studio, phones).
 
-The language model and, of an existing VLM, its tower are written by llama.cpp's own converter from what `--to
-transformers` would write; a composed stack's tower by `llama_cpp.mmproj`. llama.cpp then answers about a picture, and
-its answer and probabilities are compared with the bundle's, before OUT is there.
+The language model is written by llama.cpp's own converter, the tower and the projector by `llama_cpp.mmproj`. llama.cpp
+then answers about a picture, and its answer and probabilities are compared with the bundle's, before OUT is there.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..base.names import Json
 from ..base.whole_files import read_text, write_json, written_beside
 from ..batch.processor import VLMProcessor
 from ..bundle.card import shown
-from ..llama_cpp.mmproj import check_stack, differences, write_mmproj
+from ..llama_cpp.mmproj import REFUSED, check_stack, differences, write_mmproj
 from ..llama_cpp.packages import build, check_installed, known_classes, run
 from ..llama_cpp.template import OllamaTemplate, for_llama_cpp
 from ..model.configuration import image_size_of
@@ -34,7 +33,6 @@ from ..recipe.schema import Recipe
 from ..stack.judge import judge, layers_of, measure
 from ..stack.vocabulary import grow_vocabulary
 from .check import QUESTION, noise_picture
-from .forms import FamilyForm
 from .merging import Comparison
 from .native_model import native_generation, to_causal_lm
 from .native_processor import native_template
@@ -45,7 +43,10 @@ NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ANSWER, ALTERNATIVES = 8, 100
 """Tokens of the answer that is compared, and at each of them the tokens whose probabilities are."""
 ASKED: list[Json] = QUESTION[:1]
-UNKNOWN = "llama.cpp cannot express this bundle: its converter knows no {}; use --to transformers or bundle-merged."
+NO_FAMILY = (
+    "Only composed stacks are written as GGUF, and this is a {}: use --to transformers, whose folder llama.cpp's "
+    "convert_hf_to_gguf.py reads where it knows the class; nobody compared the answers then."
+)
 
 
 def check_gguf(core: nn.Module, processor: VLMProcessor) -> None:
@@ -58,14 +59,12 @@ def check_gguf(core: nn.Module, processor: VLMProcessor) -> None:
     Raises:
         UserError: It is refused, or a package is missing.
     """
+    if not isinstance(core, VLMForConditionalGeneration):
+        raise UserError(NO_FAMILY.format(type(core).__name__))
     check_installed()
-    texts, towers = known_classes()
-    if isinstance(core, VLMForConditionalGeneration):
-        check_stack(core, processor)
-        if (name := type(to_causal_lm(core)).__name__) not in texts:
-            raise UserError(UNKNOWN.format(f"language model of the class {name}"))
-    elif (name := type(core).__name__) not in texts & towers:
-        raise UserError(UNKNOWN.format(f"{name}"))
+    check_stack(core, processor)
+    if (name := type(to_causal_lm(core)).__name__) not in known_classes()[0]:
+        raise UserError(REFUSED.format(f"its converter knows no language model of the class {name}"))
 
 
 def write_gguf(
@@ -102,9 +101,8 @@ def write_gguf(
         _convert(core, processor, recipe, Path(scratch), files, dtype, shown(out.resolve()))
         found = _compare(core, inputs, picture, files, Path(scratch), dtype)
         (beside / "Modelfile").write_text(modelfile(processor, recipe, files), encoding="utf-8")
-    told = differences(processor) if isinstance(core, VLMForConditionalGeneration) else []
     names = [file.name for file in files]
-    return {"llama_cpp": build(), "files": names, **found, **comparison.found, "differences": told}
+    return {"llama_cpp": build(), "files": names, **found, **comparison.found, "differences": differences(processor)}
 
 
 def _check_room(out: Path, core: nn.Module, dtype: torch.dtype) -> None:
@@ -120,11 +118,9 @@ def _check_room(out: Path, core: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _picture(core: nn.Module) -> Image.Image:
-    """What is asked about; of a stack a square, as llama.cpp pads what is not (see `differences`)."""
-    if isinstance(core, VLMForConditionalGeneration):
-        side = image_size_of(core.config.tower)[0] * 5 // 4
-        return noise_picture().resize((side, side), Image.Resampling.BICUBIC)
-    return noise_picture().resize((336, 240), Image.Resampling.BICUBIC)
+    """What is asked about: a square, as llama.cpp pads what is not (see `differences`)."""
+    side = image_size_of(core.config.tower)[0] * 5 // 4
+    return noise_picture().resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _convert(
@@ -137,18 +133,12 @@ def _convert(
     name: str,
 ) -> None:
     """Writes what the converter reads to a folder, and both files."""
-    processor.tokenizer.chat_template = None
-    if isinstance(core, VLMForConditionalGeneration):
-        ends = native_generation(core, processor, recipe.generation)
-        grow_vocabulary(core, len(processor.tokenizer))
-        write_mmproj(files[1], core, processor, dtype)
-        native, rest = to_causal_lm(core), []
-        native.generation_config = ends
-        processor.tokenizer.save_pretrained(folder)
-    else:
-        form = FamilyForm(core, processor, recipe)
-        form.write_processor(folder)
-        native, rest = form.native(), [str(files[1])]
+    ends = native_generation(core, processor, recipe.generation)
+    grow_vocabulary(core, len(processor.tokenizer))
+    write_mmproj(files[1], core, processor, dtype)
+    native = to_causal_lm(core)
+    native.generation_config = ends
+    processor.tokenizer.save_pretrained(folder)
     native = native.to(dtype)
     native.config.dtype = dtype
     native.save_pretrained(folder)
@@ -159,7 +149,7 @@ def _convert(
     path = folder / "generation_config.json"
     ends = json.loads(read_text(path)).get("eos_token_id")
     write_json(path, _sampling(recipe) | ({"eos_token_id": ends} if ends is not None else {}))
-    run("convert", "llama.cpp's converter refuses this bundle", folder, files[0], NAMES[dtype], name, *rest)
+    run("convert", "llama.cpp's converter refuses this bundle", folder, files[0], NAMES[dtype], name)
 
 
 def _sampling(recipe: Recipe) -> Json:

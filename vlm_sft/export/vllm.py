@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -26,6 +27,7 @@ ACTIVATIONS = (
     *("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu"),
     *("relu", "relu2", "sigmoid", "silu", "swish", "tanh"),
 )
+KEPT = "vLLM cannot take this adapter unmerged: {}; leave --keep-adapter out, which merges it."
 REFUSED = "vLLM cannot take this bundle: {}; use --to transformers."
 
 
@@ -56,6 +58,39 @@ def check_stack(form: str, model: VLMForConditionalGeneration, processor: VLMPro
         raise UserError(REFUSED.format(f"its LLaVA has a CLIP or a SigLIP as its vision tower, this is a {tower!r}"))
     if (activation := (config.projector_options or {})["activation"]) not in ACTIVATIONS:
         raise UserError(REFUSED.format(f"it has no activation {activation!r} for the projector"))
+
+
+def check_adapter(form: str, model: PeftModel) -> None:
+    """Refuses an adapter that vLLM's loader does not take, or takes for another one.
+
+    It reads `adapter_model.safetensors` with the beginnings of names mapped as those of the base (a name of `NAMES`
+    becomes vLLM's), of `adapter_config.json` `r` and `lora_alpha` alone, and puts LoRA into a language model.
+
+    Args:
+        form: What `native_form` gave, or an existing VLM's model type.
+        model: The bundle's model with its adapter.
+
+    Raises:
+        UserError: It is refused; the message says why.
+    """
+    if form != "llava":
+        raise UserError(KEPT.format(f"the names of a {form}'s layers were never compared with vLLM's"))
+    config = model.peft_config["default"]
+    said = {
+        "DoRA": config.use_dora,
+        "rows of new tokens (lora.add_tokens)": config.trainable_token_indices,
+        "parts trained whole by PEFT (modules_to_save)": config.modules_to_save,
+        "trained biases (bias)": config.bias != "none",
+        "rank or alpha of single layers (rank_pattern, alpha_pattern)": config.rank_pattern or config.alpha_pattern,
+    }
+    for what, given in said.items():
+        if given:
+            raise UserError(KEPT.format(f"its loader knows no {what}"))
+    inner = "base_model.model.model.language_model."
+    for name, _ in model.named_parameters():
+        if ".lora_" in name and not name.startswith(inner):
+            layer = name.split(".lora_")[0].removeprefix("base_model.model.")
+            raise UserError(KEPT.format(f"it puts LoRA into language models, and this one is in {layer!r} too"))
 
 
 def _check_prompt(processor: VLMProcessor) -> None:

@@ -1,7 +1,6 @@
-"""The process in which llama.cpp's converter reads a folder of transformers and writes GGUF files.
+"""The process in which llama.cpp's converter reads a language model's folder and writes a GGUF file.
 
-`python -m vlm_sft.llama_cpp.convert FOLDER OUT TYPE NAME [MMPROJ]` writes the language model, and with MMPROJ the tower
-and what stands behind it. Prints `{}` when all is written.
+`python -m vlm_sft.llama_cpp.convert FOLDER OUT TYPE NAME` writes the language model and prints `{}`.
 """
 
 from __future__ import annotations
@@ -41,8 +40,10 @@ def rule_of(folder: Path) -> str | None:
     return None
 
 
-def load() -> tuple[Any, Any]:
-    """The converter's script and its base module, with the rules above where it knows no name for a tokenizer."""
+def load() -> Any:
+    """The converter's script, with the rules above where it knows no name for a tokenizer."""
+    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "gguf"]:
+        del sys.modules[loaded]  # the converter has its own beside it, which knows more
     root = converter()
     sys.path[:0] = [str(root / "gguf-py"), str(root)]
     script, base = importlib.import_module("convert_hf_to_gguf"), importlib.import_module("conversion.base")
@@ -57,31 +58,19 @@ def load() -> tuple[Any, Any]:
             return rule
 
     base.TextModel.get_vocab_base_pre = name
-    return script, base
+    return script
 
 
-def main(folder: str, out: str, kind: str, name: str, mmproj: str | None = None) -> None:
-    """Writes the files; see above."""
-    script, _ = load()
-    for path, more in ((out, []), (mmproj, ["--mmproj"])):
-        if path is not None:
-            sys.argv = [
-                "convert_hf_to_gguf.py",
-                folder,
-                "--outfile",
-                path,
-                "--outtype",
-                kind,
-                "--model-name",
-                name,
-                *more,
-            ]
-            try:
-                script.main()
-            except (Exception, SystemExit) as error:
-                if isinstance(error, UserError) or (isinstance(error, SystemExit) and not error.code):
-                    raise
-                raise UserError(one_line(error) or type(error).__name__) from None
+def main(folder: str, out: str, kind: str, name: str) -> None:
+    """Writes the file; see above."""
+    script = load()
+    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", out, "--outtype", kind, "--model-name", name]
+    try:
+        script.main()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(one_line(error) or type(error).__name__) from None
     tell("{}")
 
 

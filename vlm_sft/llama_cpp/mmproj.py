@@ -20,6 +20,10 @@ from ..model.configuration import VLMConfig, image_size_of
 from ..model.modeling import VLMForConditionalGeneration
 
 REFUSED = "llama.cpp cannot express this bundle: {}; use --to transformers or bundle-merged."
+CLASS_TOKEN = (
+    "its graph for LLaVA reads a CLIP's class token in the place of the last patch and shifts all positions (its issue "
+    "25814), so the answers would be others than the bundle's (a SigLIP has no class token)"
+)
 # Of transformers' activations, which llama.cpp's "gelu" is (by a table of 16 bits), and what it knows beside it.
 GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python")
 TOWER = {**dict.fromkeys(GELU, "gelu"), "silu": "silu", "swish": "silu", "quick_gelu": "quick_gelu"}
@@ -52,10 +56,7 @@ def _reasons(model: VLMForConditionalGeneration, processor: VLMProcessor) -> lis
     elif options.get("activation") not in GELU:
         found.append(f"its projector's activation is gelu, this one's {options.get('activation')}")
     if tower.model_type == "clip_vision_model":
-        found.append(
-            "its graph for LLaVA reads a CLIP's class token in the place of the last patch and shifts all positions "
-            "(its issue 25814), so the answers would be others than the bundle's (a SigLIP has no class token)"
-        )
+        found.append(CLASS_TOKEN)
     elif tower.model_type != "siglip_vision_model":
         found.append(f"its graph for LLaVA computes a SigLIP as the vision tower, and no {tower.model_type!r}")
     elif tower.hidden_act not in TOWER:
