@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..batch.processor import VLMProcessor
 from ..rows.messages import Message
 
-# The mark is random from release b6500 on, but its ends are not.
+# What stands between the ends of the mark is random in llama.cpp's server, and nothing in its other programs.
 LEFT, RIGHT = "<__media", "__>"
 PARTS = (
     """
