@@ -22,6 +22,9 @@ from vlm_sft.preflight.step_memory import Step, StorageCounter, count_step, with
 from vlm_sft.stack.build_stack import build_empty_stack
 from vlm_sft.stack.lora import add_adapter
 
+# Of the further families, those unlike the first: routers, tiles of another cut, visual words. All were counted
+# rightly when they were tried but GLM's two, which are off by 48 bytes of 120,000.
+OTHERS = ("qwen3_vl_moe", "llava_onevision", "ovis2", "deepseek_vl")
 # Frozen or not, before and behind what learns, with LoRA, with checkpointing.
 CASES = {
     "projector": ("clip", None, {"train": {"projector": 1e-3}}),
@@ -92,7 +95,7 @@ def test_questions_that_share_an_image_take_a_mask_of_all_pairs(packed, stack_re
     assert counted.peak > really(prepared(stack_recipe("clip"), build_stack)[0], without)[1]
 
 
-@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("name", [*CHECKED, *(name for name in OTHERS if name not in CHECKED)])
 def test_a_step_of_an_existing_model_holds_what_was_counted(name):
     """Models that look at numbers: sizes of images, blank tiles, places of features."""
     config = AutoConfig.from_pretrained(tiny(name))
