@@ -90,17 +90,17 @@ class Evaluation(RecipeModel):
 
 
 class Encoder(RecipeModel):
-    """A model that reads a question and an image together and answers in one step (VLE), or in a few words (mPLUG)."""
+    """A model that reads a question and an image together and answers in one step: a VLE, of the two there are."""
 
     pretrained: str
-    """Hub id or folder of a VLE or an mPLUG, or an mPLUG's weight file."""
+    """Hub id or folder of a VLE."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
     tokenizer: str | None = None
     """Hub id or folder of an mPLUG's tokenizer, where its files have none: `google-bert/bert-base-uncased`."""
     answers: str | None = None
     """File of the answers that there are: a JSON list of texts, or one a line. Unset: those of the checkpoint, or else
-    those of the rows of `data.train`; an mPLUG then writes its answers freely."""
+    those of the rows of `data.train`."""
     min_count: Annotated[int, Field(ge=1)] = 1
     """Of the answers of the rows, those that so many rows give (VQAv2, as published: 9)."""
     config: Options = Field(default_factory=dict)
@@ -115,7 +115,7 @@ class Recipe(RecipeModel):
     model: PretrainedModel | None = None
     """An existing VLM to start from, in place of `stack`."""
     encoder: Encoder | None = None
-    """An encoder to start from, in place of `stack`: a VLE or an mPLUG."""
+    """An encoder to start from, in place of `stack`: a VLE."""
     init_from: str | None = None
     """Bundle of the earlier stage to start from. Its parts must be the same; what differs is named."""
     lora_from: Literal["continue", "merge"] | None = None
