@@ -93,7 +93,8 @@ ODD = {
 @pytest.mark.parametrize("keys", [{}, {"answer_is": "number"}, {"answer_is": "letter"}, {"circular": True}])
 def test_odd_values_of_any_column_are_read_or_one_sentence(keys, tmp_path):
     rotates = {"metric": "choice_circular" if keys.get("circular") else "choice", "choices": "options"}
-    usual = {"id": "1", "question": "什么?", "answer": "a", "options": ["a", "b"]}
+    right = {"number": 0, "letter": "A"}.get(keys.get("answer_is"), "a")
+    usual = {"id": "1", "question": "什么?", "answer": right, "options": ["a", "b"]}
     join = {"join": {"files": ["other.jsonl"], "on": "question", "key": "key"}}
     (tmp_path / "other.jsonl").write_text('{"key": ["a"]}\n{"key": {"b": 1}}\n')
     read, said = 0, []

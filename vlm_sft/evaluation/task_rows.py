@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from ..base.errors import UserError
 from ..base.names import ImageEntry, Json, Values
 from ..base.words import short, whole_number
 from ..metrics.choices import lettered
+from ..metrics.measures import NEEDS_CHOICES
 from ..reading.image_refs import LONGEST_LIKELY, Folders, resolve_image
 from .pictures import Pictures
+from .scoring import FEWEST_ANSWERS
 from .task_files import at, files_of, literal, place_of, rows_of
 from .tasks import Column, Layout, Task, plain, render_prompt
 
@@ -77,7 +79,9 @@ def read_task(name: str, task: Task, data: str | None, pictures: Pictures, max_r
     seen: dict[str, str] = {}
     by_id: dict[str, list[ImageEntry]] = {}
     found: list[Asked] = []
+    columns: set[str] = set()
     for number, (where, folder, values) in enumerate(rows_of(place, layout, task.hub), start=1):
+        columns |= values.keys()
         other = _other_row(at(values, layout.images), by_id) if isinstance(layout.images, str) else None
         values = values if other is None else {**values, str(layout.images): None}
         asked = _asked(task, layout, values, where, number, folder, pictures)
@@ -92,7 +96,34 @@ def read_task(name: str, task: Task, data: str | None, pictures: Pictures, max_r
             break
     if not found:
         raise UserError(f'Benchmark "{name}": {place} holds no rows of it.')
+    _check_columns(name, task, layout, found, columns)
     return rotated(task, found) if task.circular else found
+
+
+def _check_columns(name: str, task: Task, layout: Layout, found: Sequence[Asked], columns: Set[str]) -> None:
+    """Refuses a benchmark none of whose rows has what its scores need: its names of columns are those of other rows.
+
+    Raises:
+        UserError: No row has a column of pictures, options, or answers enough.
+    """
+    there = f"the rows have {', '.join(short(each) for each in sorted(columns)[:12] if each != '_file')}"
+    named = [layout.images] if isinstance(layout.images, str) else layout.images
+    heads = {part for column in named for part in (column, re.split(r"[.\[]", column)[0])}
+    if named and not any(one.images for one in found) and not heads & columns:
+        raise UserError(
+            f'Benchmark "{name}": no row has the column {" or ".join(map(short, named))} of its pictures ({there}); '
+            "correct `images`, or write `images: []` where questions have none."
+        )
+    if task.metric in NEEDS_CHOICES and not any(one.choices for one in found):
+        raise UserError(
+            f'Benchmark "{name}": no row has options, which the metric "{task.metric}" needs ({there}); correct '
+            "`choices`."
+        )
+    if task.metric.startswith("vqa") and max(len(one.answers) for one in found) < FEWEST_ANSWERS:
+        raise UserError(
+            f'Benchmark "{name}": the metric "{task.metric}" compares with the answers of ten annotators, and rows '
+            "have one to three; take `exact_match`."
+        )
 
 
 def _other_row(image: object, known: Mapping[str, list[ImageEntry]]) -> list[ImageEntry] | None:

@@ -262,9 +262,12 @@ def _patterns(layout: Layout) -> list[str]:
 def _sentence(error: ValidationError, file: YamlFile) -> str:
     first = error.errors()[0]
     path = tuple(first["loc"])
-    key, where = ".".join(map(str, path)), file.where(path)
+    # A column is a text or a list of them, and pydantic says of which it speaks.
+    key, where = ".".join(str(part) for part in path if part not in ("str", "list[str]")), file.where(path)
     if first["type"] == "extra_forbidden":
-        fields = Task.model_fields if len(path) == 1 else Layout.model_fields
+        parts: dict[str, type[RecipeModel]] = {"hub": Hub, "judge": Judging, "join": Join}
+        of = next((parts[str(part)] for part in reversed(path[:-1]) if part in parts), Layout)
+        fields = Task.model_fields if len(path) == 1 else of.model_fields
         near = closest(str(path[-1]), fields)
         hint = f'; did you mean "{near}"?' if near else f"; there are {', '.join(fields)}."
         return f'{where}: there is no key "{key}"{hint}'
