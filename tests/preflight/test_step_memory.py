@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -13,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig
 
 from support.tiny_families import CHECKED, processor_of, rows, tiny
-from vlm_sft import MultimodalCollator, build_stack, lora_config
+from vlm_sft import MultimodalCollator, build_stack, load_recipe, lora_config
 from vlm_sft.families.build_family import model_class
 from vlm_sft.families.model import set_dtypes
 from vlm_sft.model.freeze import FreezePlan
@@ -220,3 +221,24 @@ def test_every_storage_counts_once_until_it_is_dropped():
         assert counter.alive == 800, "a view still holds it"
         del view, further
     assert counter.alive == 0 and counter.peak == 800 and same.numel() == 100
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_a_tower_of_which_nothing_is_trained_keeps_nothing(name, tmp_path) -> None:
+    source = {"train": [{"path": "rows.jsonl", "format": "caption"}]}
+    sft = {"output_dir": str(tmp_path / "out"), "max_length": 400}
+    text = yaml.safe_dump({"model": {"pretrained": str(tiny(name))}, "lora": {"r": 2}, "data": source, "sft": sft})
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    model, processor = prepared(load_recipe(tmp_path / "recipe.yaml"), build_stack)
+    base = model.get_base_model()
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    seen: list[bool] = []
+    tower = base.get_submodule(base._part("vision_tower"))
+    for module in tower.modules():
+        module.register_forward_hook(lambda module, args, output: seen.append(getattr(output, "requires_grad", False)))
+    batch = FullStep(rows=2, length=400, size=(64, 64), any_size=True).batch(processor)
+    model.train()
+    model(**batch, supervised_only=True, use_cache=False).loss.backward()
+    assert len(seen) > 3 and not any(seen)
+    learned = [p for n, p in model.named_parameters() if "lora_B" in n]
+    assert learned and all(p.grad is not None and p.grad.abs().sum() > 0 for p in learned)

@@ -187,6 +187,25 @@ class FamilyModel(ExactRotations, PreTrainedModel):
                 tower.eval()
         return self
 
+    def enable_input_require_grads(self) -> None:
+        """As transformers has it for checkpoints with LoRA, but not within a tower of which nothing is trained.
+
+        Towers that name their embeddings (CLIP, Qwen2.5-VL) would keep all that they compute, for gradients that nobody
+        asks for, and go back through all of it.
+        """
+        super().enable_input_require_grads()
+        if not (name := self._part("vision_tower")):
+            return
+        tower, made = self.get_submodule(name), {hook.id for hook in self._require_grads_hooks}
+
+        def as_trained(module: nn.Module, args: object, output: torch.Tensor) -> None:
+            if output.is_leaf and not any(p.requires_grad for p in tower.parameters()):
+                output.requires_grad_(False)
+
+        for module in tower.modules():
+            if made & set(module._forward_hooks):
+                self._require_grads_hooks.append(module.register_forward_hook(as_trained))
+
     def _part(self, part: str) -> str:
         """Name of the module of a part, "" for none.
 
