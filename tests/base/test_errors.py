@@ -159,6 +159,19 @@ def test_what_is_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert without_tokens(said) == said
 
 
+@pytest.mark.parametrize("below", ["out", "out/a/b.txt"])
+def test_a_link_that_leads_nowhere_is_named(below, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").symlink_to(tmp_path / "gone")
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        Path(below).mkdir(parents=True, exist_ok=True)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told == "error: 'out' is a link that leads nowhere: make what it leads to, or give another path.\n"
+    with pytest.raises(FileNotFoundError), exit_on_user_error():
+        Path("none").read_text(encoding="utf-8")
+
+
 class PanicException(BaseException):
     """As libraries written in Rust raise it."""
 
@@ -172,6 +185,7 @@ class PanicException(BaseException):
         ),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000), "'xxxx"),
         (OSError(errno.ELOOP, "Too many levels of symbolic links", "/a/b"), "'/a/b' leads to no file"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.txt/b"), "'a.txt/b' leads to no file"),
         (UserError("x" * 100_000), "xxxx"),
     ],
 )

@@ -227,6 +227,7 @@ def test_a_recipe_reads_no_variable_but_those_of_folders_and_jobs(name, text, re
         load_recipe(path)
     assert SECRETS[name] not in str(caught.value)
     assert name in str(caught.value) or "cannot be filled in" in str(caught.value)
+    assert "UserError" not in str(caught.value)
 
 
 def test_a_variable_of_ours_that_is_a_secret_is_none_of_those(recipe_file, monkeypatch):

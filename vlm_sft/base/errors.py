@@ -141,14 +141,24 @@ def _of_the_disk(error: Exception) -> str | None:
     found = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors and tokenizers say it
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if number in (errno.ENAMETOOLONG, errno.ELOOP):
+    if number in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR):
         name = getattr(error, "filename", None) or "What was given"
         return f"{short(str(name))!r} leads to no file ({os.strerror(number)}): give another path."
+    if link := _leading_nowhere(error):
+        return f"{short(link)!r} is a link that leads nowhere: make what it leads to, or give another path."
     if number is None or not (full or number in (errno.EROFS, errno.EACCES, errno.EPERM)):
         return None
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy, what was to be written
     what = f"{repr(str(name)) if name else 'A file'} cannot be {'written' if full else 'used'} ({os.strerror(number)})"
     return f"{what}: {'make room' if full else 'change its permissions'}, or choose another place; then begin again."
+
+
+def _leading_nowhere(error: Exception) -> str | None:
+    """The link without a target on the way to what an error is about, which the system calls there and not there."""
+    if not isinstance(error, FileNotFoundError | FileExistsError) or not isinstance(error.filename, str):
+        return None
+    links = (str(place) for place in (Path(error.filename), *Path(error.filename).parents) if place.is_symlink())
+    return next((link for link in links if not os.path.exists(link)), None)
 
 
 def sentence_of(error: UserError) -> str:

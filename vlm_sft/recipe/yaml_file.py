@@ -171,8 +171,8 @@ class YamlFile:
             with _own_environment(self.name):
                 resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
-            if isinstance(error.__cause__, UserError):
-                raise error.__cause__ from error
+            if (ours := _own_error(error)) is not None:
+                raise ours from error
             sentence = f'{self.name}: "{error.full_key}" cannot be filled in: {_why_unfilled(error)}.'
             raise UserError(sentence) from error
         assert isinstance(resolved, dict)
@@ -291,6 +291,13 @@ def parse_assignment(text: str) -> tuple[KeyPath, Any]:
 def dump_yaml(data: object) -> str:
     """Writes plain dicts and lists as YAML, in their own order, Chinese as it is."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _own_error(error: BaseException | None) -> UserError | None:
+    """The error of ours that an error of OmegaConf was made of, perhaps by way of others."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _why_unfilled(error: OmegaConfBaseException) -> str:
