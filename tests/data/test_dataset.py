@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from datasets import Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -44,8 +45,8 @@ def test_the_row_contract(tmp_path):
         ],
     )
     rows = load_source(Source(path=path, format="vqa", name="zh"))
-    assert rows.features == ROW_FEATURES
-    assert rows.column_names == ["messages", "images", "source", "id"]
+    assert rows.features == {**ROW_FEATURES, "extras": Value("string")}, "the last where a row has some"
+    assert rows.column_names == ["messages", "images", "source", "id", "extras"]
     assert rows[0] == {
         "messages": [
             {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "什么颜色？"}]},
@@ -54,8 +55,13 @@ def test_the_row_contract(tmp_path):
         "images": [{"path": str(tmp_path / "红.png"), "bytes": None}],
         "source": "zh",
         "id": "zh/q-7",
+        "extras": None,
     }
     assert rows[1]["id"] == "zh/2"
+    said = unpacked(rows[1])["messages"][1]
+    assert (said["content"][0]["text"], said["answers"]) == ("3", ["3", "3", "8"])
+    rows = load_source(Source(path=path, format="vqa", max_rows=1))
+    assert rows.features == ROW_FEATURES and rows.column_names == ["messages", "images", "source", "id"]
 
 
 def test_several_captions_of_a_row_have_ids_of_their_own(tmp_path):
