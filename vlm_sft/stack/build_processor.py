@@ -59,16 +59,19 @@ def _load_qformer_tokenizer(piece: Piece[Resampler], config: VLMConfig) -> PreTr
     if named and not Path(named).exists():
         look_for_hub()
     check_tokenizer(source, revision, "stack.resampler.tokenizer", subfolder)
+    lacking = UserError(
+        f"stack.resampler: {source!r} has no tokenizer for the instruction that the "
+        f"Q-Former reads; name one under stack.resampler.tokenizer (published: google-bert/bert-base-uncased)."
+    )
+    if Path(source).is_file():  # a weight file: nothing lies beside it
+        raise lacking
     try:
         names = [f"{subfolder}/{name}".lstrip("/") for name in TOKENIZER]
         tokenizer = load_qformer_tokenizer(laid_out(source, revision, piece.key, names), subfolder)
     except UserError:
         raise
     except Exception as error:  # odd values in its files make transformers raise anything
-        raise UserError(
-            f"stack.resampler: {source!r} has no tokenizer for the instruction that the "
-            f"Q-Former reads; name one under stack.resampler.tokenizer (published: google-bert/bert-base-uncased)."
-        ) from error
+        raise lacking from error
     rows = getattr(config.resampler_config, "vocab_size", 0)
     if len(tokenizer) > rows:
         raise UserError(
