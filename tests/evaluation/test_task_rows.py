@@ -7,7 +7,7 @@ from datetime import date
 
 import pytest
 
-from support.benchmarks import AUTHORS, PUBLISHED, inside, own_task, parquet, png
+from support.benchmarks import AUTHORS, PUBLISHED, inside, lines, own_task, parquet, png
 from vlm_sft.base.errors import UserError
 from vlm_sft.base.limits import READERS
 from vlm_sft.evaluation.benchmark import read_benchmarks
@@ -66,6 +66,22 @@ def test_data_may_be_one_file_and_columns_lie_deep(tmp_path):
     # A picture that two rows hold is kept once, and given back whole.
     assert found.asked[0].images == found.asked[1].images
     assert found.pictures.whole(found.asked[0].images[0])["bytes"] == png(3)
+
+
+def test_a_column_may_be_empty_or_begin_behind_the_rows_that_are_asked(tmp_path):
+    rows = [
+        {"q": "多少?", "a": "1", "more": None},
+        {"q": "几个?", "a": "2", "more": []},
+        {"q": "?", "a": "3", "kind": "数"},
+    ]
+    lines(tmp_path / "mine.jsonl", rows)
+    keys = {"path": "mine.jsonl", "id": None, "question": "q", "answers": "a", "images": []}
+    path = own_task(tmp_path, **keys, kind="kind", group="more[].name", max_rows=1)
+    (asked,) = read_benchmarks([path], None)[0].asked
+    assert (asked.kind, asked.group) == ("", "")
+    lines(tmp_path / "mine.jsonl", rows[:2])
+    with pytest.raises(UserError, match='no row has the column "kind" of its `kind`'):
+        read_benchmarks([path], None)
 
 
 def test_pictures_outside_the_folder_are_refused(tmp_path):

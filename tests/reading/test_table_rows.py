@@ -72,6 +72,19 @@ def test_a_large_value_of_parquet_is_read_few_rows_at_a_time(codec, tmp_path):
     assert len([*read_file(tmp_path / "100.parquet")]) == 4
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dictionary": False, "compression": "zstd"}])
+def test_a_group_without_rows_holds_none_and_is_no_damage(options, tmp_path):
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", picture), ("turns", pa.list_(pa.struct([("said", pa.string())])))])
+    row = {"image": {"bytes": b"x", "path": "猫.png"}, "turns": [{"said": "喵"}]}
+    for number, groups in enumerate(([], [[]], [[], []], [[], [row], []])):
+        path = tmp_path / f"{number}.parquet"
+        with pq.ParquetWriter(path, schema, **options) as writer:
+            for rows in groups:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+        assert [values for _, values in read_file(path)] == [row for rows in groups for row in rows]
+
+
 def test_pages_are_bounded_together_before_any_is_unpacked(tmp_path, monkeypatch):
     """Twenty columns of a megabyte each, in a few kilobytes; what a page's own header says counts, not the footer."""
     path = tmp_path / "wide.parquet"

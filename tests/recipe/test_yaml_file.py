@@ -98,6 +98,20 @@ def test_not_yaml(tmp_path: Path, text: str, message: str) -> None:
     assert problem(path) == message.format(path=path)
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is empty; a task starts with keys like `about:`."),
+        ("[题]", "is not a mapping of keys to values; a task starts with keys like `about:`."),
+        ("about: !!set {题}", "line 1: the tag tag:yaml.org,2002:set is not allowed; a task holds plain values only."),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        YamlFile.read(write(tmp_path, text), "task")
+    assert str(caught.value).endswith(sentence)
+
+
 def test_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes("a: 中".encode("gbk"))

@@ -71,16 +71,25 @@ def rows_of(place: Path | Hub, layout: Layout, hub: Hub | None) -> Iterator[Plac
     others: list[dict[Any, Json]] = []
     for join in layout.join:
         read = _read_all(place if isinstance(place, Path) else join.hub or place, join, join.hub)
-        others.append({_named(at(values, join.key)): values for _, _, values in read})
+        others.append({_named(at(values, join.key)): values for _, _, values in read if has(values, join.key)})
+    unseen, where = set(layout.only), ""
     for where, folder, values in _read_all(place, layout, hub):
+        unseen -= {column for column in unseen if has(values, column)}
         if any(at(values, column) != wanted for column, wanted in layout.only.items()):
             continue
         for join, other in zip(layout.join, others, strict=True):
+            if not has(values, join.on):
+                raise UserError(
+                    f'{where}: the row has no column "{short(join.on)}", by which it is joined; correct `on`.'
+                )
             named = _named(at(values, join.on))
             if named not in other:
                 raise UserError(f'{where}: "{join.on}" is {short(str(named))}, and no row has that "{join.key}".')
             values = {**values, join.into: other[named]} if join.into else {**other[named], **values}
         yield where, folder, values
+    if unseen and where:
+        source = place.path if isinstance(place, Hub) else place
+        raise UserError(f'{source}: no row has the column "{short(min(unseen))}" of `only`; correct it.')
 
 
 def _named(value: object) -> Any:
@@ -166,6 +175,23 @@ def at(values: Values, column: str) -> Any:
         if many and isinstance(here, str):
             here = literal(here)
     return here
+
+
+def has(values: Values, column: str) -> bool:
+    """Whether a row has a column, be it empty; what an empty list or object would hold counts as there."""
+    here: list[Any] = [values]
+    if column in values:
+        return True
+    for step in column.split("."):
+        name = step.removesuffix("[]")
+        found = [each[name] for each in here if isinstance(each, Mapping) and name in each]
+        if not found:
+            return False
+        lists = [literal(each) if isinstance(each, str) and step.endswith("[]") else each for each in found]
+        here = [one for each in lists for one in (each if isinstance(each, list) else [each]) if one is not None]
+        if not here:
+            return True
+    return True
 
 
 def literal(text: str) -> Any:

@@ -13,17 +13,16 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.names import ImageEntry, Json, Values
-from ..base.words import short, whole_number
+from ..base.words import closest, short, whole_number
 from ..metrics.choices import lettered
 from ..metrics.measures import NEEDS_CHOICES
 from ..reading.image_refs import LONGEST_LIKELY, Folders, resolve_image
 from .pictures import Pictures
 from .scoring import FEWEST_ANSWERS
-from .task_files import at, files_of, literal, place_of, rows_of
-from .tasks import Column, Layout, Task, plain, render_prompt
+from .task_files import at, files_of, has, literal, place_of, rows_of
+from .tasks import FIELD, Column, Layout, Task, plain, render_prompt
 
 ROTATION = 1_000_000  # MMBench's index of a rotation: the question's, and so many for each shift
-_FIELD = re.compile(r"\{(\w+)(?::0?(\d{1,2}))?\}")
 _IMAGE_FOLDERS = ("", "images", "image", "val2014", "test2015", "train_val_images/train_images", "val", "test", "png")
 
 
@@ -69,7 +68,8 @@ def read_task(name: str, task: Task, data: str | None, pictures: Pictures, max_r
         max_rows: Only so many.
 
     Raises:
-        UserError: It is not there, a row lacks a column, or two rows have one id.
+        UserError: It is not there, a row lacks a column, no row has one that a task of one's own names, or two rows
+            have one id.
     """
     most = min((limit for limit in (task.max_rows, max_rows) if limit is not None), default=None)
     place = place_of(name, task, data)
@@ -80,8 +80,11 @@ def read_task(name: str, task: Task, data: str | None, pictures: Pictures, max_r
     by_id: dict[str, list[ImageEntry]] = {}
     found: list[Asked] = []
     columns: set[str] = set()
-    for number, (where, folder, values) in enumerate(rows_of(place, layout, task.hub), start=1):
+    lacking = layout.named_columns() if task.own else {}
+    rows = rows_of(place, layout, task.hub)
+    for number, (where, folder, values) in enumerate(rows, start=1):
         columns |= values.keys()
+        lacking = {column: key for column, key in lacking.items() if not has(values, column)}
         other = _other_row(at(values, layout.images), by_id) if isinstance(layout.images, str) else None
         values = values if other is None else {**values, str(layout.images): None}
         asked = _asked(task, layout, values, where, number, folder, pictures)
@@ -96,15 +99,19 @@ def read_task(name: str, task: Task, data: str | None, pictures: Pictures, max_r
             break
     if not found:
         raise UserError(f'Benchmark "{name}": {place} holds no rows of it.')
-    _check_columns(name, task, layout, found, columns)
+    for _, _, values in rows if lacking else ():  # a column may begin behind the rows that are asked
+        lacking = {column: key for column, key in lacking.items() if not has(values, column)}
+    _check_columns(name, task, layout, found, columns, lacking)
     return rotated(task, found) if task.circular else found
 
 
-def _check_columns(name: str, task: Task, layout: Layout, found: Sequence[Asked], columns: Set[str]) -> None:
-    """Refuses a benchmark none of whose rows has what its scores need: its names of columns are those of other rows.
+def _check_columns(
+    name: str, task: Task, layout: Layout, found: Sequence[Asked], columns: Set[str], lacking: Mapping[str, str]
+) -> None:
+    """Refuses a benchmark none of whose rows has what it names or needs: its names of columns are those of other rows.
 
     Raises:
-        UserError: No row has a column of pictures, options, or answers enough.
+        UserError: No row has a column of pictures, options, or answers enough, or one of those that are `lacking`.
     """
     there = f"the rows have {', '.join(short(each) for each in sorted(columns)[:12] if each != '_file')}"
     named = [layout.images] if isinstance(layout.images, str) else layout.images
@@ -124,6 +131,10 @@ def _check_columns(name: str, task: Task, layout: Layout, found: Sequence[Asked]
             f'Benchmark "{name}": the metric "{task.metric}" compares with the answers of ten annotators, and rows '
             "have one to three; take `exact_match`."
         )
+    for column, key in lacking.items():
+        near = closest(column, columns - {"_file"})
+        mend = f'did you mean "{short(near)}"?' if near else f"correct `{key}`, or leave it out."
+        raise UserError(f'Benchmark "{name}": no row has the column "{short(column)}" of its `{key}` ({there}); {mend}')
 
 
 def _other_row(image: object, known: Mapping[str, list[ImageEntry]]) -> list[ImageEntry] | None:
@@ -221,8 +232,8 @@ def _right(layout: Layout, values: Json, choices: dict[str, str], where: str) ->
 def _images(layout: Layout, values: Json, where: str, folder: Path | None) -> Iterator[ImageEntry]:
     columns = [layout.images] if isinstance(layout.images, str) else layout.images
     for column in columns:
-        if _FIELD.search(column):
-            given: Any = _FIELD.sub(lambda found: _text(at(values, found[1])).zfill(int(found[2] or 0)), column)
+        if FIELD.search(column):
+            given: Any = FIELD.sub(lambda found: _text(at(values, found[1])).zfill(int(found[2] or 0)), column)
         else:
             given = at(values, column)
         for image in given if isinstance(given, list) else [given]:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
 
 from ..base.assets import list_tasks, task_path
 from ..base.errors import UserError
@@ -26,6 +26,7 @@ from ..templates.sandbox import fill_prompt
 
 LONGEST_ID = 193  # characters of an id of the Hub: two names of 96
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+FIELD = re.compile(r"\{(\w+)(?::0?(\d{1,2}))?\}")  # a column in the name of a picture's file
 Column = str | list[str]
 """A column of a row (`answers[].answer` goes into a list of objects), or several."""
 
@@ -123,6 +124,16 @@ class Layout(RecipeModel):
     group: str | None = None
     """Column of what questions belong together by (MME: the two about one picture)."""
 
+    def named_columns(self) -> dict[str, str]:
+        """Every column that its file names → the key that names it; what a file leaves unsaid is not looked for."""
+        found: dict[str, str] = {}
+        for key in ("id", "question", "answers", "choices", "kind", "group", "images"):
+            said = getattr(self, key) if key in self.model_fields_set else None
+            for column in said if isinstance(said, list) else [said] if said else []:
+                within = [each[1] for each in FIELD.finditer(column)] if key == "images" else []
+                found |= dict.fromkeys(within or [column], key)
+        return found
+
 
 class Task(Layout):
     """A benchmark."""
@@ -153,6 +164,12 @@ class Task(Layout):
     """Only the first so many rows."""
     layouts: list[Layout] = Field(default_factory=list)
     """Other layouts in which it is published, each with its `files`; the first whose files are there is read."""
+    _own: bool = PrivateAttr(default=False)
+
+    @property
+    def own(self) -> bool:
+        """Whether it is somebody's own file: those that ship name columns that not every split has."""
+        return self._own
 
 
 def load_task(name: str, prompt: str | None = None) -> tuple[str, Task]:
@@ -174,7 +191,7 @@ def load_task(name: str, prompt: str | None = None) -> tuple[str, Task]:
         raise UserError(
             f'--benchmark: the file "{name}" does not exist; benchmarks that ship: {", ".join(list_tasks())}.'
         )
-    file = YamlFile.read(path)
+    file = YamlFile.read(path, "task")
     try:
         task = Task.model_validate(file.data)
     except ValidationError as error:
@@ -186,6 +203,7 @@ def load_task(name: str, prompt: str | None = None) -> tuple[str, Task]:
         if task.judge is not None:
             ask("check_prompt", task.judge.prompt, file.where(("judge", "prompt")))
         task.path = task.path and str(path.parent / Path(task.path).expanduser())
+        task._own = True
     if prompt is not None:
         ask("check_prompt", prompt, "--prompt")
         task.prompt = prompt

@@ -132,7 +132,7 @@ def _pages(opened: BinaryIO, column: Struct) -> Iterator[_Page]:
     """Each page of a column, as its header says; the footer says it too, but is not what is obeyed."""
     place, dictionary = _said(column, 9), _said(column, 11)
     place = dictionary if 0 < dictionary < place else place
-    end = place + _said(column, 7)
+    end = place + _said(column, 7) if _said(column, 5) else place  # without values pyarrow reads no page
     while 0 <= place < end:
         header, length = _read_header(opened, place)
         if (packed := _said(header, 3)) < 0 or (size := _said(header, 2)) < 0:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -91,6 +91,9 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
+_FIRST = {"recipe": "stack", "task": "about"}  # what a file starts with
+
+
 class YamlFile:
     """A YAML mapping, where each of its keys stands, and the overrides put on it.
 
@@ -99,7 +102,7 @@ class YamlFile:
         data: the content; after `resolve()` with interpolations filled in.
     """
 
-    def __init__(self, name: str, text: str) -> None:
+    def __init__(self, name: str, text: str, kind: Literal["recipe", "task"] = "recipe") -> None:
         self.name = name
         self.data: dict[Any, Any] = {}
         self._lines: dict[KeyPath, int] = {}
@@ -111,13 +114,13 @@ class YamlFile:
             node = loader.get_single_node()
             if not isinstance(node, yaml.MappingNode):
                 what = "is empty" if node is None else "is not a mapping of keys to values"
-                raise UserError(f"{name} {what}; a recipe starts with keys like `stack:`.")
+                raise UserError(f"{name} {what}; a {kind} starts with keys like `{_FIRST[kind]}:`.")
             self._note_lines(node, (), [])
             self.data = loader.construct_document(node)
             if any(_HALF.search(text) for text in texts_in(self.data)):
                 raise UserError(f"{name} holds half a character (a surrogate without its other half); write it whole.")
         except yaml.YAMLError as error:
-            raise UserError(_yaml_sentence(name, error, text)) from error
+            raise UserError(_yaml_sentence(name, error, text, kind)) from error
         except RecursionError as error:
             raise UserError(f"{name} is nested too deeply; it is refused.") from error
         except KeyError as error:  # `!!bool` before another word
@@ -129,7 +132,7 @@ class YamlFile:
                 loader.dispose()
 
     @classmethod
-    def read(cls, path: Path) -> YamlFile:
+    def read(cls, path: Path, kind: Literal["recipe", "task"] = "recipe") -> YamlFile:
         """Reads a file (UTF-8).
 
         Raises:
@@ -137,7 +140,7 @@ class YamlFile:
         """
         try:
             if (size := path.stat().st_size) > (most := limits().recipe_bytes):
-                raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that a recipe may have.")
+                raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that a {kind} may have.")
             text = read_text(path, "utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
@@ -146,7 +149,7 @@ class YamlFile:
             ) from error
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-        return cls(str(path), text)
+        return cls(str(path), text, kind)
 
     def resolve(self, overrides: Sequence[str] = ()) -> Json:
         """Puts the overrides on top, fills in `${...}` and returns plain dicts and lists.
@@ -309,7 +312,7 @@ def _why_unfilled(error: OmegaConfBaseException) -> str:
     return reason
 
 
-def _yaml_sentence(name: str, error: yaml.YAMLError, text: str) -> str:
+def _yaml_sentence(name: str, error: yaml.YAMLError, text: str, kind: str) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     line = f", line {mark.line + 1}" if mark is not None else ""
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -317,7 +320,7 @@ def _yaml_sentence(name: str, error: yaml.YAMLError, text: str) -> str:
         return f"{name}{line} is not YAML: it holds a tab; use spaces, two for each level."
     tag = re.search(r"constructor for the tag '(?P<tag>[^']+)'", problem)
     if tag:
-        return f"{name}{line}: the tag {tag['tag']} is not allowed; a recipe holds plain values only."
+        return f"{name}{line}: the tag {tag['tag']} is not allowed; a {kind} holds plain values only."
     if mark is not None and (wide := _wide_mark(text.splitlines(), mark.line)):
         return f"{name}, line {wide[0]} is not YAML: it holds the full-width {wide[1]}; write `{_WIDE[wide[1]]}`."
     opened = getattr(error, "context_mark", None)
