@@ -71,7 +71,8 @@ def test_three_steps_move_what_the_recipe_trains_and_nothing_else(name, run):
     assert any(map(is_adapter, learns)) == (done.recipe.lora is not None)
     history = json.loads((done.folder / "metrics.json").read_text())
     losses = [row["loss"] for row in history if "loss" in row]
-    assert len(losses) == 3 and all(0 < loss < 20 for loss in losses)
+    most = 60 if done.recipe.encoder else 20  # of an mPLUG it is the sum over an answer's letters
+    assert len(losses) == 3 and all(0 < loss < most for loss in losses)
 
 
 @pytest.mark.slow
@@ -102,7 +103,13 @@ def test_its_dry_run_counts_what_the_run_trains(name, run):
 
 
 def has_no_gradient(name: str, done: Run) -> bool:
-    """A bias of the keys, which softmax cancels; the last layer of InstructBLIP's text, of which only queries go on."""
+    """A bias of the keys, which softmax cancels; the last layer of InstructBLIP's text, of which only queries go on; of
+    an mPLUG what its files hold and nobody runs: its first fusion layer, and what the layer of both would cross.
+    """
     resampler = done.recipe.stack and done.recipe.stack.resampler
-    last = resampler is not None and resampler.type == "instruct_qformer"
-    return re.search(r"key\.bias$" + (r"|layer\.1\.(intermediate|output)\." if last else ""), name) is not None
+    without = [r"key\.bias$"]
+    if resampler is not None and resampler.type == "instruct_qformer":
+        without.append(r"layer\.1\.(intermediate|output)\.")
+    if done.recipe.encoder is not None:
+        without.append(r"^fusion_encoder\.(embeddings\.|encoder\.layer\.(0\.|4\.crossattention\.))|\.visual\.proj$")
+    return any(re.search(each, name) for each in without)

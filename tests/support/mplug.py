@@ -50,9 +50,10 @@ def model(size: str) -> MPlugForVQA:
     return made
 
 
-def save_words(folder: Path) -> None:
+def save_words(folder: Path) -> str:
     """BERT's `vocab.txt`, of letters."""
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    return str(folder)
 
 
 def save_modelscope(folder: Path, size: str, wrapped: str | None = "module", prefix: str = "") -> Path:

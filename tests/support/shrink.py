@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from support.flant5 import write_instructblip_flant5
+from support.mplug import GOLDENS, save_words
 from support.tiny_families import tiny
 from support.tiny_pieces import make_tokenizer
 from support.visualglm import write_visualglm
@@ -114,6 +115,17 @@ def write_blip2_pretrained(pieces: dict[str, str], folder: Path) -> str:
     return str(folder / "blip2_pretrained.pth")
 
 
+def write_mplug(size: str, folder: Path) -> str:
+    """The authors' file of before its tuning, in which names of BERT and of the fusion are longer."""
+    longer = {"text_encoder": "text_encoder.bert", "fusion_encoder": "fusion_encoder.fusion"}
+    state = {}
+    for name, tensor in GOLDENS[size].tensors().items():
+        first, _, rest = name.partition(".")
+        state[f"{longer.get(first, first)}.{rest}"] = tensor
+    torch.save({"model": state}, folder / "mplug.pth")
+    return str(folder / "mplug.pth")
+
+
 def write_dinov2(pieces: dict[str, str], folder: Path) -> str:
     """DINOv2 with patches of 14 pixels, whose image processor is told the size by the recipe."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
@@ -169,6 +181,9 @@ PIECES: dict[str, Writer] = {
     "Salesforce/instructblip-flan-t5-xl": lambda pieces, folder: write_instructblip_flant5(folder),
     "THUDM/visualglm-6b": lambda pieces, folder: write_visualglm(folder),
     "hfl/vle-base": lambda pieces, folder: str(save_vle(folder / "vle")),
+    "checkpoints/mplug_base.pth": lambda pieces, folder: write_mplug("base", folder),
+    "checkpoints/mplug_large_v2.pth": lambda pieces, folder: write_mplug("large", folder),
+    "google-bert/bert-base-uncased": lambda pieces, folder: save_words(folder),
     "data/real/dinov2": write_dinov2,
     "data/real/smollm2": write_smollm2,
     "data/real/projector": write_real_projector,
@@ -210,6 +225,10 @@ def shrink(name: str, folder: Path, pieces: dict[str, str], photos: list[str], i
                 changes[f"data.{group}.{index}.{key}"] = value
     if recipe.encoder is not None:
         changes["encoder.min_count"] = 1
+        if recipe.encoder.tokenizer:  # an mPLUG: its files tell no sizes of heads, which are published ones
+            own = GOLDENS["large" if "large" in name else "base"].config["bert"]
+            heads = {key: own[key] for key in ("num_attention_heads", "fusion_layers", "stride_layer")}
+            changes |= {"encoder.config": {**heads, "vision_heads": 4}, "encoder.image_size": 42}
     if recipe.init_from is not None:
         assert init_from is not None, f"{name} starts from {recipe.init_from}: train that first"
         changes["init_from"] = str(init_from)

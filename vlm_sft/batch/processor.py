@@ -63,6 +63,7 @@ class VLMProcessor(ProcessorMixin):
         words: Words that its tokenizer was given for this run (`add_words`).
         chooses: Whether answers are had by `choose`, and not by `generate`.
         cuts_answers: Whether answers become tokens.
+        longest: Tokens of the longest row it makes, whatever `sft.max_length` says; None for no end of its own.
 
     Raises:
         UserError: The tokenizer cannot tell where in the text its tokens lie.
@@ -73,6 +74,7 @@ class VLMProcessor(ProcessorMixin):
     one_image = False
     chooses = False
     cuts_answers = True
+    longest: int | None = None
     video = Sampling()
     words: Sequence[Word] = ()
     answer_start: int | None = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ..base.errors import UserError, refused_by_library
 from ..base.names import Json, Values
 from ..base.whole_files import read_text
 from ..pieces.beside import check_tokenizer
-from ..pieces.checkpoints import fetch_file
+from ..pieces.checkpoints import Checkpoint, fetch_file
 from ..pieces.expected import TOKENIZER, WHOLE, laid_out
 from ..pieces.load_parts import from_pretrained, load_module, make_empty
 from ..pieces.piece import Piece
@@ -34,6 +35,8 @@ BERT_CONFIG = "config_bert.json"
 VISION = "visual_encoder.visual."
 # Of the published models: heads are of 64 numbers; the small one has no projection, and its own stride.
 HEAD_WIDTH, STRIDES, FUSION_LAYERS = 64, {True: 6, False: 3}, 6
+# What stands in the names of a checkpoint before it was tuned to answer, and is left out then (upstream: vqa_mplug.py).
+BEFORE_TUNING = re.compile(r"(?<=text_encoder\.)bert\.|(?<=fusion_encoder\.)fusion\.")
 BEAMS, LONGEST_ANSWER = 5, 10  # as upstream generates
 
 
@@ -88,7 +91,7 @@ def load_mplug(
     """
     config = find_config(piece, sizes or {})
     model = MPlugSystem.load(piece, config)
-    processor = _processor(piece, config, tokenizer)
+    processor = processor_of(piece, config, tokenizer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return MPlug(model.eval().requires_grad_(False).to(device), processor.tokenizer, processor.image_processor)
 
@@ -126,6 +129,7 @@ class MPlugSystem:
         assert spec is not None
         check_config(spec.config, f"{piece.section}.config")
         config = find_config(piece, spec.config)
+        config.image_size = spec.image_size or config.image_size
         if spec.answers:
             answers = read_answer_list(spec.answers, recipe.where(("encoder", "answers")))
             config.id2label = dict(enumerate(answers))
@@ -135,7 +139,7 @@ class MPlugSystem:
     @staticmethod
     def processor(piece: Piece[Any], config: MPlugConfig) -> MPlugProcessor:
         """What lies beside its weights, or is named in its place."""
-        return _processor(piece, config, piece.spec.tokenizer)
+        return processor_of(piece, config, piece.spec.tokenizer)
 
     @staticmethod
     def load(piece: Piece[Any], config: MPlugConfig) -> MPlugForVQA:
@@ -144,7 +148,9 @@ class MPlugSystem:
             piece.config = config
             return from_pretrained(MPlugForVQA, piece, dtype=torch.float32)  # type: ignore[return-value]
         model: MPlugForVQA = make_empty(MPlugForVQA, config, piece.checkpoint)
-        load_module(model, piece.checkpoint, torch.float32)
+        patches = (config.image_size // config.vision_patch_size) ** 2
+        load_module(model, piece.checkpoint, torch.float32, patches=patches)
+        model.tie_weights()  # what was tied has two tensors in a file
         return model
 
     @staticmethod
@@ -154,7 +160,7 @@ class MPlugSystem:
             return MPlugForVQA(config)
 
 
-def _processor(piece: Piece[Any], config: MPlugConfig, tokenizer: str | None) -> MPlugProcessor:
+def processor_of(piece: Piece[Any], config: MPlugConfig, tokenizer: str | None) -> MPlugProcessor:
     words = _tokenizer(tokenizer or piece.pretrained, piece)
     if len(words) > config.vocab_size:
         raise UserError(
@@ -168,10 +174,42 @@ def _processor(piece: Piece[Any], config: MPlugConfig, tokenizer: str | None) ->
     return processor
 
 
+class Renamed(Checkpoint):
+    """A checkpoint under other names, of which its own beginnings are left out.
+
+    Args:
+        inner: As it is.
+        pattern: What is left out of a name.
+    """
+
+    def __init__(self, inner: Checkpoint, pattern: re.Pattern[str]) -> None:
+        self.__dict__ |= inner.__dict__
+        self._inner, self._own = inner, {pattern.sub("", name): name for name in inner.files}
+        self.files = {name: inner.files[own] for name, own in self._own.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """See `Checkpoint.read`."""
+        own = {name: self._own[name] for name in names}
+        found = self._inner.read(own.values())
+        return {name: found[theirs] for name, theirs in own.items()}
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """See `Checkpoint.shapes`."""
+        own = {name: self._own[name] for name in names}
+        found = self._inner.shapes(own.values())
+        return {name: found[theirs] for name, theirs in own.items()}
+
+    def fingerprint(self, names: Any = None) -> str:
+        """See `Checkpoint.fingerprint`: that of the file as it is."""
+        return self._inner.fingerprint(names)
+
+
 def find_config(piece: Piece[Any], sizes: Values) -> MPlugConfig:
     """The configuration of a published mPLUG, as its files and `sizes` tell it."""
     if told(piece).get("model_type") == MPlugConfig.model_type:
         return copy.deepcopy(piece.whole)
+    if any(map(BEFORE_TUNING.search, piece.checkpoint.files)):
+        piece.checkpoint = Renamed(piece.checkpoint, BEFORE_TUNING)
     return _config(piece, sizes)
 
 

@@ -53,6 +53,7 @@ class EncoderProcessor(ReadsQuestions, VLMProcessor):
 
     asks: ClassVar[type[Encoder]]
     chooses = True
+    longest: int
 
     def __init__(
         self,
@@ -142,12 +143,12 @@ class EncoderProcessor(ReadsQuestions, VLMProcessor):
         Args:
             rows: Encoded rows; what is learned is left out, of a row that is more than that.
             side: Always right.
-            multiple_of: Rounds L up to a multiple.
+            multiple_of: Rounds L up to a multiple, as far as there are positions.
         """
         asked = [[i for i, label in zip(row.input_ids, row.labels, strict=True) if label == IGNORED] for row in rows]
         asked = [ids or row.input_ids for ids, row in zip(asked, rows, strict=True)]
         longest = max(map(len, asked))
-        longest = -(-longest // (multiple_of or 1)) * (multiple_of or 1)
+        longest = min(-(-longest // (multiple_of or 1)) * (multiple_of or 1), self.longest)
         real = np.arange(longest) < np.array([[len(ids)] for ids in asked])
         batch = {
             "input_ids": pad(asked, longest, self.tokenizer.pad_token_id),

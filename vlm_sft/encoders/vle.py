@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +88,8 @@ class VLESystem:
         given = recipe.encoder and recipe.encoder.answers
         answers = read_answer_list(given, recipe.where(("encoder", "answers"))) if given else own
         answers = answers or answers_of_rows(recipe, recipe.encoder.min_count if recipe.encoder else 1)
+        if recipe.encoder and recipe.encoder.image_size:
+            config.vision_config.image_size = recipe.encoder.image_size
         config.num_vqa_labels, config.id2label = len(answers), dict(enumerate(answers))
         config.label2id = {answer: number for number, answer in enumerate(answers)}
         return config
@@ -109,12 +112,13 @@ class VLESystem:
     def load(piece: Piece[Any], config: VLEConfig) -> VLEForVQA:
         """Its weights; a head for other answers than the checkpoint's is new."""
         model = make_empty(VLEForVQA, config, piece.checkpoint)
+        read = partial(load_module, model, piece.checkpoint, torch.float32, patches=config.num_patches)
         if _own_answers(copy.deepcopy(piece.whole), piece) == list(config.id2label.values()):
-            load_module(model, piece.checkpoint, torch.float32)
+            read()
             return model
         head = model.head
         delattr(model, head)
-        load_module(model, piece.checkpoint, torch.float32)
+        read()
         model.add_module(head, VLEForVQA.make_head(config))
         model.get_submodule(head).apply(model._init_weights)
         return model

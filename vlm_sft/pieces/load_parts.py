@@ -267,7 +267,7 @@ def load_module(
         else:
             sources = [tensors[source] for source in origin.names]
             tensor = origin.make(*sources) if origin.make else sources[0]
-            if patches and name in TABLES:
+            if patches and name.endswith(TABLES):
                 tensor = fit_positions(tensor, empty.shape, patches)
             check_shape(origin.names[0], tensor.shape, empty.shape, checkpoint.where)
         state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor

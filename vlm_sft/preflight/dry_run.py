@@ -266,7 +266,8 @@ def full_step(args: SFTConfig, processor: VLMProcessor, shared: bool = False) ->
     Raises:
         UserError: Not even a small image fits into `sft.max_length`.
     """
-    length, tokens = args.max_length or WITHOUT_LIMIT, 0
+    length = min(args.max_length or WITHOUT_LIMIT, processor.longest or WITHOUT_LIMIT)
+    tokens = 0
     for size in SIZES if processor.reads_sizes else SIZES[-1:]:
         # With a token of text behind it, and one more in all rows but the last.
         tokens = len(processor.encode_rendered(_image_alone(processor), [size]).input_ids)

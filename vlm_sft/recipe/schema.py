@@ -90,14 +90,16 @@ class Evaluation(RecipeModel):
 
 
 class Encoder(RecipeModel):
-    """A model that reads a question and an image together and answers in one step: a VLE, of the two there are."""
+    """A model that reads a question and an image together and answers in one step: VLE, or in a few words: mPLUG."""
 
     pretrained: str
-    """Hub id or folder of a VLE."""
+    """Hub id or folder of a VLE or an mPLUG, or an mPLUG's weight file."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository."""
     tokenizer: str | None = None
     """Hub id or folder of an mPLUG's tokenizer, where its files have none: `google-bert/bert-base-uncased`."""
+    image_size: Annotated[int, Field(ge=1)] | None = None
+    """Pixels of a side; a table of positions made for another size is resized. Unset: the checkpoint's."""
     answers: str | None = None
     """File of the answers that there are: a JSON list of texts, or one a line. Unset: those of the checkpoint, or else
     those of the rows of `data.train`."""
@@ -115,7 +117,7 @@ class Recipe(RecipeModel):
     model: PretrainedModel | None = None
     """An existing VLM to start from, in place of `stack`."""
     encoder: Encoder | None = None
-    """An encoder to start from, in place of `stack`: a VLE."""
+    """An encoder to start from, in place of `stack`: a VLE or an mPLUG."""
     init_from: str | None = None
     """Bundle of the earlier stage to start from. Its parts must be the same; what differs is named."""
     lora_from: Literal["continue", "merge"] | None = None

@@ -179,6 +179,14 @@ class MPlugForVQA(PreTrainedModel):
         self.text_decoder = BertLMHeadModel(decoder)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the question."""
+        return self.text_encoder.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head of the decoder."""
+        return self.text_decoder.get_output_embeddings()
+
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) → (B, 1 + P, D)."""
         image = self.visual_encoder["visual"](pixel_values.to(self.dtype))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 # Where towers keep theirs: BLIP-2, InstructBLIP and mPLUG-Owl; CLIP and SigLIP.
-TABLES = ("embeddings.position_embedding", "embeddings.position_embedding.weight")
+TABLES = ("embeddings.position_embedding", "embeddings.position_embedding.weight", "positional_embedding")
 
 
 def resize_positions(table: torch.Tensor, tokens: int) -> torch.Tensor:
