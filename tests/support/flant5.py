@@ -30,8 +30,10 @@ def flant5_tokenizer():
         TEXT * 3,
         trainers.UnigramTrainer(vocab_size=280, special_tokens=special, unk_token="<unk>", initial_alphabet=letters),
     )
-    vocabulary = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["vocab"]]
-    return T5Tokenizer(vocab=vocabulary, extra_ids=2)
+    # The trainer adds in an order of its own in every process, so scores and the order of equal ones differ a little.
+    pieces = [(piece, round(score, 1)) for piece, score in json.loads(backend.to_str())["model"]["vocab"]]
+    count = len(special)
+    return T5Tokenizer(vocab=pieces[:count] + sorted(pieces[count:], key=lambda p: (-p[1], p[0])), extra_ids=2)
 
 
 def flant5_config(**changes):
