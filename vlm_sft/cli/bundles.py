@@ -101,6 +101,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default as in training, of gguf float16.")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of gguf, the language model in fewer bits, like q4_k_m.")
+    ] = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -112,7 +115,8 @@ def export(
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype must be float32, bfloat16 or float16, not {dtype}.")
     with waiting(make_console(), f"Writing {out} and comparing its logits"):
-        found = run(bundle, out, to, keep_adapter=keep_adapter, dtype=dtype, trust_remote_code=trust_remote_code)
+        found = run(bundle, out, to, keep_adapter=keep_adapter, dtype=dtype, quantize=quantize,
+                    trust_remote_code=trust_remote_code)  # fmt: skip
     if as_json:
         tell(harmless_json({"out": out, **found}, indent=2))
         return
@@ -122,6 +126,12 @@ def export(
         f"{out}: logits of {found['positions']} positions, compared in a fresh process, differ from the bundle's by at "
         f"most {found['max_difference']:.2g} (allowed {found['tolerance']:.2g})."
     )
+    if rounded := found.get("quantised"):
+        tell(
+            f"In {rounded['name']} the language model has {rounded['bytes'] / 1e9:.3g} GB in place of "
+            f"{rounded['bytes_before'] / 1e9:.3g}; llama.cpp then picks the bundle's token at {rounded['same']} of "
+            f"{rounded['of']} of an answer about one picture (mean KL divergence {rounded['kl']:.2g})."
+        )
 
 
 @bundles_app.command()

@@ -23,6 +23,8 @@ from ..bundle.hub import find_bundle
 from ..bundle.load import load, recipe_of
 from ..bundle.manifest import read_manifest
 from ..bundle.parity import run_afresh
+from ..llama_cpp.mixture import mixture_of
+from ..llama_cpp.packages import check_installed
 from ..stack.judge import judge, layers_of
 from .check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
 from .forms import Form, form_of
@@ -44,6 +46,7 @@ def export(
     *,
     keep_adapter: bool = False,
     dtype: str | None = None,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
 ) -> Json:
     """Writes a bundle in another form and compares the logits of both in a fresh process.
@@ -56,6 +59,7 @@ def export(
         keep_adapter: Leaves LoRA unmerged, in the subfolder `adapter`.
         dtype: Type of the weights: `float32`, `bfloat16` or `float16`; default that of the bundle's language model, for
             `gguf` `float16`.
+        quantize: Of `gguf`, a mixture of llama.cpp in which the language model is written, such as `q4_k_m`.
         trust_remote_code: See `vlm_sft.load`.
 
     Returns:
@@ -65,7 +69,7 @@ def export(
         UserError: The bundle has no such form, the folder is not empty, or the logits differ.
     """
     out = Path(out)
-    _check_request(out, to, keep_adapter)
+    _check_request(out, to, keep_adapter, quantize)
     bundle = find_bundle(bundle)
     manifest = read_manifest(bundle)
     if keep_adapter and not manifest["adapter"]:
@@ -84,15 +88,14 @@ def export(
     if to == "bundle-merged":
         return {**result, **write_merged(bundle, out, model, processor, saved)}
     if to == "gguf":
-        result |= write_gguf(out, model, processor, recipe, saved)
-        write_json(out / EXPORT_REPORT, result)
-        return result
-    form = form_of(core, processor, recipe)
-    if to == "vllm":
-        form.check_vllm()
-    if to == "vllm" and keep_adapter:
-        check_adapter(form.name, model)
-    result |= {"form": form.name, **_write(out, to, model, form, saved, keep_adapter)}
+        result |= write_gguf(out, model, processor, recipe, saved, quantize and mixture_of(quantize))
+    else:
+        form = form_of(core, processor, recipe)
+        if to == "vllm":
+            form.check_vllm()
+            if keep_adapter:
+                check_adapter(form.name, model)
+        result |= {"form": form.name, **_write(out, to, model, form, saved, keep_adapter)}
     write_json(out / EXPORT_REPORT, result)
     write_export_card(out, bundle, result)
     return result
@@ -101,10 +104,12 @@ def export(
 def write_export_card(out: Path, bundle: Path, result: Json) -> Path:
     """Writes the card of an exported checkpoint by its bundle and what `export` found; gives the path."""
     manifest, kept = read_manifest(bundle), (out / ADAPTER_FOLDER).is_dir()
-    head = {"pipeline_tag": "image-text-to-text", "library_name": "transformers", "tags": ["vlm_sft"]}
+    native = result["to"] != "gguf"
+    by = {"library_name": "transformers", "tags": ["vlm_sft"]} if native else {"tags": ["vlm_sft", "gguf"]}
+    head = {"pipeline_tag": "image-text-to-text", **by}
     return render_card(
         out,
-        "export/card.md.jinja",
+        "export/card.md.jinja" if native else "llama_cpp/card.md.jinja",
         head | bases_of(manifest["pieces"], "finetune"),
         name=shown(out.resolve()),
         bundle=shown(bundle.resolve()),
@@ -146,10 +151,16 @@ def _write(out: Path, to: str, model: nn.Module, form: Form, dtype: torch.dtype,
         return found
 
 
-def _check_request(out: Path, to: str, keep_adapter: bool) -> None:
+def _check_request(out: Path, to: str, keep_adapter: bool, quantize: str | None) -> None:
     """What can be refused before anything is read."""
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is unknown; use one of {', '.join(TARGETS)}.")
+    if to == "gguf":
+        check_installed()
+    elif quantize:
+        raise UserError(f"--quantize goes with --to gguf; {to} has no types of llama.cpp.")
+    if quantize:
+        mixture_of(quantize)
     if keep_adapter and to not in ("transformers", "vllm"):
         raise UserError(f"--keep-adapter goes with --to transformers or vllm; {to} has LoRA merged.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import shutil
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -68,7 +69,12 @@ def check_gguf(core: nn.Module, processor: VLMProcessor) -> None:
 
 
 def write_gguf(
-    out: Path, model: nn.Module, processor: VLMProcessor, recipe: Recipe, dtype: torch.dtype = torch.float16
+    out: Path,
+    model: nn.Module,
+    processor: VLMProcessor,
+    recipe: Recipe,
+    dtype: torch.dtype = torch.float16,
+    quantize: str | None = None,
 ) -> Json:
     """Writes OUT with both GGUF files and a `Modelfile`, once llama.cpp has answered as the bundle does.
 
@@ -78,16 +84,19 @@ def write_gguf(
         processor: Its processor.
         recipe: Its recipe.
         dtype: Type of the weights, a key of `NAMES`.
+        quantize: Mixture of `llama_cpp.mixture` in which the language model is written in the place of `dtype`, once
+            the file in that type has been compared.
 
     Returns:
-        What was written, and what llama.cpp differs by (`max_difference`, `tolerance`, `positions`, `kl`).
+        What was written, and what llama.cpp differs by (`max_difference`, `tolerance`, `positions`, `kl`); with
+        `quantize` also what the rounding changes (`quantised`).
 
     Raises:
         UserError: It cannot be expressed, there is no room, or llama.cpp answers otherwise; OUT is not there then.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_gguf(base, processor)
-    _check_room(out, base, dtype)
+    _check_room(out, base, dtype, quantize)
     picture = _picture(base)
     encoded = processor.encode_chat(ASKED, True, [picture.size])
     inputs = {name: tensor for name, tensor in processor.batch([encoded]).items() if name != "labels"}
@@ -97,18 +106,26 @@ def write_gguf(
     comparison.round(core, dtype)
     with written_beside(out) as beside, TemporaryDirectory(dir=beside.parent) as scratch:
         beside.mkdir()
-        files = (beside / f"model-{NAMES[dtype]}.gguf", beside / f"mmproj-{NAMES[dtype]}.gguf")
-        _convert(core, processor, recipe, Path(scratch), files, dtype, shown(out.resolve()))
-        found = _compare(core, inputs, picture, files, Path(scratch), dtype)
+        mmproj = beside / f"mmproj-{NAMES[dtype]}.gguf"
+        whole = (Path(scratch) if quantize else beside) / f"model-{NAMES[dtype]}.gguf"
+        _convert(core, processor, recipe, Path(scratch), (whole, mmproj), dtype, shown(out.resolve()))
+        measured, said = _compare(core, inputs, picture, (whole, mmproj), Path(scratch))
+        found = _judged(measured, said, dtype, layers_of(core))
+        files = (beside / f"model-{quantize}.gguf" if quantize else whole, mmproj)
+        if quantize:
+            types = run("quantize", "llama.cpp cannot round this bundle", whole, files[0], quantize)
+            measured, said = _compare(core, inputs, picture, files, Path(scratch))
+            sizes = {"bytes": files[0].stat().st_size, "bytes_before": whole.stat().st_size}
+            found["quantised"] = {"name": quantize, "types": types, **sizes, **_told(measured, said)}
         (beside / "Modelfile").write_text(modelfile(processor, recipe, files), encoding="utf-8")
     names = [file.name for file in files]
     return {"llama_cpp": build(), "files": names, **found, **comparison.found, "differences": differences(processor)}
 
 
-def _check_room(out: Path, core: nn.Module, dtype: torch.dtype) -> None:
+def _check_room(out: Path, core: nn.Module, dtype: torch.dtype, quantize: str | None) -> None:
     """Refuses where the disk has no room for the files, and for what the converter reads, beside each other."""
     values = sum(parameter.numel() for parameter in core.parameters())
-    needed = 2 * values * dtype.itemsize
+    needed = 2 * values * dtype.itemsize + (values * 9 // 8 if quantize else 0)
     place = next(folder for folder in out.resolve().parents if folder.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:
         raise UserError(
@@ -160,14 +177,14 @@ def _sampling(recipe: Recipe) -> Json:
 
 
 def _compare(
-    core: nn.Module,
-    inputs: dict[str, torch.Tensor],
-    picture: Image.Image,
-    files: tuple[Path, Path],
-    folder: Path,
-    dtype: torch.dtype,
-) -> Json:
-    """Asks llama.cpp, and has the bundle's model compute what it says of each token of that answer."""
+    core: nn.Module, inputs: dict[str, torch.Tensor], picture: Image.Image, files: tuple[Path, Path], folder: Path
+) -> tuple[Json, Json]:
+    """Asks llama.cpp, and has the bundle's model compute what it says of each token of that answer.
+
+    Returns:
+        What `judge` needs to know of both; and the answer, with `same_answer`, `same` and `of`: whether, and at how
+        many of how many tokens, the bundle's most probable one is the same.
+    """
     said = _ask(picture, files, folder)
     prompt = inputs["input_ids"]
     if said["prompt"] != prompt.shape[1]:
@@ -186,11 +203,27 @@ def _compare(
     theirs = torch.tensor([[value for _, value in step] for step in said["top"]], dtype=torch.float64)
     # Of logits it tells the probabilities alone, so they are put where the bundle's lie.
     measured = measure(told.gather(1, picked), theirs + told.logsumexp(-1, keepdim=True))
-    found = judge(measured, dtype, layers_of(core), "the bundle's")
+    same = sum(ours == theirs for ours, theirs in zip(logits.argmax(-1).tolist(), said["ids"], strict=True))
+    of = len(said["ids"])
+    return measured, {"same_answer": same == of, "answer": said["text"], "same": same, "of": of}
+
+
+def _judged(measured: Json, said: Json, dtype: torch.dtype, layers: int) -> Json:
+    """What is told of the file in `dtype`, which says what the bundle does but for rounding to that type."""
+    # It computes in 16 bits here and there whatever the file holds: it has a table of `gelu`.
+    found = judge(measured, torch.float16 if dtype == torch.float32 else dtype, layers, "the bundle's")
     if not found["equal"]:
         raise UserError(f"llama.cpp loads what was written, but {found['why']}; nothing was written.")
     kept = {key: found[key] for key in ("max_difference", "tolerance", "positions", "kl")}
-    return {**kept, "same_answer": logits.argmax(-1).tolist() == said["ids"], "answer": said["text"]}
+    return {**kept, "same_answer": said["same_answer"], "answer": said["answer"]}
+
+
+def _told(measured: Json, said: Json) -> Json:
+    """What is told of a quantised file: how far it is from the bundle, which is the user's to judge."""
+    if not isfinite(measured["max_difference"]):
+        raise UserError("llama.cpp loads the quantised file, but computes no numbers; nothing was written.")
+    kept = {key: said[key] for key in ("same", "of", "answer")}
+    return {"kl": measured["kl"], "max_difference": measured["max_difference"], **kept}
 
 
 def _ask(picture: Image.Image, files: tuple[Path, Path], folder: Path) -> Json:

@@ -35,6 +35,9 @@ def ask(model: str, mmproj: str, request: Json) -> Json:
     # It tells the tokens of an answer from this verbosity on.
     params.warmup, params.verbosity, params.cache_ram_mib, params.n_gpu_layers = False, 10, 0, 0
     params.mmproj_use_gpu, params.use_jinja = False, True
+    # What is compared is the file: by default keys and values are held, and attention is computed, in 16 bits.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     try:
         said = xllamacpp.Server(params).handle_chat_completions(
             {**request, "temperature": 0, "logprobs": True, "return_tokens": True, "cache_prompt": False}
