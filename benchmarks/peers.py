@@ -75,6 +75,8 @@ def ways(questions: int) -> dict[str, Way]:
         "+ shared image": Way("vlm_sft", {"source": SHARING, "length": 1024}, 1 / questions),
         "+ cache": Way("vlm_sft", {"cache": True}),
         "+ packing, cache": Way("vlm_sft", {**packed, "cache": True}, 0.25),
+        "+ compiled": Way("vlm_sft", {"sft": {"torch_compile": True}}),
+        "+ packing, compiled": Way("vlm_sft", {**packed, "sft": {"packing": True, "torch_compile": True}}, 0.25),
         "+ bf16": Way("vlm_sft", bf16=True),
         "+ bf16, packing, cache": Way("vlm_sft", {**packed, "cache": True}, 0.25, bf16=True),
     }
