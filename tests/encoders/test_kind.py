@@ -70,13 +70,18 @@ def test_every_weight_is_of_a_part_and_learns_at_its_rate(encoder_recipe):
     ({"chat_template": "plain"}, "`chat_template` is not for an `encoder`"),
     ({"stack": None, "model": {"pretrained": "x"}}, "`encoder` is a model of its own"),
     ({"sft": {"output_dir": "o", "packing": True}}, "`sft.packing` is not for an `encoder`"),
-    ({"generation": {"num_beams": 2}}, "`generation` is not for an `encoder`"),
     ({"encoder": {"pretrained": "x", "min_count": 0}}, "min_count"),
 ])  # fmt: skip
 def test_what_an_encoder_has_not_is_one_sentence(recipe_file, changes, says):
     given = {"stack": None, "chat_template": None, "encoder": {"pretrained": "x"}, "train": RATES, **changes}
     with pytest.raises(UserError, match=says):
         load_recipe(recipe_file(**given))
+
+
+def test_settings_of_an_answer_are_for_one_that_writes(encoder_recipe):
+    recipe = encoder_recipe().model_copy(update={"generation": {"num_beams": 2}})
+    with pytest.raises(UserError, match=r"chooses one of its answers and writes none; remove `generation`"):
+        compose(recipe)
 
 
 def test_a_checkpoint_that_is_none_is_one_sentence(encoder_recipe, tmp_path, pieces):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -117,12 +118,32 @@ def test_a_run_goes_on_to_the_same_weights(learned, tmp_path):
 
 @pytest.mark.slow
 def test_captions_are_learned_with_one_question(learned, tmp_path):
-    """As its model card does: the question is always the same, the answer is the caption."""
+    """As its model card does: one question for all, the caption is the answer; `generation` says how long it is."""
     folder, overrides, _ = learned
     rows = [{"image": f"{n}.png", "caption": f"a {name}"} for n, name in enumerate(COLOURS)]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = {"path": str(folder / "captions.jsonl"), "format": "caption", "prompts": ["what is this ?"]}
-    more = [f"data.train=[{json.dumps(source)}]", "data.eval=[]", "data.test=[]", f"sft.output_dir={tmp_path / 'out'}"]
-    bundle = train(load_recipe("mplug_vqa_base", [*overrides, *more]))
+    more = [f"data.train=[{json.dumps(source)}]", "data.eval=[]", "data.test=[]", f"sft.output_dir={tmp_path / 'out'}",
+            "generation.min_new_tokens=2", "generation.max_new_tokens=2"]  # fmt: skip
+    bundle = train(load_recipe("mplug_caption", [*overrides, *more]))
     said = asked("answer", bundle, "what is this ?", "--image", folder / "1.png")
     assert said.stdout.splitlines()[0].endswith("\ta dog")
+    (tmp_path / "coco_caption").mkdir()
+    photos = []
+    for n, name in enumerate(COLOURS):
+        shutil.copy(folder / f"{n}.png", tmp_path / "coco_caption")
+        photos.append(
+            {"cocoid": n, "filepath": ".", "filename": f"{n}.png", "split": "test", "sentences": [{"raw": f"a {name}"}]}
+        )
+    (tmp_path / "coco_caption" / "dataset_coco.json").write_text(json.dumps({"images": photos}), encoding="utf-8")
+    scored = asked("evaluate", bundle, "--benchmark", "coco_caption", "--benchmark-data", tmp_path, "--prompt",
+                   "what is this ?", "--no-contamination", "--no-forgetting")  # fmt: skip
+    assert scored.exit_code == 0, scored.output
+    found = json.loads((bundle / "evaluation" / "coco_caption.json").read_text(encoding="utf-8"))
+    assert found["scores"]["BLEU-1"]["value"] == pytest.approx(1)
+    one = asked("evaluate", bundle, "--benchmark", "coco_caption", "--benchmark-data", tmp_path, "--prompt",
+                "what is this ?", "--no-contamination", "--no-forgetting", "--no-blank", "--set", "min_new_tokens=1",
+                "--set", "max_new_tokens=1", "--output", tmp_path / "short")  # fmt: skip
+    assert one.exit_code == 0, one.output
+    lines = (tmp_path / "short" / "coco_caption.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == ["a"] * 3

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ..base.errors import UserError
-from ..base.names import IGNORED, IMAGE_TOKEN
+from ..base.names import IGNORED, IMAGE_TOKEN, Options, Row
 from ..base.whole_files import check_entries
 from ..reading.images import grown_size, needed_side
 from ..rows.messages import Message
@@ -272,9 +272,9 @@ class VLMProcessor(ProcessorMixin):
         return {"qformer_input_ids": text["input_ids"], "qformer_attention_mask": text["attention_mask"]}
 
     def choose(
-        self, model: PreTrainedModel, images: Sequence[Image.Image], conversations: Sequence[Sequence[Message]]
+        self, model: PreTrainedModel, images: Sequence[Image.Image], rows: Sequence[Row], settings: Options
     ) -> list[str]:
-        """The answers to N conversations that ask once about an image each, of a processor that `chooses`."""
+        """The answers to N rows that ask once about an image each, of a processor that `chooses`."""
         raise NotImplementedError
 
     # -- files ------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def load(
     processor.words = stack.processor.words
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device) if dtype is None else model.to(device, dtype)
-    if recipe.generation:  # none is for a model that writes nothing
+    if recipe.generation:  # there is none for a model that writes nothing
         _set_answers(stack.model.generation_config, recipe)
     return model.eval(), processor
 

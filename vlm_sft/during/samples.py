@@ -44,8 +44,8 @@ class Samples:
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
         self.drawn, self.say = draw(recipe), say
-        most = int(recipe.generation.get("max_new_tokens") or TOKENS)
-        self.settings = {**recipe.generation, "max_new_tokens": min(most, TOKENS)}
+        most = recipe.generation.get("max_new_tokens") or (None if recipe.encoder else TOKENS)  # an encoder says little
+        self.settings = {**recipe.generation, **({"max_new_tokens": min(most, TOKENS)} if most else {})}
         self.batch_size = recipe.evaluation.batch_size
         self.file = Path(str(recipe.sft["output_dir"])) / SAMPLES
         self.questions: list[Question] = []

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.errors import UserError
-from ..base.names import Json
+from ..base.names import Json, Options
 from ..pieces.piece import Piece
 from ..reading.images import grown_size
 
@@ -102,7 +102,12 @@ class Encoder(ReadsQuestions, ABC):
 
     @abstractmethod
     def answers(
-        self, images: Sequence[Image.Image], questions: Sequence[str], top: int, candidates: Sequence[str] = ()
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        top: int,
+        candidates: Sequence[str] = (),
+        settings: Options | None = None,
     ) -> list[list[Answer]]:
         """The likeliest answers to N questions about N images, the likeliest first.
 
@@ -111,6 +116,7 @@ class Encoder(ReadsQuestions, ABC):
             questions: Their texts.
             top: How many answers each gets, or fewer where fewer are known.
             candidates: Answers to choose from; none: those that the model knows or writes.
+            settings: For transformers' `generate`, over those of the model; only one that writes has any.
         """
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..base.errors import UserError
 from ..base.names import ANSWER_LIST, ENCODER_PARTS, Json, Values
 from ..batch.collator import MultimodalCollator
 from ..families.kind import Composed
@@ -76,7 +77,11 @@ class EncoderKind:
         piece = Piece(self.base, _spec(recipe))
         system = SYSTEMS[_type_of(piece)]
         piece.config = system.config(piece, recipe)
-        return Composed(piece.config, system.processor(piece, piece.config), {self.base: piece})
+        processor = system.processor(piece, piece.config)
+        if recipe.generation and processor.known.answers:
+            where = recipe.where(("generation",))
+            raise UserError(f"{where}: this encoder chooses one of its answers and writes none; remove `generation`.")
+        return Composed(piece.config, processor, {self.base: piece})
 
     def remarks(self, recipe: Recipe, composed: Composed) -> Iterator[str]:
         if answers := composed.processor.known.answers:  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import BertTokenizer, BlipImageProcessorPil
 
 from ..base.errors import UserError, refused_by_library
-from ..base.names import Json, Values
+from ..base.names import Json, Options, Values
 from ..base.whole_files import read_text
 from ..pieces.beside import check_tokenizer
 from ..pieces.checkpoints import Checkpoint, fetch_file
@@ -37,7 +37,6 @@ VISION = "visual_encoder.visual."
 HEAD_WIDTH, STRIDES, FUSION_LAYERS = 64, {True: 6, False: 3}, 6
 # What stands in the names of a checkpoint before it was tuned to answer, and is left out then (upstream: vqa_mplug.py).
 BEFORE_TUNING = re.compile(r"(?<=text_encoder\.)bert\.|(?<=fusion_encoder\.)fusion\.")
-BEAMS, LONGEST_ANSWER = 5, 10  # as upstream generates
 
 
 class MPlug(Encoder):
@@ -47,7 +46,12 @@ class MPlug(Encoder):
 
     @torch.inference_mode()
     def answers(
-        self, images: Sequence[Image.Image], questions: Sequence[str], top: int, candidates: Sequence[str] = ()
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        top: int,
+        candidates: Sequence[str] = (),
+        settings: Options | None = None,
     ) -> list[list[Answer]]:
         """See `Encoder.answers`. Written answers have their probability for a score, candidates their share."""
         inputs = {**self.text_inputs(questions), **self.image_inputs(images)}
@@ -62,14 +66,21 @@ class MPlug(Encoder):
                 for row in zip(chosen.tolist(), shares.tolist(), strict=True)
             ]
         begin, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        beams = max(BEAMS, top)
-        ids = self.model.write(states, mask, begin, end, num_beams=beams, num_return_sequences=top, do_sample=False,
-                               max_new_tokens=LONGEST_ANSWER, min_new_tokens=1, length_penalty=0.6)  # fmt: skip
+        ids = self.model.write(states, mask, begin, end, **self._settings(settings or {}, top))
         states, mask = (each.repeat_interleave(top, dim=0) for each in (states, mask))
         _, losses = self.model.score(states, mask, ids, (ids != self.tokenizer.pad_token_id).long())
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         found = [Answer(text, score) for text, score in zip(texts, losses.neg().exp().tolist(), strict=True)]
         return [found[start : start + top] for start in range(0, len(found), top)]
+
+    def _settings(self, given: Options, top: int) -> Options:
+        """Settings of `generate`: those given over those of the model, as far as there are positions and beams."""
+        own, room = self.model.generation_config, self.longest - 1  # the answer begins behind `[CLS]`
+        longest = given.get("max_new_tokens") or (given.get("max_length") or 0) - 1
+        longest = longest if longest > 0 else own.max_new_tokens
+        beams = max(given.get("num_beams") or own.num_beams, top)
+        kept = {name: value for name, value in given.items() if name != "max_length"}
+        return {**kept, "max_new_tokens": min(longest, room), "num_beams": beams, "num_return_sequences": top}
 
 
 def load_mplug(

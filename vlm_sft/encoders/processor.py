@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ..base.errors import RowError
-from ..base.names import ANSWER_LIST, IGNORED, IMAGE_TOKEN
+from ..base.names import ANSWER_LIST, IGNORED, IMAGE_TOKEN, Options, Row
 from ..batch.encoding import EncodedChat, pad
 from ..batch.processor import VLMProcessor
 from ..rows.messages import Message
@@ -174,11 +174,11 @@ class EncoderProcessor(ReadsQuestions, VLMProcessor):
         """
 
     def choose(
-        self, model: PreTrainedModel, images: Sequence[Image.Image], conversations: Sequence[Sequence[Message]]
+        self, model: PreTrainedModel, images: Sequence[Image.Image], rows: Sequence[Row], settings: Options
     ) -> list[str]:
-        """The likeliest answer to each of N questions about N images."""
-        questions = [self.cut_question(question_of(messages)) for messages in conversations]
-        found = self.asker(model).answers(images, questions, 1, self.candidates)
+        """The likeliest answer to each of N questions about N images; `settings` as `Encoder.answers`."""
+        questions = [self.cut_question(question_of(row["messages"])) for row in rows]
+        found = self.asker(model).answers(images, questions, 1, self.candidates, settings)
         return [answers[0].answer for answers in found]
 
     def asker(self, model: PreTrainedModel) -> Encoder:

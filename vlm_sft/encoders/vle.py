@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..base.errors import RowError, UserError
+from ..base.names import Options
 from ..base.words import short
 from ..pieces.load_parts import load_module, make_empty
 from ..pieces.part_configs import load_image_processor, load_tokenizer
@@ -38,7 +39,12 @@ class VLE(Encoder):
         return self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.float().cpu()
 
     def answers(
-        self, images: Sequence[Image.Image], questions: Sequence[str], top: int, candidates: Sequence[str] = ()
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        top: int,
+        candidates: Sequence[str] = (),
+        settings: Options | None = None,
     ) -> list[list[Answer]]:
         """See `Encoder.answers`; the score is a share, and those of all answers that may be given add up to 1."""
         names = self.model.config.id2label

@@ -177,7 +177,7 @@ def answer(
     if not conversations:
         return []
     if processor.chooses:
-        return _chosen(model, processor, conversations)
+        return _chosen(model, processor, conversations, options)
     count = len(conversations)
     conversations = [with_boxes_written(processor, row, place_of(row, n, count)) for n, row in enumerate(conversations)]
     batch = prompt_batch(processor, conversations, model.device)
@@ -202,8 +202,12 @@ def answer(
     ]
 
 
-def _chosen(model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[dict[str, Any]]) -> list[Said]:
-    """What a model says that chooses its answers."""
+def _chosen(
+    model: PreTrainedModel, processor: VLMProcessor, conversations: Sequence[dict[str, Any]], options: Options
+) -> list[Said]:
+    """What an encoder answers: it chooses, and has no settings, or writes a few words."""
+    writes = getattr(model, "generation_config", None) is not None
+    settings = generation_options(model, processor, options) if writes else {}
     images: list[Image.Image] = []
     for number, row in enumerate(conversations):
         where = place_of(row, number, len(conversations))
@@ -212,7 +216,11 @@ def _chosen(model: PreTrainedModel, processor: VLMProcessor, conversations: Sequ
         pictures = pictures_of(processor, row, EncodedChat([], [], 1), where)
         check_pictures(processor, pictures)
         images += pictures.images
-    return [Said(text) for text in processor.choose(model, images, [row["messages"] for row in conversations])]
+    try:
+        said = processor.choose(model, images, conversations, settings)
+    except (ValueError, TypeError, ImportError, OverflowError) as error:
+        raise refusal(error) from error
+    return [Said(text) for text in said]
 
 
 def answer_each(

@@ -140,7 +140,7 @@ def generation_options(model: PreTrainedModel, processor: VLMProcessor, options:
     merged["eos_token_id"] = ends or None
     if processor.answer_start is not None:
         merged["decoder_start_token_id"] = processor.answer_start
-    if processor.image_token_id < words:  # written, it would be an image to read
+    if 0 <= processor.image_token_id < words:  # written, it would be an image to read
         suppressed = options.get("suppress_tokens") or own.suppress_tokens or []
         merged["suppress_tokens"] = [*suppressed, processor.image_token_id]
     return merged

@@ -47,7 +47,7 @@ def stream_answer(
     Args and Raises: see `answer`.
     """
     if processor.chooses:
-        yield from answer(model, processor, [{"messages": list(messages), "images": list(images)}])
+        yield from answer(model, processor, [{"messages": list(messages), "images": list(images)}], **options)
         return
     row = with_boxes_written(processor, {"messages": list(messages), "images": list(images)})
     settings = generation_options(model, processor, options)

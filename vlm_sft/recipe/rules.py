@@ -88,7 +88,7 @@ def _suits_an_encoder(recipe: Recipe) -> Broken:
     """What a prompt, a language model or what it writes is told, and nothing else has."""
     if recipe.encoder is None:
         return
-    for key in ("chat_template", "system", "box_notation", "lora", "lora_from", "quantization", "cache", "generation"):
+    for key in ("chat_template", "system", "box_notation", "lora", "lora_from", "quantization", "cache"):
         if getattr(recipe, key):
             yield key, f"`{key}` is not for an `encoder`, which reads a question alone; remove it."
     for key in ("packing", "eval_packing", "use_liger_kernel", "torch_compile"):

@@ -25,6 +25,10 @@ from transformers.utils import ModelOutput
 from .cross_layers import CrossLayer, added
 
 IGNORED = -100
+# As upstream answers.
+WRITING: dict[str, Any] = {
+    "num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": 0.6, "do_sample": False,
+}  # fmt: skip
 
 
 class MPlugConfig(BertConfig):
@@ -178,6 +182,8 @@ class MPlugForVQA(PreTrainedModel):
         decoder = config.bert(config.text_decode_layers, is_decoder=True, add_cross_attention=True)
         self.text_decoder = BertLMHeadModel(decoder)
         self.post_init()
+        self.generation_config = self.text_decoder.generation_config
+        self.generation_config.update(**WRITING)
 
     def get_input_embeddings(self) -> nn.Module:
         """Those of the question."""
@@ -302,14 +308,14 @@ class MPlugForVQA(PreTrainedModel):
             mask: Theirs.
             begin: Id of `[CLS]`.
             end: Id of `[SEP]`.
-            **options: Of `generate`.
+            **options: Of `generate`, over `generation_config`.
         """
         begins = torch.full((len(states), 1), begin, dtype=torch.long, device=states.device)
         cache = EncoderDecoderCache(*(DynamicCache(config=self.text_decoder.config) for _ in range(2)))
+        given = {**options, "eos_token_id": end, "pad_token_id": self.config.pad_token_id, "use_cache": True}
         return self.text_decoder.generate(
-            begins, past_key_values=cache, encoder_hidden_states=states, encoder_attention_mask=mask, eos_token_id=end,
-            pad_token_id=self.config.pad_token_id, use_cache=True, **options,
-        )  # fmt: skip
+            begins, past_key_values=cache, encoder_hidden_states=states, encoder_attention_mask=mask, **given
+        )
 
 
 AutoConfig.register(MPlugConfig.model_type, MPlugConfig)
