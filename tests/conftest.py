@@ -378,7 +378,8 @@ def mixed_recipe(recipe_file, caption_file, tmp_path):
     """
     few = {"path": caption_file, "format": "caption", "name": "few", "max_rows": 5}
     data = {"train": [{"path": caption_file, "format": "caption"}, few], "eval": [few], "sampling": "proportional"}
-    path = recipe_file(data=data, chat_template="ziya", lora={"r": 2, "lora_dropout": 0.2})
+    short = {"max_new_tokens": 4}  # what the rows that a run shows are answered, four times
+    path = recipe_file(data=data, chat_template="ziya", lora={"r": 2, "lora_dropout": 0.2}, generation=short)
     recipe = yaml.safe_load(path.read_text())
     recipe["sft"] |= {
         "max_steps": 11, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 3,

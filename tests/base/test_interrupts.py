@@ -170,16 +170,16 @@ def test_ctrl_c_twice_leaves_what_was_saved(forge, mixed_recipe):
 
 
 @pytest.fixture
-def two(recipe_file):
+def two(recipe_file, forge):
     """Two processes that train until Ctrl-C comes, so often, after so many steps → what they said, the folder."""
 
     def run(presses: int, steps: int = 1, **sft):
         folder = recipe_file().parent / "two"
         path = recipe_file(sft={**FOREVER, "output_dir": str(folder), **sft})
-        launcher = subprocess.Popen(
+        launcher = forge.start(
             [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config("cpu_2")),
              "--main_process_port", "0", "-m", "vlm_sft.train", str(path), "sft.use_cpu=true"],
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert launcher.stderr is not None
         said = ""

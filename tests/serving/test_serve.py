@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,7 +29,7 @@ def is_well(caller) -> bool:
 
 
 @pytest.fixture
-def program(tmp_path):
+def program(tmp_path, forge):
     """Starts the command; gives the process, its port, and the file of what it says."""
     running = []
 
@@ -38,7 +37,7 @@ def program(tmp_path):
         log = tmp_path / f"log-{len(running)}"
         command = [str(Path(sys.executable).with_name("vlm-sft")), "serve", *map(str, arguments), "--port", "0"]
         with log.open("w") as output:
-            process = subprocess.Popen(command, stderr=output, stdout=output, env={**os.environ, **environment})
+            process = forge.start(command, stderr=output, stdout=output, env={**os.environ, **environment})
         running.append(process)
         waits = Caller(0)
         waits.until(lambda: "/v1 answers" in log.read_text() or process.poll() is not None, 120)

@@ -11,13 +11,9 @@ can be killed between any two of them, inside a save above all, and at the same 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import importlib
-import itertools
 import json
 import os
-import runpy
 import select
 import shutil
 import signal
@@ -25,26 +21,77 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]  # not from `paths`: a stand-in for `python` is given other folders
-TOUCHES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "step"}
+PROGRAM = Path(__file__).resolve()
+ROOT = PROGRAM.parents[2]  # not from `paths`: a stand-in for `python` is given other folders
 LAUNCHER = "accelerate.commands.launch"
 PROGRAMS = ("vlm_sft", "vlm_sft.train", "vlm_sft.recipe.left_out", LAUNCHER)
-IMPORTS = (
-    LAUNCHER, "matplotlib.backends.backend_agg", "torch._dynamo", "transformers.models.auto",
-    "transformers.models.llama.modeling_llama", "vlm_sft.bundle.curves", "vlm_sft.bundle.handover",
-    "vlm_sft.bundle.parity", "vlm_sft.cli.main", "vlm_sft.export.check", "vlm_sft.evaluation.evaluate", "vlm_sft.train",
-    "vlm_sft.training.build_trainer",
-)  # fmt: skip
+COMMAND = str(Path(sys.executable).with_name("vlm-sft"))  # does what `python -m vlm_sft` does
 # Libraries read these while they are imported, which a fork has behind it.
 READ_ON_IMPORT = ("CUDA_", "HF_", "OMP_", "PYTHONHASHSEED", "TORCH_")  # torch sets TORCHINDUCTOR_CACHE_DIR itself
 KNOWN_OPTIONS = {"args", "capture_output", "check", "cwd", "env", "input", "stderr", "stdout", "text", "timeout"}
+
+
+class Started:
+    """A program that was forked: as much of a `subprocess.Popen` as tests ask for.
+
+    Attributes:
+        pid: The fork's; whoever hangs up ends it.
+        returncode: The exit code, or minus the signal that ended it; None before.
+        stderr: What it says, where that was to be read here.
+    """
+
+    def __init__(self, address: str, order: dict[str, Any], files: list[int], stderr: TextIO | None = None) -> None:
+        """Sends an order with the three files of the program."""
+        order |= {"cwd": str(order.get("cwd") or os.getcwd()), "env": dict(order.get("env") or os.environ)}
+        self.args = order.get("argv") or [order["recipe"]]
+        self.stderr = stderr
+        self.returncode: int | None = None
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(address)
+        socket.send_fds(self._connection, [b"\n"], files)
+        self._connection.sendall(json.dumps(order).encode() + b"\n")
+        self._answers = self._connection.makefile("rb", buffering=0)  # `poll` and `wait` look whether there is more
+        self.pid = int(self._answers.readline())
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code; a program that takes longer than it may is ended."""
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                self.close()
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = int(self._answers.readline())
+            self.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Its exit code, or None where it goes on."""
+        gone = self.returncode is not None or select.select([self._connection], [], [], 0)[0]
+        return self.wait() if gone else None
+
+    def communicate(self, timeout: float | None = None) -> tuple[None, str]:
+        """Nothing, and all that it says until it ends."""
+        said = self.stderr.read() if self.stderr else ""
+        self.wait(timeout)
+        return None, said
+
+    def send_signal(self, number: int) -> None:
+        """A signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._answers.close()
+        self._connection.close()
 
 
 class Forge:
@@ -61,7 +108,6 @@ class Forge:
         self.folder = None if address else tempfile.mkdtemp(prefix="forge-")  # an address has 107 bytes at most
         self.address = address or f"{self.folder}/address"
         self.process: subprocess.Popen | None = None
-        self.program = 0
         self.printed = ""
 
     def run(self, recipe: Path, *overrides: str, timeout: float | None = None, **options: Any) -> int:
@@ -99,15 +145,43 @@ class Forge:
         with mock.patch.object(subprocess, "run", run):
             yield
 
+    def start(
+        self, command: list[str], *, env: dict[str, str] | None = None, stdout: Any = None, stderr: Any = None
+    ) -> Started:
+        """Forks what `subprocess.Popen` would start, and does not wait for its end.
+
+        Args:
+            command: One of `PROGRAMS` in this Python, or the console command.
+            env: Its environment; nothing in it may be another than here that libraries read while they are imported.
+            stdout: As of `Popen`, less `PIPE`.
+            stderr: As of `Popen`; through a `PIPE` comes text.
+        """
+        if command[0] == COMMAND:
+            command = [sys.executable, "-m", "vlm_sft", *command[1:]]
+        assert self._can_fork(command, env), f"{command}: it or its environment is none of a fork"
+        self._start()
+        files = [0, _file(stdout, None, 1), 2]
+        if stderr != subprocess.PIPE:
+            files[2] = files[1] if stderr == subprocess.STDOUT else _file(stderr, None, 2)
+            return Started(self.address, {"argv": command[1:], "env": env}, files)
+        read, files[2] = os.pipe()
+        said = open(read, encoding="utf-8")  # noqa: SIM115 (whoever asked for it reads it)
+        try:
+            return Started(self.address, {"argv": command[1:], "env": env}, files, said)
+        finally:
+            os.close(files[2])
+
     def stand_in(self, arguments: list[str]) -> None:
         """Is what `python` would be for a launcher: the fork's files, signals and end are those of this process."""
+        program: Started | None = None
 
         def hand_on(number: int, frame: Any) -> None:
-            os.kill(self.program, number) if self.program else os._exit(128 + number)
+            os.kill(program.pid, number) if program else os._exit(128 + number)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, hand_on)
-        code = self.carry_out({"argv": arguments}, [0, 1, 2]) or 0
+        program = Started(self.address, {"argv": arguments}, [0, 1, 2])
+        code = program.wait()
         if code < 0:
             os.kill(os.getpid(), -code)
         os._exit(code)
@@ -131,8 +205,7 @@ class Forge:
 
     def _ask(self, command: list[str], order: dict[str, Any], **options: Any) -> subprocess.CompletedProcess:
         """Has an order carried out; takes the options of `subprocess.run`, and returns or raises what it would."""
-        if self.folder and not self.process:
-            self._start()
+        self._start()
         pipe = subprocess.PIPE if options.get("capture_output") else None
         out, err = options.get("stdout", pipe), options.get("stderr", pipe)
         order |= {"cwd": options.get("cwd"), "env": options.get("env")}
@@ -142,9 +215,7 @@ class Forge:
             given.seek(0)
             files = [given.fileno(), _file(out, stdout, 1), stdout.fileno()]
             files[2] = files[1] if err == subprocess.STDOUT else _file(err, stderr, 2)
-            code = self.carry_out(order, files, options.get("timeout"))
-            if code is None:
-                raise subprocess.TimeoutExpired(command, options["timeout"])
+            code = Started(self.address, order, files).wait(options.get("timeout"))
             read = [None if wanted != subprocess.PIPE else _content(file, options.get("text", False))
                     for wanted, file in ((out, stdout), (err, stderr))]  # fmt: skip
         done = subprocess.CompletedProcess(command, code, *read)
@@ -152,28 +223,16 @@ class Forge:
             done.check_returncode()
         return done
 
-    def carry_out(self, order: dict[str, Any], files: list[int], timeout: float | None = None) -> int | None:
-        """Sends an order with the three files of the program; returns how it ended, or None after the time."""
-        order |= {"cwd": str(order.get("cwd") or os.getcwd()), "env": dict(order.get("env") or os.environ)}
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(self.address)
-            client.settimeout(timeout)
-            socket.send_fds(client, [b"\n"], files)
-            client.sendall(json.dumps(order).encode() + b"\n")
-            with client.makefile() as answers:
-                self.program = int(answers.readline())
-                try:
-                    return int(answers.readline())
-                except TimeoutError:
-                    return None  # whoever hangs up ends the program
-
     def _start(self) -> None:
+        if self.process or not self.folder:
+            return
         paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(self.address)
             server.listen()
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(server.fileno())], stdin=subprocess.PIPE, pass_fds=[server.fileno()],
+                [sys.executable, str(PROGRAM.with_name("forks.py")), str(server.fileno())],
+                stdin=subprocess.PIPE, pass_fds=[server.fileno()],
                 env={**self.environment, "PYTHONPATH": paths}, cwd=ROOT,
             )  # fmt: skip
 
@@ -192,142 +251,5 @@ def _content(file: Any, text: bool) -> str | bytes:
     return file.read().decode() if text else file.read()
 
 
-# ------------------------------------------------------------------------------------------ the process and its forks
-
-
-def serve(server: socket.socket) -> None:
-    """Imports everything, then forks for each order, until whoever started it is gone."""
-    from vlm_sft.base.console import quiet_libraries
-
-    quiet_libraries()
-    for name in IMPORTS:
-        importlib.import_module(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while server in select.select([server, sys.stdin], [], [])[0]:
-        connection, _ = server.accept()
-        if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            with contextlib.suppress(BrokenPipeError):  # whoever asked is gone
-                answer(connection, server.getsockname())
-            os._exit(0)
-        connection.close()
-    os._exit(0)  # taking down all that was imported takes seconds
-
-
-def answer(connection: socket.socket, address: str) -> None:
-    """Forks the program of an order, and tells its process and how it ended."""
-    _, files, _, _ = socket.recv_fds(connection, 1, 3)
-    with connection.makefile("rw") as stream:
-        order = json.loads(stream.readline())
-        program = os.fork()
-        if program == 0:
-            for number, file in enumerate(files):
-                os.dup2(file, number)
-            play(order, address)
-        print(program, file=stream, flush=True)
-        if connection in select.select([connection, os.pidfd_open(program)], [], [])[0]:
-            os.kill(program, signal.SIGKILL)
-        print(os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]), file=stream, flush=True)
-
-
-def play(order: dict[str, Any], address: str) -> None:
-    """The life of a fork."""
-    code = 1
-    try:
-        sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 (it lives as long as the process)
-        os.chdir(order["cwd"])
-        os.environ.clear()
-        os.environ.update(order["env"])
-        with Forge(address).in_place_of_processes():
-            train(order) if "recipe" in order else run(order["argv"], address)
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        threading._shutdown()  # what Python does at a program's end, less taking down all that was imported
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def run(arguments: list[str], address: str) -> None:
-    """`python -m module …` or `python script …`"""
-    flags = list(itertools.takewhile(lambda word: word in ("-u", "-m"), arguments))
-    sys.argv = arguments[len(flags) :]
-    program = sys.argv[0]
-    if "-m" not in flags:
-        sys.path.insert(0, str(Path(program).resolve().parent))
-        runpy.run_path(program, run_name="__main__")
-        return
-    if program == LAUNCHER:
-        python = Path(address).with_name("python")
-        python.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {address} "$@"\n', encoding="utf-8")
-        python.chmod(0o700)
-        os.environ["PYTHON_EXEC"] = str(python)  # what torch's launcher starts
-    sys.path.insert(0, os.getcwd())
-    for name in sys.argv[:2]:  # `vlm_sft.recipe.left_out` runs the module that it is given
-        if not hasattr(sys.modules.get(name), "__path__"):
-            sys.modules.pop(name, None)  # it runs as `__main__`, and Python warns where it was imported before
-    runpy.run_module(program, run_name="__main__", alter_sys=True)
-
-
-def train(order: dict[str, Any]) -> None:
-    """Runs the program, less the fresh process and the picture at the end, which take most of the time."""
-    import resource
-
-    import torch
-
-    import vlm_sft.bundle.curves
-    import vlm_sft.bundle.parity
-    from vlm_sft.recipe.schema import load_recipe
-    from vlm_sft.train import main
-    from vlm_sft.training.trainer import VLMSFTTrainer
-
-    torch.set_num_threads(1)
-    vlm_sft.bundle.parity.check_parity = lambda *args: {"positions": 1, "max_difference": 0.0, "equal": True}
-    vlm_sft.bundle.curves.draw_curves = lambda history, path, **kwargs: path
-    step = VLMSFTTrainer.training_step
-
-    def counted_step(self, *args, **kwargs):
-        sys.audit("step", "")
-        return step(self, *args, **kwargs)
-
-    VLMSFTTrainer.training_step = counted_step
-    recipe = load_recipe(order["recipe"], order["overrides"])
-    count_moments(str(recipe.sft["output_dir"]), order.get("kill_at"), order.get("send"))
-    if "limit" in order:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
-    main([order["recipe"], *order["overrides"], *(["--resume"] if order.get("resume", True) else [])])
-
-
-def count_moments(folder: str, kill_at: int | None, send: list[int] | None) -> None:
-    """Counts touches of a folder and micro-batches, and dies, or gets a signal, at one of them."""
-    from vlm_sft.base.names import RUN_LOCK
-
-    moments, batches = 0, 0
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal moments, batches
-        if event not in TOUCHES or (event != "step" and not str(arguments[0]).startswith(folder)):
-            return
-        if str(arguments[0]).endswith(RUN_LOCK):
-            return  # a file of its own, whatever it is opened for
-        moments += 1
-        if moments == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        batches += event == "step"
-        if send and event == "step" and batches == send[0]:
-            for _ in range(send[2] if len(send) > 2 else 1):
-                os.kill(os.getpid(), send[1])
-
-    sys.addaudithook(hook)
-
-
 if __name__ == "__main__":
-    if sys.argv[1].isdigit():
-        serve(socket.socket(fileno=int(sys.argv[1])))
-    else:
-        Forge(sys.argv[1]).stand_in(sys.argv[2:])
+    Forge(sys.argv[1]).stand_in(sys.argv[2:])

@@ -80,7 +80,7 @@ def test_the_command_itself_is_killed_and_goes_on(mixed_recipe, forge):
     path, out = mixed_recipe("killed", dataloader_num_workers=1)
     command = [sys.executable, "-m", "vlm_sft.train", str(path), "--resume"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    run = forge.start(command, env=environment, stderr=subprocess.PIPE)
     assert run.stderr is not None
     for line in run.stderr:
         if run_folder.checkpoints(out):
