@@ -104,10 +104,13 @@ def test_its_dry_run_counts_what_the_run_trains(name, run):
 
 def has_no_gradient(name: str, done: Run) -> bool:
     """A bias of the keys, which softmax cancels; the last layer of InstructBLIP's text, of which only queries go on; of
-    an mPLUG what its files hold and nobody runs: its first fusion layer, and what the layer of both would cross.
+    an mPLUG what its files hold and nobody runs: its first fusion layer, and what the layer of both would cross. What a
+    tower does behind the layer that is read.
     """
     resampler = done.recipe.stack and done.recipe.stack.resampler
     without = [r"key\.bias$"]
+    if done.recipe.stack is not None and done.recipe.stack.vision_tower.feature_layer == -2:
+        without.append(r"vision_tower\..*(layers\.2\.|post_layernorm|k_proj\.bias)")
     if resampler is not None and resampler.type == "instruct_qformer":
         without.append(r"layer\.1\.(intermediate|output)\.")
     if done.recipe.encoder is not None:

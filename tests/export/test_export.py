@@ -15,6 +15,7 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
     LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
     pipeline,
 )
 
@@ -36,6 +37,7 @@ CASES = {
     "LLaVA, padded to a square": (
         {**LLAVA, "vision": {**LLAVA["vision"], "pad_to_square": True}}, LlavaForConditionalGeneration),
     "LLaVA, system text of its own": ({**LLAVA, "system": "It's 简短."}, LlavaForConditionalGeneration),
+    "LLaVA-1.6": ({**LLAVA, "vision": {**LLAVA["vision"], "tiles": "anyres"}}, LlavaNextForConditionalGeneration),
     "LLaVA on OPT, tied": ({**LLAVA, "lm": "opt"}, LlavaForConditionalGeneration),
     "BLIP-2": (BLIP2, Blip2ForConditionalGeneration),
     "BLIP-2, a template that writes BOS": ({**BLIP2, "chat_template": "blip2_vqa"}, Blip2ForConditionalGeneration),

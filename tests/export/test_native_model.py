@@ -22,6 +22,7 @@ NONE = {
     "pixel_shuffle": ({**LLAVA, "projector": {"type": "pixel_shuffle"}}, "no class has a pixel_shuffle projector"),
     "Q-Former and mlp": ({**BLIP2, "projector": {"type": "mlp"}}, "BLIP-2's projector is linear, this one is mlp"),
     "mlp of depth 3": ({**LLAVA, "projector": {"type": "mlp", "depth": 3}}, "an mlp of depth 2, and this is not"),
+    "dynamic tiles": ({**LLAVA, "vision": {**LLAVA["vision"], "tiles": "dynamic"}}, "not cut an image into `dynamic`"),
     "linear": ({**LLAVA, "projector": {"type": "linear"}}, "an mlp of depth 2, and this is not"),
     "BLIP-2's ViT before an mlp": ({**LLAVA, "tower": "blip2"}, "cannot hold a 'blip_2_vision_model'"),
     "an earlier layer": ({**BLIP2, "vision": {"feature_layer": -2}}, "reads every token after the ViT's last norm"),

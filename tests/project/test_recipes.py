@@ -30,6 +30,7 @@ def test_the_promised_recipes_ship() -> None:
         "ziya_stage2_qlora",
         "llava15_stage2_qlora",
         "llava15_stage2_lora",
+        "llava16_stage2",
         "blip2_opt_stage2",
         "instructblip_flant5",
         "instructblip_vicuna",
@@ -97,7 +98,8 @@ def test_second_stage_goes_on_from_the_first(path: Path) -> None:
     if "_stage2" not in path.stem or path.stem == "blip2_opt_stage2":
         assert second.init_from is None
         return
-    first = load_recipe(path.with_name(re.sub("_stage2.*", "_stage1.yaml", path.name)))
+    name = re.sub("_stage2.*", "_stage1.yaml", path.name)
+    first = load_recipe(path.with_name(name.replace("llava16", "llava15")))  # LLaVA-1.6 re-uses the projector of 1.5
     assert second.init_from == first.sft["output_dir"]
     for part in ("resampler", "language_model"):
         assert getattr(second.stack, part) == getattr(first.stack, part)
@@ -119,6 +121,7 @@ def recipe(name: str) -> Recipe:
         ("llava15_stage1", {"projector": 1e-3}, 0.0, "256"),
         ("llava15_stage2", {"projector": 2e-5, "language_model": 2e-5}, 0.0, "128"),
         ("llava15_stage2_lora", {"projector": 2e-5}, 0.0, "128"),
+        ("llava16_stage2", {"vision_tower": 2e-6, "projector": 1e-5, "language_model": 1e-5}, 0.0, "128"),
         ("blip2_opt_stage2", {"resampler": 1e-4, "projector": 1e-4}, 0.05, "1024"),
         ("instructblip_vicuna", {"resampler": 1e-5, "projector": 1e-5}, 0.05, "128"),
         ("instructblip_flant5", {"resampler": 1e-5, "projector": 1e-5}, 0.05, "192"),

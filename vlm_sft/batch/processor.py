@@ -69,10 +69,8 @@ class VLMProcessor(ProcessorMixin):
         UserError: The tokenizer cannot tell where in the text its tokens lie.
     """
 
-    reads_sizes = False
+    reads_sizes = one_image = chooses = False
     _notation: Notation | None = None  # None until it was looked at
-    one_image = False
-    chooses = False
     cuts_answers = True
     longest: int | None = None
     video = Sampling()
@@ -166,12 +164,17 @@ class VLMProcessor(ProcessorMixin):
             for token, (start, end) in zip(ids, borders, strict=True)
         ]
         done = 0  # the text between two images goes over at once: rows have thousands of tokens and an image or two
-        for place in [place for place, token in enumerate(ids) if token == self.image_token_id]:
+        places = [place for place, token in enumerate(ids) if token == self.image_token_id]
+        for place, count in zip(places, self.tokens_of_images(len(places), sizes), strict=True):
             encoded.extend(ids[done:place], labels[done:place])
-            encoded.extend([self.image_token_id] * self.num_image_tokens, place=True)
+            encoded.extend([self.image_token_id] * count, place=True)
             done = place + 1
         encoded.extend(ids[done:], labels[done:])
         return encoded
+
+    def tokens_of_images(self, images: int, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """How many tokens each of so many images of a conversation has; `sizes` as `encode_rendered` takes them."""
+        return [self.num_image_tokens] * images
 
     def _adds_bos(self, chat: RenderedChat) -> bool:
         """BOS comes first where the tokenizer puts one, unless the template writes it (BLIP-2: after the images)."""

@@ -37,6 +37,8 @@ READ_FROM_TOWER = {
     "vision_feature_layer": "stack.vision_tower.feature_layer",
     "vision_feature_select": "stack.vision_tower.feature_select",
 }
+# What lays tiles out, which is new in the first stage that cuts any.
+NEWLINE = ("model.projector.layout.newline",)
 # What may be another way in a stage that trains an adapter on: it says how it is trained, not what it is.
 FREE = ("lora_dropout", "init_lora_weights", "runtime_config", "inference_mode", "base_model_name_or_path", "revision",
         "peft_version", "task_type", "auto_mapping", "loftq_config", "eva_config", "corda_config")  # fmt: skip
@@ -197,7 +199,7 @@ def hand_over(stack: Stack, folder: str | Path, lora_from: str | None = None, ta
         raise UserError(
             f"init_from {str(folder)!r} has a LoRA adapter; say what becomes of it: lora_from='continue' or 'merge'."
         )
-    _compare_features(stack, folder)
+    tiles = _compare_features(stack, folder)
     if "language_model" in manifest["held"] and is_quantised(stack.model):
         raise UserError(
             f"init_from {str(folder)!r} holds a trained language model, which cannot be put into a quantised one; "
@@ -205,7 +207,7 @@ def hand_over(stack: Stack, folder: str | Path, lora_from: str | None = None, ta
         )
     name = taken_as or str(folder)
     merge_again(folder, manifest, stack.model)
-    load_trained(folder, stack.model, FreezePlan({}))
+    load_trained(folder, stack.model, FreezePlan({}), new=() if tiles else NEWLINE)
     if manifest["adapter"] and lora_from == "merge":
         merge_adapter(folder, stack.model, name)
     earlier = _recipe_with_more(folder, manifest)
@@ -217,8 +219,11 @@ def hand_over(stack: Stack, folder: str | Path, lora_from: str | None = None, ta
     return list(manifest["held"])
 
 
-def _compare_features(stack: Stack, folder: Path) -> None:
-    """The projector must have the same kind and shape, and read the same features."""
+def _compare_features(stack: Stack, folder: Path) -> Json | None:
+    """The projector must have the same kind and shape, and read the same features; returns the earlier stage's tiles.
+
+    LLaVA-1.6's first stage sees whole images, so a stage may be the first to cut them.
+    """
     ours = stack.model.config
     try:
         config = dict(json.loads(read_text(folder / CONFIG)))
@@ -236,3 +241,10 @@ def _compare_features(stack: Stack, folder: Path) -> None:
             raise UserError(
                 f"init_from {str(folder)!r} was trained with {key}: {old}, but this recipe has {new}; use the same."
             )
+    tiles, now = config.get("tiles"), getattr(ours, "tiles", None)
+    if tiles is not None and tiles != now:
+        raise UserError(
+            f"init_from {str(folder)!r} was trained with stack.vision_tower.tiles: {tiles}, but this recipe has {now}; "
+            f"use the same."
+        )
+    return tiles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,20 +210,21 @@ def _refuse_paths(recipe: Recipe, where: str) -> None:
             )
 
 
-def load_trained(folder: Path, model: nn.Module, plan: FreezePlan) -> None:
+def load_trained(folder: Path, model: nn.Module, plan: FreezePlan, new: Collection[str] = ()) -> None:
     """Puts what a bundle holds (and its adapter, where the model has one) into a model, key by key.
 
     Args:
         folder: The bundle.
         model: The model to fill.
         plan: What this run trains; the bundle must hold it.
+        new: Names of parameters that stay as they are, because the bundle has none of them.
 
     Raises:
         UserError: A key is missing, too many, or of another shape.
     """
     held = set(read_manifest(folder).get("held", ()))
     saved = read_tensors(folder / TRAINED)
-    wanted = parameters_of(model, held | set(plan.train))
+    wanted = {n: p for n, p in parameters_of(model, held | set(plan.train)).items() if n not in new}
     _lengthen(saved, model, wanted)
     check_keys(saved, wanted, folder / TRAINED)
     for name, parameter in wanted.items():

@@ -63,6 +63,8 @@ def find_prefix(
     if "vision_tower" not in composed.pieces:
         return (), f"{where}: the cache is off: an existing VLM (`model`) is not cut into parts."
     assert recipe.stack is not None
+    if recipe.stack.vision_tower.tiles is not None:
+        return (), f"{where}: the cache is off: it keeps one picture of an image, and `tiles` makes several."
     off = f"{where}: the cache is off: the vision tower"
     if "vision_tower" in recipe.train:
         return (), f"{off} is trained, so its features change."

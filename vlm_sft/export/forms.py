@@ -23,7 +23,7 @@ from ..recipe.schema import Recipe
 from ..rows.messages import Message
 from ..stack.kinds import kind_of
 from .check import QUESTION
-from .native_model import NO_FORM, native_form, native_generation, native_model, to_causal_lm
+from .native_model import LLAVA_FORMS, NO_FORM, native_form, native_generation, native_model, to_causal_lm
 from .native_processor import family_template, native_processor, question_template
 from .vllm import check_stack, named_tensors, without_images
 
@@ -108,7 +108,7 @@ class StackForm(Form):
         return native_model(self.model, self.processor, self.recipe.generation)
 
     def adapter_names(self) -> dict[str, str]:
-        if self.name == "llava":
+        if self.name in LLAVA_FORMS:
             return {}
         inner, head = self.model.model.language_model, self.model.lm_head
         names = {id(module): name for name, module in to_causal_lm(self.model).named_modules()}
@@ -122,7 +122,7 @@ class StackForm(Form):
 
     def head_stands_alone(self) -> bool:
         # BLIP's classes have the head inside another model, and LLaVA's unties what it cannot find.
-        return self.name != "llava" or not hasattr(self.model.model.language_model, "embed_tokens")
+        return self.name not in LLAVA_FORMS or not hasattr(self.model.model.language_model, "embed_tokens")
 
     def save(self, native: PreTrainedModel, out: Path, to: str) -> None:
         if to != "vllm":

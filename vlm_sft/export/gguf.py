@@ -62,6 +62,8 @@ def check_gguf(core: nn.Module, processor: VLMProcessor) -> None:
     """
     if not isinstance(core, VLMForConditionalGeneration):
         raise UserError(NO_FAMILY.format(type(core).__name__))
+    if core.config.tiles is not None:
+        raise UserError(REFUSED.format("it is told to see an image as one picture, and this one is cut into tiles"))
     check_installed()
     check_stack(core, processor)
     if (name := type(to_causal_lm(core)).__name__) not in known_classes()[0]:

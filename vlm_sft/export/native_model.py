@@ -20,6 +20,8 @@ from transformers import (
     InstructBlipVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PreTrainedModel,
 )
 
@@ -38,12 +40,17 @@ BLIP_FORMS = {
     "qformer": ("blip-2", "BLIP-2", ("blip_2_vision_model",)),
     "instruct_qformer": ("instructblip", "InstructBLIP", ("instructblip_vision_model", "blip_2_vision_model")),
 }
+# Without tiles and with those of anyres: model type → classes.
+LLAVA_FORMS: dict[str, tuple[type[Any], type[Any]]] = {
+    "llava": (LlavaConfig, LlavaForConditionalGeneration),
+    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
+}
 # What some language models put after their head, which LLaVA's class leaves out.
 SCALINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
 
 def native_form(model: VLMForConditionalGeneration) -> str:
-    """`llava`, `blip-2` or `instructblip`: the model type that a stack can be exported as.
+    """`llava`, `llava_next`, `blip-2` or `instructblip`: the model type that a stack can be exported as.
 
     Raises:
         UserError: There is none; the message says what stands in the way.
@@ -54,6 +61,8 @@ def native_form(model: VLMForConditionalGeneration) -> str:
         raise UserError(NO_FORM.format(f"its language model ({text.model_type}) is none of transformers' own"))
     if config.projector_type == "pixel_shuffle":
         raise UserError(NO_FORM.format("no class has a pixel_shuffle projector in front of any language model"))
+    if config.tiles is not None and config.tiles["type"] == "dynamic":
+        raise UserError(NO_FORM.format("the classes that export knows do not cut an image into `dynamic` tiles"))
     if config.resampler_type:
         if config.resampler_type not in BLIP_FORMS:
             raise UserError(NO_FORM.format(f"no class has a resampler of the type {config.resampler_type}"))
@@ -73,7 +82,7 @@ def native_form(model: VLMForConditionalGeneration) -> str:
     if getattr(table, "original_module", table).embedding_dim != text.hidden_size:
         raise UserError(NO_FORM.format("its language model embeds narrower than it computes"))
     llava_features(model)
-    return "llava"
+    return "llava" if config.tiles is None else "llava_next"
 
 
 def _refuse_blip(model: VLMForConditionalGeneration, name: str, towers: tuple[str, ...]) -> None:
@@ -126,7 +135,7 @@ def native_model(
         UserError: It has no native form.
     """
     form = native_form(model)
-    features = llava_features(model) if form == "llava" else None
+    features = llava_features(model) if form in LLAVA_FORMS else None
     ends = native_generation(model, processor, generation or {})
     grow_vocabulary(model, len(processor.tokenizer))
     text = model.model.language_model.config
@@ -135,20 +144,21 @@ def native_model(
     if processor.answer_start is not None:
         text.decoder_start_token_id = processor.answer_start
     text.architectures = [type(to_causal_lm(model)).__name__]  # vLLM asks for it
-    native = _as_llava(model, processor, features[0]) if features else _as_blip(model, processor, form)
+    native = _as_llava(model, processor, form, features[0]) if features else _as_blip(model, processor, form)
     native.generation_config = ends
     native.config.architectures = [type(native).__name__]
     return native.eval()
 
 
-def _as_llava(model: VLMForConditionalGeneration, processor: VLMProcessor, strategy: str) -> PreTrainedModel:
-    config = model.config
+def _as_llava(model: VLMForConditionalGeneration, processor: VLMProcessor, form: str, strategy: str) -> PreTrainedModel:
+    config, (config_class, model_class) = model.config, LLAVA_FORMS[form]
     text = model.model.language_model.config
     if text.tie_word_embeddings and not hasattr(model.model.language_model, "embed_tokens"):
         # LLaVA's class looks for the tied embeddings there; OPT and GPT-2 have them elsewhere.
         text.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.clone())
-    made = LlavaConfig(
+    tiles = {} if config.tiles is None else {"image_grid_pinpoints": config.tiles["grids"]}
+    made = config_class(
         vision_config=config.tower,
         text_config=text,
         image_token_index=processor.image_token_id,
@@ -157,14 +167,17 @@ def _as_llava(model: VLMForConditionalGeneration, processor: VLMProcessor, strat
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=text.tie_word_embeddings,
+        **tiles,
     )
     with torch.device("meta"):
-        native = LlavaForConditionalGeneration(made)
+        native = model_class(made)
     native.model.vision_tower = model.model.vision_tower
     native.model.language_model = model.model.language_model
     native.model.multi_modal_projector.linear_1 = model.model.projector.layers[0]
     native.model.multi_modal_projector.linear_2 = model.model.projector.layers[1]
     native.lm_head = model.lm_head
+    if tiles:
+        native.model.image_newline = model.model.projector.layout.newline
     return native
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokenizers.processors import TemplateProcessing
-from transformers import InstructBlipProcessor, LlavaProcessor
+from transformers import InstructBlipProcessor, LlavaNextProcessor, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ..batch.processor import VLMProcessor
@@ -12,7 +12,7 @@ from ..model.configuration import image_size_of
 from ..model.modeling import VLMForConditionalGeneration
 from ..templates.render import RenderedChat
 from ..templates.template import owns_bos
-from .native_model import llava_features, native_form
+from .native_model import LLAVA_FORMS, llava_features, native_form
 
 
 def native_template(processor: VLMProcessor) -> str:
@@ -53,7 +53,7 @@ def family_template(processor: FamilyProcessor) -> str:
 
 def native_processor(
     model: VLMForConditionalGeneration, processor: VLMProcessor
-) -> LlavaProcessor | InstructBlipProcessor:
+) -> LlavaProcessor | LlavaNextProcessor | InstructBlipProcessor:
     """LLaVA's processor, for BLIP-2 too: BLIP-2's own drops the chat template and puts images before everything.
 
     InstructBLIP's has no template either: it puts the images before BOS and gives one text, the question, to both the
@@ -71,12 +71,13 @@ def native_processor(
         # The template writes BOS, behind the images; the tokenizer must not write another in front of them.
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
     vision = model.config.tower
-    if form == "llava":
+    if form in LLAVA_FORMS:
         strategy, extra = llava_features(model)
         patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     else:  # one "patch" as large as the image, and the other queries
         strategy, extra, patch = "full", processor.num_image_tokens - 1, image_size_of(vision)[0]
-    return LlavaProcessor(
+    kind = LlavaNextProcessor if form == "llava_next" else LlavaProcessor
+    return kind(
         images,
         tokenizer,
         patch_size=patch,

@@ -54,6 +54,8 @@ def check_stack(form: str, model: VLMForConditionalGeneration, processor: VLMPro
         _check_prompt(processor)
         return
     config = model.config
+    if form == "llava_next":
+        raise UserError(REFUSED.format("it cuts tiles, and what vLLM makes of them was never compared"))
     if (tower := config.tower.model_type) not in TOWERS:
         raise UserError(REFUSED.format(f"its LLaVA has a CLIP or a SigLIP as its vision tower, this is a {tower!r}"))
     if (activation := (config.projector_options or {})["activation"]) not in ACTIVATIONS:

@@ -8,6 +8,8 @@ import torch
 from transformers import GenerationMixin
 
 from ..base.names import INSTRUCTION, Inputs, Options
+from .configuration import VLMConfig
+from .connectors import tiles_in, tokens_in
 from .positions import own_positions
 
 
@@ -20,7 +22,7 @@ class Answering(GenerationMixin):
         An encoder–decoder reads its prompt once, whatever the beams, and writes on from `decoder_input_ids`.
         """
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        given = {name: batch.get(name) for name in (*INSTRUCTION, "image_features")}
+        given = {name: batch.get(name) for name in (*INSTRUCTION, "image_features", "image_sizes")}
         embeds = self.model.embed(ids, batch.get("pixel_values"), **given)
         lm = self.model.language_model
         if self.config.is_encoder_decoder:
@@ -44,11 +46,32 @@ class Answering(GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor | None, Inputs]:
         """Repeats rows for beams; the images of a row are repeated together, not one by one."""
-        images = {n: model_kwargs.pop(n) for n in ("pixel_values", *INSTRUCTION) if model_kwargs.get(n) is not None}
+        names = ("pixel_values", "image_sizes", *INSTRUCTION)
+        images = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
         if images and input_ids is not None and expand_size > 1:
-            counts = (input_ids == self.config.image_token_id).sum(1) // max(self.config.num_image_tokens, 1)
+            tokens, sizes = (input_ids == self.config.image_token_id).sum(1), images.get("image_sizes")
+            counts = tiles = tokens // max(self.config.num_image_tokens, 1)
+            if sizes is not None:
+                counts, tiles = _of_rows(tokens, sizes, self.config)
             for name, tensor in images.items():
-                rows = tensor.split(counts.tolist())
+                rows = tensor.split((counts if name == "image_sizes" else tiles).tolist())
                 images[name] = torch.cat([row for row in rows for _ in range(expand_size)])
         ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         return ids, {**kwargs, **images}
+
+
+def _of_rows(tokens: torch.Tensor, sizes: torch.Tensor, config: VLMConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many images, and how many tiles, each row has, by its image tokens: (B,) and (B,).
+
+    Args:
+        tokens: (B,) image tokens of each row.
+        sizes: (I, 2) height and width in pixels of the images of all rows.
+        config: Of the stack, which lays tiles out.
+    """
+    assert config.tiles is not None
+    side, grids = config.tiles["side"], config.tiles["grids"]
+    lengths = torch.tensor([tokens_in(size, config.num_image_tokens, side, grids) for size in sizes.tolist()])
+    rows = torch.searchsorted(tokens.cpu().cumsum(0), lengths.cumsum(0))
+    tiles = torch.tensor([tiles_in(size, side, grids) for size in sizes.tolist()])
+    counts = torch.zeros(2, len(tokens), dtype=torch.long)
+    return counts[0].index_add(0, rows, torch.ones_like(tiles)), counts[1].index_add(0, rows, tiles)

@@ -26,7 +26,9 @@ class VLMConfig(PreTrainedConfig):
         vision_feature_select: `full` keeps every token, `patch` drops the class token in front (LLaVA).
         vision_width: Width of the tower's features, where it is not the `hidden_size` of its configuration.
         image_token_id: Id of the placeholder. It may lie beyond the embedding matrix: it is never looked up.
-        num_image_tokens: T, for the processor and for checks.
+        num_image_tokens: T, for the processor and for checks; those of a tile, where images are cut into tiles.
+        tiles: How images are cut, or None: their `type`; of `anyres` its `side` in pixels and `grids`, (height, width)
+            in pixels each, as `TileLayout` takes them; of `dynamic` the `max` of tiles.
     """
 
     model_type = "vlm_sft"
@@ -48,6 +50,7 @@ class VLMConfig(PreTrainedConfig):
     vision_width: int | None = None
     image_token_id: int = 0
     num_image_tokens: int = 0
+    tiles: dict | None = None
     tie_word_embeddings: bool = False
 
     @property

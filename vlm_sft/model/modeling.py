@@ -126,6 +126,7 @@ class VLMModel(VLMPreTrainedModel):
         row_lengths: torch.Tensor | None = None,
         row_heads: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -136,12 +137,11 @@ class VLMModel(VLMPreTrainedModel):
             pixel_values: (N, 3, H, W) images of all rows, in reading order; None for text alone.
             attention_mask: (B, S), 1 for tokens and 0 for padding.
             position_ids: (B, S), or as `own_positions` gives them; None leaves them to the model.
-            past_key_values: Cache of earlier tokens.
-            inputs_embeds: (B, S, D) in place of `input_ids`; then images cannot be given.
+            past_key_values, inputs_embeds: Cache of earlier tokens; (B, S, D) in place of `input_ids` and images.
             qformer_input_ids, qformer_attention_mask: (N, L) the instruction of each image, for a resampler.
             image_token_count: How often the image token stands in `input_ids`; None to count, which the host waits for.
             row_lengths, row_heads: (B, R) in place of mask and positions, where rows are packed; see `kept_apart`.
-            image_features: (N, T, W) in place of `pixel_values`; see `get_image_features`.
+            image_features, image_sizes: See `get_image_features`; (I, 2) pixels of images whose tiles are laid out.
             encoder_outputs: What an encoder made of the prompt, in place of ids; see `behind_encoder`.
             **kwargs: Passed on to the language model.
 
@@ -152,7 +152,7 @@ class VLMModel(VLMPreTrainedModel):
             if input_ids is None:
                 raise ValueError("Give input_ids or inputs_embeds.")
             given = dict(zip(INSTRUCTION, (qformer_input_ids, qformer_attention_mask), strict=True))
-            given |= {"image_features": image_features}
+            given |= {"image_features": image_features, "image_sizes": image_sizes}
             inputs_embeds = self.embed(input_ids, pixel_values, image_token_count, **given)
         elif pixel_values is not None:
             raise ValueError("Give the images with input_ids: inputs_embeds leaves no place to put them.")
@@ -178,6 +178,7 @@ class VLMModel(VLMPreTrainedModel):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         image_token_count: int | None = None,
+        image_sizes: torch.Tensor | None = None,
         **given: torch.Tensor | None,
     ) -> torch.Tensor:
         """(B, S) ids and (N, 3, H, W) images → (B, S, D) embeddings with the image features in place.
@@ -194,10 +195,15 @@ class VLMModel(VLMPreTrainedModel):
             parts = (part for part in (self.vision_tower, self.resampler, self.projector) if part is not None)
             path = (p for part in parts for p in part.parameters())
             return embeds + self._zero_from_image_path(embeds) if others_wait_for(path, self.training) else embeds
-        features = self.get_image_features(pixel_values, **given)
-        features = features.to(embeds.device, embeds.dtype).flatten(0, 1)
+        features = self._as_tokens(self.get_image_features(pixel_values, **given), image_sizes)
+        features = features.to(embeds.device, embeds.dtype)
         self._check_image_count(tokens, len(features))
         return embeds.masked_scatter(image_mask.unsqueeze(-1), features)
+
+    def _as_tokens(self, features: torch.Tensor, image_sizes: torch.Tensor | None) -> torch.Tensor:
+        """(N, T, D) → (tokens of all images, D); see `TileLayout`."""
+        layout = getattr(self.projector, "layout", None)
+        return features.flatten(0, 1) if layout is None else layout(features, image_sizes)
 
     def _zero_from_image_path(self, like: torch.Tensor) -> torch.Tensor:
         given = {"qformer_input_ids": torch.zeros(1, 1, dtype=torch.long, device=like.device)}
@@ -205,7 +211,7 @@ class VLMModel(VLMPreTrainedModel):
             given["image_features"] = torch.zeros(1, *self.vision_tower.shape, device=like.device)
         else:
             given["pixel_values"] = torch.zeros(1, 3, *blank_size(self.config, self.projector), device=like.device)
-        features = self.get_image_features(**given)
+        features = self._as_tokens(self.get_image_features(**given), None)
         return (features.float().sum() * 0.0).to(like.dtype)  # fp16 would not hold the sum, and infinity times 0 is NaN
 
     def _check_image_count(self, tokens: int, features: int) -> None:
@@ -275,6 +281,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, Answering, GenerationMixin
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
         label_positions: torch.Tensor | None = None,
@@ -285,12 +292,11 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, Answering, GenerationMixin
         encoder_outputs: BaseModelOutput | None = None,
         **kwargs: Any,
     ) -> VLMOutput:
-        """Runs the model.
+        """Runs the model; see `VLMModel.forward`.
 
         Args:
-            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds: See `VLMModel`.
-            labels: (B, S), -100 where nothing is learned; position s is scored by the output at s - 1. Those of an
-                encoder–decoder are (B, L), as long as `decoder_input_ids`.
+            input_ids, pixel_values, image_sizes, attention_mask, position_ids, past_key_values, inputs_embeds: There.
+            labels: (B, S), or (B, L) as `decoder_input_ids`; -100: not learned; at s scored by the output at s - 1.
             loss_weights: (B, S) factors on the loss of each label; default 1.
             label_positions: `supervised_positions` of the labels, where the batch brings them.
             supervised_only: Scores only the positions with a label, a chunk at a time: the loss needs no full logits.
@@ -308,6 +314,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, Answering, GenerationMixin
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            image_sizes=image_sizes,
             **kwargs,
         )
         hidden = outputs.last_hidden_state

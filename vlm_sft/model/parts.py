@@ -85,10 +85,15 @@ def parts_from_config(config: VLMConfig) -> Parts:
     resampler = None
     if config.resampler_type:
         resampler = build_resampler(config.resampler_type, config.resampler_config, config.num_query_tokens)
-    projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
     assert isinstance(config.text_config, PreTrainedConfig)
     tower = build_vision_tower(config.tower)
-    return Parts(tower, resampler, projector, made_of(config.text_config))
+    return Parts(tower, resampler, projector_of(config), made_of(config.text_config))
+
+
+def projector_of(config: VLMConfig) -> nn.Module:
+    """Makes the projector of a configuration, with random weights; where tiles are laid out, with what does that."""
+    options = config.projector_options or {}
+    return build_projector(config.projector_type, *config.projector_widths, tiles=config.tiles, **options)
 
 
 def empty_part(config: VLMConfig, part: str) -> nn.Module:

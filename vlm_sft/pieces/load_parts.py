@@ -50,6 +50,7 @@ PROJECTOR_NAMES = {
     "llm_proj": "linear",
     "t5_proj": "linear",
     "glm_proj": "linear",
+    "projector.layout": "layout",
     "multi_modal_projector.linear_1": "layers.0",
     "multi_modal_projector.linear_2": "layers.1",
     **{f"mm_projector.{2 * i}": f"layers.{i}" for i in range(8)},
@@ -99,6 +100,8 @@ def load_projector_weights(projector: nn.Module, pretrained: str, revision: str 
         for theirs, ours in PROJECTOR_NAMES.items():
             if stem == theirs or stem.endswith("." + theirs):
                 renamed[f"{ours}.{leaf}"] = name
+        if leaf == "image_newline":  # LLaVA-1.6 has it beside the projector
+            renamed["layout.newline"] = name
     wanted = projector.state_dict()
     if missing := sorted(set(wanted) - set(renamed)):
         raise UserError(f"{key}: {pretrained!r} holds no projector of this kind ({', '.join(missing)} not found).")

@@ -54,6 +54,12 @@ class VisionTower(_Picked):
     """Pad images to a square with the mean colour before resizing (LLaVA-1.5)."""
     image_size: Annotated[int, Field(ge=1)] | None = None
     """Pixels of a side; a table of positions made for another size is resized (LAVIS: 364). Unset: the checkpoint's."""
+    tiles: Literal["anyres", "dynamic"] | None = None
+    """Cuts images into tiles of that size: `anyres` (LLaVA-1.6) or `dynamic` (InternVL); see docs/systems.md."""
+    tile_grids: list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]] | None = None
+    """anyres: `[rows, columns]` that an image may be cut into. Unset: the checkpoint's, else LLaVA-1.6's."""
+    max_tiles: Annotated[int, Field(ge=1)] | None = None
+    """dynamic: the most tiles, without the picture of all. Unset: the checkpoint's, else 12."""
     dtype: Dtype | None = None
     """Type of the weights; unset: float32 where trained, else what `sft:` computes in."""
 
@@ -129,11 +135,10 @@ def _without_options_of_others(value: object) -> Any:
         for key in kind.model_fields.keys() - own.keys()
     }
     for key in value.keys() & others.keys():
-        name, default = others[key]
-        if value[key] != default:
-            sentence = f"`{key}` belongs to a projector of type {name}, not {value['type']}."
-            path = ("stack", "projector", key)
-            raise PydanticCustomError("rule", "{sentence}", {"sentence": sentence, "path": path})
+        if value[key] != others[key][1]:
+            sentence = f"`{key}` belongs to a projector of type {others[key][0]}, not {value['type']}."
+            said = {"sentence": sentence, "path": ("stack", "projector", key)}
+            raise PydanticCustomError("rule", "{sentence}", said)
     return {key: given for key, given in value.items() if key not in others}
 
 

@@ -19,6 +19,7 @@ from ..pieces.expected import TOKENIZER, laid_out
 from ..pieces.part_configs import load_image_processor, load_tokenizer
 from ..pieces.piece import Piece
 from ..templates.template import load_template
+from .tiles import cut_tiles, processor_class, tiles_of
 from .vocabulary import add_words
 
 if TYPE_CHECKING:
@@ -30,12 +31,13 @@ def build_processor(recipe: Recipe, config: VLMConfig, pieces: Mapping[str, Piec
     """Image processor of the vision tower, tokenizer of the language model, the recipe's chat template."""
     assert recipe.chat_template is not None
     tower, lm = pieces["vision_tower"], pieces["language_model"]
-    image_processor = _load_image_processor(tower, config)
+    image_processor = cut_tiles(_load_image_processor(tower, config), tower.spec, tower.where)
+    config.tiles = tiles_of(image_processor) if tower.spec.tiles else None
     tokenizer = load_tokenizer(lm)
     template = load_template(recipe.chat_template)
     # Counted before the image token and padding are added, which need no row of a table.
     words = add_words(tokenizer, recipe.words, template, [IMAGE_TOKEN])
-    processor = VLMProcessor(
+    processor = processor_class(config)(
         image_processor=image_processor,
         tokenizer=tokenizer,
         chat_template=template,

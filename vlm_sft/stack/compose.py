@@ -14,12 +14,13 @@ from ..base.limits import limits
 from ..batch.processor import VLMProcessor
 from ..families.kind import Composed
 from ..model.configuration import VLMConfig, image_size_of
-from ..model.connectors import build_projector
 from ..model.encoder_decoder import is_language_model, reads_by_encoder
+from ..model.parts import projector_of
 from ..model.positions import INTERPOLATING
 from ..pieces.part_configs import find_pieces
 from .build_processor import build_processor
 from .fit import check_language_model, count_features, measure_tower, refuse_for_encoder
+from .tiles import check_tiles, most_tokens, refuse_beside_tiles
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -52,6 +53,7 @@ def compose_stack(recipe: Recipe) -> Composed:
         config.resampler_config, config.resampler_type = resampler.config, resampler.spec.type
         config.num_query_tokens = resampler.num_query_tokens
     _check_feature_layer(tower.spec.feature_layer, tower.config)
+    refuse_beside_tiles(recipe)
     processor = build_processor(recipe, config, pieces)
     with refused_by_library(f"{tower.key}: the image processor of {tower.pretrained!r} cannot be used"):
         size = check_image_size(config, processor, tower.pretrained)
@@ -64,10 +66,12 @@ def compose_stack(recipe: Recipe) -> Composed:
             f"out and use an mlp projector."
         )
     config.num_image_tokens = processor.num_image_tokens = count_image_tokens(config, size)
-    if config.num_image_tokens > (most := limits().image_tokens):
+    check_tiles(config, size)
+    if (tokens := most_tokens(config)) > (most := limits().image_tokens):
+        less = "a resampler or a smaller image_size" if config.tiles is None else "smaller tile_grids or max_tiles"
         raise UserError(
-            f"stack: an image becomes {config.num_image_tokens:,} tokens, but `limits.image_tokens` is {most:,}; use a "
-            f"resampler or a smaller image_size, or raise the limit."
+            f"stack: an image becomes {tokens:,} tokens, but `limits.image_tokens` is {most:,}; use {less}, or raise "
+            f"the limit."
         )
     config.image_token_id = processor.image_token_id
     return Composed(config, processor, pieces)
@@ -93,12 +97,12 @@ def check_image_size(config: VLMConfig, processor: VLMProcessor, name: str) -> t
     key = "stack.vision_tower.pretrained"
     try:
         pixels = [processor.encode_images([Image.new("RGB", shape)]) for shape in ((96, 64), (64, 96))]
-        sizes = {tuple(each.shape) for each in pixels if each is not None}
-        ((_, _, height, width),) = sizes  # one shape for all pictures, of four dimensions
+        sizes = {tuple(each.shape[1:]) for each in pixels if each is not None}
+        ((_, height, width),) = sizes  # one shape for all pictures, of four dimensions
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{key}: the image processor of {name!r} does not turn each image into one picture of a fixed size; give "
-            f"it a fixed size in preprocessor_config.json."
+            f"it a fixed size in preprocessor_config.json, or say stack.vision_tower.tiles where it cuts tiles."
         ) from error
     vision_config: Any = config.vision_config
     if getattr(vision_config, "image_size", None) is None:
@@ -134,6 +138,4 @@ def count_image_tokens(config: VLMConfig, size: tuple[int, int] | None = None) -
                     f"class token."
                 )
         tokens = config.num_query_tokens if config.resampler_type else count_features(config, height, width)
-        in_width, out_width = config.projector_widths
-        projector = build_projector(config.projector_type, in_width, out_width, **(config.projector_options or {}))
-        return projector(torch.empty(1, tokens, in_width)).shape[1]
+        return projector_of(config)(torch.empty(1, tokens, config.projector_widths[0])).shape[1]

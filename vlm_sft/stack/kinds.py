@@ -18,9 +18,8 @@ from ..batch.processor import QFORMER_TOKENIZER, VLMProcessor
 from ..encoders.kind import EncoderKind
 from ..families.build_family import FamilyKind
 from ..families.kind import Composed, Kind
-from ..model.connectors import build_projector
 from ..model.modeling import VLMForConditionalGeneration
-from ..model.parts import Cached, Parts, empty_part
+from ..model.parts import Cached, Parts, empty_part, projector_of
 from ..model.positions import cast
 from ..pieces.beside import check_processor, check_tokenizer
 from ..pieces.expected import IMAGES, TOKENIZER, laid_out
@@ -32,6 +31,7 @@ from ..recipe.libraries import build_quantization_config
 from ..templates.template import learns_last_alone
 from .compose import check_image_size, compose_stack
 from .precision import precision_warning
+from .tiles import processor_class, tiles_of
 from .vocabulary import add_words
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class StackKind:
             resampler = Cached(empty_part(config, "resampler"), composed.features)
         elif "resampler" in pieces:
             resampler = load_resampler(pieces["resampler"])
-        projector = build_projector(config.projector_type, *config.projector_widths, **(config.projector_options or {}))
+        projector = projector_of(config)
         if (spec := recipe.parts.projector).pretrained:
             load_projector_weights(projector, spec.pretrained, spec.revision)
         dtype = dtypes["language_model"]
@@ -129,13 +129,15 @@ class StackKind:
             check_tokenizer(str(folder), None, "processor", subfolder)
         inner = (f"{QFORMER_TOKENIZER}/{name}" for name in TOKENIZER)
         place = laid_out(str(folder), None, "processor", (*TOKENIZER, *IMAGES, TEMPLATE, *inner))
-        processor = VLMProcessor.from_pretrained(place, trust_remote_code=False)
+        processor = processor_class(config).from_pretrained(place, trust_remote_code=False)
         if processor.num_image_tokens != config.num_image_tokens:
             raise UserError(
                 f"{str(folder)!r}: {PROCESSOR_CONFIG} says that an image is {processor.num_image_tokens:,} tokens, but "
                 f"the model makes {config.num_image_tokens:,} of one; the bundle is not whole."
             )
         check_image_size(config, processor, str(folder))
+        if config.tiles != tiles_of(processor.image_processor):
+            raise UserError(f"{str(folder)!r}: its processor cuts images otherwise than its recipe; it is not whole.")
         return processor
 
 

@@ -55,7 +55,7 @@ class VLMSFTTrainer(PartTrainer, SFTTrainer):
         **kwargs: Any,
     ) -> None:
         # Images can be exchanged only where each takes as many tokens as any other.
-        self.image_use = image_use and bool(processing_class.num_image_tokens)
+        self.image_use = image_use and not processing_class.reads_sizes
         if args.ddp_find_unused_parameters is None:
             # Every batch gives every trained parameter a gradient (VLMModel.embed), so there is nothing to search;
             # but a tower's pooling head, and its layers behind `feature_layer`, are never reached.
