@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .base.assets import list_recipes
-from .base.console import make_console, say, tell
+from .base.console import for_a_program, make_console, say, tell
 from .base.errors import UserError, exit_on_user_error, first_to_say
 from .base.interrupts import Interrupts
 from .base.names import CURVES, METRICS
@@ -25,7 +26,7 @@ from .base.processes import (
     on_first_process,
     refuse_split_rows,
 )
-from .base.whole_files import write_json
+from .base.whole_files import read_text, write_json
 from .spoken.catalogue import translated
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ RecipeName = Annotated[
     ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Set any key of the recipe.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, for a program.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let base pieces run Python code that they bring.")]
 
 
@@ -198,6 +200,7 @@ def run(
     accelerate_config: Annotated[
         str | None, typer.Option(help="Dry run: for the processes of this config file of accelerate.")
     ] = None,
+    as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Train one stage in this process; for several, use: accelerate launch -m vlm_sft.train RECIPE."""
@@ -210,16 +213,28 @@ def run(
         from .preflight.dry_run import dry_run as show
         from .preflight.launch import read_launch
 
-        show(stage, read_launch(accelerate_config), make_console(stderr=False))
+        with for_a_program(as_json) as give:
+            give(show(stage, read_launch(accelerate_config), make_console(stderr=False)))
         return
     try:
-        train(stage, resume)
+        with for_a_program(as_json) as give:
+            folder = train(stage, resume)
+            if as_json:
+                give({"bundle": str(folder), **_last_numbers(folder)})
     except KeyboardInterrupt:
         sentence = "Stopped at once; what was saved before is whole: go on with --resume."
         if first_to_say(sentence):
             tell(translated(sentence), stderr=True)
         raise SystemExit(130) from None
     leave_process_group()
+
+
+def _last_numbers(folder: Path) -> dict[str, float]:
+    """The last of each number that a run wrote down, as `metrics.json` beside its bundle names them."""
+    last: dict[str, float] = {}
+    for row in json.loads(read_text(folder / METRICS)):
+        last |= row
+    return last
 
 
 def launcher(command: Callable[..., None], name: str) -> Callable[..., None]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
+import sys
 import time
 
 import pytest
@@ -111,3 +114,57 @@ def test_rows_pass_through_and_are_counted(clock):
         for row in progress.through(range(3), "converted"):
             clock[0] += 6 + row
     assert console.file.getvalue().splitlines()[-1].startswith("src: converted 3 rows")
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Lines come twenty times a second."""
+    monkeypatch.setattr(module, "LATER", 0.05)
+    monkeypatch.setattr(module, "SECONDS_AT_A_TERMINAL", 0.05)
+
+
+def hub_bar(**options):
+    """A bar as the Hub's library makes one for a file that it fetches."""
+    from huggingface_hub.utils import tqdm as _  # noqa: F401  # the module of that name is hidden behind the class
+
+    make = sys.modules["huggingface_hub.utils.tqdm"]._get_progress_bar_context
+    return make(log_level=logging.WARNING, name="huggingface_hub.http_get", **options)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_fetched_is_shown_with_its_rate_and_the_time_left(terminal, often, capsys):
+    console = Console(file=io.StringIO(), width=160, force_terminal=terminal)
+    with waiting(console, "Loading [the] pieces"), hub_bar(desc="model.safetensors", total=4_000_000_000) as bar:
+        bar.start_t -= 10
+        bar.update(1_000_000_000)
+        time.sleep(0.4)
+    said = console.file.getvalue()
+    assert "Loading [the] pieces: model.safetensors 1,000 of 4,000 MB, " in said
+    assert re.search(r"\d+ MB a second, 0:00:(29|30|31) left", said)
+    assert capsys.readouterr() == ("", ""), "the library draws nothing itself"
+
+
+def test_weights_that_transformers_loads_are_counted(often):
+    from transformers.utils import logging as transformers_logging
+
+    console = Console(file=io.StringIO(), width=160)
+    with waiting(console, "Loading"):
+        bar = transformers_logging.tqdm(desc="Loading weights", total=81)
+        bar.start_t -= 4
+        bar.update(20)
+        time.sleep(0.2)
+        bar.close()
+    assert re.search(r"Loading: Loading weights 20 of 81, 4.\d a second, 0:00:1\d left", console.file.getvalue())
+    again = transformers_logging.tqdm(desc="Loading weights", total=81)
+    assert type(again).__name__ != "Heard", "afterwards the library is as it was"
+
+
+def test_one_within_another_says_nothing_of_its_own_and_rows_tell_of_what_is_fetched(often):
+    console = Console(file=io.StringIO(), width=160)
+    with RowProgress(console, "filter") as progress:
+        progress.tell("scored", 3, 10)
+        with waiting(console, "Fetching a model"), hub_bar(desc="model.bin", total=2_000_000) as bar:
+            bar.update(1_000_000)
+            time.sleep(0.3)
+    lines = set(console.file.getvalue().splitlines())
+    assert lines == {"filter: scored 3 of 10 rows (model.bin 1 of 2 MB)"}

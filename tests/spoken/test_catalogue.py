@@ -72,6 +72,29 @@ def test_the_command_says_it_in_chinese_and_other_sentences_as_they_are(monkeypa
         assert ended.value.code == 2 and capsys.readouterr().err.strip() == words
 
 
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        ("a.jsonl, line 3: the image 猫.png is empty (0 bytes): download it again or remove the row.",
+         "a.jsonl, line 3: 图片 猫.png 是空的（0 字节）：请重新下载，或删去这一行。"),
+        ("picture 1, a b.png, is truncated or damaged (cut off): download it again or remove the row.",
+         "第 1 张图片 a b.png 不完整或已损坏（cut off）：请重新下载，或删去这一行。"),
+        ("picture 2, x.png, starts like a PNG but is truncated or damaged: download it again or remove the row.",
+         "第 2 张图片 x.png 开头像 PNG，但不完整或已损坏：请重新下载，或删去这一行。"),
+        ("picture 2, x.txt, is not an image (it looks like text: download the image again or remove the row).",
+         "第 2 张图片 x.txt 不是图片（看起来是 文本：请重新下载图片，或删去这一行）。"),
+        ("picture 1, b.png, has 20 x 30 pixels, more than the 500 allowed: scale it down or remove the row.",
+         "第 1 张图片 b.png 有 20 x 30 像素，超过允许的 500：请缩小，或删去这一行。"),
+        ("The messages show 9 images; at most 8 are taken: leave some out.", "共有 9 张图片，最多 8 张：请减少几张。"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_picture_is_said_in_the_readers_language(english, chinese, monkeypatch):
+    monkeypatch.setenv("VLM_SFT_LANG", "en")
+    assert translated(english, "zh") == chinese and translated(english) == english
+    monkeypatch.setenv("VLM_SFT_LANG", "zh")
+    assert translated(english) == chinese and translated(english, "en") == english
+
+
 @pytest.mark.parametrize("english", CHINESE)
 def test_a_strangers_name_is_as_long_as_it_likes(english, monkeypatch):
     """Patterns took the fourth power of its length: minutes for 4,000 letters that are like our sentences."""

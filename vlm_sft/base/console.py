@@ -13,13 +13,14 @@ import os
 import re
 import sys
 import warnings
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from typing import TYPE_CHECKING
 
 from .names import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from rich.console import Console
     from rich.table import Table
@@ -43,6 +44,30 @@ def harmless_json(value: object, indent: int | None = None) -> str:
 def tell(text: str = "", *, stderr: bool = False, end: str = "\n") -> None:
     """Prints a text as it is, but for what a terminal would obey."""
     print(harmless(text), end=end, file=sys.stderr if stderr else sys.stdout, flush=True)
+
+
+@contextmanager
+def for_a_program(wanted: bool) -> Iterator[Callable[[object], None]]:
+    """Where a program asked for it (`--json`), the result alone goes to standard output, all else to standard error.
+
+    Args:
+        wanted: Whether it was asked for.
+
+    Yields:
+        What takes the result: prints it as JSON, numbers that are none as null, on the first process of a launch.
+    """
+    out = sys.stdout
+
+    def give(result: object) -> None:
+        if wanted and os.environ.get("RANK", "0") == "0":
+            plain = json.loads(json.dumps(result), parse_constant=lambda name: None)
+            print(harmless_json(plain, indent=2), file=out, flush=True)
+
+    if not wanted:
+        yield give
+        return
+    with redirect_stdout(sys.stderr):
+        yield give
 
 
 def make_console(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from .words import duration
 
@@ -20,30 +24,129 @@ SECONDS_BETWEEN_LINES, LATER = 5.0, 60.0
 """Between lines of a log file in the first minute, and from then on."""
 
 
+SECONDS_AT_A_TERMINAL = 0.5
+"""Between two looks at how far a library says that it is."""
+
+
 @contextmanager
 def waiting(console: Console, doing: str) -> Iterator[None]:
-    """Within, something goes on of which nobody knows how far it is: a spinner, in a log file a line a minute.
+    """Within, something goes on of which we do not know how far it is: a spinner, in a log file a line a minute.
+
+    What a library says of it (how much of a file is fetched, how many weights are loaded, at which rate, and how long
+    it takes still) is shown beside. Within another one that is shown already, it shows nothing of its own.
 
     Args:
         console: Where to say it.
         doing: What, such as ``Loading the pieces``.
     """
-    if console.is_terminal:
-        with console.status(doing):
-            yield
-        return
-    began, ended = time.monotonic(), threading.Event()
+    began = time.monotonic()
+    with _hearing() as heard, ExitStack() as shown:
+        if heard is None:
+            pass
+        elif console.is_terminal:
+            status = shown.enter_context(console.status(Text(doing)))
+            shown.enter_context(
+                _repeated(SECONDS_AT_A_TERMINAL, lambda: status.update(Text(f"{doing}{heard() and ': '}{heard()}")))
+            )
+        else:
 
-    def beat() -> None:
-        while not ended.wait(LATER):
-            passed = duration(time.monotonic() - began)
-            console.print(f"{doing}: {passed} so far", highlight=False, markup=False, soft_wrap=True)
+            def beat() -> None:
+                line = f"{doing}: {heard() or duration(time.monotonic() - began) + ' so far'}"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    threading.Thread(target=beat, daemon=True).start()
+            shown.enter_context(_repeated(LATER, beat))
+        yield
+
+
+@contextmanager
+def _repeated(seconds: float, do: Callable[[], object]) -> Iterator[None]:
+    """Within, something is done again and again."""
+    ended = threading.Event()
+
+    def go_on() -> None:
+        while not ended.wait(seconds):
+            do()
+
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
+
+
+_HEARD: list[Any] = []  # bars of libraries that are not closed
+_HEARING = threading.Lock()
+
+
+@contextmanager
+def _hearing() -> Iterator[Callable[[], str] | None]:
+    """Within, bars of the Hub and of transformers draw nothing and are asked how far they are; None in another one."""
+    if not _HEARING.acquire(blocking=False):
+        yield None
+        return
+    import huggingface_hub.utils._xet_progress_reporting  # nothing else imports it before a download
+    from huggingface_hub import _snapshot_download
+
+    kind = _bar()
+    places = [
+        (sys.modules["huggingface_hub.utils.tqdm"], "tqdm"),
+        (huggingface_hub.utils._xet_progress_reporting, "tqdm"),
+        (_snapshot_download, "hf_tqdm"),
+    ]
+    before = [getattr(module, name) for module, name in places]
+    for module, name in places:
+        setattr(module, name, kind)
+    weights = sys.modules.get("transformers.utils.logging")  # where it is not imported it loads none
+    hook = weights and weights.set_tqdm_hook(lambda factory, args, options: kind(*args, **options))
+    try:
+        yield _said
+    finally:
+        if weights:
+            weights.set_tqdm_hook(hook)
+        for (module, name), old in zip(places, before, strict=True):
+            setattr(module, name, old)
+        _HEARD.clear()
+        _HEARING.release()
+
+
+@cache
+def _bar() -> type:
+    """A bar of the Hub's class that counts, also without a terminal, and draws nothing."""
+    from huggingface_hub.utils import tqdm
+
+    class Heard(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            nowhere = open(os.devnull, "w")  # noqa: SIM115  # closed with the bar
+            super(tqdm, self).__init__(*args, **{**options, "disable": False, "file": nowhere})
+            self.nowhere = nowhere
+            _HEARD.append(self)
+
+        def display(self, *args: Any, **options: Any) -> None:
+            return
+
+        def close(self) -> None:
+            if self in _HEARD:
+                _HEARD.remove(self)
+            super().close()
+            self.nowhere.close()
+
+    return Heard
+
+
+def _said() -> str:
+    """What the newest bar says, or the oldest that counts bytes: a file, of which others count the pieces."""
+    bars = list(_HEARD)
+    bar = next((bar for bar in bars if bar.unit == "B"), bars[-1] if bars else None)
+    if bar is None:
+        return ""
+    size, unit = (1e6, "MB") if bar.unit == "B" else (1, "")
+    done, of = bar.n / size, bar.total and bar.total / size
+    amount = " ".join(filter(None, [f"{done:,.0f}", of and f"of {of:,.0f}", unit]))
+    began = bar.initial / size
+    pace = _pace(done - began, of and of - began, time.time() - bar.start_t, unit and f"{unit} ")
+    return f"{bar.desc.rstrip(': ')} {amount}{pace}".lstrip()
 
 
 class RowProgress:
@@ -57,7 +160,8 @@ class RowProgress:
     def __init__(self, console: Console, name: str) -> None:
         self.console, self.name = console, name
         self._doing, self._began, self._said = "", time.monotonic(), time.monotonic()
-        self._opened, self._line, self._ended = time.monotonic(), "", threading.Event()
+        self._opened, self._line, self._shown = time.monotonic(), "", ExitStack()
+        self._heard: Callable[[], str] | None = None
         self._bar = Progress(
             BarColumn(bar_width=20),
             TextColumn("{task.description}", markup=False),
@@ -69,21 +173,25 @@ class RowProgress:
 
     def __enter__(self) -> RowProgress:
         """Shows the bar; without a terminal, begins to say now and then that it still goes on."""
+        self._heard = self._shown.enter_context(_hearing())
         self._bar.start()
-        if not self.console.is_terminal:
-            threading.Thread(target=self._beat, daemon=True).start()
+        seconds = SECONDS_AT_A_TERMINAL if self.console.is_terminal else LATER
+        self._shown.enter_context(_repeated(seconds, self._beat))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Takes the bar away."""
-        self._ended.set()
+        self._shown.close()
         self._bar.stop()
 
     def _beat(self) -> None:
         """Says the last line again where none was said for a minute: one batch, or one file, may take long."""
-        while not self._ended.wait(LATER):
-            if time.monotonic() - self._said >= LATER:
-                self._print(f"{self._line or self.name} ({duration(time.monotonic() - self._opened)} so far)")
+        heard = self._heard() if self._heard else ""
+        if self.console.is_terminal:
+            self._bar.update(self._task, description=f"{self.name}: {heard}") if heard else None
+        elif time.monotonic() - self._said >= LATER:
+            so_far = heard or f"{duration(time.monotonic() - self._opened)} so far"
+            self._print(f"{self._line or self.name} ({so_far})")
 
     def _print(self, line: str) -> None:
         self._said = time.monotonic()
@@ -133,10 +241,10 @@ class RowProgress:
         return add
 
 
-def _pace(done: int, of: int | None, seconds: float) -> str:
+def _pace(done: float, of: float | None, seconds: float, unit: str = "") -> str:
     """Rate and time left; nothing where too little was seen of it."""
     if seconds < 1 or not done:
         return ""
     rate = done / seconds
     left = "" if of is None else f", {duration((of - done) / rate)} left"
-    return f", {rate:,.{0 if rate >= 10 else 1}f} a second{left}"
+    return f", {rate:,.{0 if rate >= 10 else 1}f} {unit}a second{left}"

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..base.console import make_console
 from ..base.errors import UserError, find_secrets, refused_by_library
 from ..base.hub import LOGIN, TRIES, look_for_hub, one_sentence, patiently
 from ..base.limits import limits
@@ -38,6 +39,7 @@ from ..base.names import (
     TRAINED,
     Json,
 )
+from ..base.progress import waiting
 from ..base.whole_files import open_regular, read_bytes, read_text, write_json
 from ..base.words import one_line
 from ..recipe.yaml_file import YamlFile, dump_yaml, texts_in
@@ -246,7 +248,8 @@ def find_bundle(bundle: str | Path, revision: str | None = None) -> Path:
     near = nearest_bundle(repo_id)
     meant = f" (did you mean {near!r}?)" if near else ""
     look_for_hub()
-    with one_sentence(repo_id, before=f"{repo_id!r} is no folder here{meant}. "):
+    said = one_sentence(repo_id, before=f"{repo_id!r} is no folder here{meant}. ")
+    with said, waiting(make_console(), f"Fetching {repo_id}"):
         wanted = revision or at or None
         return Path(patiently(lambda: snapshot_download(repo_id, revision=wanted, allow_patterns=list(SHARED))))
 

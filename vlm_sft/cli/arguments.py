@@ -72,7 +72,6 @@ Boxes = Annotated[
         help="What numbers of boxes in questions count: pixels, unit (0 to 1) or thousand; else they are text.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 Options = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Generation setting, like max_new_tokens=64; may be repeated."),

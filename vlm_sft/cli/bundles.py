@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ..base.console import harmless_json, make_console, quiet_libraries, tell
+from ..base.console import for_a_program, make_console, quiet_libraries, tell
 from ..base.errors import UserError
-from ..train import Trust
-from .arguments import Boxes, Bundle, ImageFolders, Json, LocalBundle, Options, RunFolder, settings_of
+from ..train import Json, Trust
+from .arguments import Boxes, Bundle, ImageFolders, LocalBundle, Options, RunFolder, settings_of
 
 bundles_app = typer.Typer()
 
@@ -29,21 +29,26 @@ def chat(
     boxes: Boxes = None,
     video: Annotated[list[str] | None, typer.Option("--video", help="Video to talk about; may be repeated.")] = None,
     options: Options = None,
+    as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk about images and videos. In the conversation: /image PATH, /video PATH, /reset, /quit."""
     quiet_libraries()  # before the first heavy import
     from ..inference.chat import chat as run
 
-    run(
-        bundle,
-        images=image or [],
-        question=question,
-        options=settings_of(options),
-        trust_remote_code=trust_remote_code,
-        boxes=boxes,
-        videos=video or [],
-    )
+    if as_json and question is None:
+        raise UserError("--json prints the answer to one question; give a QUESTION, or leave --json out.")
+    with for_a_program(as_json) as give:
+        answer = run(
+            bundle,
+            images=image or [],
+            question=question,
+            options=settings_of(options),
+            trust_remote_code=trust_remote_code,
+            boxes=boxes,
+            videos=video or [],
+        )
+        give({"question": question, "answer": answer})
 
 
 @bundles_app.command()
@@ -56,23 +61,27 @@ def generate(
     image_folder: ImageFolders = None,
     boxes: Boxes = None,
     options: Options = None,
+    as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer a file of questions in batches."""
     quiet_libraries()
     from ..inference.answer_file import generate as run
 
-    run(
-        bundle,
-        input=questions,
-        output=output,
-        batch_size=batch_size,
-        images=images,
-        image_folders=image_folder or (),
-        options=settings_of(options),
-        trust_remote_code=trust_remote_code,
-        boxes=boxes,
-    )
+    with for_a_program(as_json) as give:
+        give(
+            run(
+                bundle,
+                input=questions,
+                output=output,
+                batch_size=batch_size,
+                images=images,
+                image_folders=image_folder or (),
+                options=settings_of(options),
+                trust_remote_code=trust_remote_code,
+                boxes=boxes,
+            )
+        )
 
 
 @bundles_app.command("debug-batch", short_help="Show the rows of a step that went wrong, one by one.")
@@ -80,6 +89,7 @@ def debug_batch(
     folder: RunFolder,
     step: Annotated[int | None, typer.Option(help="Which step; default the last one that was written down.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Bundle to look with; default the newest before it.")] = None,
+    as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show the rows of a step whose loss was not finite or jumped, one by one."""
@@ -89,7 +99,8 @@ def debug_batch(
     leave_out_bitsandbytes_of(checkpoint or folder)
     from ..watching.debug_batch import run
 
-    run(folder, step=step, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
+    with for_a_program(as_json) as give:
+        give(run(folder, step=step, checkpoint=checkpoint, trust_remote_code=trust_remote_code))
 
 
 @bundles_app.command(short_help="Write a bundle for transformers, vLLM or llama.cpp.")
@@ -118,7 +129,8 @@ def export(
         found = run(bundle, out, to, keep_adapter=keep_adapter, dtype=dtype, quantize=quantize,
                     trust_remote_code=trust_remote_code)  # fmt: skip
     if as_json:
-        tell(harmless_json({"out": out, **found}, indent=2))
+        with for_a_program(as_json) as give:
+            give({"out": out, **found})
         return
     for line in found.get("differences", []):
         tell(line, stderr=True)
@@ -144,6 +156,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it is not there.")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="What the commit says.")] = None,
     rows: Annotated[bool, typer.Option("--rows", help="Push questions and answers of the test set too.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Put a bundle on the Hugging Face Hub, with its card."""
     quiet_libraries()
@@ -154,6 +167,8 @@ def push(
 
     enable_progress_bars() if sys.stderr.isatty() else None
     # At the terminal the Hub's own bars are shown.
-    with nullcontext() if sys.stderr.isatty() else waiting(make_console(), f"Pushing to {repo}"):
-        address = push_bundle(bundle, repo, private=private, revision=revision, message=message, rows=rows)
-    tell(address)
+    with for_a_program(as_json) as give:
+        with nullcontext() if sys.stderr.isatty() else waiting(make_console(), f"Pushing to {repo}"):
+            address = push_bundle(bundle, repo, private=private, revision=revision, message=message, rows=rows)
+        tell(address)
+        give({"address": address})

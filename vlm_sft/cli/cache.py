@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 from ..base.assets import list_recipes
-from ..base.console import harmless_json, make_console, tell
+from ..base.console import for_a_program, make_console, tell
 from ..base.errors import UserError
 from ..base.processes import leave_process_group
-from ..train import Overrides, RecipeName, Trust, launcher
-from .arguments import Json
+from ..train import Json, Overrides, RecipeName, Trust, launcher
 
 cache_app = typer.Typer(help="Features of frozen parts: build, info, verify, prune.", no_args_is_help=True)
 
@@ -23,7 +22,9 @@ Where = Annotated[
 
 
 @cache_app.command()
-def build(recipe: RecipeName, overrides: Overrides = None, trust_remote_code: Trust = False) -> None:
+def build(
+    recipe: RecipeName, overrides: Overrides = None, as_json: Json = False, trust_remote_code: Trust = False
+) -> None:
     """Send every picture of a recipe through its frozen parts; for several processes, use: accelerate launch -m
     vlm_sft.cache."""
     from ..recipe.opening import open_recipe
@@ -31,7 +32,8 @@ def build(recipe: RecipeName, overrides: Overrides = None, trust_remote_code: Tr
     stage = open_recipe(recipe, overrides, trust_remote_code)
     from ..prepare.fill_cache import fill_cache  # only now, when it is known which libraries it needs
 
-    fill_cache(stage, make_console())
+    with for_a_program(as_json) as give:
+        give(fill_cache(stage, make_console()))
     leave_process_group()
 
 
@@ -47,15 +49,15 @@ def info(folder: Where, as_json: Json = False) -> None:
     from ..cache.upkeep import stores_in
 
     if as_json:
-        said = [
-            {
-                "store": each.store.folder.name, "pictures": len(each.store), "shape": each.store.shape,
-                "dtype": str(each.store.dtype).removeprefix("torch."), "bytes": each.bytes, "used": each.used,
-                "about": each.about,
-            }
-            for each in stores_in(_root(folder))
-        ]  # fmt: skip
-        tell(harmless_json(said, indent=2))
+        with for_a_program(as_json) as give:
+            give([
+                {
+                    "store": each.store.folder.name, "pictures": len(each.store), "shape": each.store.shape,
+                    "dtype": str(each.store.dtype).removeprefix("torch."), "bytes": each.bytes, "used": each.used,
+                    "about": each.about,
+                }
+                for each in stores_in(_root(folder))
+            ])  # fmt: skip
         return
     table = Table("store", "features of", "pictures", "each", "type", "GB", "last used")
     for kept in stores_in(_root(folder)):
@@ -71,19 +73,22 @@ def info(folder: Where, as_json: Json = False) -> None:
 
 
 @cache_app.command()
-def verify(folder: Where) -> None:
+def verify(folder: Where, as_json: Json = False) -> None:
     """Read every entry and compare its checksum; exit code 1 where some are damaged (the next run makes them again)."""
     from ..base.progress import RowProgress
     from ..cache.upkeep import stores_in
     from ..cache.upkeep import verify as check
 
-    damaged = 0
-    for kept in stores_in(_root(folder)):
-        total = len(kept.store)
-        with RowProgress(make_console(), kept.store.folder.name[:8]) as progress:
-            damaged += (wrong := check(kept.store, progress.counter("read", total, "entries")))
-        tell(f"{kept.store.folder}: {wrong:,} of {total:,} entries are damaged.")
-    if damaged:
+    found = []
+    with for_a_program(as_json) as give:
+        for kept in stores_in(_root(folder)):
+            total = len(kept.store)
+            with RowProgress(make_console(), kept.store.folder.name[:8]) as progress:
+                wrong = check(kept.store, progress.counter("read", total, "entries"))
+            found.append({"store": kept.store.folder.name, "entries": total, "damaged": wrong})
+            tell(f"{kept.store.folder}: {wrong:,} of {total:,} entries are damaged.")
+        give(found)
+    if any(each["damaged"] for each in found):
         raise SystemExit(1)
 
 
@@ -92,16 +97,21 @@ def prune(
     folder: Where,
     days: Annotated[float | None, typer.Option(min=0.0, help="Remove what no run opened for so many days.")] = None,
     max_gb: Annotated[float | None, typer.Option(min=0.0, help="Then the longest unused, down to so many GB.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Remove damaged and double entries and what killed runs left, and whole stores as the options say."""
+    from ..base.progress import waiting
     from ..cache.upkeep import prune as tidy
 
-    done = False
-    for sentence in tidy(_root(folder), days, max_gb):
-        done = True
-        tell(sentence)
-    if not done:
-        tell(f"{folder}: there is nothing to remove.")
+    with for_a_program(as_json) as give:
+        with waiting(make_console(), f"Looking through {folder}"):
+            done = []
+            for sentence in tidy(_root(folder), days, max_gb):
+                done.append(sentence)
+                tell(sentence)
+        if not done:
+            tell(f"{folder}: there is nothing to remove.")
+        give({"done": done})
 
 
 def _root(given: str) -> Path:

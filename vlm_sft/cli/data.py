@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..base.console import harmless_json, make_console, say, tell
+from ..base.console import for_a_program, make_console, say, tell
 from ..base.errors import UserError
+from ..train import Json
 from .arguments import ImageFolders
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def convert(
     column: Columns = None,
     copy_images: Annotated[bool, typer.Option("--copy-images", help="Take image files along, beside OUT.")] = False,
     max_rejected: Rejected = 0.0,
+    as_json: Json = False,
 ) -> None:
     """Write the rows of a source, or of all training sources of a recipe, in another format."""
     from ..base.progress import RowProgress
@@ -54,7 +56,9 @@ def convert(
     with RowProgress(make_console(), src) as progress:
         written = convert_rows(progress.through(rows, "converted"), to, out, copy_images=copy_images)
     frames = f" {rows.frames:,} frames of videos were written as pictures." if rows.frames else ""
-    tell(f"{out}: {written:,} rows.{frames}")
+    with for_a_program(as_json) as give:
+        tell(f"{out}: {written:,} rows.{frames}")
+        give({"out": out, "rows": written, "frames": rows.frames})
 
 
 @data_app.command()
@@ -64,7 +68,7 @@ def stats(
     images: Images = None,
     image_folder: ImageFolders = None,
     column: Columns = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
     look_images: Annotated[
         int | None,
         typer.Option(min=0, help="Images compared by look; 0: none. Default: the recipe's data.look_images, or 20000."),
@@ -91,9 +95,9 @@ def stats(
             found.look_alikes = find_look_alikes(train, held_out, most=most, tick=progress.tell)
         for sentence in found.look_alikes.left_out():
             say(console, sentence)
-    if as_json:
-        tell(harmless_json(found.as_dict(), indent=2))
-    else:
+    with for_a_program(as_json) as give:
+        give(found.as_dict())
+    if not as_json:
         make_console(stderr=False).print(stats_table(found.as_dict()))
 
 
@@ -114,6 +118,7 @@ def filter_(
     image_folder: ImageFolders = None,
     column: Columns = None,
     max_rejected: Rejected = 0.0,
+    as_json: Json = False,
 ) -> None:
     """Keep the rows whose text fits the image, as a model scores them; a rerun goes on where it was.
 
@@ -146,13 +151,17 @@ def filter_(
     limit = threshold_of_share(found, keep) if keep is not None else threshold
     histogram = draw_histogram(found, f"{out}.histogram.png", limit, title=f"{src}: {model}")
     _say_scores(found, console)
-    tell(f"Scores: {file}\nHistogram: {histogram}")
-    if limit is None:
-        tell("Nothing was filtered: choose by the histogram, then run again with --threshold or --keep.")
-        return
-    with RowProgress(console, src) as progress:
-        kept = convert_rows(progress.through(kept_rows(rows, found, limit), "written"), to, out)
-    tell(f"{out}: {kept:,} of {len(found):,} rows have a score of {limit:.4g} or more, or no image.")
+    done = {"scores": file, "histogram": str(histogram), "rows": len(found)}
+    with for_a_program(as_json) as give:
+        tell(f"Scores: {file}\nHistogram: {histogram}")
+        if limit is None:
+            tell("Nothing was filtered: choose by the histogram, then run again with --threshold or --keep.")
+            give(done)
+            return
+        with RowProgress(console, src) as progress:
+            kept = convert_rows(progress.through(kept_rows(rows, found, limit), "written"), to, out)
+        tell(f"{out}: {kept:,} of {len(found):,} rows have a score of {limit:.4g} or more, or no image.")
+        give({**done, "out": out, "kept": kept, "threshold": limit})
 
 
 def _say_scores(scores: list[Score], console: Console) -> None:

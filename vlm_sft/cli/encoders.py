@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ..base.console import quiet_libraries
+from ..base.console import for_a_program, quiet_libraries
 from ..base.errors import UserError
+from ..train import Json
 from .arguments import ImageFolders
 
 encoders_app = typer.Typer()
@@ -35,16 +36,20 @@ def answer(
     tokenizer: Annotated[
         str | None, typer.Option(help="BERT's, for an mPLUG that is one weight file: google-bert/bert-base-uncased.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Answer one question about an image, or a file of questions: the likeliest answers with their scores."""
     quiet_libraries()
     from ..inference.encoder import answer_many, answer_one
 
-    if questions is not None and question is None and image is None and output is not None:
-        answer_many(model, questions, output, top, batch_size, images, image_folder or (), candidates, tokenizer)
-    elif questions is None and question is not None and image is not None and output is None:
-        answer_one(model, question, image, top, candidates, tokenizer)
-    else:
+    with for_a_program(as_json) as give:
+        if questions is not None and question is None and image is None and output is not None:
+            folders = image_folder or ()
+            give(answer_many(model, questions, output, top, batch_size, images, folders, candidates, tokenizer))
+            return
+        if questions is None and question is not None and image is not None and output is None:
+            give(answer_one(model, question, image, top, candidates, tokenizer))
+            return
         raise UserError("Give a question with --image FILE, or --questions FILE with --output FILE.")
 
 
@@ -56,14 +61,13 @@ def match(
     draw: Annotated[
         str | None, typer.Option(metavar="PNG", help="Write the picture with the patches bright that show the text.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Say how likely each text belongs to the image; with --draw, where in the image a text is."""
     quiet_libraries()
     from ..inference.encoder import draw_text, match_texts
 
-    if draw is None:
-        match_texts(model, texts, image)
-    elif len(texts) == 1:
-        draw_text(model, texts[0], image, draw)
-    else:
+    if draw is not None and len(texts) != 1:
         raise UserError(f"--draw shows where one text is, and {len(texts)} were given: run it once for each.")
+    with for_a_program(as_json) as give:
+        give(match_texts(model, texts, image) if draw is None else draw_text(model, texts[0], image, draw))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from math import inf
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..base.console import quiet_libraries
+from ..base.console import for_a_program, quiet_libraries
 from ..base.errors import UserError
 from ..forgetting.texts import Wish
-from ..train import Trust
+from ..train import Json, Trust
 from .arguments import Bundle, Options, settings_of
 
 if TYPE_CHECKING:
@@ -84,10 +84,10 @@ def evaluate(
     judge_requests: Annotated[int, typer.Option(min=1, max=256, help="How many at a time.")] = 8,
     judge_set: JudgeSet = None,
     options: Options = None,
+    as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure a bundle on held-out data, or on benchmarks; for several processes of these, use: accelerate launch -m
-    vlm_sft.evaluate."""
+    """Measure a bundle on held-out data or benchmarks; on several processes: accelerate launch -m vlm_sft.evaluate."""
     wish = Wish(forgetting, forgetting_texts, forgetting_pictures)
     if benchmark is None:
         of_benchmarks = {
@@ -99,8 +99,9 @@ def evaluate(
             raise UserError(f"{alone} belongs to --benchmark; name benchmarks, or leave it out.")
         from ..evaluation.evaluate import run
 
-        run(bundle, split=split, batch_size=batch_size, output=output, max_rows=max_rows, recipe=recipe,
-            trust_remote_code=trust_remote_code, against=against, forgetting=wish)  # fmt: skip
+        with for_a_program(as_json) as give:
+            give(run(bundle, split=split, batch_size=batch_size, output=output, max_rows=max_rows, recipe=recipe,
+                     trust_remote_code=trust_remote_code, against=against, forgetting=wish))  # fmt: skip
         return
     if recipe is not None:
         raise UserError("--recipe belongs to the recipe's own data; leave it or --benchmark out.")
@@ -111,13 +112,12 @@ def evaluate(
     from ..evaluation.asking import How
     from ..evaluation.benchmark import run as run_benchmarks
 
-    compared: bool | Literal["texts"] = "texts" if option_texts else likelihood
-    run_benchmarks(
-        bundle, [name for name in map(str.strip, benchmark.split(",")) if name], data=benchmark_data, output=output,
-        how=How(batch_size=batch_size, likelihood=compared, blank=blank, confidence=confidence), max_rows=max_rows,
-        compare=contamination, options=settings_of(options), trust_remote_code=trust_remote_code, against=against,
-        judge=who, prompt=prompt, forgetting=wish,
-    )  # fmt: skip
+    how = How({}, batch_size, "texts" if option_texts else likelihood, blank=blank, confidence=confidence)
+    names = [name for name in map(str.strip, benchmark.split(",")) if name]
+    with for_a_program(as_json) as give:
+        give(run_benchmarks(bundle, names, data=benchmark_data, output=output, how=how, max_rows=max_rows,
+                            compare=contamination, options=settings_of(options), trust_remote_code=trust_remote_code,
+                            against=against, judge=who, prompt=prompt, forgetting=wish))  # fmt: skip
 
 
 def _judge(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from ..base.console import tell
+from ..base.console import for_a_program, make_console, tell
 from ..base.errors import exit_on_user_error
 from ..base.names import PREFLIGHT_PAGE
 from ..base.processes import let_threads_sleep
-from ..train import Overrides, RecipeName, Trust, run
-from .arguments import Json
+from ..train import Json, Overrides, RecipeName, Trust, run
 from .bundles import bundles_app
 from .cache import cache_app
 from .data import data_app
@@ -89,11 +89,17 @@ def apply_delta(
             help="Embeddings and head of the delta: whole (Ziya) or sum (Vicuna). Unset: compared with the base."
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Put a language model together that is published as a delta (Ziya-LLaMA, Vicuna), shard by shard."""
+    from ..base.progress import RowProgress
     from ..pieces.delta import apply_delta as run
 
-    done = run(base, delta, out, tables, say=tell)
+    with for_a_program(as_json) as give, RowProgress(make_console(), out) as progress:
+        done = run(base, delta, out, tables, say=tell, progress=partial(progress.tell, "made", what="tensors"))
+        give({"out": out, **done})
+    if as_json:
+        return
     how = "the delta's own, not added" if done["tables"] == "whole" else "added, as everything else"
     rows = "".join(f"; {name} has {more} rows more than the base" for name, more in done["rows_added"].items())
     tell(

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from ..base.console import harmless_json, tell
+from ..base.console import for_a_program, tell
 from ..base.errors import UserError
 from ..base.whole_files import read_text
-from .arguments import Json
+from ..train import Json
 
 recipes_app = typer.Typer(help="The recipes that ship: list, show, copy.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -25,9 +25,8 @@ def list_(as_json: Json = False) -> None:
 
     names = list_recipes()
     if as_json:
-        tell(
-            harmless_json([{"name": name, "title": _title(name), "path": str(recipe_path(name))} for name in names], 2)
-        )
+        with for_a_program(as_json) as give:
+            give([{"name": name, "title": _title(name), "path": str(recipe_path(name))} for name in names])
         return
     indent = max(map(len, names)) + 2
     # A pipe gets one line a recipe, a terminal lines that are not broken within a word.
@@ -48,17 +47,22 @@ def _title(name: str) -> str:
 @recipes_app.command()
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `recipes list` prints it.", show_default=False)],
+    as_json: Json = False,
 ) -> None:
     """Print a recipe."""
     from ..base.assets import recipe_path
 
-    tell(read_text(recipe_path(name)), end="")
+    with for_a_program(as_json) as give:
+        text = read_text(recipe_path(name))
+        tell(text, end="")
+        give({"name": name, "path": str(recipe_path(name)), "text": text})
 
 
 @recipes_app.command()
 def copy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `recipes list` prints it.", show_default=False)],
     destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="Folder, or file ending in .yaml.")] = ".",
+    as_json: Json = False,
 ) -> None:
     """Copy a recipe to change it, with its schema and the bundled pieces that it names."""
     from ..base.assets import assets_root, recipe_path
@@ -74,7 +78,7 @@ def copy(
     except OSError as error:
         raise UserError(f"the folder {goal.parent} cannot be made ({error.strerror}); name another.") from error
     shutil.copyfile(source, goal)
-    tell(f"{goal}")
+    made = [goal]
     schema = goal.parent / "recipe.schema.json"
     if not schema.exists():
         shutil.copyfile(assets_root() / "recipes" / schema.name, schema)
@@ -82,7 +86,11 @@ def copy(
     for folder in sorted(_bundled_examples(load_recipe(source).resolved())):
         if not folder.exists():
             shutil.copytree(assets_root() / folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
-            tell(f"{folder}")
+            made.append(folder)
+    with for_a_program(as_json) as give:
+        for path in made:
+            tell(f"{path}")
+        give({"made": [str(path) for path in made]})
 
 
 def _bundled_examples(value: object) -> set[Path]:

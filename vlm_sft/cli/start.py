@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ..base.console import harmless_json, quiet_libraries, tell
+from ..base.console import for_a_program, quiet_libraries, tell
 from ..spoken.language import in_words
-from ..train import Overrides, RecipeName, Trust
-from .arguments import Json
+from ..train import Json, Overrides, RecipeName, Trust
 
 start_app = typer.Typer()
 
@@ -34,9 +33,7 @@ def init(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; take what is proposed.")] = False,
     seed: Annotated[int, typer.Option(help="Draws which rows are held out.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print what was found and written as JSON; asks nothing.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Look at a folder and at this machine, ask four questions, and write a recipe with its rows shared out into
     training, validation and test. Your files stay as they are."""
@@ -47,7 +44,8 @@ def init(
     answers = Answers(learn, model, language, hours)
     done = run(folder, answers, output=output, images=images, ask=not (yes or as_json), seed=seed)
     if as_json:
-        tell(harmless_json(done, indent=2))
+        with for_a_program(as_json) as give:
+            give(done)
         return
     tell(in_words(
         f"\n{done['recipe']}: {done['train']:,} rows to train on, {done['validation']:,} to validate, "
@@ -66,7 +64,7 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     hub: Annotated[bool, typer.Option("--hub", help="Ask whether the Hub answers.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Print versions, machine and settings to paste into a bug report: no token, no name, no path. With a recipe, also
     what a run of it would miss; exit code 1 where it could not begin."""
@@ -74,7 +72,8 @@ def doctor(
 
     report = examine(recipe, overrides, ask_hub=hub)
     if as_json:
-        tell(harmless_json(report.as_dict(), indent=2))
+        with for_a_program(as_json) as give:
+            give(report.as_dict())
     else:
         for line in report.lines():
             tell(line)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ..base.console import tell
+from ..base.console import for_a_program, tell
+from ..train import Json
 
 watch_app = typer.Typer()
 
@@ -25,9 +26,11 @@ def watch(
         int | None,
         typer.Option(min=0, max=65535, help="Serve the page on this port of this machine; 0 for a free one."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write a page with curves, answers, rows and warnings of a run, again and again while it goes on; it needs its
     files alone, so it works over ssh and afterwards."""
     from ..watching.live import watch as keep
 
-    keep(runs, output, every, once, port, lambda line: tell(line, stderr=True))
+    with for_a_program(as_json) as give:
+        give({"page": str(keep(runs, output, every, once, port, lambda line: tell(line, stderr=True)))})

@@ -13,8 +13,10 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
+from ..base.console import make_console
 from ..base.errors import RowError, UserError
 from ..base.names import Options, Record, Row
+from ..base.progress import waiting
 from ..batch.processor import VLMProcessor
 from ..bundle.load import load
 from ..inference.confidence import pieces_of
@@ -246,6 +248,7 @@ class Loading:
         if self._loaded is None:
             state = PartialState()
             device = state.device if state.num_processes > 1 else None
-            model, processor = load(self.folder, device=device, trust_remote_code=self.trust)
+            with waiting(make_console(), f"Loading {self.folder.name}"):
+                model, processor = load(self.folder, device=device, trust_remote_code=self.trust)
             self._loaded = model, processor  # type: ignore[assignment]
         return self._loaded  # type: ignore[return-value]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError, refused_by_library
 from ..base.names import ERROR_PAGE, EVALUATION, MANIFEST, METRICS, SCORES, ImageEntry, Json, Record, Values
-from ..base.progress import waiting
 from ..base.whole_files import read_text, write_json, write_whole
 from ..forgetting.texts import USUAL, Wish
 from ..metrics.intervals import mean_of
@@ -120,8 +119,7 @@ def _asked(
     """What a bundle scores, with `evaluate_seconds`, and its answers."""
     from transformers import set_seed
 
-    with waiting(make_console(), f"Loading {loading.folder.name}"):
-        model, processor = loading()
+    model, processor = loading()
     start = time.perf_counter()
     set_seed(int(loading.recipe.sft.get("seed", 42)))  # some recipes sample answers, as Ziya's card does
     said: list[Answers] = []

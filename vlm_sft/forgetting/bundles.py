@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 
+from ..base.console import make_console
 from ..base.errors import UserError
 from ..base.limits import bounded
 from ..base.names import Json
+from ..base.progress import waiting
 from ..base.whole_files import IrregularError, read_text, write_json
 from ..base.words import one_line
 from ..bundle.hub import is_fetched
@@ -107,8 +109,9 @@ class BeforeAndAfter:
             return None if file is None else _written(file)
         try:
             model, processor = load()
-            found = nothing(self.limit) if self.texts is None else self._of_texts(model, processor, self.texts)
-            found = with_tower(found, self._of_tower(model))
+            with waiting(make_console(), "Measuring what was forgotten"):
+                found = nothing(self.limit) if self.texts is None else self._of_texts(model, processor, self.texts)
+                found = with_tower(found, self._of_tower(model))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # models raise anything at a batch without pictures
@@ -171,6 +174,7 @@ def noted(manifest: Json, mark: str) -> State | None:
 def _of_base(recipe: Recipe, folder: Path, texts: TextSet, trust: bool) -> State:
     if not trust:
         refuse_code(recipe, str(folder))
-    stack = build_stack(recipe)
-    model = stack.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return measure(model, stack.processor, texts)  # type: ignore[arg-type]
+    with waiting(make_console(), "Measuring what the base knew"):
+        stack = build_stack(recipe)
+        model = stack.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return measure(model, stack.processor, texts)  # type: ignore[arg-type]

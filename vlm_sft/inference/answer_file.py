@@ -42,7 +42,7 @@ def generate(
     trust_remote_code: bool = False,
     image_folders: Sequence[str] = (),
     boxes: str | None = None,
-) -> None:
+) -> Record:
     """Answers a file of questions.
 
     Args:
@@ -58,6 +58,9 @@ def generate(
         image_folders: Further folders in which images may lie, beside `images` and the folder of the input.
         boxes: What the numbers of boxes count where a row does not say it, as a source's `boxes`.
 
+    Returns:
+        As `answer_questions`.
+
     Raises:
         UserError: A file is wrong, or some rows could not be answered (after all others were).
     """
@@ -69,7 +72,7 @@ def generate(
             console.print("This bundle's template shows the model images only: what the questions say is ignored.")
         return lambda batch: answer_rows(model, processor, batch, images, settings, image_folders, boxes)
 
-    answer_questions(input, output, open_asker, batch_size, images)
+    return answer_questions(input, output, open_asker, batch_size, images)
 
 
 def answer_questions(
@@ -78,7 +81,7 @@ def answer_questions(
     open_asker: Callable[[Console], Asker],
     batch_size: int,
     images: str | None,
-) -> None:
+) -> Record:
     """Answers a file of questions by whatever answers them.
 
     Args:
@@ -87,6 +90,9 @@ def answer_questions(
         open_asker: Loads what answers; called where a question is left. Told where to say things.
         batch_size: Rows answered at a time.
         images: As `generate`; looked for here.
+
+    Returns:
+        `output`, how many `rows` it holds, and how many of them were `asked` now.
 
     Raises:
         UserError: As `generate`.
@@ -116,6 +122,7 @@ def answer_questions(
             answered, errors = answered + len(lines), errors + sum("error" in line for line in lines)
             progress.tell("asked", answered, left, note=f"{errors:,} with errors" if errors else "")
     _finish(target, order, done, console)
+    return {"output": str(target), "rows": len(order), "asked": answered}
 
 
 def check_questions(path: str, done: dict[str, Record], target: Path) -> list[str]:

@@ -55,7 +55,7 @@ def chat(
     trust_remote_code: bool = False,
     boxes: str | None = None,
     videos: Sequence[str] = (),
-) -> None:
+) -> str:
     """Talks about images and videos.
 
     Args:
@@ -66,6 +66,9 @@ def chat(
         trust_remote_code: See `vlm_sft.load`.
         boxes: What the numbers of boxes in questions count, as a source's `boxes`; None: they are text.
         videos: Video files, likewise; of each the frames are shown that the recipe says.
+
+    Returns:
+        The answer to `question`.
 
     Raises:
         UserError: The bundle, an image or an option is wrong; within a conversation errors are said and it goes on.
@@ -87,11 +90,12 @@ def chat(
         talk.waiting += frames_of_file(path, talk.processor)
     if question is None:
         Prompt(talk, console).run()
-        return
+        return ""
     if talk.captions_only and question:
         console.print(CAPTIONS_ONLY)
-    if not _write_answer(talk.ask(question)):
+    if not (answer := _write_answer(talk.ask(question))):
         tell()
+    return answer
 
 
 class Conversation:
@@ -304,14 +308,14 @@ class Prompt:
             self.console.print(f"Added ({added}); now ask about it.")
 
 
-def _write_answer(answer: Answer) -> bool:
-    """Writes an answer to standard output as it comes; says whether there was one."""
-    at_terminal, wrote = sys.stdout.isatty(), False
+def _write_answer(answer: Answer) -> str:
+    """Writes an answer to standard output as it comes; returns it."""
+    at_terminal, wrote = sys.stdout.isatty(), ""
     try:
         with closing(answer):
             for piece in answer:
                 tell(piece, end="") if at_terminal else print(piece, end="", flush=True)  # a file gets what was said
-                wrote = True
+                wrote += piece
     finally:
         if wrote:
             tell()

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ..base.console import tell
+from ..base.console import make_console, tell
 from ..base.errors import UserError
 from ..base.names import MANIFEST, Record, Row
+from ..base.progress import waiting
 from ..base.whole_files import write_whole
 from ..base.words import one_line, reason_of
 from ..batch.pictures import Pictures, check_pictures, read_pictures
@@ -35,19 +36,21 @@ if TYPE_CHECKING:
 
 def answer_one(
     model: str, question: str, image: str, top: int, candidates: str | None = None, tokenizer: str | None = None
-) -> None:
-    """Prints the likeliest answers to a question about an image, a line each: share, tab, answer.
+) -> list[Record]:
+    """Prints the likeliest answers to a question about an image, a line each: share, tab, answer; returns them.
 
     Raises:
         UserError: The model, the question or the image is wrong.
     """
     question = _given(question, "the question")
     among = read_candidates(candidates)
-    encoder, known = _open(model, tokenizer)
+    with waiting(make_console(), f"Loading {model}"):
+        encoder, known = _open(model, tokenizer)
     encoder.text_inputs([question])
     (answers,) = encoder.answers(_picture(encoder, image), [question], top, among or known)
     for each in answers:
         tell(f"{each.score:.4f}\t{one_line(each.answer)}")
+    return [{"answer": each.answer, "score": each.score} for each in answers]
 
 
 def answer_many(
@@ -60,7 +63,7 @@ def answer_many(
     image_folders: Sequence[str] = (),
     candidates: str | None = None,
     tokenizer: str | None = None,
-) -> None:
+) -> Record:
     """Answers a file of questions into a JSONL file; a rerun goes on.
 
     Args:
@@ -75,6 +78,9 @@ def answer_many(
         candidates: File of the answers to choose from, as `read_candidates` reads it.
         tokenizer: Folder or Hub id of an mPLUG's tokenizer, where it brings none.
 
+    Returns:
+        As `answer_questions`.
+
     Raises:
         UserError: As `generate`.
     """
@@ -86,7 +92,7 @@ def answer_many(
         ask = partial(encoder.answers, top=top, candidates=among or known)
         return lambda batch: _answer_rows(encoder, ask, batch, images, image_folders)
 
-    answer_questions(input, output, open_asker, batch_size, images)
+    return answer_questions(input, output, open_asker, batch_size, images)
 
 
 def _open(model: str, tokenizer: str | None) -> tuple[Encoder, Sequence[str]]:
@@ -156,21 +162,24 @@ def _one_question(row: Row, where: str) -> tuple[str, Image.Image]:
     return _given(text, f"{where}: the question"), row["images"][0]
 
 
-def match_texts(model: str, texts: Sequence[str], image: str) -> None:
-    """Prints how likely each text belongs to an image, a line each: share, tab, text.
+def match_texts(model: str, texts: Sequence[str], image: str) -> list[Record]:
+    """Prints how likely each text belongs to an image, a line each: share, tab, text; returns the same.
 
     Raises:
         UserError: The model, a text or the image is wrong.
     """
     texts = [_given(text, "a text") for text in texts]
-    encoder = load_vle(model, "itm")
+    with waiting(make_console(), f"Loading {model}"):
+        encoder = load_vle(model, "itm")
     picture = _picture(encoder, image)
-    for text, share in zip(texts, match(encoder, picture * len(texts), texts), strict=True):
+    shares = match(encoder, picture * len(texts), texts)
+    for text, share in zip(texts, shares, strict=True):
         tell(f"{share:.4f}\t{one_line(text)}")
+    return [{"text": text, "score": float(share)} for text, share in zip(texts, shares, strict=True)]
 
 
-def draw_text(model: str, text: str, image: str, out: str) -> None:
-    """Writes the picture as PNG with the patches bright that show what a text says.
+def draw_text(model: str, text: str, image: str, out: str) -> Record:
+    """Writes the picture as PNG with the patches bright that show what a text says; returns where it is brightest.
 
     Raises:
         UserError: The model, the text or the image is wrong, or the file cannot be written.
@@ -178,7 +187,8 @@ def draw_text(model: str, text: str, image: str, out: str) -> None:
     text = _given(text, "the text")
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"--draw {out}: a PNG is written; let the name end with .png.")
-    encoder = load_vle(model, "pbc")
+    with waiting(make_console(), f"Loading {model}"):
+        encoder = load_vle(model, "pbc")
     (picture,) = _picture(encoder, image)
     found = find(encoder, picture, text)
     png = io.BytesIO()
@@ -189,6 +199,7 @@ def draw_text(model: str, text: str, image: str, out: str) -> None:
         raise UserError(f"--draw {out} cannot be written ({reason_of(error)}): give another path.") from None
     row, column = divmod(int(found.argmax()), found.shape[1])
     tell(f"{out}: brightest in row {row + 1} of {found.shape[0]}, column {column + 1} of {found.shape[1]}.")
+    return {"out": out, "row": row + 1, "rows": found.shape[0], "column": column + 1, "columns": found.shape[1]}
 
 
 def _picture(encoder: Encoder, path: str) -> list[Image.Image]:

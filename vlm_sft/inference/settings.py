@@ -17,9 +17,11 @@ from transformers import (
 )
 from transformers.utils import is_hqq_available, is_optimum_quanto_available, logging
 
+from ..base.console import make_console
 from ..base.errors import UserError
 from ..base.limits import limits
 from ..base.names import Options, Values
+from ..base.progress import waiting
 from ..base.words import closest, gib, one_line
 from ..batch.processor import VLMProcessor
 from ..bundle.hub import find_bundle
@@ -211,8 +213,9 @@ def open_bundle(
         UserError: As `vlm_sft.load`.
     """
     logging.disable_progress_bar()  # one bar for each file of weights would stand between the lines
-    folder = find_bundle(bundle)
-    model, processor = load(folder, device, trust_remote_code=trust_remote_code)
+    with waiting(make_console(), f"Loading {bundle}"):
+        folder = find_bundle(bundle)
+        model, processor = load(folder, device, trust_remote_code=trust_remote_code)
     recipe = recipe_of(folder, read_manifest(folder))
     processor.video = Sampling(**recipe.data.video.model_dump())
     return model, processor, {**recipe.generation, **options}  # type: ignore[return-value]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.assets import assets_root
-from ..base.console import harmless_json, make_console, plain_table, say, tell
+from ..base.console import for_a_program, make_console, plain_table, say, tell
 from ..base.errors import UserError
 from ..base.progress import waiting
 from ..base.words import duration, gib
@@ -49,9 +49,9 @@ def run(recipe: Recipe, gpu: str | None, count: int, *, write: bool = False, as_
     keys = {".".join(key): value for key, value in keys_of(first, found.now).items()}
     if as_json:
         now, settings = asdict(found.now), [asdict(each) for each in found.settings]
-        said = {"gpu_bytes": goal.size, "count": count, "now": now, "fits_now": found.sentence is None,
-                "settings": settings, "keys": keys, "rows": rows}  # fmt: skip
-        tell(harmless_json(said, indent=2))
+        with for_a_program(as_json) as give:
+            give({"gpu_bytes": goal.size, "count": count, "now": now, "fits_now": found.sentence is None,
+                  "settings": settings, "keys": keys, "rows": rows})  # fmt: skip
     else:
         tell(f"As it is: {gib(found.now.memory)}. {found.sentence or 'It fits.'}")
         make_console(stderr=False).print(_table(found, goal, rows, recipe))

@@ -57,6 +57,7 @@ def apply_delta(
     *,
     shard_bytes: int = SHARD_BYTES,
     say: Callable[[str], None] = lambda message: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Json:
     """Adds a delta to its base and writes the model as sharded safetensors, with the delta's config and tokenizer.
 
@@ -70,6 +71,7 @@ def apply_delta(
             delta's own). Unset, it is told by comparing the tables.
         shard_bytes: Size of the shards; about one of them is in memory.
         say: Receives a sentence for each shard.
+        progress: Told after each tensor how many of how many are made.
 
     Returns:
         What was done, as it stands in `apply_delta.json`: `tables`, `tensors`, `summed`, `whole`, `rows_added`,
@@ -93,8 +95,13 @@ def apply_delta(
     with _written_whole(out) as folder:
         _check_room(folder, report["bytes"])
         _copy_small_files(delta, folder)
+        made = 0
         for file, names in shards.items():
-            write_shard(folder / file, {name: _combine(name, old, new, name in whole) for name in names})
+            tensors = {}
+            for name in names:
+                tensors[name] = _combine(name, old, new, name in whole)
+                progress(made := made + 1, len(kinds))
+            write_shard(folder / file, tensors)
             say(f"{file}: {len(names)} tensors, read back and equal.")
         write_json(folder / REPORT, {**report, "shards": len(shards)})
         places = {name: file for file, names in shards.items() for name in names}

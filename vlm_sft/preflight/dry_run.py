@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..base.console import make_console, say
 from ..base.errors import UserError
-from ..base.names import Inputs
+from ..base.names import Inputs, Json
 from ..base.words import counted, gib, one_line
 from .launch import Launch
 
@@ -33,8 +33,13 @@ CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 SIZES = ((1280, 960), (640, 480), (320, 240), (64, 64))
 
 
-def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
-    """Prints what a run of a recipe would be; reads configurations and tokenizers, but no weights."""
+def dry_run(recipe: Recipe, launch: Launch, console: Console) -> Json:
+    """Prints what a run of a recipe would be; reads configurations and tokenizers, but no weights.
+
+    Returns:
+        The same for a program: `recipe`, as it is resolved; `memory`, bytes of a step; `device_memory`, those of the
+        GPU here, None without one.
+    """
     from ..base.progress import waiting
     from ..bundle.handover import check_adapter, settle_adapter
     from ..recipe.libraries import validate_libraries
@@ -66,6 +71,7 @@ def dry_run(recipe: Recipe, launch: Launch, console: Console) -> None:
         if sentence:
             say(console, sentence)
     say(console, f"{weighed.step}\nNo weight was read.")
+    return {"recipe": recipe.resolved(), "memory": weighed.estimate.total, "device_memory": room}
 
 
 def memory_here() -> int | None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base.console import harmless_json, make_console, say, tell
+from ..base.console import for_a_program, make_console, say
 from ..base.errors import UserError
 from ..base.names import PREFLIGHT_PAGE
 
@@ -281,10 +281,9 @@ def run_preflight(
     report = preflight(loaded, read_launch(accelerate_config), console, output=page, with_model=with_model)
     for line in [*map(str, report.findings), *report.time, f"Page: {page}"]:
         say(console, line)
-    if as_json:
+    with for_a_program(as_json) as give:
         found = [asdict(finding) for finding in report.findings]
         memory = report.memory.total if report.memory else None
-        said = {"verdict": report.verdict, "findings": found, "time": report.time, "memory": memory, "page": str(page)}
-        tell(harmless_json(said, indent=2))
+        give({"verdict": report.verdict, "findings": found, "time": report.time, "memory": memory, "page": str(page)})
     if report.verdict == "error":
         raise SystemExit(1)

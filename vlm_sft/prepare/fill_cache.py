@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from ..base.console import say
 from ..base.errors import RowError, UserError
 from ..base.interrupts import workers_end_with_errors
-from ..base.names import ImageEntry, Inputs
-from ..base.progress import RowProgress
+from ..base.names import ImageEntry, Inputs, Json
+from ..base.progress import RowProgress, waiting
 from ..bundle.handover import settle_adapter
 from ..cache.keys import digest
 from ..cache.prefix import Prefix
@@ -34,10 +34,13 @@ if TYPE_CHECKING:
     from ..recipe.schema import Recipe
 
 
-def fill_cache(recipe: Recipe, console: Console) -> None:
+def fill_cache(recipe: Recipe, console: Console) -> Json:
     """Keeps what the frozen parts of a recipe give for each picture of its rows; what is there already stays.
 
     Every process takes a share. It may be killed at any moment and started again.
+
+    Returns:
+        `store` (its folder), `pictures` and `bytes` that it holds now, and how many were `computed` by this process.
 
     Raises:
         UserError: The recipe has no cache, it would be wrong there, a picture cannot be read, or there is no more room.
@@ -56,7 +59,8 @@ def fill_cache(recipe: Recipe, console: Console) -> None:
     collator = build_collator(recipe, composed.processor, args)
     rows = load_rows(recipe, collator, args, console)
     said: list[str] = []
-    prefix = open_prefix(recipe, composed, collator, None, said.append)
+    with waiting(console, "Loading the frozen parts"):
+        prefix = open_prefix(recipe, composed, collator, None, said.append)
     if prefix is None:
         raise UserError(said[-1])
     prefix.say = partial(say, console)
@@ -87,6 +91,8 @@ def fill_cache(recipe: Recipe, console: Console) -> None:
         f"{prefix.store.folder}: {held:,} pictures, {held * prefix.store.row_bytes / GB:.3g} GB; {prefix.computed:,} "
         f"computed now{' by this process' if args.world_size > 1 else ''}.",
     )
+    size = held * prefix.store.row_bytes
+    return {"store": str(prefix.store.folder), "pictures": held, "bytes": size, "computed": prefix.computed}
 
 
 class _Pictures:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from .language import spoken_language
+from .language import Language, spoken_language
 
 # Of a row's error the code has two pieces, what is wrong and how to mend it, that follow where it is.
 CHINESE: dict[str, str] = {
@@ -83,30 +83,80 @@ CHINESE: dict[str, str] = {
         "已立即停止；之前保存的内容是完整的：用 --resume 继续。",
     "sft.max_length is {}, but an image makes a row of {} tokens; raise it.":
         "sft.max_length 是 {0}，而一张图片就要 {1} 个 token；请调大。",
+    # On pictures, in `web` first of all: what it is called, what is wrong with it, how to mend it.
+    "picture {}, {},": "第 {0} 张图片 {1}",
+    "is empty (0 bytes)": "是空的（0 字节）",
+    "is truncated or damaged ({})": "不完整或已损坏（{0}）",
+    "starts like a {} but is truncated or damaged: download it again or remove the row":
+        "开头像 {0}，但不完整或已损坏：请重新下载，或删去这一行",
+    "has {}, more than the {} allowed": "有 {0}，超过允许的 {1}",
+    "{} x {} pixels": "{0} x {1} 像素",
+    "is not an image in a format that can be read: convert it to JPEG or PNG":
+        "不是能读的图片格式：请转换为 JPEG 或 PNG",
+    "is not an image that can be read (it looks like HEIC or a video): {}":
+        "不是能读的图片（看起来是 HEIC 或视频）：{0}",
+    "is not an image (it looks like {})": "不是图片（看起来是 {0}）",
+    "convert it to JPEG or PNG, or name a video under `video`": "请转换为 JPEG 或 PNG，视频请写在 `video` 里",
+    "text: download the image again or remove the row": "文本：请重新下载图片，或删去这一行",
+    "download it again or remove the row": "请重新下载，或删去这一行",
+    "scale it down or remove the row": "请缩小，或删去这一行",
+    "The pictures are no longer here: ask again, then keep the answer.": "图片已经不在了：请重新提问，再保存答案。",
+    "{} has half a character (a lone surrogate): write it again.": "{0} 里有半个字符：请重新输入。",
+    "The messages show {}; at most {} are taken: leave some out.": "共有 {0}，最多 {1} 张：请减少几张。",
+    "The images have {} pixels together; at most {} are taken: send smaller ones.":
+        "图片合计 {0} 像素，最多 {1}：请缩小图片。",
+    "This model's prompts have no place for all of the images: give fewer.":
+        "这个模型的提问放不下全部图片：请减少几张。",
+    "{}the conversation takes {} tokens with its images, but the language model reads at most {} with the answer: "
+    "shorten it or give fewer images.":
+        "{0}对话连同图片有 {1} 个 token，而语言模型连同答案最多读 {2} 个：请缩短，或减少图片。",
+    "{} questions wait already: ask again in some seconds.": "已有 {0} 个问题在等：请过几秒再问。",
 }  # fmt: skip
 
 
 DEEPEST = 4
 """Sentences in each other; those of the code are two."""
-_COUNTERS = {"row": "行", "picture": "张图片", "text": "段文字"}
+_COUNTERS = {"row": "行", "picture": "张图片", "image": "张图片", "text": "段文字"}
 _COUNTED = re.compile(rf"([\d,]+) ({'|'.join(_COUNTERS)})s?")
 
 
-def translated(sentence: str, within: int = 0) -> str:
+_VERBS = ("is ", "has ", "starts ")  # with which begins what is wrong with a picture
+
+
+def translated(sentence: str, language: Language | None = None) -> str:
     """A sentence in the language that is spoken; as it is, where nobody has put it into that.
 
     Args:
         sentence: In English; a stranger's name in it may be as long as a file.
-        within: How many sentences it is a piece of: no more than `DEEPEST`.
+        language: Of whoever reads it; None: that of the environment.
     """
-    if spoken_language() != "zh" or within > DEEPEST:
+    return _in_chinese(sentence) if (language or spoken_language()) == "zh" else sentence
+
+
+def _in_chinese(sentence: str, within: int = 0) -> str:
+    """A sentence, or a piece of as many others as `within` says, in Chinese where somebody has put it into that."""
+    if within > DEEPEST:
         return sentence
     if found := _COUNTED.fullmatch(sentence):
         return f"{found[1]} {_COUNTERS[found[2]]}"
     for pieces, chinese in _templates():
         if (filled := _filled(pieces, sentence)) is not None:
             # A piece of one may be a sentence itself.
-            return chinese.format(*(translated(each, within + 1) for each in filled))
+            return chinese.format(*(_in_chinese(each, within + 1) for each in filled))
+    return _of_a_picture(sentence, within)
+
+
+def _of_a_picture(sentence: str, within: int) -> str:
+    """A sentence on a picture, which the code puts together: its name, what is wrong with it, and how to mend it."""
+    whole = sentence.removesuffix(".")
+    wrong, _, mend = whole.rpartition(": ")
+    for pieces, chinese in _templates():
+        if pieces[0].startswith(_VERBS):
+            for text, rest in ((whole, ""), (wrong, mend)):
+                if filled := _filled(["", f" {pieces[0]}", *pieces[1:]], text):
+                    name, *others = (_in_chinese(each, within + 1) for each in filled)
+                    what = chinese.format(*others) + (rest and "：" + _in_chinese(rest, within + 1))
+                    return f"{name.replace('the image ', '图片 ')} {what}。"
     return sentence
 
 

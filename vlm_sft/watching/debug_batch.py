@@ -12,6 +12,7 @@ from torch import nn
 from ..base.console import make_console
 from ..base.errors import UserError
 from ..base.names import IGNORED, Json, Row
+from ..base.progress import waiting
 from ..batch.collator import MultimodalCollator
 from ..batch.counts import rows_and_tokens
 from ..bundle.load import load, recipe_of
@@ -24,7 +25,7 @@ from ..rows.messages import unpacked
 from ..stack.kinds import kind_of
 
 
-def run(folder: str, step: int | None = None, checkpoint: str | None = None, trust_remote_code: bool = False) -> None:
+def run(folder: str, step: int | None = None, checkpoint: str | None = None, trust_remote_code: bool = False) -> Json:
     """Prints, for each row of a recorded step: loss, tokens, images, and whether all of it is finite.
 
     Args:
@@ -33,12 +34,16 @@ def run(folder: str, step: int | None = None, checkpoint: str | None = None, tru
         checkpoint: A bundle to look with; default the run's newest whole one before the step.
         trust_remote_code: As for `vlm_sft.load`.
 
+    Returns:
+        The same for a program: `step`, `why`, `loss`, `bundle`, and `rows`, each with the columns of the table.
+
     Raises:
         UserError: Nothing was recorded, there is no checkpoint, or a row is no longer in the data.
     """
     record = find_record(Path(folder), step)
     bundle = Path(checkpoint) if checkpoint else checkpoint_before(Path(folder), record["step"])
-    model, processor = load(bundle, trust_remote_code=trust_remote_code)
+    with waiting(make_console(), f"Loading {bundle}"):
+        model, processor = load(bundle, trust_remote_code=trust_remote_code)
     recipe = recipe_of(bundle, read_manifest(bundle))
     rows = find_rows(recipe, [name for ids in record["rows"] for name in ids])
     collator = kind_of(specs_of(recipe)).collator(processor, max_length=recipe.sft.get("max_length"))
@@ -46,9 +51,13 @@ def run(folder: str, step: int | None = None, checkpoint: str | None = None, tru
     console = make_console(stderr=False, soft_wrap=True)
     console.print(f"Step {record['step']:,} ({record['why']}): loss {loss:g} in training. Looked at with {bundle}.")
     table = Table("row", "loss", "tokens", "in the loss", "images (width × height, mean, spread)", "finite")
-    for row in rows:
-        table.add_row(*examine(model, collator, row))
+    looked = [examine(model, collator, row) for row in rows]
+    for each in looked:
+        table.add_row(*each)
     console.print(table)
+    columns = ("row", "loss", "tokens", "in_the_loss", "images", "finite")
+    found = [dict(zip(columns, each, strict=True)) for each in looked]
+    return {"step": record["step"], "why": record["why"], "loss": loss, "bundle": str(bundle), "rows": found}
 
 
 def find_record(folder: Path, step: int | None) -> Json:

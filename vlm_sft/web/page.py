@@ -12,6 +12,7 @@ import gradio as gr
 from ..base.errors import UserError
 from ..base.words import counted
 from ..serving.app import Server
+from ..spoken.catalogue import translated
 from .asking import Said, ask
 from .kept import Judged, Kept
 from .words import is_chinese, sentence, translations
@@ -165,7 +166,7 @@ def _shown(server: Server, said: Sequence[Said], chinese: bool) -> list[str]:
     for name in server.served:
         seeing, blind = found[name, False], found.get((name, True))
         faults = list(dict.fromkeys(each.fault for each in (seeing, blind) if each is not None and each.fault))
-        notes = [_note(fault) for fault in faults]
+        notes = [_note(translated(fault, "zh" if chinese else "en")) for fault in faults]
         if seeing.reason == "length":
             notes.append(sentence("length", chinese))
         boxes += [seeing.text, blind.text if blind is not None else "", "\n".join(notes)]
@@ -209,7 +210,7 @@ class Keeping:
             judged = Judged(asked.question, asked.pictures, self._name, said, text or said, self._good)
             target, count, new = self._kept.keep(judged)
         except UserError as error:
-            return _note(str(error))
+            return _note(translated(str(error), "zh" if chinese else "en"))
         said_of_it = "again" if not new else "kept_good" if judged.teaches else "kept_bad"
         rows = f"{count:,} 行" if chinese else counted(count, "row")
         return sentence(said_of_it, chinese, target, rows)

@@ -47,7 +47,7 @@ SENTENCES: dict[str, tuple[str, str]] = {
     ),
     "length": ("It ends at the most tokens of an answer.", "已达到回答的长度上限。"),
 }
-"""What the server says of itself; sentences on pictures and settings are those of the command line, in English."""
+"""What the server says of itself; sentences on pictures are those of the command line, by `spoken.catalogue`."""
 
 
 def translations() -> dict[str, dict[str, str]]:
