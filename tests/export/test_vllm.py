@@ -77,8 +77,8 @@ def test_a_blip2s_prompt_leaves_the_placeholders_to_vllm(template, build):
     assert "<image>" not in text and "<image>" + text == processor.render(MESSAGES, True).text
 
 
-# The beginnings that vLLM's `hf_to_vllm_mapper` of LlavaForConditionalGeneration gives names of a base and of an
-# adapter, and the endings that its `parse_fine_tuned_lora_name` takes (vllm/lora, commit 0306474e).
+# Of vLLM 0.33.0 (4ba787ec9): the beginnings that `hf_to_vllm_mapper` of LlavaForConditionalGeneration gives names of a
+# base and of an adapter, and the endings that `parse_fine_tuned_lora_name` takes.
 MAPPER = {
     "model.language_model.": "language_model.model.",
     "model.vision_tower.": "vision_tower.",
@@ -91,28 +91,33 @@ ENDINGS = (".lora_A.weight", ".lora_B.weight")
 @pytest.mark.slow
 def test_an_unmerged_adapter_has_the_names_that_vllms_loader_maps_onto_the_base(bundle, tmp_path):
     out = tmp_path / "export"
-    found = export(bundle(**LLAVA), out, "vllm", keep_adapter=True)  # base and adapter, through PEFT
-    assert found["max_difference"] <= 1e-4 and found["rank"] == 2
+    lora = {"r": 2, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"self_attn.v_proj": 16}}
+    found = export(bundle(**{**LLAVA, "lora": lora}), out, "vllm", keep_adapter=True)  # base and adapter, through PEFT
+    assert found["max_difference"] <= 1e-4 and found["rank"] == 3
     base = load_file(out / "model.safetensors")
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
     layers = set()
+    said = json.loads((out / "adapter" / "adapter_config.json").read_text())
     for name in adapter:
         assert name.startswith("base_model.model.") and name.endswith(ENDINGS), name
         name = name.removeprefix("base_model.model.")
+        layer = name.split(".lora_")[0]
+        # Its `PEFTHelper.get_rank_and_scaling`: a key matches the end of a layer's name from a dot on.
+        ranks = [rank for key, rank in said["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", layer)]
+        assert (ranks or [said["r"]])[0] in adapter[f"base_model.model.{name}"].shape
         old = next(old for old in MAPPER if name.startswith(old))
         layers.add((MAPPER[old] + name.removeprefix(old)).split(".lora_")[0])
     assert layers and all(f"{layer}.weight" in base for layer in layers)
     assert all(layer.startswith("language_model.model.layers.") for layer in layers)
-    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["bias"], config["modules_to_save"], config["use_dora"]) == (2, "none", None, False)
+    assert (said["r"], said["bias"], said["modules_to_save"], said["use_dora"]) == (2, "none", None, False)
+    assert said["alpha_pattern"] == {"self_attn.v_proj": 16}
     card = (out / "README.md").read_text()
-    assert "--enable-lora --max-lora-rank 2 --lora-modules adapter=" in card and "its LoRA lies in `adapter/`" in card
+    assert "--enable-lora --max-lora-rank 3 --lora-modules adapter=" in card and "its LoRA lies in `adapter/`" in card
 
 
 ADAPTERS = {
     "DoRA": ({"use_dora": True}, "its loader knows no DoRA"),
     "new tokens": ({"add_tokens": ["<loc>"]}, "its loader knows no rows of new tokens"),
-    "ranks of layers": ({"rank_pattern": {"q_proj": 1}}, "its loader knows no rank or alpha of single layers"),
     "the tower": ({"target_modules": r".*\.(q_proj|fc1)"}, "it puts LoRA into language models, and .*vision_tower"),
 }
 

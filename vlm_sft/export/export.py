@@ -32,7 +32,7 @@ from .gguf import write_gguf
 from .merged import write_merged
 from .merging import Comparison
 from .native_model import renamed
-from .vllm import check_adapter
+from .vllm import check_adapter, most_ranks
 
 # In PEFT's files: before the names of modules, a stack's head, and after a table's name where its new rows are.
 PREFIX, HEAD, ROWS = "base_model.model.", "lm_head", ".token_adapter.trainable_tokens_delta"
@@ -133,7 +133,7 @@ def _write(out: Path, to: str, model: nn.Module, form: Form, dtype: torch.dtype,
         save_file(probe, Path(folder) / PROBE)
         layers = layers_of(form.model)
         out.mkdir(parents=True, exist_ok=True)
-        ranks = {"rank": model.peft_config["default"].r} if keep_adapter else {}
+        ranks = {"rank": most_ranks(model)} if keep_adapter else {}
         if keep_adapter:
             _keep_adapter(model, form, out / ADAPTER_FOLDER)
             model.unload()

@@ -66,7 +66,8 @@ def check_adapter(form: str, model: PeftModel) -> None:
     """Refuses an adapter that vLLM's loader does not take, or takes for another one.
 
     It reads `adapter_model.safetensors` with the beginnings of names mapped as those of the base (a name of `NAMES`
-    becomes vLLM's), of `adapter_config.json` `r` and `lora_alpha` alone, and puts LoRA into a language model.
+    becomes vLLM's), of `adapter_config.json` `r`, `lora_alpha` and what single layers have in their place
+    (`rank_pattern`, `alpha_pattern`, by PEFT's own rule), and puts LoRA into a language model.
 
     Args:
         form: What `native_form` gave, or an existing VLM's model type.
@@ -83,7 +84,6 @@ def check_adapter(form: str, model: PeftModel) -> None:
         "rows of new tokens (lora.add_tokens)": config.trainable_token_indices,
         "parts trained whole by PEFT (modules_to_save)": config.modules_to_save,
         "trained biases (bias)": config.bias != "none",
-        "rank or alpha of single layers (rank_pattern, alpha_pattern)": config.rank_pattern or config.alpha_pattern,
     }
     for what, given in said.items():
         if given:
@@ -93,6 +93,12 @@ def check_adapter(form: str, model: PeftModel) -> None:
         if ".lora_" in name and not name.startswith(inner):
             layer = name.split(".lora_")[0].removeprefix("base_model.model.")
             raise UserError(KEPT.format(f"it puts LoRA into language models, and this one is in {layer!r} too"))
+
+
+def most_ranks(model: PeftModel) -> int:
+    """The largest rank of an adapter's layers, which vLLM asks for when it starts (`--max-lora-rank`)."""
+    config = model.peft_config["default"]
+    return max([config.r, *(config.rank_pattern or {}).values()])
 
 
 def _check_prompt(processor: VLMProcessor) -> None:
