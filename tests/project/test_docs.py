@@ -164,8 +164,8 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_training(page: str, words: list[str], folder: Path) -> None:
-    """RECIPE [key.path=value …] [--resume] [--dry-run]: the recipe is shipped, or the page shows it; overrides fit."""
-    words = [word for word in words if word not in ("--dry-run", "--resume")]
+    """RECIPE [key.path=value …] [--resume] [--dry-run] [--json]: shipped or on the page; overrides fit."""
+    words = [word for word in words if word not in ("--dry-run", "--resume", "--json")]
     if "--accelerate-config" in words:
         at = words.index("--accelerate-config")
         assert (ROOT / words[at + 1]).is_file(), words[at + 1]
