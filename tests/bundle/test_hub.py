@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub.utils import disable_progress_bars
 from safetensors.torch import save_file
 
+from support.forge import Forge
 from support.hub_server import TOKEN, HubServer
 from support.paths import ROOT
 from vlm_sft.base.errors import UserError
@@ -46,13 +47,10 @@ assert run("me/again@v1", recipe=recipe, max_rows=2)["questions"]["captions"] ==
 """
 
 
-def run(hub: HubServer, home: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """A fresh Python that uses this Hub."""
+def environment(hub: HubServer, home: Path) -> dict[str, str]:
+    """Of a program that uses this Hub."""
     keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment = {**keep, **hub.environment(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=cwd, capture_output=True, text=True, check=False
-    )
+    return {**keep, **hub.environment(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -92,7 +90,10 @@ def trained(hub, caption_file, tmp_path_factory) -> tuple[Path, str]:
                 "language": ["zh", "en"], "message": "The first"},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    done = run(hub, folder / "home", "-m", "vlm_sft.train", str(folder / "recipe.yaml"))
+    forge = Forge(environment=environment(hub, folder / "home"))
+    command = [sys.executable, "-m", "vlm_sft.train", str(folder / "recipe.yaml")]
+    done = forge.fork(command, env=forge.environment, capture_output=True, text=True)
+    forge.close()
     assert done.returncode == 0, done.stderr
     return folder / "bundle", done.stdout + done.stderr
 
@@ -144,7 +145,10 @@ def test_a_pushed_bundle_loads_elsewhere_with_equal_logits(hub, trained, tmp_pat
     before = bytes_of(bundle)
     hub.repos["tiny/llama"].commit("main", {}, "the branch moved on: the recorded commit must be asked for")
     recipe = str(bundle.parent / "recipe.yaml")
-    shared = run(hub, tmp_path / "elsewhere", "-c", SHARE, str(bundle), recipe, cwd=tmp_path)
+    shared = subprocess.run(
+        [sys.executable, "-c", SHARE, str(bundle), recipe],
+        env=environment(hub, tmp_path / "elsewhere"), cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
     assert shared.returncode == 0, shared.stderr
     assert shared.stdout.startswith(f"{hub.endpoint}/me/again/commit/")
     assert bytes_of(bundle) == before

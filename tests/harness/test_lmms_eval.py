@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from support.asking import running
 from support.bundles import trained
+from support.forge import Forge
 from support.paths import ROOT
 from vlm_sft import load
 from vlm_sft.inference.answer_file import generate
@@ -61,24 +61,24 @@ process_results: !function utils.rounds
 generation_kwargs: {max_new_tokens: 4, until: "x"}
 metric_list: [{metric: rounds, aggregation: mean, higher_is_better: true}]
 """
-# Two runs and two mistakes in one process, because lmms-eval takes its time to be imported.
-DRIVER = """
-import json, sys
-from lmms_eval.__main__ import cli_evaluate
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["lmms_eval", *arguments]
-    try:
-        cli_evaluate()
-    except SystemExit as ended:
-        print("ended with", ended.code, file=sys.stderr, flush=True)
-"""
+IMPORTS = ("accelerate.commands.launch", "lmms_eval.__main__")
 
 
 @pytest.fixture(scope="module")
-def harness() -> Path:
+def harness() -> Iterator[Callable[..., str]]:
+    """Runs lmms-eval, or two of it, as forks of one process, because it takes its time to be imported."""
     if not PYTHON.exists():
         pytest.fail("lmms-eval has no environment here: run `make .venv-lmms-eval/.setup-done` (`make test` does).")
-    return PYTHON
+    forge = Forge(python=str(PYTHON), imports=IMPORTS)
+
+    def run(*arguments, code: int = 0) -> str:
+        command = [str(PYTHON), "-m", *map(str, arguments)]
+        done = forge.fork(command, capture_output=True, text=True, timeout=500)
+        assert done.returncode == code, done.stderr[-3000:]
+        return done.stderr
+
+    yield run
+    forge.close()
 
 
 @pytest.fixture
@@ -105,18 +105,6 @@ def tasks(tmp_path, photos):
     return folder
 
 
-def run(*command, **more) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-        "HF_HUB_OFFLINE": "1",
-        **more,
-    }
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 def samples(folder: Path, task: str) -> list[dict]:
     """What lmms-eval wrote of each question, in order."""
     [file] = folder.rglob(f"*_samples_{task}.jsonl")
@@ -137,40 +125,32 @@ def test_both_models_say_what_our_own_command_says(harness, bundle, tasks, tmp_p
         json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     ]
 
-    given = ["--model", "vlm_sft", "--include_path", tasks, "--batch_size", 3, "--log_samples"]
-    own = ["--model_args", f"pretrained={bundle}"]
-    runs = [
-        [*given, *own, "--force_simple", "--tasks", "own_written,own_chosen", "--output_path", tmp_path / "simple"],
-        [*given[:-1], "--model_args", f"pretrained={tmp_path}/none", "--tasks", "own_written"],
-        [*given[:-1], "--model_args", f"pretrained={bundle},dtype=bf16", "--tasks", "own_written"],
-    ]
+    given = ["lmms_eval", "--model", "vlm_sft", "--include_path", tasks, "--batch_size", 3]
+    own = ["--log_samples", "--model_args", f"pretrained={bundle}"]
+    simple = ["--force_simple", "--tasks", "own_written,own_chosen", "--output_path", tmp_path / "simple"]
+    said = harness(*given, *own, *simple)
+    one = ["--tasks", "own_written"]
+    none = harness(*given, "--model_args", f"pretrained={tmp_path}/none", *one, code=2)
+    other = harness(*given, "--model_args", f"pretrained={bundle},dtype=bf16", *one, code=2)
     with running(load_bundles([str(bundle)], {})) as caller:
         asked = f"model_version=bundle,base_url={caller.url},api_key=none,num_concurrent=4"
         over_http = ["--model", "openai", "--include_path", tasks, "--log_samples", "--model_args", asked]
-        runs.append([*over_http, "--tasks", "own_written", "--output_path", tmp_path / "http"])
-        alone = run(harness, "-c", DRIVER, json.dumps([list(map(str, each)) for each in runs]))
+        harness("lmms_eval", *over_http, *one, "--output_path", tmp_path / "http")
         assert 'status="200"} 4' in caller(None, "/metrics", "GET").told
-    two = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        ROOT / "accelerate_configs/cpu_2.yaml",
-        "-m",
-        "lmms_eval",
-    ]
-    run(harness, *two, *given, *own, "--tasks", "own_written,own_rounds", "--output_path", tmp_path / "chat")
+    two = ["accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs/cpu_2.yaml", "-m"]
+    harness(*two, *given, *own, "--tasks", "own_written,own_rounds", "--output_path", tmp_path / "chat")
 
     for folder in ("simple", "chat", "http"):
         assert [line["filtered_resps"] for line in samples(tmp_path / folder, "own_written")] == ours
-    assert "image_aspect_ratio='pad' is none of `generate` and is left out" in alone.stderr
-    assert f"error: '{tmp_path}/none' is no bundle" in alone.stderr and alone.stderr.count("ended with 2") == 2
-    assert "error: --model_args: there is no 'dtype'" in alone.stderr
+    assert "image_aspect_ratio='pad' is none of `generate` and is left out" in said
+    assert f"error: '{tmp_path}/none' is no bundle" in none
+    assert "error: --model_args: there is no 'dtype'" in other
 
     model, processor = load(bundle)
     for number, line in enumerate(samples(tmp_path / "simple", "own_chosen")):
         asked = [{"type": "image"}, {"type": "text", "text": QUESTIONS[number]}]
-        said = [[{"type": "text", "text": text}] for text in CHOICES]
-        turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": each}] for each in said]
+        texts = [[{"type": "text", "text": text}] for text in CHOICES]
+        turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": each}] for each in texts]
         rows = [
             {"messages": each, "images": [photos[number % len(photos)]], "id": str(n)} for n, each in enumerate(turns)
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -27,10 +26,10 @@ def benchmark():
 
 
 @pytest.mark.slow
-def test_it_runs_without_a_gpu(tmp_path):
+def test_it_runs_without_a_gpu(tmp_path, forge):
     out = tmp_path / "memory.json"
     options = ["--sizes", "tiny", "--plans", "lora", "--checkpointing", "on", "--steps", "2", "--out", str(out)]
-    done = subprocess.run(
+    done = forge.fork(
         [sys.executable, str(FOLDER / "memory.py"), *options], capture_output=True, text=True, env=environment()
     )
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -37,10 +36,10 @@ def test_questions_that_share_an_image_have_the_loss_of_the_rows_and_fewer_token
 
 
 @pytest.mark.slow
-def test_peers_have_the_same_loss_in_alternation_and_what_they_take_is_told(tmp_path):
+def test_peers_have_the_same_loss_in_alternation_and_what_they_take_is_told(tmp_path, forge):
     """TRL, a loop of one's own and this toolkit, on the same checkpoint; a way with another loss ends it."""
     command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    done = forge.fork(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
     assert [each["way"] for each in found] == ["TRL", "plain loop", "vlm_sft", "+ packing, cache"]

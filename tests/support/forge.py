@@ -101,10 +101,26 @@ class Forge:
         forks: Whether `in_place_of_processes` does anything; a test of a fresh Python says no.
     """
 
-    def __init__(self, address: str | None = None) -> None:
-        """With the `address` of another forge, it is that one's process that forks."""
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        environment: dict[str, str] | None = None,
+        python: str = sys.executable,
+        imports: tuple[str, ...] = (),
+    ) -> None:
+        """With the `address` of another forge, it is that one's process that forks.
+
+        Args:
+            address: Of the other's socket.
+            environment: What its process imports everything in; None for this one.
+            python: Of another environment, which sees this one's packages too.
+            imports: What its process imports, in place of all that a training needs.
+        """
         self.forks = True
-        self.environment = dict(os.environ)
+        self._program = [python, str(PROGRAM.with_name("forks.py"))]
+        self._imports = imports
+        self.environment = dict(os.environ if environment is None else environment)
         self.folder = None if address else tempfile.mkdtemp(prefix="forge-")  # an address has 107 bytes at most
         self.address = address or f"{self.folder}/address"
         self.process: subprocess.Popen | None = None
@@ -140,10 +156,14 @@ class Forge:
             command = arguments[0] if arguments else options["args"]
             if not (self.forks and options.keys() <= KNOWN_OPTIONS and self._can_fork(command, options.get("env"))):
                 return real(*arguments, **options)
-            return self._ask(command, {"argv": command[1:]}, **options)
+            return self.fork(command, **options)
 
         with mock.patch.object(subprocess, "run", run):
             yield
+
+    def fork(self, command: list[str], **options: Any) -> subprocess.CompletedProcess:
+        """As `subprocess.run` any module or file of its Python, less what that says of what it imports and holds."""
+        return self._ask(command, {"argv": command[1:]}, **options)
 
     def start(
         self, command: list[str], *, env: dict[str, str] | None = None, stdout: Any = None, stderr: Any = None
@@ -231,7 +251,7 @@ class Forge:
             server.bind(self.address)
             server.listen()
             self.process = subprocess.Popen(
-                [sys.executable, str(PROGRAM.with_name("forks.py")), str(server.fileno())],
+                [*self._program, str(server.fileno()), *self._imports],
                 stdin=subprocess.PIPE, pass_fds=[server.fileno()],
                 env={**self.environment, "PYTHONPATH": paths}, cwd=ROOT,
             )  # fmt: skip

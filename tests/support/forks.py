@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ IMPORTS = (
 )  # fmt: skip
 
 
-def serve(server: socket.socket) -> None:
+def serve(server: socket.socket, imports: Sequence[str]) -> None:
     """Imports everything, then forks for each order, until whoever started it is gone."""
     from vlm_sft.base.console import quiet_libraries
     from vlm_sft.templates.literals import role_markers
 
     quiet_libraries()
-    for name in IMPORTS:
+    for name in imports:
         importlib.import_module(name)
     role_markers("plain")  # every start of a training compiles all templates that ship
     gc.collect()
@@ -166,4 +167,4 @@ def count_moments(folder: str, kill_at: int | None, send: list[int] | None) -> N
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:] or IMPORTS)
