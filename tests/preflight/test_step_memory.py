@@ -23,9 +23,8 @@ from vlm_sft.preflight.step_memory import Step, StorageCounter, count_step, with
 from vlm_sft.stack.build_stack import build_empty_stack
 from vlm_sft.stack.lora import add_adapter
 
-# Of the further families, those unlike the first: routers, tiles of another cut, visual words. All were counted
-# rightly when they were tried but GLM's two, which are off by 48 bytes of 120,000.
-OTHERS = ("qwen3_vl_moe", "llava_onevision", "ovis2", "deepseek_vl")
+# Of the further families, those unlike the first: routers, tiles of another cut, visual words, norms between types.
+OTHERS = ("qwen3_vl_moe", "llava_onevision", "ovis2", "deepseek_vl", "glm4v")
 # Frozen or not, before and behind what learns, with LoRA, with checkpointing.
 CASES = {
     "projector": ("clip", None, {"train": {"projector": 1e-3}}),

@@ -180,7 +180,11 @@ class _RealNumbers(TorchDispatchMode):
         if operation in INDEXED:
             args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
         args, kwargs = tree_map(lambda leaf: self._fake.from_tensor(leaf) if _has_data(leaf) else leaf, (args, kwargs))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if operation is aten.native_layer_norm and len({tensor.dtype for tensor in tensors}) > 1:
+            # Between types, mean and deviation are float32 everywhere; without data torch gives them the input's type.
+            return result[0], *(each.float() for each in result[1:])
+        return result
 
 
 def _has_data(leaf: object) -> bool:
