@@ -13,7 +13,12 @@ from vlm_sft.model.connectors import MLPProjector, PixelShuffleProjector, build_
 
 @pytest.mark.parametrize(
     ("kind", "options", "tokens"),
-    [("linear", {}, 16), ("mlp", {"depth": 3, "activation": "silu"}, 16), ("pixel_shuffle", {"scale_factor": 4}, 1)],
+    [
+        ("linear", {}, 16),
+        ("mlp", {"depth": 3, "activation": "silu"}, 16),
+        ("mlp_norm", {"depth": 3}, 16),
+        ("pixel_shuffle", {"scale_factor": 4}, 1),
+    ],
 )
 def test_a_projector_takes_two_widths(kind, options, tokens):
     projector = build_projector(kind, 24, 32, **options)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     Blip2ForConditionalGeneration,
     HyperCLOVAXConfig,
@@ -194,6 +196,29 @@ def test_an_mlp_projector_is_found_by_its_publishers_names(names, tmp_path):
         for layer, name in zip(projector.layers, names, strict=True):
             assert torch.equal(layer.weight, state[f"{name}.weight"])
             assert torch.equal(layer.bias, state[f"{name}.bias"])
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_projector_with_norms_is_yi_vls(depth, tmp_path):
+    widths = [6] + [8] * depth
+    parts = [each for a, b in pairwise(widths) for each in (nn.GELU(), nn.Linear(a, b), nn.LayerNorm(b))]
+    upstream = nn.Sequential(*parts[1:])  # VL/llava/model/multimodal_projector/builder.py, mlp2x_gelu_Norm
+    for parameter in upstream.parameters():
+        nn.init.normal_(parameter)
+    state = {f"model.mm_projector.{name}": tensor for name, tensor in upstream.state_dict().items()}
+    save_file({**state, "model.embed_tokens.weight": torch.randn(9, 8)}, tmp_path / "model.safetensors")
+    projector = build_projector("mlp_norm", 6, 8, depth=depth)
+    load_projector_weights(projector, str(tmp_path))
+    features = torch.randn(2, 5, 6)
+    torch.testing.assert_close(projector(features), upstream(features))
+    ours = {f"model.projector.{name}": tensor for name, tensor in projector.state_dict().items()}
+    save_file(ours, tmp_path / "model.safetensors")  # as a bundle holds it
+    again = build_projector("mlp_norm", 6, 8, depth=depth)
+    load_projector_weights(again, str(tmp_path))
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in projector.state_dict().items())
+    torch.save({name: t for name, t in state.items() if ".1." not in name}, tmp_path / "mm_projector.bin")
+    with pytest.raises(UserError, match=r"holds no projector of this kind \(.*norms\.0\.bias"):
+        load_projector_weights(build_projector("mlp_norm", 6, 8), str(tmp_path / "mm_projector.bin"))
 
 
 def test_a_projector_of_another_kind_or_width_is_an_error_that_names_it(pieces):

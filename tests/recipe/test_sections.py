@@ -74,7 +74,7 @@ def test_a_recipe_of_an_older_bundle_states_the_options_of_every_kind(tmp_path: 
         ),
         (
             "stack.projector={type: mpl}",
-            "'linear_no_bias', 'mlp' or 'pixel_shuffle', not 'mpl'.",
+            "'mlp', 'mlp_norm' or 'pixel_shuffle', not 'mpl'.",
         ),
         ("stack.projector={type: 2}", "or 'pixel_shuffle', not '2'."),
         ("stack.projector={depth: 2}", 'the key "stack.projector.type" is missing.'),

@@ -114,6 +114,20 @@ class MLPProjector(nn.Module):
         return features
 
 
+class MLPNormProjector(MLPProjector):
+    """Yi-VL's `mlp{depth}x_gelu_Norm`: a norm behind each linear layer, before the activation."""
+
+    def __init__(self, in_features: int, out_features: int, depth: int = 2, activation: str = "gelu") -> None:
+        super().__init__(in_features, out_features, depth, activation)
+        self.norms = nn.ModuleList(nn.LayerNorm(out_features) for _ in self.layers)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(N, P, in_features) → (N, P, out_features)."""
+        for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            features = norm(layer(features if i == 0 else self.activation(features)))
+        return features
+
+
 class PixelShuffleProjector(nn.Module):
     """Folds each `scale_factor`² square of patches into one token, then one linear layer (Idefics3, SmolVLM).
 
@@ -281,6 +295,7 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "linear_end": LinearEndProjector,
     "linear_no_bias": LinearNoBiasProjector,
     "mlp": MLPProjector,
+    "mlp_norm": MLPNormProjector,
     "pixel_shuffle": PixelShuffleProjector,
 }
 RESAMPLERS: dict[str, type[nn.Module]] = {

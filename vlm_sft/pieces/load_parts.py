@@ -56,6 +56,12 @@ PROJECTOR_NAMES = {
     **{f"mm_projector.{2 * i}": f"layers.{i}" for i in range(8)},
     **{f"projector.layers.{i}": f"layers.{i}" for i in range(8)},
 }
+# Yi-VL's has a norm behind each linear layer, and three numbers a step.
+NORMED_NAMES = {
+    **{f"mm_projector.{3 * i}": f"layers.{i}" for i in range(8)},
+    **{f"mm_projector.{3 * i + 1}": f"norms.{i}" for i in range(8)},
+    **{f"projector.{part}.{i}": f"{part}.{i}" for part in ("layers", "norms") for i in range(8)},
+}
 # Files in which a projector is published alone, by LLaVA and by this package.
 PROJECTOR_FILES = (*WEIGHT_FILES, "mm_projector.bin", TRAINED)
 # What follows the features that are used here; checkpoints of encoders with another head lack it.
@@ -97,7 +103,7 @@ def load_projector_weights(projector: nn.Module, pretrained: str, revision: str 
     renamed: dict[str, str] = {}
     for name in checkpoint.files:
         stem, _, leaf = name.rpartition(".")
-        for theirs, ours in PROJECTOR_NAMES.items():
+        for theirs, ours in (NORMED_NAMES if kind == "mlp_norm" else PROJECTOR_NAMES).items():
             if stem == theirs or stem.endswith("." + theirs):
                 renamed[f"{ours}.{leaf}"] = name
         if leaf == "image_newline":  # LLaVA-1.6 has it beside the projector

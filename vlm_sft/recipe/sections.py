@@ -79,7 +79,7 @@ class _Projector(_Piece):
     """What projectors of every kind can say."""
 
     type: str
-    """Its kind: linear, linear_end, linear_no_bias, mlp or pixel_shuffle."""
+    """Its kind: linear, linear_end, linear_no_bias, mlp, mlp_norm or pixel_shuffle."""
     init: Literal["default", "match_embeddings"] = "default"
     """`match_embeddings` scales a new projector's output to the language model's embeddings."""
     pretrained: str | None = None
@@ -99,10 +99,10 @@ class Linear(_Projector):
 
 
 class MLP(_Projector):
-    """Linear layers with a function between them (LLaVA-1.5)."""
+    """Linear layers with a function between them, and perhaps a norm behind each."""
 
-    type: Literal["mlp"]
-    """Linear layers with a function between them (LLaVA-1.5)."""
+    type: Literal["mlp", "mlp_norm"]
+    """`mlp` (LLaVA-1.5), or `mlp_norm` (Yi-VL: and a norm behind each layer)."""
     depth: Annotated[int, Field(ge=1, le=64)] = 2
     """Number of linear layers."""
     activation: str = "gelu"
