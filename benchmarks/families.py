@@ -44,11 +44,13 @@ REASONS = {
     "glm4v_moe": "PEFT turns LoRA on its linear layers into LoRA on its experts, of which no bundle keeps one",
     "mistral4": "its class in this list has no image path",
     "pi0": "it writes a robot's motions, not words",
-    "idefics2": "its processor rewrites the text around its images, spaces included",
-    "minicpmv4_6": "its processor numbers the images of a text, and those of a row cannot be told one by one",
-    "minicpmv4_7": "its processor numbers the images of a text, and those of a row cannot be told one by one",
+    "chameleon": "an image is words of its vocabulary, with no features and no projector",
+    "emu3": "an image is words of its vocabulary, with no features and no projector",
+    "fast_vlm": "its tower needs timm",
+    "pp_chart2table": "its own processor writes no places of an image into a text",
+    "shieldgemma2": "it judges images by policies that its own processor writes; its weights are Gemma 3's",
 }
-NO_ROW = "its prompt is not written down here"
+NO_ROW = "its prompt was not found: neither in transformers nor in ms-swift or LLaMA-Factory"
 
 
 def classes() -> list[str]:
@@ -102,6 +104,8 @@ def works(model_type: str, failed: list[str]) -> str:
     said = [f"works: template {', '.join(f'`{name}`' for name in sorted(set(family.template.values())))}"]
     if family.no_packing:
         said.append(f"rows are neither packed nor do they share images ({family.no_packing})")
+    if family.one_by_one:
+        said.append("its weights are not split among processes (its projector is called for each image by itself)")
     if family.no_export:
         said.append(f"not exported ({family.no_export})")
     return "; ".join(said)

@@ -49,7 +49,11 @@ def test_template_may_be_a_path(tmp_path: Path) -> None:
             "mine/zia.jinja",
             'the chat template file "mine/zia.jinja" does not exist; the closest that ships is "ziya".',
         ),
-        (assets.template_path, "0000", 'there is no chat template "0000"; these ship: aya_vision, blip2_caption,'),
+        (
+            assets.template_path,
+            "0000",
+            'there is no chat template "0000"; these ship: aria, aya_vision, blip2_caption,',
+        ),
     ],
 )
 def test_wrong_names(find, name: str, message: str) -> None:

@@ -47,6 +47,8 @@ ROUND_TRIPS = {
     "everything": {"train": dict.fromkeys(("vision_tower", "resampler", "projector", "language_model"), 1e-4)},
     "LLaVA": {"tower": "clip", "resampler": None, "projector": {"type": "mlp"},
               "vision": {"feature_layer": -2, "feature_select": "patch"}, "lora": {"r": 2}},
+    "Yi-VL": {"tower": "clip", "resampler": None, "projector": {"type": "mlp_norm"},
+              "vision": {"feature_layer": -2, "feature_select": "patch"}, "lora": {"r": 2}},
     "OPT, pixel shuffle": {"tower": "clip", "resampler": None, "lm": "opt", "projector": {"type": "pixel_shuffle"},
                            "vision": {"feature_select": "patch"}, "train": {"projector": 1e-3, "language_model": 1e-4}},
 }  # fmt: skip

@@ -20,8 +20,9 @@ from vlm_sft.export.check import compare, inputs_of, noise_picture, read_process
 from vlm_sft.export.export import export
 from vlm_sft.export.forms import FamilyForm
 from vlm_sft.export.native_model import renamed
+from vlm_sft.families.table import FAMILIES
 
-EXPORTED = [name for name in CHECKED if name != "fuyu"]
+EXPORTED = [name for name in CHECKED if not FAMILIES[name].no_export]
 CHATTING = [name for name in EXPORTED if name != "kosmos-2"]
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this? 这是什么？"}]}
 

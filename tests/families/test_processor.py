@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support.tiny_families import CHECKED, EVERY, processor_of, rows
+from support.tiny_families import ALL, CHECKED, EVERY, processor_of, rows
 from vlm_sft.base.errors import RowError, UserError
 from vlm_sft.base.names import IGNORED
 from vlm_sft.batch.collator import MultimodalCollator
@@ -35,9 +35,13 @@ TURN = [user("<image>", "What is this?"), assistant("a red 3")]
 # What each writes after an answer inside the loss.
 ENDS = {"llava": "</s>", "llava_next": "</s>", "kosmos-2": "</s>", "paligemma": "<eos>", "fuyu": "|ENDOFTEXT|",
         "gemma3": "<end_of_turn>", "idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>",
-        "aya_vision": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "gemma4": "<turn|>",
+        "aya_vision": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "gemma4": "<turn|>", "exaone4_5": "<|endofturn|>",
+        "idefics2": "<end_of_utterance>", "hunyuan_vl": "<｜hy_Assistant｜>", "ernie4_5_vl_moe": "<|end_of_sentence|>",
+        **dict.fromkeys(("granite4_vision", "granite_docling"), "<|end_of_text|>"),
+        **dict.fromkeys(("vipllava", "llava_next_video", "video_llava", "paddleocr_vl", "deepseek_ocr2"),
+                        "</s>"),
         **dict.fromkeys(("glm4v", "glm46v"), "<|user|>"),
-        **dict.fromkeys(("deepseek_vl", "deepseek_vl_hybrid"), "<｜end▁of▁sentence｜>")}  # fmt: skip
+        **dict.fromkeys(("deepseek_vl", "deepseek_vl_hybrid", "janus"), "<｜end▁of▁sentence｜>")}  # fmt: skip
 
 
 def native_batch(name: str, processor, messages: list[dict], image: Image.Image) -> dict:
@@ -51,13 +55,16 @@ def native_batch(name: str, processor, messages: list[dict], image: Image.Image)
         options = {"suffix": answer}
     elif name == "kosmos-2":  # puts <s> and the image at the head by itself
         text = text.replace("<s><image> ", "")
+    elif name == "idefics2":  # frames an image by itself
+        text = text.replace("<fake_token_around_image>", "").replace("<image> ", "<image>")
+        options = {"add_special_tokens": False}
     else:  # as its `apply_chat_template` does: a template that writes BOS gets no second one
         bos = processor.tokenizer.bos_token
         options = {"add_special_tokens": not (bos and text.startswith(bos))}
     return dict(processor.native(images=[image], text=[text], return_tensors="pt", **options))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ALL)
 def test_ids_and_pixels_are_those_of_the_models_own_processor(name):
     processor = processor_of(name)
     for size in SIZES:
@@ -69,7 +76,7 @@ def test_ids_and_pixels_are_those_of_the_models_own_processor(name):
         assert all(torch.equal(ours[key], torch.as_tensor(tensor)) for key, tensor in given.items())
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ALL)
 def test_the_loss_is_on_the_answers_and_their_ends_alone(name):
     processor = processor_of(name)
     messages = [*TURN, user("Why?"), assistant("那是 3")]
@@ -119,7 +126,7 @@ MANY += [(DRAWN.randint(1, most), DRAWN.randint(1, most)) for most in (60, 300, 
 def test_what_stands_for_an_image_is_what_the_models_own_processor_writes(name, options):
     processor = processor_of(name, **options)
     for size in MANY[:: 1 if processor.reads_sizes else 9]:
-        if name == "kosmos-2":  # its own processor writes the frame where it reads the text, and looks at no size
+        if name in ("kosmos-2", "idefics2"):  # their own write it where they read the text, and look at no size
             wanted = processor.expansion((1, 1))
         else:
             try:
@@ -219,6 +226,12 @@ def test_an_image_of_an_existing_model_is_as_many_tokens_as_the_limit_says(name,
     monkeypatch.setenv("VLM_SFT_LIMITS", "image_tokens=1")
     with pytest.raises(UserError, match=r"an image becomes [\d,]+ tokens, but `limits\.image_tokens` is 1; let the"):
         processor_of(name)
+
+
+@pytest.mark.parametrize("name", ["paddleocr_vl", "ernie4_5_vl_moe", "hunyuan_vl", "video_llama_3"])
+def test_published_bounds_that_are_numbers_of_pixels_are_taken(name):
+    processor = processor_of(name, size={"shortest_edge": 12_544, "longest_edge": 4_842_768})
+    assert processor.count_image_tokens((641, 480)) > processor_of(name).count_image_tokens((641, 480))
 
 
 def test_the_published_bounds_of_glm_are_numbers_of_pixels_and_boxes_lie_on_the_whole_picture():

@@ -8,7 +8,17 @@ from support.scripts import script, systems_table
 from vlm_sft.families.table import FAMILIES
 
 TABLE = systems_table("Image-text-to-text models")
-SAMPLE = ["blip-2", "cohere2_vision", "florence2", "git", "kosmos-2.5", "mistral3", "vipllava"]
+SAMPLE = [
+    "blip-2",
+    "cohere2_vision",
+    "florence2",
+    "git",
+    "kosmos-2.5",
+    "mistral3",
+    "chameleon",
+    "fast_vlm",
+    "qwen4_exp",
+]
 
 
 @pytest.fixture(scope="module")

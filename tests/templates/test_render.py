@@ -242,7 +242,8 @@ def test_a_prompt_and_its_answer_begin_the_training_text(template: str, pairs: l
 def tokenizer():
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
-    alphabet = sorted(set(string.printable + json.dumps([ENGLISH, CHINESE], ensure_ascii=False) + "问：答"))
+    own = "".join(map(load_template, AROUND))  # letters of system texts and of tokens around turns
+    alphabet = sorted(set(string.printable + json.dumps([ENGLISH, CHINESE], ensure_ascii=False) + own))
     model = tokenizers.models.WordLevel({letter: index for index, letter in enumerate(["<unk>", *alphabet])}, "<unk>")
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")  # a token a character: masks are exact

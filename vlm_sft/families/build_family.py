@@ -26,11 +26,12 @@ from ..pieces.quantization import leave_out, outside_language_model, quantise_em
 from ..recipe.libraries import build_quantization_config
 from ..recipe.safety import check_picture
 from ..templates.template import load_template
-from .fuyu import FuyuProcessor
+from .ernie import Ernie
 from .images_alone import images_alone
 from .kind import Composed
 from .kosmos2 import Kosmos2, Kosmos2Processor
 from .model import FamilyModel, cast_parts, set_dtypes
+from .own_processors import FuyuProcessor, Idefics2Processor
 from .paligemma import PaliGemma
 from .processor import FamilyProcessor
 from .table import FAMILIES, default_template, family_of
@@ -44,8 +45,10 @@ KEY = "model.pretrained"
 TOKENS = ("image_seq_length", "image_seq_len", "num_additional_image_tokens", "num_patch_index_tokens",
           "num_image_tokens", "img_size")  # fmt: skip
 # Models whose class, or whose processor, needs more than the others'.
-MODELS: dict[str, type[FamilyModel]] = {"kosmos-2": Kosmos2, "paligemma": PaliGemma}
-PROCESSORS: dict[str, type[FamilyProcessor]] = {"kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor}
+MODELS: dict[str, type[FamilyModel]] = {"kosmos-2": Kosmos2, "paligemma": PaliGemma, "ernie4_5_vl_moe": Ernie}
+PROCESSORS: dict[str, type[FamilyProcessor]] = {
+    "kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor, "idefics2": Idefics2Processor,
+}  # fmt: skip
 
 
 class FamilyKind:
@@ -144,7 +147,9 @@ def _derive(model_type: str) -> type[FamilyModel]:
         return base.forward(self, *args, **self.complete(kwargs))
 
     # transformers looks into the file of a model's class for what it can do.
-    own = {"__module__": base.__module__, "forward": forward, "plain_head": FAMILIES[model_type].plain_head}
+    family = FAMILIES[model_type]
+    own = {"__module__": base.__module__, "forward": forward, "plain_head": family.plain_head,
+           "one_by_one": family.one_by_one}  # fmt: skip
     return type(base.__name__, (kind, base), own)
 
 
@@ -163,7 +168,9 @@ def load_processor(
         # The PIL backend everywhere, as for a tower: the same pixels on every machine.
         kind = images_alone(getattr(transformers, family.processor))
         folder = laid_out(spec.pretrained, spec.revision, KEY, (*TOKENIZER, *IMAGES))
-        native = kind.from_pretrained(folder, backend="pil", trust_remote_code=False, **spec.processor)
+        native = kind.from_pretrained(
+            folder, backend="pil", trust_remote_code=False, **family.options, **spec.processor
+        )
         check_picture(native.image_processor.to_dict(), f"{KEY}: {spec.pretrained!r} with `model.processor`")
         check_picture({name: spec.processor.get(name) for name in TOKENS}, KEY, "`model.processor`")
     except UserError:

@@ -15,6 +15,8 @@ NO_IMAGES = ("video_processor", "feature_extractor")
 class _Nothing:
     """A processor of videos or of sounds that is not there: whatever is asked of it is None."""
 
+    font = ""  # ERNIE's looks for a file of that name, to save it too
+
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)

@@ -19,7 +19,7 @@ from ..base.names import Inputs, Options
 from ..model.freeze import PART_NAMES, is_quantised_weight, part_modules, part_of, unwrapped
 from ..model.losses import Head, VLMOutput, add_balance, mean_loss, router_flag
 from ..model.positions import ExactRotations, packed_positions, row_numbers, shared_mask
-from ..model.sharding import others_wait_for
+from ..model.sharding import is_sharded, others_wait_for
 
 # What of the image path's output goes to the language model; Fuyu's has only a last hidden state.
 IMAGE_OUTPUTS = ("pooler_output", "deepstack_features", "visual_indicator_features")
@@ -30,6 +30,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
 
     Attributes:
         plain_head: See `Family.plain_head`.
+        one_by_one: See `Family.one_by_one`.
         followers: Ends of the names of buffers that are kept in the type of the frozen weights.
         blank: What the image path is run on, with weight zero, where a batch has no image: a blank image's inputs.
     """
@@ -37,6 +38,7 @@ class FamilyModel(ExactRotations, PreTrainedModel):
     blank: dict[str, torch.Tensor]
     followers: tuple[str, ...] = ()
     plain_head: bool = False
+    one_by_one: bool = False
     _parts: dict[str, str] | None = None  # what `_part` found, by the first names of parameters
     # Some models say False of their own loss; transformers would give ours no token count then, and a step would be the
     # mean of its micro-batches' means.
@@ -147,7 +149,12 @@ class FamilyModel(ExactRotations, PreTrainedModel):
 
     def base_output(self, **inputs: Any) -> Any:
         """What the model makes without its head; its `last_hidden_state`, (B, S, D), is what the head reads."""
-        path = (p for name, p in self.named_parameters() if part_of(name) != "language_model")
+        path = [p for name, p in self.named_parameters() if part_of(name) != "language_model"]
+        if self.one_by_one and is_sharded(path):
+            raise UserError(
+                "The weights of this model cannot be split among processes: its own class calls its projector for each "
+                "image by itself, and a process with more images would wait for ever; use DDP, or DeepSpeed's stage 2."
+            )
         if inputs.get("pixel_values") is not None or not others_wait_for(path, self.training):
             return self.base_model(**inputs)
         # Where and when the image features would come in: processes that share weights must ask for the same ones in
@@ -245,6 +252,8 @@ def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Options) -> t
     dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
 
     def cast(value: object) -> Any:
+        if isinstance(value, list):  # the features of several layers
+            return [cast(each) for each in value]
         return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}

@@ -51,7 +51,11 @@ class FamilyProcessor(VLMProcessor):
 
     Attributes:
         num_image_tokens: Tokens of an image, or 0 where they, or what stands between them, depend on its size.
+        one_shape: Whether the pixels of images that are as many tokens have one shape, so that one can stand for
+            another.
     """
+
+    one_shape = True
 
     def __init__(
         self,
@@ -79,7 +83,8 @@ class FamilyProcessor(VLMProcessor):
         counts = [self.count_image_tokens(shape) for shape in SHAPES]
         self._bound(max(counts))
         # As many tokens may stand in other rows and columns.
-        self.num_image_tokens = counts[0] if len({self.expansion(shape) for shape in SHAPES}) == 1 else 0
+        alike = self.one_shape and len({self.expansion(shape) for shape in SHAPES}) == 1
+        self.num_image_tokens = counts[0] if alike else 0
         self.reads_sizes = not self.num_image_tokens
 
     # -- text -----------------------------------------------------------------------------------------------------
@@ -232,6 +237,9 @@ class FamilyProcessor(VLMProcessor):
         if self.family.column:
             columns = [_column(row, self.family.counts) for row in rows]
             batch[self.family.column] = pad(columns, batch["input_ids"].shape[1], 0, side)
+        if self.family.frames:
+            framed = [[int(any(row.places[max(i - 1, 0) : i + 2])) for i in range(len(row.places))] for row in rows]
+            batch[self.family.frames] = pad(framed, batch["input_ids"].shape[1], 0, side)
         return batch
 
     # -- files ----------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def joined(features: Sequence[Features]) -> Features:
     for name, value in first.items():
         values = [each[name] for each in features]
         if name == BY_LAYER:
-            found[name] = [[one for part in layer for one in part] for layer in zip(*values, strict=True)]
+            found[name] = [_joined_layer(layer) for layer in zip(*values, strict=True)]
         elif isinstance(value, torch.Tensor):
             found[name] = torch.cat(values)
         else:
@@ -110,9 +110,19 @@ def joined(features: Sequence[Features]) -> Features:
     return type(first)(**found)
 
 
-def _tensors(value: Features | Sequence[Features]) -> Iterator[torch.Tensor]:
+def _joined_layer(parts: Sequence[Any]) -> Any:
+    """The features of a layer, of several pictures; Granite 4 says beside them which layer they are for."""
+    first = parts[0]
+    if isinstance(first, tuple) and isinstance(first[0], int):
+        return first[0], [one for _, part in parts for one in part]
+    return [one for part in parts for one in part]
+
+
+def _tensors(value: Features | Sequence[Features] | int) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
+        return
+    if isinstance(value, int):  # which layer they are for
         return
     for each in value.values() if isinstance(value, Mapping) else value:
         yield from _tensors(each)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
@@ -20,6 +21,10 @@ class Family:
         processor: Name of the model's own processor in transformers.
         template: Chat template that ships for it, by the `model_type` of its language model; `""` for any.
         column: A further column of a batch that the model reads, or "".
+        options: What its own processor is always told.
+        one_by_one: Whether its own class calls its projector for each image by itself: where the weights are split
+            among processes, one with more images than another would wait for ever.
+        frames: A further column, in which the token before and after the places of an image is 1 too, or "".
         counts: What is 1 in that column: `images` (places of image features) or `answer` (all from the first
             supervised token on).
         counted: By what the model's own classes say, without an image, what stands for one of a size: `tokens` (so many
@@ -50,15 +55,21 @@ class Family:
     no_sharing: str = ""
     plain_head: bool = False
     one_image: bool = False
+    frames: str = ""
+    options: Mapping[str, object] = field(default_factory=dict)
+    one_by_one: bool = False
 
 
 RECURRENT = "its linear attention carries a state from one row into the next"
+FOUR_AXES = "its positions have four axes, and none of them says which tokens are of a row"
 # By `model_type`. Which parameters are which part is said in `PART_NAMES` of `model/freeze.py`.
 FAMILIES: dict[str, Family] = {
     # A Llama-3 in LLaVA-1.6 has another template than Vicuna, and the model type does not tell them apart.
     "llava": Family("LlavaProcessor", {"llama": "vicuna_v1"}, boxes="llava"),
-    "llava_next": Family("LlavaNextProcessor", {"mistral": "mistral", "qwen2": "ovis2"}, counted="tokens",
-                         boxes="llava"),
+    "llava_next": Family("LlavaNextProcessor", {"mistral": "mistral", "qwen2": "ovis2", "granite": "granite_vision"},
+                         counted="tokens", boxes="llava"),
+    "llava_next_video": Family("LlavaNextVideoProcessor", {"llama": "vicuna_v1"}, counted="tokens", boxes="llava"),
+    "vipllava": Family("LlavaProcessor", {"": "vipllava"}, boxes="llava", vllm=False),
     "llava_onevision": Family("LlavaOnevisionProcessor", {"qwen2": "internvl"}, counted="tokens"),
     "qwen2_vl": Family("Qwen2VLProcessor", {"": "qwen2_5_vl"}, "mm_token_type_ids", counted="tokens", boxes="qwen2_vl"),
     "qwen2_5_vl": Family("Qwen2_5_VLProcessor", {"": "qwen2_5_vl"}, "mm_token_type_ids", counted="tokens",
@@ -89,6 +100,27 @@ FAMILIES: dict[str, Family] = {
                        no_packing="its own class counts positions through, whatever it is given",
                        no_sharing="its own class counts positions through, whatever it is given",
                        prompt="rendered.removeprefix(bos_token ~ image_token ~ ' ')", boxes="kosmos2"),
+    "granite4_vision": Family("Granite4VisionProcessor", {"": "granite4"}, counted="tokens"),
+    "aria": Family("AriaProcessor", {"": "aria"}),
+    "janus": Family("JanusProcessor", {"": "janus"}, vllm=False),
+    "exaone4_5": Family("Exaone4_5_Processor", {"": "exaone4_5"}, counted="tokens"),
+    "paddleocr_vl": Family("PaddleOCRVLProcessor", {"": "paddleocr_vl"}, "mm_token_type_ids", one_by_one=True),
+    "lighton_ocr": Family("LightOnOcrProcessor", {"": "lighton_ocr"}),
+    "video_llama_3": Family("VideoLlama3Processor", {"": "internvl"}, counted="tokens"),
+    "video_llava": Family("VideoLlavaProcessor", {"": "vicuna_v1"}, boxes="llava", vllm=False,
+                          options={"return_legacy_image_output": False}),
+    # Which experts read a token depends on whether it is an image's.
+    "ernie4_5_vl_moe": Family("Ernie4_5_VLMoeProcessor", {"": "ernie4_5_vl"}, "mm_token_type_ids", counted="tokens",
+                              frames="moe_mm_token_type_ids"),
+    "minicpmv4_6": Family("MiniCPMV4_6Processor", {"": "minicpm_v_4_6"}, no_packing=RECURRENT, no_sharing=RECURRENT,
+                          vllm=False, options={"use_image_id": False}, one_by_one=True),
+    "hunyuan_vl": Family("HunYuanVLProcessor", {"": "hunyuan_vl"}, "mm_token_type_ids", no_packing=FOUR_AXES,
+                         no_sharing=FOUR_AXES, one_by_one=True),
+    "idefics2": Family("Idefics2Processor", {"": "idefics2"}, vllm=False),
+    "granite_docling": Family("GraniteDoclingProcessor", {"": "granite4"}, vllm=False),
+    "got_ocr2": Family("GotOcr2Processor", {"": "got_ocr2"}, vllm=False,
+                       no_export="its own processor refuses pictures as a chat template gives them"),
+    "deepseek_ocr2": Family("DeepseekOcr2Processor", {"": "deepseek_ocr2"}),
     "fuyu": Family("FuyuProcessor", {"": "fuyu"},
                    no_export="its own processor cannot cut images without torchvision"),
 }  # fmt: skip

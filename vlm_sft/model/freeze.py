@@ -33,6 +33,20 @@ PART_NAMES = {
     "vision_embed_tokens": "projector",  # Fuyu: raw patches, no tower
     "aligner": "projector",  # DeepSeek-VL
     "embed_vision": "projector",  # Gemma 4
+    "vision_encoder": "vision_tower",  # LightOnOCR
+    "vision_projection": "projector",
+    "vision_model.connector": "projector",  # Granite Docling
+    "vision_tower.patch_merger": "projector",  # HunyuanOCR
+    "density_router": "vision_tower",  # of which nothing here reads a label
+    "view_separator": "projector",  # DeepSeek-OCR 2: ends an image
+    "resampler_model": "projector",  # ERNIE 4.5 VL
+    "merger": "projector",  # MiniCPM-V 4.6
+    "image_tower": "vision_tower",  # Video-LLaVA, whose tower of videos nothing here reads
+    "video_tower": "vision_tower",
+    "layerwise_projectors": "projector",  # Granite 4 Vision: one for each layer of the tower that is read
+    "spatial_projectors": "projector",
+    # Janus draws too, see `UNREAD`.
+    **dict.fromkeys(("vqmodel", "generation_embeddings", "generation_aligner", "generation_head"), "vision_tower"),
     "visual_embeddings_table": "projector",  # Ovis 2: a word of its own for what the tower sees
     "high_res_vision_model": "vision_tower",  # the second tower of the hybrid DeepSeek-VL, and what shrinks its grid
     "high_res_vision_neck": "vision_tower",
@@ -55,7 +69,15 @@ PART_NAMES = {
     "text_decoder": "head",
 }  # fmt: skip
 # Parts of a published model that nothing here reads: they go along as they are, whatever is trained.
-UNREAD = ("audio_tower.", "embed_audio.", "visual_encoder.visual.proj", "fusion_encoder.embeddings.")
+UNREAD = (
+    "audio_tower.",
+    "embed_audio.",
+    "vqmodel.",
+    "generation_",
+    "video_tower.",
+    "visual_encoder.visual.proj",
+    "fusion_encoder.embeddings.",
+)
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.")
 NEW_ROWS = ".trainable_tokens_delta"  # PEFT keeps the rows of new words beside a table under this name
 ADAPTER_MARKS = (".lora_", NEW_ROWS)

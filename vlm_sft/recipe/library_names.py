@@ -288,6 +288,8 @@ GENERATION = PassedOn(
     },
 )
 
+_COUNTED = "the model itself is made for so many tokens of an image"
+
 PROCESSOR = PassedOn(
     "a processor of transformers",
     _words(
@@ -301,9 +303,18 @@ PROCESSOR = PassedOn(
         "video_token min_size high_res_resample high_res_image_mean high_res_image_std use_covering_area_grid",
         "max_soft_tokens pooling_kernel_size audio_seq_length audio_ms_per_token img_size downsample_factor",
         "start_of_img_token end_of_img_token img_patch_token img_line_break_token tile_token tile_global_token",
+        "background_color max_slice_nums min_image_size scale_resolution slice_mode split_image tile_size fine_route",
+        "dense_max_aspect dense_max_patches dense_max_scale dense_min_aspect",
     )
     - (_SIZES := _words("size crop_size pad_size max_image_size patch_size high_res_size")),
     mappings=dict.fromkeys(_SIZES, _words("height width shortest_edge longest_edge max_height max_width")),
+    never={
+        "use_default_system_prompt": "the template writes the system text",
+        "use_image_id": "the template numbers the images",
+        "return_legacy_image_output": "pictures have one name here",
+        **dict.fromkeys(_words("cat_extra_token downsample_mode downsample_rate downsample_ratio"), _COUNTED),
+        **dict.fromkeys(_words("size_conversion spatial_merge_size split_resolutions"), _COUNTED),
+    },
 )
 
 PASSED_ON: dict[str, PassedOn] = {

@@ -37,8 +37,9 @@ _SIZES = {
     re.compile(r"rope|theta|position|length"): None,
     re.compile(""): "model_size",
 }
-_TILES = ("max_patches", "min_patches", "pan_and_scan_max_num_crops")
-_SIDES = ("height", "width", "shortest_edge", "longest_edge", "patch_size", "merge_size", "temporal_patch_size")
+_TILES = ("max_patches", "min_patches", "pan_and_scan_max_num_crops", "max_slice_nums", "dense_max_patches")
+_SIDES = ("height", "width", "shortest_edge", "longest_edge", "patch_size", "merge_size", "temporal_patch_size",
+          "scale_resolution", "tile_size")  # fmt: skip
 
 
 def check_folder(folder: Path) -> None:
@@ -147,6 +148,10 @@ def check_config(config: Values, where: str, who: str = "its config.json") -> No
             raise UserError(f"{where}: {who} says {name}: {_more_than(value, most, limit)}.")
 
 
+# Image processors whose edges are numbers of pixels.
+_BY_PIXELS = ("Qwen2VL", "Glm4v", "Glm46V", "PaddleOCRVL", "Ernie4_5", "HunYuanVL", "VideoLlama3")
+
+
 def check_picture(settings: Values, where: str, file: str = "preprocessor_config.json") -> None:
     """The same for the sizes in the file of an image processor, or of a processor with one in it.
 
@@ -158,10 +163,9 @@ def check_picture(settings: Values, where: str, file: str = "preprocessor_config
     Raises:
         UserError: An image would become larger, or more tiles or tokens, than any tower takes.
     """
-    # Edges of Qwen-VL's and GLM's are numbers of pixels.
     inner = settings.get("image_processor")
     kinds = [each.get("image_processor_type") for each in (settings, inner) if isinstance(each, Mapping)]
-    areas = any(str(kind).startswith(("Qwen2VL", "Glm4v", "Glm46V")) for kind in kinds)
+    areas = any(str(kind).startswith(_BY_PIXELS) for kind in kinds)
     for name, value in _numbers(settings):
         if name in ("max_pixels", "min_pixels") or (areas and name in ("shortest_edge", "longest_edge")):
             limit = "picture_pixels"

@@ -1,4 +1,4 @@
-"""Fuyu: patches of an image, cut here, stand in the text row by row."""
+"""Processors of models whose own reads images in a way of its own: Fuyu, which cuts them here, and Idefics2."""
 
 from __future__ import annotations
 
@@ -32,3 +32,18 @@ class FuyuProcessor(FamilyProcessor):
             numbers = {"num_patches": len(cut), "row_width": width // size.width}
             texts.append(self.native.replace_image_token(given, number, **numbers))
         return {"pixel_values": torch.cat(patches)}, texts
+
+
+class Idefics2Processor(FamilyProcessor):
+    """Idefics2: so many features for an image and, where it is cut, for each of its four quarters before it."""
+
+    one_shape = False
+
+    def expansion(self, size: tuple[int, int]) -> str:
+        """The places, with the token between two of its pictures that stands around images; for any size alike."""
+        one = self.image_token * self.native.image_seq_len
+        return self.native.fake_image_token.join([one] * (5 if self.image_processor.do_image_splitting else 1))
+
+    def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """(N, P, 3, H, W) `pixel_values` of the pictures of RGB images, and (N, P, H, W) `pixel_attention_mask`."""
+        return dict(self.image_processor([[image] for image in images], return_tensors="pt")) if images else {}
