@@ -80,7 +80,7 @@ def test_what_an_encoder_has_not_is_one_sentence(recipe_file, changes, says):
 
 def test_settings_of_an_answer_are_for_one_that_writes(encoder_recipe):
     recipe = encoder_recipe().model_copy(update={"generation": {"num_beams": 2}})
-    with pytest.raises(UserError, match=r"chooses one of its answers and writes none; remove `generation`"):
+    with pytest.raises(UserError, match=r"chooses its answers and writes none; remove `generation`"):
         compose(recipe)
 
 

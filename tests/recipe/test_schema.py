@@ -138,7 +138,7 @@ def test_key_in_a_list_names_its_line(tmp_path: Path) -> None:
     path = write(tmp_path, TEXT.replace("data/b.jsonl, format: caption", "data/b.jsonl, format: captoin"))
     assert problem(path) == (
         f"{path}, line 12: \"data.train.1.format\" must be 'messages', 'llava', 'caption', "
-        "'vqa', 'cauldron', 'coco', 'cc_sbu_align', 'vqav2' or 'gqa', not 'captoin'."
+        "'vqa', 'cauldron', 'vcr', 'vcr_q2a', 'vcr_qa2r', 'coco', 'cc_sbu_align', 'vqav2' or 'gqa', not 'captoin'."
     )
 
 

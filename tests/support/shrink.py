@@ -292,8 +292,18 @@ def _message_row(number: int, photo: str, answer: str) -> dict[str, Any]:
     return {"id": number, "messages": [user, {"role": "assistant", "content": answer}], "images": [photo]}
 
 
+def vcr_row(number: int, photo: str, answer: str) -> dict[str, Any]:
+    """A row of VCR with its boxes; the right answer and the right reason are the last ones, and say `answer`."""
+    others = [["a", "cat"], [[1], "and", [0]], ["No", ",", [0, 1], "."]]
+    return {"annot_id": f"val-{number}", "img_fn": Path(photo).name, "objects": ["person", "dog"], "movie": "none",
+            "question": ["What", "is", [0], "?"], "answer_choices": [*others, [answer]], "answer_label": 3,
+            "rationale_choices": [*others, [[0], "is", answer]], "rationale_label": 3, "width": 40, "height": 30,
+            "boxes": [[0, 0, 20, 15, 0.9], [10, 10, 39, 29, 0.8]]}  # fmt: skip
+
+
 # Format → (number, photo, answer) → row.
 ROWS: dict[str, Callable[[int, str, str], dict[str, Any]]] = {
+    "vcr": vcr_row,
     "caption": lambda number, photo, answer: {"image": photo, "caption": answer},
     "vqa": lambda number, photo, answer: {"id": number, "image": photo, "question": QUESTION, "answer": answer},
     "llava": _llava_row,

@@ -9,10 +9,10 @@ from ..batch.collator import MultimodalCollator
 from ..batch.encoding import Sample
 from ..batch.pictures import name_of
 from ..reading.video import Films
-from ..rows.messages import given_answers, unpacked
+from ..rows.messages import unpacked
 from .processor import EncoderProcessor, question_of
 
-ANSWERS = "answers"  # under `Sample.extra`: what each annotator answered
+LEARNED = "learned"  # under `Sample.extra`: what `EncoderProcessor.facts` gave
 
 
 class EncoderCollator(MultimodalCollator):
@@ -31,16 +31,15 @@ class EncoderCollator(MultimodalCollator):
         where = f"row {row['id']}"
         question_of(row["messages"], where)
         (image,) = row["images"]  # as many as its text has marks for: one
-        given = [answer.strip() for answer in given_answers(row["messages"][-1])]
-        self.processor.check_answers(given, where)
+        learned = self.processor.facts(row, self.max_length, where)
         chat, cut = self.processor.encode_question(row["messages"], self.max_length)
         with Films() as self._films:
             decoded = [self._picture(image, where)] if with_images else []
         self._films = None
         names = [name_of(image)]
-        return Sample(chat, decoded, str(row["id"]), turns_lost=int(cut), extra={ANSWERS: given}, names=names)
+        return Sample(chat, decoded, str(row["id"]), turns_lost=int(cut), extra={LEARNED: learned}, names=names)
 
     def collate(self, samples: Sequence[Sample]) -> Inputs:
         """Samples → questions and pixels, and what is learned of them."""
         batch = super().collate(samples)
-        return {**batch, **self.processor.targets([sample.extra[ANSWERS] for sample in samples])}
+        return {**batch, **self.processor.targets([sample.extra[LEARNED] for sample in samples])}

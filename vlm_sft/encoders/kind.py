@@ -78,9 +78,9 @@ class EncoderKind:
         system = SYSTEMS[_type_of(piece)]
         piece.config = system.config(piece, recipe)
         processor = system.processor(piece, piece.config)
-        if recipe.generation and processor.known.answers:
+        if recipe.generation and not processor.writes:
             where = recipe.where(("generation",))
-            raise UserError(f"{where}: this encoder chooses one of its answers and writes none; remove `generation`.")
+            raise UserError(f"{where}: this encoder chooses its answers and writes none; remove `generation`.")
         return Composed(piece.config, processor, {self.base: piece})
 
     def remarks(self, recipe: Recipe, composed: Composed) -> Iterator[str]:

@@ -125,6 +125,11 @@ class MPlugProcessor(EncoderProcessor):
         }
 
     @property
+    def writes(self) -> bool:
+        """See `EncoderProcessor.writes`."""
+        return not self.known.answers
+
+    @property
     def candidates(self) -> Sequence[str]:
         """The answers of `encoder.answers`, which are ranked; without, answers are written."""
         return self.known.answers

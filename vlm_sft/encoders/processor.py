@@ -23,7 +23,7 @@ from ..base.errors import RowError
 from ..base.names import ANSWER_LIST, IGNORED, IMAGE_TOKEN, Options, Row
 from ..batch.encoding import EncodedChat, pad
 from ..batch.processor import VLMProcessor
-from ..rows.messages import Message
+from ..rows.messages import Message, given_answers
 from ..templates.notations import DEFAULT
 from ..templates.render import RenderedChat
 from .answers import AnswerList
@@ -158,6 +158,21 @@ class EncoderProcessor(ReadsQuestions, VLMProcessor):
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
+    def facts(self, row: Row, room: int | None, where: str) -> Any:
+        """What of a row is learned, as `targets` takes it: here what each annotator answered.
+
+        Args:
+            row: With its last message, the answer.
+            room: Tokens of the longest question.
+            where: The row, in words.
+
+        Raises:
+            RowError: Nothing can be learned from it.
+        """
+        given = [answer.strip() for answer in given_answers(row["messages"][-1])]
+        self.check_answers(given, where)
+        return given
+
     def check_answers(self, given: Sequence[str], where: str) -> None:
         """Looks that a row can be learned from.
 
@@ -184,6 +199,11 @@ class EncoderProcessor(ReadsQuestions, VLMProcessor):
     def asker(self, model: PreTrainedModel) -> Encoder:
         """What asks a model; it is put to work as it is, on its device."""
         return self.asks(model, self.tokenizer, self.image_processor)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes its answers, in place of choosing them."""
+        return False
 
     @property
     def candidates(self) -> Sequence[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +16,18 @@ from ..pieces.load_parts import load_module, make_empty
 from ..pieces.part_configs import load_image_processor, load_tokenizer
 from ..pieces.piece import Piece
 from ..systems.vle import VLEConfig
-from ..systems.vle_heads import TASKS, VLEForTask, VLEForVQA
+from ..systems.vle_heads import TASKS, VLEForTask, VLEForVCR, VLEForVQA
 from .answers import AnswerList, answers_of_rows, read_answer_list
 from .encoder import Answer, Encoder, piece_of
 from .processor import EncoderProcessor
+from .vcr import VCRProcessor
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
+
+MODELS: dict[str, type[VLEForTask]] = {"vqa": VLEForVQA, "vcr": VLEForVCR}
+"""What a VLE is trained for, as a recipe names it."""
+THINGS = 2 + 78  # token types of VCR: text, picture, and as many things as an 80-token text could name (ours)
 
 
 class VLE(Encoder):
@@ -84,24 +88,32 @@ class VLEProcessor(EncoderProcessor):
 
 
 class VLESystem:
-    """How a VLE that answers questions is composed and loaded; see `kind.System`."""
+    """How a VLE is composed and loaded; see `kind.System`."""
 
     @staticmethod
     def config(piece: Piece[Any], recipe: Recipe) -> VLEConfig:
         """Its configuration, with the answers that it is to have in `id2label`."""
         config = copy.deepcopy(piece.whole)
+        spec = recipe.encoder
+        assert spec is not None
+        config.trained_for = spec.task
+        config.vision_config.image_size = spec.image_size or config.vision_config.image_size
+        if spec.task == "vcr":
+            if spec.answers:
+                where = recipe.where(("encoder", "answers"))
+                raise UserError(f"{where}: rows of VCR bring their choices along; remove `encoder.answers`.")
+            # A type for each thing that a text may name.
+            config.num_token_types = max(config.num_token_types, THINGS)
+            return config
         own = _own_answers(config, piece)
-        given = recipe.encoder and recipe.encoder.answers
-        answers = read_answer_list(given, recipe.where(("encoder", "answers"))) if given else own
-        answers = answers or answers_of_rows(recipe, recipe.encoder.min_count if recipe.encoder else 1)
-        if recipe.encoder and recipe.encoder.image_size:
-            config.vision_config.image_size = recipe.encoder.image_size
+        answers = read_answer_list(spec.answers, recipe.where(("encoder", "answers"))) if spec.answers else own
+        answers = answers or answers_of_rows(recipe, spec.min_count)
         config.num_vqa_labels, config.id2label = len(answers), dict(enumerate(answers))
         config.label2id = {answer: number for number, answer in enumerate(answers)}
         return config
 
     @staticmethod
-    def processor(piece: Piece[Any], config: VLEConfig) -> VLEProcessor:
+    def processor(piece: Piece[Any], config: VLEConfig) -> EncoderProcessor:
         """What lies beside its weights."""
         tokenizer, images = load_tokenizer(piece), load_image_processor(piece, config.vision_config.image_size)
         if len(tokenizer) > (rows := config.text_config.vocab_size):
@@ -109,31 +121,46 @@ class VLESystem:
                 f"{piece.where}: its tokenizer has {len(tokenizer):,} tokens, and its text encoder knows {rows:,}; "
                 f"fetch the checkpoint again."
             )
-        processor = VLEProcessor(images, tokenizer, longest=config.text_config.max_position_embeddings)
-        if config.num_vqa_labels == len(config.id2label):
+        kind: type[EncoderProcessor] = VCRProcessor if config.trained_for == "vcr" else VLEProcessor
+        processor = kind(images, tokenizer, longest=config.text_config.max_position_embeddings)
+        if isinstance(processor, VCRProcessor):
+            processor.side = config.vision_config.image_size // config.vision_config.patch_size
+        elif config.num_vqa_labels == len(config.id2label):
             processor.known = AnswerList([config.id2label[number] for number in range(config.num_vqa_labels)])
         return processor
 
     @staticmethod
-    def load(piece: Piece[Any], config: VLEConfig) -> VLEForVQA:
-        """Its weights; a head for other answers than the checkpoint's is new."""
-        model = make_empty(VLEForVQA, config, piece.checkpoint)
-        read = partial(load_module, model, piece.checkpoint, torch.float32, patches=config.num_patches)
-        if _own_answers(copy.deepcopy(piece.whole), piece) == list(config.id2label.values()):
-            read()
-            return model
-        head = model.head
-        delattr(model, head)
-        read()
-        model.add_module(head, VLEForVQA.make_head(config))
-        model.get_submodule(head).apply(model._init_weights)
+    def load(piece: Piece[Any], config: VLEConfig) -> VLEForTask:
+        """Its weights; a head for other answers than the checkpoint's is new, and so are heads that it lacks."""
+        made = MODELS[config.trained_for]
+        heads = (made.head, *made.more_heads)
+        missing = [head for head in heads if not any(name.startswith(f"{head}.") for name in piece.checkpoint.files)]
+        wanted = list(config.id2label.values())
+        if config.trained_for == "vqa" and _own_answers(copy.deepcopy(piece.whole), piece) != wanted:
+            missing = list(heads)
+        types, own = config.num_token_types, piece.whole.num_token_types
+        config.num_token_types = own
+        model: VLEForTask = make_empty(made, config, piece.checkpoint)
+        for head in missing:
+            delattr(model, head)
+        load_module(model, piece.checkpoint, torch.float32, patches=config.num_patches)
+        for head in missing:
+            model.add_module(head, made.make_head(config))
+            model.get_submodule(head).apply(model._init_weights)
+        config.num_token_types = types
+        if types > own:
+            more = torch.nn.Embedding(types, config.hidden_size)
+            # The same each time: where the fusion stays frozen, no file has them.
+            torch.nn.init.normal_(more.weight, std=config.initializer_range, generator=torch.Generator().manual_seed(0))
+            more.weight.data[:own] = model.vle.token_type_embeddings.weight.data
+            model.vle.token_type_embeddings = more
         return model
 
     @staticmethod
-    def empty(config: VLEConfig) -> VLEForVQA:
+    def empty(config: VLEConfig) -> VLEForTask:
         """The same without weights."""
         with torch.device("meta"):
-            return VLEForVQA(config)
+            return MODELS[config.trained_for](config)
 
 
 def load_vle(

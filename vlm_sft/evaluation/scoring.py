@@ -151,7 +151,7 @@ def score(
         for kind, asked in merged.items():
             metrics = METRICS.get(asked[0].format, EXACT_MATCH)
             given = ask(model, processor, asked, batch_size, options, tick, True)
-            scores = {name: _compare(metric, given, asked) for name, metric in metrics.items()}
+            scores = _by_metric(metrics, given, asked)
             accuracy, hits = next(iter(scores.items()))
             if kind is None:
                 captions, wrong["captions"] = hits, _wrong(asked, given, hits)
@@ -175,6 +175,21 @@ def score(
         "wrong": wrong,
         **({"refused": {"questions": len(refused), "first": refused[0]}} if refused else {}),
     }
+
+
+def _by_metric(
+    metrics: dict[str, Metric], answers: Sequence[str], questions: Sequence[Question]
+) -> dict[str, list[float]]:
+    """Scores of each metric of a format; of `vcr` also of answers, of reasons, and of rows of which both are right."""
+    scores = {name: _compare(metric, answers, questions) for name, metric in metrics.items()}
+    if questions[0].format != "vcr":
+        return scores
+    found: dict[str, dict[str, float]] = {"q2a": {}, "qa2r": {}}
+    for question, hit in zip(questions, scores["VCR_accuracy"], strict=True):
+        found[question.messages[-1]["choices"]["task"]][question.id.rpartition("#")[0]] = hit
+    right, reasoned = found["q2a"], found["qa2r"]
+    both = [right[row] * reasoned[row] for row in right if row in reasoned]
+    return scores | {"Q2A": list(right.values()), "QA2R": list(reasoned.values()), "Q2AR": both}
 
 
 def _own_metrics(answers: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float | None]]:

@@ -100,6 +100,8 @@ class Encoder(RecipeModel):
     """Hub id or folder of an mPLUG's tokenizer, where its files have none: `google-bert/bert-base-uncased`."""
     image_size: Annotated[int, Field(ge=1)] | None = None
     """Pixels of a side; a table of positions made for another size is resized. Unset: the checkpoint's."""
+    task: Literal["vqa", "vcr"] = "vqa"
+    """What a VLE is trained for: to answer questions (`vqa`), or to choose answers and reasons in rows of VCR."""
     answers: str | None = None
     """File of the answers that there are: a JSON list of texts, or one a line. Unset: those of the checkpoint, or else
     those of the rows of `data.train`."""

@@ -231,9 +231,9 @@ class Source(RecipeModel):
 
     path: str
     """File, folder or Hub dataset id."""
-    format: Literal["messages", "llava", "caption", "vqa", "cauldron", "coco", "cc_sbu_align", "vqav2", "gqa"]
-    """What a row means: `messages` (TRL conversational), `llava` (LLaVA, ShareGPT4V), `caption`, `vqa`, `cauldron`, or
-    a data set as published: `coco` (captions), `cc_sbu_align`, `vqav2`, `gqa`; see docs/data_formats.md."""
+    format: Literal["messages", "llava", "caption", "vqa", "cauldron", "vcr", "vcr_q2a", "vcr_qa2r", "coco",
+                    "cc_sbu_align", "vqav2", "gqa"]  # fmt: skip
+    """What a row means: `messages` as TRL has them, …, or a data set as published; see docs/data_formats.md."""
     name: str | None = None
     """What logs, row ids and evaluation call it. Default: the last part of `path` without its suffix."""
     images: str | None = None

@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..base.names import IMAGE_TOKEN, VIDEO_TOKEN, Values
 from ..base.words import kind, language_of, short
+from ..vcr.choices import COPIES, TASKS, choices_of, shown
 from .boxes import place_boxes
 from .keys import ROLES, check_left, role_of
 from .marks import read_marks
@@ -78,7 +80,7 @@ def examples_of(
     """
     row = RowView(values, where, columns or {})
     read_marks(row)
-    own_id = row.get("id")
+    own_id = row.get("id", "annot_id")
     own_id = None if own_id is None else row.text(own_id, "id")
     found = FORMATS[format_name].examples(row, draw_prompt)
     examples = [place_videos(row, _with_row_keys(row, example, boxes)) for example in found]
@@ -193,6 +195,16 @@ def _vqa(row: RowView, draw_prompt: Draw) -> Iterator[Example]:
     yield Example([_user(row, asked, len(images)), said], images, language=language)
 
 
+def _vcr(row: RowView, draw_prompt: Draw, tasks: Sequence[str] = TASKS) -> Iterator[Example]:
+    """VCR's rows: an example for the right one of four answers, and one for the right one of four reasons for it."""
+    images = _entries(row, "image", "img_fn")
+    values, row.values = row.values, {key: value for key, value in row.values.items() if key != "objects"}  # no boxes
+    row.read |= {*COPIES, *_VCR.columns}
+    for asked in choices_of(values, tasks, row.error):
+        user = {**_user(row, shown(asked), len(images)), "choices": asked}
+        yield Example([user, answer_message(asked["said"][asked["right"]])], images, language="en")
+
+
 def answers_in(row: RowView, key: str) -> list[str]:
     """The answers of a column that holds one, several, or a record of each as VQAv2 has it of its annotators."""
     value = row.need(key)
@@ -267,6 +279,9 @@ _CHATS = (
 _CAPTION = Format(_caption, ("image", "images", "caption", "text", *_ANY), prompts="caption")
 _VQA = Format(_vqa, ("image", "images", "question", "answer", "answers", *_ANY), prompts="question")
 
+_VCR = Format(_vcr, ("image", "id", "question", "answer_choices", "rationale_choices", "answer_label",
+                     "rationale_label", "boxes", "width", "height"))  # fmt: skip
+
 FORMATS: dict[str, Format] = {
     "messages": Format(_messages, (*_CHATS, "images", "image", *_ANY)),
     "llava": Format(_llava, ("conversations", "image", "images", *_ANY)),
@@ -274,6 +289,9 @@ FORMATS: dict[str, Format] = {
     "vqa": _VQA,
     "cauldron": Format(_cauldron, ("images", "image", "texts", *_ANY)),
     # Whole documents, which `published` takes apart into rows of these kinds.
+    "vcr": _VCR,
+    "vcr_q2a": _VCR._replace(examples=partial(_vcr, tasks=TASKS[:1])),
+    "vcr_qa2r": _VCR._replace(examples=partial(_vcr, tasks=TASKS[1:])),
     "coco": _CAPTION,
     "cc_sbu_align": _CAPTION,
     "vqav2": _VQA,

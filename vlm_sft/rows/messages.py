@@ -17,11 +17,11 @@ from .raw_row import RowView
 Part = dict[str, Any]
 Message = dict[str, Any]
 
-KEPT = ("loss", "reasoning_content", "tools", "answers")
+KEPT = ("loss", "reasoning_content", "tools", "answers", "choices")
 """What a message may have beside role and content: `loss` False, for an answer that is not learned; what is thought
-before an answer; of the first message, the tools there are; and the answers of all annotators, where they differ, of
-which the content is the most frequent. Templates decide what is printed of the thoughts and the tools; of the answers,
-encoders learn (`encoder:`)."""
+before an answer; of the first message, the tools there are; the answers of all annotators, where they differ, of which
+the content is the most frequent; and of a question of VCR, what there is to choose from (`vcr.choices`).
+Templates decide what is printed of the thoughts and the tools; of answers and choices, encoders learn (`encoder:`)."""
 ROW_BEGINS, SHARED = "row_begins", "shared"
 """What the first message of each row has in a merged one (`merging`): the row's id, and True where it is to see the
 pictures and itself alone. No message of a file brings them along."""

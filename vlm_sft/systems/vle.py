@@ -28,6 +28,7 @@ class VLEConfig(PreTrainedConfig):
         vision_config: Of the image encoder: CLIP's, or a whole CLIP of which its part is taken.
         num_token_types: Kinds of tokens that are told apart: text, image, and where boxes are given one for each.
         id2label: Number → answer, of a model that answers questions.
+        trained_for: What a recipe trains it for, a key of `encoders.vle.MODELS`.
     """
 
     model_type = "vle"
@@ -46,6 +47,7 @@ class VLEConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     num_vqa_labels: int | None = None
+    trained_for: str = "vqa"
     is_decoder: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

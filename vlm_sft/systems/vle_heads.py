@@ -45,11 +45,13 @@ class VLEForTask(VLEPreTrainedModel):
     """VLE with one head; `forward` gives what it says and, with `labels`, its loss."""
 
     head: ClassVar[str]
+    more_heads: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: VLEConfig) -> None:
         super().__init__(config)
         self.vle = VLEModel(config)
-        self.add_module(self.head, self.make_head(config))
+        for head in (self.head, *self.more_heads):
+            self.add_module(head, self.make_head(config))
         self.post_init()
 
     @staticmethod
@@ -60,6 +62,10 @@ class VLEForTask(VLEPreTrainedModel):
     def read(self, output: VLEOutput) -> torch.Tensor:
         """What the head says of the encoder's output."""
         return self.get_submodule(self.head)(output.pooler_output)
+
+    def chosen(self, logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Of what the head says of choices, (B, C, …), what is asked: all of it."""
+        return logits
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy of the right class, a scalar."""
@@ -89,7 +95,7 @@ class VLEForTask(VLEPreTrainedModel):
             attention_mask: As above.
             boxes: As above.
             image_features: As above.
-            **kwargs: Nothing else is read.
+            **kwargs: What the class says besides; nothing else is read.
         """
         # The features are made once for all choices.
         if choices := input_ids.shape[1] if input_ids.dim() == 3 else None:
@@ -98,7 +104,7 @@ class VLEForTask(VLEPreTrainedModel):
             input_ids = input_ids.flatten(0, 1)
             attention_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
         logits = self.read(self.vle(input_ids, pixel_values, attention_mask, boxes, image_features))
-        logits = logits.view(-1, choices) if choices else logits
+        logits = self.chosen(logits.view(-1, choices, *logits.shape[2:]), **kwargs) if choices else logits
         if labels is None:
             return VLETaskOutput(logits=logits)
         labels = labels.to(logits.device)
@@ -179,6 +185,46 @@ class VLEForVCRQA2R(_VLEForChoice):
     """Which of four reasons is right for the right answer (VCR, QA→R)."""
 
     head = "vcr_qa2r_logit"
+
+
+class VLEForVCR(_VLEForChoice):
+    """Both heads on one encoder: `tasks` (B,) says which a row asks, 0 answers and 1 reasons; boxes come as tensors."""
+
+    head = VLEForVCRQ2A.head
+    more_heads = (VLEForVCRQA2R.head,)
+
+    def read(self, output: VLEOutput) -> torch.Tensor:
+        """(B·C, 1, 2), a number of each head."""
+        heads = (self.head, *self.more_heads)
+        return torch.stack([self.get_submodule(head)(output.pooler_output) for head in heads], dim=-1)
+
+    def chosen(self, logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """(B, C, 2) and `tasks` → (B, C)."""
+        return logits.gather(2, kwargs["tasks"].view(-1, 1, 1).expand(-1, logits.shape[1], 1))[..., 0]
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        tasks: torch.Tensor,
+        box_patches: torch.Tensor | None = None,
+        box_types: torch.Tensor | None = None,
+        text_types: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> VLETaskOutput:
+        """As `VLEForTask.forward`, which takes the rest.
+
+        Args:
+            input_ids: (B, C, L).
+            tasks: (B,).
+            box_patches: (B·C, N, P), see `Boxes`; None for no boxes, and so the next two.
+            box_types: (B·C, N).
+            text_types: (B·C, L).
+            **kwargs: As above.
+        """
+        boxes = None
+        if box_patches is not None and box_types is not None and text_types is not None:
+            boxes = Boxes(box_patches, box_types, text_types)
+        return super().forward(input_ids, boxes=boxes, tasks=tasks, **kwargs)
 
 
 class Task(NamedTuple):
