@@ -18,6 +18,7 @@ from vlm_sft.model.connectors import MLPProjector, PixelShuffleProjector, build_
         ("mlp", {"depth": 3, "activation": "silu"}, 16),
         ("mlp_norm", {"depth": 3}, 16),
         ("pixel_shuffle", {"scale_factor": 4}, 1),
+        ("pixel_shuffle_mlp", {}, 4),
     ],
 )
 def test_a_projector_takes_two_widths(kind, options, tokens):

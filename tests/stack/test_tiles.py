@@ -14,14 +14,14 @@ from support.bundles import trained
 from support.conversations import make_row, turn
 from support.gradients import assert_same, gradients
 from support.pictures import photo
-from support.tiny_families import tiny
+from support.tiny_families import processor_of, tiny
 from vlm_sft import load, load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.batch.by_length import PACK
 from vlm_sft.batch.collator import MultimodalCollator
 from vlm_sft.bundle.handover import hand_over
 from vlm_sft.cache.prefix import find_prefix
-from vlm_sft.model.connectors import TileLayout
+from vlm_sft.model.towers import TileLayout
 from vlm_sft.preflight.dry_run import describe_image, weigh
 from vlm_sft.preflight.launch import read_launch
 from vlm_sft.stack.build_stack import build_stack
@@ -223,6 +223,50 @@ def test_queries_of_dynamic_tiles_are_as_many_as_tiles(stack_recipe):
     assert made["pixel_values"].shape == (5, 3, 28, 28) and "image_sizes" not in made
     assert ids.count(stack.processor.image_token_id) == 5 * 4 == stack.processor.count_image_tokens(image.size)
     assert stack.model.eval()(torch.tensor([ids]), **made).logits.isfinite().all()
+
+
+INTERNVL = """{%- for message in messages -%}
+{{- '<|im_start|>' ~ message['role'] ~ '\n' -}}{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'][0]['text'] ~ '<|im_end|>' -}}{%- endgeneration -%}{{- '\n' -}}{%- else -%}
+{%- for part in message['content'] -%}
+{{- '<img>' ~ image_token ~ '</img>\n' if part['type'] == 'image' else part['text'] -}}
+{%- endfor -%}{{- '<|im_end|>\n' -}}{%- endif -%}
+{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+
+@torch.no_grad()
+def test_dynamic_tiles_behind_a_pixel_shuffle_are_internvl(recipe, tmp_path):
+    """`<img>` and `</img>` are the template's; the placeholder between them is ours, and InternVL's has another id."""
+    folder = tiny("internvl")
+    (tmp_path / "internvl.jinja").write_text(INTERNVL, encoding="utf-8")
+    projector = {"type": "pixel_shuffle_mlp", "scale_factor": 2, "pretrained": str(folder)}
+    vision = {"feature_select": "patch", "tiles": "dynamic"}
+    made = recipe(folder, vision, chat_template=str(tmp_path / "internvl.jinja"), projector=projector)
+    stack, native = build_stack(made), AutoModelForImageTextToText.from_pretrained(folder).eval()
+    own, ours = processor_of("internvl").native, stack.processor
+    assert stack.model.config.tiles == {"type": "dynamic", "min": 1, "max": 4}, "as the checkpoint's own"
+    images = [photo(1, (57, 56)), photo(2, (100, 20)), photo(3, (28, 28))]
+    for size in SIZES:
+        wanted = own(text=own.image_token, images=[photo(1, size)], return_tensors="pt")
+        assert ours.count_image_tokens(size) == wanted["input_ids"].shape[1] - 2, size
+        assert torch.equal(ours.encode_images([photo(1, size)]), wanted["pixel_values"]), size
+    words = ("what? 这是什么？", "a cat", "红")
+    text = [f"<|im_start|>user\n{own.image_token}\n{word}<|im_end|>\n<|im_start|>assistant\n" for word in words]
+    theirs = own(text=text, images=images, return_tensors="pt", padding=True, padding_side="left")
+    conversations = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": word}]}] for word in words
+    ]
+    rows = [ours.encode_chat(each, True, [image.size]) for each, image in zip(conversations, images, strict=True)]
+    batch = {**ours.batch(rows, "left"), **ours.image_inputs(images, [""] * 3)}
+    same = batch["input_ids"].masked_fill(batch["input_ids"] == ours.image_token_id, native.config.image_token_id)
+    assert same.tolist() == theirs["input_ids"].tolist()
+    del batch["labels"]
+    real, model = batch["attention_mask"].bool(), stack.model.eval()
+    wanted, got = native(**theirs).logits, model(**batch).logits
+    torch.testing.assert_close(got[real], wanted[real], atol=1e-5, rtol=0)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": ours.tokenizer.pad_token_id}
+    said = native.generate(**theirs, **options)[:, theirs["input_ids"].shape[1] :]
+    assert model.generate(**model.generation_inputs(batch, 1), **options).tolist() == said.tolist()
 
 
 def test_tiles_that_do_not_fit_their_sizes_are_said():

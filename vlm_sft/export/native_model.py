@@ -59,8 +59,8 @@ def native_form(model: VLMForConditionalGeneration) -> str:
     text = model.model.language_model.config
     if not type(text).__module__.startswith("transformers."):
         raise UserError(NO_FORM.format(f"its language model ({text.model_type}) is none of transformers' own"))
-    if config.projector_type == "pixel_shuffle":
-        raise UserError(NO_FORM.format("no class has a pixel_shuffle projector in front of any language model"))
+    if (projector := config.projector_type).startswith("pixel_shuffle"):
+        raise UserError(NO_FORM.format(f"no class has a {projector} projector in front of any language model"))
     if config.tiles is not None and config.tiles["type"] == "dynamic":
         raise UserError(NO_FORM.format("the classes that export knows do not cut an image into `dynamic` tiles"))
     if config.resampler_type:

@@ -9,8 +9,8 @@ from transformers import GenerationMixin
 
 from ..base.names import INSTRUCTION, Inputs, Options
 from .configuration import VLMConfig
-from .connectors import tiles_in, tokens_in
 from .positions import own_positions
+from .towers import tiles_in, tokens_in
 
 
 class Answering(GenerationMixin):

@@ -10,7 +10,6 @@ model width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -23,16 +22,12 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.activations import ACT2FN
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    image_size_to_num_patches,
-    unpad_image,
-)
 
 from ..base.errors import UserError
 from ..base.names import Values
 from ..systems.mplug_owl import AbstractorResampler
 from ..systems.qwen_vl import CrossAttentionResampler
+from .towers import TileLayout
 
 
 class LinearProjector(nn.Module):
@@ -148,82 +143,45 @@ class PixelShuffleProjector(nn.Module):
         return self.linear
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(N, P, V) with P a square → (N, P / scale_factor², out_features).
-
-        Raises:
-            UserError: P is no square, or its side cannot be divided by `scale_factor`.
-        """
-        n, tokens, width = features.shape
-        side, factor = math.isqrt(tokens), self.scale_factor
-        if side * side != tokens or side % factor:
-            raise UserError(
-                f"The pixel_shuffle projector needs a square grid of patches whose side can be divided by "
-                f"scale_factor {factor}, but the vision tower gives {tokens} tokens an image; "
-                f"set vision_tower.feature_select: patch (drops the class token) or another scale_factor."
-            )
-        grid = features.view(n, side // factor, factor, side // factor, factor, width)
-        grid = grid.permute(0, 1, 3, 2, 4, 5).reshape(n, (side // factor) ** 2, factor * factor * width)
-        return self.linear(grid)
+        """(N, P, V) with P a square → (N, P / scale_factor², out_features); see `fold`."""
+        return self.linear(fold(features, self.scale_factor))
 
 
-def tiles_in(size: Sequence[int], side: int, grids: Sequence[Sequence[int]]) -> int:
-    """Tiles that anyres cuts an image of (height, width) pixels into, with the picture of all; see `TileLayout`."""
-    return image_size_to_num_patches(list(size), list(grids), side)
-
-
-def tokens_in(size: Sequence[int], tokens: int, side: int, grids: Sequence[Sequence[int]]) -> int:
-    """Tokens of an image of (height, width) pixels that anyres cuts into tiles of `tokens` each."""
-    rows, columns = get_anyres_image_grid_shape(list(size), list(grids), side)
-    edge = math.isqrt(tokens)
-    seen = unpad_image(torch.empty(1, rows * edge, columns * edge, device="meta"), list(size))
-    return tokens + seen.shape[1] * (seen.shape[2] + 1)
-
-
-class TileLayout(nn.Module):
-    """LLaVA-1.6's anyres: the tiles of an image beside each other as they were cut, a learned feature behind each line.
-
-    It is a part of the projector, behind it. Cutting and counting are transformers' own, of `LlavaNextModel`.
+class PixelShuffleMLPProjector(MLPProjector):
+    """InternVL's `mlp1`: the same squares of patches, then a norm and two linear layers with GELU between them.
 
     Args:
-        width: Width of the language model, D.
-        side: Pixels of a tile's side.
-        grids: (height, width) in pixels of each size that an image may be cut into.
+        in_features: Width that arrives, V.
+        out_features: Width of the language model, D.
+        scale_factor: Side of the folded square; the number of tokens falls by its square.
     """
 
-    def __init__(self, width: int, side: int, grids: Sequence[Sequence[int]]) -> None:
-        super().__init__()
-        self.side, self.grids = side, [list(grid) for grid in grids]
-        self.newline = nn.Parameter(torch.randn(width) / math.sqrt(width))
+    def __init__(self, in_features: int, out_features: int, scale_factor: int = 2) -> None:
+        super().__init__(in_features * scale_factor**2, out_features)
+        self.scale_factor = scale_factor
+        self.norm = nn.LayerNorm(in_features * scale_factor**2)
 
-    def forward(self, features: torch.Tensor, image_sizes: torch.Tensor | None) -> torch.Tensor:
-        """(N, T, D) of all tiles → (tokens of all images, D).
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(N, P, V) with P a square → (N, P / scale_factor², out_features); see `fold`."""
+        return super().forward(self.norm(fold(features, self.scale_factor)))
 
-        Args:
-            features: Of each image first the picture of all, then its tiles line by line.
-            image_sizes: (I, 2) height and width of each image in pixels; None for one tile that was cut of nothing.
 
-        Raises:
-            ValueError: They ask for another number of tiles.
-        """
-        if image_sizes is None:
-            return torch.cat([features.flatten(0, 1), self.newline[None].to(features.dtype)])
-        sizes = image_sizes.tolist()
-        tiles = [tiles_in(size, self.side, self.grids) for size in sizes]
-        if sum(tiles) != len(features):
-            raise ValueError(
-                f"The batch has {len(features)} tiles, but images of these sizes (image_sizes) are cut into "
-                f"{sum(tiles)}: give both as the processor makes them."
-            )
-        images = zip(features.split(tiles), sizes, strict=True)
-        return torch.cat([self._lay_out(image, size) for image, size in images])
+def fold(features: torch.Tensor, factor: int) -> torch.Tensor:
+    """Makes one of each `factor`² square of patches: (N, P, V) with P a square → (N, P / factor², factor² · V).
 
-    def _lay_out(self, image: torch.Tensor, size: list[int]) -> torch.Tensor:
-        rows, columns = get_anyres_image_grid_shape(size, self.grids, self.side)
-        edge = math.isqrt(image.shape[1])
-        grid = image[1:].view(rows, columns, edge, edge, -1).permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
-        grid = unpad_image(grid, size)
-        ends = self.newline[:, None, None].expand(-1, grid.shape[1], 1).to(grid.dtype)
-        return torch.cat([image[0], torch.cat([grid, ends], dim=2).flatten(1).transpose(0, 1)])
+    Raises:
+        UserError: P is no square, or its side cannot be divided by `factor`.
+    """
+    n, tokens, width = features.shape
+    side = math.isqrt(tokens)
+    if side * side != tokens or side % factor:
+        raise UserError(
+            f"The pixel_shuffle projector needs a square grid of patches whose side can be divided by "
+            f"scale_factor {factor}, but the vision tower gives {tokens} tokens an image; "
+            f"set vision_tower.feature_select: patch (drops the class token) or another scale_factor."
+        )
+    grid = features.view(n, side // factor, factor, side // factor, factor, width)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(n, (side // factor) ** 2, factor * factor * width)
 
 
 class QFormerResampler(nn.Module):
@@ -297,6 +255,7 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "mlp": MLPProjector,
     "mlp_norm": MLPNormProjector,
     "pixel_shuffle": PixelShuffleProjector,
+    "pixel_shuffle_mlp": PixelShuffleMLPProjector,
 }
 RESAMPLERS: dict[str, type[nn.Module]] = {
     "qformer": QFormerResampler,

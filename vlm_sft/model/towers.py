@@ -1,11 +1,21 @@
-"""What a vision tower gives, as one row a place: encoders without a class token, grids, and one that drops patches."""
+"""What a vision tower gives, as one row a place: encoders without a class token, grids, and one that drops patches.
+
+Also what anyres makes of it, where an image is cut into tiles; I images are N tiles then.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
 
 from ..base.names import INSTRUCTION, Values
 from .configuration import VLMConfig, count_patches
@@ -87,6 +97,66 @@ def width_of(features: torch.Size, height: int, width: int) -> int:
     # The two axes that are shaped like the image hold the patches.
     first, last = b * width == c * height, a * width == b * height
     return c if last and not first else a
+
+
+def tiles_in(size: Sequence[int], side: int, grids: Sequence[Sequence[int]]) -> int:
+    """Tiles that anyres cuts an image of (height, width) pixels into, with the picture of all; see `TileLayout`."""
+    return image_size_to_num_patches(list(size), list(grids), side)
+
+
+def tokens_in(size: Sequence[int], tokens: int, side: int, grids: Sequence[Sequence[int]]) -> int:
+    """Tokens of an image of (height, width) pixels that anyres cuts into tiles of `tokens` each."""
+    rows, columns = get_anyres_image_grid_shape(list(size), list(grids), side)
+    edge = math.isqrt(tokens)
+    seen = unpad_image(torch.empty(1, rows * edge, columns * edge, device="meta"), list(size))
+    return tokens + seen.shape[1] * (seen.shape[2] + 1)
+
+
+class TileLayout(nn.Module):
+    """LLaVA-1.6's anyres: the tiles of an image beside each other as they were cut, a learned feature behind each line.
+
+    It is a part of the projector, behind it. Cutting and counting are transformers' own, of `LlavaNextModel`.
+
+    Args:
+        width: Width of the language model, D.
+        side: Pixels of a tile's side.
+        grids: (height, width) in pixels of each size that an image may be cut into.
+    """
+
+    def __init__(self, width: int, side: int, grids: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.side, self.grids = side, [list(grid) for grid in grids]
+        self.newline = nn.Parameter(torch.randn(width) / math.sqrt(width))
+
+    def forward(self, features: torch.Tensor, image_sizes: torch.Tensor | None) -> torch.Tensor:
+        """(N, T, D) of all tiles → (tokens of all images, D).
+
+        Args:
+            features: Of each image first the picture of all, then its tiles line by line.
+            image_sizes: (I, 2) height and width of each image in pixels; None for one tile that was cut of nothing.
+
+        Raises:
+            ValueError: They ask for another number of tiles.
+        """
+        if image_sizes is None:
+            return torch.cat([features.flatten(0, 1), self.newline[None].to(features.dtype)])
+        sizes = image_sizes.tolist()
+        tiles = [tiles_in(size, self.side, self.grids) for size in sizes]
+        if sum(tiles) != len(features):
+            raise ValueError(
+                f"The batch has {len(features)} tiles, but images of these sizes (image_sizes) are cut into "
+                f"{sum(tiles)}: give both as the processor makes them."
+            )
+        images = zip(features.split(tiles), sizes, strict=True)
+        return torch.cat([self._lay_out(image, size) for image, size in images])
+
+    def _lay_out(self, image: torch.Tensor, size: list[int]) -> torch.Tensor:
+        rows, columns = get_anyres_image_grid_shape(size, self.grids, self.side)
+        edge = math.isqrt(image.shape[1])
+        grid = image[1:].view(rows, columns, edge, edge, -1).permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+        grid = unpad_image(grid, size)
+        ends = self.newline[:, None, None].expand(-1, grid.shape[1], 1).to(grid.dtype)
+        return torch.cat([image[0], torch.cat([grid, ends], dim=2).flatten(1).transpose(0, 1)])
 
 
 def fails_on_pictures(model: nn.Module, inputs: Values, error: Exception) -> bool:

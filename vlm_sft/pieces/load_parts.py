@@ -51,6 +51,8 @@ PROJECTOR_NAMES = {
     "t5_proj": "linear",
     "glm_proj": "linear",
     "projector.layout": "layout",
+    "projector.norm": "norm",
+    "multi_modal_projector.layer_norm": "norm",
     "multi_modal_projector.linear_1": "layers.0",
     "multi_modal_projector.linear_2": "layers.1",
     **{f"mm_projector.{2 * i}": f"layers.{i}" for i in range(8)},

@@ -79,7 +79,7 @@ class _Projector(_Piece):
     """What projectors of every kind can say."""
 
     type: str
-    """Its kind: linear, linear_end, linear_no_bias, mlp, mlp_norm or pixel_shuffle."""
+    """Its kind: linear, linear_end, linear_no_bias, mlp, mlp_norm, pixel_shuffle or pixel_shuffle_mlp."""
     init: Literal["default", "match_embeddings"] = "default"
     """`match_embeddings` scales a new projector's output to the language model's embeddings."""
     pretrained: str | None = None
@@ -112,8 +112,8 @@ class MLP(_Projector):
 class PixelShuffle(_Projector):
     """Neighbouring patches folded into one token, then a linear layer."""
 
-    type: Literal["pixel_shuffle"]
-    """Folds neighbouring patches into one token, then a linear layer."""
+    type: Literal["pixel_shuffle", "pixel_shuffle_mlp"]
+    """Folds neighbouring patches into one token; `pixel_shuffle_mlp` (InternVL) has a norm and an mlp behind it."""
     scale_factor: Annotated[int, Field(ge=1, le=64)] = 2
     """Side of the square of patches that becomes one token."""
 
@@ -131,7 +131,7 @@ def _without_options_of_others(value: object) -> Any:
     own = PROJECTOR_KINDS[value["type"]].model_fields
     others = {
         key: (name, kind.model_fields[key].default)
-        for name, kind in PROJECTOR_KINDS.items()
+        for name, kind in reversed(PROJECTOR_KINDS.items())
         for key in kind.model_fields.keys() - own.keys()
     }
     for key in value.keys() & others.keys():

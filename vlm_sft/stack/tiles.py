@@ -21,7 +21,7 @@ from ..base.names import Json
 from ..batch.box_text import Seen
 from ..batch.processor import VLMProcessor
 from ..model.configuration import VLMConfig
-from ..model.connectors import tokens_in
+from ..model.towers import tokens_in
 from ..recipe.safety import check_picture
 
 if TYPE_CHECKING:
