@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from openai import OpenAI
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -18,13 +22,17 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from support.flant5 import write_blip2_flant5, write_instructblip_flant5
+from support.asking import running
+from support.flant5 import write_blip2_flant5, write_instructblip_flant5, write_lavis_blip2_flant5
 from support.tiny_pieces import tiny_recipe
 from vlm_sft import answer, load, load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.cli.main import app
 from vlm_sft.export.export import export
+from vlm_sft.inference.generation import prompt_batch
 from vlm_sft.inference.likelihood import likelihoods
+from vlm_sft.serving.bundles import load_bundles
+from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.train import train
 
 KINDS = {
@@ -177,3 +185,60 @@ def test_the_adapter_can_be_kept_beside_the_native_class(trained, tmp_path):
     names = [n for n, _ in model.named_parameters() if "lora_B" in n]
     assert any(".encoder." in n for n in names) and any(".decoder." in n for n in names)
     assert sum(torch.count_nonzero(p) > 0 for n, p in model.named_parameters() if "lora_B" in n) == len(names)
+
+
+@pytest.mark.slow
+def test_it_is_served_whole_and_streamed_as_it_answers(trained, shared_photos):
+    """Several at once, with stop texts, probabilities and a seed; an encoder reads questions of other lengths."""
+    folder, _ = trained
+    served = load_bundles([str(folder)], {})
+    model, processor = load(folder)
+    with running(served) as caller:
+        client = OpenAI(base_url=caller.url, api_key="none", max_retries=0)
+        (name,) = [each.id for each in client.models.list()]
+
+        def body(number, **more):
+            url = "data:image/png;base64," + base64.b64encode(Path(shared_photos[number]).read_bytes()).decode()
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": PAIRS[number][0]}]
+            messages = [{"role": "user", "content": content}]
+            return {"model": name, "messages": messages, "max_tokens": 9, "temperature": 0, **more}
+
+        wanted = answer(model, processor, asked(shared_photos), max_new_tokens=9)
+        with ThreadPoolExecutor(4) as threads:
+            got = list(threads.map(lambda number: client.chat.completions.create(**body(number)), range(4)))
+        assert [each.choices[0].message.content for each in got] == wanted and any(wanted)
+        for number in range(4):
+            chunks = list(client.chat.completions.create(**body(number), stream=True))
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted[number]
+        drawn = [client.chat.completions.create(**body(0, temperature=1.5, seed=3)) for _ in range(2)]
+        assert drawn[0].choices[0].message.content == drawn[1].choices[0].message.content
+        told = client.chat.completions.create(**body(1, logprobs=True, top_logprobs=2)).choices[0].logprobs.content
+        assert told and all(each.logprob == each.top_logprobs[0].logprob <= 0 for each in told)
+        (whole,) = [text for text in wanted if len(text) > 2][:1]
+        number, mark = wanted.index(whole), whole[1:3]
+        stopped = client.chat.completions.create(**body(number, stop=[mark])).choices[0]
+        assert stopped.message.content == whole.split(mark)[0].strip() and stopped.finish_reason == "stop"
+
+
+@torch.no_grad()
+def test_from_the_files_that_lavis_publishes_to_an_answer(recipe_file, shared_photos, tmp_path):
+    files, native = write_lavis_blip2_flant5(tmp_path)
+    heads = {"num_attention_heads": 4}
+    stack = {
+        "vision_tower": {"pretrained": files["vit"], "more": [files["blip2"]], "config": heads},
+        "resampler": {"type": "qformer", "pretrained": files["blip2"], "config": {"num_attention_heads": 2}},
+        "projector": {"type": "linear", "pretrained": files["blip2"]},
+        "language_model": {"pretrained": files["t5"]},
+    }
+    built = build_stack(load_recipe(recipe_file(stack=stack, chat_template="flant5")))
+    model, processor = built.model.eval(), built.processor
+    said = answer(model, processor, asked(shared_photos), max_new_tokens=8)
+    batch = prompt_batch(processor, asked(shared_photos), model.device)
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == processor.image_token_id, native.config.image_token_id)
+    given = {"input_ids": ids, "pixel_values": batch["pixel_values"], "attention_mask": batch["attention_mask"]}
+    starts = batch["decoder_input_ids"]
+    wanted = native(**given, decoder_input_ids=starts).logits
+    got = model(**given | {"input_ids": batch["input_ids"]}, decoder_input_ids=starts).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    theirs = native.generate(**given, max_new_tokens=8, do_sample=False)
+    assert [text.strip() for text in processor.batch_decode(theirs, skip_special_tokens=True)] == said and any(said)

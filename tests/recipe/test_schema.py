@@ -96,7 +96,7 @@ def test_missing_recipe_names_the_closest(recipe_file: Path) -> None:
         "the recipe elsewhere/quikstart_stage1.yaml does not exist; "
         '"quickstart_stage1" ships with vlm_sft and can be named like that.'
     )
-    assert "these ship: blip2_opt_stage2," in problem(Path("zzzzzz"))
+    assert "these ship: blip2_flant5," in problem(Path("zzzzzz"))
 
 
 def test_folder_instead_of_recipe(tmp_path: Path) -> None:

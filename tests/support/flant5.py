@@ -114,3 +114,46 @@ def _write(model, folder: Path) -> str:
     flant5_tokenizer().save_pretrained(folder)
     BlipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder)
     return str(folder)
+
+
+def write_lavis_blip2_flant5(folder: Path) -> tuple[dict[str, str], torch.nn.Module]:
+    """LAVIS's files of a BLIP-2 on FlanT5, and transformers' class of the same weights.
+
+    Returns:
+        `vit` (EVA's file), `blip2` (Q-Former, queries, `ln_vision`, `t5_proj`) and `t5` (a folder), by their paths; the
+        class as LAVIS computes: another epsilon behind the ViT, and no bias on its keys.
+    """
+    import re
+
+    from transformers import AutoModelForImageTextToText
+
+    published = write_blip2_flant5(folder / "published", equal_depth=True)
+    native = AutoModelForImageTextToText.from_pretrained(published).eval()
+    native.vision_model.post_layernorm.eps = 1e-5
+    vit: dict[str, torch.Tensor] = {"head.weight": torch.zeros(2, 24)}
+    for name, tensor in native.vision_model.state_dict().items():
+        if name.endswith("qkv.bias"):
+            width = len(tensor) // 3
+            tensor[width : 2 * width] = 0
+            stem = name.removesuffix("qkv.bias").replace("encoder.layers.", "blocks.").replace("self_attn", "attn")
+            vit |= {f"{stem}q_bias": tensor[:width].clone(), f"{stem}v_bias": tensor[2 * width :].clone()}
+            continue
+        for theirs, lavis in (
+            ("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding", "pos_embed"),
+            ("embeddings.patch_embedding", "patch_embed.proj"), ("encoder.layers.", "blocks."), ("layer_norm", "norm"),
+            ("self_attn.projection", "attn.proj"), ("self_attn.qkv", "attn.qkv"), ("post_layernorm", "ln_vision"),
+        ):  # fmt: skip
+            name = name.replace(theirs, lavis)
+        vit[name] = tensor.clone()
+    blip2 = {name: vit.pop(name) for name in ("ln_vision.weight", "ln_vision.bias")}
+    blip2["query_tokens"] = native.query_tokens.detach().clone()
+    blip2 |= {f"t5_proj.{end}": value.clone() for end, value in native.language_projection.state_dict().items()}
+    for name, tensor in native.qformer.state_dict().items():
+        name = re.sub(r"attention\.attention\.", "attention.self.", name).replace("layernorm.", "embeddings.LayerNorm.")
+        blip2[f"Qformer.bert.{name}"] = tensor.clone()
+    torch.save(vit, folder / "eva_vit_g.pth")
+    torch.save({"model": blip2, "epoch": 9}, folder / "blip2_pretrained_flant5xl.pth")
+    native.language_model.save_pretrained(folder / "t5")
+    flant5_tokenizer().save_pretrained(folder / "t5")
+    names = {"vit": "eva_vit_g.pth", "blip2": "blip2_pretrained_flant5xl.pth", "t5": "t5"}
+    return {name: str(folder / file) for name, file in names.items()}, native

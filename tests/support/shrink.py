@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from support.flant5 import write_instructblip_flant5
+from support.flant5 import write_flant5, write_instructblip_flant5
 from support.mplug import GOLDENS, save_words
 from support.tiny_families import tiny
 from support.tiny_pieces import make_tokenizer
@@ -126,6 +126,13 @@ def write_mplug(size: str, folder: Path) -> str:
     return str(folder / "mplug.pth")
 
 
+def write_blip2_flant5(pieces: dict[str, str], folder: Path) -> str:
+    """LAVIS's BLIP-2 on FlanT5 as its second stage leaves it: the same file with `t5_proj`, neither ViT nor FlanT5."""
+    state = torch.load(write_blip2_pretrained(pieces, folder), weights_only=True)["model"]
+    torch.save({"model": state | _random(_linear("t5_proj", 32, 64))}, folder / "blip2_pretrained_flant5xl.pth")
+    return str(folder / "blip2_pretrained_flant5xl.pth")
+
+
 def write_dinov2(pieces: dict[str, str], folder: Path) -> str:
     """DINOv2 with patches of 14 pixels, whose image processor is told the size by the recipe."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
@@ -189,6 +196,8 @@ PIECES: dict[str, Writer] = {
     "data/real/projector": write_real_projector,
     "checkpoints/eva_vit_g.pth": write_eva,
     "checkpoints/blip2_pretrained.pth": write_blip2_pretrained,
+    "checkpoints/blip2_pretrained_flant5xl.pth": write_blip2_flant5,
+    "google/flan-t5-xl": lambda pieces, folder: write_flant5(folder),
     "facebook/opt-2.7b": lambda pieces, folder: pieces["opt"],
     "openai/clip-vit-large-patch14-336": lambda pieces, folder: pieces["clip"],
     "lmsys/vicuna-7b-v1.5": lambda pieces, folder: pieces["llama"],
@@ -223,6 +232,8 @@ def shrink(name: str, folder: Path, pieces: dict[str, str], photos: list[str], i
         for index, source in enumerate(getattr(recipe.data, group)):
             for key, value in write_source(source, folder / f"{group}_{index}", photos).items():
                 changes[f"data.{group}.{index}.{key}"] = value
+    if recipe.stack is not None and (recipe.stack.vision_tower.image_size or 0) > 200:  # tiny towers have 28
+        changes["stack.vision_tower.image_size"] = 42
     if recipe.encoder is not None:
         changes["encoder.min_count"] = 1
         if recipe.encoder.tokenizer:  # an mPLUG: its files tell no sizes of heads, which are published ones
