@@ -73,6 +73,9 @@ def find_language_model(spec: LanguageModel) -> Piece[LanguageModel]:
     if not is_language_model(piece.config):
         raise UserError(f"{piece.key}: a {piece.config.model_type!r} checkpoint is no causal language model.")
     piece.renamed = LANGUAGE_MODEL_NAMES
+    said = getattr(piece.whole, "tie_word_embeddings", False) and not piece.config.tie_word_embeddings
+    if said and not any(name.endswith("lm_head.weight") for name in piece.checkpoint.files):
+        piece.config.tie_word_embeddings = True  # InternVL says it of the whole alone
     return _with_own_head(piece)
 
 
