@@ -34,7 +34,6 @@ def recipe_file(tmp_path: Path) -> Path:
             "the language model cannot be trained whole and by LoRA at once; remove `train.language_model` or `lora`.",
         ),
         (["lora.layer_replication=[[0, 1]]"], "`lora.layer_replication` cannot be used: it makes another language"),
-        (["lora.target_parameters=[experts.up]"], "`lora.target_parameters` cannot be used: an adapter of bare"),
         (["sft.train_sampling_strategy=batch_rebalance"], "use random, sequential or group_by_length."),
         (
             ["sft.train_sampling_strategy=group_by_length", "data.streaming=true", "sft.max_steps=9", *WEIGHED],

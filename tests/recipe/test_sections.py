@@ -74,9 +74,9 @@ def test_a_recipe_of_an_older_bundle_states_the_options_of_every_kind(tmp_path: 
         ),
         (
             "stack.projector={type: mpl}",
-            "'mlp', 'mlp_norm' or 'pixel_shuffle', not 'mpl'.",
+            "'mlp_norm', 'pixel_shuffle' or 'pixel_shuffle_mlp', not 'mpl'.",
         ),
-        ("stack.projector={type: 2}", "or 'pixel_shuffle', not '2'."),
+        ("stack.projector={type: 2}", "or 'pixel_shuffle_mlp', not '2'."),
         ("stack.projector={depth: 2}", 'the key "stack.projector.type" is missing.'),
         ("stack.projector=mlp", '"stack.projector" must be a valid dictionary'),
         ("stack.vision_towr={}", 'unknown key "stack.vision_towr"; did you mean "vision_tower"?'),

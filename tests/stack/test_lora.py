@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from peft import get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from support.bundles import logits, trained
+from support.tiny_pieces import make_tokenizer
+from vlm_sft import load
 from vlm_sft.base.errors import UserError
+from vlm_sft.export.export import export
+from vlm_sft.preflight.dry_run import weigh
+from vlm_sft.preflight.launch import read_launch
 from vlm_sft.stack.build_stack import build_empty_stack
 from vlm_sft.stack.lora import lora_config, try_adapter
 
@@ -129,3 +137,92 @@ def test_new_words_are_rows_of_the_tables_and_no_others(lm, tables, recipe):
     assert all(ids == [word.id for word in stack.processor.words] for ids in rows.values())
     with pytest.raises(UserError, match=r"trainable_token_indices cannot be used.*\(new words: `lora\.add_tokens`\)"):
         lora_config(recipe("clip", lora={"r": 2, "trainable_token_indices": [5]}), stack.model)
+
+
+@pytest.fixture
+def mixture(stack_recipe, tmp_path):
+    """A recipe on a Mixtral of four experts a layer, whose weights transformers fuses; keys of `lora` and others."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, vocab_size=300, num_key_value_heads=2, num_local_experts=4, initializer_range=0.3)
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    make_tokenizer().save_pretrained(tmp_path / "mixtral")
+
+    def make(lora, **changes):
+        made = {"vision": {"feature_layer": -2, "feature_select": "patch"}, "projector": "mlp", **changes}
+        return stack_recipe("clip", str(tmp_path / "mixtral"), chat_template="vicuna_v1", lora={"r": 2, **lora}, **made)
+
+    return make
+
+
+FUSED = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def test_experts_are_adapted_where_a_key_names_them_and_not_otherwise(mixture):
+    layers = {f"model.language_model.layers.{i}" for i in range(2)}
+    attention = {f"{layer}.self_attn.{name}_proj" for layer in layers for name in "qkvo"}
+    assert adapted(mixture({})) == attention
+    experts = {f"{layer}.mlp.experts{inner}" for layer in layers for inner in ("", ".base_layer")}
+    assert adapted(mixture({"target_parameters": FUSED})) == attention | experts
+    one = mixture({"target_parameters": ["layers.1.mlp.experts.down_proj"], "target_modules": []})
+    assert adapted(one) == {"model.language_model.layers.1.mlp.experts"}
+
+
+@pytest.mark.parametrize(
+    ("lora", "lm", "sentence"),
+    [
+        (
+            {"target_parameters": ["experts.w1"]},
+            None,
+            r"'experts\.w1' matches no experts .*; it has experts\.down_proj,",
+        ),
+        ({"target_parameters": ["q_proj.weight"]}, None, "matches no experts of the language model"),
+        ({"target_parameters": FUSED}, "llama", "it has none: linear layers are named in `lora.target_modules`"),
+        ({"target_parameters": FUSED, "lora_dropout": 0.1}, None, "does not work with lora_dropout != 0"),
+        ({"target_parameters": FUSED, "use_dora": True}, None, "does not work with"),
+        ({"target_parameters": "experts.down_proj"}, None, "target_parameters"),
+    ],
+)
+def test_experts_that_peft_cannot_adapt_are_refused_in_one_sentence(lora, lm, sentence, mixture, recipe):
+    made = recipe("clip", lm=lm, lora={"r": 2, **lora}) if lm else mixture(lora)
+    with pytest.raises(UserError, match=sentence) as caught:
+        try_adapter(made, build_empty_stack(made).model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", [{}, {"quantization": {"load_in_4bit": True}}], ids=["full", "4 bits"])
+def test_a_bundle_with_lora_on_experts_reloads_and_is_weighed(bits, mixture, tmp_path):
+    made = mixture({"target_parameters": FUSED}, **bits)
+    model = trained(made, tmp_path / "bundle")
+    moved = [
+        name for name, weight in model.named_parameters() if "experts" in name and "lora_B" in name and weight.any()
+    ]
+    assert len(moved) == 4
+    loaded, processor = load(tmp_path / "bundle")
+    wanted, without = logits(model, processor), None
+    assert torch.equal(logits(loaded, processor), wanted)
+    with loaded.disable_adapter():
+        without = logits(loaded, processor)
+    assert (wanted - without).abs().max() > 1e-3
+    weighed = weigh(mixture({"target_parameters": FUSED}, **bits, sft={"bf16": True}), read_launch())
+    assert weighed.estimate.step.peak > 0
+
+
+@pytest.mark.parametrize("to", ["bundle-merged", "transformers"])
+def test_lora_on_experts_is_merged(to, mixture, tmp_path):
+    trained(mixture({"target_parameters": FUSED}), tmp_path / "bundle")
+    found = export(tmp_path / "bundle", tmp_path / "out", to)
+    assert found["merge_difference"] <= 1e-4 and found["max_difference"] <= 1e-4
+    with pytest.raises(UserError, match=r"has LoRA on experts .*; leave --keep-adapter out"):
+        export(tmp_path / "bundle", tmp_path / "kept", keep_adapter=True)
+
+
+@pytest.mark.parametrize("how", ["continue", "merge"])
+def test_a_stage_goes_on_from_lora_on_experts(how, mixture, tmp_path):
+    lora = {"target_parameters": FUSED}
+    first = trained(mixture(lora), tmp_path / "first")
+    again = mixture(lora, init_from=str(tmp_path / "first"), lora_from=how)
+    second = trained(again, tmp_path / "second", moves=how == "merge")
+    loaded, processor = load(tmp_path / "second")
+    assert torch.equal(logits(loaded, processor), logits(second, processor))
+    assert torch.allclose(logits(second, processor), logits(first, processor), atol=1e-4) == (how == "continue")

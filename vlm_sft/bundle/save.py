@@ -125,7 +125,10 @@ def plain_name(name: str) -> str:
     """A parameter's name in the composed model, whatever PEFT or DDP put around it."""
     for wrapper in ("module.", "base_model.model."):
         name = name.removeprefix(wrapper)
-    return name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+    name = name.replace(".token_adapter.base_layer.", ".")
+    while ".base_layer." in name:  # those of experts lie in each other
+        name = name.replace(".base_layer.", ".")
+    return name
 
 
 def _save_adapter(

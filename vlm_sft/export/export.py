@@ -25,6 +25,7 @@ from ..bundle.manifest import read_manifest
 from ..bundle.parity import run_afresh
 from ..llama_cpp.mixture import mixture_of
 from ..llama_cpp.packages import check_installed
+from ..recipe.schema import Recipe
 from ..stack.judge import judge, layers_of
 from .check import ADAPTER_FOLDER, CONVERSATION, PICTURE, PROBE, is_prompt, noise_picture
 from .forms import Form, form_of
@@ -72,9 +73,9 @@ def export(
     _check_request(out, to, keep_adapter, quantize)
     bundle = find_bundle(bundle)
     manifest = read_manifest(bundle)
-    if keep_adapter and not manifest["adapter"]:
-        raise UserError(f"{str(bundle)!r} has no adapter to keep; leave --keep-adapter out.")
     recipe = recipe_of(bundle, manifest)
+    if keep_adapter:
+        _check_kept(bundle, manifest, recipe)
     model, processor = load(bundle, device="cpu", trust_remote_code=trust_remote_code, unquantised=True)
     core = model.get_base_model() if manifest["adapter"] else model
     own = torch.float16 if to == "gguf" else core.get_input_embeddings().weight.dtype
@@ -165,6 +166,17 @@ def _check_request(out: Path, to: str, keep_adapter: bool, quantize: str | None)
         raise UserError(f"--keep-adapter goes with --to transformers or vllm; {to} has LoRA merged.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{str(out)!r} is there already and not empty; name another folder.")
+
+
+def _check_kept(bundle: Path, manifest: Json, recipe: Recipe) -> None:
+    """What an adapter that is to be kept beside must be."""
+    if not manifest["adapter"]:
+        raise UserError(f"{str(bundle)!r} has no adapter to keep; leave --keep-adapter out.")
+    if (recipe.lora or {}).get("target_parameters"):
+        raise UserError(
+            f"{str(bundle)!r} has LoRA on experts (lora.target_parameters), whose layers transformers names otherwise "
+            f"beside a native class; leave --keep-adapter out, which merges it."
+        )
 
 
 def _write_probe(folder: Path, form: Form) -> dict[str, torch.Tensor]:

@@ -141,7 +141,7 @@ _OTHER_START = "it starts from weights that a bundle does not hold"
 LORA = PassedOn(
     "peft.LoraConfig",
     _words(
-        "task_type peft_type peft_version inference_mode r target_modules exclude_modules lora_alpha",
+        "task_type peft_type peft_version inference_mode r target_modules target_parameters exclude_modules lora_alpha",
         "lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform",
         "layers_pattern use_dora alora_invocation_tokens use_qalora qalora_group_size",
         "lora_bias ensure_weight_tying",
@@ -167,8 +167,6 @@ LORA = PassedOn(
         "loftq_config": _OTHER_START,
         "lora_ga_config": _OTHER_START,
         "layer_replication": "it makes another language model, of which a bundle knows no piece",
-        "target_parameters": "an adapter of bare parameters is not rooted at the language model; name linear layers in "
-        "`lora.target_modules`",
     },
     ours=frozenset({"add_tokens"}),
 )

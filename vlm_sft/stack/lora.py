@@ -28,7 +28,8 @@ def lora_config(recipe: Recipe, model: nn.Module) -> LoraConfig | None:
     """The recipe's `lora:` as PEFT's own configuration, with its targets rooted at the language model.
 
     Without `target_modules`, every linear layer of the language model is adapted. Names given as a list are looked for
-    inside the language model; a regular expression (a string) is passed on as it is.
+    inside the language model; a regular expression (a string) is passed on as it is. The fused weights of a mixture's
+    experts are no linear layers, and adapted where `target_parameters` names them.
 
     Raises:
         UserError: A name or expression matches nothing, or an option cannot be kept in a bundle.
@@ -38,9 +39,11 @@ def lora_config(recipe: Recipe, model: nn.Module) -> LoraConfig | None:
     options = {key: value for key, value in (recipe.lora or {}).items() if key not in OWN_LORA_KEYS}
     _refuse_what_is_not_lora(options)
     targets = options.get("target_modules")
+    if experts := options.get("target_parameters"):
+        options["target_parameters"] = _experts(model, experts)
     if isinstance(targets, str) and targets != "all-linear":
         _check_expression(model, targets)
-    else:
+    elif not (experts and targets == []):  # an empty list: the experts alone
         names = targets if isinstance(targets, list) else None
         whole = options.get("layers_to_transform") is not None  # PEFT takes no expression then
         options["target_modules"] = _root_targets(model, names, whole)
@@ -186,6 +189,27 @@ def _root_targets(model: nn.Module, names: list[str] | None, whole: bool = False
         return [f"{root}.{name}" for name in chosen]
     pattern = "|".join(re.escape(name) for name in names)
     return rf"(?:.*\.)?{root}\.(?:.*\.)?(?:{pattern})"
+
+
+def _experts(model: nn.Module, names: list[str]) -> list[str]:
+    """Names of fused weights → whole names of those of experts in the language model, three axes each.
+
+    Raises:
+        UserError: One matches none, or they have few bits.
+    """
+    inside = part_modules(model)["language_model"][0] + "."
+    there = {name: weight for name, weight in model.named_parameters() if name.startswith(inside) and weight.dim() == 3}
+    known = ", ".join(sorted({".".join(name.rsplit(".", 2)[-2:]) for name in there}))
+    has = f"it has {known}" if known else "it has none: linear layers are named in `lora.target_modules`"
+    found: list[str] = []
+    for name in names:
+        matched = [whole for whole in there if whole.endswith("." + name)]
+        if not matched:
+            raise UserError(f"lora.target_parameters: {name!r} matches no experts of the language model; {has}.")
+        if not all(there[whole].is_floating_point() for whole in matched):
+            raise UserError(f"lora.target_parameters: {name!r} has few bits, beside which LoRA is not put; remove it.")
+        found += matched
+    return sorted(set(found))
 
 
 def _is_linear(module: nn.Module) -> bool:
