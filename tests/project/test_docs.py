@@ -246,6 +246,9 @@ def calls(monkeypatch) -> list[tuple[str, tuple, dict]]:
         monkeypatch.setitem(sys.modules, name, made)
 
     stand_in("prepare.fill_cache", "fill_cache")
+    stand_in("captions.command", "caption")
+    for function in ("explain_one", "explain_many", "Scheme"):
+        stand_in("captions.explained", function)
     stand_in("machine.fit_command", "run")
     nothing = types.SimpleNamespace(lines=list, findings=[], as_dict=dict, summary=str)
     stand_in("machine.doctor", "examine", nothing)
@@ -307,6 +310,8 @@ def test_commands_are_understood(page, words, check_vlm_sft, tmp_path):
     program, *rest = words
     if program == "vlm-sft":
         check_vlm_sft(page, rest)
+    elif rest[:3] == ["launch", "-m", "vlm_sft"]:  # its arguments are those of `vlm-sft`
+        check_vlm_sft(page, rest[3:])
     elif program == "accelerate":
         check_accelerate(page, rest, tmp_path)
     elif program == "python":

@@ -156,7 +156,9 @@ def cores_for_each() -> int:
 
 
 @contextmanager
-def hold_folder(folder: str | Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+def hold_folder(
+    folder: str | Path, say: Callable[[str], None] = lambda line: None, key: str = "sft.output_dir"
+) -> Iterator[None]:
     """Keeps other runs out of a folder, which is made if it is not there and removed again if nothing was written.
 
     The lock is the operating system's, which takes it back from a process that dies. Where machines share a disk it may
@@ -168,6 +170,7 @@ def hold_folder(folder: str | Path, say: Callable[[str], None] = lambda line: No
     Args:
         folder: The run's `output_dir`.
         say: Told that another machine's run is being looked for.
+        key: What the folder is called in the message.
 
     Raises:
         UserError: Another run is going on in it.
@@ -177,8 +180,8 @@ def hold_folder(folder: str | Path, say: Callable[[str], None] = lambda line: No
     file = folder / RUN_LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(file)
-        _look_for_others(file, lock is not None, say)
+        lock = _lock(file, key)
+        _look_for_others(file, lock is not None, say, key)
         file.write_text(json.dumps(_self()) + "\n", encoding="utf-8")
     except OSError:
         yield
@@ -198,7 +201,7 @@ def hold_folder(folder: str | Path, say: Callable[[str], None] = lambda line: No
                 path.rmdir()
 
 
-def _lock(file: Path) -> FileLock | None:
+def _lock(file: Path, key: str) -> FileLock | None:
     """The lock, held; None where the disk knows none."""
     from filelock import FileLock, Timeout
 
@@ -206,7 +209,7 @@ def _lock(file: Path) -> FileLock | None:
     try:
         lock.acquire()
     except Timeout:
-        raise _in_use(file) from None
+        raise _in_use(file, key) from None
     except (OSError, NotImplementedError):
         if not os.access(file.parent, os.W_OK):
             raise
@@ -214,7 +217,7 @@ def _lock(file: Path) -> FileLock | None:
     return lock
 
 
-def _look_for_others(file: Path, locked: bool, say: Callable[[str], None]) -> None:
+def _look_for_others(file: Path, locked: bool, say: Callable[[str], None], key: str) -> None:
     """Raises a UserError where the run that left the file is still going on, out of the lock's reach."""
     holder = _holder(file)
     if not holder or (locked and holder.get("machine") == _self()["machine"]):
@@ -226,12 +229,12 @@ def _look_for_others(file: Path, locked: bool, say: Callable[[str], None]) -> No
         time.sleep(BEAT / 10)
         with open_regular(file) as opened:  # because a network's disk asks its server only then
             if os.fstat(opened.fileno()).st_mtime_ns != before:
-                raise _in_use(file)
+                raise _in_use(file, key)
 
 
-def _in_use(file: Path) -> UserError:
+def _in_use(file: Path, key: str) -> UserError:
     return UserError(
-        f"sft.output_dir {str(file.parent)!r} is in use: another run, {_words(_holder(file))}, writes to it; wait for "
+        f"{key} {str(file.parent)!r} is in use: another run, {_words(_holder(file))}, writes to it; wait for "
         f"its end, stop it, or choose another folder."
     )
 

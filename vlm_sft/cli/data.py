@@ -11,14 +11,14 @@ import typer
 from ..base.console import for_a_program, make_console, say, tell
 from ..base.errors import UserError
 from ..train import Json
-from .arguments import ImageFolders
+from .arguments import ImageFolders, Options, settings_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..prepare.filtering import Score
 
-data_app = typer.Typer(help="Look at data and prepare it: convert, stats, filter.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data and prepare it: convert, stats, filter, caption.", no_args_is_help=True)
 
 Src = Annotated[
     str,
@@ -162,6 +162,49 @@ def filter_(
             kept = convert_rows(progress.through(kept_rows(rows, found, limit), "written"), to, out)
         tell(f"{out}: {kept:,} of {len(found):,} rows have a score of {limit:.4g} or more, or no image.")
         give({**done, "out": out, "kept": kept, "threshold": limit})
+
+
+@data_app.command()
+def caption(
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder of pictures, or rows that have an image.", show_default=False)
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="File of rows to write, .jsonl.", show_default=False)],
+    captioner: Annotated[
+        str, typer.Option(help="Bundle, or folder or Hub id of a BLIP, a BLIP-2 or another VLM.", show_default=False)
+    ],
+    matcher: Annotated[str | None, typer.Option(help="Scores captions: what `filter` takes as --model.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Smallest score that is kept.")] = None,
+    keep: Annotated[float | None, typer.Option(min=0.001, max=1.0, help="Or the share that is kept.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Ask in en or zh; may be repeated.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Ask this instead; may be repeated.")] = None,
+    captions: Annotated[int, typer.Option(min=1, max=100, help="Captions for each prompt, drawn if several.")] = 1,
+    settings: Options = None,
+    seed: Annotated[int, typer.Option(help="Of captions that are drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
+    kind: Annotated[
+        str | None, typer.Option("--format", help="Of rows that have captions, which are then scored along.")
+    ] = None,
+    images: Images = None,
+    image_folder: ImageFolders = None,
+    column: Columns = None,
+    max_rejected: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of pictures to leave out.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Write captions of pictures and keep those that fit; a rerun goes on. For several processes, use: accelerate
+    launch -m vlm_sft data caption."""
+    from ..base.console import quiet_libraries
+
+    quiet_libraries()
+    from ..captions.capfilt import Wish
+    from ..captions.command import caption as run
+    from ..captions.wanted import WantedPictures
+
+    options = settings_of(settings)
+    wish = Wish(captioner, matcher, language or (), prompt or (), captions, options, seed, batch_size)
+    found = WantedPictures(src, kind, images, column, image_folder)
+    with for_a_program(as_json) as give:
+        give(run(found, out, wish, make_console(), threshold, keep, max_rejected))
 
 
 def _say_scores(scores: list[Score], console: Console) -> None:

@@ -95,7 +95,7 @@ def check_options(options: Options) -> None:
         raise UserError(f"`cache_implementation: quantized` needs {backend}, which is not installed; leave it out.")
 
 
-def _tidy(options: Options) -> Options:
+def tidy(options: Options) -> Options:
     """`temperature=0` means greedy to most programs, and 2 is as good as 2.0; transformers refuses both."""
     options = {name: float(v) if name in FLOATS and isinstance(v, int) else v for name, v in options.items()}
     if options.get("temperature") == 0:
@@ -121,7 +121,7 @@ def generation_options(model: PreTrainedModel, processor: VLMProcessor, options:
     for name in ("suppress_tokens", "begin_suppress_tokens"):
         if len(set(options.get(name) or ())) >= words:
             raise UserError(f"`{name}` leaves no token for an answer; the model has {words:,} of them.")
-    options = _tidy(options)
+    options = tidy(options)
     defaults = {**DEFAULTS, "max_new_tokens": own.max_new_tokens or DEFAULTS["max_new_tokens"]}
     if "max_length" in options:
         del defaults["max_new_tokens"]

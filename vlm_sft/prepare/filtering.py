@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..base.errors import UserError
+from ..base.errors import RowError, UserError
 from ..base.limits import READERS, bounded, limits
 from ..base.names import ImageEntry, Json, Row
 from ..base.whole_files import read_bytes
@@ -100,6 +100,7 @@ def score_rows(
 def _scores_of(batch: list[Row], scorer: Callable[..., list[float]], roles: Sequence[str]) -> list[Score]:
     """Scores of a batch; a broken image, or one that the model refuses, does not take the others with it."""
     images, texts, owners = [], [], []
+    names: list[str] = []
     errors: dict[int, str] = {}
     for number, row in enumerate(batch):
         try:
@@ -109,33 +110,62 @@ def _scores_of(batch: list[Row], scorer: Callable[..., list[float]], roles: Sequ
             errors[number] = str(error)
             continue
         images += opened
+        names += map(name_of, row["images"])
         texts += [text_of(row, roles)] * len(opened)
         owners += [number] * len(opened)
     values: dict[int, list[float]] = {}
-    try:
-        scores = scorer(images, texts)
-    except Exception as error:  # image processors raise anything, over the whole batch
-        if isinstance(error, UserError | torch.OutOfMemoryError):
-            raise
-        if len(batch) > 1:
-            return [score for row in batch for score in _scores_of([row], scorer, roles)]
-        scorer([Image.new("RGB", BLANK)], texts[:1])  # what fails on this too is no picture's fault
-        name = " ".join(filter(None, map(name_of, batch[0]["images"])))
-        refusal = refused(batch[0]["id"], name, images[0].size, "the scoring model", error)
-        return [Score(batch[0]["id"], None, str(refusal))]
+    scores = score_pairs(scorer, images, texts, [(batch[n]["id"], name) for n, name in zip(owners, names, strict=True)])
     for owner, value in zip(owners, scores, strict=True):
-        values.setdefault(owner, []).append(value)
-    means = {owner: sum(scores) / len(scores) for owner, scores in values.items()}
+        if isinstance(value, RowError):
+            errors[owner] = str(value)
+        else:
+            values.setdefault(owner, []).append(value)
+    means = {owner: sum(scores) / len(scores) for owner, scores in values.items() if owner not in errors}
     return [Score(row["id"], means.get(number), errors.get(number)) for number, row in enumerate(batch)]
 
 
+def score_pairs(
+    scorer: Callable[[Sequence[Image.Image], Sequence[str]], list[float]],
+    images: Sequence[Image.Image],
+    texts: Sequence[str],
+    names: Sequence[tuple[str, str]],
+) -> list[float | RowError]:
+    """Scores pairs of a picture and a text; in place of a score stands why the model refuses a picture.
+
+    Args:
+        scorer: N images and N texts → N scores.
+        images: One a pair.
+        texts: Likewise.
+        names: Where each picture is of, and its path or "".
+    """
+    try:
+        return list(scorer(images, texts))
+    except Exception as error:  # image processors raise anything, over the whole batch
+        if isinstance(error, UserError | torch.OutOfMemoryError):
+            raise
+        if len(images) == 1:
+            scorer([Image.new("RGB", BLANK)], texts)  # what fails on this too is no picture's fault
+            return [refused(*names[0], images[0].size, "the scoring model", error)]
+    alone = (score_pairs(scorer, images[n : n + 1], texts[n : n + 1], names[n : n + 1]) for n in range(len(images)))
+    return [score for found in alone for score in found]
+
+
 def _opened(image: ImageEntry, where: str, scorer: object, films: Films) -> Image.Image:
-    """A picture of which the scorer's image processor makes no more pixels than may be decoded."""
+    """A picture that is not too long for the scorer."""
     loaded = load_image(image, where=where, films=films)
+    check_grown(loaded, name_of(image), where, scorer)
+    return loaded
+
+
+def check_grown(loaded: Image.Image, name: str, where: str, scorer: object) -> None:
+    """Looks that the scorer's image processor makes no more pixels of a picture than may be decoded.
+
+    Raises:
+        RowError: It does.
+    """
     grown = grown_size(loaded.size, getattr(getattr(scorer, "processor", None), "image_processor", None))
     if grown[0] * grown[1] > (most := limits().image_pixels):
-        raise too_long(where, name_of(image) or "in the row", loaded, grown, most)
-    return loaded
+        raise too_long(where, name or "in the row", loaded, grown, most)
 
 
 def text_of(row: Row, roles: Sequence[str]) -> str:

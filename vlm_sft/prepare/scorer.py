@@ -31,44 +31,45 @@ class Scorer:
     Args:
         path: Folder or Hub id of the model, with its processor.
         device: Where it runs; default the first GPU if there is one, else the CPU.
+        key: What messages call the model.
 
     Raises:
         UserError: There is no such model, or it does not match images and texts.
     """
 
-    def __init__(self, path: str, device: str | torch.device | None = None) -> None:
+    def __init__(self, path: str, device: str | torch.device | None = None, key: str = KEY) -> None:
         from transformers import AutoModel, AutoProcessor, BlipForImageTextRetrieval
 
         try:
-            piece = piece_of(path, None, KEY)
+            piece = piece_of(path, None, key)
             config = piece.whole
             kind = config.model_type
             if kind not in SCORES:
                 raise UserError(
-                    f"--model {path} is a {kind!r} model: give one that matches images and texts, of the types "
+                    f"{key} {path} is a {kind!r} model: give one that matches images and texts, of the types "
                     f"{', '.join(SCORES)}."
                 )
             if kind == "vle":
-                self.processor = load_vle(path, "itm", key=KEY, device=None if device is None else str(device))
+                self.processor = load_vle(path, "itm", key=key, device=None if device is None else str(device))
                 self.processor.cuts, self.model = True, self.processor.model
                 self.device, self._score = self.model.device, SCORES[kind]
                 return
             if kind == "blip" and "BlipForImageTextRetrieval" not in (config.architectures or ()):
-                raise UserError(f"--model {path} has no matching head: give a BLIP-ITM model, like blip-itm-base-coco.")
+                raise UserError(f"{key} {path} has no matching head: give a BLIP-ITM model, like blip-itm-base-coco.")
             model_class = BlipForImageTextRetrieval if kind == "blip" else AutoModel
-            weights = Checkpoint(path, None, KEY, WEIGHT_FILES[:2])  # in safetensors
-            refuse_adapter(path, None, KEY)
-            check_tokenizer(path, None, KEY)
-            check_processor(path, None, KEY)
+            weights = Checkpoint(path, None, key, WEIGHT_FILES[:2])  # in safetensors
+            refuse_adapter(path, None, key)
+            check_tokenizer(path, None, key)
+            check_processor(path, None, key)
             weights.check_shards()
             check_size(model_class._from_config if kind == "blip" else AutoModel.from_config, config, weights)
-            place = laid_out(path, None, KEY, (*MODEL, *IMAGES, *TOKENIZER), weights)
+            place = laid_out(path, None, key, (*MODEL, *IMAGES, *TOKENIZER), weights)
             self.model = model_class.from_pretrained(place, use_safetensors=True, dtype=torch.float32).eval()
             self.processor = AutoProcessor.from_pretrained(place, use_fast=False)
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"--model {path} cannot be loaded: {one_line(error)[:300]}") from None
+            raise UserError(f"{key} {path} cannot be loaded: {one_line(error)[:300]}") from None
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device)
         self._score = SCORES[kind]
@@ -89,11 +90,25 @@ class Scorer:
         """Images as the model sees them: (N, 3, H, W)."""
         return self.processor.image_processor(images=images, return_tensors="pt").to(self.device)
 
+    def reads(self, text: str) -> bool:
+        """Whether the model knows most of a text's words: what it does not know it cannot compare with an image."""
+        tokenizer = self.processor.tokenizer
+        unknown, ids = tokenizer.unk_token_id, tokenizer(text, add_special_tokens=False)["input_ids"]
+        return unknown in (None, tokenizer.eos_token_id) or 2 * ids.count(unknown) <= len(ids)
+
+
+def _each_once(images: list[Image.Image]) -> tuple[list[Image.Image], list[int]]:
+    """Pictures without those that come again, and where each of all stands among them: several texts, one look."""
+    places: dict[int, int] = {}
+    numbers = [places.setdefault(id(image), len(places)) for image in images]
+    return [images[numbers.index(place)] for place in range(len(places))], numbers
+
 
 def _cosine(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
     # SigLIP was trained on texts padded to their full length, without a mask.
     padding = "max_length" if scorer.model.config.model_type.startswith("siglip") else True
-    seen = scorer.model.get_image_features(**scorer.pixels(images)).pooler_output
+    once, numbers = _each_once(images)
+    seen = scorer.model.get_image_features(**scorer.pixels(once)).pooler_output[numbers]
     read = scorer.model.get_text_features(**scorer.tokens(texts, padding=padding)).pooler_output
     return functional.cosine_similarity(seen, read)
 
@@ -101,7 +116,8 @@ def _cosine(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> torc
 def _matching(scorer: Scorer, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
     """P(match) of BLIP's image-text matching head."""
     model = scorer.model
-    seen = model.vision_model(**scorer.pixels(images)).last_hidden_state
+    once, numbers = _each_once(images)
+    seen = model.vision_model(**scorer.pixels(once)).last_hidden_state[numbers]
     everywhere = torch.ones(seen.shape[:-1], dtype=torch.long, device=seen.device)
     read = model.text_encoder(
         **scorer.tokens(texts, padding=True), encoder_hidden_states=seen, encoder_attention_mask=everywhere
@@ -122,3 +138,13 @@ SCORES: dict[str, Callable[[Scorer, list[Image.Image], list[str]], torch.Tensor]
     "blip": _matching,
     "vle": _of_vle,
 }
+
+
+def decides(path: str, key: str = KEY) -> float | None:
+    """The score from which a model itself takes a pair for one that belongs together; None where it says nothing of it.
+
+    Raises:
+        UserError: There is no such model, or it does not match images and texts.
+    """
+    kind = piece_of(path, None, key).whole.model_type
+    return None if SCORES.get(kind) is _cosine else 0.5

@@ -33,6 +33,13 @@ KINDS = (
     ImageKind(b"\0\0\1\0", "ICO", "ico"),
 )
 
+PICTURES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .ppm .pgm .jp2 .j2k .avif .ico .mpo".split()
+)
+"""Endings of files that are taken for pictures where nothing else says what they are."""
+UNREAD_PICTURES = dict.fromkeys((".heic", ".heif", ".cr2", ".nef", ".arw", ".dng"), "JPEG") | {".svg": "PNG"}
+"""Endings of pictures that are not read → what to convert them to."""
+
 _NOT_IMAGES = {
     b"<!doctype html": "HTML: a web page was saved in its place",
     b"<html": "HTML: a web page was saved in its place",

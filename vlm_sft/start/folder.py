@@ -12,16 +12,13 @@ from pathlib import Path
 from ..base.errors import UserError
 from ..base.words import reason_of
 from ..reading.files import FILE_READERS
+from ..reading.image_kinds import PICTURES, UNREAD_PICTURES
 
-PICTURES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .ppm .pgm .jp2 .j2k .avif .ico .mpo".split()
-)
 TEXTS = (".txt", ".caption")
 """Endings of a text beside a picture of the same name."""
 MENDS = {
-    ".heic": "convert them to JPEG", ".heif": "convert them to JPEG", ".cr2": "convert them to JPEG",
-    ".nef": "convert them to JPEG", ".arw": "convert them to JPEG", ".dng": "convert them to JPEG",
-    ".svg": "convert them to PNG", ".pdf": "convert their pages to PNG", ".zip": "unpack them",
+    **{ending: f"convert them to {kind}" for ending, kind in UNREAD_PICTURES.items()},
+    ".pdf": "convert their pages to PNG", ".zip": "unpack them",
     ".gz": "unpack them", ".tgz": "unpack them", ".7z": "unpack them", ".rar": "unpack them",
     ".xlsx": "save them as CSV (UTF-8)", ".xls": "save them as CSV (UTF-8)", ".ods": "save them as CSV (UTF-8)",
     ".docx": "save their text as .txt", ".yaml": "write the rows as JSON lines", ".yml": "write the rows as JSON lines",

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 from ..base.errors import RowError, UserError
 from ..base.names import Json, Values
-from ..reading.image_kinds import kind_of
+from ..reading.image_kinds import PICTURES, kind_of
 from ..rows.formats import examples_of
-from .folder import PICTURES
 
 LOOKED_AT = 64  # rows of a file that are looked at
 _NAMES = {
