@@ -129,5 +129,5 @@ def test_what_cannot_write_captions_is_one_sentence(blip, pieces, tmp_path):
     captioner = load_captioner(blip["captioner"], {})
     with pytest.raises(UserError, match="does not know the words of the prompt '一张照片'"):
         captioner.check(["a picture of", "一张照片"])
-    with pytest.raises(UserError, match="has 102 tokens: shorten it"):
+    with pytest.raises(UserError, match=r"may have 101 tokens, and .* has 40 positions: shorten it"):
         captioner.check(["dog " * 100])

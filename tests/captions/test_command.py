@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -279,6 +280,8 @@ def test_prompts_in_both_languages_are_asked(album, tmp_path, monkeypatch):
     (("album", "rows.jsonl", "--captions", 2, "--set", "num_beams=3"), "which --set num_beams=3 rules out"),
     (("album", "rows.jsonl", "--captions", 2, "--set", "temperature=0"), "which --set temperature=0 rules out"),
     (("album", "rows.jsonl", "--set", "top_q=1"), "no generation setting"),
+    (("album", "rows.jsonl", "--set", "max_new_tokens=1000"), "may have 1,004 tokens, and .* has 40 positions"),
+    (("album", "rows.jsonl", "--set", "max_length=90"), "may have 90 tokens"),
     (("album", "rows.jsonl", "--matcher", "captioner"), "--matcher .*has no matching head"),
     (("album", "rows.jsonl", "--matcher", "nowhere"), "--matcher"),
     (("album", "rows.jsonl", "--column", "image"), "of no use without --format"),
@@ -296,6 +299,17 @@ def test_what_is_wrong_is_one_sentence(blip, album, tmp_path, monkeypatch, argum
         run(*given, "--captioner", blip["captioner"])
     assert "\n" not in str(raised.value)
     assert not Path("rows.jsonl").exists()
+
+
+def test_names_that_are_no_text_are_counted(album, tmp_path, monkeypatch):
+    monkeypatch.setattr(capfilt, "load_captioner", lambda *given: Scripted())
+    try:
+        shutil.copy(album / "0.png", album / os.fsdecode(b"\xff.png"))
+    except OSError:
+        return  # this disk has no such names
+    out = tmp_path / "rows.jsonl"
+    run(album, out, "--captioner", "both", "--max-rejected", "0.2")
+    assert sum(manifest(out)["pictures"]["rejected"].values()) == 1 and len(lines(out)) == 7
 
 
 def test_other_pictures_than_before_are_named(blip, album, tmp_path):

@@ -66,8 +66,13 @@ class Blip(ReadsQuestions):
                     f"--captioner {self.where} does not know the words of the prompt {one_line(prompt)!r}: write it in "
                     f"the language that it writes (BLIP's is English), or give another captioner."
                 )
-            if len(ids) >= self.longest - 1:
-                raise UserError(f"The prompt {one_line(prompt)[:60]!r}… has {len(ids):,} tokens: shorten it.")
+            asked = self.options.get("max_new_tokens") or 0
+            most = max(len(ids) - 1 + asked, self.options.get("max_length") or 0)
+            if most >= self.longest:
+                raise UserError(
+                    f"The prompt {one_line(prompt)[:60]!r} and its caption may have {most:,} tokens, and {self.where} "
+                    f"has {self.longest:,} positions: shorten it, or lower --set max_new_tokens."
+                )
 
     @torch.inference_mode()
     def captions(self, rows: Sequence[Pictures], prompt: str, count: int) -> Iterator[list[str | RowError]]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..base.errors import UserError
 from ..base.names import Json
-from ..base.whole_files import write_json, written_beside
+from ..base.whole_files import write_whole, written_beside
 from ..base.words import language_of, reason_of
 from ..data.ledger import Ledger
 from ..prepare.convert import Images, images_folder
@@ -203,7 +203,7 @@ def write_manifest(out: Path, wish: Wish, finished: Finished, counts: Counts, th
         },
     }
     try:
-        write_json(path, said)
+        write_whole(path, (json.dumps(said, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({reason_of(error)}): make room, and run again.") from None
     return said

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..base.console import for_a_program, quiet_libraries
 from ..base.errors import UserError
 from ..train import Json
-from .arguments import ImageFolders
+from .arguments import ImageFolders, settings_of
+
+if TYPE_CHECKING:
+    from ..captions.explained import Scheme
 
 encoders_app = typer.Typer()
 Model = Annotated[
@@ -36,21 +39,60 @@ def answer(
     tokenizer: Annotated[
         str | None, typer.Option(help="BERT's, for an mPLUG that is one weight file: google-bert/bert-base-uncased.")
     ] = None,
+    llm: Annotated[
+        str | None,
+        typer.Option(metavar="LLM", help="Language model to answer by them: folder, Hub id, bundle, URL."),
+    ] = None,
+    captioner: Annotated[
+        str | None, typer.Option(help="With --llm: what says to it what the picture shows, as in `data caption`.")
+    ] = None,
+    llm_model: Annotated[str | None, typer.Option(help="Its name, where --llm is the URL of a server.")] = None,
+    llm_key: Annotated[str | None, typer.Option(metavar="VAR", help="Variable that holds the server's key.")] = None,
+    llm_set: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Setting of the LLM.")] = None,
+    reply: Annotated[str | None, typer.Option(help="With --llm: sentence or letter.")] = None,
+    language: Annotated[str | None, typer.Option(help="With --llm: en or zh; default that of the question.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Answer one question about an image, or a file of questions: the likeliest answers with their scores."""
+    """Answer one question about an image, or a file of questions: the likeliest answers with their scores, or what an
+    LLM makes of them and of a caption."""
     quiet_libraries()
+    many = questions is not None and question is None and image is None and output is not None
+    one = questions is None and question is not None and image is not None and output is None
+    if not (many or one):
+        raise UserError("Give a question with --image FILE, or --questions FILE with --output FILE.")
+    given = {"--llm": llm, "--captioner": captioner, "--llm-model": llm_model, "--llm-key": llm_key,
+             "--llm-set": llm_set, "--reply": reply, "--language": language}  # fmt: skip
+    scheme, further = _scheme(given), (candidates, tokenizer)
+    from ..captions.explained import explain_many, explain_one
     from ..inference.encoder import answer_many, answer_one
 
     with for_a_program(as_json) as give:
-        if questions is not None and question is None and image is None and output is not None:
-            folders = image_folder or ()
-            give(answer_many(model, questions, output, top, batch_size, images, folders, candidates, tokenizer))
-            return
-        if questions is None and question is not None and image is not None and output is None:
-            give(answer_one(model, question, image, top, candidates, tokenizer))
-            return
-        raise UserError("Give a question with --image FILE, or --questions FILE with --output FILE.")
+        if many:
+            file = (str(questions), str(output), top, batch_size)
+            more = (images, image_folder or (), *further)
+            give(answer_many(model, *file, *more) if scheme is None else explain_many(model, *file, scheme, *more))
+        else:
+            asked = (str(question), str(image), top)
+            give(
+                answer_one(model, *asked, *further) if scheme is None else explain_one(model, *asked, scheme, *further)
+            )
+
+
+def _scheme(given: dict[str, Any]) -> Scheme | None:
+    """How a language model is asked on; None where none is named."""
+    if given["--llm"] is None:
+        if alone := next((name for name, value in given.items() if value), None):
+            raise UserError(f"{alone} belongs to --llm; name the language model, or leave it out.")
+        return None
+    if given["--captioner"] is None:
+        raise UserError("--llm sees no picture: name what says to it what a picture shows, with --captioner.")
+    from ..captions.explained import Scheme
+
+    settings = settings_of(given["--llm-set"], "--llm-set")
+    return Scheme(
+        given["--llm"], given["--captioner"], given["--llm-model"], given["--llm-key"], settings,
+        given["--reply"] or "sentence", given["--language"],
+    )  # fmt: skip
 
 
 @encoders_app.command(short_help="How well texts match an image, by a VLE; or where in it one is.")

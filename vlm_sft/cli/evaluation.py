@@ -131,6 +131,7 @@ def _judge(
     if not model:
         raise UserError("--judge names a server; name the model there too, with --judge-model.")
     from ..judging.judge import Judge
+    from ..judging.server import TAKEN
 
     prices = None
     if price is not None:
@@ -144,6 +145,6 @@ def _judge(
                 "and of a million answered."
             ) from None
     settings = settings_of(assignments, "--judge-set")
-    if taken := settings.keys() & {"model", "messages", "stream", "n"}:
+    if taken := TAKEN & settings.keys():
         raise UserError(f"--judge-set {min(taken)} is not yours to set; leave it out.")
     return Judge(url, model, key, prices, requests, settings)

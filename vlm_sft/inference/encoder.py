@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
@@ -34,10 +34,44 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+class Asked(NamedTuple):
+    """A question that was answered.
+
+    Attributes:
+        line: What is written of it: its columns, `answer` (the likeliest) and `top_answers`, `[[answer, share], …]`.
+        text: The question.
+        image: What it is about.
+        where: Its row in words.
+    """
+
+    line: Record
+    text: str
+    image: Image.Image
+    where: str
+
+
+Next = Callable[[Sequence[Asked]], None]
+"""What goes on with answers, and changes their lines."""
+
+
 def answer_one(
     model: str, question: str, image: str, top: int, candidates: str | None = None, tokenizer: str | None = None
 ) -> list[Record]:
     """Prints the likeliest answers to a question about an image, a line each: share, tab, answer; returns them.
+
+    Raises:
+        UserError: The model, the question or the image is wrong.
+    """
+    found = answer_with(model, question, image, top, candidates, tokenizer).line["top_answers"]
+    for answer, share in found:
+        tell(f"{share:.4f}\t{one_line(answer)}")
+    return [{"answer": answer, "score": share} for answer, share in found]
+
+
+def answer_with(
+    model: str, question: str, image: str, top: int, candidates: str | None = None, tokenizer: str | None = None
+) -> Asked:
+    """The likeliest answers to a question about an image; see `answer_many`.
 
     Raises:
         UserError: The model, the question or the image is wrong.
@@ -47,10 +81,13 @@ def answer_one(
     with waiting(make_console(), f"Loading {model}"):
         encoder, known = _open(model, tokenizer)
     encoder.text_inputs([question])
-    (answers,) = encoder.answers(_picture(encoder, image), [question], top, among or known)
-    for each in answers:
-        tell(f"{each.score:.4f}\t{one_line(each.answer)}")
-    return [{"answer": each.answer, "score": each.score} for each in answers]
+    pictures = _picture(encoder, image)
+    (answers,) = encoder.answers(pictures, [question], top, among or known)
+    return Asked(_told(answers), question, pictures[0], image)
+
+
+def _told(answers: Sequence[Answer]) -> Record:
+    return {"answer": answers[0].answer, "top_answers": [[each.answer, round(each.score, 6)] for each in answers]}
 
 
 def answer_many(
@@ -63,6 +100,7 @@ def answer_many(
     image_folders: Sequence[str] = (),
     candidates: str | None = None,
     tokenizer: str | None = None,
+    open_next: Callable[[], Next] | None = None,
 ) -> Record:
     """Answers a file of questions into a JSONL file; a rerun goes on.
 
@@ -77,6 +115,7 @@ def answer_many(
         image_folders: Further folders in which images may lie.
         candidates: File of the answers to choose from, as `read_candidates` reads it.
         tokenizer: Folder or Hub id of an mPLUG's tokenizer, where it brings none.
+        open_next: Loads what goes on with the answers.
 
     Returns:
         As `answer_questions`.
@@ -90,7 +129,8 @@ def answer_many(
     def open_asker(console: Console) -> Asker:
         encoder, known = _open(model, tokenizer)
         ask = partial(encoder.answers, top=top, candidates=among or known)
-        return lambda batch: _answer_rows(encoder, ask, batch, images, image_folders)
+        go_on = open_next() if open_next is not None else None
+        return lambda batch: _answer_rows(encoder, ask, batch, images, image_folders, go_on)
 
     return answer_questions(input, output, open_asker, batch_size, images)
 
@@ -116,24 +156,27 @@ def _answer_rows(
     batch: Sequence[QuestionRow],
     images: str | None,
     folders: Sequence[str],
+    go_on: Next | None,
 ) -> list[Record]:
     """One line a row; a row that cannot be asked has its `error`, and the others are answered."""
-    lines, asked = [], []
+    lines: list[Record] = []
+    asked: list[Asked] = []
     for question in batch:
-        line = question.kept()
+        line, where = question.kept(), question.row.where
         lines.append(line)
         try:
-            text, image = _one_question(conversation(question, images, folders), question.row.where)
-            check_pictures(encoder, Pictures([image], where=question.row.where))
+            text, image = _one_question(conversation(question, images, folders), where)
+            check_pictures(encoder, Pictures([image], where=where))
             encoder.text_inputs([text])
-            asked.append((line, text, image))
+            asked.append(Asked(line, text, image, where))
         except UserError as error:
             line["error"] = str(error)
     if asked:
-        found = ask([image for *_, image in asked], [text for _, text, _ in asked])
-        for (line, *_), answers in zip(asked, found, strict=True):
-            line["answer"] = answers[0].answer
-            line["top_answers"] = [[each.answer, round(each.score, 6)] for each in answers]
+        found = ask([each.image for each in asked], [each.text for each in asked])
+        for each, answers in zip(asked, found, strict=True):
+            each.line.update(_told(answers))
+        if go_on is not None:
+            go_on(asked)
     return lines
 
 

@@ -25,7 +25,12 @@ from ..rows.videos import COLUMNS as VIDEOS
 from ..rows.videos import Sampling, frames_of, with_frames
 
 # What is written beside a row's own columns → what a column of that name is called then.
-MADE = {"answer": "reference", "top_answers": "reference_top_answers", "error": "row_error"}
+MADE = {
+    "answer": "reference",
+    "top_answers": "reference_top_answers",
+    "picture_caption": "reference_picture_caption",
+    "error": "row_error",
+}
 _KEPT = ("images", "image", "videos", "video", "objects", "bboxes", "bbox")
 
 

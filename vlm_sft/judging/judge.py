@@ -120,7 +120,7 @@ def ask_all(
             cost.add(kept.replies[key], now=False)
         count = progress.counter("judged", len(missing), "answers")
         server = ChatServer(judge.url, judge.model, judge.key)
-        with closing(_together(server, missing, settings, judge.requests)) as replies:
+        with closing(ask_together(server, missing, settings, judge.requests)) as replies:
             for key, found in replies:
                 count(1)
                 if isinstance(found, RowError):
@@ -135,10 +135,20 @@ def ask_all(
         return [refused.get(key) or kept.replies[key] for key in keys], cost
 
 
-def _together(
+def ask_together(
     server: ChatServer, prompts: Mapping[str, Sequence[Message]], settings: Values, most: int
 ) -> Generator[tuple[str, Reply | RowError]]:
-    """Asks several prompts at a time, and gives each reply as it comes."""
+    """Asks several prompts at a time, and gives each reply as it comes, or why the server refuses it.
+
+    Args:
+        server: Asked, and closed at the end.
+        prompts: Key → messages.
+        settings: For the server.
+        most: How many at a time.
+
+    Raises:
+        UserError: It cannot be asked.
+    """
     todo: SimpleQueue[tuple[str, Sequence[Message]]] = SimpleQueue()
     done: SimpleQueue[tuple[str, Reply | BaseException]] = SimpleQueue()
 

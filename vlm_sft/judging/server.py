@@ -25,11 +25,31 @@ from ..reading.fetch import is_public
 ATTEMPTS = 5
 LONGEST_WAIT = 120.0  # seconds; a server that wants more is asked again by the user
 REFUSED = (400, 413, 422)  # statuses that refuse one prompt: it is too long, or against the server's rules
-_HINTS = {
-    401: "name the variable that holds the key with --judge-key",
-    403: "name the variable that holds the key with --judge-key",
-    404: "give the URL up to its /v1, and a model that it has",
-}
+TAKEN = {"model", "messages", "stream", "n"}
+"""Settings that nobody makes: what is asked, and that one whole reply is wanted."""
+_NOT_FOUND = "give the URL up to its /v1, and a model that it has"
+
+
+class Names(NamedTuple):
+    """What a server is called in messages.
+
+    Attributes:
+        option: Of a command, which names its address; `-key` and `-set` behind it name further ones.
+        what: In a sentence.
+        replies: What it says.
+    """
+
+    option: str = "--judge"
+    what: str = "judge"
+    replies: str = "verdicts"
+
+    def hint(self, status: int) -> str:
+        """How to mend what a status says; "" where that is not known."""
+        key = f"name the variable that holds the key with {self.option}-key"
+        return {401: key, 403: key, 404: _NOT_FOUND}.get(status, "")
+
+
+JUDGE = Names()
 
 Message = Mapping[str, str]
 """`role` and `content`."""
@@ -53,29 +73,34 @@ class ChatServer:
         key: Name of the environment variable that holds the key; without it no key is sent, whatever is in the
             environment.
         seconds: Longest time of one attempt.
+        names: What it is called in messages.
 
     Raises:
         UserError: The URL is none, the variable is empty, or the key would go over the open network unencrypted.
     """
 
-    def __init__(self, url: str, model: str, key: str | None = None, *, seconds: float = 300.0) -> None:
-        parts = _parts(url)
-        self.model, self.seconds = model, seconds
+    def __init__(
+        self, url: str, model: str, key: str | None = None, *, seconds: float = 300.0, names: Names = JUDGE
+    ) -> None:
+        parts = _parts(url, names.option)
+        self.model, self.seconds, self.names = model, seconds, names
         self.shown = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))  # a query may hold a key
         path = parts.path.rstrip("/")
         path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
         self._url = urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
-        self._key = _key_of(key)
+        self._key = _key_of(key, names.option)
         self._is_far = _is_far(parts)
         if self._key and parts.scheme == "http" and self._is_far:
-            raise UserError(f"--judge {self.shown} would get the key unencrypted over the open network: give https://.")
+            raise UserError(
+                f"{names.option} {self.shown} would get the key unencrypted over the open network: give https://."
+            )
         self._ended = threading.Event()
         headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "vlm_sft"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         # What lies in one's own network is asked without the environment's proxy, which would see the key.
         with refused_by_library(
-            f"--judge {self.shown} cannot be asked: look at the environment's proxy and certificates"
+            f"{names.option} {self.shown} cannot be asked: look at the environment's proxy and certificates"
         ):
             self._client = httpx2.Client(
                 headers=headers, timeout=seconds, follow_redirects=False, trust_env=self._is_far, verify=True
@@ -117,7 +142,7 @@ class ChatServer:
                 pause = max(pause, wait_of(headers.get("Retry-After", "")))
             if attempt == ATTEMPTS or pause > LONGEST_WAIT:
                 wait = f" and wants {pause:,.0f} seconds to pass" if pause > LONGEST_WAIT else ""
-                raise self._fails(f"{why}{wait}", "run again later (the verdicts so far are kept)")
+                raise self._fails(f"{why}{wait}", f"run again later (the {self.names.replies} so far are kept)")
             if self._ended.wait(pause):
                 raise self._fails("is asked no more")
         raise AssertionError("the last attempt returns or raises")
@@ -145,9 +170,10 @@ class ChatServer:
         what = f"answers {status}{self._words(said)}"
         if status in REFUSED:
             return RowError(
-                self._sentence(what, "shorten the question, or correct --judge-set"), reason="judge refused"
+                self._sentence(what, f"shorten the question, or correct {self.names.option}-set"),
+                reason=f"{self.names.what} refused",
             )
-        return self._fails(what, _HINTS.get(status, ""))
+        return self._fails(what, self.names.hint(status))
 
     def _reply(self, said: bytes) -> Reply:
         found: Any = None
@@ -164,7 +190,7 @@ class ChatServer:
             error = isinstance(found, dict) and found.get("error")
             html = said.lstrip()[:1] == b"<"
             what = "HTML" if html else f"an error{self._words(said)}" if error else "something else"
-            raise self._fails(f"answers with {what} in place of a chat completion", _HINTS[404]) from None
+            raise self._fails(f"answers with {what} in place of a chat completion", _NOT_FOUND) from None
         usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
         return Reply(text, _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
 
@@ -180,7 +206,7 @@ class ChatServer:
         return f" ({text.rstrip('.')})" if text else ""
 
     def _sentence(self, what: str, mend: str) -> str:
-        return f"The judge {self.shown} {what}: {mend or 'give the URL of an OpenAI-compatible server'}."
+        return f"The {self.names.what} {self.shown} {what}: {mend or 'give the URL of an OpenAI-compatible server'}."
 
     def _fails(self, what: str, mend: str = "") -> UserError:
         return UserError(self._sentence(what, mend))
@@ -196,7 +222,7 @@ def wait_of(header: str) -> float:
         return 0.0
 
 
-def _parts(url: str) -> SplitResult:
+def _parts(url: str, option: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         whole, _ = parts.scheme in ("http", "https") and bool(parts.hostname), parts.port
@@ -204,21 +230,23 @@ def _parts(url: str) -> SplitResult:
     except (ValueError, httpx2.InvalidURL):
         whole = False
     if not whole:
-        raise UserError("--judge is no URL of a server: write it like http://localhost:8000/v1.")
+        raise UserError(f"{option} is no URL of a server: write it like http://localhost:8000/v1.")
     if "@" in parts.netloc:
-        raise UserError("--judge holds a name or password: leave it out, and name the variable of a key: --judge-key.")
+        raise UserError(
+            f"{option} holds a name or password: leave it out, and name the variable of a key: {option}-key."
+        )
     return parts
 
 
-def _key_of(name: str | None) -> str:
+def _key_of(name: str | None, option: str) -> str:
     if name is None:
         return ""
     # What is given may be the key itself: it is not repeated.
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None or name not in os.environ:
-        raise UserError("--judge-key names no environment variable that is set: write its name, as OPENAI_API_KEY.")
+        raise UserError(f"{option}-key names no environment variable that is set: write its name, as OPENAI_API_KEY.")
     key = os.environ[name].strip()
     if not key or not key.isascii() or not key.isprintable():
-        raise UserError(f"--judge-key: the environment variable {name} is empty or holds no key: set it anew.")
+        raise UserError(f"{option}-key: the environment variable {name} is empty or holds no key: set it anew.")
     return key
 
 

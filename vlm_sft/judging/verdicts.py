@@ -20,7 +20,7 @@ from .server import Message, Reply
 _NUMBER = r"[*_`]*(\d{1,3}(?:\.\d{1,3})?)分?[*_`]*"
 _BETWEEN = r"(?:\s*[,;、，；|]\s*|\s+)"
 _AROUND = r"[\s#()\[\]（）【】.。]*"
-_THOUGHT = "</think>"  # models that think aloud end with it what they say first
+THOUGHT = "</think>"  # models that think aloud end with it what they say first
 
 
 def scores_of(verdict: str, count: int, low: float, high: float) -> list[float] | None:
@@ -36,7 +36,7 @@ def scores_of(verdict: str, count: int, low: float, high: float) -> list[float] 
         low: Lowest on the scale.
         high: Highest.
     """
-    lines = verdict.rpartition(_THOUGHT)[2].strip().splitlines()
+    lines = verdict.rpartition(THOUGHT)[2].strip().splitlines()
     found = re.fullmatch(_AROUND + _BETWEEN.join([_NUMBER] * count) + _AROUND, lines[0]) if lines else None
     scores = [float(number) for number in found.groups()] if found else []
     return scores if scores and all(low <= score <= high for score in scores) else None
@@ -53,13 +53,14 @@ class Kept:
 
     Args:
         path: The file, which need not be there.
+        what: What a line of it is called.
 
     Raises:
         UserError: It cannot be read or written, or a line of it is none of ours.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, what: str = "verdict") -> None:
+        self.path, self.what = path, what
         self.replies: dict[str, Reply] = {}
         self._stream: BufferedWriter | None = None
 
@@ -91,7 +92,7 @@ class Kept:
                 raise TypeError
         except (ValueError, LookupError, TypeError, RecursionError):
             raise UserError(
-                f"{self.path}, line {number} is no verdict: remove the line, and it is asked for again."
+                f"{self.path}, line {number} is no {self.what}: remove the line, and it is asked for again."
             ) from None
         self.replies[key] = reply
 
