@@ -87,7 +87,9 @@ def test_what_does_not_fit_loses_words_of_the_longer_side(processor):
         assert all(ids.count(processor.tokenizer.sep_token_id) == ends - 1 for ids in asked.ids)
     with pytest.raises(UserError, match="7 tokens hold no choice"):
         processor.ask(asked_of(row), 7)
-    processor.longest = 80
+    processor.longest = 512
+    whole = processor.ask(asked_of({**row, "question": ["dogs"] * 90}), None)
+    assert whole.cut and max(map(len, whole.ids)) == 80, "as in training, and as upstream"
     assert not processor.ask(asked_of(vcr_row(0, "0.png", "red")), None).cut
 
 

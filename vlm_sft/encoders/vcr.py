@@ -27,6 +27,7 @@ Word = tuple[int, int]
 """Id of a token, and the number of the thing that it names, or `NOTHING`."""
 NOTHING = -1
 SHORTEST = 8  # tokens: begin, ends, a word before and of the choice
+LONGEST = 80  # as upstream, in training and after it
 FIRST_TYPE = 2  # of a thing: 0 is text, 1 the picture
 
 
@@ -81,12 +82,12 @@ class VCRProcessor(EncoderProcessor):
 
         Args:
             found: One of `choices_of`; without any `boxes` no thing has a place in the picture.
-            room: Tokens of a choice, `[CLS]` and all `[SEP]` included.
+            room: Tokens of a choice, `[CLS]` and all `[SEP]` included; None: `LONGEST`.
 
         Raises:
             UserError: They hold no word.
         """
-        names, room = found["names"], min(room or self.longest, self.longest)
+        names, room = found["names"], min(room or LONGEST, self.longest)
         if room < SHORTEST:
             raise UserError(f"{room} tokens hold no choice with what stands before it; set sft.max_length=80.")
         before = [_words(self.tokenizer, words, names) for words in found["before"]]
