@@ -66,12 +66,18 @@ def test_versions_and_machine_are_there_and_nothing_private(doctor, monkeypatch,
         (["stack.language_model.pretrained=nobody/no-model"], "language_model: nobody/no-model is not on this machine"),
         (["stack.language_model.pretrained=/home/somebody/llm"], "language_model: its folder or file is not there"),
         (["sft.output=1", "sftt.x=1"], 'unknown key "sftt"'),
+        (["sft.max_steps=abc"], "sft.max_steps"),
     ],
 )
 def test_what_a_recipe_misses_is_said(changes, finding, doctor, tmp_path):
     code, out = doctor(write(tmp_path, TEXT), *changes)
     assert code == 1 and finding in " ".join(out.split()), out
     assert "somebody" not in out
+
+
+def test_a_recipe_of_an_encoder_is_looked_at_too(doctor):
+    code, out = doctor("vle_vqa")
+    assert code == 1 and "hfl/vle-base is not on this machine yet" in " ".join(out.split())
 
 
 def test_json_says_the_same(doctor, tmp_path):

@@ -119,3 +119,11 @@ def test_a_recipe_that_ships_is_not_written_to(monkeypatch, capsys):
 def test_without_a_gpu_one_is_asked_for(recipe, monkeypatch, capsys):
     code, _, said = run(monkeypatch, capsys, recipe)
     assert code == 2 and "There is no GPU here; say which one it is for, such as --gpu 24GB" in said
+
+
+def test_a_recipe_of_an_encoder_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vlm-sft", "fit", "vle_vqa", "--gpu", "24GB"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "the memory of an `encoder:` is not counted by `fit`" in capsys.readouterr().err

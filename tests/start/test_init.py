@@ -136,6 +136,11 @@ def test_four_questions_are_asked_and_wrong_answers_asked_again(command, tmp_pat
         (["photos", "--yes", "--images", "photos"], "--images goes with a data file"),
         (["photos/000.txt", "--yes"], "photos/000.txt is no data file that can be read"),
         (["two", "--yes"], "There are 2 different pictures with a text that can be used"),
+        (["", "--yes"], "FOLDER is empty; give a folder, a data file"),
+        (["photos", "--yes", "--model", ""], "--model is empty; give a Hub id or a folder"),
+        (["heads.csv", "--yes"], "heads.csv is left out: it has no rows."),
+        (["gb.csv", "--yes"], "gb.csv, line 2: byte 0xba is not UTF-8"),
+        (["gb.csv", "--yes", "--images", "pets"], "gb.csv, line 2: byte 0xba is not UTF-8"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_nothing_is_written(words, sentence, command, tmp_path):
@@ -145,6 +150,10 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(words, sentence, c
     for path in sorted((tmp_path / "two").glob("*.txt"))[2:]:
         path.unlink()
     (tmp_path / "there.yaml").write_text("mine")
+    # A file that cannot be read teaches nothing, and neither do the folders that happen to lie beside it.
+    SHAPES["class folders"][0](tmp_path / "pets")
+    (tmp_path / "heads.csv").write_text("image,caption\n")
+    (tmp_path / "gb.csv").write_text("image,caption\npets/a.png,红色\n", encoding="gb18030")
     before = contents(tmp_path)
     code, _, said = command("init", *words)
     assert code == 2 and said.splitlines()[-1].startswith("error: ") and sentence in said

@@ -64,8 +64,11 @@ def test_files_that_are_broken_leave_gaps(folder, broken):
 def test_what_is_no_run_is_one_sentence(tmp_path):
     (tmp_path / "photos").mkdir()
     (file := tmp_path / "file").write_text("x")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metrics.json").write_text("{half")
     for path, said in (
         (tmp_path / "photos", "neither history.jsonl nor"),
+        (tmp_path / "broken", "nothing in its metrics.json can be read; give"),
         (tmp_path / "gone", "no such folder"),
         (file, "no such folder"),
     ):

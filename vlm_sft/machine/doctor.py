@@ -208,11 +208,13 @@ def _environment() -> Iterator[tuple[str, str]]:
 
 def _for_recipe(given: str, overrides: list[str], machine: Machine) -> Iterator[Finding]:
     """What a run of a recipe would miss; its own sentence where the recipe itself is wrong."""
+    from ..recipe.libraries import validate_libraries
     from ..recipe.safety import pieces_in
     from ..recipe.schema import load_recipe
 
     try:
         recipe = load_recipe(given, overrides)
+        validate_libraries(recipe)
     except UserError as error:
         yield Finding(_private(str(error)))
         return
@@ -240,7 +242,8 @@ def _for_recipe(given: str, overrides: list[str], machine: Machine) -> Iterator[
 def _libraries_for(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
     if recipe.quantization and not importlib.util.find_spec("bitsandbytes"):
         yield Finding("quantization needs bitsandbytes: pip install bitsandbytes.")
-    attention = getattr(recipe.text_piece, "attn_implementation", None)
+    piece = recipe.encoder or recipe.text_piece
+    attention = getattr(piece, "attn_implementation", None)
     if attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
         yield Finding("attn_implementation: flash_attention_2 needs flash-attn: install it, or write sdpa.")
     report = recipe.sft.get("report_to")
@@ -251,7 +254,7 @@ def _libraries_for(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
         yield Finding("sft.bf16 needs a GPU, and there is none here: set sft.bf16=false to try it on the CPU.")
     if recipe.sft.get("deepspeed") and not importlib.util.find_spec("deepspeed"):
         yield Finding("sft.deepspeed needs deepspeed: pip install 'vlm-sft[deepspeed]'.")
-    if "smolvlm" in (recipe.text_piece.pretrained or "").lower() and not importlib.util.find_spec("num2words"):
+    if "smolvlm" in (piece.pretrained or "").lower() and not importlib.util.find_spec("num2words"):
         yield Finding("SmolVLM's own processor needs num2words: pip install num2words.")
 
 

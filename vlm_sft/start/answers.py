@@ -59,6 +59,8 @@ def draft_of(
         in_words("On top of which model? A number, a Hub id or a folder.", "在哪个模型上训练？编号、Hub 名称或文件夹"),
         fitting[0].pretrained, answers.model, [(each.pretrained, _about(each, machine)) for each in fitting],
     )  # fmt: skip
+    if not model.strip():
+        raise UserError("--model is empty; give a Hub id or a folder, or leave it out.")
     _check_model(model)
     hours = asker.number(
         in_words("How many hours may training take, at most?", "训练最多几个小时？"), HOURS, answers.hours

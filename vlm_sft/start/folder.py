@@ -50,6 +50,7 @@ class Folder:
         saved: Folders that `Dataset.save_to_disk` wrote.
         others: Ending → how many files have it, and the first of them.
         unread: Sentences on folders that could not be looked into.
+        alone: A single data file was given: what lies around it teaches nothing, its pictures are shown by its rows.
     """
 
     root: Path
@@ -60,6 +61,7 @@ class Folder:
     saved: list[Path] = field(default_factory=list)
     others: dict[str, tuple[int, Path]] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
+    alone: bool = False
 
     @cached_property
     def classes(self) -> dict[Path, str]:
@@ -121,6 +123,7 @@ def look_into(path: Path) -> Folder:
             found.others[ending] = (count + 1, first)
     if path.is_file():
         found.tables, found.texts, found.records, found.saved, found.others = [path], {}, {}, [], {}
+        found.alone = True
     return found
 
 

@@ -149,7 +149,7 @@ def gather(folder: Folder, pictures: Pictures, tick: Tick) -> Gathered:
         _add(found, folder.root, _records(folder), None, pictures, None, tick, folder)
     elif beside:
         _add_texts(found, folder)
-    if not any(found.rows.values()):
+    if not any(found.rows.values()) and not folder.alone:
         for given, labels in ((folder.classes, True), (folder.named, False)):
             if given:
                 named = [
@@ -248,8 +248,8 @@ def _add(
         meant = guess(first)
         if meant is None:
             wrong = [str(values) for _, values in head if isinstance(values, RowError)]
-            keys = ", ".join(f'"{key}"' for key in list(first[0])[:8]) if first else "nothing"
-            unlike = f"no known format has rows like its first, with {keys}."
+            keys = ", ".join(f'"{key}"' for key in list(first[0])[:8]) if first else ""
+            unlike = f"no known format has rows like its first, with {keys}." if keys else "it has no rows."
             found.left_out.append(f"{name} is left out: {wrong[0] if not first and wrong else unlike}")
             return
         if (why := why_not(first)) is not None:

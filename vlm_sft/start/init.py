@@ -118,6 +118,8 @@ def _on_hub(given: str) -> bool:
 
 
 def _place(given: str, output: str | None) -> Place:
+    if not given.strip():
+        raise UserError("FOLDER is empty; give a folder, a data file, or the id of a data set on the Hub.")
     source = given if _on_hub(given) else Path(given).expanduser().resolve().name
     stem = Path(source).stem if Path(source).suffix and Path(given).expanduser().is_file() else source
     recipe = Path(output or f"{_plain(stem)}.yaml").expanduser()
@@ -149,7 +151,7 @@ def _look(path: Path, images: str | None) -> Folder:
         if not path.is_file():
             raise UserError("--images goes with a data file; a folder is searched for its pictures.")
         table, found = found.tables, look_into(Path(images).expanduser())
-        found = Folder(found.root, found.pictures, tables=table)
+        found = Folder(found.root, found.pictures, tables=table, alone=True)
     if "${" in str(found.root):
         raise UserError(f"{found.root} holds ${{, which a recipe takes for a reference; rename the folder.")
     return found

@@ -98,10 +98,10 @@ def read_run(folder: str | Path) -> Run:
     history = read_lines(folder / HISTORY) or _old_history(folder)
     facts = read_object(folder / RUN_FACTS)
     if not history and not facts and not (folder / RUN_LOCK).exists() and not checkpoints(folder):
-        raise UserError(
-            f"{str(folder)!r} is no run: it has neither {HISTORY} nor {METRICS} nor a checkpoint; give the "
-            "sft.output_dir of one."
-        )
+        there = [name for name in (HISTORY, METRICS, RUN_FACTS) if (folder / name).exists()]
+        lacks = f"it has neither {HISTORY} nor {METRICS} nor a checkpoint"
+        why = f"nothing in its {' and '.join(there)} can be read" if there else lacks
+        raise UserError(f"{str(folder)!r} is no run: {why}; give the sft.output_dir of one.")
     manifest = read_object(folder / MANIFEST)
     facts = {**{key: manifest[key] for key in ("ledger", "train_rows", "eval_rows") if key in manifest}, **facts}
     watched = [folder / name for name in (HISTORY, RUN_FACTS, SAMPLES, RUN_LOCK, METRICS, MANIFEST)]
