@@ -177,6 +177,16 @@ class MPlugSystem:
 
 
 def processor_of(piece: Piece[Any], config: MPlugConfig, tokenizer: str | None) -> MPlugProcessor:
+    """Makes the processor of an mPLUG: BERT's tokenizer, BLIP's pictures, and the answers that it ranks where it does.
+
+    Args:
+        piece: Says in messages which key of the recipe named it.
+        config: Of its model: size of pictures, longest text, number of words, ranked answers.
+        tokenizer: Folder or Hub name of the tokenizer; None for the piece's own.
+
+    Raises:
+        UserError: The tokenizer has more words than the model.
+    """
     words = _tokenizer(tokenizer or piece.pretrained, piece)
     if len(words) > config.vocab_size:
         raise UserError(

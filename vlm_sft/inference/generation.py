@@ -306,6 +306,7 @@ def before_end(ends: Sequence[int], ids: list[int]) -> list[int]:
 
 
 def decode(processor: VLMProcessor, ids: list[int]) -> str:
+    """The text of an answer's ids, without the special tokens that nobody reads."""
     unsaid = unsaid_tokens(processor.tokenizer)
     # Cleaning up would take back spaces that a stream has shown already.
     text: str = processor.tokenizer.decode([i for i in ids if i not in unsaid], clean_up_tokenization_spaces=False)

@@ -277,6 +277,13 @@ def folders_of_hub(name: str) -> list[str]:
 
 
 def dataset_rows(data: Dataset | IterableDataset, label: str, folder: Path | None) -> Iterator[FileRow]:
+    """The rows of a set of `datasets`, numbered from 1.
+
+    Args:
+        data: The set; its images stay as they are stored.
+        label: What messages call it, before `, row 7`.
+        folder: Where pictures that rows name by relative paths lie; None where they may name none.
+    """
     number = 0
     # The arrow format hands out what is stored: images stay paths and bytes, nothing is decoded.
     for table in data.with_format("arrow").iter(batch_size=BATCH):

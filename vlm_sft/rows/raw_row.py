@@ -89,6 +89,7 @@ class RowView:
         return [image for image in found if image is not None and image != ""]
 
     def error(self, what: str, mend: str, reason: str = "wrong type") -> RowError:
+        """What is wrong with this row, and how to mend it; `reason` is the few words under which rows are counted."""
         return row_error(self.where, what, mend, reason)
 
 
