@@ -26,8 +26,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BlipImageProcessorPil, CLIPImageProcessorPil
 
-from vlm_sft.batch.collator import MultimodalCollator
-from vlm_sft.batch.processor import VLMProcessor
+from vlm_sft import MultimodalCollator, VLMProcessor
 from vlm_sft.templates.template import load_template
 
 ROOT = Path(__file__).parent.parent

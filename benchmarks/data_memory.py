@@ -81,10 +81,8 @@ def in_process(way: str, file: str, rows: int, cache: str) -> dict[str, Any]:
 
 def measure(way: str, file: str, rows: int, points: int = POINTS) -> dict[str, Any]:
     """Seconds to the first batch, and (rows, MB) along the way; every image of every batch is decoded."""
-    from vlm_sft.data.dataset import load_source
+    from vlm_sft import Source, load_image, load_source
     from vlm_sft.data.streaming import stream_mixture
-    from vlm_sft.reading.images import load_image
-    from vlm_sft.recipe.sections import Source
 
     source = Source(path=file, format="caption")
     start = time.perf_counter()

@@ -17,8 +17,7 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 
-from vlm_sft import load_recipe
-from vlm_sft.stack.build_stack import build_stack
+from vlm_sft import build_stack, load_recipe
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -34,10 +34,9 @@ from rich.table import Table
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from vlm_sft import FreezePlan, VLMConfig, VLMForConditionalGeneration
 from vlm_sft.base.words import gib
-from vlm_sft.model.configuration import VLMConfig
-from vlm_sft.model.freeze import FreezePlan, part_of
-from vlm_sft.model.modeling import VLMForConditionalGeneration
+from vlm_sft.model.freeze import part_of
 from vlm_sft.preflight.launch import Launch
 from vlm_sft.preflight.memory import Estimate, estimate
 from vlm_sft.preflight.step_memory import Step, count_step

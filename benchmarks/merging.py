@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from packing import VOCABULARY, Batch, compare, make_stack
 
+from vlm_sft import VLMProcessor
 from vlm_sft.batch.encoding import EncodedChat
-from vlm_sft.batch.processor import VLMProcessor
 
 SIDE, PREFIX, ASKED, ANSWERED = 168, 144, 8, 3  # pixels of an image; its tokens, and those of a question and an answer
 

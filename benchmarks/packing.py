@@ -26,12 +26,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
+from vlm_sft import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 from vlm_sft.base.names import ROW_LENGTHS
 from vlm_sft.batch.by_length import pack
 from vlm_sft.batch.encoding import EncodedChat
-from vlm_sft.batch.processor import VLMProcessor
-from vlm_sft.model.configuration import VLMConfig
-from vlm_sft.model.modeling import VLMForConditionalGeneration
 
 ROOT = Path(__file__).parent.parent
 IMAGE_TOKENS, VOCABULARY = 16, 8000

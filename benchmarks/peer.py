@@ -147,8 +147,8 @@ def vlm_sft(spec: dict[str, Any]) -> None:
     import yaml
     from rich.console import Console
 
-    from vlm_sft import load_recipe
-    from vlm_sft.recipe.libraries import build_sft_config, validate_libraries
+    from vlm_sft import build_sft_config, load_recipe
+    from vlm_sft.recipe.libraries import validate_libraries
     from vlm_sft.stack.kinds import compose
     from vlm_sft.training.build_trainer import build_collator, build_trainer
     from vlm_sft.training.run_rows import load_rows

@@ -20,9 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
 from datasets import Dataset
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-from vlm_sft.batch.collator import MultimodalCollator
-from vlm_sft.batch.processor import VLMProcessor
-from vlm_sft.data.dataset import ROW_FEATURES
+from vlm_sft import ROW_FEATURES, MultimodalCollator, VLMProcessor
 from vlm_sft.templates.template import load_template
 from vlm_sft.training.row_check import look_over
 

@@ -14,8 +14,8 @@ import warnings
 from transformers import CONFIG_MAPPING, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from vlm_sft.base.errors import UserError
-from vlm_sft.model.configuration import VLMConfig, image_size_of
+from vlm_sft import UserError, VLMConfig
+from vlm_sft.model.configuration import image_size_of
 from vlm_sft.model.parts import VISION_MODELS
 from vlm_sft.pieces.part_configs import vision_config_of
 from vlm_sft.stack.compose import count_image_tokens

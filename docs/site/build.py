@@ -17,6 +17,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+sys.path.insert(0, str(Path(__file__).parent))
+from recipe_keys import recipe_keys
+
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "zh")
 FENCE = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
@@ -116,82 +119,6 @@ def _url(language: str, other: str) -> str:
     return f"zh/{target}" if language == "en" else f"../{target}"
 
 
-def recipe_keys(chinese: bool) -> str:
-    """The keys of a recipe as a page, from its schema."""
-    schema = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
-    lines = [f"# {TITLES['recipe_keys'][chinese]}", ""]
-    lines += [
-        "由 `recipes/recipe.schema.json` 生成，它与代码一致由测试保证；说明是英文的。怎样使用见[配方](recipes.md)。"
-        if chinese
-        else "Made from `recipes/recipe.schema.json`, which a test holds equal to the code. How they are used: "
-        "[recipes](recipes.md)."
-    ]
-    heads = ("键", "值", "默认", "说明") if chinese else ("key", "value", "default", "what it does")
-    done: set[str] = set()
-    queue = [("", schema)]
-    while queue:
-        prefix, section = queue.pop(0)
-        required = section.get("required", ())
-        kinds = section.get("properties", {}).get("type", {})
-        kind = ", ".join(map(str, kinds.get("enum", [kinds["const"]] if "const" in kinds else [])))
-        head = f"## `{prefix}`" if prefix else "## 顶层" if chinese else "## At the top"
-        lines += ["", f"{head} ({kind})" if kind else head, ""]
-        if prefix and section.get("description"):
-            lines += [_one_line(section["description"]), ""]
-        lines += ["| " + " | ".join(heads) + " |", "|---|---|---|---|"]
-        for key, value in section.get("properties", {}).items():
-            path = f"{prefix}.{key}" if prefix else key
-            default = "**required**" if key in required else _default(value)
-            told = _one_line(value.get("description", ""))
-            lines.append(f"| `{key}` | {_kind(value, schema)} | {default} | {told} |")
-            for name in _sections(value):
-                if name not in done and "properties" in schema["$defs"][name]:
-                    done.add(name)
-                    queue.append((path, schema["$defs"][name]))
-    return "\n".join(lines) + "\n"
-
-
-def _one_line(text: str) -> str:
-    text = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", " ".join(text.split()))
-    return text.replace("|", "\\|")
-
-
-def _sections(value: object) -> list[str]:
-    """The names of the sections that a value of the schema leads to."""
-    if isinstance(value, list):
-        return [name for each in value for name in _sections(each)]
-    if not isinstance(value, dict):
-        return []
-    own = [value["$ref"].rpartition("/")[2]] if isinstance(value.get("$ref"), str) else []
-    return own + [name for key, each in value.items() if key != "default" for name in _sections(each)]
-
-
-def _kind(value: dict, schema: dict) -> str:
-    """What may stand at a key, in words of the table."""
-    if "$ref" in value:
-        name = value["$ref"].rpartition("/")[2]
-        return "section" if "properties" in schema["$defs"][name] else _kind(schema["$defs"][name], schema)
-    for many in ("anyOf", "oneOf"):
-        if many in value:
-            kinds = [_kind(each, schema) for each in value[many]]
-            return " or ".join(dict.fromkeys(kind for kind in kinds if kind != "null"))
-    if "enum" in value or "const" in value:
-        return ", ".join(f"`{each}`" for each in value.get("enum", [value.get("const")]))
-    if value.get("type") == "array":
-        return f"list of {_kind(value['items'], schema)}" if "items" in value else "list"
-    bounds = [f"{sign} {value[key]:g}" for key, sign in BOUNDS.items() if key in value]
-    return " ".join([WORDS.get(value.get("type", ""), value.get("type", "any")), *bounds])
-
-
-BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-WORDS = {"string": "text", "integer": "whole number", "boolean": "true or false", "object": "keys and values"}
-
-
-def _default(value: dict) -> str:
-    given = value.get("default")
-    return "" if given is None or given in ({}, []) else f"`{json.dumps(given, ensure_ascii=False)}`"
-
-
 def gallery(linker: Linker, chinese: bool) -> str:
     """The pictures of all pages as a page."""
     lines = [f"# {TITLES['gallery'][chinese]}", ""]
@@ -287,7 +214,7 @@ def write_sources(language: str, work: Path) -> Path:
         if chinese and not path.stem.endswith("_zh") and name not in ("pages.md",):
             text = re.sub(r"^# .+$", lambda found: f"{found[0]}\n\n{ONLY_ENGLISH}", text, count=1, flags=re.MULTILINE)
         (sources / name).write_text(text, encoding="utf-8")
-    (sources / "recipe_keys.md").write_text(recipe_keys(chinese), encoding="utf-8")
+    (sources / "recipe_keys.md").write_text(recipe_keys(TITLES["recipe_keys"][chinese], chinese), encoding="utf-8")
     (sources / "gallery.md").write_text(gallery(linker, chinese), encoding="utf-8")
     shutil.copyfile(Path(__file__).with_name("style.css"), sources / "style.css")
     config = work / f"{language}.toml"

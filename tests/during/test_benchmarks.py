@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.benchmarks import PUBLISHED, own_task
+from support.benchmark_files import own_task
+from support.benchmarks import PUBLISHED
 from vlm_sft import load_recipe
 from vlm_sft.base.errors import UserError
 from vlm_sft.during import benchmarks as while_training

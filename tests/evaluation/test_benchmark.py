@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.benchmarks import PUBLISHED, lines, own_task
+from support.benchmark_files import lines, own_task
+from support.benchmarks import PUBLISHED
 from support.chat_server import ChatServerDouble
 from support.paths import ROOT, accelerate_config
 from support.pictures import photo, saved_as_jpeg, write

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
-from support.benchmarks import png
+from support.benchmark_files import png
 from support.tiny_families import TINY, processor_of, tiny
 from support.tiny_families import rows as family_rows
 from vlm_sft.base.errors import RowError

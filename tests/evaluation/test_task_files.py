@@ -5,7 +5,8 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from support.benchmarks import PUBLISHED, document, inside, parquet
+from support.benchmark_files import document, inside, parquet
+from support.benchmarks import PUBLISHED
 from vlm_sft.base.errors import UserError
 from vlm_sft.evaluation.benchmark import read_benchmarks
 from vlm_sft.evaluation.task_files import at, literal, place_of

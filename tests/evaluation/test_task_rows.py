@@ -7,7 +7,8 @@ from datetime import date
 
 import pytest
 
-from support.benchmarks import AUTHORS, PUBLISHED, inside, lines, own_task, parquet, png
+from support.benchmark_files import inside, lines, own_task, parquet, png
+from support.benchmarks import AUTHORS, PUBLISHED
 from vlm_sft.base.errors import UserError
 from vlm_sft.base.limits import READERS
 from vlm_sft.evaluation.benchmark import read_benchmarks

@@ -8,7 +8,7 @@ import resource
 import pytest
 import yaml
 
-from support.benchmarks import lines, own_task, picture
+from support.benchmark_files import lines, own_task, picture
 from support.paths import ROOT
 from vlm_sft.base.assets import list_tasks
 from vlm_sft.base.errors import UserError

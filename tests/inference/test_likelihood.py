@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support.benchmarks import png
+from support.benchmark_files import png
 from vlm_sft.base.errors import UserError
 from vlm_sft.inference.generation import answer
 from vlm_sft.inference.likelihood import likelihoods
