@@ -21,10 +21,12 @@ from PIL import Image
 from torch import nn
 
 from ..base.errors import UserError
-from ..base.names import Json
+from ..base.names import TEMPLATE, Json
 from ..base.whole_files import read_text, write_json, written_beside
 from ..batch.processor import VLMProcessor
 from ..bundle.card import shown
+from ..llama_cpp.families import check_family, family_template, side_of
+from ..llama_cpp.families import differences as of_family
 from ..llama_cpp.mmproj import REFUSED, check_stack, differences, write_mmproj
 from ..llama_cpp.packages import build, check_installed, known_classes, run
 from ..llama_cpp.template import OllamaTemplate, for_llama_cpp
@@ -34,6 +36,7 @@ from ..recipe.schema import Recipe
 from ..stack.judge import judge, layers_of, measure
 from ..stack.vocabulary import grow_vocabulary
 from .check import QUESTION, noise_picture
+from .forms import form_of
 from .merging import Comparison
 from .native_model import native_generation, to_causal_lm
 from .native_processor import native_template
@@ -44,10 +47,6 @@ NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ANSWER, ALTERNATIVES = 8, 100
 """Tokens of the answer that is compared, and at each of them the tokens whose probabilities are."""
 ASKED: list[Json] = QUESTION[:1]
-NO_FAMILY = (
-    "Only composed stacks are written as GGUF, and this is a {}: use --to transformers, whose folder llama.cpp's "
-    "convert_hf_to_gguf.py reads where it knows the class; nobody compared the answers then."
-)
 
 
 def check_gguf(core: nn.Module, processor: VLMProcessor) -> None:
@@ -60,11 +59,12 @@ def check_gguf(core: nn.Module, processor: VLMProcessor) -> None:
     Raises:
         UserError: It is refused, or a package is missing.
     """
+    check_installed()
     if not isinstance(core, VLMForConditionalGeneration):
-        raise UserError(NO_FAMILY.format(type(core).__name__))
+        check_family(core.config, type(core).__name__)
+        return
     if core.config.tiles is not None:
         raise UserError(REFUSED.format("it is told to see an image as one picture, and this one is cut into tiles"))
-    check_installed()
     check_stack(core, processor)
     if (name := type(to_causal_lm(core)).__name__) not in known_classes()[0]:
         raise UserError(REFUSED.format(f"its converter knows no language model of the class {name}"))
@@ -121,7 +121,9 @@ def write_gguf(
             found["quantised"] = {"name": quantize, "types": types, **sizes, **_told(measured, said)}
         (beside / "Modelfile").write_text(modelfile(processor, recipe, files), encoding="utf-8")
     names = [file.name for file in files]
-    return {"llama_cpp": build(), "files": names, **found, **comparison.found, "differences": differences(processor)}
+    composed = isinstance(base, VLMForConditionalGeneration)
+    told = differences(processor) if composed else of_family(processor, base.config.model_type)
+    return {"llama_cpp": build(), "files": names, **found, **comparison.found, "differences": told}
 
 
 def _check_room(out: Path, core: nn.Module, dtype: torch.dtype, quantize: str | None) -> None:
@@ -138,7 +140,8 @@ def _check_room(out: Path, core: nn.Module, dtype: torch.dtype, quantize: str | 
 
 def _picture(core: nn.Module) -> Image.Image:
     """What is asked about: a square, as llama.cpp pads what is not (see `differences`)."""
-    side = image_size_of(core.config.tower)[0] * 5 // 4
+    composed = isinstance(core, VLMForConditionalGeneration)
+    side = image_size_of(core.config.tower)[0] * 5 // 4 if composed else side_of(core.config)
     return noise_picture().resize((side, side), Image.Resampling.BICUBIC)
 
 
@@ -152,23 +155,33 @@ def _convert(
     name: str,
 ) -> None:
     """Writes what the converter reads to a folder, and both files."""
-    ends = native_generation(core, processor, recipe.generation)
-    grow_vocabulary(core, len(processor.tokenizer))
-    write_mmproj(files[1], core, processor, dtype)
-    native = to_causal_lm(core)
-    native.generation_config = ends
-    processor.tokenizer.save_pretrained(folder)
+    template, family = native_template(processor), not isinstance(core, VLMForConditionalGeneration)
+    if family:
+        form = form_of(core, processor, recipe)
+        form.write_processor(folder)
+        native = form.native()
+        template = family_template(template, core.config.model_type)
+    else:
+        ends = native_generation(core, processor, recipe.generation)
+        grow_vocabulary(core, len(processor.tokenizer))
+        write_mmproj(files[1], core, processor, dtype)
+        native = to_causal_lm(core)
+        native.generation_config = ends
+        processor.tokenizer.save_pretrained(folder)
     native = native.to(dtype)
     native.config.dtype = dtype
     native.save_pretrained(folder)
     native.float()
+    (folder / TEMPLATE).unlink(missing_ok=True)
     # The converter takes what stands in this file before any other, an empty template too.
     path = folder / "tokenizer_config.json"
-    write_json(path, json.loads(read_text(path)) | {"chat_template": for_llama_cpp(native_template(processor))})
+    write_json(path, json.loads(read_text(path)) | {"chat_template": for_llama_cpp(template)})
     path = folder / "generation_config.json"
     ends = json.loads(read_text(path)).get("eos_token_id")
     write_json(path, _sampling(recipe) | ({"eos_token_id": ends} if ends is not None else {}))
     run("convert", "llama.cpp's converter refuses this bundle", folder, files[0], NAMES[dtype], name)
+    if family:
+        run("convert", "llama.cpp's converter refuses this bundle", folder, files[1], NAMES[dtype], name, "--mmproj")
 
 
 def _sampling(recipe: Recipe) -> Json:
@@ -198,6 +211,9 @@ def _compare(
     longer = {**inputs, "input_ids": torch.cat([prompt, ids], 1)}
     if "attention_mask" in inputs:
         longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    for name, column in inputs.items():  # which tell pictures from text, and an answer is text
+        if name not in ("input_ids", "attention_mask") and column.shape == prompt.shape:
+            longer[name] = torch.cat([column, torch.zeros_like(ids)], 1)
     with torch.inference_mode():
         logits = core.eval()(**longer).logits[0, -len(said["ids"]) :].float()
     told = logits.double()[said["at"]]

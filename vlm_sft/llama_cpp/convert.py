@@ -1,6 +1,7 @@
 """The process in which llama.cpp's converter reads a language model's folder and writes a GGUF file.
 
-`python -m vlm_sft.llama_cpp.convert FOLDER OUT TYPE NAME` writes the language model and prints `{}`.
+`python -m vlm_sft.llama_cpp.convert FOLDER OUT TYPE NAME` writes the language model and prints `{}`; with `--mmproj`
+behind it, what an existing VLM has before its language model.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def load() -> Any:
     return script
 
 
-def main(folder: str, out: str, kind: str, name: str) -> None:
+def main(folder: str, out: str, kind: str, name: str, *more: str) -> None:
     """Writes the file; see above."""
     script = load()
-    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", out, "--outtype", kind, "--model-name", name]
+    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", out, "--outtype", kind, "--model-name", name, *more]
     try:
         script.main()
     except UserError:
