@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from support.mplug import GOLDENS, save_modelscope
 from support.shrink import shrink
 from vlm_sft import load, load_recipe
+from vlm_sft.base.errors import UserError
 from vlm_sft.bundle.run_folder import checkpoints
 from vlm_sft.cli.main import app
 from vlm_sft.encoders.encoder import piece_of
@@ -105,6 +106,20 @@ def test_it_learns_to_write(learned):
     (folder / "few.txt").write_text("dog\n猫\n", encoding="utf-8")
     one = asked("answer", bundle, "what ?", "--image", folder / "2.png", "--candidates", folder / "few.txt")
     assert one.exit_code == 0 and one.stdout.splitlines()[0].endswith("\t猫")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--likelihood"], ["--confidence"]])
+def test_of_its_words_nobody_can_ask_how_likely_each_is(learned, tmp_path, more):
+    folder, _, bundle = learned
+    shutil.copy(folder / "0.png", tmp_path)
+    row = {"id": 1, "image": "0.png", "question": "what ?", "answer": "A", "a": "red", "b": "猫"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    task = {"about": "colours 颜色", "sources": ["ours"], "path": "rows.jsonl", "id": "id", "metric": "choice",
+            "choices": ["a", "b"], "answer_is": "letter"}  # fmt: skip
+    (tmp_path / "task.yaml").write_text(json.dumps(task), encoding="utf-8")
+    said = asked("evaluate", bundle, "--benchmark", tmp_path / "task.yaml", "-o", tmp_path / "out", *more)
+    assert isinstance(said.exception, UserError) and "answer as a whole" in str(said.exception)
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ def test_a_judge_scores_answers_in_both_languages(bundle, published, judging, tm
 
 def test_a_judge_that_stops_is_gone_on_with(bundle, own, judging, tmp_path, monkeypatch):
     rules = {"prompt": "{{ question }} {{ answer }}{{ row.answer }}", "compare": False, "scale": [1, 5]}
-    path = own(metric="judge", judge=rules, count=4, answers="nothing")
+    path = own(metric="judge", judge=rules, count=4, answers=[])
     judging.says = lambda prompt: "4"
     judging.next = [(404, {}, b"")]
     given = {"output": str(tmp_path / "out"), "compare": False, "judge": Judge(judging.url, "m", requests=1)}

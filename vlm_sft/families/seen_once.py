@@ -59,6 +59,10 @@ class ImagePath:
         self._owner, self._name = model.image_path()
         self._own = getattr(self._owner, self._name)
         self._model, self._processor = model, processor
+        pictures = [Image.new("RGB", (64, 64))] * 2
+        one, two = (type(processor).image_inputs(processor, pictures[:count], []) for count in (1, 2))
+        # MiniCPM-V 4.6 has all pictures of a batch in one sequence and takes the first of `pixel_values` alone.
+        self._one_sequence = all(len(two[name]) == len(one[name]) for name in one if name.endswith("pixel_values"))
 
     def look(self, picture: Image.Image) -> Seen:
         """Sends one picture through."""
@@ -75,7 +79,8 @@ class ImagePath:
         beside = {
             name: torch.cat([seen[number].beside[name] for number in numbers]) for name in seen[numbers[0]].beside
         }
-        return {**{name: torch.tensor(numbers) for name in seen[numbers[0]].pixels}, **beside}
+        told = torch.tensor([numbers] if self._one_sequence else numbers)
+        return {**dict.fromkeys(seen[numbers[0]].pixels, told), **beside}
 
     @contextmanager
     def giving(self, seen: Callable[[], Sequence[Seen]]) -> Iterator[None]:
@@ -84,7 +89,8 @@ class ImagePath:
         @functools.wraps(self._own)  # `generate` looks at what it takes
         def give(pixel_values: torch.Tensor, *more: Any, **options: Any) -> Features:
             now = seen()
-            return joined([now[number].features for number in pixel_values.tolist()])
+            # GOT-OCR makes its own type of them; 16 bits hold whole numbers up to 256, more than a batch has pictures.
+            return joined([now[int(number)].features for number in pixel_values.flatten().tolist()])
 
         setattr(self._owner, self._name, give)
         try:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from ..base.errors import UserError
 from ..base.names import IGNORED, Row
 from ..batch.pictures import Pictures, image_inputs, load_picture, name_of, picture_sizes
 from ..batch.processor import VLMProcessor
@@ -46,8 +47,13 @@ def likelihoods(model: PreTrainedModel, processor: VLMProcessor, conversations: 
         conversations: Each `{"messages", "images", "id"}`, as `prompt_batch` takes them.
 
     Raises:
-        UserError: As `prompt_batch`; a conversation is longer than the language model can read.
+        UserError: As `prompt_batch`; a conversation is longer than the language model can read; the model chooses.
     """
+    if processor.chooses:
+        raise UserError(
+            "VLE and mPLUG answer as a whole and give no probability of a text's words: leave out what compares "
+            "options by likelihood (--likelihood) or asks how sure each word was (--confidence)."
+        )
     if not conversations:
         return []
     encoded, pictures = [], []
