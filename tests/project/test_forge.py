@@ -42,10 +42,14 @@ def test_it_is_given_files_time_and_surroundings(tmp_path, forge):
 
 
 def test_a_program_that_takes_too_long_is_ended(forge, recipe_file):
+    command = [*TRAIN, str(recipe_file()), "sft.max_steps=1000000"]
     with pytest.raises(subprocess.TimeoutExpired):
-        subprocess.run([*TRAIN, str(recipe_file()), "sft.max_steps=1000000"], capture_output=True, timeout=5)
+        subprocess.run(command, capture_output=True, timeout=1)
+    program = forge.start(command, stderr=subprocess.STDOUT, stdout=subprocess.DEVNULL)
+    with pytest.raises(subprocess.TimeoutExpired):
+        program.wait(5)
     deadline = time.monotonic() + 60
-    while is_alive(forge.program):
+    while is_alive(program.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
