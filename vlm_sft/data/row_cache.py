@@ -31,7 +31,7 @@ MOST_REJECTED = 10_000
 LANGUAGE = "language"
 _NOTE = b"vlm_sft"
 # What decides which rows a file gives.
-_ROOMS = tuple(Path(__file__).parents[1] / room for room in ("reading", "rows", "data"))
+_ROOMS = tuple(Path(__file__).parents[1] / room for room in ("reading", "rows", "vcr", "data"))
 # What decides how rows are mixed and merged, not which they are.
 _OF_THE_MIXTURE = {"weight", "repeat", "merge_by_image", "independent"}
 
