@@ -180,6 +180,10 @@ class _RealNumbers(TorchDispatchMode):
         if operation in INDEXED:
             args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
         args, kwargs = tree_map(lambda leaf: self._fake.from_tensor(leaf) if _has_data(leaf) else leaf, (args, kwargs))
+        if operation is aten._grouped_mm:  # of experts, which without data torch multiplies in bfloat16 alone
+            half = [leaf.bfloat16() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+                    for leaf in args]  # fmt: skip
+            return func(*half, **kwargs).to(args[0].dtype)
         result = func(*args, **kwargs)
         if operation is aten.native_layer_norm and len({tensor.dtype for tensor in tensors}) > 1:
             # Between types, mean and deviation are float32 everywhere; without data torch gives them the input's type.
