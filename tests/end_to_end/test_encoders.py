@@ -91,6 +91,13 @@ def test_a_run_goes_on_to_the_same_weights(learned, tmp_path):
 
 
 @pytest.mark.slow
+def test_sizes_that_its_files_tell_are_not_taken_from_a_recipe(learned, tmp_path):
+    overrides = [*learned[1], f"sft.output_dir={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match=r"the files of a VLE tell all its sizes; remove `encoder\.config`\."):
+        train(load_recipe("vle_vqa", [*overrides, "encoder.config.num_attention_heads=2"]))
+
+
+@pytest.mark.slow
 def test_a_further_stage_has_the_answers_of_the_first(learned, tmp_path):
     _, overrides, first = learned
     more = [*overrides, f"init_from={first}", f"sft.output_dir={tmp_path / 'next'}", "sft.max_steps=1"]

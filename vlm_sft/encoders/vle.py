@@ -96,6 +96,9 @@ class VLESystem:
         config = copy.deepcopy(piece.whole)
         spec = recipe.encoder
         assert spec is not None
+        if spec.config:
+            where = recipe.where(("encoder", "config"))
+            raise UserError(f"{where}: the files of a VLE tell all its sizes; remove `encoder.config`.")
         config.trained_for = spec.task
         config.vision_config.image_size = spec.image_size or config.vision_config.image_size
         if spec.task == "vcr":
