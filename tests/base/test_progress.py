@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
+import subprocess
 import sys
 import time
 
@@ -12,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from vlm_sft.base import progress as module
-from vlm_sft.base.progress import RowProgress, waiting
+from vlm_sft.base.progress import RowProgress, steps, told_in, waiting
 
 
 @pytest.fixture
@@ -168,3 +170,30 @@ def test_one_within_another_says_nothing_of_its_own_and_rows_tell_of_what_is_fet
             time.sleep(0.3)
     lines = set(console.file.getvalue().splitlines())
     assert lines == {"filter: scored 3 of 10 rows (model.bin 1 of 2 MB)"}
+
+
+def test_steps_of_ours_have_a_rate_and_the_time_left_while_one_waits(often):
+    console = Console(file=io.StringIO(), width=160)
+    with waiting(console, "Writing exported"):
+        for number in steps(range(4), "rounded", "weights"):
+            time.sleep(0.1 if number < 3 else 1.2)
+        time.sleep(0.2)
+    lines = console.file.getvalue().splitlines()
+    assert "Writing exported: rounded 1 of 4 weights" in lines
+    assert any(re.fullmatch(r".* rounded 3 of 4 weights, \d.\d a second, 0:00:0\d left", line) for line in lines)
+    assert lines[-1].endswith("so far"), "what has passed is not said again"
+
+
+def test_what_a_process_says_of_itself_is_shown_by_who_waits_for_it(often, tmp_path):
+    program = (
+        "import sys, time\n"
+        "from vlm_sft.base import progress\n"
+        "progress.SECONDS_AT_A_TERMINAL = 0.05\n"
+        "with progress.telling(), progress.Steps('read', 8, 'weights') as told:\n"
+        "    told.n = 5\n"
+        "    time.sleep(1)\n"
+    )
+    console = Console(file=io.StringIO(), width=160)
+    with waiting(console, "Comparing"), told_in(tmp_path / "told") as told:
+        subprocess.run([sys.executable, "-c", program], env={**os.environ, **told}, check=True)
+    assert "Comparing: read 5 of 8 weights" in console.file.getvalue().splitlines()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
+from support.scripts import script
 from vlm_sft.machine.machine import Machine, flops_of
 from vlm_sft.start.models import CANDIDATES, HEADROOM, hours_of, known_model, plan, proposals
 
@@ -17,7 +20,7 @@ def machine(name: str | None = None, gib: int = 0, count: int = 1, ram: int = 64
 @pytest.mark.parametrize(
     ("gpu", "gib", "first"),
     [("NVIDIA GeForce RTX 3060", 12, "Qwen3-VL-4B"), ("Tesla T4", 16, "Qwen3-VL-4B"), ("RTX 4090", 24, "Qwen3-VL-8B"),
-     ("NVIDIA A100-SXM4-80GB", 80, "Qwen3-VL-8B"), ("GTX 1650", 4, "SmolVLM-256M"), (None, 0, "SmolVLM-500M")],
+     ("NVIDIA A100-SXM4-80GB", 80, "Qwen3-VL-8B"), ("GTX 1650", 4, "SmolVLM-500M"), (None, 0, "SmolVLM-500M")],
 )  # fmt: skip
 def test_what_is_proposed_first_fits(gpu, gib, first):
     found = proposals(machine(gpu, gib), chinese=False, rows=1000, hours=1e6)
@@ -49,3 +52,15 @@ def test_names_of_gpus():
     assert flops_of("NVIDIA H100 PCIe") < flops_of("NVIDIA H100 80GB HBM3")
     assert flops_of("NVIDIA A100-SXM4-40GB") == 312e12 and flops_of("Nobody knows") == 40e12
     assert known_model("smolvlm-instruct").pretrained == "HuggingFaceTB/SmolVLM-Instruct" and known_model("x/y") is None
+
+
+def test_the_memory_of_the_table_is_counted_at_the_published_sizes(tmp_path):
+    """A count takes minutes; that each model of the script has as many weights as the published one takes seconds."""
+    sizes = script("benchmarks/starting_models.py")
+    assert [each.pretrained.rpartition("/")[2] for each in CANDIDATES] == list(sizes.SIZED)
+    for known in CANDIDATES[::3]:
+        folder = sizes.write_model(known.pretrained.rpartition("/")[2], tmp_path / f"{known.billions}")
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        assert model.num_parameters() == pytest.approx(known.billions * 1e9, rel=0.03)

@@ -6,9 +6,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from .whole_files import read_text
 from .words import duration
 
 Item = TypeVar("Item")
@@ -26,14 +28,17 @@ SECONDS_BETWEEN_LINES, LATER = 5.0, 60.0
 
 SECONDS_AT_A_TERMINAL = 0.5
 """Between two looks at how far a library says that it is."""
+TOLD = "VLM_SFT_TOLD"
+"""Variable of a process of ours: the file in which it says how far it is, to the process that waits for it."""
 
 
 @contextmanager
 def waiting(console: Console, doing: str) -> Iterator[None]:
     """Within, something goes on of which we do not know how far it is: a spinner, in a log file a line a minute.
 
-    What a library says of it (how much of a file is fetched, how many weights are loaded, at which rate, and how long
-    it takes still) is shown beside. Within another one that is shown already, it shows nothing of its own.
+    What a library, a `Steps` or a process of `told_in` says of it (how much of a file is fetched, how many weights are
+    loaded, at which rate, and how long it takes still) is shown beside. Within another one that is shown already, it
+    shows nothing of its own.
 
     Args:
         console: Where to say it.
@@ -75,8 +80,90 @@ def _repeated(seconds: float, do: Callable[[], object]) -> Iterator[None]:
         ended.set()
 
 
-_HEARD: list[Any] = []  # bars of libraries that are not closed
+_HEARD: list[Any] = []  # bars of libraries that are not closed, and what is like them
 _HEARING = threading.Lock()
+
+
+class Steps:
+    """A context that says how far something is, with its rate and the time left, to the `waiting` around it.
+
+    Args:
+        doing: What is done, such as ``merged``.
+        of: How many there are; None where nobody knows.
+        what: What is counted, such as ``layers``.
+
+    Attributes:
+        n: How many are done.
+    """
+
+    def __init__(self, doing: str, of: int | None = None, what: str = "") -> None:
+        self.desc, self.total, self.unit, self.n, self.initial = doing, of, what, 0, 0
+        self.start_t = time.time()
+
+    def __enter__(self) -> Steps:
+        """Is heard from now on."""
+        _HEARD.append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Is heard no more."""
+        if self in _HEARD:
+            _HEARD.remove(self)
+
+    def tell(self, doing: str, done: int, of: int | None, what: str = "rows") -> None:
+        """Says how far it is, as `RowProgress.tell`; the rate is that since this was first said."""
+        if doing != self.desc:
+            self.start_t = time.time()
+        self.desc, self.n, self.total, self.unit = doing, done, of, what
+
+
+def steps(items: Iterable[Item], doing: str, what: str, of: int | None = None) -> Iterator[Item]:
+    """The same items, of which the `waiting` around says how many have passed; see `Steps`."""
+    with Steps(doing, len(items) if of is None and isinstance(items, Sized) else of, what) as passed:
+        for item in items:
+            yield item
+            passed.n += 1
+
+
+class _Told:
+    """What another process says of itself in a file."""
+
+    unit = ""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def words(self) -> str:
+        try:
+            return read_text(self._path)
+        except OSError:
+            return ""
+
+
+@contextmanager
+def told_in(path: Path) -> Iterator[dict[str, str]]:
+    """Within, the `waiting` around shows what a process says that is started with this environment; see `telling`."""
+    _HEARD.append(other := _Told(path))
+    try:
+        yield {TOLD: str(path)}
+    finally:
+        if other in _HEARD:
+            _HEARD.remove(other)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Within, a process that was started by who waits for it says how far it is; see `told_in`."""
+    with _hearing() as heard, ExitStack() as said:
+        if heard is not None and (path := os.environ.pop(TOLD, None)):
+            said.enter_context(_repeated(SECONDS_AT_A_TERMINAL, lambda: _tell(Path(path), heard())))
+        yield
+
+
+def _tell(path: Path, words: str) -> None:
+    with suppress(OSError):  # who waited is gone, and its folder with it
+        path.write_text(words, encoding="utf-8")
 
 
 @contextmanager
@@ -94,6 +181,8 @@ def _hearing() -> Iterator[Callable[[], str] | None]:
         (huggingface_hub.utils._xet_progress_reporting, "tqdm"),
         (_snapshot_download, "hf_tqdm"),
     ]
+    if (peft := sys.modules.get("peft.tuners.tuners_utils")) is not None:
+        places.append((peft, "tqdm"))  # of layers that are merged; PEFT draws it where it is asked to
     before = [getattr(module, name) for module, name in places]
     for module, name in places:
         setattr(module, name, kind)
@@ -139,13 +228,13 @@ def _said() -> str:
     """What the newest bar says, or the oldest that counts bytes: a file, of which others count the pieces."""
     bars = list(_HEARD)
     bar = next((bar for bar in bars if bar.unit == "B"), bars[-1] if bars else None)
-    if bar is None:
-        return ""
-    size, unit = (1e6, "MB") if bar.unit == "B" else (1, "")
+    if bar is None or isinstance(bar, _Told):
+        return bar.words if bar else ""
+    size, unit = (1e6, "MB") if bar.unit == "B" else (1, bar.unit if isinstance(bar, Steps) else "")
     done, of = bar.n / size, bar.total and bar.total / size
     amount = " ".join(filter(None, [f"{done:,.0f}", of and f"of {of:,.0f}", unit]))
     began = bar.initial / size
-    pace = _pace(done - began, of and of - began, time.time() - bar.start_t, unit and f"{unit} ")
+    pace = _pace(done - began, of and of - began, time.time() - bar.start_t, "MB " if bar.unit == "B" else "")
     return f"{bar.desc.rstrip(': ')} {amount}{pace}".lstrip()
 
 

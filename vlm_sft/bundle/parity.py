@@ -27,7 +27,9 @@ from torch.distributed.tensor import DTensor
 from ..base.console import tell
 from ..base.errors import UserError, exit_on_user_error
 from ..base.names import IGNORED, Json, Values
+from ..base.progress import telling, told_in
 from ..model.freeze import part_of
+from ..model.parts import passes
 from ..stack.judge import judge, layers_of, measure
 from .load import load
 from .manifest import update_manifest
@@ -43,7 +45,7 @@ def probe_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     inputs = {name: tensor.to(device) for name, tensor in _tensors(batch).items() if name not in NOT_INPUTS}
     was_training = model.training
     model.eval()
-    with without_autocast(model):
+    with passes(model), without_autocast(model):
         logits = model(**inputs).logits
     model.train(was_training)
     if "labels" not in batch or logits.dim() < 3:  # of an encoder: what it says of each row, or of each token
@@ -155,13 +157,14 @@ def run_afresh(module: str, done: str, *arguments: str | Path) -> Json:
     Raises:
         UserError: It fails, after what `done` says.
     """
-    process = subprocess.run(
-        [sys.executable, "-m", "vlm_sft.recipe.left_out", module, *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder, told_in(Path(folder) / "told") as told:
+        process = subprocess.run(
+            [sys.executable, "-m", "vlm_sft.recipe.left_out", module, *map(str, arguments)],
+            env=environment() | told,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
         if process.returncode == -signal.SIGXCPU:
@@ -180,9 +183,11 @@ def main(argv: list[str] | None = None) -> None:
     """The fresh process: BUNDLE, PROBE and a device; prints what it measured as JSON."""
     bundle, probe, device = argv or sys.argv[1:]
     tensors = load_file(probe)
-    # The run before this one executed the same code, as its recipe said.
-    model, _ = load(bundle, device=device, trust_remote_code=True)
-    tell(json.dumps(measure(tensors["logits"], probe_logits(model, tensors), without_adapter(model, tensors))))
+    with telling():
+        # The run before this one executed the same code, as its recipe said.
+        model, _ = load(bundle, device=device, trust_remote_code=True)
+        found = measure(tensors["logits"], probe_logits(model, tensors), without_adapter(model, tensors))
+    tell(json.dumps(found))
 
 
 if __name__ == "__main__":

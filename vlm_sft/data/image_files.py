@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from ..base.errors import UserError
 from ..base.names import ImageEntry, Row
+from ..base.progress import steps
 from ..base.whole_files import digest, file_digest
 from ..reading.image_refs import is_url
 
@@ -104,12 +105,15 @@ def shared_images(train: Iterable[Row], held_out: Iterable[Row]) -> list[Leak]:
         theirs = _different(held_out)
         sizes = set(pool.map(_size, theirs)) - {None}
         ours = _different(train)
-        likely = [each for each, size in zip(ours, pool.map(_size, ours), strict=True) if size in sizes]
+        measured = steps(pool.map(_size, ours), "measured", "pictures", len(ours))
+        likely = [each for each, size in zip(ours, measured, strict=True) if size in sizes]
         owners: dict[bytes | None, str] = {}
-        for found, (_, row) in zip(pool.map(_digest, theirs), theirs, strict=True):
+        held = steps(pool.map(_digest, theirs), "read", "held-out pictures", len(theirs))
+        for found, (_, row) in zip(held, theirs, strict=True):
             owners.setdefault(found, row)
         owners.pop(None, None)
-        pairs = zip(pool.map(_digest, likely), likely, strict=True)
+        same = steps(pool.map(_digest, likely), "read", "pictures", len(likely))
+        pairs = zip(same, likely, strict=True)
         return [Leak(row, owners[found]) for found, (_, row) in pairs if found in owners]
 
 

@@ -38,6 +38,9 @@ HEAD_WIDTH, STRIDES, FUSION_LAYERS = 64, {True: 6, False: 3}, 6
 # What stands in the names of a checkpoint before it was tuned to answer, and is left out then (upstream: vqa_mplug.py).
 BEFORE_TUNING = re.compile(r"(?<=text_encoder\.)bert\.|(?<=fusion_encoder\.)fusion\.")
 
+ANNOTATORS, ANSWER_TOKENS = 10, 8
+"""Of VQAv2: answers that a question has at most, and tokens of a long one; together more than a caption has."""
+
 
 class MPlug(Encoder):
     """mPLUG with what makes its inputs. It writes its answers, or ranks those that it is given."""
@@ -124,6 +127,20 @@ class MPlugProcessor(EncoderProcessor):
             "weights": torch.tensor([count / each.total() for each in counts for count in each.values()]),
         }
 
+    def fullest(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """Rows of which each annotator answers otherwise; see `EncoderProcessor.fullest`."""
+        shape = (rows * ANNOTATORS, min(ANSWER_TOKENS, self.longest))
+        return {
+            "answer_ids": torch.full(shape, self.tokenizer.unk_token_id),
+            "answer_mask": torch.ones(shape, dtype=torch.long),
+            "answers": torch.full((rows,), ANNOTATORS),
+            "weights": torch.full(shape[:1], 1 / ANNOTATORS),
+        }
+
+    def reads(self, length: int, patches: int) -> dict[str, int]:
+        """See `EncoderProcessor.reads`: its head is a decoder, which reads the answers."""
+        return {**super().reads(length, patches), "head": ANNOTATORS * ANSWER_TOKENS}
+
     @property
     def writes(self) -> bool:
         """See `EncoderProcessor.writes`."""
@@ -164,8 +181,7 @@ class MPlugSystem:
             piece.config = config
             return from_pretrained(MPlugForVQA, piece, dtype=torch.float32)  # type: ignore[return-value]
         model: MPlugForVQA = make_empty(MPlugForVQA, config, piece.checkpoint)
-        patches = (config.image_size // config.vision_patch_size) ** 2
-        load_module(model, piece.checkpoint, torch.float32, patches=patches)
+        load_module(model, piece.checkpoint, torch.float32, patches=config.num_patches)
         model.tie_weights()  # what was tied has two tensors in a file
         return model
 

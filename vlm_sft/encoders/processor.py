@@ -188,6 +188,19 @@ class EncoderProcessor(ReadsQuestions, VLMProcessor):
             given: What the annotators of each row answered.
         """
 
+    def fullest(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """What is learned of so many rows where there is much of it, for a count of memory; the numbers mean nothing.
+
+        Args:
+            rows: How many.
+            length: Tokens of a question.
+        """
+        return self.targets([[""]] * rows)
+
+    def reads(self, length: int, patches: int) -> dict[str, int]:
+        """Part → tokens of it that a row of `fullest` has, whose image is of so many patches."""
+        return {"vision_tower": patches, "text_encoder": length, "fusion": length + patches, "head": 1}
+
     def choose(
         self, model: PreTrainedModel, images: Sequence[Image.Image], rows: Sequence[Row], settings: Options
     ) -> list[str]:

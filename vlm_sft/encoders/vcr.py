@@ -29,6 +29,7 @@ NOTHING = -1
 SHORTEST = 8  # tokens: begin, ends, a word before and of the choice
 LONGEST = 80  # as upstream, in training and after it
 FIRST_TYPE = 2  # of a thing: 0 is text, 1 the picture
+NAMED = 8  # things that a full choice names
 
 
 class Asked(NamedTuple):
@@ -152,6 +153,16 @@ class VCRProcessor(EncoderProcessor):
             "box_types": types,
             "text_types": padded([row for asked in given for row in asked.types], 0),
         }
+
+    def fullest(self, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """Questions whose choices are all as long, and name many things; see `EncoderProcessor.fullest`."""
+        ids, types = [[self.tokenizer.unk_token_id] * length] * CHOICES, [[0] * length] * CHOICES
+        return self.targets([Asked(ids, types, [[[0]] * NAMED] * CHOICES, 0, 0, False)] * rows)
+
+    def reads(self, length: int, patches: int) -> dict[str, int]:
+        """See `EncoderProcessor.reads`: its image is seen once, and fused with each choice."""
+        found = super().reads(length, patches + NAMED)
+        return {part: tokens * (1 if part == "vision_tower" else CHOICES) for part, tokens in found.items()}
 
     def choose(
         self, model: PreTrainedModel, images: Sequence[Image.Image], rows: Sequence[Row], settings: Options

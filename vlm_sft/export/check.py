@@ -18,8 +18,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 from ..base.console import tell
 from ..base.errors import UserError, exit_on_user_error
 from ..base.names import PROCESSOR_CONFIG, Inputs, Json
+from ..base.progress import telling
 from ..base.whole_files import read_text
 from ..batch.counts import ANSWERS
+from ..model.parts import passes
 from ..rows.messages import Message
 from ..stack.judge import measure
 from ..templates.serve import bounded
@@ -61,7 +63,8 @@ def compare(export: Path, probe: Path) -> Json:
     result: Json = {"text": text, "ids": same_ids, "positions": wanted["logits"].shape[1]}
     result["chats"] = bool(processor.chat_template)
     if same_ids:
-        logits = model.eval()(**inputs).logits
+        with passes(model):
+            logits = model.eval()(**inputs).logits
         images = [name for name in wanted if name.startswith("pixel_values")]
         result["pixels"] = max(float((inputs[name] - wanted[name]).abs().max()) for name in images)
         result["logits"] = measure(wanted["logits"], logits, wanted.get("without"))
@@ -106,4 +109,6 @@ def inputs_of(processor: ProcessorMixin, messages: list[Message], images: list[I
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        tell(json.dumps(compare(Path(sys.argv[1]), Path(sys.argv[2]))))
+        with telling():
+            found = compare(Path(sys.argv[1]), Path(sys.argv[2]))
+        tell(json.dumps(found))

@@ -14,7 +14,9 @@ from torch import nn
 
 from ..base.errors import UserError
 from ..base.names import Json
+from ..base.progress import steps
 from ..model.freeze import is_adapter
+from ..model.parts import passes
 from ..stack.judge import judge, layers_of, measure
 
 REFUSED = "{} gives another model, which is not written: {}."
@@ -43,7 +45,8 @@ class Comparison:
 
     @torch.inference_mode()
     def _compute(self, model: nn.Module) -> torch.Tensor:
-        return self._logits(model).clone()
+        with passes(model):
+            return self._logits(model).clone()
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The model with LoRA merged into its weights (itself, where it has none).
@@ -65,7 +68,7 @@ class Comparison:
             UserError: The type changes what the model says, for instance because its weights overflow in it.
         """
         if dtype != torch.float32:
-            for name, tensor in model.state_dict(keep_vars=True).items():
+            for name, tensor in steps(model.state_dict(keep_vars=True).items(), "rounded", "weights"):
                 if tensor.is_floating_point() and not is_adapter(name):
                     tensor.data = tensor.data.to(dtype).to(tensor.dtype)
         logits = self._compute(model)

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from ..base.errors import RowError, UserError
 from ..base.names import IGNORED, Json
+from ..base.progress import steps
 from ..batch.encoding import EncodedChat
 from ..inference.generation import answer_each, position_limit
 from ..inference.settings import ignores_text
@@ -59,7 +60,7 @@ def _losses(model: PreTrainedModel, processor: VLMProcessor, texts: list[str]) -
     """Sum of the losses of the tokens of texts, and how many there are."""
     most = min(position_limit(model) or MOST_TOKENS, MOST_TOKENS)
     total, count = 0.0, 0
-    for start in range(0, len(texts), AT_ONCE):
+    for start in steps(range(0, len(texts), AT_ONCE), "read", f"lots of {AT_ONCE} texts"):
         chats = []
         for text in texts[start : start + AT_ONCE]:
             # What looks like a control token in a text is text.
@@ -85,7 +86,7 @@ def _answers(model: PreTrainedModel, processor: VLMProcessor, texts: TextSet) ->
         {"messages": [{"role": "user", "content": text}], "images": [], "id": str(n)} for n, text in enumerate(said)
     ]
     found: list[str] = []
-    for start in range(0, len(rows), AT_ONCE):
+    for start in steps(range(0, len(rows), AT_ONCE), "asked", f"lots of {AT_ONCE} questions"):
         some = rows[start : start + AT_ONCE]
         answers = answer_each(model, processor, some, do_sample=False, max_new_tokens=NEW_TOKENS)
         found += ["" if isinstance(each, RowError) else str(each) for each in answers]

@@ -21,6 +21,7 @@ from torch.nn import functional
 from ..base.assets import assets_root
 from ..base.errors import UserError
 from ..base.names import Json
+from ..base.progress import steps
 from ..base.whole_files import open_regular, read_text
 from ..data.dataset import load_source
 from ..prepare.scorer import Scorer
@@ -164,7 +165,8 @@ class TowerTest:
     def _seen(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         parts = [list(pictures[start : start + AT_ONCE]) for start in range(0, len(pictures), AT_ONCE)]
         model = self.scorer.model
-        made = [model.get_image_features(**self.scorer.pixels(some)).pooler_output for some in parts]
+        shown = steps(parts, "shown", f"lots of {AT_ONCE} pictures")
+        made = [model.get_image_features(**self.scorer.pixels(some)).pooler_output for some in shown]
         return functional.normalize(torch.cat(made), dim=-1)
 
     def _read(self, texts: Iterable[str]) -> torch.Tensor:

@@ -143,6 +143,7 @@ class _Search:
         args = build_sft_config(on_any_machine(recipe))
         self.recipe, self.gpu, self.tick, self.step = recipe, gpu, tick, ""
         self.room = int(TIGHT * gpu.size)
+        self.shares = gpu.count > 1 and recipe.encoder is None  # nobody has trained an encoder in shares
         pixels = processor_of(recipe).get("max_pixels")
         self._pixels = pixels if isinstance(pixels, int) else None
         self.given = Setting(
@@ -172,7 +173,7 @@ class _Search:
         found: list[Setting] = []
         seen: list[Setting] = []
         for checkpointing in (False, True):
-            for sharded in (False, True) if self.gpu.count > 1 else (False,):
+            for sharded in (False, True) if self.shares else (False,):
                 base = replace(start, checkpointing=checkpointing, sharded=sharded)
                 try:
                     one = self.exact(replace(base, batch=1, accumulation=rows))
@@ -209,7 +210,7 @@ class _Search:
     def _count(self, setting: Setting) -> tuple[int, ...]:
         from ..preflight.dry_run import weigh
 
-        others = [Launch(self.gpu.count, "FSDP", 3)] if self.gpu.count > 1 else []
+        others = [Launch(self.gpu.count, "FSDP", 3)] if self.shares else []
         weighed = weigh(changed(self.recipe, setting), _launch(self.gpu), *others)
         if self._weighed is None:
             self._weighed, self.step = weighed, str(weighed.step)
@@ -222,7 +223,7 @@ class _Search:
         for row in self._weighed.rows:
             image = row.part in ("vision_tower", "resampler", "projector")
             passes = 2 if image and not row.trained else 4
-            tokens = setting.length / 2 * PATCHES if row.part == "vision_tower" else setting.length
+            tokens = self._tokens(row.part, setting)
             operations += (passes + 2 * (row.trained > row.total / 2)) * row.total * tokens
         slower = CHECKPOINTED if setting.checkpointing else 1.0
         slower *= UNPACKED if setting.four_bits else 1.0
@@ -230,10 +231,18 @@ class _Search:
         slower *= 1 + HALF_BUSY / (setting.batch * setting.length)
         return 1000 * operations * slower / (self.gpu.flops * EFFICIENCY * self.gpu.count)
 
+    def _tokens(self, part: str, setting: Setting) -> float:
+        """Tokens of a full row that a part reads."""
+        assert self._weighed is not None
+        if self.recipe.encoder is None:
+            return setting.length / 2 * PATCHES if part == "vision_tower" else setting.length
+        stack = self._weighed.stack
+        return stack.processor.reads(setting.length, stack.model.config.num_patches)[part]  # type: ignore[attr-defined]
+
 
 def processor_of(recipe: Recipe) -> Json:
-    """Arguments of the model's own processor; a stack has none."""
-    return getattr(recipe.text_piece, "processor", {})
+    """Arguments of the model's own processor; only an existing VLM has some."""
+    return recipe.model.processor if recipe.model else {}
 
 
 def changed(recipe: Recipe, setting: Setting) -> Recipe:

@@ -39,11 +39,6 @@ def run(recipe: Recipe, gpu: str | None, count: int, *, write: bool = False, as_
     """
     from ..recipe.libraries import validate_libraries
 
-    if recipe.encoder:
-        raise UserError(
-            f"{recipe.where(('encoder',))}: the memory of an `encoder:` is not counted by `fit`, but that of `stack:` "
-            "and `model:`; `vlm-sft preflight` takes a real step."
-        )
     path = _to_write(recipe) if write else None
     goal = parse_gpu(gpu, count) if gpu is not None else _here(count)
     validate_libraries(recipe)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
 from transformers.models.instructblip.modeling_instructblip import InstructBlipVisionModel
 
 from ..base.errors import UserError
+from ..base.progress import Steps
 from ..base.words import one_line
 from ..systems.mplug_owl import MPLUGOwlAbstractorConfig, MPLUGOwlVisionConfig, MPLUGOwlVisionModel
 from ..systems.qwen_vl import QwenVLResamplerConfig, QwenVLVisionConfig, QwenVLVisionModel
@@ -116,3 +120,25 @@ def mark_initialised(module: nn.Module | None) -> None:
 
 for own in (MPLUGOwlVisionConfig, MPLUGOwlAbstractorConfig, QwenVLVisionConfig, QwenVLResamplerConfig):
     AutoConfig.register(own.model_type, own)
+
+
+@contextmanager
+def passes(model: nn.Module) -> Iterator[None]:
+    """Within, the `waiting` around says how far one pass is: layers that have run, then weights with gradients."""
+    left = {id(module) for module in model.modules() if not any(module.children())}
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    with Steps("forward", len(left), "layers") as told, ExitStack() as hooks:
+
+        def passed(module: nn.Module, given: object, made: object) -> None:
+            if id(module) in left:
+                left.remove(id(module))
+                told.n += 1
+
+        def moved(weight: torch.Tensor) -> None:
+            done = told.n + 1 if told.desc == "backward" else 1
+            told.tell("backward", done, len(trained), "weights")
+
+        hooks.callback(register_module_forward_hook(passed).remove)
+        for weight in trained:
+            hooks.callback(weight.register_post_accumulate_grad_hook(moved).remove)
+        yield

@@ -25,6 +25,7 @@ from transformers.utils.hub import extract_commit_hash
 from ..base.errors import UserError
 from ..base.hub import hub_is_away, look_for_hub
 from ..base.names import CONFIG
+from ..base.progress import steps
 from ..base.whole_files import check_entries, check_regular, read_text
 from ..recipe.safety import check_length, most_bytes
 from .gguf_files import GgufFile, is_gguf
@@ -166,7 +167,8 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Reads these tensors and no others."""
-        return {name: tensor for name, _, tensor in self._walk(names, sample=False)}
+        read = list(names)
+        return {name: tensor for name, _, tensor in steps(self._walk(read, sample=False), "read", "weights", len(read))}
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shapes of these tensors."""
@@ -183,7 +185,8 @@ class Checkpoint:
         reading takes seconds, also for 13B parameters.
         """
         lines = []
-        for name, shape, tensor in self._walk(names if names is not None else self.files, sample=True):
+        read = list(names if names is not None else self.files)
+        for name, shape, tensor in steps(self._walk(read, sample=True), "fingerprint", "weights", len(read)):
             values = tensor.flatten()[:256].contiguous().view(torch.uint8).numpy().tobytes()
             lines.append(f"{name}:{shape}:{tensor.dtype}:".encode() + values)
         return hashlib.sha256(b"".join(sorted(lines))).hexdigest()[:16]

@@ -228,6 +228,8 @@ class FullStep:
         """What the collator makes of such rows: every token but the image's is scored, and the last row is shorter."""
         from PIL import Image
 
+        from ..encoders.processor import EncoderProcessor
+
         (word, *_) = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
         encoded = []
         for number in range(self.rows):
@@ -244,7 +246,8 @@ class FullStep:
             encoded = [self._pack(processor, word, len(row.input_ids)) for row in encoded]
         images = [Image.new("RGB", self.size)] * self.rows * max(self.packed, 1)
         instructions = ["a " * self.length] * len(images)
-        return {**processor.batch(encoded), **processor.image_inputs(images, instructions)}
+        learned = processor.fullest(self.rows, self.length) if isinstance(processor, EncoderProcessor) else {}
+        return {**processor.batch(encoded), **learned, **processor.image_inputs(images, instructions)}
 
     def _pack(self, processor: VLMProcessor, word: int, length: int) -> EncodedChat:
         from ..batch.encoding import EncodedChat

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from ..base.names import Options
+from ..base.progress import Steps, steps
 from ..model.freeze import NEW_ROWS
 
 if TYPE_CHECKING:
@@ -82,10 +83,14 @@ class Witness(TrainerCallback):
         self.trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
         others = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.frozen = {name: tensor for name, tensor in others.items() if name not in self.trained}
-        self.before = {name: fingerprint(tensor) for name, tensor in {**self.trained, **self.frozen}.items()}
+        every = {**self.trained, **self.frozen}
+        self.before = {
+            name: fingerprint(tensor) for name, tensor in steps(every.items(), "read", "weights", len(every))
+        }
         self.gradients: dict[str, float] = {}
         self.moved: dict[str, None] = {}
         self.seconds = 0.0
+        self.steps = Steps("taken", MOST, "steps")
         self._began = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -102,6 +107,7 @@ class Witness(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notes what moved."""
         self.seconds = _now() - self._began
+        self.steps.n += 1
         waiting = {name: tensor for name, tensor in self.trained.items() if name not in self.moved}
         self.moved |= {name: None for name, tensor in waiting.items() if fingerprint(tensor) != self.before[name]}
         reached = [name for name in waiting if name in self.gradients and name not in self.moved]
@@ -137,7 +143,9 @@ def prove(trainer: PartTrainer) -> Proof:
     trainer.remove_callback(PrinterCallback)
     if on_gpu := trainer.args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer.train()
+    with witness.steps:
+        trainer.train()
+    frozen = steps(witness.frozen.items(), "compared", "weights", len(witness.frozen))
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return Proof(
         steps=trainer.state.global_step,
@@ -146,7 +154,7 @@ def prove(trainer: PartTrainer) -> Proof:
         still=witness.still(),
         unused=[name for name in witness.trained if name not in witness.gradients or witness.is_idle(name)],
         frozen=len(witness.frozen),
-        changed=[name for name, tensor in witness.frozen.items() if fingerprint(tensor) != witness.before[name]],
+        changed=[name for name, tensor in frozen if fingerprint(tensor) != witness.before[name]],
         rows=trainer.args.train_batch_size,
         tokens_per_second=logs[-1].get("tokens_per_second", 0.0) if logs else 0.0,
         seconds_per_step=witness.seconds,

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from ..base.errors import RowError
 from ..base.names import ImageEntry, Row
+from ..base.progress import Steps
 from ..data.look_alikes import LookAlike, LookAlikes, find_look_alikes
 from ..pages.pictures import Picture, thumbnail
 from ..reading.images import load_image
@@ -39,7 +40,8 @@ def compare_looks(train: Iterable[Row], held_out: Sequence[Dataset], most: int |
     """
     if not held_out or most == 0:
         return None
-    return find_look_alikes(_Images(train), _Images(*held_out), most=most, seed=seed, shown=PAIRS)
+    with Steps("looked at") as told:
+        return find_look_alikes(_Images(train), _Images(*held_out), most=most, seed=seed, tick=told.tell, shown=PAIRS)
 
 
 class _Images:

@@ -79,7 +79,7 @@ def preflight(recipe: Recipe, launch: Launch, console: Console, *, output: Path,
             report.samples = show_samples(evidence.rows, collator)
         report.sources = shares_of_sources(recipe.data, evidence.ledgers["train"], evidence.rows)
         report.languages = shares_of_languages(recipe.data, evidence.rows)
-    report.lengths = _lengths(recipe, collator, args.seed)
+    report.lengths = _lengths(recipe, collator, args.seed, console)
     settled = _weigh(recipe, launch, report, console)
     if rows is not None and with_model:
         _take_steps(tolerant.model_copy(update={"sft": settled.sft}), collator, composed, evidence, console)
@@ -126,8 +126,9 @@ def _load(
     return rows
 
 
-def _lengths(recipe: Recipe, collator: MultimodalCollator, seed: int) -> list[int]:
+def _lengths(recipe: Recipe, collator: MultimodalCollator, seed: int, console: Console) -> list[int]:
     """Uncut lengths of the first rows of each training source, also of rows that are too long to be used."""
+    from ..base.progress import waiting
     from ..data.dataset import load_source
     from .samples import MEASURED, whole_lengths
 
@@ -138,7 +139,8 @@ def _lengths(recipe: Recipe, collator: MultimodalCollator, seed: int) -> list[in
             rows = load_source(first, seed=seed, reject=lambda error: None)
         except UserError:
             continue  # none of its first rows can be read, which the ledger says
-        found += whole_lengths(list(rows), collator)
+        with waiting(console, f"Measuring rows of {source.name}"):
+            found += whole_lengths(list(rows), collator)
     return found
 
 

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from ..base.errors import RowError
 from ..base.names import IGNORED, Row
+from ..base.progress import steps
 from ..base.words import language_of
 from ..batch.box_text import file_size, write_boxes
 from ..batch.encoding import rendered_ahead
@@ -95,7 +96,7 @@ def sample_rows(rows: Dataset | IterableDataset, count: int = LOOKED_AT) -> list
 
 
 def _once(rows: Iterable[Row]) -> list[Row]:
-    return list({row["id"]: unpacked(row) for row in rows}.values())
+    return list({row["id"]: unpacked(row) for row in steps(rows, "read", "rows")}.values())
 
 
 def look_at(
@@ -120,7 +121,8 @@ def read_texts(evidence: Evidence, processor: VLMProcessor, rows: list[Row], sou
     evidence.as_written = frozenset(str(source.name) for source in sources if source.boxes == AS_WRITTEN)
     evidence.template, evidence.ends_with = str(processor.chat_template), processor.end_of_answer.strip(" ")
     evidence.rows = rows
-    answers = (text for row in evenly(rows, MEASURED) for text in answers_of(row))
+    some = steps(evenly(rows, MEASURED), "shown to the tokenizer", "rows", min(len(rows), MEASURED))
+    answers = (text for row in some for text in answers_of(row))
     evidence.coverage = coverage_of(answers, processor.tokenizer) if processor.cuts_answers else {}
 
 
@@ -149,7 +151,7 @@ def whole_lengths(rows: Sequence[Row], collator: MultimodalCollator) -> list[int
     whole = copy.copy(collator)
     whole.max_length = None
     lengths = []
-    for row in rendered_ahead(whole, evenly(rows, MEASURED)):
+    for row in steps(rendered_ahead(whole, evenly(rows, MEASURED)), "measured", "rows", min(len(rows), MEASURED)):
         try:
             lengths.append(len(whole.encode(row, with_images=False).chat.input_ids))
         except RowError:
@@ -164,7 +166,7 @@ def show_samples(rows: Sequence[Row], collator: MultimodalCollator, count: int =
         by_source.setdefault(row["source"], []).append(row)
     each = -(-count // max(len(by_source), 1))
     picked = [row for own in by_source.values() for row in evenly(own, each)]
-    return [show(row, collator) for row in picked[:count]]
+    return [show(row, collator) for row in steps(picked[:count], "shown", "rows")]
 
 
 def show(row: Row, collator: MultimodalCollator) -> Shown:

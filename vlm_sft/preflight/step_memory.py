@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..base.names import Options
 from ..model.losses import chunks_as_on
+from ..model.parts import passes
 
 aten = torch.ops.aten
 # What makes a tensor from nothing. One of floats may be filled from weights later, so it is empty from its start.
@@ -88,10 +89,11 @@ def count_step(model: nn.Module, step: Step) -> Counted:
                 there.append(parameter.grad)
         with StorageCounter(there) as counter:
             autocast = torch.autocast("cpu", step.autocast, enabled=step.autocast != torch.float32)
-            with autocast, chunks_as_on(step.on_cpu):
-                loss = model(**step.batch, supervised_only=True, use_cache=False).loss
-            kept = counter.alive
-            loss.backward()
+            with passes(model):
+                with autocast, chunks_as_on(step.on_cpu):
+                    loss = model(**step.batch, supervised_only=True, use_cache=False).loss
+                kept = counter.alive
+                loss.backward()
     return Counted(kept, counter.peak + unpacked)
 
 

@@ -46,16 +46,16 @@ class Candidate(NamedTuple):
         return ((self.gib_4bit if four_bits else self.gib) + (rows - 1) * self.row) * GB
 
 
-# The memory is what `--dry-run` counted for models of these sizes and a picture of 1280×960 pixels; smallest first.
+# Counted by `python benchmarks/starting_models.py` for a picture of 1280×960 pixels, rounded up; smallest first.
 CANDIDATES = (
-    Candidate("HuggingFaceTB/SmolVLM-256M-Instruct", 0.26, 1100, 3.5, 3.4, 2.4, False, "Apache-2.0"),
-    Candidate("HuggingFaceTB/SmolVLM-500M-Instruct", 0.51, 1100, 4.1, 3.7, 2.5, False, "Apache-2.0"),
-    Candidate("Qwen/Qwen3-VL-2B-Instruct", 2.1, 400, 6.0, 4.1, 1.6, True, "Apache-2.0", 1024, 401408),
-    Candidate("HuggingFaceTB/SmolVLM-Instruct", 2.2, 1400, 10.6, 8.4, 5.8, False, "Apache-2.0"),
-    Candidate("Qwen/Qwen2.5-VL-3B-Instruct", 3.8, 512, 11.2, 7.4, 1.6, True, "Qwen Research", 1024, 401408),
-    Candidate("Qwen/Qwen3-VL-4B-Instruct", 4.4, 400, 10.7, 5.7, 1.6, True, "Apache-2.0", 1024, 401408),
-    Candidate("Qwen/Qwen2.5-VL-7B-Instruct", 8.3, 512, 19.8, 10.9, 1.6, True, "Apache-2.0", 1024, 401408),
-    Candidate("Qwen/Qwen3-VL-8B-Instruct", 8.8, 400, 20.0, 8.7, 1.6, True, "Apache-2.0", 1024, 401408),
+    Candidate("HuggingFaceTB/SmolVLM-256M-Instruct", 0.26, 832, 1.2, 1.1, 0.3, False, "Apache-2.0"),
+    Candidate("HuggingFaceTB/SmolVLM-500M-Instruct", 0.51, 832, 1.8, 1.4, 0.4, False, "Apache-2.0"),
+    Candidate("Qwen/Qwen3-VL-2B-Instruct", 2.1, 374, 5.0, 3.1, 0.4, True, "Apache-2.0", 1024, 401408),
+    Candidate("HuggingFaceTB/SmolVLM-Instruct", 2.2, 1053, 5.2, 3.0, 0.9, False, "Apache-2.0"),
+    Candidate("Qwen/Qwen2.5-VL-3B-Instruct", 3.8, 494, 8.2, 4.4, 0.5, True, "Qwen Research", 1024, 401408),
+    Candidate("Qwen/Qwen3-VL-4B-Instruct", 4.4, 374, 9.6, 4.6, 0.5, True, "Apache-2.0", 1024, 401408),
+    Candidate("Qwen/Qwen2.5-VL-7B-Instruct", 8.3, 494, 16.9, 8.0, 0.7, True, "Apache-2.0", 1024, 401408),
+    Candidate("Qwen/Qwen3-VL-8B-Instruct", 8.8, 374, 17.9, 8.4, 0.6, True, "Apache-2.0", 1024, 401408),
 )
 ASK_FIRST = "Apache-2.0"  # the licence of what is proposed; others are shown
 

@@ -57,6 +57,11 @@ class MPlugConfig(BertConfig):
     image_size: int = 336
     ranks: bool = False
 
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.vision_patch_size) ** 2
+
     def bert(self, layers: int, **more: Any) -> BertConfig:
         """Of one of its parts, which are BERTs."""
         sizes = {name: value for name, value in self.to_dict().items() if name in BertConfig().to_dict()}
