@@ -22,6 +22,7 @@ from ..pieces.part_configs import find_pieces
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import YamlFile
 from ..stack.adapters import forget_merged
+from ..stack.judge import measure
 from ..stack.kinds import kind_of
 from ..stack.precision import dtypes_of
 from .check import QUESTION, noise_picture
@@ -43,7 +44,8 @@ def write_merged(bundle: Path, out: Path, model: nn.Module, processor: VLMProces
         dtype: Type of the language model's weights on disk.
 
     Returns:
-        What the parity gate found: the unmerged model in fp32 against the merged bundle in a fresh process.
+        What the parity gate found, and `max_difference` of a logit between the bundle, in fp32 and with LoRA unmerged,
+        and the merged one in a fresh process, its type included: at most the sum of what the two steps change.
     """
     manifest = read_manifest(bundle)
     recipe, picture = recipe_of(bundle, manifest), noise_picture()
@@ -63,8 +65,10 @@ def write_merged(bundle: Path, out: Path, model: nn.Module, processor: VLMProces
     plan = FreezePlan({part: rate for part, rate in merged.train.items() if part in held})
     save_bundle(out, model, processor, plan, Provenance(merged, pieces, {"merged_from": str(bundle)}))
     kind.cast(model, merged, dtypes_of(merged))
-    comparison.accept(probe_logits(model, batch), dtype)
+    logits = probe_logits(model, batch)
+    comparison.accept(logits, dtype)
     result = {**check_parity(out, model, batch), "merge_difference": 0.0, **comparison.found}
+    result["max_difference"] += measure(comparison.wanted, logits)["max_difference"]
     write_card(out)
     return result
 
