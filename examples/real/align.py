@@ -1,9 +1,10 @@
-"""Solves for the projector that `make real` starts from: least squares from drawings to the embeddings of their names.
+"""Solves for the projector that `make real` starts from: least squares from drawings to the embeddings of their words.
 
 `python examples/real/align.py [--data data/real] [--out data/real/projector]` shows the tower the drawings that are
 trained on, as they are (the varied ones it leaves for stage 1), folds the patches of each as `pixel_shuffle` does, and
-finds the matrix that takes them nearest to the mean embedding of the English name in the language model, with a ridge.
-So an image begins as a word that the language model knows. Run examples/real/pieces.py and examples/real/draw.py first.
+finds the matrix that takes them nearest to the mean embedding of the English name in the language model, plus that of
+its kind where things are asked for it, with a ridge. So an image begins as words that the language model knows. Run
+examples/real/pieces.py and examples/real/draw.py first.
 """
 
 from __future__ import annotations
@@ -59,6 +60,15 @@ def ridge(patches: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (weight / spread.repeat(patches.shape[1])[:, None]).T.contiguous()
 
 
+def targets(rows: list[dict[str, str]], kinds: dict[str, str], language_model: Path) -> torch.Tensor:
+    """(N, D) where each drawing should come to lie: its name and, if its thing has one, its kind."""
+    found = embeddings([row["caption"] for row in rows], language_model).clone()
+    words = [kinds.get(Path(row["image"]).stem) for row in rows]
+    known = [number for number, word in enumerate(words) if word]
+    found[known] += embeddings([words[number] for number in known], language_model)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/real"), help="default: %(default)s")
@@ -68,14 +78,15 @@ def main() -> None:
     lines = (given.data / "things/names_train_en.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "-varied/" not in row["image"]]
     patches = features([given.data / "things" / row["image"] for row in rows], given.tower or given.data / "dinov2")
-    targets = embeddings([row["caption"] for row in rows], given.data / "smollm2")
-    weight = ridge(patches, targets)
-    near = functional.cosine_similarity(patches.flatten(1) @ weight.T, targets).mean().item()
+    kinds = json.loads((given.data / "things/kinds_train.json").read_text(encoding="utf-8"))
+    wanted = targets(rows, kinds, given.data / "smollm2")
+    weight = ridge(patches, wanted)
+    near = functional.cosine_similarity(patches.flatten(1) @ weight.T, wanted).mean().item()
     given.out.mkdir(parents=True, exist_ok=True)
     unfinished = given.out / "unfinished"
     save_file({"projector.linear.weight": weight}, unfinished, metadata={"format": "pt"})
     unfinished.replace(given.out / "model.safetensors")  # whole or not there
-    print(f"{given.out}: written; over {len(rows)} drawings the mean cosine to the name is {near:.2f}.")
+    print(f"{given.out}: written; over {len(rows)} drawings the mean cosine to name and kind is {near:.2f}.")
 
 
 if __name__ == "__main__":

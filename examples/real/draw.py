@@ -6,15 +6,17 @@
   `images/<hand>-varied/<hexcode>.png`, the same turned, mirrored, moved and of other colours,
 - `names_train_<language>.jsonl`: rows {"id", "image", "caption"},
 - `talks_train_<language>.jsonl`: a question about a picture, in LLaVA's form,
-- `questions_train_<language>.jsonl`: of these, those that ask for no name,
+- `questions_train_<language>.jsonl`: of these, those whose answer holds no name that the question does not,
 - `<kind>_<split>_<language>.jsonl` of `validation` and `test`, a file a kind of question (QUESTIONS): rows
-  {"id", "image", "question", "answer"}; of `names` one for each name that is right: the name itself and those tags of
-  the thing that nothing else is called by,
+  {"id", "image", "question", "answer"}; of `names` and `describe` one for each name that is right: the name itself and
+  those tags of the thing that nothing else is called by,
+- `kinds_train.json`: the kind of each thing that is trained on and asked for it, by hexcode,
 - `counts.json`: how many there are of everything.
 
 Twemoji is held out: nothing drawn by this hand is trained on. Of the things in `validation` and `test` no drawing by
-any hand is trained on, but for names, which nobody can know who has not heard them: there things are known and only the
-drawings are new. What is held out and how it is asked do not depend on the seed. Run examples/real/fetch.py first.
+any hand is trained on, but for names and descriptions: a name nobody can know who has not heard it, so there things are
+known and only the drawings are new. What is held out and how it is asked do not depend on the seed. Run
+examples/real/fetch.py first.
 """
 
 from __future__ import annotations
@@ -133,10 +135,28 @@ def ask_name(thing: Thing, others: list[Thing], language: str, rng: random.Rando
     return ("What is this?" if language == "en" else "这是什么？"), thing.names[language][0]
 
 
-QUESTIONS = {"kind": ask_kind, "whether": ask_whether, "which": ask_which, "names": ask_name}
+def described(thing: Thing, name: str, language: str) -> str:
+    """Its kind and, after a colon, one of its names."""
+    _, english, chinese = KINDS[thing.kind]
+    return f"{english}: {name}" if language == "en" else f"{chinese}：{name}"
+
+
+def ask_describe(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> tuple[str, str]:
+    question = "Describe it." if language == "en" else "描述一下。"
+    return question, described(thing, thing.names[language][0], language)
+
+
+QUESTIONS = {
+    "kind": ask_kind,
+    "whether": ask_whether,
+    "which": ask_which,
+    "names": ask_name,
+    "describe": ask_describe,
+}
+OF_KNOWN = ("names", "describe")  # asked of known things, since the answer is a name that the question does not hold
 # What is asked of a training picture, and how often. One question a row: in a conversation one answer tells the next,
 # and an image is one token, so it costs little to be shown again.
-TALKS = {"kind": 0.3, "which": 0.3, "whether": 0.1, "names": 0.3}
+TALKS = {"kind": 0.25, "whether": 0.2, "which": 0.2, "names": 0.2, "describe": 0.15}
 
 
 def others_of(things: Iterable[Thing]) -> dict[str, list[Thing]]:
@@ -187,11 +207,11 @@ def vary_pictures(hands: dict[str, set[str]], out: Path) -> dict[str, set[str]]:
     return {f"{hand}-varied": codes for hand, codes in hands.items()}
 
 
-def talk(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> list[dict[str, str]]:
-    """A question and its answer; only for its name is a thing asked whose kind is none of ASKED."""
+def talk(thing: Thing, others: list[Thing], language: str, rng: random.Random) -> tuple[str, list[dict[str, str]]]:
+    """The kind of a question, and it with its answer; only for its name is a thing asked whose kind is not in ASKED."""
     kind = rng.choices(list(TALKS), list(TALKS.values()))[0] if thing.kind in ASKED else "names"
     question, answer = QUESTIONS[kind](thing, others, language, rng)
-    return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return kind, [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
 
 
 def training_rows(
@@ -201,12 +221,11 @@ def training_rows(
     others = others_of(things)
     drawn = [(hand, thing) for hand, codes in hands.items() for thing in things if thing.hexcode in codes]
     names = [{**picture(hand, thing), "caption": thing.names[language][0]} for hand, thing in drawn]
-    talks = [
-        {**picture(hand, thing), "conversations": talk(thing, others[thing.hexcode], language, rng)}
-        for hand, thing in drawn
-    ]
-    name = f"<image>\n{ask_name(things[0], [], language, rng)[0]}"
-    questions = [row for row in talks if row["conversations"][0]["value"] != name]
+    talks, questions = [], []
+    for hand, thing in drawn:
+        kind, conversation = talk(thing, others[thing.hexcode], language, rng)
+        talks.append({**picture(hand, thing), "conversations": conversation})
+        questions += [] if kind in OF_KNOWN else talks[-1:]
     return {"names": names, "talks": talks, "questions": questions}
 
 
@@ -214,17 +233,24 @@ def write_rows(file: Path, rows: Rows) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def right_answers(kind: str, thing: Thing, answer: str, language: str) -> Iterable[str]:
+    """All that is right: with each name of the thing, where the answer is or holds one that the question does not."""
+    names = thing.names[language]
+    return {"names": names, "describe": [described(thing, name, language) for name in names]}.get(kind, [answer])
+
+
 def held_out_rows(things: list[Thing], known: list[Thing], language: str, rng: random.Random) -> dict[str, Rows]:
-    """For each kind of question a row a thing; names are asked of known things, with every name that is right."""
+    """For each kind of question and each thing that is asked a row for every right answer."""
     others = others_of(things)
     asked = [thing for thing in things if thing.kind in ASKED]
+    known_asked = [thing for thing in known if thing.kind in ASKED]
     rows: dict[str, Rows] = {}
     for kind, ask in QUESTIONS.items():
-        them = {"kind": asked_for_kind(asked, rng), "names": known}.get(kind, asked)
+        them = {"kind": asked_for_kind(asked, rng), "names": known, "describe": known_asked}.get(kind, asked)
         rows[kind] = []
         for thing in them:
             question, answer = ask(thing, others.get(thing.hexcode, []), language, rng)
-            right = thing.names[language] if kind == "names" else [answer]
+            right = right_answers(kind, thing, answer, language)
             rows[kind] += [{**picture(HELD_OUT, thing), "question": question, "answer": each} for each in right]
     return rows
 
@@ -241,6 +267,8 @@ def write_dataset(cache: Path, out: Path, seed: int, side: int, most: int | None
     known = random.Random("known").sample(by_split["train"], len(by_split["train"]))
     named = min(NAMED, len(known) // 2)
     names_of = {"validation": known[:named], "test": known[-named:]}
+    kinds = {thing.hexcode: thing.kind for thing in by_split["train"] if thing.kind in ASKED}
+    (out / "kinds_train.json").write_text(json.dumps(kinds, indent=1) + "\n", encoding="utf-8")
     counts: dict[str, Any] = {
         "seed": seed,
         "most": most,

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
 PAGES = {"en": ROOT / "docs/real.md", "zh": ROOT / "docs/real_zh.md"}
 BETWEEN = re.compile(r"(<!-- (table|variants|gallery) of make real -->\n).*?(<!-- end of the table -->)", re.DOTALL)
-KINDS = ("kind", "whether", "which", "names")
+THREE = ("kind", "whether", "which")
+ROWS = {"kind": THREE[:1], "whether": THREE[1:2], "which": THREE[2:], "questions": THREE}
+ROWS |= {"names": ("names",), "describe": ("describe",)}
 LANGUAGES = ("en", "zh")
 WORDS = {
     "en": {
@@ -31,10 +33,11 @@ WORDS = {
         "which": "which of four names",
         "questions": "**the three together**",
         "names": "**its name**, of known things",
+        "describe": "describe it: kind and name, of known things",
         "seconds": "minutes",
         "all": "all",
         "none": "No whole run of these recipes is recorded here yet.",
-        "variants": "| | English: the three | image blanked | names | Chinese: the three | image blanked | names |",
+        "variants": "| | English: the three | blank | name | describe | Chinese: the three | blank | name | describe |",
         "whole": "as the recipes are, the same seed",
         "untried": "None of these has been run yet.",
         "gallery": "| picture | question | answer | |",
@@ -46,10 +49,11 @@ WORDS = {
         "which": "四个名称中的哪一个",
         "questions": "**以上三种合计**",
         "names": "**名称**（见过的事物）",
+        "describe": "描述：类别和名称（见过的事物）",
         "seconds": "分钟",
         "all": "全部",
         "none": "这里还没有记录这些配方的完整运行。",
-        "variants": "| | 英文：三种合计 | 遮住图像 | 名称 | 中文：三种合计 | 遮住图像 | 名称 |",
+        "variants": "| | 英文：三种合计 | 遮住图像 | 名称 | 描述 | 中文：三种合计 | 遮住图像 | 名称 | 描述 |",
         "whole": "按配方，同一个种子",
         "untried": "这些还都没有运行过。",
         "gallery": "| 图片 | 问题 | 回答 | |",
@@ -61,7 +65,7 @@ VARIANTS = {
     "random_tower": {"en": "a tower of random weights", "zh": "随机权重的视觉塔"},
     "projector_alone": {"en": "the projector alone, without LoRA", "zh": "只训练投影层，没有 LoRA"},
     "lora_alone": {"en": "LoRA alone, the projector as it was solved for", "zh": "只训练 LoRA，投影层保持求解结果"},
-    "no_names": {"en": "no names among the questions of stage 2", "zh": "第二阶段不问名称"},
+    "no_names": {"en": "neither names nor descriptions in stage 2", "zh": "第二阶段不问名称，也不要描述"},
 }
 
 
@@ -98,8 +102,7 @@ def table(runs: Sequence[dict[str, Any]], language: str = "en") -> str:
     if not runs:
         return words["none"]
     lines = [words["head"], "|---|---|---|---|---|"]
-    for row in (*KINDS[:-1], "questions", "names"):
-        kinds = KINDS[:-1] if row == "questions" else (row,)
+    for row, kinds in ROWS.items():
         cells = [
             spread([share(run, kinds, each, blank) for run in runs], 100, 1) + " %"
             for each in LANGUAGES
@@ -121,11 +124,11 @@ def variants(runs: Sequence[dict[str, Any]], language: str = "en") -> str:
         cells = [
             f"{100 * share(run, kinds, each, blank):.1f} %"
             for each in LANGUAGES
-            for kinds, blank in ((KINDS[:-1], False), (KINDS[:-1], True), (KINDS[-1:], False))
+            for kinds, blank in ((THREE, False), (THREE, True), (("names",), False), (("describe",), False))
         ]
         name = VARIANTS[run["variant"]][language] if run["variant"] else words["whole"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([words["variants"], "|---|---|---|---|---|---|---|", *lines]) if lines else words["untried"]
+    return "\n".join([words["variants"], f"|{'---|' * 9}", *lines]) if lines else words["untried"]
 
 
 def gallery(runs: Sequence[dict[str, Any]], language: str = "en") -> str:
@@ -169,6 +172,15 @@ def together(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> li
     return [runs[key] for key in sorted(runs, key=lambda key: (names.index(key[0]), key[1]))]
 
 
+def mixed(runs: Sequence[dict[str, Any]]) -> str | None:
+    """What keeps these runs out of one table, if anything does."""
+    steps = [run["seconds"].keys() for run in runs if not run["variant"]]
+    asked = [run["evaluation"]["questions"]["answers"] for run in runs]
+    if any(each != steps[0] for each in steps):
+        return "took other steps"
+    return "were asked other questions" if any(each != asked[0] for each in asked) else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", help="files that examples/real/run.py wrote, one a seed")
@@ -180,9 +192,11 @@ def main() -> None:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 parser.error(f"{file} is no result of examples/real/run.py ({error}); name outputs/real/seed0.json.")
         runs = together(json.loads(RESULTS.read_text(encoding="utf-8")), runs)
-        whole = [run["seconds"].keys() for run in runs if not run["variant"]]
-        if any(steps != whole[0] for steps in whole):
-            parser.error("these runs took other steps than those that are kept (another version?); name all anew.")
+        if other := mixed(runs):
+            parser.error(
+                f"these runs {other} than some that are kept (another version?): name all anew, or take the older ones "
+                f"out of {RESULTS}."
+            )
         copy_pictures(runs, ROOT / "data/real/things")
         RESULTS.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))

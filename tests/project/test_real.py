@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -82,6 +83,17 @@ def test_a_right_file_is_kept_and_a_broken_one_fetched_again(modules, package, t
     monkeypatch.setattr(modules.fetch, "run", lambda *command, **more: pytest.fail("asked for what is there"))
     assert modules.fetch.fetch(package, cache) == first
     assert [path.name for path in first.parent.iterdir()] == [package.file], "nothing is left beside it"
+
+
+def test_what_reads_the_packages_is_put_beside_and_not_into_the_environment(modules, package, tmp_path, monkeypatch):
+    wanted, folder = ("tiny-thing==1.0",), tmp_path / "cache" / "tools"
+    assert modules.fetch.install(wanted, folder) == folder
+    assert (folder / "tiny_thing" / "thing.txt").read_text(encoding="utf-8") == "猫"
+    modules.fetch.fetch(package, tmp_path / "cache")
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("tiny-thing")
+    monkeypatch.setattr(modules.fetch, "run", lambda *command, **more: pytest.fail("asked for what is there"))
+    modules.fetch.install(wanted, folder)
 
 
 def test_another_file_than_the_published_one_is_refused(modules, package, tmp_path):
@@ -217,9 +229,14 @@ def test_what_is_held_out_is_not_trained_on(modules, drawn):
                 for row in rows_of(drawn, f"{kind}_{split}_{language}"):
                     assert row["image"].startswith("images/twemoji/") and (drawn / row["image"]).is_file()
                     asked.add(row["id"].partition("-")[0])
-            named = {row["id"].partition("-")[0] for row in rows_of(drawn, f"names_{split}_{language}")}
-            assert named <= trained, "names are asked of known things"
+            named, described = (
+                {row["id"].partition("-")[0] for row in rows_of(drawn, f"{kind}_{split}_{language}")}
+                for kind in modules.draw.OF_KNOWN
+            )
+            assert described < named <= trained, "names are asked of known things"
     assert trained and asked and not trained & asked
+    kinds = json.loads((drawn / "kinds_train.json").read_text(encoding="utf-8"))
+    assert kinds == {code: KIND[sub] for code, sub, *_ in ROWS if code in trained and KIND[sub] in modules.draw.ASKED}
     assert "1F600" not in trained | asked, "faces are no things"
 
 
@@ -260,6 +277,28 @@ def test_a_name_is_right_and_so_are_tags_of_its_own(drawn):
     assert all(len(names) == 1 for names in right.values() if names[0].startswith("fruit")), "`sweet` is of all"
 
 
+def test_a_description_is_the_kind_and_a_name_and_right_with_each_of_its_names(modules, drawn):
+    kinds = {code: KIND.get(sub) for code, sub, *_ in ROWS}
+    words = {kind: modules.draw.KINDS[kind][1:] for kind in modules.draw.ASKED}
+    for split in ("validation", "test"):
+        for at, (language, question, colon) in enumerate([("en", "Describe it.", ": "), ("zh", "描述一下。", "：")]):
+            names = [row for row in rows_of(drawn, f"names_{split}_{language}") if kinds[row["id"][:5]] in words]
+            expected = [
+                {**row, "question": question, "answer": f"{words[kinds[row['id'][:5]]][at]}{colon}{row['answer']}"}
+                for row in names
+            ]
+            assert rows_of(drawn, f"describe_{split}_{language}") == expected and len(expected) > 40
+
+
+def test_questions_without_names_are_the_talks_less_those_whose_answer_is_or_holds_one(drawn):
+    for language, says_name in (("en", ("What is this?", "Describe it.")), ("zh", ("这是什么？", "描述一下。"))):
+        talks, questions = (rows_of(drawn, f"{name}_train_{language}") for name in ("talks", "questions"))
+        asked = [row["conversations"][0]["value"].removeprefix("<image>\n") for row in talks]
+        assert set(says_name) <= set(asked)
+        assert questions == [row for row, question in zip(talks, asked, strict=True) if question not in says_name]
+        assert 100 < len(questions) < len(talks)
+
+
 def test_a_talk_is_one_question_and_what_look_does_not_tell_is_asked_for_its_name_alone(modules, drawn):
     talks = rows_of(drawn, "talks_train_en") + rows_of(drawn, "talks_train_zh")
     asked = defaultdict(set)
@@ -267,7 +306,8 @@ def test_a_talk_is_one_question_and_what_look_does_not_tell_is_asked_for_its_nam
         question, answer = (turn["value"] for turn in row["conversations"])
         assert question.startswith("<image>\n")
         asked[answer.startswith(("tool", "工具"))].add(question.removeprefix("<image>\n")[:4])
-    assert asked[True] == {"What", "这是什么"} and {"Whic", "Is t", "这是哪一", "这是哪个"} <= asked[False]
+    assert asked[True] == {"What", "这是什么"}
+    assert {"Whic", "Is t", "Desc", "这是哪一", "这是哪个", "描述一下"} <= asked[False]
     assert not any("tool" in turn["value"] and "or" in turn["value"] for row in talks for turn in row["conversations"])
 
 
@@ -311,6 +351,17 @@ def test_the_projector_that_is_solved_for_takes_a_drawing_to_its_name(modules):
     assert (near.argmax(1) == torch.arange(20)).float().mean() > 0.6, "the third hand's drawings find their names"
 
 
+def test_a_drawing_is_to_lie_at_its_name_and_at_its_kind_where_that_is_asked_for(modules, monkeypatch):
+    torch = pytest.importorskip("torch")
+    words = ["fox", "hammer", "cow", "animal"]
+    monkeypatch.setattr(
+        modules.align, "embeddings", lambda names, model: torch.eye(4)[[words.index(name) for name in names]]
+    )
+    rows = [{"image": f"images/noto/{name}.png", "caption": name} for name in ("fox", "hammer", "cow")]
+    found = modules.align.targets(rows, {"fox": "animal", "cow": "animal"}, Path("smollm2"))
+    assert found.tolist() == [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 1]]
+
+
 def test_a_random_tower_has_the_shape_and_the_processor_of_the_published_one(modules, tmp_path, monkeypatch):
     from transformers import AutoImageProcessor, AutoModel
 
@@ -328,8 +379,11 @@ def test_a_random_tower_has_the_shape_and_the_processor_of_the_published_one(mod
 # The table and the driver
 
 
+KINDS = ("kind", "whether", "which", "names", "describe")
+
+
 def run_of(seed: int, right: float) -> dict:
-    kinds = [f"{kind}_{language}" for kind in ("kind", "whether", "which", "names") for language in ("en", "zh")]
+    kinds = [f"{kind}_{language}" for kind in KINDS for language in ("en", "zh")]
     return {
         "seed": seed,
         "variant": None,
@@ -356,9 +410,10 @@ def test_the_table_is_counted_by_hand(modules):
     first, second = modules.report.filled(page, [run_of(0, 0.9), run_of(1, 0.7), other], "en").split("b\n")
     assert first.startswith("a\n<!-- table of make real -->\n| | English") and "80.0 (70.0 – 90.0) %" in first
     rows = second.splitlines()[3:5]
-    assert rows == [
-        "| as the recipes are, the same seed | 70.0 % | 25.0 % | 90.0 % | 90.0 % | 25.0 % | 90.0 % |",
-        "| LoRA alone, the projector as it was solved for | 55.0 % | 25.0 % | 60.0 % | 60.0 % | 25.0 % | 60.0 % |",
+    alone = "LoRA alone, the projector as it was solved for"
+    assert [row.split(" | ") for row in rows] == [
+        ["| as the recipes are, the same seed", "70.0 %", "25.0 %", *["90.0 %"] * 3, "25.0 %", "90.0 %", "90.0 % |"],
+        [f"| {alone}", "55.0 %", "25.0 %", *["60.0 %"] * 3, "25.0 %", "60.0 %", "60.0 % |"],
     ]
 
 
@@ -566,6 +621,62 @@ def test_the_pages_have_the_table_of_the_committed_results(modules):
     for run in runs:
         for row in run["shown"]:
             assert (ROOT / "docs" / "gallery" / Path(row["image"]).name).is_file(), row
+
+
+@pytest.fixture
+def pages(modules, tmp_path, monkeypatch):
+    """Pages, results and pictures in a folder of their own; gives that folder and a function that reports runs."""
+    things, results, docs = tmp_path / "data/real/things/images/twemoji", tmp_path / "results.json", tmp_path / "docs"
+    things.mkdir(parents=True)
+    docs.mkdir()
+    marks = [f"<!-- {name} of make real -->\n<!-- end of the table -->\n" for name in ("table", "variants", "gallery")]
+    monkeypatch.setattr(modules.report, "ROOT", tmp_path)
+    monkeypatch.setattr(modules.report, "RESULTS", results)
+    monkeypatch.setattr(modules.report, "PAGES", {each: docs / f"{each}.md" for each in ("en", "zh")})
+    for page in modules.report.PAGES.values():
+        page.write_text("words\n" + "".join(marks), encoding="utf-8")
+    results.write_text("[]")
+
+    def report(*runs: dict) -> None:
+        files = [tmp_path / f"run{n}.json" for n in range(len(runs))]
+        for file, run in zip(files, runs, strict=True):
+            file.write_text(json.dumps(run), encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, files)])
+        modules.report.main()
+
+    return tmp_path, report
+
+
+def test_runs_are_kept_and_their_tables_and_pictures_put_into_the_pages(pages):
+    folder, report = pages
+    (folder / "data/real/things/images/twemoji/1F98A.png").write_bytes(b"fox")
+    picture = {"image": "images/twemoji/1F98A.png", "question": "Describe it.", "answer": "an animal: fox"}
+    shown = [{**picture, "right": True, "expected": "an animal: fox"}]
+    report(run_of(1, 0.7), run_of(0, 0.9) | {"shown": shown})
+    report(run_of(0, 0.6) | {"variant": "no_names"})
+    english, chinese = ((folder / f"docs/{each}.md").read_text(encoding="utf-8") for each in ("en", "zh"))
+    assert english.startswith("words\n")
+    assert "| ![1F98A](gallery/1F98A.png) | Describe it. | an animal: fox | ✓ |" in english
+    assert "| describe it: kind and name, of known things | 80.0 (70.0 – 90.0) % |" in english
+    assert "| neither names nor descriptions in stage 2 | 55.0 %" in english
+    assert "| 第二阶段不问名称，也不要描述 | 55.0 %" in chinese
+    assert (folder / "docs/gallery/1F98A.png").read_bytes() == b"fox"
+    assert "wrong" not in (folder / "results.json").read_text(encoding="utf-8"), "only what the tables need"
+
+
+def test_runs_of_other_steps_or_questions_are_not_put_into_one_table(pages, capsys):
+    folder, report = pages
+    report(run_of(0, 0.9))
+    before = (folder / "results.json").read_text(encoding="utf-8"), (folder / "docs/en.md").read_text(encoding="utf-8")
+    steps, questions = run_of(1, 0.9), run_of(0, 0.9) | {"variant": "no_names"}
+    steps["seconds"] = {"Stage 1: names  第一阶段": 600.0}
+    del questions["evaluation"]["questions"]["answers"]["describe_en"]
+    for other, says in ((steps, "these runs took other steps"), (questions, "these runs were asked other questions")):
+        with pytest.raises(SystemExit) as ended:
+            report(other)
+        assert ended.value.code == 2 and says in capsys.readouterr().err
+    after = (folder / "results.json").read_text(encoding="utf-8"), (folder / "docs/en.md").read_text(encoding="utf-8")
+    assert after == before
 
 
 @pytest.mark.parametrize("content", [None, "[", "[]", '{"seed": 0}'])
