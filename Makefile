@@ -53,7 +53,8 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint .venv-lmms-eval/.setup-done .venv-vlmevalkit/.setup-done .venv-web/.setup-done .venv-docs/.setup-done
+test: lint .venv-lmms-eval/.setup-done .venv-vlmevalkit/.setup-done .venv-web/.setup-done .venv-docs/.setup-done \
+		.venv-torchvision/.setup-done
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
@@ -86,6 +87,14 @@ audit: .venv-audit/bin/pip-audit
 	$(PYTHON) -m venv .venv-web
 	.venv-web/bin/python .ci/look_through.py $(BIN)/python
 	.venv-web/bin/python -m pip install --quiet --no-deps --requirement .ci/web.txt
+	@touch $@
+
+# PyPI's torchvision is compiled for CUDA, and fails beside a torch for CPUs; image processors need none of what is compiled.
+.venv-torchvision/.setup-done: .ci/torchvision.txt .ci/without_operators.py $(STAMP)
+	$(PYTHON) -m venv .venv-torchvision
+	.venv-torchvision/bin/python .ci/look_through.py $(BIN)/python
+	.venv-torchvision/bin/python -m pip install --quiet --no-deps --requirement .ci/torchvision.txt
+	.venv-torchvision/bin/python .ci/without_operators.py
 	@touch $@
 
 demo: setup

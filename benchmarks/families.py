@@ -5,7 +5,7 @@
 A family of `vlm_sft/families/table.py` passes every test of families on a tiny random model of it: ids and pixels equal
 to its own processor's, losses and logits equal to its own class's, three steps in full and in 4 bits, reloaded,
 exported, a batch equal to its rows alone, two processes. Of every other class it is said why it is none. Nothing is
-downloaded.
+downloaded. What needs torchvision is tested in `.venv-torchvision` (`make .venv-torchvision/.setup-done`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from vlm_sft.families.table import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
+BESIDE_TORCHVISION = ROOT / ".venv-torchvision" / "bin" / "python"
 TESTS = ["tests/families", "tests/export/test_forms.py", "tests/batch/test_typed_text.py",
          "tests/end_to_end/test_distributed.py::test_fsdp2_makes_what_one_process_makes"]  # fmt: skip
+NOT_TRIED = "it was not tried beside torchvision, which its own processor needs"
 # What the classes themselves do not say.
 REASONS = {
     "blip": "its image enters by cross-attention, and it captions alone",
@@ -46,7 +46,15 @@ REASONS = {
     "pi0": "it writes a robot's motions, not words",
     "chameleon": "an image is words of its vocabulary, with no features and no projector",
     "emu3": "an image is words of its vocabulary, with no features and no projector",
-    "fast_vlm": "its tower needs timm",
+    "glmga": "transformers names no model of it, but GLM-4.6V's class with an image processor of its own",
+    "llama4": "its class holds a whole causal language model, of which no output before the head can be had",
+    "minicpm_ocr": NOT_TRIED,
+    "minimax_m3_vl": NOT_TRIED,
+    "mistral_large4": NOT_TRIED,
+    "muse_glimmer": NOT_TRIED,
+    "nemotron_h_omni": NOT_TRIED,
+    "step3p7": NOT_TRIED,
+    "gemma4_unified": NOT_TRIED,
     "pp_chart2table": "its own processor writes no places of an image into a text",
     "shieldgemma2": "it judges images by policies that its own processor writes; its weights are Gemma 3's",
 }
@@ -62,18 +70,10 @@ def reason(model_type: str) -> str:
     """Why a class is none of the families."""
     if model_type in REASONS:
         return f"no: {REASONS[model_type]}"
-    name = PROCESSOR_MAPPING_NAMES.get(model_type)
-    if name is None:
+    why = why_not(model_type)
+    if why == NO_ROW and model_type not in PROCESSOR_MAPPING_NAMES:
         return "no: transformers names no processor for it"
-    processor = getattr(transformers, name)
-    try:
-        parts = processor.get_attributes()
-    except ImportError:  # what stands in for a class that cannot be had
-        return "no: its own processor needs torchvision"
-    images = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
-    if "image_processor" in parts and images and "pil" not in images:
-        return "no: its own image processor needs torchvision, which this package does without"
-    return f"no: {why_not(model_type)}"
+    return f"no: {why}"
 
 
 def why_not(model_type: str) -> str:
@@ -106,16 +106,18 @@ def works(model_type: str, failed: list[str]) -> str:
         said.append(f"rows are neither packed nor do they share images ({family.no_packing})")
     if family.one_by_one:
         said.append("its weights are not split among processes (its projector is called for each image by itself)")
+    if family.needs:
+        said.append(f"beside {' and '.join(family.needs)}")
     if family.no_export:
         said.append(f"not exported ({family.no_export})")
     return "; ".join(said)
 
 
-def check(names: list[str]) -> dict[str, list[str]]:
-    """Family → the names of the tests that fail on its tiny model."""
+def check(names: list[str], python: str = sys.executable) -> dict[str, list[str]]:
+    """Family → the names of the tests that fail on its tiny model, in the environment of a Python."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "VLM_SFT_FAMILIES": " ".join(names)}, check=False)
         cases = ElementTree.parse(report).iter("testcase")
         failed = [case.get("name", "") for case in cases if {each.tag for each in case} & {"failure", "error"}]
@@ -134,8 +136,10 @@ def main() -> None:
     wanted = parser.parse_args().classes or classes()
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
-    known = [name for name in wanted if name in FAMILIES]
-    failed = check(known) if known else {}
+    failed: dict[str, list[str]] = {}
+    for beside, python in ((False, sys.executable), (True, str(BESIDE_TORCHVISION))):
+        known = [name for name in wanted if name in FAMILIES and bool(FAMILIES[name].needs) == beside]
+        failed |= check(known, python) if known else {}
     for name in wanted:
         print(f"| `{name}` | {works(name, failed[name]) if name in failed else reason(name)} |", flush=True)
 

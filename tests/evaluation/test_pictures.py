@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from support.benchmark_files import png
-from support.tiny_families import TINY, processor_of, tiny
+from support.tiny_families import ALL, processor_of, tiny
 from support.tiny_families import rows as family_rows
 from vlm_sft.base.errors import RowError
 from vlm_sft.evaluation import pictures
@@ -57,7 +57,7 @@ def test_answers_are_those_of_pictures_encoded_each_time(bundle_recipe, resample
     assert logs[0] == pytest.approx(logs[2], abs=1e-5) and abs(logs[0] - logs[1]) > 1e-4
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 def test_existing_models_encode_each_picture_once(name):
     """The same answers and likelihoods as where each question brings its picture, of any size."""
     config = AutoConfig.from_pretrained(tiny(name))

@@ -10,13 +10,12 @@ from vlm_sft.families.table import FAMILIES
 TABLE = systems_table("Image-text-to-text models")
 SAMPLE = [
     "blip-2",
-    "cohere2_vision",
     "florence2",
     "git",
     "kosmos-2.5",
-    "mistral3",
+    "mistral4",
     "chameleon",
-    "fast_vlm",
+    "glmga",
     "qwen4_exp",
 ]
 
@@ -29,7 +28,7 @@ def families():
 def test_every_class_of_transformers_is_in_the_table_and_the_families_work(families):
     assert list(TABLE) == families.classes()
     assert {name: said for name, said in TABLE.items() if said.startswith("works")} == {
-        name: families.works(name, []) for name in sorted(FAMILIES)
+        name: families.works(name, []) for name in sorted(set(FAMILIES) & set(TABLE))
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from support.asking import QUESTIONS
-from support.tiny_families import TINY, encoded, processor_of, tiny
+from support.tiny_families import ALL, encoded, processor_of, tiny
 from vlm_sft import answer
 from vlm_sft.families.build_family import model_class
 from vlm_sft.inference.generation import encode_question
@@ -210,7 +210,7 @@ def test_penalties_are_not_stopped_in_the_middle(make_pool, ask, alone, served, 
     assert torch.is_tensor(served.model.lm_head.weight)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 def test_existing_models_go_on_from_what_is_written(name, make_pool, monkeypatch) -> None:
     monkeypatch.setattr(pools, "SLICE", 2)
     torch.manual_seed(0)

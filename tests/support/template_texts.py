@@ -53,6 +53,12 @@ AROUND = {
     "yi_vl": (" ", "\n###"),
     "got_ocr2": ("", "<|im_end|>"),
     "deepseek_ocr2": ("", "</s>"),
+    "mistral3": ("", "</s>"),
+    "lfm2_vl": ("", "<|im_end|>"),
+    "kimi_k25": ("", "<|im_end|>"),
+    "molmo2": ("", "<|im_end|>"),
+    "cohere2_vision": ("", "<|END_OF_TURN_TOKEN|>"),
+    "perception_lm": ("", "<|eot_id|>"),
     "visualglm": (" ", "</s>"),
     "ziya": ("", "</s>"),
 }

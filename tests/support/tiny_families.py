@@ -19,16 +19,18 @@ from PIL import Image
 from support.first_families import FIRST
 from support.further_families import FURTHER
 from support.recent_families import RECENT
+from support.torchvision_families import BESIDE
 
 # Model type → what makes its configuration and its processor.
-TINY: dict[str, Callable[[], tuple[Any, Any]]] = {**FIRST, **FURTHER, **RECENT}
+TINY: dict[str, Callable[[], tuple[Any, Any]]] = {**FIRST, **FURTHER, **RECENT, **BESIDE}
 # Running every test of families on every family would take most of the suite's time: on the further ones run those that
 # are quick (`EVERY`), on the recent ones those that compare with transformers' own classes (`ALL`), and all of them on
-# each where `benchmarks/families.py` asks for it.
+# each where `benchmarks/families.py` asks for it. What needs torchvision has a process of its own:
+# tests/families/test_needs.py.
 _asked = os.environ.get("VLM_SFT_FAMILIES", "").split()
 CHECKED = _asked or list(FIRST)
 EVERY = _asked or [*FIRST, *FURTHER]
-ALL = _asked or list(TINY)
+ALL = _asked or [*FIRST, *FURTHER, *RECENT]
 
 
 def write_tiny(name: str, folder: Path) -> Path:

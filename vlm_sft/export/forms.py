@@ -15,6 +15,7 @@ from ..batch.processor import VLMProcessor
 from ..families.kind import VLM
 from ..families.model import FamilyModel
 from ..families.processor import FamilyProcessor
+from ..families.table import family_name
 from ..model.modeling import VLMForConditionalGeneration
 from ..pieces.checkpoints import Checkpoint, fetch_file
 from ..pieces.piece import specs_of
@@ -148,7 +149,7 @@ class FamilyForm(Form):
         super().__init__(model, processor, recipe)
         assert recipe.model is not None
         self.spec = recipe.model
-        self.name, self.missing = model.config.model_type, processor.family.no_export
+        self.name, self.missing = family_name(model.config), processor.family.no_export
         self.probe = QUESTION[:1] if processor.family.prompt else QUESTION
 
     def check_vllm(self) -> None:

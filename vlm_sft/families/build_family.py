@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +27,15 @@ from ..pieces.quantization import leave_out, outside_language_model, quantise_em
 from ..recipe.libraries import build_quantization_config
 from ..recipe.safety import check_picture
 from ..templates.template import load_template
-from .ernie import Ernie
 from .images_alone import images_alone
 from .kind import Composed
 from .kosmos2 import Kosmos2, Kosmos2Processor
 from .model import FamilyModel, cast_parts, set_dtypes
-from .own_processors import FuyuProcessor, Idefics2Processor
+from .own_models import Ernie, Gemma3n, Molmo2
+from .own_processors import FuyuProcessor, Idefics2Processor, Lfm2VlProcessor, PerceptionLMProcessor
 from .paligemma import PaliGemma
 from .processor import FamilyProcessor
-from .table import FAMILIES, default_template, family_of
+from .table import FAMILIES, Family, default_template, family_name, family_of
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -45,9 +46,13 @@ KEY = "model.pretrained"
 TOKENS = ("image_seq_length", "image_seq_len", "num_additional_image_tokens", "num_patch_index_tokens",
           "num_image_tokens", "img_size")  # fmt: skip
 # Models whose class, or whose processor, needs more than the others'.
-MODELS: dict[str, type[FamilyModel]] = {"kosmos-2": Kosmos2, "paligemma": PaliGemma, "ernie4_5_vl_moe": Ernie}
+MODELS: dict[str, type[FamilyModel]] = {
+    "kosmos-2": Kosmos2, "paligemma": PaliGemma, "ernie4_5_vl_moe": Ernie, "molmo2": Molmo2,
+    "gemma3n": Gemma3n,
+}  # fmt: skip
 PROCESSORS: dict[str, type[FamilyProcessor]] = {
     "kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor, "idefics2": Idefics2Processor,
+    "lfm2_vl": Lfm2VlProcessor, "perception_lm": PerceptionLMProcessor,
 }  # fmt: skip
 
 
@@ -61,7 +66,8 @@ class FamilyKind:
 
     def compose(self, recipe: Recipe) -> Composed:
         piece = find_model(_spec(recipe))
-        family, kind = family_of(piece.config.model_type, piece.pretrained), piece.config.model_type
+        kind = family_name(piece.config)
+        family = family_of(kind, piece.pretrained)
         if (why := family.no_packing) and (recipe.sft.get("packing") or recipe.sft.get("eval_packing")):
             where = recipe.where(("sft", "packing"))
             raise UserError(f"{where}: `sft.packing` is not for a {kind} model: {why}; remove it.")
@@ -130,11 +136,11 @@ def _spec(recipe: Recipe) -> PretrainedModel:
 
 def model_class(config: PreTrainedConfig) -> type[FamilyModel]:
     """The class for a configuration: the model's own, with a forward that can score supervised positions alone."""
-    return _derive(config.model_type)
+    return _derive(config.model_type, family_name(config))
 
 
 @functools.cache
-def _derive(model_type: str) -> type[FamilyModel]:
+def _derive(model_type: str, name: str) -> type[FamilyModel]:
     base = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[CONFIG_MAPPING[model_type]]
     kind = MODELS.get(model_type, FamilyModel)
 
@@ -147,7 +153,7 @@ def _derive(model_type: str) -> type[FamilyModel]:
         return base.forward(self, *args, **self.complete(kwargs))
 
     # transformers looks into the file of a model's class for what it can do.
-    family = FAMILIES[model_type]
+    family = FAMILIES[name]
     own = {"__module__": base.__module__, "forward": forward, "plain_head": family.plain_head,
            "one_by_one": family.one_by_one}  # fmt: skip
     return type(base.__name__, (kind, base), own)
@@ -159,9 +165,10 @@ def load_processor(
     """The model's own processor behind our interface; `system` and `box_notation` as `FamilyProcessor` has them.
 
     Raises:
-        UserError: The processor cannot be read, or refuses an option.
+        UserError: The processor cannot be read, or refuses an option, or a library that it needs is not there.
     """
-    family = family_of(config.model_type, spec.pretrained)
+    family = family_of(family_name(config), spec.pretrained)
+    check_needs(family, f"a {config.model_type!r} model ({spec.pretrained!r})")
     check_tokenizer(spec.pretrained, spec.revision, KEY)
     check_processor(spec.pretrained, spec.revision, KEY)
     try:
@@ -182,6 +189,22 @@ def load_processor(
         place = native.tokenizer.convert_tokens_to_ids(native.boi_token)
     ours = PROCESSORS.get(config.model_type, FamilyProcessor)
     return ours(native.image_processor, native.tokenizer, template, native, family, place, system, box_notation)
+
+
+def check_needs(family: Family, what: str) -> None:
+    """Whether the libraries of a family are there, and go together with this torch.
+
+    Raises:
+        UserError: One is not, or cannot be imported.
+    """
+    for name in family.needs:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # torchvision of another build raises what its operators raise
+            raise UserError(
+                f"{KEY}: {what} needs {name}, which cannot be imported here ({one_line(error)}): pip install "
+                f"'vlm-sft[{family.needs[-1]}]', of the same build as torch {torch.__version__}."
+            ) from error
 
 
 def _prepare(model: FamilyModel, recipe: Recipe, composed: Composed, dtype: torch.dtype) -> FamilyModel:

@@ -31,12 +31,12 @@ class FamilyModel(ExactRotations, PreTrainedModel):
     Attributes:
         plain_head: See `Family.plain_head`.
         one_by_one: See `Family.one_by_one`.
-        followers: Ends of the names of buffers that are kept in the type of the frozen weights.
+        followers: Ends of the names of buffers that are kept in the type of the weights of their part.
         blank: What the image path is run on, with weight zero, where a batch has no image: a blank image's inputs.
     """
 
     blank: dict[str, torch.Tensor]
-    followers: tuple[str, ...] = ()
+    followers: tuple[str, ...] = ("running_mean", "running_var")  # of norms over a batch, in towers of timm
     plain_head: bool = False
     one_by_one: bool = False
     _parts: dict[str, str] | None = None  # what `_part` found, by the first names of parameters
@@ -244,8 +244,8 @@ def cast_parts(model: FamilyModel, trained: Collection[str], dtype: torch.dtype)
             continue
         parameter.data = parameter.data.to(torch.float32 if part_of(name) in trained else dtype)
     for name, buffer in model.named_buffers():
-        if name.endswith(model.followers) and model.followers:
-            buffer.data = buffer.data.to(dtype)
+        if name.endswith(model.followers):
+            buffer.data = buffer.data.to(torch.float32 if part_of(name) in trained else dtype)
 
 
 def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Options) -> tuple[Any, Options]:

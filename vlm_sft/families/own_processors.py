@@ -1,4 +1,4 @@
-"""Processors of models whose own reads images in a way of its own: Fuyu, which cuts them here, and Idefics2."""
+"""Processors of models whose own reads images in a way of its own, each for the reason that its class says."""
 
 from __future__ import annotations
 
@@ -47,3 +47,22 @@ class Idefics2Processor(FamilyProcessor):
     def image_inputs(self, images: Sequence[Image.Image], instructions: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """(N, P, 3, H, W) `pixel_values` of the pictures of RGB images, and (N, P, H, W) `pixel_attention_mask`."""
         return dict(self.image_processor([[image] for image in images], return_tensors="pt")) if images else {}
+
+
+class Lfm2VlProcessor(FamilyProcessor):
+    """LFM2-VL, whose own processor is told apart from the options of images whether to write tokens around them."""
+
+    def _read(self, images: Sequence[Image.Image]) -> tuple[Inputs, list[str]]:
+        around = {"use_image_special_tokens": self.native.use_image_special_tokens}
+        return self.native._process_images(list(images), **around, **self._image_options())
+
+
+class PerceptionLMProcessor(FamilyProcessor):
+    """Perception LM: its class takes the tiles of all images in one sequence, its processor only of as many each."""
+
+    one_shape = False
+
+    def _read(self, images: Sequence[Image.Image]) -> tuple[Inputs, list[str]]:
+        read = [super(PerceptionLMProcessor, self)._read([image]) for image in images]
+        tiles = torch.cat([torch.as_tensor(inputs["pixel_values"]) for inputs, _ in read], 1)
+        return {"pixel_values": tiles}, [text for _, texts in read for text in texts]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,8 @@ class FamilyProcessor(VLMProcessor):
         """Pads rows, and adds the column that the model reads; see `VLMProcessor.batch`."""
         batch = super().batch(rows, side, multiple_of)
         if self.family.column:
-            columns = [_column(row, self.family.counts) for row in rows]
+            written = set(getattr(self.native, "image_token_ids", ()))
+            columns = [_column(row, self.family.counts, written) for row in rows]
             batch[self.family.column] = pad(columns, batch["input_ids"].shape[1], 0, side)
         if self.family.frames:
             framed = [[int(any(row.places[max(i - 1, 0) : i + 2])) for i in range(len(row.places))] for row in rows]
@@ -301,10 +302,12 @@ def expand(chat: RenderedChat, expansions: Sequence[str]) -> RenderedChat:
     return RenderedChat("".join([*pieces, chat.text[last:]]), spans, images, unlearned, typed)
 
 
-def _column(row: EncodedChat, counts: str) -> list[int]:
-    """The family's column for one row."""
+def _column(row: EncodedChat, counts: str, written: Collection[int]) -> list[int]:
+    """The family's column for one row; `written` are the tokens that its own processor writes for an image."""
     if counts == "images":
         return list(row.places)
+    if counts == "written":
+        return [int(token in written) for token in row.input_ids]
     found, start = [], 0
     for length in row.lengths or [len(row.labels)]:
         labels = row.labels[start : start + length]

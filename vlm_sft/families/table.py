@@ -25,8 +25,8 @@ class Family:
         one_by_one: Whether its own class calls its projector for each image by itself: where the weights are split
             among processes, one with more images than another would wait for ever.
         frames: A further column, in which the token before and after the places of an image is 1 too, or "".
-        counts: What is 1 in that column: `images` (places of image features) or `answer` (all from the first
-            supervised token on).
+        counts: What is 1 in that column: `images` (places of image features), `written` (all that its own processor
+            writes for an image) or `answer` (all from the first supervised token on).
         counted: By what the model's own classes say, without an image, what stands for one of a size: `tokens` (so many
             placeholders), `patches` or `rows` (of patches, which its processor writes down); "" where they do not, or
             not rightly.
@@ -40,6 +40,8 @@ class Family:
         plain_head: Whether its own class leaves out the scaling of logits that its language model's configuration
             states.
         one_image: Whether it was made for one image, so that the frames of a video are refused.
+        needs: Libraries without which its processor or its tower cannot be had, in the order of their imports; the last
+            is an extra of this package, which has them all.
     """
 
     processor: str
@@ -58,9 +60,14 @@ class Family:
     frames: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
     one_by_one: bool = False
+    needs: tuple[str, ...] = ()
 
 
+TORCHVISION = ("torchvision",)  # image processors that transformers has with it alone
+TIMM = ("torchvision", "timm")  # towers of timm, which imports torchvision
 RECURRENT = "its linear attention carries a state from one row into the next"
+CONVOLVED = "its convolutions look back over the border of a row"
+ONE_BLOCK = "the tokens of all images see each other, also those of other rows"
 FOUR_AXES = "its positions have four axes, and none of them says which tokens are of a row"
 # By `model_type`. Which parameters are which part is said in `PART_NAMES` of `model/freeze.py`.
 FAMILIES: dict[str, Family] = {
@@ -121,13 +128,31 @@ FAMILIES: dict[str, Family] = {
     "got_ocr2": Family("GotOcr2Processor", {"": "got_ocr2"}, vllm=False,
                        no_export="its own processor refuses pictures as a chat template gives them"),
     "deepseek_ocr2": Family("DeepseekOcr2Processor", {"": "deepseek_ocr2"}),
+    "mistral3": Family("PixtralProcessor", {"": "mistral3"}, needs=TORCHVISION),
+    # A LLaVA on Pixtral's tower, which transformers has no class of its own for.
+    "pixtral": Family("PixtralProcessor", {"": "mistral3"}, needs=TORCHVISION),
+    "lfm2_vl": Family("Lfm2VlProcessor", {"": "lfm2_vl"}, no_packing=CONVOLVED, no_sharing=CONVOLVED, one_by_one=True,
+                      needs=TORCHVISION),
+    "kimi_k25": Family("Kimi_K25Processor", {"": "kimi_k25"}, counted="tokens", needs=TORCHVISION),
+    "molmo2": Family("Molmo2Processor", {"": "molmo2"}, "mm_token_type_ids", "written", no_packing=ONE_BLOCK,
+                     no_sharing=ONE_BLOCK, needs=TORCHVISION),
+    "cohere2_vision": Family("Cohere2VisionProcessor", {"": "cohere2_vision"}, plain_head=True, needs=TORCHVISION),
+    "perception_lm": Family("PerceptionLMProcessor", {"": "perception_lm"}, counted="tokens", vllm=False, needs=TIMM),
+    "fast_vlm": Family("LlavaProcessor", {"": "ovis2"}, boxes="llava", vllm=False, needs=TIMM),
+    "gemma3n": Family("Gemma3nProcessor", {"": "gemma3"}, needs=TIMM),
     "fuyu": Family("FuyuProcessor", {"": "fuyu"},
                    no_export="its own processor cannot cut images without torchvision"),
 }  # fmt: skip
 
 
+def family_name(config: PreTrainedConfig) -> str:
+    """Key of a model among the `FAMILIES`: its `model_type`, but of a LLaVA on Pixtral's tower that one's."""
+    tower = getattr(getattr(config, "vision_config", None), "model_type", "")
+    return "pixtral" if (config.model_type, tower) == ("llava", "pixtral") else config.model_type
+
+
 def family_of(model_type: str, pretrained: str) -> Family:
-    """The family of a model.
+    """The family of a model, by its `family_name`.
 
     Raises:
         UserError: It is none that a recipe can start from.
@@ -146,7 +171,7 @@ def default_template(config: PreTrainedConfig, pretrained: str) -> str:
     Raises:
         UserError: None is known for it.
     """
-    template, text = family_of(config.model_type, pretrained).template, config.get_text_config().model_type
+    template, text = family_of(family_name(config), pretrained).template, config.get_text_config().model_type
     if name := template.get(text) or template.get(""):
         return name
     raise UserError(

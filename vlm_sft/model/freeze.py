@@ -41,6 +41,7 @@ PART_NAMES = {
     "view_separator": "projector",  # DeepSeek-OCR 2: ends an image
     "resampler_model": "projector",  # ERNIE 4.5 VL
     "merger": "projector",  # MiniCPM-V 4.6
+    "mm_projector": "projector",  # Kimi K2.5
     "image_tower": "vision_tower",  # Video-LLaVA, whose tower of videos nothing here reads
     "video_tower": "vision_tower",
     "layerwise_projectors": "projector",  # Granite 4 Vision: one for each layer of the tower that is read

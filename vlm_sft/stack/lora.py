@@ -174,7 +174,7 @@ def _root_targets(model: nn.Module, names: list[str] | None, whole: bool = False
     root, inside = whole_root.rsplit(".", 1)[-1], whole_root + "."
     linears = [n.removeprefix(inside) for n, m in model.named_modules() if n.startswith(inside) and _is_linear(m)]
     linears = [name for name in linears if name != "lm_head"]  # inside it in KOSMOS-2; TRL refuses LoRA on a head
-    known = sorted({linear.rsplit(".", 1)[-1] for linear in linears})
+    known = sorted({_last(linear) for linear in linears})
     names = known if names is None else names
     if not names:
         there = ", ".join(known) or "no linear"
@@ -210,6 +210,12 @@ def _experts(model: nn.Module, names: list[str]) -> list[str]:
             raise UserError(f"lora.target_parameters: {name!r} has few bits, beside which LoRA is not put; remove it.")
         found += matched
     return sorted(set(found))
+
+
+def _last(name: str) -> str:
+    """The last name of a layer; with the one before it where it is a number in a list, as layers have them too."""
+    words = name.split(".")
+    return ".".join(words[-2:] if words[-1].isdigit() else words[-1:])
 
 
 def _is_linear(module: nn.Module) -> bool:

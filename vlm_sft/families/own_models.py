@@ -1,4 +1,4 @@
-"""ERNIE 4.5 VL, a mixture of experts of which some read images alone."""
+"""Models whose own class lacks something that training needs, each for the reason that its class says."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..base.names import Inputs
+from ..model.freeze import is_quantised_weight
 from ..model.sharding import is_sharded
 from .model import FamilyModel
 
@@ -24,6 +26,31 @@ class Ernie(FamilyModel):
     def complete(self, inputs: Inputs) -> Inputs:
         """Without its own balance of the experts, which it cannot take of a cached step; training adds ours."""
         return {**inputs, "output_router_logits": False}
+
+
+class Molmo2(FamilyModel):
+    """Molmo2, whose own class adds what its projector makes to the embeddings, and takes both in one type alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.get_submodule("model.multi_modal_projector").register_forward_hook(self._as_embeddings)
+
+    def _as_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: BaseModelOutput) -> BaseModelOutput:
+        made = output.last_hidden_state
+        assert made is not None
+        return BaseModelOutput(last_hidden_state=made.to(self.get_input_embeddings().weight.dtype))
+
+
+class Gemma3n(FamilyModel):
+    """Gemma 3n, whose own class clamps some weights whenever it trains, which those of few bits refuse."""
+
+    def train(self, mode: bool = True) -> Gemma3n:
+        """As any model; what would clamp quantised weights does not hear of it, and does nothing else in training."""
+        super().train(mode)
+        for module in self.modules():
+            if hasattr(module, "correction_coefs") and is_quantised_weight(module.correction_coefs.weight):
+                module.training = False
+        return self
 
 
 def _add_idle_experts(

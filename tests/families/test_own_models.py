@@ -1,4 +1,4 @@
-"""ERNIE 4.5 VL's experts of images, which a batch of text alone does not reach by itself."""
+"""What the models' own classes lack: ERNIE 4.5 VL's experts of images, which text alone does not reach by itself."""
 
 from __future__ import annotations
 
