@@ -108,6 +108,7 @@ def test_wrong_rows_stop_or_are_said(run, tmp_path, photos):
         (("stats", "x.jsonl", "--format", "caption", "--column", "caption"), "--column caption must be OURS=THEIRS"),
         (("stats", "quickstart_stage1.yaml", "--format", "vqa"), "is a recipe, which says itself"),
         (("stats", "nowhere.jsonl", "--format", "caption"), "nowhere.jsonl"),
+        (("stats", "x.jsonl", "--format", "vqa", "--image-folder", "gone"), "--image-folder gone is no folder"),
         (("filter", "x.jsonl", "y.jsonl", "--model", "m", "--threshold", "1", "--keep", "1"), "give one of them"),
         (("filter", "nowhere.jsonl", "y.jsonl", "--model", "m", "--format", "caption"), "nowhere.jsonl"),
         (("filter", "x.jsonl", "y.jsonl", "--model", "m", "--text", "question"), "--text must be one of answers, all"),

@@ -13,6 +13,7 @@ from vlm_sft.cli import main as cli
 
 def test_options_are_judged_before_weights_are_read(command, tmp_path, monkeypatch) -> None:
     assert "is no bundle" in command("serve", tmp_path)
+    assert "--image-folder 无 is no folder: correct it." in command("serve", tmp_path, "--image-folder", "无")
     assert "--engine must be one of own, vllm, transformers, not x" in command("serve", tmp_path, "--engine", "x")
     assert "has no config.json" in command("serve", tmp_path, "--engine", "vllm")
     for more, what in (([tmp_path], "several folders"), (["--set", "a=1"], "--set")):
@@ -27,6 +28,8 @@ def test_what_is_said_is_handed_on(tmp_path, monkeypatch) -> None:
     stand_in.serve = lambda *given: noted.append(given)
     monkeypatch.setitem(sys.modules, "vlm_sft.serving.serve", stand_in)
     monkeypatch.setattr(run_folder, "find_manifest", lambda folder: folder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "照片").mkdir()
     options = ["--port", "0", "--image-folder", "照片", "--max-images", "2"]
     options += ["--max-request-mb", "3", "--set", "top_k=4"]
     monkeypatch.setattr(sys, "argv", ["vlm-sft", "serve", str(tmp_path), str(tmp_path / "b"), *options])

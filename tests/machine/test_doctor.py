@@ -75,6 +75,15 @@ def test_what_a_recipe_misses_is_said(changes, finding, doctor, tmp_path):
     assert "somebody" not in out
 
 
+def test_a_folder_without_weights_is_no_piece(doctor, tmp_path):
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text("{}")
+    code, out = doctor(write(tmp_path, TEXT), f"stack.language_model.pretrained={tmp_path / 'llm'}")
+    assert code == 1 and "language_model: its folder holds no weights" in " ".join(out.split())
+    code, out = doctor("quickstart_stage1")
+    assert "no weights" not in out
+
+
 def test_a_recipe_of_an_encoder_is_looked_at_too(doctor):
     code, out = doctor("vle_vqa")
     assert code == 1 and "hfl/vle-base is not on this machine yet" in " ".join(out.split())

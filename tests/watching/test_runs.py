@@ -70,7 +70,7 @@ def test_what_is_no_run_is_one_sentence(tmp_path):
         (tmp_path / "photos", "neither history.jsonl nor"),
         (tmp_path / "broken", "nothing in its metrics.json can be read; give"),
         (tmp_path / "gone", "no such folder"),
-        (file, "no such folder"),
+        (file, "it is a file; give"),
     ):
         with pytest.raises(UserError, match=said):
             read_run(path)

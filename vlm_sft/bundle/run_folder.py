@@ -142,6 +142,7 @@ def find_records(folder: str | Path) -> Path:
             f"{str(folder)!r} has no {STRANGE_STEPS}: no step of this run went wrong, so there is none to show."
         )
     lacks = f"it has neither {STRANGE_STEPS} nor a checkpoint" if Path(folder).is_dir() else "there is no such folder"
+    lacks = "it is a file" if Path(folder).is_file() else lacks
     raise UserError(f"{str(folder)!r} is no run: {lacks}; give the sft.output_dir of one.")
 
 

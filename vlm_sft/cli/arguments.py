@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,13 @@ def _run(value: str) -> str:
     return value
 
 
+def _folders(given: list[str] | None) -> list[str] | None:
+    for each in given or ():
+        if not os.path.isdir(os.path.expanduser(each)):
+            raise UserError(f"--image-folder {each} is no folder: correct it.")
+    return given
+
+
 def _scale(given: str | None) -> str | None:
     from ..rows.box import SCALES
 
@@ -62,7 +70,12 @@ RunFolder = Annotated[
 ]
 ImageFolders = Annotated[
     list[str] | None,
-    typer.Option("--image-folder", metavar="DIR", help="Further folder in which images may lie; may be repeated."),
+    typer.Option(
+        "--image-folder",
+        metavar="DIR",
+        callback=_folders,
+        help="Further folder in which images may lie; may be repeated.",
+    ),
 ]
 Boxes = Annotated[
     str | None,

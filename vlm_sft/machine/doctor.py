@@ -208,6 +208,7 @@ def _environment() -> Iterator[tuple[str, str]]:
 
 def _for_recipe(given: str, overrides: list[str], machine: Machine) -> Iterator[Finding]:
     """What a run of a recipe would miss; its own sentence where the recipe itself is wrong."""
+    from ..pieces.checkpoints import WEIGHTS
     from ..recipe.libraries import validate_libraries
     from ..recipe.safety import pieces_in
     from ..recipe.schema import load_recipe
@@ -221,7 +222,11 @@ def _for_recipe(given: str, overrides: list[str], machine: Machine) -> Iterator[
     yield from _libraries_for(recipe, machine)
     for part, piece in pieces_in(recipe).items():
         name = piece.pretrained
-        if name is None or Path(name).expanduser().exists():
+        if name is None:
+            continue
+        if (place := Path(name).expanduser()).exists():
+            if place.is_dir() and not any(path.suffix in WEIGHTS for path in place.iterdir()):
+                yield Finding(f"{part}: its folder holds no weights: correct `pretrained`, or fetch it whole.")
             continue
         if _looks_local(name):
             yield Finding(f"{part}: its folder or file is not there: correct `pretrained`.")

@@ -94,7 +94,8 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is no run: there is no such folder; give the sft.output_dir of one.")
+        what = "it is a file" if folder.exists() else "there is no such folder"
+        raise UserError(f"{str(folder)!r} is no run: {what}; give the sft.output_dir of one.")
     history = read_lines(folder / HISTORY) or _old_history(folder)
     facts = read_object(folder / RUN_FACTS)
     if not history and not facts and not (folder / RUN_LOCK).exists() and not checkpoints(folder):
