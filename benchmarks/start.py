@@ -6,6 +6,13 @@ Each run is a process of its own that trains one step of the quickstart's LLaVA 
 picture. The first start of each count reads the rows, the second finds them kept. `reading`, `looking over` (files,
 lengths, a sample of images) and `building` (pieces, model, trainer) are shares of the way to the first step. Wall time,
 and processor time of all processes, which counts where the machine does other things too.
+
+    python benchmarks/start.py --rows 1000 --gigabytes 3.5
+    python benchmarks/start.py --rows 1000 --pretrained FOLDER
+
+With `--gigabytes` the language model is as the layout of a LLaMA of 7B has it, in bf16 and shards of half a GB, narrow
+enough to be so large; `--pretrained` takes one that is there. The first start then finds none of it in the memory of
+the system, and what the disk gave until the first step (`from disk`, Linux) is told beside what the files have.
 """
 
 from __future__ import annotations
@@ -13,13 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -27,6 +35,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARD = 5e8  # bytes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,6 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
     parser.add_argument("--packing", action="store_true", help="rows are packed, so all are measured")
+    parser.add_argument("--gigabytes", type=float, help="of a language model that is written for it")
+    parser.add_argument("--pretrained", type=Path, help="folder of a LLaMA with its tokenizer, in its place")
+    parser.add_argument("--folder", type=Path, help="where all is written; default a temporary folder")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=2, metavar=("RECIPE", "BEGAN"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -41,24 +53,78 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(one_run(given.child[0], float(given.child[1]))))
         return
     results = []
-    print("| rows | start | to the first step | reading | looking over | building | to the bundle | processor |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = "rows, start, to the first step, reading, looking over, building, from disk, to the bundle, processor"
+    print(f"| {' | '.join(columns.split(', '))} |")
+    print("|" + "---|" * len(columns.split(", ")))
     for rows in given.rows:
-        with tempfile.TemporaryDirectory(prefix="vlm_sft-start-") as folder:
-            recipe = write_recipe(Path(folder), rows, given.packing)
+        with tempfile.TemporaryDirectory(prefix="vlm_sft-start-", dir=given.folder) as folder:
+            large = given.pretrained
+            if given.gigabytes:
+                large = write_language_model(Path(folder) / "language_model", given.gigabytes)
+            recipe = write_recipe(Path(folder), rows, given.packing, large)
+            weights = sorted(large.glob("*.safetensors")) if large else []
             for number in (1, 2):
                 shutil.rmtree(Path(folder) / "run", ignore_errors=True)
+                if number == 1:
+                    forget(weights)
                 found = {"rows": rows, "start": number, "packing": given.packing, **fresh_process(recipe, folder)}
+                found["files_gb"] = sum(file.stat().st_size for file in weights) / 1e9
                 results.append(found)
                 print("| {rows:,} | {start} | {first_step:.1f} s | {reading:.1f} s | {looking_over:.1f} s | "
-                      "{building:.1f} s | {end:.1f} s | {processor:.1f} s |".format(**found), flush=True)  # fmt: skip
+                      "{building:.1f} s | {disk_gb:.2f} of {files_gb:.2f} GB | {end:.1f} s | {processor:.1f} s |"
+                      .format(**found), flush=True)  # fmt: skip
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def write_recipe(folder: Path, rows: int, packing: bool) -> Path:
-    """Rows, their picture, and a recipe of the quickstart's LLaVA that trains on them for a step."""
+def write_language_model(folder: Path, gigabytes: float) -> Path:
+    """Weights of random numbers under the names of a LLaMA of 32 layers, in shards, with the quickstart's tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    small = ROOT / "examples" / "digitscenes" / "llm"
+    own = json.loads((small / "config.json").read_text(encoding="utf-8"))
+    heads = max(1, round((gigabytes * 1e9 / 2 / 32 / 12) ** 0.5 / 128))  # a layer has some 12 widths squared
+    config = LlamaConfig(vocab_size=own["vocab_size"], hidden_size=128 * heads, intermediate_size=344 * heads,
+                         num_attention_heads=heads, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+                         num_hidden_layers=32, dtype="bfloat16")  # fmt: skip
+    folder.mkdir()
+    shutil.copy(small / "tokenizer.json", folder)
+    shutil.copy(small / "tokenizer_config.json", folder)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: each.shape for name, each in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    numbers = torch.randn(max(shape.numel() for shape in shapes.values()), generator=torch.Generator().manual_seed(0))
+    numbers = (numbers * 0.02).to(torch.bfloat16)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, shape in shapes.items():
+        if sum(each.nbytes for each in shards[-1].values()) > SHARD:
+            shards.append({})
+        norm = len(shape) == 1
+        shards[-1][name] = torch.ones(shape, dtype=torch.bfloat16) if norm else numbers[: shape.numel()].view(shape)
+    places = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: each.clone() for name, each in shard.items()}, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Has the system forget what it holds of files in memory, so that the disk is asked."""
+    os.sync()
+    for file in files:
+        opened = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(opened)
+
+
+def write_recipe(folder: Path, rows: int, packing: bool, language_model: Path | None = None) -> Path:
+    """Rows, their picture, and a recipe of the quickstart's LLaVA, or of another language model, for a step on them."""
     import yaml
     from PIL import Image
 
@@ -77,6 +143,8 @@ def write_recipe(folder: Path, rows: int, packing: bool) -> Path:
     tree["data"] = {"train": [{"path": str(folder / "rows.jsonl"), "format": "llava"}]}
     for part in ("vision_tower", "language_model"):
         tree["stack"][part]["pretrained"] = str(ROOT / tree["stack"][part]["pretrained"])
+    if language_model is not None:
+        tree["stack"]["language_model"] = {"pretrained": str(language_model.resolve()), "dtype": "bfloat16"}
     tree["sft"] |= {"output_dir": str(folder / "run"), "max_steps": 1, "eval_strategy": "no", "packing": packing,
                     "warmup_steps": 0, "use_cpu": True}  # fmt: skip
     tree["sft"].pop("eval_steps", None)
@@ -117,6 +185,7 @@ def one_run(recipe: str, began: float) -> dict[str, float]:
 
     def first(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         seconds["first_step"] = time.time() - began
+        seconds["disk_gb"] = int(re.findall(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[0]) / 1e9
         loss = step(trainer, *args, **kwargs)
         seconds["end"] = time.time()
         return loss

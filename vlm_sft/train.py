@@ -83,7 +83,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     from .machine.activations import settle_activations
     from .preflight.samples import glance
     from .training.build_trainer import build_collator, build_trainer
-    from .training.resume_check import check_resumption
+    from .training.checkpointing import check_resumption
     from .training.run_rows import load_rows
 
     with _own_folder(recipe) as (args, console):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from support.bundles import log, weights
 from support.tiny_families import tiny
 from support.tiny_pieces import VISION, tiny_stack
 from vlm_sft import MultimodalCollator, load_recipe
+from vlm_sft.cache.prefix import find_prefix
 from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.kinds import compose
@@ -241,6 +243,15 @@ def test_what_an_earlier_stage_trained_is_not_that_of_its_piece(recipe_file, tmp
         assert said[-1] == "off" and "what an earlier stage trained in it" in said[0]
     else:
         assert said[-1] == "on" and "holds what vision_tower give" in said[0], "the resampler is left out"
+
+
+def test_a_tower_with_code_of_its_own_is_not_kept(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file(cache={"path": str(tmp_path / "kept")}))
+    composed = compose(recipe)
+    pieces = {**composed.pieces, "vision_tower": SimpleNamespace(trusts_code=True)}
+    collator = build_collator(recipe, composed.processor, build_sft_config(recipe))
+    parts, why = find_prefix(recipe, composed._replace(pieces=pieces), collator)
+    assert parts == () and "the vision tower brings code of its own, which may look at more than the picture" in why
 
 
 def test_an_existing_vlm_is_not_cut(recipe_file, tmp_path):

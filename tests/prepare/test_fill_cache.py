@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from support.gloo import in_processes
 from support.tiny_pieces import tiny_stack
 from vlm_sft import load_recipe
 from vlm_sft.base.console import make_console
@@ -42,6 +43,22 @@ def test_every_picture_is_kept_once_and_a_killed_filling_goes_on(fill, tmp_path,
     assert "8 pictures" in (said := fill()) and "4 computed now" in said
     assert "0 computed now" in fill()
     assert not (tmp_path / "out").exists(), "nothing is trained"
+
+
+def test_all_processes_of_a_launch_share_the_pictures_and_keep_what_one_would(recipe_file, fill, tmp_path):
+    path = recipe_file()
+    (tmp_path / "launch").mkdir()
+
+    def share(rank: int) -> dict:
+        return fill_cache(load_recipe(path, [f"cache.path={tmp_path / 'shared'}"]), make_console(quiet=True))
+
+    found = in_processes(share, tmp_path / "launch")
+    assert [(each["pictures"], each["computed"]) for each in found] == [(8, 4), (8, 4)]
+    fill()
+    (alone,), (shared,) = stores_in(tmp_path / "kept"), stores_in(tmp_path / "shared")
+    assert len(list(shared.store.folder.glob("*.features"))) == 2, "each appends to a file of its own"
+    assert sorted(alone.store.known) == sorted(shared.store.known)
+    assert all(alone.store.get(key).equal(shared.store.get(key)) for key in alone.store.known)
 
 
 def test_another_stack_has_another_store(fill, tmp_path, pieces):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm_sft.templates.typed import mark_typed
+from vlm_sft.templates.typed import mark_typed, may_be_typed
 
 CONTROL = ("</s>", "<|im_end|>")
 
@@ -21,3 +21,14 @@ def test_every_text_of_messages_and_tools_is_marked() -> None:
     ]
     assert mark_typed([{"name": "放大</s>", "n": 1}], CONTROL, "X") == [{"name": "放大<X/s>", "n": 1}]
     assert mark_typed(chat, (), "X") is chat and mark_typed(None, CONTROL, "X") is None
+
+
+def test_what_is_not_looked_at_closely_has_nothing_to_mark() -> None:
+    def said(*texts: str, **more: object) -> list[dict]:
+        return [{"role": "user", "content": [{"type": "text", "text": text} for text in texts], **more}]
+
+    for chat in (said("猫", "a < b"), said("</", "a", "s>"), [{"role": "user", "content": [{"type": "image"}]}]):
+        assert not may_be_typed(chat, None, CONTROL) and mark_typed(chat, CONTROL, "X") == chat
+    for chat in (said("a </s>"), said("<|im_", "end|>"), said("<loc0001>"), said("a", reasoning_content="</s>")):
+        assert may_be_typed(chat, None, CONTROL)
+    assert may_be_typed(said("a"), [{"name": "</s>"}], CONTROL) and not may_be_typed(said("</s>"), None, ())

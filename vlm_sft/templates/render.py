@@ -22,7 +22,7 @@ from ..base.whole_files import read_text
 from ..rows.messages import Message, normalise_messages
 from .process import ask
 from .sandbox import MARKS
-from .typed import mark_typed
+from .typed import mark_where_typed
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def render(
     texts = [part["text"] for message in chat for part in message["content"] if part["type"] == "text"]
     texts += _check_printed(chat, tools, source, label)
     begin, end, image, inside = _unused_characters(4, source, bos_token or "", eos_token or "", *texts)
-    chat, tools = mark_typed(chat, control, inside), mark_typed(tools, control, inside)
+    chat, tools = mark_where_typed(chat, tools, control, inside)
     marked = ask(
         "render",
         source,

@@ -14,6 +14,28 @@ LOCATION = re.compile(r"<loc\d+>|<patch_index_\d+>")
 """Tokens that say where something is. An answer may be typed with them; in a question, boxes alone make them."""
 
 
+def mark_where_typed(chat: Sequence[Values], tools: object, control: tuple[str, ...], mark: str) -> tuple[Any, Any]:
+    """Messages and tools with the marks of `mark_typed`; its arguments."""
+    if not may_be_typed(chat, tools, control):
+        return chat, tools
+    return mark_typed(chat, control, mark), mark_typed(tools, control, mark)
+
+
+def may_be_typed(chat: Sequence[Values], tools: object, control: tuple[str, ...]) -> bool:
+    """Whether `mark_typed` may have something to mark; of most conversations one look says that it has not.
+
+    Args:
+        chat: Messages as `normalise_messages` gives them.
+        tools: What may be called; they are always looked at.
+        control: The control tokens.
+    """
+    parts = [part for message in chat for part in message["content"]]
+    if tools or any("written" in part for part in parts) or any(len(message) > 2 for message in chat):
+        return True
+    whole = "".join(part["text"] for part in parts if part["type"] != "image")
+    return bool(control) and any(pattern.search(whole) for pattern in (_any_of(control), LOCATION))
+
+
 def mark_typed(value: object, control: tuple[str, ...], mark: str, locations: bool = False) -> Any:
     """What messages or tools say, with a mark behind the first character of every control token in it.
 

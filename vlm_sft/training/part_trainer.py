@@ -7,9 +7,11 @@ and `counters` gathers what a checkpoint must hold of it.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +27,7 @@ from trl import SFTConfig
 
 from ..base.errors import UserError
 from ..base.interrupts import Interrupts, workers_end_with_errors
-from ..base.names import Json
+from ..base.names import Inputs, Json
 from ..batch.by_length import GroupsByLength
 from ..bundle.load import load_trained
 from ..bundle.manifest import Provenance, held_parts
@@ -34,6 +36,7 @@ from ..cache.prefix import UsesPrefix
 from ..data.ledger import Ledger
 from ..model.freeze import FreezePlan, is_adapter, part_of
 from ..model.sharding import gather, repeated_layers
+from .ahead import Ahead, can_be_made_ahead, draws_nothing
 from .checkpointing import EvaluatesWithoutRows, SavePoints
 from .meters import Meters, RowsMet, ledgers_of
 from .watch import ROW_IDS, Collator, Watch, dead_worker, gone_workers
@@ -90,6 +93,7 @@ class PartTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, Trainer):
         self.provenance = provenance
         self.ledgers = ledgers_of(provenance)
         self._notes: str | None = None  # where data-loader workers note the rows that they have in hand
+        self._ahead: Ahead | None = None  # the batches of this epoch, where a thread makes them
         args.remove_unused_columns = False  # the collator needs every column
         args = self.take_packing(args)
         args.accelerator_config.non_blocking |= args.dataloader_pin_memory  # pinned batches go over meanwhile
@@ -157,12 +161,17 @@ class PartTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, Trainer):
                 raise
             finally:
                 self._notes = None
+                if self._ahead is not None:
+                    self._ahead.close()
+                    self._ahead = None
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         own = self.data_collator
         if self.is_in_train:
             token = getattr(self.model.config, "image_token_id", None)
-            self.data_collator = self.watch.collator(own, self._notes, token)
+            # A copy where a thread may make batches, as an evaluation makes others meanwhile.
+            made_by = copy.copy(own) if draws_nothing(own) else own
+            self.data_collator = self.watch.collator(made_by, self._notes, token)
         try:
             return super()._get_dataloader(*args, **kwargs)
         finally:
@@ -179,15 +188,26 @@ class PartTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, Trainer):
         self.save_points.epoch = done
         return done, batches
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device) -> Any:
         """Fetches the next batches, measures how long that takes, and takes out of them what is not for the model."""
         began = time.perf_counter()
-        batches, items = super().get_batch_samples(*args, **kwargs)
+        batches, items = super().get_batch_samples(self._made_ahead(epoch_iterator, num_batches), num_batches, device)
         self.meters.add_wait(began)
         for batch in batches:
             self.rows_met.take(batch)
         self.watch.coming = deque(batch.pop(ROW_IDS, []) for batch in batches)
         return batches, items
+
+    def _made_ahead(self, batches: Iterator[Inputs], room: int) -> Iterator[Inputs]:
+        """An epoch's batches, those of the next step made meanwhile where no worker does it and a thread may."""
+        if self._ahead is None or self._ahead.batches is not batches:
+            if self._ahead is not None:
+                self._ahead.close()
+                self._ahead = None
+            if not can_be_made_ahead(self.callback_handler.train_dataloader, self.data_collator):
+                return batches
+            self._ahead = Ahead(batches, room, self.args.device)
+        return self._ahead
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
