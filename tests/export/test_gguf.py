@@ -32,7 +32,6 @@ def siglip(more_pieces, bundle):
     return make
 
 
-@pytest.mark.slow
 def test_llama_cpp_answers_about_a_picture_as_the_bundle_does(siglip, tmp_path, monkeypatch):
     asked = tmp_path / "asked"
 
@@ -71,7 +70,6 @@ def test_llama_cpp_answers_about_a_picture_as_the_bundle_does(siglip, tmp_path, 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1}
 
 
-@pytest.mark.slow
 def test_in_32_bits_it_is_nearer_than_in_16(siglip, tmp_path):
     folder = siglip()
     whole, half = (export(folder, tmp_path / kind, to="gguf", dtype=kind) for kind in ("float32", "float16"))
@@ -79,7 +77,6 @@ def test_in_32_bits_it_is_nearer_than_in_16(siglip, tmp_path):
     assert 2 * whole["max_difference"] < half["max_difference"] < half["tolerance"]
 
 
-@pytest.mark.slow
 def test_a_quantised_language_model_is_rounded_as_its_name_says_and_llama_cpp_answers_from_it(siglip, tmp_path):
     config = LlamaConfig(vocab_size=300, num_hidden_layers=2, initializer_range=0.03, **WIDE)
     torch.manual_seed(0)
@@ -137,8 +134,8 @@ def test_what_llama_cpp_cannot_express_is_refused_before_anything_is_written(cas
 
 
 def test_an_existing_vlm_that_was_not_compared_is_refused_with_the_way_that_there_is(save, tmp_path):
-    with pytest.raises(UserError, match=r"answers for a Idefics3.* never seen to be those .* use --to transformers"):
-        export(save("idefics3"), tmp_path / "out", to="gguf")
+    with pytest.raises(UserError, match=r"answers for a PaliGemma.* never seen to be those .* use --to transformers"):
+        export(save("paligemma"), tmp_path / "out", to="gguf")
     assert not (tmp_path / "out").exists()
 
 

@@ -3,44 +3,54 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import load_file
 
-from support.tiny_families import TINY, write_tiny
+from support.for_llama_cpp import write_for_llama_cpp
+from support.tiny_families import tiny
 from vlm_sft.base.errors import UserError
 from vlm_sft.export.export import export
-from vlm_sft.llama_cpp.families import FAMILIES
+from vlm_sft.llama_cpp.families import FAMILIES, family_template, save_for_converter
+
+TURNED = FAMILIES["internvl"].turned
+NO_CHAIN: tuple[str, ...] = ()
 
 
-@pytest.fixture
-def base(monkeypatch, tmp_path):
-    """The folder of a tiny model whose pictures are as those of the published ones: patches of 14 pixels, windows."""
-
-    def make(name, window=112):
-        config, processor = TINY[name]()
-        vision = config.vision_config
-        vision.depth = 4  # the converter counts the projector's layers by the tower's
-        vision.patch_size, processor.image_processor.patch_size = 14, 14
-        if name == "qwen2_5_vl":
-            vision.window_size, vision.fullatt_block_indexes = window, [1, 3]
-        processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": 401408}
-        monkeypatch.setitem(TINY, name, lambda: (config, processor))
-        return write_tiny(name, tmp_path / name)
-
-    return make
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_llama_cpp_answers_as_the_bundle_of_an_existing_vlm_does(name, base, save_family, tmp_path):
-    found = export(save_family(name, base(name)), tmp_path / "out", to="gguf")
+def test_llama_cpp_answers_as_the_bundle_of_an_existing_vlm_does(name, save_family, tmp_path):
+    base = write_for_llama_cpp(name, tmp_path / name)
+    found = export(save_family(name, base), tmp_path / "out", to="gguf")
     assert found["same_answer"] and found["max_difference"] < found["tolerance"] and found["kl"] < 1e-4
     files = {"model-f16.gguf", "mmproj-f16.gguf", "Modelfile", "export.json", "README.md"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
-    assert "--image-min-tokens 4 --image-max-tokens 512" in found["differences"][1]
+    told = " ".join(found["differences"])
+    assert told and ("--image-min-tokens 4 --image-max-tokens 512" in told) == (FAMILIES[name].shape == "kept")
+    assert ("TEMPLATE" in (tmp_path / "out" / "Modelfile").read_text()) == (name not in NO_CHAIN)
 
 
-def test_windows_of_another_size_and_other_families_are_refused(base, save_family, tmp_path):
+def test_positions_of_internvl_are_in_the_order_of_the_graph_which_has_the_class_token_last(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(tiny("internvl"))
+    save_for_converter(model, tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    (name,) = [name for name in found if name.endswith(TURNED)]
+    assert found[name].equal(model.state_dict()[name][:, [1, 2, 3, 4, 0]])
+
+
+def test_what_llama_cpp_writes_around_pictures_stands_in_a_template_no_more():
+    template = "{{ 'Q' + '<|vision_start|>' + image_token + '<|vision_end|>' }}"
+    assert family_template(template, "qwen2_vl", "<p><p>", "<p>") == "{{ 'Q' + '' + image_token + '' }}"
+    written = "\n\n<start_of_image><p><p><end_of_image>\n\n"
+    begin = "{%- set image_token = '\\n\\n' ~ image_token ~ '\\n\\n' -%}"
+    assert family_template("{{ image_token }}", "gemma3", written, "<p>") == begin + "{{ image_token }}"
+    begin = "{%- set image_token = '<begin>' ~ image_token ~ '<end>' -%}"
+    assert family_template("", "janus", "<begin><p><p><end>", "<p>") == begin
+
+
+def test_windows_of_another_size_and_other_families_are_refused(save_family, tmp_path):
+    base = write_for_llama_cpp("qwen2_5_vl", tmp_path / "base", window_size=56)
     with pytest.raises(UserError, match=r"its windows are 112 pixels wide, this bundle's 56"):
-        export(save_family("qwen2_5_vl", base("qwen2_5_vl", window=56)), tmp_path / "out", to="gguf")
-    with pytest.raises(UserError, match=r"answers for a Idefics3.* never seen .* use --to transformers, .* qwen2_vl"):
-        export(save_family("idefics3"), tmp_path / "out", to="gguf")
+        export(save_family("qwen2_5_vl", base), tmp_path / "out", to="gguf")
+    with pytest.raises(UserError, match=r"answers for a PaliGemma.* never seen .* use --to transformers, .* qwen2_vl"):
+        export(save_family("paligemma"), tmp_path / "out", to="gguf")
     assert not (tmp_path / "out").exists()

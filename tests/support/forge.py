@@ -29,11 +29,26 @@ from unittest import mock
 PROGRAM = Path(__file__).resolve()
 ROOT = PROGRAM.parents[2]  # not from `paths`: a stand-in for `python` is given other folders
 LAUNCHER = "accelerate.commands.launch"
-PROGRAMS = ("vlm_sft", "vlm_sft.train", "vlm_sft.recipe.left_out", LAUNCHER)
+PROGRAMS = (
+    "vlm_sft", "vlm_sft.train", "vlm_sft.recipe.left_out", LAUNCHER,
+    *(f"vlm_sft.llama_cpp.{name}" for name in ("ask", "convert", "quantize")),
+)  # fmt: skip
 COMMAND = str(Path(sys.executable).with_name("vlm-sft"))  # does what `python -m vlm_sft` does
 # Libraries read these while they are imported, which a fork has behind it.
 READ_ON_IMPORT = ("CUDA_", "HF_", "OMP_", "PYTHONHASHSEED", "TORCH_")  # torch sets TORCHINDUCTOR_CACHE_DIR itself
-KNOWN_OPTIONS = {"args", "capture_output", "check", "cwd", "env", "input", "stderr", "stdout", "text", "timeout"}
+KNOWN_OPTIONS = {
+    "args",
+    "capture_output",
+    "check",
+    "cwd",
+    "env",
+    "errors",
+    "input",
+    "stderr",
+    "stdout",
+    "text",
+    "timeout",
+}
 
 
 class Started:
@@ -236,7 +251,7 @@ class Forge:
             files = [given.fileno(), _file(out, stdout, 1), stdout.fileno()]
             files[2] = files[1] if err == subprocess.STDOUT else _file(err, stderr, 2)
             code = Started(self.address, order, files).wait(options.get("timeout"))
-            read = [None if wanted != subprocess.PIPE else _content(file, options.get("text", False))
+            read = [None if wanted != subprocess.PIPE else _content(file, options)
                     for wanted, file in ((out, stdout), (err, stderr))]  # fmt: skip
         done = subprocess.CompletedProcess(command, code, *read)
         if options.get("check"):
@@ -266,9 +281,9 @@ def _file(wanted: Any, held: Any, default: int) -> int:
     return held.fileno() if wanted == subprocess.PIPE else wanted.fileno()
 
 
-def _content(file: Any, text: bool) -> str | bytes:
+def _content(file: Any, options: dict[str, Any]) -> str | bytes:
     file.seek(0)
-    return file.read().decode() if text else file.read()
+    return file.read().decode(errors=options.get("errors", "strict")) if options.get("text") else file.read()
 
 
 if __name__ == "__main__":

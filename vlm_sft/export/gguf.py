@@ -25,13 +25,14 @@ from ..base.names import TEMPLATE, Json
 from ..base.whole_files import read_text, write_json, written_beside
 from ..batch.processor import VLMProcessor
 from ..bundle.card import shown
-from ..llama_cpp.families import check_family, family_template, side_of
+from ..llama_cpp.families import check_family, family_template, picture_of, save_for_converter
 from ..llama_cpp.families import differences as of_family
 from ..llama_cpp.mmproj import REFUSED, check_stack, differences, write_mmproj
 from ..llama_cpp.packages import build, check_installed, known_classes, run
 from ..llama_cpp.template import OllamaTemplate, for_llama_cpp
 from ..model.configuration import image_size_of
 from ..model.modeling import VLMForConditionalGeneration
+from ..pieces.checkpoints import fetch_file
 from ..recipe.schema import Recipe
 from ..stack.judge import judge, layers_of, measure
 from ..stack.vocabulary import grow_vocabulary
@@ -47,6 +48,8 @@ NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ANSWER, ALTERNATIVES = 8, 100
 """Tokens of the answer that is compared, and at each of them the tokens whose probabilities are."""
 ASKED: list[Json] = QUESTION[:1]
+WORDS = "tokenizer.model"
+"""sentencepiece's file, which transformers does not write, and the converter of a Gemma wants."""
 
 
 def check_gguf(core: nn.Module, processor: VLMProcessor) -> None:
@@ -99,7 +102,7 @@ def write_gguf(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_gguf(base, processor)
     _check_room(out, base, dtype, quantize)
-    picture = _picture(base)
+    picture = _picture(base, processor)
     encoded = processor.encode_chat(ASKED, True, [picture.size])
     inputs = {name: tensor for name, tensor in processor.batch([encoded]).items() if name != "labels"}
     inputs |= processor.image_inputs([picture], processor.instructions(ASKED))
@@ -138,10 +141,11 @@ def _check_room(out: Path, core: nn.Module, dtype: torch.dtype, quantize: str | 
         )
 
 
-def _picture(core: nn.Module) -> Image.Image:
-    """What is asked about: a square, as llama.cpp pads what is not (see `differences`)."""
-    composed = isinstance(core, VLMForConditionalGeneration)
-    side = image_size_of(core.config.tower)[0] * 5 // 4 if composed else side_of(core.config)
+def _picture(core: nn.Module, processor: VLMProcessor) -> Image.Image:
+    """What is asked about: of a stack a square, as llama.cpp pads what is not (see `differences`)."""
+    if not isinstance(core, VLMForConditionalGeneration):
+        return picture_of(processor, core.config, noise_picture())
+    side = image_size_of(core.config.tower)[0] * 5 // 4
     return noise_picture().resize((side, side), Image.Resampling.BICUBIC)
 
 
@@ -159,8 +163,14 @@ def _convert(
     if family:
         form = form_of(core, processor, recipe)
         form.write_processor(folder)
+        spec = recipe.model
+        assert spec is not None
+        if words := fetch_file(spec.pretrained, WORDS, spec.revision, "model.pretrained", required=False):
+            shutil.copyfile(words, folder / WORDS)
         native = form.native()
-        template = family_template(template, core.config.model_type)
+        expansion = processor.expansion(picture_of(processor, core.config, noise_picture()).size)
+        place = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
+        template = family_template(template, core.config.model_type, expansion, place)
     else:
         ends = native_generation(core, processor, recipe.generation)
         grow_vocabulary(core, len(processor.tokenizer))
@@ -170,7 +180,10 @@ def _convert(
         processor.tokenizer.save_pretrained(folder)
     native = native.to(dtype)
     native.config.dtype = dtype
-    native.save_pretrained(folder)
+    if family:
+        save_for_converter(native, folder)
+    else:
+        native.save_pretrained(folder)
     native.float()
     (folder / TEMPLATE).unlink(missing_ok=True)
     # The converter takes what stands in this file before any other, an empty template too.

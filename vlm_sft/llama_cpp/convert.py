@@ -24,7 +24,14 @@ from .packages import converter
 # name of the same rule. "" is that of GPT-2, which `ByteLevel` has built in.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-RULES = {"": "gpt-2", _WORDS + "{1,3}" + _REST: "llama-bpe", _WORDS + _REST: "qwen2", "digits": "smollm"}
+_MARKS = _WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + _REST.replace(r"\p{L}", r"\p{L}\p{M}")
+RULES = {
+    "": "gpt-2",
+    _MARKS: "qwen35",
+    _WORDS + "{1,3}" + _REST: "llama-bpe",
+    _WORDS + _REST: "qwen2",
+    "digits": "smollm",
+}
 
 
 def rule_of(folder: Path) -> str | None:
@@ -59,6 +66,7 @@ def load() -> Any:
             return rule
 
     base.TextModel.get_vocab_base_pre = name
+    base.ModelBase.no_mtp = True  # transformers' classes have no heads that guess further tokens
     return script
 
 
