@@ -85,6 +85,8 @@ def test_the_command_says_it_in_chinese_and_other_sentences_as_they_are(monkeypa
          "第 2 张图片 x.txt 不是图片（看起来是 文本：请重新下载图片，或删去这一行）。"),
         ("picture 1, b.png, has 20 x 30 pixels, more than the 500 allowed: scale it down or remove the row.",
          "第 1 张图片 b.png 有 20 x 30 像素，超过允许的 500：请缩小，或删去这一行。"),
+        ("'a' is no bundle: there is no such folder; did you mean 'b'?",
+         "'a' 不是训练结果（bundle）：没有这个文件夹；是不是 'b'？"),
         ("The messages show 9 images; at most 8 are taken: leave some out.", "共有 9 张图片，最多 8 张：请减少几张。"),
     ],
 )  # fmt: skip

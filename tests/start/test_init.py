@@ -128,6 +128,7 @@ def test_four_questions_are_asked_and_wrong_answers_asked_again(command, tmp_pat
         (["empty", "--yes"], "empty has nothing that can be learned from: it holds no pictures and no data files."),
         (["photos", "--yes", "--learn", "answer"], "--learn answer cannot be had here; choose one of: caption."),
         (["photos", "--yes", "--language", "fr"], "--language fr cannot be had here; choose one of: en, zh."),
+        (["photos", "--yes", "--model", "photos"], "--model photos is a folder without config.json: give that of a"),
         (["photos", "--yes", "--model", "llama"], "--model llama is neither a folder nor a Hub id (owner/name)"),
         (["photos", "--yes", "--hours", "-1"], "--hours must be a number above zero, not -1."),
         (["photos"], "Nobody answered: give --yes"),

@@ -22,7 +22,7 @@ CHINESE: dict[str, str] = {
     ": it holds no pictures and no data files.": "：里面没有图片，也没有数据文件。",
     "{} of {} left out, the first: {}": "{1} 中略去 {0}，第一处：{2}",
     "{} left out, the first: {}": "略去 {0}，第一处：{1}",
-    "{} left out without a text, the first: {}.": "{0} 没有文字而略去，第一张：{1}。",
+    "{} left out without a text, the first: {}.": "{0}没有文字而略去，第一张：{1}。",
     "{} is left out: {}": "略去 {0}：{1}",
     "no known format has rows like its first, with {}.": "没有一种已知格式的行像它的第一行，其中有 {0}。",
     "its texts hold numbers alone (boxes?), and no words that could be learned.":
@@ -61,6 +61,26 @@ CHINESE: dict[str, str] = {
         "有 {0} 块 GPU，却只启动了一个进程；请用 `accelerate launch -m vlm_sft.train RECIPE`，"
         "或只用一块 GPU：CUDA_VISIBLE_DEVICES=0。",
     "{} is no bundle: {}": "{0} 不是训练结果（bundle）：{1}",
+    "{} is no run: {}; give the sft.output_dir of one.": "{0} 不是训练目录：{1}；请给出某次训练的 sft.output_dir。",
+    "there is no such folder; {}": "没有这个文件夹；{0}",
+    "there is no such folder": "没有这个文件夹",
+    "it is a file; {}": "它是文件；{0}",
+    "it is a file": "它是文件",
+    "it has no {}; {}": "里面没有 {0}；{1}",
+    "give the output_dir of a finished run.": "请给出训练完成后的 output_dir。",
+    "its run did not end; give a checkpoint, {}, or go on with the run: --resume.":
+        "训练没有结束；请给出检查点 {0}，或用 --resume 继续训练。",
+    "There is no GPU here; say which one it is for, such as --gpu 24GB or --gpu A100.":
+        "这里没有 GPU；请说明给哪种 GPU，例如 --gpu 24GB 或 --gpu A100。",
+    "--gpu {} says no memory; write 24GB, or a GPU that is known here, such as A100.":
+        "--gpu {0} 没有说明显存；请写 24GB，或这里认识的 GPU，例如 A100。",
+    "--image-folder {} is no folder: correct it.": "--image-folder {0} 不是文件夹：请改正。",
+    "--model {} is a folder without {}: give that of a model, or a Hub id.":
+        "--model {0} 这个文件夹里没有 {1}：请给出模型的文件夹，或 Hub 上的名称。",
+    "The page needs Gradio, which is not installed: pip install 'vlm-sft[web]'.":
+        "网页需要 Gradio，还没有安装：pip install 'vlm-sft[web]'。",
+    "The server needs two more packages: pip install 'vlm-sft[serve]'.":
+        "服务还需要两个包：pip install 'vlm-sft[serve]'。",
     "{} exists already; name another destination or remove it.": "{0} 已经存在；请换一个目标，或先删除它。",
     "{} exists already and is not overwritten; remove it, or give another --output.":
         "{0} 已经存在，不会覆盖；请先删除它，或用 --output 换一个名字。",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..base.errors import UserError
+from ..base.names import CONFIG
 from ..base.words import CHINESE
 from ..machine.machine import Machine
 from ..reading.locations import is_hub_id
@@ -109,7 +110,11 @@ def _about(each: Candidate, machine: Machine) -> str:
 
 def _check_model(model: str) -> None:
     """A folder that is none, and a name that is no Hub id, are said now and not after the pictures were looked at."""
-    if Path(model).expanduser().exists() or (model.count("/") == 1 and is_hub_id(model)):
+    if (place := Path(model).expanduser()).exists():
+        if not (place / CONFIG).is_file():
+            raise UserError(f"--model {model} is a folder without {CONFIG}: give that of a model, or a Hub id.")
+        return
+    if model.count("/") == 1 and is_hub_id(model):
         return
     known = ", ".join(each.pretrained for each in CANDIDATES[:3])
     raise UserError(f"--model {model} is neither a folder nor a Hub id (owner/name), such as {known}.")
