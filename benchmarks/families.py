@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 BESIDE_TORCHVISION = ROOT / ".venv-torchvision" / "bin" / "python"
 TESTS = ["tests/families", "tests/export/test_forms.py", "tests/batch/test_typed_text.py",
          "tests/end_to_end/test_distributed.py::test_fsdp2_makes_what_one_process_makes"]  # fmt: skip
-NOT_TRIED = "it was not tried beside torchvision, which its own processor needs"
 # What the classes themselves do not say.
 REASONS = {
     "blip": "its image enters by cross-attention, and it captions alone",
@@ -47,17 +46,17 @@ REASONS = {
     "chameleon": "an image is words of its vocabulary, with no features and no projector",
     "emu3": "an image is words of its vocabulary, with no features and no projector",
     "glmga": "transformers names no model of it, but GLM-4.6V's class with an image processor of its own",
-    "llama4": "its class holds a whole causal language model, of which no output before the head can be had",
-    "minicpm_ocr": NOT_TRIED,
-    "minimax_m3_vl": NOT_TRIED,
-    "mistral_large4": NOT_TRIED,
-    "muse_glimmer": NOT_TRIED,
-    "nemotron_h_omni": NOT_TRIED,
-    "step3p7": NOT_TRIED,
-    "gemma4_unified": NOT_TRIED,
+    "glm_ocr": "its prompt was found in vLLM's example alone, which disagrees with those of its relatives",
+    "qwen2_5_omni_thinker": "published inside a whole that also speaks, which is none of these classes",
+    "qwen3_omni_moe_thinker": "published inside a whole that also speaks, which is none of these classes",
     "pp_chart2table": "its own processor writes no places of an image into a text",
     "shieldgemma2": "it judges images by policies that its own processor writes; its weights are Gemma 3's",
-}
+    **dict.fromkeys(
+        ("gemma4_unified", "inkling2", "inkling_mm_model", "minicpm_ocr", "minimax_m3_vl", "mistral_large4",
+         "muse_glimmer", "muse_spark", "nemotron_h_omni", "step3p7", "unlimited_ocr"),
+        "it was not tried beside torchvision, which its own processor needs",
+    ),
+}  # fmt: skip
 NO_ROW = "its prompt was not found: neither in transformers nor in ms-swift or LLaMA-Factory"
 
 

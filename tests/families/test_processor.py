@@ -40,8 +40,8 @@ ENDS = {"llava": "</s>", "llava_next": "</s>", "kosmos-2": "</s>", "paligemma": 
         **dict.fromkeys(("granite4_vision", "granite_docling"), "<|end_of_text|>"),
         **dict.fromkeys(("vipllava", "llava_next_video", "video_llava", "paddleocr_vl", "deepseek_ocr2"),
                         "</s>"),
-        "mistral3": "</s>", "pixtral": "</s>", "perception_lm": "<|eot_id|>", "gemma3n": "<end_of_turn>",
-        "cohere2_vision": "<|END_OF_TURN_TOKEN|>",
+        "mistral3": "</s>", "pixtral": "</s>", "llama4": "<|eot|>", "perception_lm": "<|eot_id|>",
+        "gemma3n": "<end_of_turn>", "cohere2_vision": "<|END_OF_TURN_TOKEN|>",
         **dict.fromkeys(("glm4v", "glm46v"), "<|user|>"),
         **dict.fromkeys(("deepseek_vl", "deepseek_vl_hybrid", "janus"), "<｜end▁of▁sentence｜>")}  # fmt: skip
 
@@ -75,7 +75,7 @@ def test_ids_and_pixels_are_those_of_the_models_own_processor(name):
         ours = {**processor.batch([processor.encode_chat(TURN, sizes=[size])]), **processor.image_inputs([image])}
         given.pop("token_type_ids", None) if "token_type_ids" not in ours else None  # of the tokenizer, for nobody
         assert set(given) <= set(ours)
-        assert all(torch.equal(ours[key], torch.as_tensor(tensor)) for key, tensor in given.items())
+        assert all(torch.equal(ours[key], torch.as_tensor(tensor).to(ours[key])) for key, tensor in given.items())
 
 
 @pytest.mark.parametrize("name", ALL)

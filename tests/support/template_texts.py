@@ -57,6 +57,7 @@ AROUND = {
     "lfm2_vl": ("", "<|im_end|>"),
     "kimi_k25": ("", "<|im_end|>"),
     "molmo2": ("", "<|im_end|>"),
+    "llama4": ("", "<|eot|>"),
     "cohere2_vision": ("", "<|END_OF_TURN_TOKEN|>"),
     "perception_lm": ("", "<|eot_id|>"),
     "visualglm": (" ", "</s>"),

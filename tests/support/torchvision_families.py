@@ -94,6 +94,24 @@ def molmo2() -> tuple[Any, Any]:
     return config, processor
 
 
+def llama4() -> tuple[Any, Any]:
+    from transformers import Llama4Config, Llama4ImageProcessor, Llama4Processor
+
+    tokenizer = tokenizer_with("<|header_start|>", "<|header_end|>", "<|image|>", "<|patch|>", "<|image_start|>",
+                               "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", bos="<|begin_of_text|>",
+                               eos="<|eot|>", pad="<|finetune_right_pad|>")  # fmt: skip
+    images = Llama4ImageProcessor(size={"height": 16, "width": 16}, max_patches=4)
+    processor = Llama4Processor(images, tokenizer, patch_size=4)
+    vision = {**VISION, "image_size": 16, "patch_size": 4, "vision_output_dim": 16, "projector_input_dim": 16,
+              "projector_output_dim": 16, "intermediate_size": 64}  # fmt: skip
+    text = {**TEXT, "head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0], "attention_chunk_size": 512, "bos_token_id": 1, "eos_token_id": 2,
+            "pad_token_id": 0}  # fmt: skip
+    config = Llama4Config(vision_config=vision, text_config=text,
+                          image_token_index=tokenizer.convert_tokens_to_ids("<|patch|>"))  # fmt: skip
+    return config, processor
+
+
 def cohere2_vision() -> tuple[Any, Any]:
     from transformers import Cohere2VisionConfig, Cohere2VisionImageProcessor, Cohere2VisionProcessor
 
@@ -169,5 +187,5 @@ def gemma3n() -> tuple[Any, Any]:
 
 
 BESIDE = {each.__name__: each for each in (
-    mistral3, pixtral, lfm2_vl, kimi_k25, molmo2, cohere2_vision, perception_lm, fast_vlm, gemma3n,
+    mistral3, pixtral, lfm2_vl, kimi_k25, molmo2, llama4, cohere2_vision, perception_lm, fast_vlm, gemma3n,
 )}  # fmt: skip

@@ -31,8 +31,8 @@ from .images_alone import images_alone
 from .kind import Composed
 from .kosmos2 import Kosmos2, Kosmos2Processor
 from .model import FamilyModel, cast_parts, set_dtypes
-from .own_models import Ernie, Gemma3n, Molmo2
-from .own_processors import FuyuProcessor, Idefics2Processor, Lfm2VlProcessor, PerceptionLMProcessor
+from .own_models import Ernie, Gemma3n, Llama4, Molmo2
+from .own_processors import FuyuProcessor, Idefics2Processor, Lfm2VlProcessor, Llama4Processor, PerceptionLMProcessor
 from .paligemma import PaliGemma
 from .processor import FamilyProcessor
 from .table import FAMILIES, Family, default_template, family_name, family_of
@@ -48,11 +48,11 @@ TOKENS = ("image_seq_length", "image_seq_len", "num_additional_image_tokens", "n
 # Models whose class, or whose processor, needs more than the others'.
 MODELS: dict[str, type[FamilyModel]] = {
     "kosmos-2": Kosmos2, "paligemma": PaliGemma, "ernie4_5_vl_moe": Ernie, "molmo2": Molmo2,
-    "gemma3n": Gemma3n,
+    "gemma3n": Gemma3n, "llama4": Llama4,
 }  # fmt: skip
 PROCESSORS: dict[str, type[FamilyProcessor]] = {
     "kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor, "idefics2": Idefics2Processor,
-    "lfm2_vl": Lfm2VlProcessor, "perception_lm": PerceptionLMProcessor,
+    "lfm2_vl": Lfm2VlProcessor, "llama4": Llama4Processor, "perception_lm": PerceptionLMProcessor,
 }  # fmt: skip
 
 

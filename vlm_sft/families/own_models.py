@@ -41,6 +41,25 @@ class Molmo2(FamilyModel):
         return BaseModelOutput(last_hidden_state=made.to(self.get_input_embeddings().weight.dtype))
 
 
+class Llama4(FamilyModel):
+    """Llama 4, whose own class holds a whole causal language model: what that one's head reads is caught before it."""
+
+    def base_output(self, **inputs: Any) -> Any:
+        caught: list[Any] = []
+        hook = self.get_submodule("language_model.model").register_forward_hook(
+            lambda module, args, output: caught.append(output)
+        )
+        try:
+            super().base_output(**inputs, logits_to_keep=1)  # one position is all that the head is asked for
+        finally:
+            hook.remove()
+        return caught[0]
+
+    def idle_image_path(self) -> torch.Tensor:
+        features = self.get_image_features(**self._blank_inputs()).last_hidden_state
+        return self.get_submodule("multi_modal_projector")(features).float().sum() * 0.0
+
+
 class Gemma3n(FamilyModel):
     """Gemma 3n, whose own class clamps some weights whenever it trains, which those of few bits refuse."""
 

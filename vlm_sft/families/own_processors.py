@@ -66,3 +66,11 @@ class PerceptionLMProcessor(FamilyProcessor):
         read = [super(PerceptionLMProcessor, self)._read([image]) for image in images]
         tiles = torch.cat([torch.as_tensor(inputs["pixel_values"]) for inputs, _ in read], 1)
         return {"pixel_values": tiles}, [text for _, texts in read for text in texts]
+
+
+class Llama4Processor(FamilyProcessor):
+    """Llama 4, whose own processor gives pixels rounded to bfloat16, in that type, which not every model has."""
+
+    def _read(self, images: Sequence[Image.Image]) -> tuple[Inputs, list[str]]:
+        inputs, texts = super()._read(images)
+        return {**inputs, "pixel_values": inputs["pixel_values"].float()}, texts

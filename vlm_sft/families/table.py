@@ -136,6 +136,7 @@ FAMILIES: dict[str, Family] = {
     "kimi_k25": Family("Kimi_K25Processor", {"": "kimi_k25"}, counted="tokens", needs=TORCHVISION),
     "molmo2": Family("Molmo2Processor", {"": "molmo2"}, "mm_token_type_ids", "written", no_packing=ONE_BLOCK,
                      no_sharing=ONE_BLOCK, needs=TORCHVISION),
+    "llama4": Family("Llama4Processor", {"": "llama4"}, needs=TORCHVISION),
     "cohere2_vision": Family("Cohere2VisionProcessor", {"": "cohere2_vision"}, plain_head=True, needs=TORCHVISION),
     "perception_lm": Family("PerceptionLMProcessor", {"": "perception_lm"}, counted="tokens", vllm=False, needs=TIMM),
     "fast_vlm": Family("LlavaProcessor", {"": "ovis2"}, boxes="llava", vllm=False, needs=TIMM),

@@ -216,7 +216,8 @@ def add_balance(
         losses: (P,) of the batch's labels.
         num_items: What the loss was divided by; None: P.
     """
-    if not (router_logits := made.get("router_logits")) or not core.training:
+    router_logits = made.get("router_logits")
+    if not router_logits or not core.training or not router_factor(core):  # Llama 4 says them, and has no such loss
         return
     found = router_loss(core, router_logits, attention_mask, given.get("row_lengths"))
     share = 1.0 if num_items is None else losses.numel() / num_items

@@ -219,5 +219,6 @@ def _last(name: str) -> str:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # GPT-2 calls its linear layers Conv1D.
-    return isinstance(module, nn.Linear) or type(module).__name__ in ("Linear4bit", "Linear8bitLt", "Conv1D")
+    # GPT-2 calls its linear layers Conv1D; Llama 4's routers are linear layers that give more than one does.
+    plain = isinstance(module, nn.Linear) and type(module).__name__ != "Llama4Router"
+    return plain or type(module).__name__ in ("Linear4bit", "Linear8bitLt", "Conv1D")
