@@ -14,6 +14,7 @@ from transformers import (
     ConvNextConfig,
     DINOv3ViTConfig,
     Idefics3VisionConfig,
+    LlamaConfig,
     PvtV2Config,
     SamConfig,
     SegformerConfig,
@@ -22,10 +23,12 @@ from transformers import (
     ViTImageProcessorPil,
     ViTMAEConfig,
 )
+from transformers.initialization import meta_device_safe_creation_ops
 
 from vlm_sft import load
 from vlm_sft.base.errors import UserError
 from vlm_sft.model.configuration import VLMConfig
+from vlm_sft.stack import fit
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.fit import measure_tower
 from vlm_sft.stack.kinds import compose
@@ -49,6 +52,30 @@ TOWERS = {
                            patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]), 16, 16),
     "sam_vision_model": (SamConfig(vision_config=SAM).vision_config, 16, 16),
 }  # fmt: skip
+
+
+def config_of(tower, layer=-1) -> VLMConfig:
+    return VLMConfig(vision_config=tower, text_config=LlamaConfig(**WIDTH, vocab_size=32), vision_feature_layer=layer)
+
+
+def test_encoders_are_measured_without_memory_after_transformers_took_linspace_from_the_meta_device(monkeypatch):
+    monkeypatch.setattr(fit, "_shallow_forwards", lambda *_: pytest.fail("memory was taken"))
+    constructors = torch.utils._device._device_constructors
+    constructors.cache_clear()
+    try:
+        with meta_device_safe_creation_ops(), torch.device("meta"):
+            torch.empty(1)  # torch keeps what it finds here
+        huge = ViTMAEConfig(**{**WIDTH, "intermediate_size": 10**8}, patch_size=8)
+        assert fit.count_features(config_of(huge), 32, 32) == 17
+    finally:
+        constructors.cache_clear()
+
+
+def test_a_layer_of_absurd_size_is_not_tried_in_memory():
+    huge = ViTMAEConfig(**{**WIDTH, "intermediate_size": 10**8}, patch_size=8)
+    with pytest.raises(MemoryError, match=r"a layer of [\d,]+ parameters is too large to be tried"):
+        fit._shallow_forwards(config_of(huge), 32, 32, 1)
+    assert measure_tower(config_of(huge), 32, 32, "tower") == 16  # whose weights are then compared with its files
 
 
 @pytest.fixture

@@ -74,6 +74,7 @@ class Readers:
     json_containers: int = _most(4_000_000, "Mappings and lists of such a file; each takes twenty times its bytes.")
     json_values: int = _most(16_000_000, "Values of such a file.")
     largest_position: int = _most(10**12, "Positions of a model, and the base of their rotation: no sizes of a tensor.")
+    tried_parameters: int = _most(500_000_000, "Parameters of a layer of an encoder that is tried before it is read.")
     template_characters: int = _most(1_000_000, "Characters of a template.")
     template_answer: int = _most(64 * MEGABYTE, "Bytes that the process which renders templates may answer.")
     literal_characters: int = _most(100_000, "Characters of a text of a benchmark that is read as a list.")

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..base.errors import UserError
+from ..base.limits import READERS
 from ..base.words import one_line
 from ..model.configuration import VLMConfig, count_patches
 from ..model.encoder_decoder import reads_by_encoder
@@ -216,6 +217,10 @@ def _shallow_forwards(config: VLMConfig, height: int, width: int, times: int) ->
         shallow.depths = [1] * len(shallow.depths)
     elif isinstance(getattr(shallow, "num_hidden_layers", None), int):
         shallow.num_hidden_layers = 1
+    with torch.device("meta"):
+        parameters = build_vision_tower(copy.deepcopy(shallow)).num_parameters()
+    if parameters > READERS.tried_parameters:
+        raise MemoryError(f"a layer of {parameters:,} parameters is too large to be tried")
     layer = -1 if config.vision_feature_layer == -1 else 0
     with torch.random.fork_rng(devices=[]):
         return _forward(shallow, layer, height, width, "cpu", times)
@@ -227,7 +232,8 @@ def _forward(
 ) -> torch.Tensor:
     with torch.device(device):
         tower = keep_all_patches(build_vision_tower(copy.deepcopy(config)).eval())
-        image = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
+        # Said aloud: while transformers loads a model it takes linspace from the meta device, and torch may keep that.
+        image = torch.linspace(-1, 1, 3 * height * width, device=device).reshape(1, 3, height, width)
         outputs = [tower(image, output_hidden_states=layer != -1) for _ in range(times)]
     found = [each.last_hidden_state if layer == -1 else each.hidden_states[layer] for each in outputs]
     return torch.cat(found)
