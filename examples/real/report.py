@@ -65,6 +65,7 @@ VARIANTS = {
     "random_tower": {"en": "a tower of random weights", "zh": "随机权重的视觉塔"},
     "projector_alone": {"en": "the projector alone, without LoRA", "zh": "只训练投影层，没有 LoRA"},
     "lora_alone": {"en": "LoRA alone, the projector as it was solved for", "zh": "只训练 LoRA，投影层保持求解结果"},
+    "three_times": {"en": "three times the steps of stage 2", "zh": "第二阶段三倍的步数"},
     "no_names": {"en": "neither names nor descriptions in stage 2", "zh": "第二阶段不问名称，也不要描述"},
 }
 

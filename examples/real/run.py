@@ -3,8 +3,8 @@
 `python examples/real/run.py [--seed 0] [--quick] [--variant NAME]` goes through the commands that a user types, and
 prints each of them. Everything but the first step works without a network. What a run has done it does not do again,
 also when it was cut off; `--again` begins anew. `--quick` trains a few steps on a few drawings: it shows that all parts
-work, not what can be learned. `--variant` leaves something out, to see what it was good for, and ends with the
-evaluation. Results lie in outputs/real/, as NAME.json.
+work, not what can be learned. `--variant` leaves something out, or trains longer, to see what it is good for,
+and ends with the evaluation. Results lie in outputs/real/, as NAME.json.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ CHANGES = {
     "random_tower": Variant((RANDOM,), (RANDOM,), RANDOM_TOWER, DATA / "random_projector"),
     "projector_alone": Variant(stage2=("lora=null",)),
     "lora_alone": Variant(stage1=None, stage2=("init_from=null", "train={}")),
+    "three_times": Variant(stage2=("sft.max_steps=540",)),
     "no_names": Variant(stage2=(f"data.train=[{QUESTIONS_ALONE}]",)),
 }
 assert CHANGES.keys() == VARIANTS.keys(), "the table says in words what each is"
@@ -170,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the training and of the questions in it")
     parser.add_argument("--quick", action="store_true", help="a few steps and questions, to see that all of it works")
-    parser.add_argument("--variant", choices=CHANGES, help="leave something out")
+    parser.add_argument("--variant", choices=CHANGES, help="leave something out, or train longer")
     parser.add_argument("--again", action="store_true", help="do also what this run has done before")
     parser.add_argument(
         "--cache", type=Path, default=os.environ.get("REAL_CACHE") or DATA / "cache", help="of packages"

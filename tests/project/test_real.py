@@ -569,7 +569,9 @@ def test_another_recipe_is_another_run(modules, tmp_path, monkeypatch):
     assert run() == f"{whole}second\nthird\n", "and all that was made of it"
 
 
-@pytest.mark.parametrize("variant", ["no_stage1", "random_tower", "projector_alone", "lora_alone", "no_names"])
+@pytest.mark.parametrize(
+    "variant", ["no_stage1", "random_tower", "projector_alone", "lora_alone", "three_times", "no_names"]
+)
 def test_variants_are_recipes_and_end_with_the_evaluation(modules, make_real, tmp_path, variant):
     from vlm_sft.recipe.opening import open_recipe
 
@@ -582,6 +584,7 @@ def test_variants_are_recipes_and_end_with_the_evaluation(modules, make_real, tm
     for words in modules.run.CHANGES[variant].stage1, modules.run.CHANGES[variant].stage2:
         name = f"real_stage{len(recipes) + 1}"
         recipes.append(open_recipe(str(ROOT / "recipes" / f"{name}.yaml"), list(words or ()), False))
+    assert recipes[1].sft["max_steps"] == (540 if variant == "three_times" else 180)
     assert (recipes[1].lora is None) == (variant == "projector_alone")
     assert (not recipes[1].train) == (variant == "lora_alone") and (recipes[1].init_from is None) == one
     sources = {Path(source.path).name for source in recipes[1].data.train}
