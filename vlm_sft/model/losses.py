@@ -216,8 +216,7 @@ def add_balance(
         losses: (P,) of the batch's labels.
         num_items: What the loss was divided by; None: P.
     """
-    router_logits = made.get("router_logits")
-    if not router_logits or not core.training or not router_factor(core):  # Llama 4 says them, and has no such loss
+    if not core.training or not router_factor(core) or not (router_logits := made.get("router_logits")):
         return
     found = router_loss(core, router_logits, attention_mask, given.get("row_lengths"))
     share = 1.0 if num_items is None else losses.numel() / num_items
