@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from support.forge import LAUNCHER
 from support.gloo import in_processes
+from support.paths import accelerate_config
 from vlm_sft.base.console import make_console
 from vlm_sft.base.errors import UserError
+from vlm_sft.base.names import RUN_LOCK
 from vlm_sft.captions import capfilt
 from vlm_sft.captions.capfilt import Wish
 from vlm_sft.captions.captioner import PROMPTS
@@ -133,7 +141,8 @@ def test_a_broken_picture_is_named_counted_and_stops_nothing_else(blip, album, t
     (album / "9.png").write_bytes(b"")
     out = tmp_path / "rows.jsonl"
     command = (album, out, "--captioner", blip["captioner"], "--set", "max_new_tokens=4", "--set", "num_beams=1")
-    with pytest.raises(UserError, match=r'2 of 8 rows of the source "album" cannot be used.*3\.png.*HTML'):
+    wrong = r'2 of 8 rows of the source "album" cannot be used, more than --max-rejected \(0\).*3\.png.*HTML'
+    with pytest.raises(UserError, match=wrong):
         run(*command)
     assert not out.exists() and len(made(out)) == 8
     said = run(*command, "--max-rejected", "0.3")
@@ -209,6 +218,38 @@ def test_two_processes_share_the_pictures_and_one_goes_on(blip, album, tmp_path)
     out.unlink()
     (tmp_path / "again").mkdir()
     assert all("is not a file of captions" in said for said in in_processes(work, tmp_path / "again"))
+
+
+def test_a_launch_of_which_one_process_is_killed_goes_on_to_every_picture_once(blip, tmp_path, forge):
+    album, out, said = tmp_path / "album", tmp_path / "rows.jsonl", tmp_path / "said.txt"
+    album.mkdir()
+    chance = np.random.default_rng(0)
+    for number in range(30):
+        Image.fromarray(chance.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(album / f"{number}.png")
+    given = (str(album), str(out), "--captioner", blip["captioner"], "--matcher", blip["matcher"], "--threshold", "0",
+             "--set", "num_beams=1", "--set", "max_new_tokens=8", "--batch-size", "1")  # fmt: skip
+    command = [sys.executable, "-m", LAUNCHER, "--config_file", str(accelerate_config("cpu_2")), "--main_process_port",
+               "0", "-m", "vlm_sft", "data", "caption", *given]  # fmt: skip
+    parts = Path(f"{out}.parts")
+
+    def there() -> int:
+        return sum(path.read_bytes().count(b"\n") - 1 for path in parts.glob("part-*"))
+
+    with said.open("w") as file:
+        launched = forge.start(command, stdout=file, stderr=file)
+        while there() < 6 and launched.poll() is None:
+            time.sleep(0.01)
+        assert launched.poll() is None, said.read_text()
+        os.kill(json.loads((parts / RUN_LOCK).read_text())["process"], signal.SIGKILL)
+        assert launched.wait(120) != 0
+    assert 6 <= there() < 30 and not out.exists(), said.read_text()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert made(out).keys() == {f"{number}.png" for number in range(30)}
+    assert done.stdout.count("rows.jsonl: ") == 1 and manifest(out)["pictures"]["read"] == 30
+    alone = tmp_path / "alone.jsonl"
+    run(album, alone, *given[2:])
+    assert lines(alone) == lines(out)
 
 
 def test_rows_without_captions_and_embedded_pictures_are_read(blip, album, tmp_path):

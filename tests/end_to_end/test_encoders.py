@@ -81,6 +81,22 @@ def test_the_commands_ask_its_bundle(learned, tmp_path):
 
 
 @pytest.mark.slow
+def test_it_has_no_settings_of_generation(learned, tmp_path):
+    folder, _, bundle = learned
+    (tmp_path / "0.png").write_bytes((folder / "0.png").read_bytes())
+    row = {"id": 1, "image": "0.png", "question": "how many dogs", "answer": "red"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    task = {"about": "colours 颜色", "sources": ["ours"], "path": "rows.jsonl", "id": "id", "metric": "gqa"}
+    (tmp_path / "task.yaml").write_text(json.dumps({**task, "generation": {"max_new_tokens": 3}}), encoding="utf-8")
+    measured = ("evaluate", bundle, "--benchmark", tmp_path / "task.yaml", "--output", tmp_path / "out")
+    for command in (measured, ("generate", bundle, tmp_path / "rows.jsonl", "-o", tmp_path / "said.jsonl")):
+        refused = asked(*command, "--set", "num_beams=2").exception
+        assert isinstance(refused, UserError), refused
+        assert "chooses its answers and writes none, so that no setting" in str(refused) and "num_beams" in str(refused)
+    assert asked(*measured).exit_code == 0, "a task's own are for models that have some"
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_weights(learned, tmp_path):
     _, overrides, calm = learned
     first = checkpoints(calm)[0]

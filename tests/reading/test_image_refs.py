@@ -92,7 +92,7 @@ def test_a_url_stays_one_where_the_source_allows_it(tmp_path):
     image = image_of(tmp_path, url, allow_urls=True)
     assert image == {"path": url, "bytes": None}
     check_images(load_source(Source(path=str(tmp_path / "one.jsonl"), format="caption", allow_urls=True)))
-    assert "or set the source's `allow_urls: true`" in refused(
+    assert "or set `allow_urls: true` for the source in a recipe" in refused(
         Source(path=str(tmp_path / "one.jsonl"), format="caption")
     )
 

@@ -27,7 +27,7 @@ def test_an_error_says_row_key_mend_and_reason():
     error = raised.value
     assert str(error) == (
         'f.jsonl, line 3: the key "caption" is missing (the row has "captoin"): '
-        "map it with `columns: {caption: captoin}` or rename it."
+        "map it with `columns: {caption: captoin}` (a command's --column caption=captoin) or rename it."
     )
     assert (error.where, error.reason) == ("f.jsonl, line 3", "key missing")
     again = pickle.loads(pickle.dumps(error))  # it crosses from a worker process

@@ -54,6 +54,18 @@ def refuse_split_rows(sizes: Values, where: str) -> None:
             )
 
 
+def find_processes() -> None:
+    """Lets the processes of a launch find each other: to be called before anything asks for their number.
+
+    Without being told that there is nothing but CPUs, accelerate takes each of them for one alone.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
 def one_process_first(work: Callable[[], Found]) -> Found:
     """Does something in every process: on each machine in one first, so that the others find what it left there.
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from ..base.console import tell
 from ..base.errors import UserError
 from ..base.names import Json
-from ..base.processes import leave_process_group, on_first_process
+from ..base.processes import find_processes, leave_process_group, on_first_process
 from ..data.ledger import ledger_table
 from ..prepare.convert import images_folder
 from ..prepare.filtering import draw_histogram, threshold_of_share
@@ -50,6 +50,7 @@ def caption(
     Raises:
         UserError: Options, pictures, models or files are wrong.
     """
+    find_processes()
     path = _checked(out, wish, threshold, keep)
     parts = make_captions(found, wish, path.with_name(f"{path.name}.parts"), console)
     done = on_first_process(lambda: _finish(Finished(found, parts, max_rejected), path, wish, console, threshold, keep))
@@ -85,7 +86,7 @@ def _finish(
 ) -> Json:
     if not finished.ledger.source(finished.name).read:
         raise UserError(f"{finished.found.src} holds no pictures: name a folder of pictures, or rows with an `image`.")
-    finished.ledger.check(console, "Pictures")
+    finished.ledger.check(console, "Pictures", limit="--max-rejected")
     if finished.ledger.source(finished.name).lost:
         console.print(ledger_table({"pictures": finished.ledger}))
     scores, histogram = finished.scores(), None

@@ -136,8 +136,12 @@ class Ledger:
         source.read += rows
         source.used += rows
 
-    def problem(self) -> str | None:
-        """One sentence on the first source of which more rows are rejected than allowed; None where there is none."""
+    def problem(self, limit: str = "data.max_rejected") -> str | None:
+        """One sentence on the first source of which more rows are rejected than allowed; None where there is none.
+
+        Args:
+            limit: What a user calls `max_rejected`: a key, or a command's option.
+        """
         for name, source in self.sources.items():
             if source.lost and source.share > self.max_rejected:
                 first = next((sentence for examples in source.examples.values() for sentence in examples), "")
@@ -145,17 +149,22 @@ class Ledger:
                     return first
                 return (
                     f'{source.lost:,} of {source.read:,} rows of the source "{name}" cannot be used, more than '
-                    f"data.max_rejected ({self.max_rejected:g}) allows; the first: {first}"
+                    f"{limit} ({self.max_rejected:g}) allows; the first: {first}"
                 )
         return None
 
-    def check(self, console: Console, title: str = "Rows") -> None:
+    def check(self, console: Console, title: str = "Rows", limit: str = "data.max_rejected") -> None:
         """Prints the table and stops the run where a source has more rejected rows than `max_rejected` allows.
+
+        Args:
+            console: Where to print.
+            title: What the rows are called in the table.
+            limit: See `problem`.
 
         Raises:
             UserError: It has; the message names the first row.
         """
-        if (sentence := self.problem()) is not None:
+        if (sentence := self.problem(limit)) is not None:
             console.print(ledger_table({title: self}))
             raise UserError(sentence)
 

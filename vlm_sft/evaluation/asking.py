@@ -22,7 +22,7 @@ from ..bundle.load import load
 from ..inference.confidence import pieces_of
 from ..inference.generation import answer_each, check_length, decode, encode_question
 from ..inference.likelihood import Likelihood, likelihoods
-from ..inference.settings import SAMPLING
+from ..inference.settings import SAMPLING, check_has_settings
 from ..recipe.schema import Recipe
 from .pictures import EncodedOnce, Pictures, grey
 from .task_rows import Asked
@@ -233,10 +233,17 @@ def share_of(questions: Sequence[Asked], process: int, processes: int) -> list[A
 
 
 class Loading:
-    """A bundle, loaded when it is first asked something: `model, processor = loading()`."""
+    """A bundle, loaded when it is first asked something: `model, processor = loading()`.
 
-    def __init__(self, folder: Path, recipe: Recipe, trust_remote_code: bool) -> None:
-        self.folder, self.recipe, self.trust = folder, recipe, trust_remote_code
+    Args:
+        folder: The bundle.
+        recipe: Its own.
+        trust_remote_code: See `vlm_sft.load`.
+        options: What a user says of generation, which a model that writes nothing refuses when it is loaded.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, trust_remote_code: bool, options: Options | None = None) -> None:
+        self.folder, self.recipe, self.trust, self.options = folder, recipe, trust_remote_code, options or {}
         self._loaded: tuple[PreTrainedModel, VLMProcessor] | None = None
 
     @property
@@ -250,5 +257,6 @@ class Loading:
             device = state.device if state.num_processes > 1 else None
             with waiting(make_console(), f"Loading {self.folder.name}"):
                 model, processor = load(self.folder, device=device, trust_remote_code=self.trust)
+            check_has_settings(str(self.folder), processor, self.options)
             self._loaded = model, processor  # type: ignore[assignment]
         return self._loaded  # type: ignore[return-value]

@@ -9,16 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from transformers import set_seed
 
 from ..base.assets import list_tasks
 from ..base.console import make_console, quiet_libraries, say
 from ..base.errors import UserError
 from ..base.names import ERROR_PAGE, FORGETTING, Json, Options, Record, Values
-from ..base.processes import on_first_process, share_work
+from ..base.processes import find_processes, on_first_process, share_work
 from ..base.progress import RowProgress
 from ..bundle.hub import find_bundle, is_fetched
 from ..bundle.load import recipe_of
@@ -101,7 +99,8 @@ def run(
     Raises:
         UserError: A benchmark or its data are not there or wrong; in the end, also where questions were not asked.
     """
-    _begin()
+    quiet_libraries()
+    find_processes()
     check_options(dict(options or {}))
     folder = find_bundle(bundle)
     target = _target(bundle, folder, output)
@@ -110,7 +109,7 @@ def run(
     told = _Told(how or How(), dict(options or {}), compare, judge)
     change = _before(folder, forgetting, trust_remote_code)
     theirs = _others_answers(against, names, ready, target / AGAINST, told, trust_remote_code) if against else {}
-    loading = _bundle(folder, trust_remote_code)
+    loading = _bundle(folder, trust_remote_code, told.options)
     found = _ask_all(ready, loading, target, told)
     lost = on_first_process(lambda: change[0].finish(loading, target / FORGETTING, loading.loaded))
     if PartialState().is_main_process:
@@ -121,8 +120,8 @@ def run(
     return found
 
 
-def _bundle(folder: Path, trust_remote_code: bool) -> Loading:
-    return Loading(folder, recipe_of(folder, read_manifest(folder)), trust_remote_code)
+def _bundle(folder: Path, trust_remote_code: bool, options: Options) -> Loading:
+    return Loading(folder, recipe_of(folder, read_manifest(folder)), trust_remote_code, options)
 
 
 def _before(folder: Path, wish: Wish, trust_remote_code: bool) -> list[BeforeAndAfter]:
@@ -131,12 +130,6 @@ def _before(folder: Path, wish: Wish, trust_remote_code: bool) -> list[BeforeAnd
     found: list[BeforeAndAfter] = []
     on_first_process(lambda: found.append(BeforeAndAfter(folder, wish, trust_remote_code, note)))
     return found
-
-
-def _begin() -> None:
-    quiet_libraries()
-    # Without being told that there is nothing but CPUs, accelerate takes each process of a launch for one alone.
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def _others_answers(
@@ -148,7 +141,9 @@ def _others_answers(
     found = earlier_answers(other, known, f"vlm-sft evaluate {{}} --benchmark {','.join(names)}") if known else {}
     if new:
         again = [each for each in ready if each.name in new]
-        _ask_all(again, _bundle(find_bundle(other), trust_remote_code), folder, told._replace(compare=False))
+        _ask_all(
+            again, _bundle(find_bundle(other), trust_remote_code, told.options), folder, told._replace(compare=False)
+        )
     return found | {name: read_records(folder / f"{name}.jsonl") for name in new}
 
 

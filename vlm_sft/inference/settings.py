@@ -210,15 +210,29 @@ def open_bundle(
     """Model, processor and the settings of the bundle's recipe with `options` over them; `device` as `vlm_sft.load`.
 
     Raises:
-        UserError: As `vlm_sft.load`.
+        UserError: As `vlm_sft.load` and `check_has_settings`.
     """
     logging.disable_progress_bar()  # one bar for each file of weights would stand between the lines
     with waiting(make_console(), f"Loading {bundle}"):
         folder = find_bundle(bundle)
         model, processor = load(folder, device, trust_remote_code=trust_remote_code)
+    check_has_settings(bundle, processor, options)
     recipe = recipe_of(folder, read_manifest(folder))
     processor.video = Sampling(**recipe.data.video.model_dump())
     return model, processor, {**recipe.generation, **options}  # type: ignore[return-value]
+
+
+def check_has_settings(bundle: str, processor: VLMProcessor, options: Options) -> None:
+    """Refuses settings of one's own for a model that has none.
+
+    Raises:
+        UserError: The model chooses its answers.
+    """
+    if options and processor.chooses and not processor.writes:
+        raise UserError(
+            f"{bundle} chooses its answers and writes none, so that no setting of generation changes them: leave "
+            f"{', '.join(options)} out."
+        )
 
 
 def ignores_text(processor: VLMProcessor) -> bool:

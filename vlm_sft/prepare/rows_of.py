@@ -58,7 +58,7 @@ class RowsOf:
                 self.frames += sum(TIME in image for image in row["images"])
                 yield row
         console = make_console()
-        ledger.check(console)
+        ledger.check(console, limit="--max-rejected")
         if any(source.lost or source.unused for source in ledger.sources.values()):
             console.print(ledger_table({"data": ledger}))
 

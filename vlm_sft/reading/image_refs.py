@@ -119,8 +119,8 @@ def resolve_image(
         if allow_urls:
             return {"path": image, "bytes": None, **sizes}
         what = f"the {word} {one_line(image[:200])} is a URL and no URL is fetched"
-        mend = "download it first" + (", or set the source's `allow_urls: true`" if word == "image" else "")
-        raise row_error(where, what, mend, "image is a URL")
+        mend = ", or set `allow_urls: true` for the source in a recipe" if word == "image" else ""
+        raise row_error(where, what, f"download it first{mend}", "image is a URL")
     path = os.path.expanduser(image)
     if "\0" in path or not path.strip() or path.encode("utf-8", "ignore").decode() != path:
         raise row_error(where, f"the {word} path {path[:200]!a} is blank or no text", "correct it", "not text")
@@ -137,7 +137,7 @@ def _placed(path: str, folder: str | None, where: str, within: Folders | None, n
         raise row_error(where, what, f"write the path of a file, or the bytes of {noun} in base64", "not an image")
     if not os.path.isabs(path) and folder is None:
         what = f"{where}: the {word} path {path} is relative, but rows of the Hub lie in no folder"
-        raise UserError(f"{what}: set `images`.")
+        raise UserError(f"{what}: set `images` (a command's --images).")
     within = Folders([folder] if folder else []) if within is None else within
     if not within.hold(whole):
         lies = f"outside {' and '.join(within.named)}" if within.named else "in a folder that the source does not name"

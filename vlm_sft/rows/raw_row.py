@@ -51,7 +51,9 @@ class RowView:
         near = closest(theirs or key, map(str, self.values)) or "its name in the file"
         there = ", ".join(f'"{short(str(name))}"' for name in list(self.values)[:8]) or "no key at all"
         missing = f'the key "{theirs}" (`columns` maps {key} to it)' if theirs else f'the key "{key}"'
-        mend = f"map it with `columns: {{{key}: {short(near)}}}` or rename it"
+        mend = (
+            f"map it with `columns: {{{key}: {short(near)}}}` (a command's --column {key}={short(near)}) or rename it"
+        )
         raise self.error(f"{missing} is missing (the row has {there})", mend, "key missing")
 
     def listed(self, key: str, entries: str) -> list[Any]:
