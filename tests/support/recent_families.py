@@ -295,7 +295,23 @@ def deepseek_ocr2() -> tuple[Any, Any]:
     return config, processor
 
 
+def mllama() -> tuple[Any, Any]:
+    from transformers import MllamaConfig, MllamaImageProcessorPil, MllamaProcessor
+
+    tokenizer = tokenizer_with("<|image|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>",
+                               eos="<|eot_id|>", pad="<pad>")  # fmt: skip
+    images = MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=4)
+    processor = MllamaProcessor(images, tokenizer)
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2,
+              "intermediate_size": 24, "image_size": 28, "patch_size": 14, "max_num_tiles": 4, "vision_output_dim": 32,
+              "intermediate_layers_indices": [0]}  # fmt: skip
+    text = {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1], "bos_token_id": 1, "eos_token_id": 2,
+            "pad_token_id": 0}  # fmt: skip
+    return MllamaConfig(vision_config=vision, text_config=text, image_token_index=processor.image_token_id), processor
+
+
 RECENT = {each.__name__: each for each in (
     vipllava, llava_next_video, granite4_vision, aria, janus, exaone4_5, paddleocr_vl, lighton_ocr, video_llama_3,
     video_llava, ernie4_5_vl_moe, minicpmv4_6, hunyuan_vl, idefics2, granite_docling, got_ocr2, deepseek_ocr2,
+    mllama,
 )}  # fmt: skip

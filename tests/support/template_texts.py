@@ -50,6 +50,7 @@ AROUND = {
     "minicpm_v_4_6": ("", "<|im_end|>"),
     "hunyuan_vl": ("", "<｜hy_Assistant｜>"),
     "idefics2": (" ", "<end_of_utterance>"),
+    "mllama": ("", "<|eot_id|>"),
     "yi_vl": (" ", "\n###"),
     "got_ocr2": ("", "<|im_end|>"),
     "deepseek_ocr2": ("", "</s>"),

@@ -41,7 +41,8 @@ def write_tiny(name: str, folder: Path) -> Path:
     config, processor = TINY[name]()
     model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
     for parameter in model.parameters():
-        if not parameter.any() and parameter.dim() > 1:  # Gemma 3's projector starts at zero, and nothing would pass it
+        # Gemma 3's projector and Mllama's gates start at zero, and nothing would pass them.
+        if not parameter.any() and (parameter.dim() > 1 or len(parameter) == 1):
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -27,7 +27,7 @@ def test_tokens_of_the_tokenizer_are_used() -> None:
         assert end_of_answer(name, eos_token="<eos>") == after.replace("</s>", "<eos>")
     own = {"blip2_caption", "blip2_vqa", "instructblip", "gemma3", "kosmos2", "paligemma", "smolvlm", "aya_vision",
            "gemma4", "janus", "vipllava", "idefics2", "deepseek_ocr2", "mistral3", "lfm2_vl", "molmo2", "llama4",
-           "cohere2_vision", "perception_lm"}  # fmt: skip
+           "cohere2_vision", "perception_lm", "mllama"}  # fmt: skip
     assert {name for name in AROUND if owns_bos(name)} == own
     assert not owns_bos("{# bos_token #}{% generation %}{% endgeneration %}")
 

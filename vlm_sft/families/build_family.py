@@ -30,10 +30,10 @@ from ..templates.template import load_template
 from .images_alone import images_alone
 from .kind import Composed
 from .kosmos2 import Kosmos2, Kosmos2Processor
+from .mllama import Mllama, MllamaProcessor
 from .model import FamilyModel, cast_parts, set_dtypes
-from .own_models import Ernie, Gemma3n, Llama4, Molmo2
+from .own_models import Ernie, Gemma3n, Llama4, Molmo2, PaliGemma
 from .own_processors import FuyuProcessor, Idefics2Processor, Lfm2VlProcessor, Llama4Processor, PerceptionLMProcessor
-from .paligemma import PaliGemma
 from .processor import FamilyProcessor
 from .table import FAMILIES, Family, default_template, family_name, family_of
 
@@ -48,11 +48,12 @@ TOKENS = ("image_seq_length", "image_seq_len", "num_additional_image_tokens", "n
 # Models whose class, or whose processor, needs more than the others'.
 MODELS: dict[str, type[FamilyModel]] = {
     "kosmos-2": Kosmos2, "paligemma": PaliGemma, "ernie4_5_vl_moe": Ernie, "molmo2": Molmo2,
-    "gemma3n": Gemma3n, "llama4": Llama4,
+    "gemma3n": Gemma3n, "llama4": Llama4, "mllama": Mllama,
 }  # fmt: skip
 PROCESSORS: dict[str, type[FamilyProcessor]] = {
     "kosmos-2": Kosmos2Processor, "fuyu": FuyuProcessor, "idefics2": Idefics2Processor,
     "lfm2_vl": Lfm2VlProcessor, "llama4": Llama4Processor, "perception_lm": PerceptionLMProcessor,
+    "mllama": MllamaProcessor,
 }  # fmt: skip
 
 

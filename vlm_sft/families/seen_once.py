@@ -17,7 +17,7 @@ from ..batch.processor import VLMProcessor
 from .model import IMAGE_OUTPUTS, FamilyModel
 
 # Of an image's inputs, those that the model looks at beside the features: they say where its tokens stand.
-BESIDE = ("image_grid_thw",)
+BESIDE = ("image_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask")
 # The key under which some models give features of several layers: a list for each layer, of a tensor for each picture.
 BY_LAYER = "deepstack_features"
 

@@ -69,6 +69,7 @@ RECURRENT = "its linear attention carries a state from one row into the next"
 CONVOLVED = "its convolutions look back over the border of a row"
 ONE_BLOCK = "the tokens of all images see each other, also those of other rows"
 FOUR_AXES = "its positions have four axes, and none of them says which tokens are of a row"
+BESIDE_THE_TEXT = "its images are no part of the text, and a text sees all those of its row"
 # By `model_type`. Which parameters are which part is said in `PART_NAMES` of `model/freeze.py`.
 FAMILIES: dict[str, Family] = {
     # A Llama-3 in LLaVA-1.6 has another template than Vicuna, and the model type does not tell them apart.
@@ -141,6 +142,9 @@ FAMILIES: dict[str, Family] = {
     "perception_lm": Family("PerceptionLMProcessor", {"": "perception_lm"}, counted="tokens", vllm=False, needs=TIMM),
     "fast_vlm": Family("LlavaProcessor", {"": "ovis2"}, boxes="llava", vllm=False, needs=TIMM),
     "gemma3n": Family("Gemma3nProcessor", {"": "gemma3"}, needs=TIMM),
+    # Its images are seen from beside the text, by layers of their own.
+    "mllama": Family("MllamaProcessor", {"": "mllama"}, vllm=False, no_packing=BESIDE_THE_TEXT,
+                     no_sharing=BESIDE_THE_TEXT),
     "fuyu": Family("FuyuProcessor", {"": "fuyu"},
                    no_export="its own processor cannot cut images without torchvision"),
 }  # fmt: skip

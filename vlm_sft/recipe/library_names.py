@@ -302,7 +302,7 @@ PROCESSOR = PassedOn(
         "max_soft_tokens pooling_kernel_size audio_seq_length audio_ms_per_token img_size downsample_factor",
         "start_of_img_token end_of_img_token img_patch_token img_line_break_token tile_token tile_global_token",
         "background_color max_slice_nums min_image_size scale_resolution slice_mode split_image tile_size fine_route",
-        "dense_max_aspect dense_max_patches dense_max_scale dense_min_aspect",
+        "dense_max_aspect dense_max_patches dense_max_scale dense_min_aspect max_image_tiles",
     )
     - (_SIZES := _words("size crop_size pad_size max_image_size patch_size high_res_size")),
     mappings=dict.fromkeys(_SIZES, _words("height width shortest_edge longest_edge max_height max_width")),

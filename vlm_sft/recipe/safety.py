@@ -37,7 +37,8 @@ _SIZES = {
     re.compile(r"rope|theta|position|length"): None,
     re.compile(""): "model_size",
 }
-_TILES = ("max_patches", "min_patches", "pan_and_scan_max_num_crops", "max_slice_nums", "dense_max_patches")
+_TILES = ("max_patches", "min_patches", "pan_and_scan_max_num_crops", "max_slice_nums", "dense_max_patches",
+          "max_image_tiles")  # fmt: skip
 _SIDES = ("height", "width", "shortest_edge", "longest_edge", "patch_size", "merge_size", "temporal_patch_size",
           "scale_resolution", "tile_size")  # fmt: skip
 

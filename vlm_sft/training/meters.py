@@ -19,7 +19,7 @@ from ..base.console import make_console
 from ..base.names import Inputs, Json
 from ..batch.collator import REJECTED, SEEN
 from ..batch.counts import LABEL_POSITIONS, owners_of, places_in, rows_and_tokens
-from ..batch.image_swap import with_other_images
+from ..batch.image_swap import images_of, with_other_images
 from ..batch.processor import VLMProcessor
 from ..bundle.manifest import Provenance
 from ..data.ledger import Ledger
@@ -38,7 +38,7 @@ class Meters:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.sums: dict[Mode, dict[str, float | torch.Tensor]] = {"train": {}, "eval": {}}
-        self._last_images: torch.Tensor | None = None
+        self._last_images: Inputs | None = None
         self._fetched = 0.0
 
     # -- adding -----------------------------------------------------------------------------------------------------
@@ -84,11 +84,11 @@ class Meters:
             own: (P,) losses of its supervised positions.
             processor: Knows the image token, and how many of it an image has.
         """
-        images = inputs.get("pixel_values", inputs.get("image_features"))
+        images = images_of(inputs)
         inputs, complete = with_other_images(
             inputs, processor.image_token_id, processor.ids_per_image, self._last_images
         )
-        self._last_images = self._last_images if images is None else images
+        self._last_images = images or self._last_images
         # Where weights are sharded, a forward pass takes every process, also those that have nothing to measure.
         flag = complete.any()
         if self.accelerator.num_processes > 1:
