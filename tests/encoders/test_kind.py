@@ -55,6 +55,19 @@ def test_without_a_head_the_rows_say_what_may_be_answered(encoder_recipe):
     assert len(composed.config.id2label) == 8
 
 
+def test_a_stream_has_a_list_of_answers_or_a_head_that_has_them(encoder_recipe, tmp_path):
+    """Nobody reads a stream to its end before the first step."""
+
+    def streamed(**given):
+        recipe = encoder_recipe(**given)
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"streaming": True})})
+
+    assert compose(streamed()).processor.known.answers == ANSWERS
+    bare = str(save_vle(tmp_path / "bare"))
+    with pytest.raises(UserError, match=r"a stream has no list of its answers; name one: `encoder\.answers`"):
+        compose(streamed(pretrained=bare))
+
+
 def test_every_weight_is_of_a_part_and_learns_at_its_rate(encoder_recipe):
     rates = {"fusion": 1e-4, "head": 1e-2}
     stack = build_empty_stack(encoder_recipe(train=rates))

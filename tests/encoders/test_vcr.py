@@ -49,6 +49,18 @@ def test_both_heads_say_what_upstream_says():
     assert_close(mixed.logits[1], outputs["vcr_qa2r_logits"][1])
 
 
+def test_more_things_than_there_are_types_for_are_the_rows_error(processor):
+    processor.most_things = 2
+    row = {**vcr_row(0, "0.png", "red"), "question": ["how", [0, 1], "dogs"], "answer_choices": [["red"]] * 4}
+    assert [len(each) for each in processor.ask(asked_of(row), None, "vcr.jsonl, line 3").things] == [2] * 4
+    processor.most_things = 1
+    with pytest.raises(
+        RowError, match=r"^vcr\.jsonl, line 3: a choice .* name 2 things: the model tells 1 apart; set "
+    ) as raised:
+        processor.ask(asked_of(row), None, "vcr.jsonl, line 3")
+    assert raised.value.reason == "too many things"
+
+
 def test_words_point_to_things_by_types(processor):
     row = {
         **vcr_row(0, "0.png", "red"),

@@ -203,7 +203,7 @@ def test_fsdp2_makes_what_one_process_makes(write, write_model, alone, tmp_path)
 
 @pytest.mark.slow
 def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_packs_and_streams_are_dealt(
-    write, write_model, alone, chats, questions, tmp_path
+    write, write_model, alone, chats, questions, pictures, tmp_path
 ):
     llava = {"family": "llava", "train": {"projector": 1e-2}, "lora": {"r": 4}}
     source = {"path": chats, "format": "messages"}
@@ -212,6 +212,10 @@ def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_packs_and_streams_
     asked = {
         "data": {"train": [{"path": questions, "format": "messages", "merge_by_image": True, "independent": True}]}
     }
+    of = {"pretrained": str(tiny("llava_next"))}
+    tower = {**of, "tiles": "anyres", "feature_layer": -2, "feature_select": "patch"}
+    cut = {"stack": {"vision_tower": tower, "projector": {"type": "mlp", **of}, "language_model": of},
+           "chat_template": "mistral", "data": {"train": [{"path": pictures, "format": "messages"}]}}  # fmt: skip
     packed = {"packing": True, "max_length": 64, "train_sampling_strategy": "random"}
     saves = {"train_sampling_strategy": "random", "save_strategy": "steps", "save_steps": 3}
     recipes = [
@@ -223,6 +227,7 @@ def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_packs_and_streams_
         write("packs", 1, packed),
         write("asked", 1, **asked),
         write("cached", 1, cache={"path": str(tmp_path / "features")}),
+        write("tiles", 1, **cut),
     ]
     done = launch(accelerate_config("cpu_2"), [str(DRIVER), *map(str, recipes)], IDS=str(tmp_path / "ids"))
     assert done.returncode == 0, done.stderr
@@ -238,6 +243,8 @@ def test_ddp_makes_what_one_process_makes_uneven_rows_end_and_packs_and_streams_
     rows = [ledger(tmp_path / name) for name in ("asked", "asked_alone")]
     assert rows[0] == rows[1] and (rows[0]["used"], rows[0]["merged"], rows[0]["conversations"]) == (13, 12, 3)
     assert_same_run(train(load_recipe(write_model("llava_alone", 2, **llava))), tmp_path / "llava")
+    # Images of other shapes, so of other numbers of tiles, on each process, and none on one of them.
+    assert_same_run(train(load_recipe(write("tiles_alone", 2, **cut))), tmp_path / "tiles")
     # Eight rows are four steps of two: each comes once before any comes again, and goes on where a checkpoint stopped.
     given = [(tmp_path / f"ids-{rank}").read_text().splitlines()[:6] for rank in (0, 1)]
     assert len({row for rows in given for row in rows[:4]}) == 8 and all(rows[:2] == rows[4:] for rows in given)

@@ -132,6 +132,18 @@ def test_a_run_goes_on_to_the_same_weights(learned, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_stream_is_learned_from_without_a_list_of_answers(learned, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_sft.bundle.parity.check_parity", lambda *args: {"positions": 0, "max_difference": 0.0})
+    folder, overrides, _ = learned
+    source = json.dumps({"path": str(folder / "rows.jsonl"), "format": "vqa", "weight": 1})
+    few = ["sft.max_steps=2", "sft.save_strategy=no", f"sft.output_dir={tmp_path / 'out'}"]
+    streamed = ["data.streaming=true", "data.sampling=weights", f"data.train=[{source}]", "data.eval=[]"]
+    bundle = train(load_recipe("mplug_vqa_base", [*overrides, *streamed, *few]))
+    (read,) = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["ledger"]["train"]["sources"].values()
+    assert read["streamed"] and read["used"] == 6
+
+
+@pytest.mark.slow
 def test_captions_are_learned_with_one_question(learned, tmp_path):
     """As its model card does: one question for all, the caption is the answer; `generation` says how long it is."""
     folder, overrides, _ = learned

@@ -120,6 +120,7 @@ REFUSED = {
         {**SIGLIP, "tower": "siglip", "projector": {"type": "mlp", "depth": 3}}, "mlp of depth 2 .* mlp of depth 3"),
     "another activation": (
         {**SIGLIP, "tower": "siglip", "projector": {"type": "mlp", "activation": "relu"}}, "activation is gelu"),
+    "tiles": ({**SIGLIP, "tower": "siglip", "vision": {"tiles": "anyres"}}, "this one is cut into tiles"),
     "a DINOv2": ({**SIGLIP, "tower": "dino", "vision": {"image_size": 28}}, "a SigLIP as the vision tower"),
 }  # fmt: skip
 

@@ -33,6 +33,10 @@ REFUSED = {
     "tower": ({**LLAVA, "tower": "dino"}, "vLLM cannot take this bundle: its LLaVA has a CLIP or a SigLIP .* 'dinov2'"),
     "language model": ({**LLAVA, "lm": "gpt2"}, "GPT2LMHeadModel has them in a `transformer`; use --to transformers"),
     "language model of a BLIP-2": ({**VQA, "lm": "gpt2"}, "it looks for layers in a `model`, and GPT2LMHeadModel"),
+    "tiles": (
+        {**LLAVA, "chat_template": "mistral", "vision": {**LLAVA["vision"], "tiles": "anyres"}},
+        "it cuts tiles, and what vLLM makes of them was never compared",
+    ),
     "activation": ({**LLAVA, "projector": {"type": "mlp", "activation": "mish"}}, "no activation 'mish' for the proj"),
     "words before the image": (BLIP2, "vLLM puts the image of a BLIP-2 in front of the whole prompt"),
     "BOS before the image": ({**BLIP2, "chat_template": "plain"}, "do not begin with {{ image_token }}; use --to"),

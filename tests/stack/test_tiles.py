@@ -21,9 +21,12 @@ from vlm_sft.batch.by_length import PACK
 from vlm_sft.batch.collator import MultimodalCollator
 from vlm_sft.bundle.handover import hand_over
 from vlm_sft.cache.prefix import find_prefix
+from vlm_sft.evaluation.scoring import Question, ask, ask_blindly, without_image
+from vlm_sft.machine.fit import Gpu, changed, fit
 from vlm_sft.model.towers import TileLayout
 from vlm_sft.preflight.dry_run import describe_image, weigh
 from vlm_sft.preflight.launch import read_launch
+from vlm_sft.rows.merging import merged
 from vlm_sft.stack.build_stack import build_stack
 from vlm_sft.stack.kinds import compose
 from vlm_sft.stack.tiles import AnyresProcessor
@@ -130,16 +133,43 @@ def rows(tmp_path):
     ]
 
 
-def test_packed_rows_and_rows_alone_have_the_same_losses_and_gradients(make_trainer, rows):
+@pytest.mark.parametrize("tiles", ["anyres", "dynamic"])
+def test_rows_that_are_packed_or_share_a_picture_have_the_losses_and_gradients_of_rows_alone(make_trainer, rows, tiles):
     of = str(tiny("llava_next"))
-    stack = {"vision_tower": {"pretrained": of, **VISION}, "projector": {"type": "mlp"},
+    stack = {"vision_tower": {"pretrained": of, **VISION, "tiles": tiles}, "projector": {"type": "mlp"},
              "language_model": {"pretrained": of}}  # fmt: skip
     trainer = make_trainer(stack=stack, chat_template="mistral", lora={"r": 2}, train={"projector": 1e-2})
     assert not trainer.image_use, "images cannot be exchanged where each has its own number of tokens"
     collate = trainer.data_collator
     alone = gradients(trainer, collate(rows))
-    assert alone and any(name.endswith("layout.newline") for name in alone)
+    assert alone and any(name.endswith("layout.newline") for name in alone) == (tiles == "anyres")
     assert_same(gradients(trainer, collate([{PACK: rows[:3]}, {PACK: rows[3:]}])), alone)
+    wide = rows[1]["images"][0]  # of several tiles
+    on_it = [{**row, "images": [wide]} for row in (rows[1], make_row(turn("and?", "two", images=1), [wide["path"]], 5))]
+    apart, asked = gradients(trainer, collate([*on_it, rows[2]])), merged(on_it, True)
+    assert len(collate([asked])["pixel_values"]) < len(collate(on_it)["pixel_values"]), "it is cut and looked at once"
+    assert_same(gradients(trainer, collate([asked, rows[2]])), apart)
+    assert_same(gradients(trainer, collate([{PACK: [rows[2], asked]}])), apart)
+
+
+@pytest.mark.parametrize("tiles", ["anyres", "dynamic"])
+def test_what_is_said_without_the_pictures_is_asked_about_grey_ones(recipe, rows, tiles):
+    stack = build_stack(recipe(vision={**VISION, "tiles": tiles}, projector={"type": "mlp"}))
+    questions = [Question(row["messages"][:1], row["images"], ["猫"], str(n)) for n, row in enumerate(rows)]
+    tick, options = (lambda count: None), {"max_new_tokens": 4}
+    said = ask(stack.model.eval(), stack.processor, questions, 4, options, tick)
+    blind = ask_blindly(stack.model, stack.processor, questions, said, 4, options, tick)
+    grey = [without_image(each) if each.images else each for each in questions]
+    alone = [ask(stack.model, stack.processor, [each], 1, options, tick)[0] for each in grey]
+    assert blind == alone and not any(each.refused for each in questions)
+
+
+def test_a_run_with_rows_to_evaluate_on_says_that_the_use_of_images_is_not_measured(recipe, tmp_path):
+    said: list[str] = []
+    source = {"path": str(tmp_path / "rows.jsonl"), "format": "messages"}
+    for held_out in ([source], []):
+        build_stack(recipe(data={"train": [source], "eval": held_out}, name=f"eval{len(held_out)}"), said.append)
+    assert len([each for each in said if each.startswith("eval_image_use is not measured: how many tokens")]) == 1
 
 
 def test_a_batch_of_text_alone_gives_the_newline_a_gradient_of_zero(recipe, monkeypatch):
@@ -177,9 +207,15 @@ def test_a_first_stage_that_saw_whole_images_is_gone_on_from(stack_recipe, tmp_p
     assert stack.model.config.tiles["grids"] == [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 
 
-def test_a_step_is_weighed_with_tiles(recipe):
-    weighed = weigh(recipe(sft={"output_dir": "out", "bf16": False, "max_length": 200}), read_launch())
+def test_a_step_is_weighed_with_tiles_and_fit_makes_it_fit(recipe):
+    sft = {"output_dir": "out", "bf16": False, "max_length": 200, "per_device_train_batch_size": 4}
+    made = recipe(sft=sft, lora={"r": 2, "target_modules": ["q_proj"]})
+    weighed = weigh(made, read_launch())
     assert weighed.estimate.activations > 0 and "larger images take more" in str(weighed.step)
+    found = fit(made, Gpu(int(weighed.estimate.total * 0.8)))
+    assert found.settings and all(each.batch * each.accumulation == 4 for each in found.settings)
+    for each in found.settings:
+        assert weigh(changed(made, each), read_launch()).estimate.total == each.memory <= weighed.estimate.total * 0.8
 
 
 def test_the_cache_is_off_and_says_why(recipe):

@@ -70,7 +70,6 @@ class VLMProcessor(ProcessorMixin):
     """
 
     reads_sizes = one_image = chooses = False
-    writes = True
     _notation: Notation | None = None  # None until it was looked at
     cuts_answers = True
     longest: int | None = None

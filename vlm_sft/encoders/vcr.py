@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.errors import RowError, UserError
+from ..base.errors import RowError, UserError, row_error
 from ..base.names import IGNORED, Json, Options, Row
 from ..batch.encoding import EncodedChat
 from ..rows.messages import Message
@@ -57,10 +57,12 @@ class VCRProcessor(EncoderProcessor):
 
     Attributes:
         side: Patches of a side of an image.
+        most_things: That a choice may name: so many types its model has for them.
     """
 
     cuts_answers = False
     side: int
+    most_things: int
 
     def facts(self, row: Row, room: int | None, where: str) -> Asked:
         """See `EncoderProcessor.facts`."""
@@ -68,7 +70,7 @@ class VCRProcessor(EncoderProcessor):
         if found["boxes"] is None:
             picture = row["images"][0]
             found = {**found, "boxes": boxes_beside(picture["path"], found, where)}
-        return self.ask(found, room)
+        return self.ask(found, room, where)
 
     def encode_question(
         self, messages: Sequence[Message], room: int | None, with_answer: bool = True
@@ -78,15 +80,17 @@ class VCRProcessor(EncoderProcessor):
         ids = max(asked.ids, key=len)
         return EncodedChat(list(ids), [IGNORED] * len(ids), 1, [0] * len(ids)), asked.cut
 
-    def ask(self, found: Json, room: int | None) -> Asked:
+    def ask(self, found: Json, room: int | None, where: str = "") -> Asked:
         """What `vcr.choices` found → tokens; words of the longer side are left out until all fit, as upstream does.
 
         Args:
             found: One of `choices_of`; without any `boxes` no thing has a place in the picture.
             room: Tokens of a choice, `[CLS]` and all `[SEP]` included; None: `LONGEST`.
+            where: The row's place in words.
 
         Raises:
             UserError: They hold no word.
+            RowError: A choice names more things than the model has types for.
         """
         names, room = found["names"], min(room or LONGEST, self.longest)
         if room < SHORTEST:
@@ -104,6 +108,10 @@ class VCRProcessor(EncoderProcessor):
         for choice in choices:
             words = [begin, *chain.from_iterable([*each, end] for each in (*before, choice))]
             named = sorted({thing for _, thing in words} - {NOTHING})
+            if len(named) > self.most_things:
+                what = f"a choice and what stands before it name {len(named):,} things"
+                mend = f"the model tells {self.most_things:,} apart; set sft.max_length=80, or leave the row out"
+                raise row_error(where, what, mend, "too many things")
             kinds = {thing: FIRST_TYPE + number for number, thing in enumerate(named)}
             ids.append([token for token, _ in words])
             types.append([kinds.get(thing, 0) for _, thing in words])

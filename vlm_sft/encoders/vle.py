@@ -20,7 +20,7 @@ from ..systems.vle_heads import TASKS, VLEForTask, VLEForVCR, VLEForVQA
 from .answers import AnswerList, answers_of_rows, read_answer_list
 from .encoder import Answer, Encoder, piece_of
 from .processor import EncoderProcessor
-from .vcr import VCRProcessor
+from .vcr import FIRST_TYPE, VCRProcessor
 
 if TYPE_CHECKING:
     from ..recipe.schema import Recipe
@@ -110,6 +110,9 @@ class VLESystem:
             return config
         own = _own_answers(config, piece)
         answers = read_answer_list(spec.answers, recipe.where(("encoder", "answers"))) if spec.answers else own
+        if not answers and recipe.data.streaming:
+            where = recipe.where(("data", "streaming"))
+            raise UserError(f"{where}: a stream has no list of its answers; name one: `encoder.answers`.")
         answers = answers or answers_of_rows(recipe, spec.min_count)
         config.num_vqa_labels, config.id2label = len(answers), dict(enumerate(answers))
         config.label2id = {answer: number for number, answer in enumerate(answers)}
@@ -127,6 +130,7 @@ class VLESystem:
         kind: type[EncoderProcessor] = VCRProcessor if config.trained_for == "vcr" else VLEProcessor
         processor = kind(images, tokenizer, longest=config.text_config.max_position_embeddings)
         if isinstance(processor, VCRProcessor):
+            processor.most_things = config.num_token_types - FIRST_TYPE
             processor.side = config.vision_config.image_size // config.vision_config.patch_size
         elif config.num_vqa_labels == len(config.id2label):
             processor.known = AnswerList([config.id2label[number] for number in range(config.num_vqa_labels)])

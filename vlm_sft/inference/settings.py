@@ -228,7 +228,7 @@ def check_has_settings(bundle: str, processor: VLMProcessor, options: Options) -
     Raises:
         UserError: The model chooses its answers.
     """
-    if options and processor.chooses and not processor.writes:
+    if options and processor.chooses and not getattr(processor, "writes", True):  # an encoder says so
         raise UserError(
             f"{bundle} chooses its answers and writes none, so that no setting of generation changes them: leave "
             f"{', '.join(options)} out."

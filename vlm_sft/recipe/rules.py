@@ -99,8 +99,6 @@ def _suits_an_encoder(recipe: Recipe) -> Broken:
             if source.merge_by_image:
                 path = f"data.{group}.{number}.merge_by_image"
                 yield path, "`merge_by_image` is not for an `encoder`, which reads one question; remove it."
-    if recipe.data.streaming and recipe.encoder.answers is None:
-        yield "data.streaming", "a stream has no list of its answers; name one: `encoder.answers`."
 
 
 def _trained_parts_exist(train: dict[str, float], stack: Stack | None, parts: Sequence[str]) -> Broken:

@@ -62,6 +62,11 @@ def build_stack(
     kind = kind_of(composed.pieces)
     for remark in kind.remarks(recipe, composed):
         say(remark)
+    if composed.processor.reads_sizes and recipe.data.eval:
+        say(
+            "eval_image_use is not measured: how many tokens an image becomes depends on its size here, so that none "
+            "can stand for another; `vlm-sft evaluate` asks with blanked images."
+        )
     model = kind.load(recipe, composed, dtypes_of(recipe))
     make_room(model, composed.processor.words)
     start_words(model, composed.processor.words)

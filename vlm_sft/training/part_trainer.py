@@ -96,6 +96,8 @@ class PartTrainer(EvaluatesWithoutRows, GroupsByLength, UsesPrefix, Trainer):
         self._ahead: Ahead | None = None  # the batches of this epoch, where a thread makes them
         args.remove_unused_columns = False  # the collator needs every column
         args = self.take_packing(args)
+        # As TRL has it: else accelerate cuts all that a stream's batch has to as many as it has rows, answers too.
+        args.accelerator_config.dispatch_batches = args.accelerator_config.dispatch_batches or False
         args.accelerator_config.non_blocking |= args.dataloader_pin_memory  # pinned batches go over meanwhile
         super().__init__(
             model=model,
