@@ -27,15 +27,16 @@ NO_SETTINGS = {
     "kwargs",
     "self",
 }
-NO_SETTINGS |= {"device", "return_tensors", "data_format", "input_data_format", "disable_grouping"}
+NO_SETTINGS |= {"device", "return_tensors", "data_format", "input_data_format", "disable_grouping", "args"}
 
 
 def arguments_of_processors() -> set[str]:
     names = set(ImagesKwargs.__annotations__)
     for model_type, family in FAMILIES.items():
         names |= set(inspect.signature(getattr(transformers, family.processor).__init__).parameters)
-        if listed := IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type):  # none for what has another family's
-            names |= set(getattr(transformers, listed["pil"]).valid_kwargs.__annotations__)
+        # None for what has another family's; without torchvision alone are those that this environment can import.
+        if listed := (IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}).get("pil"):
+            names |= set(getattr(transformers, listed).valid_kwargs.__annotations__)
     return names - NO_SETTINGS
 
 

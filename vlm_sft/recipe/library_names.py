@@ -303,6 +303,9 @@ PROCESSOR = PassedOn(
         "start_of_img_token end_of_img_token img_patch_token img_line_break_token tile_token tile_global_token",
         "background_color max_slice_nums min_image_size scale_resolution slice_mode split_image tile_size fine_route",
         "dense_max_aspect dense_max_patches dense_max_scale dense_min_aspect max_image_tiles",
+        "fake_image_token start_of_image_token end_of_image_token patch_token tile_x_separator_token",
+        "tile_y_separator_token pixel_shuffle_ratio pooling_ratio image_use_col_tokens video_use_col_tokens",
+        "use_frame_special_tokens use_single_crop_col_tokens use_single_crop_start_token",
     )
     - (_SIZES := _words("size crop_size pad_size max_image_size patch_size high_res_size")),
     mappings=dict.fromkeys(_SIZES, _words("height width shortest_edge longest_edge max_height max_width")),

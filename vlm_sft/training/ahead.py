@@ -46,7 +46,7 @@ class Ahead(Iterator[Inputs]):
 
     def _make(self) -> None:
         try:
-            if self._device.index is not None:
+            if self._device.type != "cpu" and self._device.index is not None:  # DDP calls a CPU cpu:0
                 torch.accelerator.set_device_index(self._device.index)
             while self._room.acquire() and not self._left:
                 self._made.put(next(self.batches))
