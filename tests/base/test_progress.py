@@ -197,3 +197,11 @@ def test_what_a_process_says_of_itself_is_shown_by_who_waits_for_it(often, tmp_p
     with waiting(console, "Comparing"), told_in(tmp_path / "told") as told:
         subprocess.run([sys.executable, "-c", program], env={**os.environ, **told}, check=True)
     assert "Comparing: read 5 of 8 weights" in console.file.getvalue().splitlines()
+
+
+def test_bars_inside_other_steps_leave_by_themselves(tmp_path):
+    console = Console(file=io.StringIO(), width=120)
+    with waiting(console, "Loading"), told_in(tmp_path / "said"), module.Steps("merged", 8, "weights"):
+        with hub_bar(desc="a", total=1), hub_bar(desc="a", total=1):
+            heard = list(module._HEARD)
+        assert len(heard) == 4 and heard[:2] == module._HEARD

@@ -84,6 +84,11 @@ _HEARD: list[Any] = []  # bars of libraries that are not closed, and what is lik
 _HEARING = threading.Lock()
 
 
+def _leave(heard: object) -> None:
+    """Takes one out by itself: bars of tqdm are equal where they show the same, and fail beside what is no bar."""
+    _HEARD[:] = [each for each in _HEARD if each is not heard]
+
+
 class Steps:
     """A context that says how far something is, with its rate and the time left, to the `waiting` around it.
 
@@ -107,8 +112,7 @@ class Steps:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Is heard no more."""
-        if self in _HEARD:
-            _HEARD.remove(self)
+        _leave(self)
 
     def tell(self, doing: str, done: int, of: int | None, what: str = "rows") -> None:
         """Says how far it is, as `RowProgress.tell`; the rate is that since this was first said."""
@@ -148,8 +152,7 @@ def told_in(path: Path) -> Iterator[dict[str, str]]:
     try:
         yield {TOLD: str(path)}
     finally:
-        if other in _HEARD:
-            _HEARD.remove(other)
+        _leave(other)
 
 
 @contextmanager
@@ -216,8 +219,7 @@ def _bar() -> type:
             return
 
         def close(self) -> None:
-            if self in _HEARD:
-                _HEARD.remove(self)
+            _leave(self)
             super().close()
             self.nowhere.close()
 
