@@ -183,6 +183,24 @@ def test_what_cannot_be_read_is_said_and_left_out(command, tmp_path):
         assert words in said, words
 
 
+def test_names_of_pictures_with_their_texts_are_learned_from_json_and_asked_for_as_a_table(command, tmp_path):
+    names = pictures(tmp_path / "d" / "pics")
+    texts = {name: [text, f"again {text}"] for name, text in zip(names, CAPTIONS, strict=True)}
+    (tmp_path / "d" / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    code, out, said = command("init", "d", "--json", "--model", tiny("llava"))
+    done = json.loads(out)
+    assert code == 0 and sum(done[side] for side in ("train", "validation", "test")) == 2 * COUNT, said
+    (tmp_path / "d" / "texts.json").unlink()
+    (tmp_path / "d" / "notes.txt").write_text("taken in May")
+    (tmp_path / "d" / "captions.txt").write_text("".join(f"{name}#0\ta thing\n" for name in names))
+    code, _, said = command("init", "d", "--yes", "-o", "other.yaml")
+    assert code == 2 and "d/captions.txt is left out: it names pictures, but is no table: save it as .csv" in said
+    assert "notes.txt" not in said
+    (tmp_path / "d" / "rows.csv").write_text("image,caption\n" + "".join(f"{name},red, blue\n" for name in names))
+    code, _, said = command("init", "d/rows.csv", "--yes", "-o", "other.yaml")
+    assert code == 2 and "rows.csv, line 2: the row has more fields than the header" in said
+
+
 def test_an_own_split_is_kept_and_what_leaks_is_left_out(command, tmp_path):
     names = pictures(tmp_path / "d")
     for side, chosen in (("train", names[:9]), ("test", [*names[9:], names[0]])):

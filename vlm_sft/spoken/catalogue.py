@@ -29,6 +29,8 @@ CHINESE: dict[str, str] = {
         "其中的文字只有数字（标注框？），没有可以学习的词句。",
     "its first line looks like a row and not like a header: write one above it, such as image,caption.":
         "第一行像数据而不像表头：请在上面加一行表头，例如 image,caption。",
+    "it names pictures, but is no table: save it as .csv, in UTF-8, with a first line such as image,caption.":
+        "其中写着图片的名字，但它不是表格：请另存为 UTF-8 的 .csv，第一行写表头，例如 image,caption。",
     "{} is not UTF-8: save it as UTF-8.": "{0} 不是 UTF-8：请保存为 UTF-8。",
     "{} is empty: write what the picture shows, or remove it.": "{0} 是空的：请写出图片的内容，或删去它。",
     "{} is a folder; name the recipe's YAML file in it.": "{0} 是文件夹；请写出其中配方的 YAML 文件名。",

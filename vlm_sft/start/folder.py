@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..base.errors import UserError
+from ..base.whole_files import open_regular
 from ..base.words import reason_of
 from ..reading.files import FILE_READERS
 from ..reading.image_kinds import PICTURES, UNREAD_PICTURES
@@ -25,6 +26,7 @@ MENDS = {
     ".xml": "write the rows as JSON lines", ".pkl": "write the rows as JSON lines", ".npz": "write pictures as PNG",
 }  # fmt: skip
 """How what cannot be read is made readable, by its ending."""
+LISTS = 20  # unread files of one ending that are looked into for the names of pictures
 _LEFT = frozenset(("dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json", "readme.txt"))
 _LEFT_FOLDERS = frozenset(("__MACOSX", "@eaDir", "__pycache__", "node_modules"))
 # Names that say nothing of what a folder's pictures show.
@@ -49,6 +51,7 @@ class Folder:
         tables: Data files.
         saved: Folders that `Dataset.save_to_disk` wrote.
         others: Ending → how many files have it, and the first of them.
+        lists: Files of other endings that name pictures of the folder, as `captions.txt` of Flickr8k does.
         unread: Sentences on folders that could not be looked into.
         alone: A single data file was given: what lies around it teaches nothing, its pictures are shown by its rows.
     """
@@ -60,6 +63,7 @@ class Folder:
     tables: list[Path] = field(default_factory=list)
     saved: list[Path] = field(default_factory=list)
     others: dict[str, tuple[int, Path]] = field(default_factory=dict)
+    lists: list[Path] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     alone: bool = False
 
@@ -86,7 +90,8 @@ class Folder:
             if mend := MENDS.get(ending):
                 noun = "file is" if count == 1 else "files are"
                 found.append(f"{count:,} {ending} {noun} left out, the first {first}: {mend}.")
-        return found
+        why = "it names pictures, but is no table: save it as .csv, in UTF-8, with a first line such as image,caption."
+        return [*found, *(f"{file} is left out: {why}" for file in self.lists)]
 
 
 def look_into(path: Path) -> Folder:
@@ -106,6 +111,7 @@ def look_into(path: Path) -> Folder:
     files = sorted(_files(found))
     stems = {file.with_suffix(""): file for file in files if file.suffix.lower() in PICTURES}
     found.pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    names = {file.name for file in found.pictures}
     for file in files:
         ending = file.suffix.lower()
         if ending in PICTURES:
@@ -121,8 +127,11 @@ def look_into(path: Path) -> Folder:
         else:
             count, first = found.others.get(ending, (0, file))
             found.others[ending] = (count + 1, first)
+            if ending not in MENDS and count < LISTS and _names_a_picture(file, names):
+                found.lists.append(file)
     if path.is_file():
         found.tables, found.texts, found.records, found.saved, found.others = [path], {}, {}, [], {}
+        found.lists = []
         found.alone = True
     return found
 
@@ -148,6 +157,17 @@ def _files(found: Folder) -> Iterator[Path]:
             folders.clear()
             continue
         yield from (here / name for name in names if not name.startswith(".") and name.lower() not in _LEFT)
+
+
+def _names_a_picture(file: Path, names: set[str]) -> bool:
+    """Whether one of the first lines of a text names a picture of the folder."""
+    try:
+        with open_regular(file) as opened:
+            head = opened.read(4096).decode("utf-8", "ignore")
+    except (OSError, UserError):
+        return False
+    words = re.split(r"[\s,;:#|\"'/\\]+", head)
+    return any(word in names for word in words)
 
 
 def _says_something(name: str) -> bool:

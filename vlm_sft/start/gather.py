@@ -19,7 +19,7 @@ from ..base.names import Json, Values
 from ..base.whole_files import read_text
 from ..base.words import counted, reason_of
 from ..reading.files import read_file
-from ..reading.image_kinds import ending_of, kind_of
+from ..reading.image_kinds import PICTURES, ending_of, kind_of
 from ..reading.json_text import parse_document
 from ..reading.json_text import read_text as read_whole
 from ..reading.locations import read_rows
@@ -185,7 +185,11 @@ def _tables(folder: Folder, pictures: Pictures, found: Gathered, tick: Tick) -> 
         kind = None
         if path.suffix.lower() == ".json":
             try:
-                kind = published_kind(parse_document(read_whole(path), path))
+                document = parse_document(read_whole(path), path)
+                kind = published_kind(document)
+                if named := list(_by_picture(document, path)):
+                    _add(found, path, named, path.parent, pictures, split_named_by(path, folder.root), tick)
+                    continue
             except UserError as error:
                 if "holds boxes" in str(error):
                     found.left_out.append(f"{path} is left out: {error}")
@@ -204,6 +208,14 @@ def _tables(folder: Folder, pictures: Pictures, found: Gathered, tick: Tick) -> 
             _add(found, path, rows, path.parent, pictures, split_named_by(path, folder.root), tick)
     for path in plain:
         _add(found, path, read_file(path), path.parent, pictures, split_named_by(path, folder.root), tick)
+
+
+def _by_picture(document: object, path: Path) -> Iterator[tuple[str, Json]]:
+    """The rows of a document that is the names of pictures, each with its text, its texts or its values."""
+    if isinstance(document, dict) and all(Path(name).suffix.lower() in PICTURES for name in document):
+        for name, given in document.items():
+            for each in given if isinstance(given, list) else [given]:
+                yield f'{path}, "{name}"', {"image": name, **(each if isinstance(each, dict) else {"caption": each})}
 
 
 def _records(folder: Folder) -> Iterator[tuple[str, Json | RowError]]:
@@ -250,7 +262,7 @@ def _add(
             wrong = [str(values) for _, values in head if isinstance(values, RowError)]
             keys = ", ".join(f'"{key}"' for key in list(first[0])[:8]) if first else ""
             unlike = f"no known format has rows like its first, with {keys}." if keys else "it has no rows."
-            found.left_out.append(f"{name} is left out: {wrong[0] if not first and wrong else unlike}")
+            found.left_out.append(f"{name} is left out: {wrong[0] if len(wrong) > len(first) else unlike}")
             return
         if (why := why_not(first)) is not None:
             found.left_out.append(f"{name} is left out: {why}")
