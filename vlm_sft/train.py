@@ -25,6 +25,7 @@ from .base.processes import (
     let_threads_sleep,
     on_first_process,
     refuse_split_rows,
+    refuse_strangers,
 )
 from .base.whole_files import read_text, write_json
 from .spoken.catalogue import translated
@@ -180,12 +181,7 @@ def check_processes(args: SFTConfig) -> None:
             f"There are {args.n_gpu} GPUs but no launcher, so one process would share its batches out; use `accelerate "
             f"launch -m vlm_sft.train RECIPE`, or show it one GPU: CUDA_VISIBLE_DEVICES=0."
         )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != args.world_size:
-        raise UserError(
-            f"{started} processes were started, but each would train alone, because there is no GPU here; set "
-            f"sft.use_cpu=true to train on the CPU together, or start one process."
-        )
+    refuse_strangers(args.world_size)
 
 
 def run(

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from vlm_sft import load_recipe
-from vlm_sft.batch.by_length import ByLength, Packs
+from vlm_sft.batch.by_length import PACK, ByLength, Packs, pack_stream
 from vlm_sft.recipe.libraries import build_sft_config
 from vlm_sft.rows.filling import pack
 from vlm_sft.stack.kinds import compose
@@ -56,6 +57,20 @@ def test_processes_share_one_order(epoch):
     steps = [[LENGTHS[row] for batch in pair for row in batch] for pair in zip(*ranks, strict=True)]
     spread = sorted(max(step) - min(step) for step in steps)
     assert spread[len(spread) // 2] <= 30
+
+
+def test_two_processes_pack_their_own_rows_of_a_stream_and_each_row_is_in_one_pack():
+    given = []
+    for rank in (0, 1):
+        rows = Dataset.from_dict({"id": list(range(90))}).to_iterable_dataset(num_shards=2).shuffle(3, buffer_size=8)
+        stream = pack_stream(rows, lambda rows: [LENGTHS[row["id"]] for row in rows], 100, mean_length=50.0)
+        loader = DataLoader(stream, collate_fn=list)
+        shared = prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
+        given.append([[row["id"] for row in item[PACK]] for items in shared for item in items])
+    assert sorted(row for packs in given for numbers in packs for row in numbers) == list(range(90))
+    filled = [sum(LENGTHS[row] for row in numbers) for packs in given for numbers in packs]
+    assert max(filled) <= 100 and sum(filled) / len(filled) > 90
+    assert abs(len(given[0]) - len(given[1])) <= 1, "as much work for both"
 
 
 @pytest.fixture

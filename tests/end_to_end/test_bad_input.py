@@ -208,8 +208,8 @@ def launch_two(path, *overrides):
 def test_processes_that_do_not_find_each_other(refused, recipe_file, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert refused(recipe_file()) == (
-        "error: 2 processes were started, but each would train alone, because there is no GPU here; set "
-        "sft.use_cpu=true to train on the CPU together, or start one process."
+        "error: 2 processes were started, but each would work alone, because there is no GPU here; set "
+        "sft.use_cpu=true to work on the CPU together, or start one process."
     )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
-from support.gloo import in_processes
+from support.paths import accelerate_config
 from support.tiny_pieces import tiny_stack
 from vlm_sft import load_recipe
 from vlm_sft.base.console import make_console
@@ -46,17 +50,17 @@ def test_every_picture_is_kept_once_and_a_killed_filling_goes_on(fill, tmp_path,
 
 
 def test_all_processes_of_a_launch_share_the_pictures_and_keep_what_one_would(recipe_file, fill, tmp_path):
-    path = recipe_file()
-    (tmp_path / "launch").mkdir()
-
-    def share(rank: int) -> dict:
-        return fill_cache(load_recipe(path, [f"cache.path={tmp_path / 'shared'}"]), make_console(quiet=True))
-
-    found = in_processes(share, tmp_path / "launch")
-    assert [(each["pictures"], each["computed"]) for each in found] == [(8, 4), (8, 4)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config("cpu_2"))]
+    command += ["--main_process_port", "0", "-m", "vlm_sft.cache", str(recipe_file()), "--json", "sft.use_cpu=true"]
+    command.append(f"cache.path={tmp_path / 'shared'}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["pictures"], told["computed"]) == (8, 4) and "4 computed now by this process" in done.stderr
     fill()
     (alone,), (shared,) = stores_in(tmp_path / "kept"), stores_in(tmp_path / "shared")
-    assert len(list(shared.store.folder.glob("*.features"))) == 2, "each appends to a file of its own"
+    sizes = [file.stat().st_size for file in shared.store.folder.glob("*.features")]
+    assert sizes == [4 * shared.store.row_bytes] * 2, "each process appends its half to a file of its own"
     assert sorted(alone.store.known) == sorted(shared.store.known)
     assert all(alone.store.get(key).equal(shared.store.get(key)) for key in alone.store.known)
 
@@ -70,7 +74,7 @@ def test_another_stack_has_another_store(fill, tmp_path, pieces):
     assert shapes == [(4, 16), (17, 24)], "of the tower where the resampler learns"
 
 
-def test_what_cannot_be_is_one_sentence(fill, recipe_file, tmp_path):
+def test_what_cannot_be_is_one_sentence(fill, recipe_file, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no `cache` to fill; add cache\.path"):
         fill_cache(load_recipe(recipe_file()), make_console())
     with pytest.raises(UserError, match="the vision tower is trained"):
@@ -83,3 +87,6 @@ def test_what_cannot_be_is_one_sentence(fill, recipe_file, tmp_path):
     for path in ("文件", "文件/below"):
         with pytest.raises(UserError, match=r"cache\.path.*文件' is a file; name a folder"):
             fill(f"cache.path={tmp_path / path}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"2 processes were started, but each would work alone.*sft\.use_cpu=true"):
+        fill()

@@ -66,6 +66,23 @@ def find_processes() -> None:
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
+def refuse_strangers(found: int) -> None:
+    """Refuses processes of one launch that did not find each other, so that each would do the work of all.
+
+    Args:
+        found: How many work together.
+
+    Raises:
+        UserError: The launcher started another number.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != found:
+        raise UserError(
+            f"{started} processes were started, but each would work alone, because there is no GPU here; set "
+            f"sft.use_cpu=true to work on the CPU together, or start one process."
+        )
+
+
 def one_process_first(work: Callable[[], Found]) -> Found:
     """Does something in every process: on each machine in one first, so that the others find what it left there.
 

@@ -14,6 +14,7 @@ from ..base.console import say
 from ..base.errors import RowError, UserError
 from ..base.interrupts import workers_end_with_errors
 from ..base.names import ImageEntry, Inputs, Json
+from ..base.processes import refuse_strangers
 from ..base.progress import RowProgress, waiting
 from ..bundle.handover import settle_adapter
 from ..cache.keys import digest
@@ -43,7 +44,7 @@ def fill_cache(recipe: Recipe, console: Console) -> Json:
         `store` (its folder), `pictures` and `bytes` that it holds now, and how many were `computed` by this process.
 
     Raises:
-        UserError: The recipe has no cache, it would be wrong there, a picture cannot be read, or there is no more room.
+        UserError: No cache, or it would be wrong; a bad picture; no more room; processes that did not find each other.
     """
     validate_libraries(recipe)
     where = recipe.where(("cache",))
@@ -54,6 +55,7 @@ def fill_cache(recipe: Recipe, console: Console) -> Json:
             f"{where}: the rows of a stream (`data.streaming`) are not known before; it fills while training."
         )
     args = build_sft_config(recipe)
+    refuse_strangers(args.world_size)
     recipe = settle_adapter(recipe)
     composed = compose(recipe)
     collator = build_collator(recipe, composed.processor, args)
