@@ -43,7 +43,7 @@ def run_beside(families: str, *arguments: str) -> str:
     if not PYTHON.exists():
         pytest.fail("torchvision has no environment here: run `make .venv-torchvision/.setup-done` (`make test` does).")
     command = [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    asked = {**os.environ, "VLM_SFT_FAMILIES": families}
+    asked = {**os.environ, "VLM_SFT_FAMILIES": families, "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=ROOT, env=asked, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout.strip().splitlines()[-1]
