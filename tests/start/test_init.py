@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -196,6 +197,10 @@ def test_names_of_pictures_with_their_texts_are_learned_from_json_and_asked_for_
     code, _, said = command("init", "d", "--yes", "-o", "other.yaml")
     assert code == 2 and "d/captions.txt is left out: it names pictures, but is no table: save it as .csv" in said
     assert "notes.txt" not in said
+    shutil.copyfile(next((tmp_path / "d").rglob(Path(names[0]).name)), tmp_path / "d" / "IMG 01.png")
+    (tmp_path / "d" / "captions.txt").write_text("IMG 01.png\ta thing\n")
+    _, _, said = command("init", "d", "--yes", "-o", "other.yaml")
+    assert "d/captions.txt is left out: it names pictures" in said, "a name may have spaces"
     (tmp_path / "d" / "rows.csv").write_text("image,caption\n" + "".join(f"{name},red, blue\n" for name in names))
     code, _, said = command("init", "d/rows.csv", "--yes", "-o", "other.yaml")
     assert code == 2 and "rows.csv, line 2: the row has more fields than the header" in said

@@ -166,8 +166,8 @@ def _names_a_picture(file: Path, names: set[str]) -> bool:
             head = opened.read(4096).decode("utf-8", "ignore")
     except (OSError, UserError):
         return False
-    words = re.split(r"[\s,;:#|\"'/\\]+", head)
-    return any(word in names for word in words)
+    words = {*re.split(r"[\s,;:#|\"']+", head), *re.split(r"[\t\r\n,;#|\"']+", head)}  # a name may have spaces
+    return any(re.split(r"[/\\]", word.strip())[-1] in names for word in words)
 
 
 def _says_something(name: str) -> bool:
